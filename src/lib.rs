@@ -1,0 +1,13 @@
+//! `runner` answers one question: the GPU's numbers differ from the CPU's; is
+//! that the arithmetic we chose, or a bug, and where does it start?
+//!
+//! The modules stand in the order in which a run flows through them.
+
+// Vocabulary: formats and their codecs, host tensors, what a stage computes, what is measured.
+pub mod dtype;
+pub mod metric;
+pub mod op;
+pub mod tensor;
+
+// 1 TOML to checked stages and contracts, all problems at once.
+// pub mod manifest;

@@ -1,0 +1,128 @@
+//! The names of everything that is measured between two streams of tensors.
+//!
+//! It knows what a metric means and which values it can take, not how it is
+//! computed.
+
+use serde::{Deserialize, Serialize};
+
+/// A number measured at one site between a subject `a` and a reference `b`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// Elements whose f32 bits differ.
+    BitMismatches,
+    /// Elements that are NaN or infinite in `a` or in `b`.
+    NonFinite,
+    /// Largest `|a - b|`.
+    MaxAbs,
+    /// Largest `|a - b| / |b|` where `b` is not zero.
+    MaxRel,
+    /// Largest distance in units of the last place of f32.
+    MaxUlp,
+    /// Largest `|a - b|` in units of the last place of the row's largest `|b|`.
+    RowUlp,
+    /// `sum (a - b)^2 / sum b^2`.
+    Nmse,
+    /// Cosine of the angle between `a` and `b`.
+    Cosine,
+    /// Pearson's correlation coefficient.
+    Pearson,
+    /// Slope of the least-squares line `a = slope * b + intercept`.
+    Slope,
+    /// Intercept of that line.
+    Intercept,
+    /// Root mean square of `z = (a - b) / floor`.
+    ZRms,
+    /// Largest `|z|`.
+    ZMax,
+    /// Mean of `z`: a bias.
+    ZMean,
+    /// Mean over tokens of `KL(softmax b || softmax a)`, in nats.
+    Kl,
+    /// Largest over tokens of KL over half the variance of the logits' difference.
+    KlRatio,
+    /// Share of tokens whose largest logit is the same one.
+    Top1Agreement,
+    /// Mean share of the five largest logits that both have.
+    TopKAgreement,
+    /// Tokens whose top-1 changes although its margin exceeds what the difference explains.
+    UnexplainedFlips,
+}
+
+impl Metric {
+    /// All metrics, in the order in which they are reported.
+    pub const ALL: [Metric; 19] = [
+        Metric::BitMismatches,
+        Metric::NonFinite,
+        Metric::MaxAbs,
+        Metric::MaxRel,
+        Metric::MaxUlp,
+        Metric::RowUlp,
+        Metric::Nmse,
+        Metric::Cosine,
+        Metric::Pearson,
+        Metric::Slope,
+        Metric::Intercept,
+        Metric::ZRms,
+        Metric::ZMax,
+        Metric::ZMean,
+        Metric::Kl,
+        Metric::KlRatio,
+        Metric::Top1Agreement,
+        Metric::TopKAgreement,
+        Metric::UnexplainedFlips,
+    ];
+
+    /// The name that manifests, contracts and reports use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Metric::BitMismatches => "bit_mismatches",
+            Metric::NonFinite => "non_finite",
+            Metric::MaxAbs => "max_abs",
+            Metric::MaxRel => "max_rel",
+            Metric::MaxUlp => "max_ulp",
+            Metric::RowUlp => "row_ulp",
+            Metric::Nmse => "nmse",
+            Metric::Cosine => "cosine",
+            Metric::Pearson => "pearson",
+            Metric::Slope => "slope",
+            Metric::Intercept => "intercept",
+            Metric::ZRms => "z_rms",
+            Metric::ZMax => "z_max",
+            Metric::ZMean => "z_mean",
+            Metric::Kl => "kl",
+            Metric::KlRatio => "kl_ratio",
+            Metric::Top1Agreement => "top1_agreement",
+            Metric::TopKAgreement => "top_k_agreement",
+            Metric::UnexplainedFlips => "unexplained_flips",
+        }
+    }
+
+    /// The values that the metric can take, smallest and largest.
+    pub fn range(self) -> (f64, f64) {
+        match self {
+            Metric::Cosine | Metric::Pearson => (-1.0, 1.0),
+            Metric::Slope | Metric::Intercept | Metric::ZMean => (f64::NEG_INFINITY, f64::INFINITY),
+            Metric::Top1Agreement | Metric::TopKAgreement => (0.0, 1.0),
+            _ => (0.0, f64::INFINITY),
+        }
+    }
+
+    /// Whether the metric only makes sense at the `logits`.
+    pub fn of_logits_only(self) -> bool {
+        matches!(
+            self,
+            Metric::Kl
+                | Metric::KlRatio
+                | Metric::Top1Agreement
+                | Metric::TopKAgreement
+                | Metric::UnexplainedFlips
+        )
+    }
+}
+
+impl std::fmt::Display for Metric {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
