@@ -9,5 +9,8 @@ pub mod metric;
 pub mod op;
 pub mod tensor;
 
+// Weights: GGUF and safetensors, hyperparameters, tokenizers, synthetic models.
+pub mod model;
+
 // 1 TOML to checked stages and contracts, all problems at once.
 // pub mod manifest;

@@ -1,0 +1,134 @@
+//! What can be wrong with a model file, told with the file, the tensor and the remedy.
+//!
+//! It knows no format: the readers say what they found, this module words it.
+
+use std::path::{Path, PathBuf};
+
+/// Why a model could not be opened or used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The operating system refused.
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The file contradicts its format or itself.
+    #[error("`{}` is not a sound model: {}{problem}; {remedy}", path.display(), of_tensor(tensor))]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The tensor concerned, if one is.
+        tensor: Option<String>,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// The file is sound, but needs something that would be computed wrongly.
+    #[error("`{}` is not supported: {}{problem}; {remedy}", path.display(), of_tensor(tensor))]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The tensor concerned, if one is.
+        tensor: Option<String>,
+        /// What is not supported.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// The model has no tensor of that name.
+    #[error("`{}` has no tensor `{tensor}`; the nearest names are {}", path.display(), list(nearest))]
+    NoTensor {
+        /// The file.
+        path: PathBuf,
+        /// The name asked for.
+        tensor: String,
+        /// The most similar names, best first.
+        nearest: Vec<String>,
+    },
+    /// A tensor was asked for something that it does not have.
+    #[error("tensor `{tensor}`: {problem}")]
+    Request {
+        /// The tensor.
+        tensor: String,
+        /// What was asked for.
+        problem: String,
+    },
+    /// The vocabulary cannot be used for this text or these tokens.
+    #[error("cannot tokenize with `{}`: {problem}; {remedy}", path.display())]
+    Tokenizer {
+        /// The model.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+}
+
+fn of_tensor(tensor: &Option<String>) -> String {
+    tensor.as_ref().map(|name| format!("tensor `{}`: ", shown(name))).unwrap_or_default()
+}
+
+fn list(names: &[String]) -> String {
+    names.iter().map(|name| format!("`{}`", shown(name))).collect::<Vec<_>>().join(", ")
+}
+
+/// A name out of a file as it may be printed: no control characters, no novels.
+pub(super) fn shown(name: &str) -> String {
+    let printable = name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
+    match name.chars().count() {
+        0..=120 => printable.collect(),
+        _ => printable.take(120).chain(['\u{2026}']).collect(),
+    }
+}
+
+/// A fault that does not know yet in which file it is.
+#[derive(Clone, Debug)]
+pub(super) struct Fault {
+    supported: bool,
+    tensor: Option<String>,
+    problem: String,
+    remedy: String,
+}
+
+impl Fault {
+    /// The file contradicts its format or itself.
+    pub fn malformed(problem: impl Into<String>, remedy: impl Into<String>) -> Fault {
+        Fault { supported: true, tensor: None, problem: problem.into(), remedy: remedy.into() }
+    }
+
+    /// The file is sound, but computing it is not implemented.
+    pub fn unsupported(problem: impl Into<String>, remedy: impl Into<String>) -> Fault {
+        Fault { supported: false, tensor: None, problem: problem.into(), remedy: remedy.into() }
+    }
+
+    /// The same fault, of this tensor.
+    pub fn in_tensor(self, tensor: impl Into<String>) -> Fault {
+        Fault { tensor: Some(tensor.into()), ..self }
+    }
+
+    /// The same fault, in this file.
+    pub fn at(self, path: &Path) -> ModelError {
+        let Fault { supported, tensor, problem, remedy } = self;
+        let path = path.to_owned();
+        if supported {
+            ModelError::Malformed { path, tensor, problem, remedy }
+        } else {
+            ModelError::Unsupported { path, tensor, problem, remedy }
+        }
+    }
+}
+
+/// Remedy for a file that is damaged or was made by a faulty program.
+pub(super) const FETCH_AGAIN: &str =
+    "fetch the file again and compare its checksum, or convert the model anew";
+
+/// Remedy for a model that the runner would compute wrongly.
+pub(super) const OTHER_MODEL: &str =
+    "choose a dense llama, qwen2 or qwen3 model without this feature";

@@ -1,0 +1,370 @@
+//! Models: a file or folder of weights becomes checked hyperparameters and named tensors.
+//!
+//! A model is mapped, not read: opening it costs its header, and a tensor is
+//! decoded when somebody asks for its rows. Whatever the forward pass needs is
+//! checked on opening, so that it cannot fail later for want of a tensor or a
+//! shape. It knows nothing of arms, recipes or stages.
+
+mod config;
+mod error;
+mod gguf;
+mod gguf_writer;
+mod safetensors;
+pub mod synthetic;
+mod tokenizer;
+mod weights;
+
+use std::collections::btree_map::Entry as MapEntry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use memmap2::{Mmap, MmapMut};
+
+pub use config::{Architecture, Config, Rope, RopeLayout};
+pub use error::ModelError;
+use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+use tokenizer::{Tokenizer, TokenizerFault};
+pub use weights::{Weight, WeightType};
+
+/// GGUF's name for the divisors of RoPE's frequencies.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// `config.json` and the like are far smaller.
+const LARGEST_SMALL_FILE: u64 = 64 << 20;
+
+/// An opened model.
+pub struct Model {
+    path: PathBuf,
+    config: Config,
+    /// Mapped files; tensors name theirs by index.
+    files: Vec<Mmap>,
+    tensors: BTreeMap<String, Place>,
+    vocabulary: Vocabulary,
+    tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
+}
+
+/// Where a tensor stands; checked to lie inside its file and to fit its shape.
+#[derive(Clone, Debug)]
+struct Place {
+    file: usize,
+    bytes: Range<usize>,
+    kind: WeightType,
+    rows: usize,
+    width: usize,
+}
+
+/// Where the tokenizer comes from when it is first needed.
+enum Vocabulary {
+    Gguf(gguf::Header),
+    Folder,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Model({})", self.path.display())
+    }
+}
+
+impl Model {
+    /// Opens a GGUF file, told by its content, or a folder with `config.json` and
+    /// safetensors.
+    ///
+    /// The files are mapped. Somebody who changes one while it is open changes the
+    /// tensors under the program, and one who truncates it ends the program.
+    pub fn open(path: &Path) -> Result<Model, ModelError> {
+        let metadata = std::fs::metadata(path).map_err(|source| io("open", path, source))?;
+        if metadata.is_dir() { Model::open_folder(path) } else { Model::open_gguf(path, map(path)?) }
+    }
+
+    /// Opens a GGUF file that is already in memory; `path` is its name in errors.
+    pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Model, ModelError> {
+        // An anonymous map, so that the tensors are aligned as in a file.
+        let mut copy =
+            MmapMut::map_anon(bytes.len()).map_err(|source| io("copy", path, source))?;
+        copy.copy_from_slice(bytes);
+        let file = copy.make_read_only().map_err(|source| io("copy", path, source))?;
+        Model::open_gguf(path, file)
+    }
+
+    fn open_gguf(path: &Path, file: Mmap) -> Result<Model, ModelError> {
+        if !gguf::is_gguf(&file) {
+            return Err(Fault::malformed(
+                "it does not begin with the bytes `GGUF`",
+                "give a GGUF file or a folder with config.json and safetensors",
+            )
+            .at(path));
+        }
+        let header = gguf::Header::parse(&file).map_err(|fault| fault.at(path))?;
+        let mut tensors = BTreeMap::new();
+        for info in &header.tensors {
+            let gguf::TensorInfo { name, kind, rows, width, bytes } = info;
+            let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
+            tensors.insert(name.clone(), Place { file: 0, bytes, kind, rows, width });
+        }
+        let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
+        if embedding == 0 {
+            return Err(missing_tensor("token_embd.weight").at(path));
+        }
+        let tied = !tensors.contains_key("output.weight");
+        let config = config::from_gguf(&header, &file, embedding, tied);
+        let mut model = Model {
+            path: path.to_owned(),
+            config: config.map_err(|fault| fault.at(path))?,
+            files: vec![file],
+            tensors,
+            vocabulary: Vocabulary::Gguf(header),
+            tokenizer: OnceLock::new(),
+        };
+        model.take_rope_factors()?;
+        model.check_tensors().map_err(|fault| fault.at(path))?;
+        Ok(model)
+    }
+
+    fn open_folder(folder: &Path) -> Result<Model, ModelError> {
+        let json = read_small(&folder.join("config.json"))?;
+        let config = config::from_hf(&json).map_err(|fault| fault.at(folder))?;
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for (path, promised) in safetensors::files(folder)? {
+            let file = map(&path)?;
+            let infos = safetensors::parse(&file).map_err(|fault| fault.at(&path))?;
+            check_promise(&infos, promised.as_ref()).map_err(|fault| fault.at(&path))?;
+            for info in infos {
+                let safetensors::TensorInfo { name, kind, rows, width, bytes } = info;
+                match tensors.entry(name) {
+                    MapEntry::Vacant(entry) => {
+                        entry.insert(Place { file: files.len(), bytes, kind, rows, width });
+                    }
+                    MapEntry::Occupied(entry) => {
+                        let fault = Fault::malformed("two files hold it", FETCH_AGAIN);
+                        return Err(fault.in_tensor(entry.key()).at(&path));
+                    }
+                }
+            }
+            files.push(file);
+        }
+        if config.tied_embeddings {
+            // Transformers overwrites a saved copy with the embedding.
+            tensors.remove("output.weight");
+        }
+        let model = Model {
+            path: folder.to_owned(),
+            config,
+            files,
+            tensors,
+            vocabulary: Vocabulary::Folder,
+            tokenizer: OnceLock::new(),
+        };
+        model.check_tensors().map_err(|fault| fault.at(folder))?;
+        Ok(model)
+    }
+
+    /// Moves the tensor of RoPE's factors into the config, where every reader looks.
+    fn take_rope_factors(&mut self) -> Result<(), ModelError> {
+        if !self.has(ROPE_FACTORS) {
+            return Ok(());
+        }
+        if self.config.architecture != Architecture::Llama {
+            return Ok(());
+        }
+        let tensor = self.tensor(ROPE_FACTORS)?;
+        let pairs = self.config.rope.dimensions / 2;
+        if (tensor.rows(), tensor.width()) != (1, pairs) || tensor.kind() != WeightType::F32 {
+            return Err(Fault::malformed(
+                format!(
+                    "it is {} [{}, {}], not F32 [1, {pairs}]",
+                    tensor.kind(),
+                    tensor.rows(),
+                    tensor.width()
+                ),
+                FETCH_AGAIN,
+            )
+            .in_tensor(ROPE_FACTORS)
+            .at(&self.path));
+        }
+        self.config.rope.factors = Some(tensor.to_vec()?);
+        self.config
+            .check_factors()
+            .map_err(|fault| fault.in_tensor(ROPE_FACTORS).at(&self.path))?;
+        self.tensors.remove(ROPE_FACTORS);
+        Ok(())
+    }
+
+    /// Whether the tensors are exactly those that the architecture computes with.
+    fn check_tensors(&self) -> Result<(), Fault> {
+        let mut used = BTreeSet::new();
+        let blocks = (0..self.config.layers).flat_map(|layer| self.config.expected_in_block(layer));
+        // Lazily: a header that claims a million blocks fails at the first that is missing.
+        for expected in self.config.expected_globals().into_iter().chain(blocks) {
+            let config::Expected { name, rows, width, required } = expected;
+            match self.tensors.get(&name) {
+                None if required => return Err(missing_tensor(&name)),
+                None => continue,
+                Some(place) if (place.rows, place.width) != (rows, width) => {
+                    return Err(Fault::malformed(
+                        format!(
+                            "it is [{}, {}], but the hyperparameters make it [{rows}, {width}]",
+                            place.rows, place.width
+                        ),
+                        FETCH_AGAIN,
+                    )
+                    .in_tensor(name));
+                }
+                Some(_) => used.insert(name),
+            };
+        }
+        match self.tensors.keys().find(|&name| !used.contains(name)) {
+            Some(name) => Err(Fault::unsupported(
+                format!(
+                    "the forward pass of {} with {} blocks has no use for it",
+                    self.config.architecture.name(),
+                    self.config.layers
+                ),
+                OTHER_MODEL,
+            )
+            .in_tensor(name)),
+            None => Ok(()),
+        }
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Whether the model has a tensor of this canonical name, such as
+    /// `blk.0.attn_q.bias`.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor of this canonical name.
+    pub fn tensor(&self, name: &str) -> Result<Weight<'_>, ModelError> {
+        let Some((name, place)) = self.tensors.get_key_value(name) else {
+            return Err(ModelError::NoTensor {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+                nearest: self.nearest(name),
+            });
+        };
+        let bytes = &self.files[place.file][place.bytes.clone()];
+        Weight::new(name, place.kind, place.rows, place.width, bytes)
+    }
+
+    /// The canonical names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    fn nearest(&self, name: &str) -> Vec<String> {
+        let mut names: Vec<&str> = self.names().collect();
+        names.sort_by_cached_key(|candidate| strsim::levenshtein(candidate, name));
+        names.into_iter().take(3).map(str::to_owned).collect()
+    }
+
+    /// The tokens of a text, with a begin-of-sequence token only if the model's own
+    /// tokenizer adds one.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let tokens = self.tokenizer()?.encode(text).map_err(|fault| fault.at(&self.path))?;
+        match tokens.iter().find(|&&token| token as usize >= self.config.vocabulary) {
+            None => Ok(tokens),
+            Some(token) => Err(TokenizerFault::new(format!(
+                "it gives token {token}, but the embedding has {} rows",
+                self.config.vocabulary
+            ))
+            .at(&self.path)),
+        }
+    }
+
+    /// The text of the tokens, special tokens spelled out.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, ModelError> {
+        self.tokenizer()?.decode(tokens).map_err(|fault| fault.at(&self.path))
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer, ModelError> {
+        let built = self.tokenizer.get_or_init(|| match &self.vocabulary {
+            Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0]),
+            Vocabulary::Folder => tokenizer::from_folder(&self.path),
+        });
+        built.as_ref().map_err(|fault| fault.clone().at(&self.path))
+    }
+}
+
+fn missing_tensor(name: &str) -> Fault {
+    Fault::malformed("it is missing", "fetch all files of the model, or convert it anew")
+        .in_tensor(name)
+}
+
+/// Whether a shard holds what the index says, no more and no less.
+fn check_promise(
+    infos: &[safetensors::TensorInfo],
+    promised: Option<&BTreeSet<String>>,
+) -> Result<(), Fault> {
+    let Some(promised) = promised else { return Ok(()) };
+    let promised: BTreeSet<String> = promised
+        .iter()
+        .filter(|name| !safetensors::is_ignored(name))
+        .map(|name| safetensors::renamed(name).unwrap_or_else(|| name.clone()))
+        .collect();
+    let held: BTreeSet<String> = infos.iter().map(|info| info.name.clone()).collect();
+    match promised.symmetric_difference(&held).next() {
+        None => Ok(()),
+        Some(name) => {
+            let problem = if held.contains(name) {
+                "the index does not place it in this file"
+            } else {
+                "the index places it in this file, which does not hold it"
+            };
+            Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name))
+        }
+    }
+}
+
+fn io(action: &'static str, path: &Path, source: std::io::Error) -> ModelError {
+    ModelError::Io { action, path: path.to_owned(), source }
+}
+
+/// Reads a file that must be small.
+fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let file = File::open(path).map_err(|source| io("open", path, source))?;
+    let mut bytes = Vec::new();
+    file.take(LARGEST_SMALL_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|source| io("read", path, source))?;
+    if bytes.len() as u64 > LARGEST_SMALL_FILE {
+        return Err(Fault::malformed("it is larger than 64 MiB", FETCH_AGAIN).at(path));
+    }
+    Ok(bytes)
+}
+
+/// Maps a regular file.
+fn map(path: &Path) -> Result<Mmap, ModelError> {
+    let file = File::open(path).map_err(|source| io("open", path, source))?;
+    let metadata = file.metadata().map_err(|source| io("inspect", path, source))?;
+    if !metadata.is_file() {
+        return Err(Fault::malformed(
+            "it is not a regular file",
+            "give a GGUF file or a folder with config.json and safetensors",
+        )
+        .at(path));
+    }
+    map_file(&file).map_err(|source| io("map", path, source))
+}
+
+fn map_file(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is read-only and private to this process. What is not sound in
+    // principle is that another process may change or truncate the file while it is
+    // mapped: the bytes would change under a `&[u8]`, or an access past the new end
+    // would raise SIGBUS. Weights are only ever decoded as plain numbers, for which
+    // every bit pattern is valid, and the documentation of `Model::open` says that the
+    // files must be left alone.
+    unsafe { Mmap::map(file) }
+}

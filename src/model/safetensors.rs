@@ -1,0 +1,270 @@
+//! A Hugging Face folder: `config.json` and one or more safetensors files.
+//!
+//! It finds the files, checks their headers and gives every tensor its canonical
+//! (GGUF) name. It knows neither the architecture's demands nor how values are
+//! decoded. A name is parsed from its beginning, never searched for a part, and
+//! a shard may not lie outside the folder.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+
+use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
+use super::weights::WeightType;
+
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The limit of the safetensors format.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// A tensor of a safetensors file under its canonical name.
+#[derive(Debug)]
+pub(super) struct TensorInfo {
+    pub name: String,
+    pub kind: WeightType,
+    pub rows: usize,
+    pub width: usize,
+    /// Bytes of the file.
+    pub bytes: Range<usize>,
+}
+
+/// The files that hold the weights, each with the tensors that the index
+/// promises there, if there is an index.
+pub(super) fn files(folder: &Path) -> Result<Vec<(PathBuf, Option<BTreeSet<String>>)>, ModelError> {
+    let single = folder.join(SINGLE_FILE);
+    if single.exists() {
+        return Ok(vec![(inside(folder, SINGLE_FILE)?, None)]);
+    }
+    let index = folder.join(INDEX_FILE);
+    if !index.exists() {
+        return Err(Fault::malformed(
+            format!("the folder has neither {SINGLE_FILE} nor {INDEX_FILE}"),
+            "fetch the model's safetensors files, or give a GGUF file",
+        )
+        .at(folder));
+    }
+    let json = super::read_small(&index)?;
+    let index_of: Index = serde_json::from_slice(&json)
+        .map_err(|error| Fault::malformed(error.to_string(), FETCH_AGAIN).at(&index))?;
+    let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (tensor, shard) in index_of.weight_map {
+        shards.entry(shard).or_default().insert(tensor);
+    }
+    shards.into_iter().map(|(shard, names)| Ok((inside(folder, &shard)?, Some(names)))).collect()
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The path of `name` in `folder`. A link may lead to the blob store that the
+/// Hugging Face cache keeps beside its snapshots, and nowhere else outside.
+fn inside(folder: &Path, name: &str) -> Result<PathBuf, ModelError> {
+    let outside = || {
+        Fault::malformed(
+            format!("its shard `{}` lies outside the folder", shown(name)),
+            "fetch the model again from a source that you trust",
+        )
+        .at(folder)
+    };
+    let mut components = Path::new(name).components();
+    let (Some(Component::Normal(_)), None) = (components.next(), components.next()) else {
+        return Err(outside());
+    };
+    let path = folder.join(name);
+    let resolve = |path: &Path| {
+        path.canonicalize().map_err(|source| ModelError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let (target, home) = (resolve(&path)?, resolve(folder)?);
+    let cache = home.parent().filter(|parent| parent.ends_with("snapshots"));
+    let blobs = cache.and_then(Path::parent).map(|model| model.join("blobs"));
+    let parent = target.parent();
+    if parent == Some(&home) || (blobs.is_some() && parent == blobs.as_deref()) {
+        Ok(path)
+    } else {
+        Err(outside())
+    }
+}
+
+/// Reads and checks the header of a safetensors file.
+pub(super) fn parse(file: &[u8]) -> Result<Vec<TensorInfo>, Fault> {
+    let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
+    let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
+        return Err(bad("it is shorter than a safetensors header".into()));
+    };
+    let header = usize::try_from(length).ok().filter(|_| length <= LONGEST_HEADER);
+    let Some(json) = header.and_then(|length| file[8..].get(..length)) else {
+        return Err(bad(format!(
+            "its header of {length} bytes does not fit the file of {}",
+            file.len()
+        )));
+    };
+    let keys: UniqueKeys =
+        serde_json::from_slice(json).map_err(|error| bad(format!("its header: {error}")))?;
+    // Checks that shapes, types and places agree and that the places tile the data.
+    let metadata: Metadata =
+        serde_json::from_slice(json).map_err(|error| bad(format!("its header: {error}")))?;
+    let data = &file[8 + json.len()..];
+    if metadata.data_len() != data.len() {
+        return Err(bad(format!(
+            "its tensors need {} bytes, but {} follow the header",
+            metadata.data_len(),
+            data.len()
+        )));
+    }
+    let mut tensors = Vec::new();
+    for name in keys.0 {
+        let Some(info) = metadata.info(&name) else { continue };
+        match canonical_name(&name) {
+            Canonical::Ignored => continue,
+            Canonical::Known(canonical) => {
+                let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets)
+                    .map_err(|fault| fault.in_tensor(&name))?;
+                let Range { start, end } = tensor.bytes;
+                let bytes = 8 + json.len() + start..8 + json.len() + end;
+                tensors.push(TensorInfo { bytes, ..tensor });
+            }
+            Canonical::Unknown => {
+                return Err(Fault::unsupported(
+                    "the forward pass has no use for it",
+                    "choose a plain llama, qwen2 or qwen3 model",
+                )
+                .in_tensor(&name));
+            }
+        }
+    }
+    Ok(tensors)
+}
+
+fn tensor(
+    name: String,
+    dtype: Dtype,
+    shape: &[usize],
+    place: (usize, usize),
+) -> Result<TensorInfo, Fault> {
+    let kind = match dtype {
+        Dtype::F32 => WeightType::F32,
+        Dtype::F16 => WeightType::F16,
+        Dtype::BF16 => WeightType::BF16,
+        other => {
+            return Err(Fault::unsupported(
+                format!("its type is {other:?}"),
+                "save the model in F32, F16 or BF16",
+            ));
+        }
+    };
+    let (rows, width) = match *shape {
+        [width] => (1, width),
+        [rows, width] => (rows, width),
+        _ => {
+            return Err(Fault::malformed(
+                format!("its shape {shape:?} is neither a vector's nor a matrix's"),
+                FETCH_AGAIN,
+            ));
+        }
+    };
+    if rows == 0 || width == 0 {
+        return Err(Fault::malformed(format!("its shape {shape:?} has a zero"), FETCH_AGAIN));
+    }
+    Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1 })
+}
+
+/// What a Hugging Face tensor is called in a GGUF file.
+enum Canonical {
+    Known(String),
+    /// Derived data that old checkpoints saved.
+    Ignored,
+    Unknown,
+}
+
+fn canonical_name(name: &str) -> Canonical {
+    let known = match name {
+        "model.embed_tokens.weight" => "token_embd.weight",
+        "model.norm.weight" => "output_norm.weight",
+        "lm_head.weight" => "output.weight",
+        _ => return canonical_block_name(name),
+    };
+    Canonical::Known(known.to_owned())
+}
+
+fn canonical_block_name(name: &str) -> Canonical {
+    let Some((layer, part)) =
+        name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
+    else {
+        return Canonical::Unknown;
+    };
+    let Some(layer) = layer.parse::<u32>().ok().filter(|index| index.to_string() == layer) else {
+        return Canonical::Unknown;
+    };
+    let part = match part {
+        "input_layernorm.weight" => "attn_norm.weight",
+        "self_attn.q_proj.weight" => "attn_q.weight",
+        "self_attn.k_proj.weight" => "attn_k.weight",
+        "self_attn.v_proj.weight" => "attn_v.weight",
+        "self_attn.q_proj.bias" => "attn_q.bias",
+        "self_attn.k_proj.bias" => "attn_k.bias",
+        "self_attn.v_proj.bias" => "attn_v.bias",
+        "self_attn.q_norm.weight" => "attn_q_norm.weight",
+        "self_attn.k_norm.weight" => "attn_k_norm.weight",
+        "self_attn.o_proj.weight" => "attn_output.weight",
+        "post_attention_layernorm.weight" => "ffn_norm.weight",
+        "mlp.gate_proj.weight" => "ffn_gate.weight",
+        "mlp.up_proj.weight" => "ffn_up.weight",
+        "mlp.down_proj.weight" => "ffn_down.weight",
+        "self_attn.rotary_emb.inv_freq" => return Canonical::Ignored,
+        _ => return Canonical::Unknown,
+    };
+    Canonical::Known(format!("blk.{layer}.{part}"))
+}
+
+/// The Hugging Face name of a canonical one, for checking an index.
+pub(super) fn is_ignored(name: &str) -> bool {
+    matches!(canonical_name(name), Canonical::Ignored)
+}
+
+/// The canonical name of a Hugging Face tensor, if the forward pass knows it.
+pub(super) fn renamed(name: &str) -> Option<String> {
+    match canonical_name(name) {
+        Canonical::Known(name) => Some(name),
+        Canonical::Ignored | Canonical::Unknown => None,
+    }
+}
+
+/// The keys of a JSON object, refused if one occurs twice: a map would keep the last.
+struct UniqueKeys(Vec<String>);
+
+impl<'de> Deserialize<'de> for UniqueKeys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<UniqueKeys, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = UniqueKeys;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueKeys, A::Error> {
+                let mut keys = BTreeSet::new();
+                while let Some((key, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+                    if keys.contains(&key) {
+                        let name = shown(&key);
+                        return Err(serde::de::Error::custom(format!("`{name}` occurs twice")));
+                    }
+                    keys.insert(key);
+                }
+                Ok(UniqueKeys(keys.into_iter().collect()))
+            }
+        }
+        deserializer.deserialize_map(Keys)
+    }
+}

@@ -1,0 +1,443 @@
+//! Synthetic models: real GGUF files with real shapes and seeded values, made
+//! where no weights are at hand.
+//!
+//! It decides shapes and statistics; [`blocks`] turns them into bytes. The same
+//! preset and seed give the same bytes on every machine: random numbers come from
+//! a counter, and values from IEEE operations alone, never from a platform's
+//! mathematics library.
+//!
+//! The statistics are those that make low precision hard in real models: a few
+//! channels of the residual stream carry values some 25 times larger than the
+//! rest, the same channels in every layer, and the weights of a row differ in
+//! size from block to block.
+
+mod blocks;
+mod vocabulary;
+
+use std::fmt;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use super::config::Architecture;
+use super::gguf_writer::{ALIGNMENT, HeaderWriter};
+use super::weights::WeightType;
+use super::{Model, ModelError, io as io_error};
+use blocks::{Columns, Random, RowWriter};
+
+/// Part of the file's name. It grows when the same preset and seed give other bytes.
+///
+/// 1: the first.
+const GENERATOR_VERSION: u32 = 1;
+/// Bytes generated at once.
+const CHUNK: usize = 8 << 20;
+
+/// A model that can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Preset {
+    /// Qwen2 in small: biases, grouped-query attention, an output matrix of its own.
+    Qwen2Tiny,
+    /// Llama in small: interleaved RoPE with frequency factors, tied embeddings.
+    LlamaTiny,
+    /// Qwen3 in small: norms on Q and K, heads wider than their share of the hidden width.
+    Qwen3Tiny,
+    /// The shapes of Qwen2.5-0.5B, tied embeddings.
+    Qwen25Half,
+    /// The shapes of Qwen2.5-7B.
+    Qwen25Seven,
+}
+
+impl Preset {
+    /// All presets, the default first.
+    pub const ALL: [Preset; 5] = [
+        Preset::Qwen2Tiny,
+        Preset::LlamaTiny,
+        Preset::Qwen3Tiny,
+        Preset::Qwen25Half,
+        Preset::Qwen25Seven,
+    ];
+
+    /// The name that a manifest gives after `synthetic:`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Preset::Qwen2Tiny => "qwen2-tiny",
+            Preset::LlamaTiny => "llama-tiny",
+            Preset::Qwen3Tiny => "qwen3-tiny",
+            Preset::Qwen25Half => "qwen2.5-0.5b",
+            Preset::Qwen25Seven => "qwen2.5-7b",
+        }
+    }
+
+    /// The preset of that name.
+    pub fn from_name(name: &str) -> Option<Preset> {
+        Preset::ALL.into_iter().find(|preset| preset.name() == name)
+    }
+
+    fn shape(self) -> Shape {
+        let tiny = Shape {
+            architecture: Architecture::Qwen2,
+            layers: 4,
+            hidden: 256,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            ffn: 768,
+            vocabulary: 2048,
+            rms_norm_eps: 1e-6,
+            theta: 1e6,
+            tied: false,
+        };
+        match self {
+            Preset::Qwen2Tiny => tiny,
+            Preset::LlamaTiny => Shape {
+                architecture: Architecture::Llama,
+                heads: 8,
+                head_dim: 32,
+                rms_norm_eps: 1e-5,
+                theta: 5e5,
+                tied: true,
+                ..tiny
+            },
+            Preset::Qwen3Tiny => {
+                Shape { architecture: Architecture::Qwen3, head_dim: 128, ..tiny }
+            }
+            Preset::Qwen25Half => Shape {
+                layers: 24,
+                hidden: 896,
+                heads: 14,
+                ffn: 4864,
+                vocabulary: 151_936,
+                tied: true,
+                ..tiny
+            },
+            Preset::Qwen25Seven => Shape {
+                layers: 28,
+                hidden: 3584,
+                heads: 28,
+                kv_heads: 4,
+                head_dim: 128,
+                ffn: 18_944,
+                vocabulary: 152_064,
+                ..tiny
+            },
+        }
+    }
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The file of a preset in `cache_dir`, made if it is not there whole.
+pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, ModelError> {
+    let path = cache_dir.join(format!("{preset}-seed{seed}-v{GENERATOR_VERSION}.gguf"));
+    // Opening checks every tensor's place against the file's length.
+    if path.exists() && Model::open(&path).is_ok() {
+        return Ok(path);
+    }
+    let failed = |error| io_error("make the synthetic model", &path, error);
+    std::fs::create_dir_all(cache_dir).map_err(failed)?;
+    let mut file = tempfile::NamedTempFile::new_in(cache_dir).map_err(failed)?;
+    write(preset, seed, file.as_file_mut()).map_err(failed)?;
+    file.persist(&path).map_err(|error| failed(error.error))?;
+    Ok(path)
+}
+
+/// Writes the preset's GGUF file, a few megabytes at a time.
+pub fn write(preset: Preset, seed: u64, out: &mut (dyn Write + Send)) -> io::Result<()> {
+    let shape = preset.shape();
+    let tensors = shape.tensors();
+    out.write_all(&shape.header(preset, seed, &tensors))?;
+    let outliers = shape.outliers(seed);
+    // The next chunk is generated while the last one is written.
+    let mut ready = Vec::new();
+    for tensor in &tensors {
+        let row_bytes = tensor.kind.row_bytes(tensor.width);
+        let chunk_rows = (CHUNK / row_bytes).max(1);
+        for first in (0..tensor.rows).step_by(chunk_rows) {
+            let rows = chunk_rows.min(tensor.rows - first);
+            let last = first + rows == tensor.rows;
+            let (written, next) = rayon::join(
+                || out.write_all(&ready),
+                || tensor.generate(seed, &outliers, first, rows, last),
+            );
+            written?;
+            ready = next;
+        }
+    }
+    out.write_all(&ready)?;
+    out.flush()
+}
+
+/// Hyperparameters of a preset.
+struct Shape {
+    architecture: Architecture,
+    layers: usize,
+    hidden: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    ffn: usize,
+    vocabulary: usize,
+    rms_norm_eps: f32,
+    theta: f32,
+    tied: bool,
+}
+
+/// A tensor to be made.
+struct Planned {
+    name: String,
+    kind: WeightType,
+    rows: usize,
+    width: usize,
+    values: Values,
+}
+
+/// What a tensor's values look like.
+#[derive(Clone, Copy)]
+enum Values {
+    /// Gains around `mean`, within 40 %; those of outlier channels are `outlier` times that.
+    Gain { mean: f32, outlier: f32, signed: bool },
+    /// Small offsets with a few large ones.
+    Bias { size: f32, spike: f32 },
+    /// Llama 3's frequency divisors in shape: 1, a ramp, then 32.
+    RopeFactors,
+    /// A weight with this standard deviation.
+    Matrix { deviation: f32, columns: Columns, rows: Rows },
+}
+
+/// Which rows of a matrix are larger than the others.
+#[derive(Clone, Copy)]
+enum Rows {
+    /// None.
+    Even,
+    /// Those that write an outlier channel of the residual stream.
+    Outliers,
+    /// One in 64: feed-forward neurons that fire hard.
+    Neurons,
+}
+
+/// Standard deviation of the embedding. Its mean square, 4e-4, leaves an RMS norm's
+/// epsilon of 1e-5 visible, as it is in the first layers of real models.
+const EMBEDDING: f32 = 0.02;
+/// What each block adds to the residual stream: it grows mildly with depth.
+const ADDED: f32 = 0.5 * EMBEDDING;
+/// Standard deviation of the logits.
+const LOGITS: f32 = 2.5;
+
+impl Shape {
+    /// Channels of the residual stream that carry large values, ascending.
+    fn outliers(&self, seed: u64) -> Vec<usize> {
+        let count = 2 + self.hidden / 896;
+        let share = self.hidden / count;
+        let mut random = Random::new(seed, "outlier channels", 0);
+        (0..count).map(|n| n * share + random.below(share)).collect()
+    }
+
+    /// The type that `Q4_K_M` gives a matrix: K-quants where rows fill their blocks
+    /// of 256, else the blocks of 32 that llama.cpp falls back to.
+    fn kind(&self, width: usize, more_bits: bool) -> WeightType {
+        match (width.is_multiple_of(256), more_bits) {
+            (true, false) => WeightType::Q4K,
+            (true, true) => WeightType::Q6K,
+            (false, false) => WeightType::Q5_0,
+            (false, true) => WeightType::Q8_0,
+        }
+    }
+
+    fn tensors(&self) -> Vec<Planned> {
+        let embedding = Values::Matrix {
+            deviation: EMBEDDING,
+            columns: Columns::Amplified,
+            rows: Rows::Even,
+        };
+        let kind = self.kind(self.hidden, self.tied);
+        let mut tensors =
+            vec![planned("token_embd.weight", kind, self.vocabulary, self.hidden, embedding)];
+        if self.architecture == Architecture::Llama {
+            let width = self.head_dim / 2;
+            let factors = Values::RopeFactors;
+            tensors.push(planned("rope_freqs.weight", WeightType::F32, 1, width, factors));
+        }
+        for layer in 0..self.layers {
+            self.block(layer, &mut tensors);
+        }
+        let root = (self.hidden as f32).sqrt();
+        // A random tied model would only echo its input: the residual stream still
+        // holds the token's embedding. Gains of both signs turn it away from itself.
+        let gain = if self.tied {
+            Values::Gain { mean: LOGITS / (EMBEDDING * root), outlier: 1.0 / 16.0, signed: true }
+        } else {
+            Values::Gain { mean: 1.0, outlier: 0.25, signed: false }
+        };
+        tensors.push(planned("output_norm.weight", WeightType::F32, 1, self.hidden, gain));
+        if !self.tied {
+            let kind = self.kind(self.hidden, true);
+            let output = reader(LOGITS / root, Rows::Even);
+            tensors.push(planned("output.weight", kind, self.vocabulary, self.hidden, output));
+        }
+        tensors
+    }
+
+    fn block(&self, layer: usize, tensors: &mut Vec<Planned>) {
+        let Shape { hidden, ffn, head_dim, .. } = *self;
+        let (queries, keys) = (self.heads * head_dim, self.kv_heads * head_dim);
+        // llama.cpp's `use_more_bits`.
+        let eighth = self.layers / 8;
+        let more = layer < eighth
+            || layer >= 7 * self.layers / 8
+            || (layer - eighth) % 3 == 2;
+        let unit = 1.0 / (hidden as f32).sqrt();
+        let mut add = |name: &str, kind, rows, width, values| {
+            tensors.push(planned(&format!("blk.{layer}.{name}"), kind, rows, width, values));
+        };
+        let (low, high) = (self.kind(hidden, false), self.kind(hidden, more));
+        let norm = Values::Gain { mean: 1.0, outlier: 4.0, signed: false };
+        add("attn_norm.weight", WeightType::F32, 1, hidden, norm);
+        add("attn_q.weight", low, queries, hidden, reader(1.2 * unit, Rows::Even));
+        add("attn_k.weight", low, keys, hidden, reader(1.2 * unit, Rows::Even));
+        add("attn_v.weight", high, keys, hidden, reader(unit, Rows::Even));
+        match self.architecture {
+            Architecture::Llama => {}
+            Architecture::Qwen2 => {
+                let bias = |size, spike| Values::Bias { size, spike };
+                add("attn_q.bias", WeightType::F32, 1, queries, bias(0.3, 0.0));
+                add("attn_k.bias", WeightType::F32, 1, keys, bias(0.3, 3.0));
+                add("attn_v.bias", WeightType::F32, 1, keys, bias(0.05, 0.0));
+            }
+            Architecture::Qwen3 => {
+                let gain = Values::Gain { mean: 1.1, outlier: 1.0, signed: false };
+                add("attn_q_norm.weight", WeightType::F32, 1, head_dim, gain);
+                add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
+            }
+        }
+        // Attention averages its values, and SwiGLU halves them: both come in near 0.7.
+        let writer = |width: usize| Values::Matrix {
+            deviation: ADDED / (0.7 * (width as f32).sqrt()),
+            columns: Columns::Even,
+            rows: Rows::Outliers,
+        };
+        let kind = self.kind(queries, false);
+        add("attn_output.weight", kind, hidden, queries, writer(queries));
+        add("ffn_norm.weight", WeightType::F32, 1, hidden, norm);
+        add("ffn_gate.weight", low, ffn, hidden, reader(1.5 * unit, Rows::Neurons));
+        add("ffn_up.weight", low, ffn, hidden, reader(unit, Rows::Neurons));
+        add("ffn_down.weight", self.kind(ffn, more), hidden, ffn, writer(ffn));
+    }
+
+    fn header(&self, preset: Preset, seed: u64, tensors: &[Planned]) -> Vec<u8> {
+        let mut header = HeaderWriter::default();
+        let architecture = self.architecture.name();
+        header.text("general.architecture", architecture);
+        header.text("general.type", "model");
+        header.text("general.name", &format!("synthetic {preset}, seed {seed}"));
+        header.unsigned("general.quantization_version", 2);
+        let sizes = [
+            ("block_count", self.layers),
+            ("context_length", 32_768),
+            ("embedding_length", self.hidden),
+            ("feed_forward_length", self.ffn),
+            ("attention.head_count", self.heads),
+            ("attention.head_count_kv", self.kv_heads),
+            ("attention.key_length", self.head_dim),
+            ("attention.value_length", self.head_dim),
+            ("rope.dimension_count", self.head_dim),
+            ("vocab_size", self.vocabulary),
+        ];
+        for (key, value) in sizes {
+            header.unsigned(&format!("{architecture}.{key}"), value as u32);
+        }
+        header.float(&format!("{architecture}.rope.freq_base"), self.theta);
+        let key = format!("{architecture}.attention.layer_norm_rms_epsilon");
+        header.float(&key, self.rms_norm_eps);
+        let cut = if self.architecture == Architecture::Llama { "smollm" } else { "qwen2" };
+        vocabulary::write(&mut header, self.vocabulary, cut);
+        for tensor in tensors {
+            header.tensor(&tensor.name, tensor.kind, tensor.rows, tensor.width);
+        }
+        header.finish()
+    }
+}
+
+/// A matrix that reads the residual stream: what it does with outlier channels is
+/// small, else they would be all that it sees.
+fn reader(deviation: f32, rows: Rows) -> Values {
+    Values::Matrix { deviation, columns: Columns::Damped, rows }
+}
+
+fn planned(name: &str, kind: WeightType, rows: usize, width: usize, values: Values) -> Planned {
+    Planned { name: name.to_owned(), kind, rows, width, values }
+}
+
+impl Planned {
+    /// The bytes of some rows, and the padding behind the last one.
+    fn generate(
+        &self,
+        seed: u64,
+        outliers: &[usize],
+        first: usize,
+        rows: usize,
+        last: bool,
+    ) -> Vec<u8> {
+        let row_bytes = self.kind.row_bytes(self.width);
+        let mut bytes = vec![0; rows * row_bytes];
+        match self.values {
+            Values::Matrix { deviation, columns, rows } => {
+                let writer = RowWriter::new(self.kind, columns, outliers);
+                bytes.par_chunks_mut(row_bytes).enumerate().for_each(|(n, bytes)| {
+                    let row = first + n;
+                    let random = Random::new(seed, &self.name, row as u64);
+                    writer.write(random, deviation * rows.scale(row, outliers), bytes);
+                });
+            }
+            _ => {
+                let values = self.vector(seed, outliers);
+                for (bytes, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *bytes = value.to_le_bytes();
+                }
+            }
+        }
+        if last {
+            let all = self.rows * row_bytes;
+            bytes.resize(bytes.len() + all.next_multiple_of(ALIGNMENT) - all, 0);
+        }
+        bytes
+    }
+
+    fn vector(&self, seed: u64, outliers: &[usize]) -> Vec<f32> {
+        let mut random = Random::new(seed, &self.name, 0);
+        let value = |index: usize| match self.values {
+            Values::Gain { mean, outlier, signed } => {
+                let size = if outliers.contains(&index) { outlier } else { 1.0 };
+                let gain = mean * size * (1.0 + 0.4 * random.symmetric());
+                if signed && random.below(2) == 1 { -gain } else { gain }
+            }
+            Values::Bias { size, spike } => {
+                let spikes = spike != 0.0 && random.below(16) == 0;
+                random.symmetric() * if spikes { spike } else { 1.7 * size }
+            }
+            Values::RopeFactors => {
+                // In quarters: fast waves are kept, slow ones stretched 32 times.
+                let place = 4.0 * index as f32 / self.width as f32;
+                1.0 + 31.0 * (place - 2.0).clamp(0.0, 1.0)
+            }
+            Values::Matrix { .. } => unreachable!("matrices are written row by row"),
+        };
+        (0..self.width).map(value).collect()
+    }
+}
+
+impl Rows {
+    fn scale(self, row: usize, outliers: &[usize]) -> f32 {
+        match self {
+            Rows::Even => 1.0,
+            Rows::Outliers if outliers.contains(&row) => 6.0,
+            Rows::Outliers => 1.0,
+            Rows::Neurons if row % 64 == 17 => 3.0,
+            Rows::Neurons => 1.0,
+        }
+    }
+}

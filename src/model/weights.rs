@@ -1,0 +1,358 @@
+//! One tensor of a model file: its bytes, and its values a few rows at a time.
+//!
+//! It knows block formats, not files: the readers hand it bytes whose length
+//! they have checked against the shape. The codecs of the block types are
+//! candle's; the plain float types are decoded here, where they need no
+//! alignment and no copy.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+
+use candle_core::CpuStorage;
+use candle_core::quantized::GgmlDType;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::error::ModelError;
+
+/// How a tensor's values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WeightType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of a binary32.
+    BF16,
+    /// 4 bits, blocks of 32 with a scale.
+    Q4_0,
+    /// 4 bits, blocks of 32 with a scale and a minimum.
+    Q4_1,
+    /// 5 bits, blocks of 32 with a scale.
+    Q5_0,
+    /// 5 bits, blocks of 32 with a scale and a minimum.
+    Q5_1,
+    /// 8 bits, blocks of 32 with a scale.
+    Q8_0,
+    /// 2 bits, blocks of 256 in 16 groups with 4-bit scales and minimums.
+    Q2K,
+    /// 3 bits, blocks of 256 in 16 groups with 6-bit scales.
+    Q3K,
+    /// 4 bits, blocks of 256 in 8 groups with 6-bit scales and minimums.
+    Q4K,
+    /// 5 bits, blocks of 256 in 8 groups with 6-bit scales and minimums.
+    Q5K,
+    /// 6 bits, blocks of 256 in 16 groups with 8-bit scales.
+    Q6K,
+    /// 8 bits, blocks of 256 with a binary32 scale.
+    Q8K,
+}
+
+impl WeightType {
+    /// All types.
+    pub const ALL: [WeightType; 14] = [
+        WeightType::F32,
+        WeightType::F16,
+        WeightType::BF16,
+        WeightType::Q4_0,
+        WeightType::Q4_1,
+        WeightType::Q5_0,
+        WeightType::Q5_1,
+        WeightType::Q8_0,
+        WeightType::Q2K,
+        WeightType::Q3K,
+        WeightType::Q4K,
+        WeightType::Q5K,
+        WeightType::Q6K,
+        WeightType::Q8K,
+    ];
+
+    /// The name that ggml gives the type, such as `Q4_K`.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightType::F32 => "F32",
+            WeightType::F16 => "F16",
+            WeightType::BF16 => "BF16",
+            WeightType::Q4_0 => "Q4_0",
+            WeightType::Q4_1 => "Q4_1",
+            WeightType::Q5_0 => "Q5_0",
+            WeightType::Q5_1 => "Q5_1",
+            WeightType::Q8_0 => "Q8_0",
+            WeightType::Q2K => "Q2_K",
+            WeightType::Q3K => "Q3_K",
+            WeightType::Q4K => "Q4_K",
+            WeightType::Q5K => "Q5_K",
+            WeightType::Q6K => "Q6_K",
+            WeightType::Q8K => "Q8_K",
+        }
+    }
+
+    /// Values in a block.
+    pub fn block_width(self) -> usize {
+        self.candle().block_size()
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        self.candle().type_size()
+    }
+
+    /// Bytes of a row of `width` values; `width` must fill whole blocks.
+    pub fn row_bytes(self, width: usize) -> usize {
+        width / self.block_width() * self.block_bytes()
+    }
+
+    /// ggml's number of the type, as GGUF files hold it.
+    pub(super) fn ggml(self) -> u32 {
+        match self {
+            WeightType::F32 => 0,
+            WeightType::F16 => 1,
+            WeightType::Q4_0 => 2,
+            WeightType::Q4_1 => 3,
+            WeightType::Q5_0 => 6,
+            WeightType::Q5_1 => 7,
+            WeightType::Q8_0 => 8,
+            WeightType::Q2K => 10,
+            WeightType::Q3K => 11,
+            WeightType::Q4K => 12,
+            WeightType::Q5K => 13,
+            WeightType::Q6K => 14,
+            WeightType::Q8K => 15,
+            WeightType::BF16 => 30,
+        }
+    }
+
+    /// The type of ggml's number, else the name of the type that it would be.
+    pub(super) fn from_ggml(id: u32) -> Result<WeightType, String> {
+        let known = WeightType::ALL.into_iter().find(|kind| kind.ggml() == id);
+        known.ok_or_else(|| {
+            let name = match id {
+                9 => "Q8_1",
+                16 => "IQ2_XXS",
+                17 => "IQ2_XS",
+                18 => "IQ3_XXS",
+                19 => "IQ1_S",
+                20 => "IQ4_NL",
+                21 => "IQ3_S",
+                22 => "IQ2_S",
+                23 => "IQ4_XS",
+                24 => "I8",
+                25 => "I16",
+                26 => "I32",
+                27 => "I64",
+                28 => "F64",
+                29 => "IQ1_M",
+                34 => "TQ1_0",
+                35 => "TQ2_0",
+                39 => "MXFP4",
+                other => return format!("number {other}"),
+            };
+            name.to_owned()
+        })
+    }
+
+    fn candle(self) -> GgmlDType {
+        match self {
+            WeightType::F32 => GgmlDType::F32,
+            WeightType::F16 => GgmlDType::F16,
+            WeightType::BF16 => GgmlDType::BF16,
+            WeightType::Q4_0 => GgmlDType::Q4_0,
+            WeightType::Q4_1 => GgmlDType::Q4_1,
+            WeightType::Q5_0 => GgmlDType::Q5_0,
+            WeightType::Q5_1 => GgmlDType::Q5_1,
+            WeightType::Q8_0 => GgmlDType::Q8_0,
+            WeightType::Q2K => GgmlDType::Q2K,
+            WeightType::Q3K => GgmlDType::Q3K,
+            WeightType::Q4K => GgmlDType::Q4K,
+            WeightType::Q5K => GgmlDType::Q5K,
+            WeightType::Q6K => GgmlDType::Q6K,
+            WeightType::Q8K => GgmlDType::Q8K,
+        }
+    }
+}
+
+impl fmt::Display for WeightType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Values decoded through candle at once: its result stays in the L1 and L2 caches.
+const CHUNK: usize = 8192;
+
+/// A tensor in its file, row-major `[rows, width]`; a vector has one row.
+#[derive(Clone, Copy)]
+pub struct Weight<'a> {
+    name: &'a str,
+    kind: WeightType,
+    rows: usize,
+    width: usize,
+    bytes: &'a [u8],
+}
+
+impl fmt::Debug for Weight<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Weight({} {} [{}, {}])", self.name, self.kind, self.rows, self.width)
+    }
+}
+
+impl<'a> Weight<'a> {
+    /// A tensor over `bytes`, which must hold exactly `rows` rows of whole blocks.
+    pub fn new(
+        name: &'a str,
+        kind: WeightType,
+        rows: usize,
+        width: usize,
+        bytes: &'a [u8],
+    ) -> Result<Weight<'a>, ModelError> {
+        let weight = Weight { name, kind, rows, width, bytes };
+        let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
+        let size = (width / kind.block_width())
+            .checked_mul(kind.block_bytes())
+            .and_then(|row| row.checked_mul(rows));
+        if rows == 0 || !whole_blocks || size != Some(bytes.len()) {
+            return Err(weight.refuse(format!(
+                "{} bytes are not {rows} rows of {width} {kind} values",
+                bytes.len()
+            )));
+        }
+        Ok(weight)
+    }
+
+    /// The canonical name, such as `blk.0.attn_q.weight`.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// Number of rows; outputs, where the tensor is a GEMM's weight.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of values in a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// How the values are stored.
+    pub fn kind(&self) -> WeightType {
+        self.kind
+    }
+
+    /// The tensor as it stands in the file.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The rows as they stand in the file.
+    ///
+    /// # Panics
+    /// If the rows are not all there, as slicing does.
+    pub fn row_bytes(&self, rows: Range<usize>) -> &'a [u8] {
+        let row = self.kind.row_bytes(self.width);
+        &self.bytes[rows.start * row..rows.end * row]
+    }
+
+    /// Decodes rows into `out`, which must hold `rows.len() * width` values.
+    pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(self.refuse(format!(
+                "rows {}..{} of {} were asked for",
+                rows.start, rows.end, self.rows
+            )));
+        }
+        if out.len() != rows.len() * self.width {
+            return Err(self.refuse(format!(
+                "{} rows of {} do not fit a buffer of {} values",
+                rows.len(),
+                self.width,
+                out.len()
+            )));
+        }
+        let bytes = self.row_bytes(rows);
+        match self.kind {
+            WeightType::F32 => decode_f32(bytes, out),
+            WeightType::F16 => decode_f16(bytes, out),
+            WeightType::BF16 => decode_bf16(bytes, out),
+            _ => self.decode_blocks(bytes, out)?,
+        }
+        Ok(())
+    }
+
+    /// All values.
+    pub fn to_vec(&self) -> Result<Vec<f32>, ModelError> {
+        let mut values = vec![0.0; self.rows * self.width];
+        self.decode_rows(0..self.rows, &mut values)?;
+        Ok(values)
+    }
+
+    /// A digest of the type, the shape and the bytes, whatever file holds them.
+    pub fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_derive_key("runner 2026 weight digest v1");
+        let kind = self.kind.name().as_bytes();
+        for field in [kind.len(), self.rows, self.width, self.bytes.len()] {
+            hasher.update(&(field as u64).to_le_bytes());
+        }
+        hasher.update(kind);
+        hasher.update_rayon(self.bytes);
+        hasher.finalize()
+    }
+
+    fn decode_blocks(&self, bytes: &[u8], out: &mut [f32]) -> Result<(), ModelError> {
+        let codec = self.kind.candle();
+        let alignment = if self.kind == WeightType::Q8K { 4 } else { 2 };
+        let chunk_bytes = CHUNK / self.kind.block_width() * self.kind.block_bytes();
+        let mut moved = Vec::new();
+        for (bytes, out) in bytes.chunks(chunk_bytes).zip(out.chunks_mut(CHUNK)) {
+            let blocks = aligned(bytes, alignment, &mut moved);
+            match codec.from_data(Cow::Borrowed(blocks)).dequantize(out.len()) {
+                Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
+                Ok(_) => return Err(self.refuse("its blocks decode to another type".to_owned())),
+                Err(error) => return Err(self.refuse(format!("its blocks do not decode: {error}"))),
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, problem: String) -> ModelError {
+        ModelError::Request { tensor: self.name.to_owned(), problem }
+    }
+}
+
+/// The bytes at an address that is a multiple of `alignment`: candle views them as
+/// blocks and asserts that. Mapped GGUF tensors are aligned, so this seldom copies.
+fn aligned<'b>(bytes: &'b [u8], alignment: usize, moved: &'b mut Vec<u8>) -> &'b [u8] {
+    if bytes.as_ptr().addr().is_multiple_of(alignment) {
+        return bytes;
+    }
+    moved.resize(bytes.len() + alignment, 0);
+    let address = moved.as_ptr().addr();
+    let skip = address.next_multiple_of(alignment) - address;
+    moved[skip..skip + bytes.len()].copy_from_slice(bytes);
+    &moved[skip..skip + bytes.len()]
+}
+
+fn decode_f32(bytes: &[u8], out: &mut [f32]) {
+    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
+}
+
+fn decode_f16(bytes: &[u8], out: &mut [f32]) {
+    // In runs, so that the instruction set is looked up once a run.
+    let mut run = [f16::ZERO; 64];
+    for (out, bytes) in out.chunks_mut(run.len()).zip(bytes.chunks(2 * run.len())) {
+        let run = &mut run[..out.len()];
+        for (value, bytes) in run.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *value = f16::from_le_bytes(*bytes);
+        }
+        run.convert_to_f32_slice(out);
+    }
+}
+
+fn decode_bf16(bytes: &[u8], out: &mut [f32]) {
+    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+    }
+}
