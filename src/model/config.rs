@@ -258,10 +258,7 @@ fn positive(what: &str, value: f64) -> Result<(), Fault> {
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
-    Err(Fault::malformed(
-        format!("its {what} is {value}, not a positive number"),
-        FETCH_AGAIN,
-    ))
+    Err(Fault::malformed(format!("its {what} is {value}, not a positive number"), FETCH_AGAIN))
 }
 
 /// Reads the hyperparameters of a GGUF file. `vocabulary` is the number of rows
@@ -274,7 +271,9 @@ pub(super) fn from_gguf(
     tied: bool,
 ) -> Result<Config, Fault> {
     refuse_other_files(header, file)?;
-    let name = header.text(file, "general.architecture")?.ok_or_else(|| missing_key("general.architecture"))?;
+    let name = header
+        .text(file, "general.architecture")?
+        .ok_or_else(|| missing_key("general.architecture"))?;
     let architecture = Architecture::from_name(name)?;
     let keys = Keys { header, prefix: architecture.name() };
     keys.refuse_unknown(file)?;
@@ -395,10 +394,9 @@ impl Keys<'_> {
     fn optional(&self, key: &str) -> Result<Option<u64>, Fault> {
         let key = self.full(key);
         match self.header.get(&key) {
-            Some(Value::List { .. }) => Err(Fault::unsupported(
-                format!("`{key}` differs from block to block"),
-                OTHER_MODEL,
-            )),
+            Some(Value::List { .. }) => {
+                Err(Fault::unsupported(format!("`{key}` differs from block to block"), OTHER_MODEL))
+            }
             _ => self.header.unsigned(&key),
         }
     }
@@ -413,9 +411,10 @@ impl Keys<'_> {
 
     /// A key that nobody reads may be a feature that nobody computes.
     fn refuse_unknown(&self, file: &[u8]) -> Result<(), Fault> {
-        let own = self.header.keys().filter_map(|key| {
-            key.strip_prefix(self.prefix).and_then(|key| key.strip_prefix('.'))
-        });
+        let own = self
+            .header
+            .keys()
+            .filter_map(|key| key.strip_prefix(self.prefix).and_then(|key| key.strip_prefix('.')));
         // YaRN and its relatives: their other keys follow from the type.
         self.linear_scale(file)?;
         for key in own {
@@ -568,8 +567,7 @@ impl HfConfig {
         if self.attn_logit_softcapping.or(self.final_logit_softcapping).is_some() {
             return refuse("its logits are soft-capped".to_owned());
         }
-        if let Some(kind) =
-            self.layer_types.iter().flatten().find(|&kind| kind != "full_attention")
+        if let Some(kind) = self.layer_types.iter().flatten().find(|&kind| kind != "full_attention")
         {
             return refuse(format!("it has layers of type `{}`", shown(kind)));
         }

@@ -297,10 +297,8 @@ fn place(
              Q8_K",
         )
     })?;
-    let (&width, outer) = line
-        .dimensions
-        .split_first()
-        .ok_or_else(|| bad("it has no dimensions".into()))?;
+    let (&width, outer) =
+        line.dimensions.split_first().ok_or_else(|| bad("it has no dimensions".into()))?;
     let rows = outer.iter().try_fold(1_u64, |rows, &dimension| rows.checked_mul(dimension));
     let rows = rows.ok_or_else(|| bad(format!("its shape {:?} is too large", line.dimensions)))?;
     if rows == 0 || width == 0 {

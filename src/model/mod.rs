@@ -76,14 +76,17 @@ impl Model {
     /// tensors under the program, and one who truncates it ends the program.
     pub fn open(path: &Path) -> Result<Model, ModelError> {
         let metadata = std::fs::metadata(path).map_err(|source| io("open", path, source))?;
-        if metadata.is_dir() { Model::open_folder(path) } else { Model::open_gguf(path, map(path)?) }
+        if metadata.is_dir() {
+            Model::open_folder(path)
+        } else {
+            Model::open_gguf(path, map(path)?)
+        }
     }
 
     /// Opens a GGUF file that is already in memory; `path` is its name in errors.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Model, ModelError> {
         // An anonymous map, so that the tensors are aligned as in a file.
-        let mut copy =
-            MmapMut::map_anon(bytes.len()).map_err(|source| io("copy", path, source))?;
+        let mut copy = MmapMut::map_anon(bytes.len()).map_err(|source| io("copy", path, source))?;
         copy.copy_from_slice(bytes);
         let file = copy.make_read_only().map_err(|source| io("copy", path, source))?;
         Model::open_gguf(path, file)

@@ -87,7 +87,8 @@ struct Cut {
 fn cut(pre: &str) -> Result<Cut, TokenizerFault> {
     const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-    const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+    const GPT2: &str =
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
     let plain = |steps| Cut { steps, compose: false, ignore_merges: false, begin: false };
     Ok(match pre {
         "gpt-2" | "phi-2" | "mpt" | "olmo" | "exaone4" => plain(vec![split(GPT2)?]),
@@ -132,12 +133,8 @@ const USER_DEFINED: i64 = 4;
 pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, TokenizerFault> {
     let read = |fault: Fault| TokenizerFault::in_file(Path::new("metadata"), fault);
     let missing = |key: &str| TokenizerFault::new(format!("the file has no `{key}`"));
-    let text = |key: &str| {
-        header.text(file, key).map_err(read)?.ok_or_else(|| missing(key))
-    };
-    let texts = |key: &str| {
-        header.texts(file, key).map_err(read)?.ok_or_else(|| missing(key))
-    };
+    let text = |key: &str| header.text(file, key).map_err(read)?.ok_or_else(|| missing(key));
+    let texts = |key: &str| header.texts(file, key).map_err(read)?.ok_or_else(|| missing(key));
     match text("tokenizer.ggml.model")? {
         "gpt2" => {}
         other => {
@@ -180,7 +177,11 @@ pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, Token
 }
 
 /// The model of merges, checked: the library would index beyond its buffer.
-fn byte_pairs(tokens: &[&str], merges: &[&str], ignore_merges: bool) -> Result<BPE, TokenizerFault> {
+fn byte_pairs(
+    tokens: &[&str],
+    merges: &[&str],
+    ignore_merges: bool,
+) -> Result<BPE, TokenizerFault> {
     let mut vocabulary = Vocab::default();
     for (id, token) in tokens.iter().enumerate() {
         let id = u32::try_from(id).map_err(|_| TokenizerFault::new("it has too many tokens"))?;

@@ -1,36 +1,997 @@
 //! Models: files become checked hyperparameters, tensors and tokens, or a clear error.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
 
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use proptest::prelude::*;
 use runner::model::synthetic::{self, Preset};
-use runner::model::{Architecture, Model, RopeLayout};
+use runner::model::{Architecture, Model, ModelError, RopeLayout, Weight, WeightType};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+const TINY: [Preset; 3] = [Preset::Qwen2Tiny, Preset::LlamaTiny, Preset::Qwen3Tiny];
 
 /// A synthetic model's file, in memory.
-fn synthetic(preset: Preset) -> Vec<u8> {
+fn synthetic_file(preset: Preset) -> Vec<u8> {
     let mut bytes = Vec::new();
     synthetic::write(preset, 1, &mut bytes).expect("a Vec takes everything");
     bytes
 }
 
-fn open(bytes: &[u8]) -> Result<Model, String> {
-    Model::from_bytes(Path::new("test.gguf"), bytes).map_err(|error| error.to_string())
+fn open(bytes: &[u8]) -> Result<Model, ModelError> {
+    Model::from_bytes(Path::new("test.gguf"), bytes)
+}
+
+fn refusal(bytes: &[u8]) -> String {
+    open(bytes).expect_err("the model must be refused").to_string()
 }
 
 #[test]
-fn every_tiny_preset_opens_with_its_hyperparameters() {
-    for preset in [Preset::Qwen2Tiny, Preset::LlamaTiny, Preset::Qwen3Tiny] {
-        let bytes = synthetic(preset);
-        assert!(bytes.len() < 10 << 20, "{preset} has {} bytes", bytes.len());
-        let model = open(&bytes).unwrap();
-        println!("{preset}: {} bytes {:?}", bytes.len(), model.config());
-        for name in model.names() {
-            let t = model.tensor(name).unwrap();
-            let v = t.to_vec().unwrap();
-            let ms = v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / v.len() as f64;
-            let max = v.iter().fold(0f32, |m, v| m.max(v.abs()));
-            println!("{t:?} rms {} max {max} {}", ms.sqrt(), v.iter().all(|v| v.is_finite()));
+fn every_block_type_decodes_as_the_official_gguf_package_does() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blocks.safetensors");
+    let file = fs::read(path).unwrap();
+    let fixture = SafeTensors::deserialize(&file).unwrap();
+    for kind in WeightType::ALL {
+        let blocks = fixture.tensor(&format!("{kind}.bytes")).unwrap();
+        let expected = fixture.tensor(&format!("{kind}.values")).unwrap();
+        let [rows, width] = *expected.shape() else { panic!("{kind}: not a matrix") };
+        let expected: Vec<u32> =
+            expected.data().as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        // At every alignment, as a safetensors file may have it.
+        for shift in 0..4 {
+            let mut moved = vec![0; shift];
+            moved.extend(blocks.data());
+            let weight = Weight::new("w", kind, rows, width, &moved[shift..]).unwrap();
+            let values: Vec<u32> = weight.to_vec().unwrap().iter().map(|v| v.to_bits()).collect();
+            assert!(values == expected, "{kind} decodes to other bits");
+            let mut row = vec![0.0; width];
+            weight.decode_rows(1..2, &mut row).unwrap();
+            let row: Vec<u32> = row.iter().map(|v| v.to_bits()).collect();
+            assert!(row == expected[width..2 * width], "row 1 of {kind} decodes to other bits");
         }
-        println!("{:?}", model.encode("The capital of France is<|im_end|>"));
-        println!("{:?}", model.decode(&model.encode("The capital of France is<|im_end|> é").unwrap()));
     }
+}
+
+#[test]
+fn a_weight_refuses_rows_that_it_has_not_and_buffers_that_do_not_fit() {
+    let bytes = [0; 3 * 18];
+    let weight = Weight::new("w", WeightType::Q4_0, 3, 32, &bytes).unwrap();
+    assert!(weight.decode_rows(2..4, &mut [0.0; 64]).is_err());
+    assert!(weight.decode_rows(0..1, &mut [0.0; 33]).is_err());
+    assert!(Weight::new("w", WeightType::Q4_0, 3, 33, &bytes).is_err());
+    assert!(Weight::new("w", WeightType::Q4_0, usize::MAX, 32, &bytes).is_err());
+    assert!(Weight::new("w", WeightType::Q4_0, 0, 32, &[]).is_err());
+}
+
+#[test]
+fn a_digest_covers_type_shape_and_bytes_and_nothing_else() {
+    let bytes = [7; 64];
+    let digest =
+        |name, kind, rows, width| Weight::new(name, kind, rows, width, &bytes).unwrap().digest();
+    let base = digest("a", WeightType::F16, 4, 8);
+    assert_eq!(base, digest("b", WeightType::F16, 4, 8));
+    assert_ne!(base, digest("a", WeightType::BF16, 4, 8));
+    assert_ne!(base, digest("a", WeightType::F16, 8, 4));
+}
+
+#[test]
+fn tiny_presets_have_the_hyperparameters_that_they_promise() {
+    let model = |preset| open(&synthetic_file(preset)).unwrap();
+    let qwen2 = model(Preset::Qwen2Tiny);
+    let config = qwen2.config();
+    assert_eq!(config.architecture, Architecture::Qwen2);
+    assert_eq!((config.layers, config.hidden, config.ffn, config.vocabulary), (4, 256, 768, 2048));
+    assert_eq!((config.heads, config.kv_heads, config.head_dim), (4, 2, 64));
+    assert_eq!((config.rms_norm_eps, config.rope.theta), (1e-6, 1e6));
+    assert_eq!(config.rope.layout, RopeLayout::Halves);
+    assert!(!config.tied_embeddings && qwen2.has("output.weight"));
+    assert!(qwen2.has("blk.3.attn_k.bias") && !qwen2.has("blk.4.attn_k.bias"));
+
+    let llama = model(Preset::LlamaTiny);
+    let config = llama.config();
+    assert_eq!(config.rope.layout, RopeLayout::Interleaved);
+    assert!(config.tied_embeddings && !llama.has("output.weight"));
+    let factors = config.rope.factors.as_ref().unwrap();
+    assert_eq!((factors.len(), factors[0], factors[15]), (16, 1.0, 32.0));
+
+    let qwen3 = model(Preset::Qwen3Tiny);
+    let config = qwen3.config();
+    assert_ne!(config.heads * config.head_dim, config.hidden);
+    assert_eq!(qwen3.tensor("blk.0.attn_q_norm.weight").unwrap().width(), config.head_dim);
+}
+
+#[test]
+fn synthetic_bytes_are_the_same_everywhere() {
+    let digests: Vec<String> = TINY
+        .iter()
+        .map(|&preset| blake3::hash(&synthetic_file(preset)).to_hex()[..16].to_owned())
+        .collect();
+    insta::assert_snapshot!(digests.join(" "), @"26b2d408a3612b06 fbdc9202a3165fd1 c63172965ba1efba");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let alone = pool.install(|| synthetic_file(Preset::Qwen2Tiny));
+    assert!(alone == synthetic_file(Preset::Qwen2Tiny), "threads change the bytes");
+}
+
+#[test]
+fn another_seed_gives_another_model() {
+    let mut other = Vec::new();
+    synthetic::write(Preset::Qwen2Tiny, 2, &mut other).unwrap();
+    let (one, other) = (open(&synthetic_file(Preset::Qwen2Tiny)).unwrap(), open(&other).unwrap());
+    for name in one.names() {
+        assert_ne!(
+            one.tensor(name).unwrap().digest(),
+            other.tensor(name).unwrap().digest(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_cached_synthetic_model_is_reused_and_a_broken_one_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = synthetic::ensure(Preset::Qwen2Tiny, 1, folder.path()).unwrap();
+    let made = fs::metadata(&path).unwrap().modified().unwrap();
+    assert_eq!(path, synthetic::ensure(Preset::Qwen2Tiny, 1, folder.path()).unwrap());
+    assert_eq!(made, fs::metadata(&path).unwrap().modified().unwrap());
+    fs::write(&path, &synthetic_file(Preset::Qwen2Tiny)[..2_000_000]).unwrap();
+    synthetic::ensure(Preset::Qwen2Tiny, 1, folder.path()).unwrap();
+    assert!(fs::read(&path).unwrap() == synthetic_file(Preset::Qwen2Tiny));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+}
+
+#[test]
+fn synthetic_models_carry_outlier_channels_in_every_layer() {
+    let model = open(&synthetic_file(Preset::Qwen2Tiny)).unwrap();
+    let embedding = model.tensor("token_embd.weight").unwrap();
+    let values = embedding.to_vec().unwrap();
+    let rms = |channel: usize| {
+        let column = values.iter().skip(channel).step_by(embedding.width());
+        (column.map(|v| v * v).sum::<f32>() / embedding.rows() as f32).sqrt()
+    };
+    let outliers: Vec<usize> = (0..256).filter(|&channel| rms(channel) > 0.1).collect();
+    assert_eq!(outliers.len(), 2);
+    for layer in 0..4 {
+        let gains = model.tensor(&format!("blk.{layer}.attn_norm.weight")).unwrap();
+        let gains = gains.to_vec().unwrap();
+        let large: Vec<usize> = (0..256).filter(|&channel| gains[channel] > 1.5).collect();
+        assert_eq!(large, outliers, "layer {layer}");
+    }
+}
+
+#[test]
+fn candles_own_reader_sees_the_same_tensors() {
+    for preset in TINY {
+        let file = synthetic_file(preset);
+        let model = open(&file).unwrap();
+        let mut cursor = Cursor::new(&file);
+        let content = gguf_file::Content::read(&mut cursor).unwrap();
+        assert_eq!(
+            model.names().count(),
+            content.tensor_infos.keys().filter(|n| *n != "rope_freqs.weight").count()
+        );
+        for name in model.names() {
+            let theirs = content.tensor(&mut cursor, name, &Device::Cpu).unwrap();
+            assert_eq!(theirs.data().unwrap(), model.tensor(name).unwrap().bytes(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn an_unknown_tensor_is_named_with_the_nearest_ones() {
+    let model = open(&synthetic_file(Preset::Qwen2Tiny)).unwrap();
+    let error = model.tensor("blk.1.attn_qq.weight").unwrap_err().to_string();
+    assert!(error.contains("`test.gguf`") && error.contains("`blk.1.attn_q.weight`"), "{error}");
+}
+
+// A GGUF file written by candle, whose parts a test may change.
+
+struct Draft {
+    metadata: BTreeMap<String, Value>,
+    tensors: BTreeMap<String, QTensor>,
+}
+
+fn f32_tensor(dimensions: &[usize]) -> QTensor {
+    let count = dimensions.iter().product::<usize>();
+    let values: Vec<f32> = (0..count).map(|n| (n % 7) as f32 - 3.0).collect();
+    let tensor = Tensor::from_vec(values, dimensions, &Device::Cpu).unwrap();
+    QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
+}
+
+/// A model of one block: hidden 8, 2 heads of 4 with one key head, FFN 12, 300 tokens.
+fn draft(architecture: &str) -> Draft {
+    let text = |text: &str| Value::String(text.to_owned());
+    let mut metadata = BTreeMap::from([("general.architecture".to_owned(), text(architecture))]);
+    for (key, value) in [
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 8),
+        ("feed_forward_length", 12),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+    ] {
+        metadata.insert(format!("{architecture}.{key}"), Value::U32(value));
+    }
+    let eps = format!("{architecture}.attention.layer_norm_rms_epsilon");
+    metadata.insert(eps, Value::F32(1e-5));
+    let shapes: [(&str, &[usize]); 11] = [
+        ("token_embd.weight", &[300, 8]),
+        ("output_norm.weight", &[8]),
+        ("blk.0.attn_norm.weight", &[8]),
+        ("blk.0.attn_q.weight", &[8, 8]),
+        ("blk.0.attn_k.weight", &[4, 8]),
+        ("blk.0.attn_v.weight", &[4, 8]),
+        ("blk.0.attn_output.weight", &[8, 8]),
+        ("blk.0.ffn_norm.weight", &[8]),
+        ("blk.0.ffn_gate.weight", &[12, 8]),
+        ("blk.0.ffn_up.weight", &[12, 8]),
+        ("blk.0.ffn_down.weight", &[8, 12]),
+    ];
+    let tensors = shapes.map(|(name, shape)| (name.to_owned(), f32_tensor(shape)));
+    Draft { metadata, tensors: tensors.into() }
+}
+
+impl Draft {
+    fn with(mut self, key: &str, value: Value) -> Draft {
+        self.metadata.insert(key.to_owned(), value);
+        self
+    }
+
+    fn without(mut self, key: &str) -> Draft {
+        assert!(self.metadata.remove(key).is_some(), "{key}");
+        self
+    }
+
+    fn tensor(mut self, name: &str, dimensions: &[usize]) -> Draft {
+        self.tensors.insert(name.to_owned(), f32_tensor(dimensions));
+        self
+    }
+
+    fn without_tensor(mut self, name: &str) -> Draft {
+        assert!(self.tensors.remove(name).is_some(), "{name}");
+        self
+    }
+
+    /// A byte-level vocabulary with a few merges, cut by `pre`.
+    fn vocabulary(self, pre: &str) -> Draft {
+        let text = |text: &str| Value::String(text.to_owned());
+        let texts = |texts: &[&str]| Value::Array(texts.iter().map(|t| text(t)).collect());
+        let mut tokens: Vec<Value> = (0..256).map(|byte| text(&byte_letter(byte))).collect();
+        tokens.extend(["12", "123", "<|bos|>", "he", "hel", "<user>"].map(text));
+        let mut kinds = vec![Value::I32(1); 256];
+        kinds.extend([1, 1, 3, 1, 1, 4].map(Value::I32));
+        self.with("tokenizer.ggml.model", text("gpt2"))
+            .with("tokenizer.ggml.pre", text(pre))
+            .with("tokenizer.ggml.tokens", Value::Array(tokens))
+            .with("tokenizer.ggml.token_type", Value::Array(kinds))
+            .with("tokenizer.ggml.merges", texts(&["1 2", "12 3", "h e", "he l"]))
+            .with("tokenizer.ggml.bos_token_id", Value::U32(258))
+    }
+
+    fn write(&self) -> Vec<u8> {
+        let mut file = Cursor::new(Vec::new());
+        let metadata: Vec<_> = self.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        let tensors: Vec<_> = self.tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        gguf_file::write(&mut file, &metadata, &tensors).unwrap();
+        file.into_inner()
+    }
+}
+
+/// GPT-2's letter of a byte.
+fn byte_letter(byte: u32) -> String {
+    let printable = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let code = if printable(byte) {
+        byte
+    } else {
+        0x100 + (0..byte).filter(|&b| !printable(b)).count() as u32
+    };
+    char::from_u32(code).unwrap().to_string()
+}
+
+#[test]
+fn a_gguf_gets_its_defaults_where_keys_are_absent() {
+    let model = open(&draft("llama").write()).unwrap();
+    let config = model.config();
+    assert_eq!((config.head_dim, config.rope.dimensions, config.vocabulary), (4, 4, 300));
+    assert_eq!((config.rope.theta, config.rope.linear_scale), (10_000.0, 1.0));
+    assert!(config.tied_embeddings && config.rope.factors.is_none());
+    let scaled = draft("llama")
+        .with("llama.rope.scaling.type", Value::String("linear".into()))
+        .with("llama.rope.scaling.factor", Value::F32(4.0))
+        .with("llama.rope.freq_base", Value::F32(5e5))
+        .tensor("output.weight", &[300, 8])
+        .tensor("rope_freqs.weight", &[2]);
+    let error = refusal(&scaled.write());
+    assert!(error.contains("RoPE factor"), "negative factors must be refused: {error}");
+    let model = open(&scaled.without_tensor("rope_freqs.weight").write()).unwrap();
+    assert_eq!((model.config().rope.theta, model.config().rope.linear_scale), (5e5, 4.0));
+    assert!(!model.config().tied_embeddings);
+}
+
+#[test]
+fn what_would_be_computed_wrongly_is_refused_with_its_name() {
+    let text = |text: &str| Value::String(text.to_owned());
+    let cases: Vec<(Draft, &str)> = vec![
+        (draft("gemma3"), "architecture `gemma3`"),
+        (draft("llama").with("llama.expert_count", Value::U32(8)), "mixture of experts"),
+        (draft("llama").with("llama.rope.scaling.type", text("yarn")), "`yarn`"),
+        (draft("llama").with("llama.attn_logit_softcapping", Value::F32(50.0)), "softcapping"),
+        (draft("llama").with("llama.attention.sliding_window", Value::U32(32)), "slides over 32"),
+        (draft("llama").with("llama.rope.dimension_count", Value::U32(2)), "turns 2 of"),
+        (draft("llama").with("llama.attention.value_length", Value::U32(8)), "values 8"),
+        (draft("llama").with("llama.attention.causal", Value::Bool(false)), "not causal"),
+        (draft("llama").with("split.count", Value::U16(3)), "split"),
+        (draft("llama").with("general.type", text("adapter")), "`adapter`"),
+        (draft("llama").tensor("blk.0.attn_sinks.weight", &[2]), "`blk.0.attn_sinks.weight`"),
+        (draft("llama").tensor("blk.0.attn_q_norm.weight", &[4]), "`blk.0.attn_q_norm.weight`"),
+        (draft("llama").tensor("blk.1.attn_norm.weight", &[8]), "`blk.1.attn_norm.weight`"),
+    ];
+    for (draft, expected) in cases {
+        let error = open(&draft.write()).unwrap_err();
+        assert!(matches!(error, ModelError::Unsupported { .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "`{expected}` is not in: {error}");
+        assert!(error.to_string().contains("`test.gguf`"), "{error}");
+    }
+    let window = draft("llama").with("llama.attention.sliding_window", Value::U32(64));
+    open(&window.write()).expect("a window as wide as the context hides nothing");
+}
+
+#[test]
+fn contradictions_are_refused_with_the_tensor_or_the_value() {
+    let u32 = Value::U32;
+    let cases: Vec<(Draft, &str)> = vec![
+        (draft("llama").without("llama.block_count"), "`llama.block_count` is missing"),
+        (draft("llama").without("general.architecture"), "`general.architecture` is missing"),
+        (draft("llama").with("llama.block_count", Value::F32(1.0)), "is a float"),
+        (draft("llama").with("llama.block_count", u32(0)), "number of blocks is 0"),
+        (draft("llama").with("llama.block_count", u32(2)), "`blk.1.attn_norm.weight`"),
+        (draft("llama").with("llama.block_count", Value::U64(u64::MAX)), "number of blocks"),
+        (draft("llama").with("llama.block_count", u32(1 << 24)), "`blk.1.attn_norm.weight`"),
+        (draft("llama").with("llama.attention.head_count", u32(0)), "0 heads"),
+        (draft("llama").with("llama.attention.head_count", u32(3)), "3 heads"),
+        (draft("llama").with("llama.attention.head_count_kv", u32(0)), "key and value heads is 0"),
+        (draft("llama").with("llama.attention.head_count_kv", u32(4)), "2 heads do not share 4"),
+        (draft("llama").with("llama.attention.key_length", u32(0)), "head width is 0"),
+        (draft("llama").with("llama.embedding_length", u32(12)), "the hyperparameters make it"),
+        (draft("llama").with("llama.rope.freq_base", Value::F32(f32::NAN)), "RoPE base is NaN"),
+        (draft("llama").with("llama.rope.freq_base", Value::F32(-1.0)), "RoPE base is -1"),
+        (draft("llama").tensor("token_embd.weight", &[300, 9]), "`token_embd.weight`"),
+        (draft("llama").tensor("output.weight", &[301, 8]), "`output.weight`"),
+        (draft("llama").without_tensor("token_embd.weight"), "`token_embd.weight`: it is missing"),
+        (draft("llama").without_tensor("blk.0.ffn_up.weight"), "`blk.0.ffn_up.weight`: it is miss"),
+        (draft("qwen2"), "`blk.0.attn_q.bias`: it is missing"),
+        (draft("qwen3"), "`blk.0.attn_q_norm.weight`: it is missing"),
+        (draft("llama").with("general.alignment", u32(0)), "`general.alignment` is 0"),
+        (draft("llama").with("general.alignment", u32(48)), "`general.alignment` is 48"),
+    ];
+    for (draft, expected) in cases {
+        let error = open(&draft.write()).unwrap_err();
+        assert!(error.to_string().contains(expected), "`{expected}` is not in: {error}");
+    }
+    for eps in [f32::NAN, f32::INFINITY, 0.0, -1e-6] {
+        let key = "llama.attention.layer_norm_rms_epsilon";
+        let error = refusal(&draft("llama").with(key, Value::F32(eps)).write());
+        assert!(error.contains("epsilon"), "{error}");
+    }
+}
+
+/// Where `needle` begins in `file`.
+fn find(file: &[u8], needle: &[u8]) -> usize {
+    file.windows(needle.len()).position(|window| window == needle).expect("it is there")
+}
+
+#[test]
+fn damaged_tables_are_refused_with_the_tensor() {
+    let good = draft("llama").write();
+    // A line of the table: length, name, rank, dimensions, type, offset.
+    let table = |file: &[u8], name: &str| find(file, name.as_bytes()) + name.len();
+    let q = table(&good, "blk.0.attn_q.weight");
+    let (rank, width, kind, offset) = (q, q + 4, q + 20, q + 24);
+    let cases: [(usize, &[u8], &str); 10] = [
+        (rank, &5_u32.to_le_bytes(), "5 dimensions"),
+        (width, &0_u64.to_le_bytes(), "has a zero"),
+        (width, &u64::MAX.to_le_bytes(), "too large"),
+        (width, &(1_u64 << 40).to_le_bytes(), "beyond the file"),
+        (kind, &16_u32.to_le_bytes(), "IQ2_XXS"),
+        (kind, &12_u32.to_le_bytes(), "do not fill Q4_K blocks"),
+        (kind, &77_u32.to_le_bytes(), "number 77"),
+        (offset, &1_u64.to_le_bytes(), "not a multiple of 32"),
+        (offset, &(1_u64 << 32).to_le_bytes(), "beyond the file"),
+        (offset, &u64::MAX.to_le_bytes(), "not a multiple of 32"),
+    ];
+    for (at, bytes, expected) in cases {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        let error = refusal(&bad);
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+        assert!(error.contains("`blk.0.attn_q.weight`"), "{error}");
+    }
+    let mut overlap = good.clone();
+    let other = table(&good, "blk.0.attn_output.weight") + 24;
+    overlap.copy_within(other..other + 8, offset);
+    assert!(refusal(&overlap).contains("overlaps tensor `blk.0.attn_"), "{}", refusal(&overlap));
+    let mut twice = good.clone();
+    let name = find(&good, b"blk.0.attn_q.weight");
+    twice[name..name + 19].copy_from_slice(b"blk.0.attn_k.weight");
+    assert!(refusal(&twice).contains("`blk.0.attn_k.weight`: the name occurs twice"));
+    let mut garbled = good.clone();
+    garbled[name] = 0xff;
+    assert!(refusal(&garbled).contains("not UTF-8"));
+}
+
+#[test]
+fn files_that_are_no_model_are_refused_whatever_they_are_called() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let file = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        Model::open(&path).unwrap_err().to_string()
+    };
+    assert!(file(b"").contains("GGUF"));
+    assert!(file(b"PK\x03\x04 a zip").contains("does not begin with the bytes `GGUF`"));
+    assert!(file(b"GGUF").contains("fetch the file again"));
+    assert!(file(b"GGUF\x01\0\0\0").contains("version 1"));
+    assert!(file(b"GGUF\0\0\0\x03").contains("big-endian"));
+    let counts = [&b"GGUF\x03\0\0\0"[..], &[0xff; 16]].concat();
+    assert!(file(&counts).contains("a metadata key needs 8 bytes"));
+    let error = Model::open(&folder.path().join("absent")).unwrap_err().to_string();
+    assert!(error.contains("cannot open"), "{error}");
+    fs::write(folder.path().join("renamed.bin"), draft("llama").write()).unwrap();
+    Model::open(&folder.path().join("renamed.bin")).expect("the content decides, not the name");
+}
+
+#[test]
+fn no_truncation_of_a_model_opens_or_panics() {
+    let file = synthetic_file(Preset::Qwen3Tiny);
+    let small = draft("llama").vocabulary("qwen2").write();
+    // The very last bytes may be padding.
+    for end in (0..small.len() - 32).step_by(7) {
+        open(&small[..end]).expect_err("a truncated file must be refused");
+    }
+    for end in (0..file.len() - 32).step_by(30_011) {
+        open(&file[..end]).expect_err("a truncated file must be refused");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever a few bytes of the header become, the model is refused or usable.
+    #[test]
+    fn a_damaged_header_is_refused_or_harmless(
+        changes in prop::collection::vec((0_usize..1 << 20, any::<u8>()), 1..6),
+        smash in prop::option::of((0_usize..1 << 20, prop::sample::select(vec![
+            u64::MAX, 1 << 63, 1 << 32, i64::MAX as u64, 0,
+        ]))),
+    ) {
+        let mut file = draft("llama").vocabulary("llama-bpe").write();
+        let header = file.len() - 12_000;
+        for (at, byte) in changes {
+            file[at % header] = byte;
+        }
+        if let Some((at, value)) = smash {
+            let at = at % header;
+            file[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        if let Ok(model) = open(&file) {
+            for name in model.names() {
+                model.tensor(name).unwrap().to_vec().unwrap();
+            }
+            if let Ok(tokens) = model.encode("hello 123 <|bos|>") {
+                let _ = model.decode(&tokens);
+            }
+        }
+    }
+
+    /// The same for a safetensors header and a config.
+    #[test]
+    fn a_damaged_folder_is_refused_or_harmless(
+        changes in prop::collection::vec((0_usize..1 << 20, any::<u8>()), 1..6),
+        in_config in any::<bool>(),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+        let name = if in_config { "config.json" } else { "model.safetensors" };
+        let path = folder.path().join(name);
+        let mut file = fs::read(&path).unwrap();
+        let header = if in_config { file.len() } else { 1200 };
+        for (at, byte) in changes {
+            file[at % header] = byte;
+        }
+        fs::write(&path, file).unwrap();
+        if let Ok(model) = Model::open(folder.path()) {
+            for name in model.names() {
+                model.tensor(name).unwrap().to_vec().unwrap();
+            }
+        }
+    }
+}
+
+// Hugging Face folders.
+
+/// The Hugging Face name of a canonical one.
+fn hf_name(name: &str) -> String {
+    match name {
+        "token_embd.weight" => return "model.embed_tokens.weight".to_owned(),
+        "output_norm.weight" => return "model.norm.weight".to_owned(),
+        "output.weight" => return "lm_head.weight".to_owned(),
+        _ => {}
+    }
+    let (layer, part) = name.strip_prefix("blk.").unwrap().split_once('.').unwrap();
+    let (stem, suffix) = part.rsplit_once('.').unwrap();
+    let stem = match stem {
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        other => panic!("{other}"),
+    };
+    format!("model.layers.{layer}.{stem}.{suffix}")
+}
+
+/// Every tensor of a model as F32 under its Hugging Face name.
+fn hf_tensors(model: &Model) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let tensor = |name: &str| {
+        let weight = model.tensor(name).unwrap();
+        let bytes = weight.to_vec().unwrap().iter().flat_map(|v| v.to_le_bytes()).collect();
+        let vector = name.contains("norm") || name.ends_with("bias");
+        let shape = if vector { vec![weight.width()] } else { vec![weight.rows(), weight.width()] };
+        (hf_name(name), (shape, bytes))
+    };
+    model.names().map(tensor).collect()
+}
+
+fn write_safetensors(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<u8>)>) {
+    let views = tensors.iter().map(|(name, (shape, bytes))| {
+        (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+fn hf_config(model: &Model) -> serde_json::Value {
+    let config = model.config();
+    json!({
+        "model_type": config.architecture.name(),
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": f64::from(config.rms_norm_eps),
+        "rope_theta": config.rope.theta,
+        "rope_scaling": null,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    })
+}
+
+fn write_folder(model: &Model, folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut config = hf_config(model);
+    change(&mut config);
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    write_safetensors(&folder.join("model.safetensors"), &hf_tensors(model));
+}
+
+fn assert_same_tensors(one: &Model, other: &Model) {
+    assert!(one.names().eq(other.names()));
+    for name in one.names() {
+        let (one, other) = (one.tensor(name).unwrap(), other.tensor(name).unwrap());
+        assert_eq!((one.rows(), one.width()), (other.rows(), other.width()), "{name}");
+        assert!(one.to_vec().unwrap() == other.to_vec().unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn a_hugging_face_folder_equals_the_gguf_of_the_same_weights() {
+    for preset in TINY {
+        let gguf = open(&synthetic_file(preset)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&gguf, folder.path(), |_| {});
+        let hf = Model::open(folder.path()).unwrap();
+        let mut config = gguf.config().clone();
+        // Hugging Face keeps llama's heads unpermuted, and its factors in the config.
+        config.rope.layout = RopeLayout::Halves;
+        config.rope.factors = None;
+        assert_eq!(hf.config(), &config, "{preset}");
+        assert_same_tensors(&gguf, &hf);
+    }
+}
+
+/// A folder whose tensors are spread over two files by layer.
+fn write_shards(model: &Model, folder: &Path) -> BTreeMap<String, String> {
+    fs::write(folder.join("config.json"), hf_config(model).to_string()).unwrap();
+    let (odd, even): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        hf_tensors(model).into_iter().partition(|(name, _)| name.contains("mlp"));
+    let mut index = BTreeMap::new();
+    for (file, tensors) in [("a.safetensors", odd), ("b.safetensors", even)] {
+        write_safetensors(&folder.join(file), &tensors);
+        index.extend(tensors.into_keys().map(|name| (name, file.to_owned())));
+    }
+    write_index(folder, &index);
+    index
+}
+
+fn write_index(folder: &Path, index: &BTreeMap<String, String>) {
+    let json = json!({ "metadata": { "total_size": 1 }, "weight_map": index });
+    fs::write(folder.join("model.safetensors.index.json"), json.to_string()).unwrap();
+}
+
+#[test]
+fn shards_are_joined_and_may_not_leave_the_folder() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let outer = tempfile::tempdir().unwrap();
+    let folder = outer.path().join("model");
+    fs::create_dir(&folder).unwrap();
+    let index = write_shards(&gguf, &folder);
+    assert_same_tensors(&gguf, &Model::open(&folder).unwrap());
+
+    fs::copy(folder.join("a.safetensors"), outer.path().join("a.safetensors")).unwrap();
+    let absolute = outer.path().join("a.safetensors").display().to_string();
+    std::os::unix::fs::symlink("../a.safetensors", folder.join("link.safetensors")).unwrap();
+    for path in ["../a.safetensors", &absolute, "link.safetensors", ".", "..", ""] {
+        let moved = index.iter().map(|(name, file)| {
+            (name.clone(), if file == "a.safetensors" { path.to_owned() } else { file.clone() })
+        });
+        write_index(&folder, &moved.collect());
+        let error = Model::open(&folder).unwrap_err().to_string();
+        assert!(error.contains("outside the folder"), "{path}: {error}");
+    }
+
+    let mut missing = index.clone();
+    missing.insert("model.layers.0.self_attn.q_proj.bias".into(), "a.safetensors".into());
+    write_index(&folder, &missing);
+    let error = Model::open(&folder).unwrap_err().to_string();
+    assert!(error.contains("`blk.0.attn_q.bias`: the index places it"), "{error}");
+    let mut hidden = index.clone();
+    hidden.remove("model.layers.0.mlp.up_proj.weight");
+    write_index(&folder, &hidden);
+    let error = Model::open(&folder).unwrap_err().to_string();
+    assert!(error.contains("`blk.0.ffn_up.weight`: the index does not place it"), "{error}");
+}
+
+#[test]
+fn the_cache_of_the_hub_is_read_through_its_links() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let hub = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) = (hub.path().join("blobs"), hub.path().join("snapshots/abc"));
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot).unwrap();
+    write_folder(&gguf, &snapshot, |_| {});
+    fs::rename(snapshot.join("model.safetensors"), blobs.join("5f3a")).unwrap();
+    std::os::unix::fs::symlink("../../blobs/5f3a", snapshot.join("model.safetensors")).unwrap();
+    assert_same_tensors(&gguf, &Model::open(&snapshot).unwrap());
+}
+
+#[test]
+fn a_folders_tensor_names_are_parsed_and_not_searched() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    for (name, wrong) in [
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.00.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.10.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "x.model.layers.0.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight.x"),
+        ("model.norm.weight", "model.norm.weight2"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&gguf, folder.path(), |_| {});
+        let mut tensors = hf_tensors(&gguf);
+        let tensor = tensors.remove(name).unwrap();
+        tensors.insert(wrong.to_owned(), tensor);
+        write_safetensors(&folder.path().join("model.safetensors"), &tensors);
+        Model::open(folder.path()).expect_err(wrong);
+    }
+}
+
+#[test]
+fn half_precision_folders_decode_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = open(&draft("llama").write()).unwrap();
+    write_folder(&gguf, folder.path(), |_| {});
+    // The draft's values are small integers, which both formats hold exactly.
+    let half: Vec<(String, Vec<usize>, Vec<u8>, Dtype)> = hf_tensors(&gguf)
+        .into_iter()
+        .enumerate()
+        .map(|(n, (name, (shape, bytes)))| {
+            let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+            if n % 2 == 0 {
+                let bytes = values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect();
+                (name, shape, bytes, Dtype::BF16)
+            } else {
+                let bytes = values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect();
+                (name, shape, bytes, Dtype::F16)
+            }
+        })
+        .collect();
+    let views = half.iter().map(|(name, shape, bytes, dtype)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    let path = folder.path().join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    assert_same_tensors(&gguf, &Model::open(folder.path()).unwrap());
+}
+
+fn folder_with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Model, ModelError> {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), change);
+    Model::open(folder.path())
+}
+
+#[test]
+fn rope_scaling_follows_transformers() {
+    let scaling = json!({
+        "rope_type": "llama3", "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    });
+    // Shapes that give heads of 128, as in Llama 3.1.
+    let wide = draft("llama")
+        .with("llama.attention.key_length", Value::U32(128))
+        .tensor("blk.0.attn_q.weight", &[256, 8])
+        .tensor("blk.0.attn_k.weight", &[128, 8])
+        .tensor("blk.0.attn_v.weight", &[128, 8])
+        .tensor("blk.0.attn_output.weight", &[8, 256]);
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&wide.write()).unwrap(), folder.path(), |config| {
+        config["rope_scaling"] = scaling;
+        config["rope_theta"] = json!(500_000.0);
+    });
+    let model = Model::open(folder.path()).unwrap();
+    let factors = model.config().rope.factors.clone().unwrap();
+    assert_eq!(factors.len(), 64);
+    // `_compute_llama3_parameters` of transformers, in double.
+    let known = [(0, 1.0), (28, 1.0), (29, 1.207484), (31, 2.026313), (34, 5.257327), (35, 8.0)];
+    for (pair, expected) in known {
+        assert!((factors[pair] - expected).abs() < 2e-6, "{pair}: {}", factors[pair]);
+    }
+
+    let linear = folder_with(|c| c["rope_scaling"] = json!({ "type": "linear", "factor": 2.0 }));
+    assert_eq!(linear.unwrap().config().rope.linear_scale, 2.0);
+    let newer = folder_with(|c| {
+        c["rope_theta"] = json!(null);
+        c["rope_parameters"] = json!({ "rope_type": "default", "rope_theta": 7e4 });
+    });
+    assert_eq!(newer.unwrap().config().rope.theta, 7e4);
+}
+
+#[test]
+fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
+    type Change = fn(&mut serde_json::Value);
+    let cases: [(Change, &str); 12] = [
+        (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
+        (|c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4.0 }), "`yarn`"),
+        (|c| c["rope_parameters"] = json!({ "full_attention": {} }), ""),
+        (|c| c["hidden_act"] = json!("gelu"), "`gelu`"),
+        (|c| c["sliding_window"] = json!(16), "slides over 16"),
+        (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
+        (|c| c["quantization_config"] = json!({ "quant_method": "fp8" }), "quantized"),
+        (|c| c["partial_rotary_factor"] = json!(0.5), "0.5 of each head"),
+        (|c| c["num_attention_heads"] = json!(-1), "config.json"),
+        (|c| c["hidden_size"] = json!("8"), "config.json"),
+        (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
+        (|c| c["tie_word_embeddings"] = json!(false), "`output.weight`: it is missing"),
+    ];
+    for (change, expected) in cases {
+        let error = folder_with(change);
+        if expected.is_empty() {
+            error.expect("an old-style theta still stands beside it");
+            continue;
+        }
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn hostile_safetensors_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+    let path = folder.path().join("model.safetensors");
+    let refusal = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        Model::open(folder.path()).unwrap_err().to_string()
+    };
+    let file = |header: &str, data: usize| {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    };
+    assert!(refusal(b"").contains("shorter"));
+    assert!(refusal(&[0xff; 16]).contains("does not fit"));
+    assert!(refusal(&file("[]", 0)).contains("header"));
+    let one = r#""model.norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#;
+    assert!(refusal(&file(&format!("{{{one}}}"), 4)).contains("need 8 bytes, but 4"));
+    assert!(refusal(&file(&format!("{{{one},{one}}}"), 8)).contains("occurs twice"));
+    let int = one.replace("F32", "I32");
+    assert!(refusal(&file(&format!("{{{int}}}"), 8)).contains("its type is I32"));
+    // Eight tensors whose sizes add up to just below 2^64.
+    let huge: Vec<String> = (0..8_u64)
+        .map(|n| {
+            let size = (1_u64 << 61) - 1;
+            let place = [n * size, (n + 1) * size];
+            format!(r#""t{n}":{{"dtype":"U8","shape":[{size}],"data_offsets":{place:?}}}"#)
+        })
+        .collect();
+    assert!(refusal(&file(&format!("{{{}}}", huge.join(",")), 0)).contains("need"));
+    let overflow = one.replace("[2]", "[9223372036854775807,9223372036854775807]");
+    assert!(refusal(&file(&format!("{{{overflow}}}"), 8)).contains("header"));
+}
+
+// Tokenizers.
+
+fn tokens(pre: &str, text: &str) -> Vec<u32> {
+    let architecture = draft("llama").vocabulary(pre);
+    open(&architecture.write()).unwrap().encode(text).unwrap()
+}
+
+#[test]
+fn a_gguf_vocabulary_cuts_text_as_its_pre_tokenizer_says() {
+    let (one, two, three) = (49, 50, 51);
+    assert_eq!(tokens("qwen2", "123"), [one, two, three]);
+    assert_eq!(tokens("smollm", "123"), [one, two, three]);
+    assert_eq!(tokens("gpt-2", "123"), [257]);
+    assert_eq!(tokens("smaug-bpe", "123123"), [257, 257]);
+    // Llama 3 puts its begin token first unless the file says otherwise.
+    assert_eq!(tokens("llama-bpe", "123"), [258, 257]);
+    let quiet = draft("llama")
+        .vocabulary("llama-bpe")
+        .with("tokenizer.ggml.add_bos_token", Value::Bool(false));
+    assert_eq!(open(&quiet.write()).unwrap().encode("123").unwrap(), [257]);
+    let loud =
+        draft("llama").vocabulary("gpt-2").with("tokenizer.ggml.add_bos_token", Value::Bool(true));
+    assert_eq!(open(&loud.write()).unwrap().encode("hel").unwrap(), [258, 260]);
+}
+
+#[test]
+fn special_tokens_are_whole_and_everything_comes_back() {
+    let model = open(&draft("llama").vocabulary("qwen2").write()).unwrap();
+    assert_eq!(model.encode("<|bos|>hel<user>").unwrap(), [258, 260, 261]);
+    for text in ["hello <user> 123", "caf\u{e9} \u{1f600}\t\n\n x  y ", "<|bos|>"] {
+        assert_eq!(model.decode(&model.encode(text).unwrap()).unwrap(), text);
+    }
+    assert!(model.encode("").unwrap().is_empty());
+    let error = model.decode(&[5000]).unwrap_err().to_string();
+    assert!(error.contains("no token 5000"), "{error}");
+    // Every text of a synthetic model can be encoded.
+    let synthetic = open(&synthetic_file(Preset::Qwen2Tiny)).unwrap();
+    let tokens = synthetic.encode("The capital of France is<|im_end|>").unwrap();
+    assert_eq!(tokens.len(), 6);
+    assert_eq!(synthetic.decode(&tokens).unwrap(), "The capital of France is<|im_end|>");
+}
+
+#[test]
+fn an_unusable_vocabulary_says_to_give_tokens_and_leaves_the_weights_usable() {
+    let text = |text: &str| Value::String(text.to_owned());
+    let texts = |texts: &[&str]| Value::Array(texts.iter().map(|t| text(t)).collect());
+    let base = || draft("llama").vocabulary("qwen2");
+    let cases: Vec<(Draft, &str)> = vec![
+        (draft("llama"), "no `tokenizer.ggml.model`"),
+        (base().with("tokenizer.ggml.model", text("llama")), "of the kind `llama`"),
+        (base().with("tokenizer.ggml.pre", text("tekken")), "`tekken` is unknown"),
+        (base().without("tokenizer.ggml.pre"), "no `tokenizer.ggml.pre`"),
+        (base().with("tokenizer.ggml.merges", texts(&["zz yy"])), "needs the token `zz`"),
+        (base().with("tokenizer.ggml.merges", texts(&["1 3"])), "needs the token `13`"),
+        (base().with("tokenizer.ggml.merges", texts(&["13"])), "is no merge"),
+        (base().with("tokenizer.ggml.tokens", texts(&["a", "a"])), "token types"),
+        (
+            base()
+                .with("tokenizer.ggml.tokens", texts(&["a", "a"]))
+                .without("tokenizer.ggml.token_type"),
+            "`a` occurs twice",
+        ),
+        (base().with("tokenizer.ggml.tokens", Value::U32(1)), "not an array of strings"),
+    ];
+    for (draft, expected) in cases {
+        let model = open(&draft.write()).unwrap();
+        let error = model.encode("x").unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("`--tokens`"), "{error}");
+        model.tensor("token_embd.weight").unwrap().to_vec().unwrap();
+    }
+    let beyond = base().tensor("token_embd.weight", &[100, 8]).write();
+    let error = open(&beyond).unwrap().encode("hel").unwrap_err().to_string();
+    assert!(error.contains("token 260, but the embedding has 100 rows"), "{error}");
+}
+
+#[test]
+fn a_folders_tokenizer_is_its_tokenizer_json() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+    let model = Model::open(folder.path()).unwrap();
+    let error = model.encode("x").unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("`--tokens`"), "{error}");
+    let write = |change: &dyn Fn(&mut serde_json::Value)| {
+        let byte_level = json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+        });
+        let mut json = json!({
+            "version": "1.0",
+            "truncation": { "direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0 },
+            "padding": null,
+            "added_tokens": [{
+                "id": 4, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            }],
+            "normalizer": null,
+            "pre_tokenizer": byte_level,
+            "post_processor": null,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": null,
+                "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+                "byte_fallback": false, "ignore_merges": false,
+                "vocab": { "a": 0, "b": 1, "ab": 2, "\u{120}": 3, "<s>": 4 },
+                "merges": [["a", "b"]],
+            },
+        });
+        change(&mut json);
+        fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        Model::open(folder.path()).unwrap()
+    };
+    assert_eq!(write(&|_| {}).encode("<s>aab b").unwrap(), [4, 0, 2, 3, 1]);
+    assert_eq!(write(&|j| j["model"]["merges"] = json!(["a b"])).encode("ab").unwrap(), [2]);
+    assert_eq!(write(&|_| {}).decode(&[4, 0, 2, 3, 1]).unwrap(), "<s>aab b");
+    type Change = fn(&mut serde_json::Value);
+    let refused: [Change; 6] = [
+        |j| j["model"]["merges"] = json!([["a", "zzzzzz"]]),
+        |j| j["model"]["merges"] = json!([["b", "a"]]),
+        |j| j["model"]["continuing_subword_prefix"] = json!("##"),
+        |j| j["model"]["vocab"]["b"] = json!(0),
+        |j| j["model"]["type"] = json!("WordPiece"),
+        |j| j["model"] = json!(3),
+    ];
+    for change in refused {
+        let error = write(&change).encode("ab").unwrap_err().to_string();
+        assert!(error.contains("`--tokens`"), "{error}");
+    }
+}
+
+/// The file that `scripts/fetch-smollm2.sh` fetches.
+fn smollm2() -> PathBuf {
+    match std::env::var_os("RUNNER_SMOLLM2") {
+        Some(path) => path.into(),
+        None => panic!(
+            "set RUNNER_SMOLLM2 to models/SmolLM2-135M-Instruct.Q4_1.gguf, \
+             which scripts/fetch-smollm2.sh fetches"
+        ),
+    }
+}
+
+#[test]
+#[ignore = "needs RUNNER_SMOLLM2, see scripts/fetch-smollm2.sh"]
+fn smollm2_opens_and_speaks_its_own_tokens() {
+    let model = Model::open(&smollm2()).unwrap();
+    let config = model.config();
+    assert_eq!((config.layers, config.hidden, config.vocabulary), (30, 576, 49_152));
+    assert_eq!((config.heads, config.kv_heads, config.head_dim, config.ffn), (9, 3, 64, 1536));
+    assert_eq!(config.rope.layout, RopeLayout::Interleaved);
+    assert_eq!((config.rope.theta, config.rms_norm_eps), (1e5, 1e-5));
+    assert!(config.tied_embeddings);
+    for (text, expected) in [
+        ("The capital of France is", &[504, 3575, 282, 4649, 314][..]),
+        ("Hello world! 123", &[19556, 905, 17, 216, 33, 34, 35]),
+        ("  multiple   spaces", &[216, 2701, 256, 5600]),
+        ("Caf\u{e9} d\u{e9}j\u{e0} vu.", &[51, 1939, 2756, 32564, 90, 16739, 386, 101, 30]),
+        ("<|im_start|>user\n", &[1, 4093, 198]),
+    ] {
+        assert_eq!(model.encode(text).unwrap(), expected, "{text}");
+        assert_eq!(model.decode(expected).unwrap(), text);
+    }
+    let embedding = model.tensor("token_embd.weight").unwrap();
+    assert_eq!((embedding.kind(), embedding.rows()), (WeightType::Q8_0, 49_152));
+    assert_eq!(model.tensor("blk.29.ffn_down.weight").unwrap().kind(), WeightType::Q4_1);
 }

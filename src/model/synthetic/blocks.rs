@@ -58,9 +58,8 @@ impl Random {
 
 /// Relative sizes of a row's groups; their mean square is near 1. Groups of different
 /// size make the row's distribution heavy-tailed.
-const GROUP_SIZES: [f32; 16] = [
-    0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0,
-];
+const GROUP_SIZES: [f32; 16] =
+    [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0];
 /// How far above the standard deviation an amplified channel lies at most.
 const AMPLIFIED: f32 = 8.0;
 /// Values in the largest group of any format.

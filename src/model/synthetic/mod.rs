@@ -99,9 +99,7 @@ impl Preset {
                 tied: true,
                 ..tiny
             },
-            Preset::Qwen3Tiny => {
-                Shape { architecture: Architecture::Qwen3, head_dim: 128, ..tiny }
-            }
+            Preset::Qwen3Tiny => Shape { architecture: Architecture::Qwen3, head_dim: 128, ..tiny },
             Preset::Qwen25Half => Shape {
                 layers: 24,
                 hidden: 896,
@@ -140,10 +138,18 @@ pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, Mo
     }
     let failed = |error| io_error("make the synthetic model", &path, error);
     std::fs::create_dir_all(cache_dir).map_err(failed)?;
-    let mut file = tempfile::NamedTempFile::new_in(cache_dir).map_err(failed)?;
+    let mut file = temporary_file(cache_dir).map_err(failed)?;
     write(preset, seed, file.as_file_mut()).map_err(failed)?;
     file.persist(&path).map_err(|error| failed(error.error))?;
     Ok(path)
+}
+
+/// A file that others may read once it is published, unlike `tempfile`'s own default.
+fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.prefix(".synthetic-").tempfile_in(folder)
 }
 
 /// Writes the preset's GGUF file, a few megabytes at a time.
@@ -249,11 +255,8 @@ impl Shape {
     }
 
     fn tensors(&self) -> Vec<Planned> {
-        let embedding = Values::Matrix {
-            deviation: EMBEDDING,
-            columns: Columns::Amplified,
-            rows: Rows::Even,
-        };
+        let embedding =
+            Values::Matrix { deviation: EMBEDDING, columns: Columns::Amplified, rows: Rows::Even };
         let kind = self.kind(self.hidden, self.tied);
         let mut tensors =
             vec![planned("token_embd.weight", kind, self.vocabulary, self.hidden, embedding)];
@@ -287,9 +290,7 @@ impl Shape {
         let (queries, keys) = (self.heads * head_dim, self.kv_heads * head_dim);
         // llama.cpp's `use_more_bits`.
         let eighth = self.layers / 8;
-        let more = layer < eighth
-            || layer >= 7 * self.layers / 8
-            || (layer - eighth) % 3 == 2;
+        let more = layer < eighth || layer >= 7 * self.layers / 8 || (layer - eighth) % 3 == 2;
         let unit = 1.0 / (hidden as f32).sqrt();
         let mut add = |name: &str, kind, rows, width, values| {
             tensors.push(planned(&format!("blk.{layer}.{name}"), kind, rows, width, values));
@@ -314,18 +315,19 @@ impl Shape {
                 add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
             }
         }
-        // Attention averages its values, and SwiGLU halves them: both come in near 0.7.
-        let writer = |width: usize| Values::Matrix {
-            deviation: ADDED / (0.7 * (width as f32).sqrt()),
+        // Attention averages values down to a root mean square of 0.7; SwiGLU's hard
+        // neurons raise it to 1.5.
+        let writer = |width: usize, input: f32| Values::Matrix {
+            deviation: ADDED / (input * (width as f32).sqrt()),
             columns: Columns::Even,
             rows: Rows::Outliers,
         };
         let kind = self.kind(queries, false);
-        add("attn_output.weight", kind, hidden, queries, writer(queries));
+        add("attn_output.weight", kind, hidden, queries, writer(queries, 0.7));
         add("ffn_norm.weight", WeightType::F32, 1, hidden, norm);
         add("ffn_gate.weight", low, ffn, hidden, reader(1.5 * unit, Rows::Neurons));
         add("ffn_up.weight", low, ffn, hidden, reader(unit, Rows::Neurons));
-        add("ffn_down.weight", self.kind(ffn, more), hidden, ffn, writer(ffn));
+        add("ffn_down.weight", self.kind(ffn, more), hidden, ffn, writer(ffn, 1.5));
     }
 
     fn header(&self, preset: Preset, seed: u64, tensors: &[Planned]) -> Vec<u8> {

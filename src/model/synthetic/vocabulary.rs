@@ -7,7 +7,8 @@ use std::collections::HashSet;
 
 use crate::model::gguf_writer::HeaderWriter;
 
-/// Words that become one token each, with the space before them.
+/// Words that become one token each, with the space before them; `The` without it too,
+/// because prompts like to begin with it.
 const WORDS: &str = "the of and to in is that it was for on are as with his they at be this from \
 have or by one had not but what all were when we there can an your which their said if do will \
 each about how up out them then she many some so these would other into has more her two like him \
@@ -49,8 +50,9 @@ fn words() -> (Vec<String>, Vec<String>) {
     let mut tokens: Vec<String> = (0..=255).map(|byte| letter(byte).to_string()).collect();
     let mut known: HashSet<String> = tokens.iter().cloned().collect();
     let mut merges = Vec::new();
-    for word in WORDS.split_whitespace() {
-        let mut letters = format!(" {word}").into_bytes().into_iter().map(letter);
+    let spaced = WORDS.split_whitespace().map(|word| format!(" {word}"));
+    for word in spaced.chain(["The".to_owned()]) {
+        let mut letters = word.into_bytes().into_iter().map(letter);
         let mut joined = letters.next().map(String::from).unwrap_or_default();
         for letter in letters {
             let merge = format!("{joined} {letter}");
