@@ -131,7 +131,7 @@ impl Model {
         let config = config::from_hf(&json).map_err(|fault| fault.at(folder))?;
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
-        for (path, promised) in safetensors::files(folder)? {
+        for safetensors::Shard { path, promised } in safetensors::files(folder)? {
             let file = map(&path)?;
             let infos = safetensors::parse(&file).map_err(|fault| fault.at(&path))?;
             check_promise(&infos, promised.as_ref()).map_err(|fault| fault.at(&path))?;

@@ -33,12 +33,19 @@ pub(super) struct TensorInfo {
     pub bytes: Range<usize>,
 }
 
-/// The files that hold the weights, each with the tensors that the index
-/// promises there, if there is an index.
-pub(super) fn files(folder: &Path) -> Result<Vec<(PathBuf, Option<BTreeSet<String>>)>, ModelError> {
+/// A file of weights.
+pub(super) struct Shard {
+    pub path: PathBuf,
+    /// The tensors that the index says are here, by their Hugging Face names; `None`
+    /// where there is no index.
+    pub promised: Option<BTreeSet<String>>,
+}
+
+/// The files that hold the weights.
+pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
     let single = folder.join(SINGLE_FILE);
     if single.exists() {
-        return Ok(vec![(inside(folder, SINGLE_FILE)?, None)]);
+        return Ok(vec![Shard { path: inside(folder, SINGLE_FILE)?, promised: None }]);
     }
     let index = folder.join(INDEX_FILE);
     if !index.exists() {
@@ -55,7 +62,10 @@ pub(super) fn files(folder: &Path) -> Result<Vec<(PathBuf, Option<BTreeSet<Strin
     for (tensor, shard) in index_of.weight_map {
         shards.entry(shard).or_default().insert(tensor);
     }
-    shards.into_iter().map(|(shard, names)| Ok((inside(folder, &shard)?, Some(names)))).collect()
+    let shard = |(name, tensors): (String, BTreeSet<String>)| {
+        Ok(Shard { path: inside(folder, &name)?, promised: Some(tensors) })
+    };
+    shards.into_iter().map(shard).collect()
 }
 
 #[derive(Deserialize)]

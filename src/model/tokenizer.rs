@@ -168,10 +168,11 @@ pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, Token
     steps.push(ByteLevel::new(false, false, false).into());
     library.with_pre_tokenizer(Some(Sequence::new(steps)));
     library.with_decoder(Some(ByteLevelDecoder::new(false, false, false)));
-    let whole = tokens.iter().zip(kinds.iter().flatten()).filter_map(|(token, &kind)| {
-        matches!(kind, CONTROL | USER_DEFINED)
-            .then(|| AddedToken::from(*token, kind == CONTROL).normalized(false))
-    });
+    let kinds = kinds.iter().flatten();
+    let whole =
+        tokens.iter().zip(kinds).filter(|(_, kind)| [&CONTROL, &USER_DEFINED].contains(kind));
+    let whole =
+        whole.map(|(token, &kind)| AddedToken::from(*token, kind == CONTROL).normalized(false));
     library.add_tokens(whole).map_err(failed)?;
     Ok(Tokenizer { library, begin })
 }

@@ -46,7 +46,7 @@ impl Random {
 
     /// An integer below `bound`, which is small.
     pub fn below(&mut self, bound: usize) -> usize {
-        ((self.next() >> 32) * bound as u64 >> 32) as usize
+        (((self.next() >> 32) * bound as u64) >> 32) as usize
     }
 
     /// Uniform in (-1, 1).
