@@ -364,7 +364,7 @@ struct Keys<'a> {
 
 impl Keys<'_> {
     /// Keys that are read below, or that change no result.
-    const UNDERSTOOD: [&'static str; 20] = [
+    const UNDERSTOOD: [&'static str; 22] = [
         "vocab_size",
         "block_count",
         "context_length",
@@ -385,6 +385,8 @@ impl Keys<'_> {
         "rope.scaling.factor",
         "rope.scale_linear",
         "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "tensor_data_layout",
     ];
 
     fn full(&self, key: &str) -> String {
@@ -418,8 +420,7 @@ impl Keys<'_> {
         // YaRN and its relatives: their other keys follow from the type.
         self.linear_scale(file)?;
         for key in own {
-            let harmless = key == "rope.scaling.original_context_length";
-            if !harmless && !Self::UNDERSTOOD.contains(&key) {
+            if !Self::UNDERSTOOD.contains(&key) {
                 return Err(Fault::unsupported(
                     format!("what `{}` asks for is not computed", shown(&self.full(key))),
                     OTHER_MODEL,

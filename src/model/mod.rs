@@ -39,8 +39,8 @@ const LARGEST_SMALL_FILE: u64 = 64 << 20;
 pub struct Model {
     path: PathBuf,
     config: Config,
-    /// Mapped files; tensors name theirs by index.
-    files: Vec<Mmap>,
+    /// Mapped files and their paths; tensors name theirs by index.
+    files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Place>,
     vocabulary: Vocabulary,
     tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
@@ -116,7 +116,7 @@ impl Model {
         let mut model = Model {
             path: path.to_owned(),
             config: config.map_err(|fault| fault.at(path))?,
-            files: vec![file],
+            files: vec![(path.to_owned(), file)],
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
@@ -147,7 +147,7 @@ impl Model {
                     }
                 }
             }
-            files.push(file);
+            files.push((path, file));
         }
         if config.tied_embeddings {
             // Transformers overwrites a saved copy with the embedding.
@@ -238,6 +238,11 @@ impl Model {
         &self.path
     }
 
+    /// The files that hold the weights.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|(path, _)| path.as_path())
+    }
+
     /// The hyperparameters.
     pub fn config(&self) -> &Config {
         &self.config
@@ -258,7 +263,7 @@ impl Model {
                 nearest: self.nearest(name),
             });
         };
-        let bytes = &self.files[place.file][place.bytes.clone()];
+        let bytes = &self.files[place.file].1[place.bytes.clone()];
         Weight::new(name, place.kind, place.rows, place.width, bytes)
     }
 
@@ -294,7 +299,7 @@ impl Model {
 
     fn tokenizer(&self) -> Result<&Tokenizer, ModelError> {
         let built = self.tokenizer.get_or_init(|| match &self.vocabulary {
-            Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0]),
+            Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0].1),
             Vocabulary::Folder => tokenizer::from_folder(&self.path),
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))

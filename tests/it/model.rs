@@ -183,6 +183,13 @@ fn candles_own_reader_sees_the_same_tensors() {
 }
 
 #[test]
+fn a_model_is_shared_between_threads() {
+    fn assert_shared<T: Send + Sync>() {}
+    assert_shared::<Model>();
+    assert_shared::<ModelError>();
+}
+
+#[test]
 fn an_unknown_tensor_is_named_with_the_nearest_ones() {
     let model = open(&synthetic_file(Preset::Qwen2Tiny)).unwrap();
     let error = model.tensor("blk.1.attn_qq.weight").unwrap_err().to_string();

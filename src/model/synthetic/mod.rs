@@ -1,7 +1,7 @@
 //! Synthetic models: real GGUF files with real shapes and seeded values, made
 //! where no weights are at hand.
 //!
-//! It decides shapes and statistics; [`blocks`] turns them into bytes. The same
+//! It decides shapes and statistics; `blocks` turns them into bytes. The same
 //! preset and seed give the same bytes on every machine: random numbers come from
 //! a counter, and values from IEEE operations alone, never from a platform's
 //! mathematics library.
