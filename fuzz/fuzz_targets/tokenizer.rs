@@ -35,7 +35,8 @@ fn safetensors() -> Vec<u8> {
     let outer = outer.map(|(name, shape)| (name.to_owned(), shape));
     let (mut lines, mut end) = (Vec::new(), 0);
     for (name, shape) in block.into_iter().chain(outer) {
-        let count: usize = shape.split(',').map(|n| n.parse::<usize>().expect("a number")).product();
+        let count: usize =
+            shape.split(',').map(|n| n.parse::<usize>().expect("a number")).product();
         let start = end;
         end += 2 * count;
         lines.push(format!(

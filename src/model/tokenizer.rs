@@ -267,8 +267,12 @@ pub(super) fn from_folder(folder: &Path) -> Result<Tokenizer, TokenizerFault> {
 /// Builds a tokenizer from the text of a `tokenizer.json`.
 pub(super) fn from_json(json: &[u8]) -> Result<Tokenizer, TokenizerFault> {
     let failed = |error: String| TokenizerFault::new(format!("tokenizer.json: {error}"));
-    let HfTokenizer { model } =
+    // In full, and written anew for the library, which panics on JSON that is malformed
+    // deep inside.
+    let json: serde_json::Value =
         serde_json::from_slice(json).map_err(|error| failed(error.to_string()))?;
+    let HfTokenizer { model } =
+        HfTokenizer::deserialize(&json).map_err(|error| failed(error.to_string()))?;
     if model.r#type.as_deref().is_some_and(|kind| kind != "BPE") {
         return Err(failed("its model is not BPE".to_owned()));
     }
@@ -289,7 +293,7 @@ pub(super) fn from_json(json: &[u8]) -> Result<Tokenizer, TokenizerFault> {
         check_merge(left, right, |token| model.vocab.contains_key(token))?;
     }
     let mut library =
-        tokenizers::Tokenizer::from_bytes(json).map_err(|error| failed(error.to_string()))?;
+        tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| failed(e.to_string()))?;
     // Some files carry the settings of a training run.
     library.with_truncation(None).map_err(|error| failed(error.to_string()))?;
     library.with_padding(None);

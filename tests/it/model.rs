@@ -961,6 +961,13 @@ fn a_folders_tokenizer_is_its_tokenizer_json() {
         |j| j["model"]["type"] = json!("WordPiece"),
         |j| j["model"] = json!(3),
     ];
+    // Malformed where only the library looks, which the library answers with a panic.
+    let model = write(&|_| {});
+    let path = folder.path().join("tokenizer.json");
+    let json = fs::read_to_string(&path).unwrap();
+    let decoder = json.find(r#""decoder":{"#).unwrap() + 11;
+    fs::write(&path, format!(r#"{}"x":1e999,{}"#, &json[..decoder], &json[decoder..])).unwrap();
+    assert!(model.encode("ab").unwrap_err().to_string().contains("`--tokens`"));
     for change in refused {
         let error = write(&change).encode("ab").unwrap_err().to_string();
         assert!(error.contains("`--tokens`"), "{error}");
