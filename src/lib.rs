@@ -13,4 +13,4 @@ pub mod tensor;
 pub mod manifest;
 
 // 2 The stages as a directed acyclic graph: order, levels, selections.
-// pub mod graph;
+pub mod graph;

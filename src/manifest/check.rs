@@ -106,12 +106,8 @@ fn check_references(
     let site = &input.site.value.0;
     if !made.iter().any(|made| made.includes(site)) {
         let shown: Vec<String> = made.iter().map(|made| made.shown()).collect();
-        let list = format!(
-            "`{}` ({}) makes {}",
-            input.stage.value,
-            maker.op.name(),
-            quoted_list(&shown)
-        );
+        let list =
+            format!("`{}` ({}) makes {}", input.stage.value, maker.op.name(), quoted_list(&shown));
         findings.push(
             Problem::new(
                 format!("the stage `{}` makes no site `{}`", input.stage.value, short(site)),
@@ -150,10 +146,8 @@ fn check_cycles(stages: &BTreeMap<&str, &RawStage>, findings: &mut Findings) {
         for (index, name) in cycle.iter().enumerate() {
             let next = cycle[(index + 1) % cycle.len()];
             let at = written[name].iter().find(|(other, _)| other == next);
-            problem = problem.at_if(
-                at.and_then(|(_, at)| at.as_ref()),
-                format!("`{name}` needs `{next}`"),
-            );
+            problem = problem
+                .at_if(at.and_then(|(_, at)| at.as_ref()), format!("`{name}` needs `{next}`"));
         }
         findings.push(problem);
     }
@@ -186,10 +180,11 @@ fn check_contract(
     if let (Some(op), Some(contract)) = (&stage.op, &raw.contract) {
         for falsifier in &contract.falsifiers {
             if let Some(problem) = misfit(&op.op, contract, falsifier) {
-                findings.push(problem.at_if(name.at.as_ref(), "does not fit this stage").at(
-                    &op.repeats_at,
-                    "what the stage computes",
-                ));
+                findings.push(
+                    problem
+                        .at_if(name.at.as_ref(), "does not fit this stage")
+                        .at(&op.repeats_at, "what the stage computes"),
+                );
             }
         }
     }
@@ -198,7 +193,10 @@ fn check_contract(
 /// Why a falsifier could never be measured on an op, if so.
 fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem> {
     let title = |why: String| {
-        format!("the falsifier `{}` of `{}` can never fire here: {why}", falsifier.id, contract.name)
+        format!(
+            "the falsifier `{}` of `{}` can never fire here: {why}",
+            falsifier.id, contract.name
+        )
     };
     let [subject, judge] = falsifier.compare;
     if subject == judge && op.repeats() < 2 {

@@ -13,7 +13,6 @@ use crate::op::{Arm, Stream};
 
 /// A contract's file: its name even where the rest is wrong.
 pub(super) struct RawContract {
-    pub source: usize,
     pub name: Option<Put<String>>,
     /// The whole contract, if nothing is wrong with it.
     pub contract: Option<Contract>,
@@ -101,7 +100,7 @@ impl RawContract {
             }),
             _ => None,
         };
-        RawContract { source, name, contract }
+        RawContract { name, contract }
     }
 }
 
@@ -195,11 +194,7 @@ impl RawEquation {
     }
 
     fn check(self) -> Option<Equation> {
-        Some(Equation {
-            id: self.id?.value,
-            formula: self.formula?.value,
-            why: self.why?.value,
-        })
+        Some(Equation { id: self.id?.value, formula: self.formula?.value, why: self.why?.value })
     }
 }
 
@@ -465,10 +460,7 @@ fn read_compare(table: &mut Fields<'_>, findings: &mut Findings) -> Option<[Put<
     streams.try_into().ok()
 }
 
-fn check_sites(
-    list: Put<Vec<Put<String>>>,
-    findings: &mut Findings,
-) -> Option<Vec<Put<String>>> {
+fn check_sites(list: Put<Vec<Put<String>>>, findings: &mut Findings) -> Option<Vec<Put<String>>> {
     if list.value.is_empty() {
         findings.push(
             Problem::new("`sites` is empty", "leave the key out to judge every site")

@@ -56,8 +56,8 @@ pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> 
         return None;
     }
     let mut bytes = Vec::new();
-    let read = std::fs::File::open(path)
-        .and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes));
+    let read =
+        std::fs::File::open(path).and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes));
     if let Err(error) = read {
         findings.push(failed(format!("cannot read `{shown}`: {error}"), about_access));
         return None;
@@ -75,7 +75,9 @@ pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> 
             let valid = error.utf8_error().valid_up_to();
             let line = 1 + error.as_bytes()[..valid].iter().filter(|byte| **byte == b'\n').count();
             findings.push(failed(
-                format!("`{shown}` is not UTF-8: byte {valid}, in line {line}, starts no character"),
+                format!(
+                    "`{shown}` is not UTF-8: byte {valid}, in line {line}, starts no character"
+                ),
                 "save the file as UTF-8",
             ));
             None
@@ -261,13 +263,7 @@ impl<'text> Fields<'text> {
         Fields { table, source: self.source, name, opening, asked: Vec::new() }
     }
 
-    fn not_a_table(
-        &self,
-        key: &str,
-        span: Range<usize>,
-        heading: &str,
-        findings: &mut Findings,
-    ) {
+    fn not_a_table(&self, key: &str, span: Range<usize>, heading: &str, findings: &mut Findings) {
         findings.push(
             Problem::new(
                 format!("`{key}` of {} is not a table", self.name),
@@ -340,8 +336,11 @@ pub(super) fn choose<T: Copy>(
         return Some(Put { value: *value, at: written.at });
     }
     let names = choices.iter().map(|(name, _)| *name);
-    let help =
-        suggest(&written.value, names.clone(), &format!("`{key}` is one of {}", quoted_list(names)));
+    let help = suggest(
+        &written.value,
+        names.clone(),
+        &format!("`{key}` is one of {}", quoted_list(names)),
+    );
     findings.push(
         Problem::new(format!("`{key}` cannot be `{}`", short(&written.value)), help)
             .at_if(written.at.as_ref(), "unknown value"),

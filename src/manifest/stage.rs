@@ -55,9 +55,7 @@ impl RawStage {
         let contract = fields.need::<String>("contract", "\"qkv-matmul\"", findings);
         let tags = match fields.list::<String>("tags", findings) {
             None => Some(Vec::new()),
-            Some(list) => {
-                list.value.into_iter().map(|tag| check_tag(tag, findings)).collect()
-            }
+            Some(list) => list.value.into_iter().map(|tag| check_tag(tag, findings)).collect(),
         };
         let settings = RawSettings::read(&mut fields, &folder, findings);
         let op = read_op(&mut fields, findings);
@@ -247,9 +245,12 @@ fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> 
             );
         } else if let Some(earlier) = weights.iter().find(|known| known.value == weight.value) {
             findings.push(
-                Problem::new(format!("the weight `{}` is listed twice", weight.value), "remove one")
-                    .at_if(weight.at.as_ref(), "again here")
-                    .at_if(earlier.at.as_ref(), "first here"),
+                Problem::new(
+                    format!("the weight `{}` is listed twice", weight.value),
+                    "remove one",
+                )
+                .at_if(weight.at.as_ref(), "again here")
+                .at_if(earlier.at.as_ref(), "first here"),
             );
         } else {
             weights.push(weight);

@@ -1,1 +1,3 @@
+//! The integration tests: each module reads as the specification of one room.
 
+mod manifest;
