@@ -479,7 +479,7 @@ fn check_sites(list: Put<Vec<Put<String>>>, findings: &mut Findings) -> Option<V
             )
             .at_if(pattern.at.as_ref(), "not a whole part")
         } else if !known.iter().any(|made| made.meets(&pattern.value)) {
-            let shown: Vec<String> = known.iter().map(|made| made.shown()).collect();
+            let shown: Vec<String> = known.iter().map(|made| made.pattern()).collect();
             let list = format!("the sites are {}", quoted_list(&shown));
             Problem::new(
                 format!("no site is called `{}`", short(&pattern.value)),

@@ -114,14 +114,16 @@ pub(super) struct Fields<'text> {
     source: usize,
     /// The table as a reader would name it: "the stage", "`[recipe]`".
     name: String,
-    /// The line that opened it; the file's begin for the top level.
+    /// The heading that opened it; the file's first key for the top level.
     opening: Range<usize>,
     asked: Vec<&'static str>,
 }
 
 impl<'text> Fields<'text> {
     pub fn of_file(table: DeTable<'text>, source: usize, name: &str) -> Fields<'text> {
-        Fields { table, source, name: name.into(), opening: 0..0, asked: Vec::new() }
+        let first = table.keys().map(|key| key.span()).min_by_key(|span| span.start);
+        let opening = first.unwrap_or(0..0);
+        Fields { table, source, name: name.into(), opening, asked: Vec::new() }
     }
 
     pub fn at(&self, span: Range<usize>) -> At {

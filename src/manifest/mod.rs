@@ -25,6 +25,7 @@ use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
 use contract::RawContract;
 use fields::Fields;
 use problem::{Findings, Problem};
+use serde::Serialize;
 use settings::RawSettings;
 use stage::RawStage;
 
@@ -37,6 +38,14 @@ pub struct Pipeline {
     pub stages: Vec<Stage>,
     /// All contracts, by name; every stage's is among them.
     pub contracts: BTreeMap<String, Contract>,
+}
+
+impl Pipeline {
+    /// The stage of this id.
+    pub fn stage(&self, id: &StageId) -> Option<&Stage> {
+        let place = self.stages.binary_search_by(|stage| stage.id.cmp(id)).ok()?;
+        self.stages.get(place)
+    }
 }
 
 /// What the command line sets for every stage.
@@ -53,7 +62,7 @@ pub struct Overrides {
 }
 
 /// One question with one verdict.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stage {
     /// Unique in the folder.
     pub id: StageId,
@@ -84,7 +93,8 @@ pub struct Stage {
 }
 
 /// What the model reads; never empty.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Prompt {
     /// Numbers in the model's vocabulary.
     Tokens(Vec<u32>),
@@ -93,14 +103,14 @@ pub enum Prompt {
 }
 
 /// What a stage may use.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Resources {
     /// CPU threads; all of them where nothing is written.
     pub threads: Option<NonZeroUsize>,
 }
 
 /// Equations, and the falsifiers that could prove them wrong.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Contract {
     /// The name that stages use.
     pub name: String,
@@ -115,7 +125,7 @@ pub struct Contract {
 }
 
 /// What is claimed to hold.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Equation {
     /// Unique in the contract.
     pub id: String,
@@ -126,7 +136,7 @@ pub struct Equation {
 }
 
 /// A measurement that could prove an equation wrong.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Falsifier {
     /// Unique in the contract.
     pub id: String,
@@ -152,7 +162,8 @@ pub struct Falsifier {
 }
 
 /// What a falsifier's failure means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum IfFails {
     /// The difference is unexplained: a bug.
     Structural,
@@ -186,9 +197,8 @@ const DEFAULTS: &str = "pipeline.toml";
 /// Every problem of every file.
 pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> {
     let mut findings = Findings::default();
-    let what = format!("`{}`", folder.display());
     let Some(files) = toml_files(folder, "stages", &mut findings) else {
-        return findings.into_result(empty(folder), what);
+        return findings.into_result(empty(folder));
     };
 
     let typed = check_overrides(overrides, &mut findings);
@@ -216,7 +226,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
             .filter_map(|raw| raw.contract.map(|contract| (contract.name.clone(), contract)))
             .collect(),
     };
-    findings.into_result(pipeline, what)
+    findings.into_result(pipeline)
 }
 
 fn empty(folder: &Path) -> Pipeline {
@@ -384,11 +394,12 @@ fn read_file<T>(
     if sound {
         return Some(read(Fields::of_file(table, source, noun), source, findings));
     }
+    // An empty name may be what the parser made of a broken one.
     match table.get(name_key).and_then(|name| name.get_ref().as_str()) {
-        Some(name) => {
+        Some(name) if !name.is_empty() => {
             unread.names.insert(name.to_owned());
         }
-        None => unread.some = true,
+        _ => unread.some = true,
     }
     None
 }

@@ -16,8 +16,10 @@ use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet}
 pub struct Problems {
     sources: Vec<Source>,
     list: Vec<Problem>,
-    what: String,
 }
+
+/// Stands for a file where a value was typed.
+const TYPED: &str = "the command line";
 
 /// How many problems are drawn in full; the rest is counted.
 const SHOWN: usize = 50;
@@ -84,13 +86,13 @@ impl Problems {
             .iter()
             .filter_map(|problem| match problem.spots.first() {
                 Some(spot) => Some(self.sources[spot.at.source].path.as_path()),
-                None => problem.path.as_deref(),
+                None => problem.path.as_deref().filter(|path| *path != Path::new(TYPED)),
             })
             .collect();
         let problems = plural(self.list.len(), "problem");
         match files.len() {
-            0 => format!("{problems}; {} was not used", self.what),
-            n => format!("{problems} in {}; {} was not used", plural(n, "file"), self.what),
+            0 => format!("{problems}; nothing was run"),
+            n => format!("{problems} in {}; nothing was run", plural(n, "file")),
         }
     }
 }
@@ -200,7 +202,7 @@ impl Findings {
     pub fn push(&mut self, mut problem: Problem) {
         // Defaults are sound and manifests have places: what is left was typed.
         if problem.spots.is_empty() && problem.path.is_none() {
-            problem.path = Some("the command line".into());
+            problem.path = Some(TYPED.into());
         }
         if !self.list.contains(&problem) {
             self.list.push(problem);
@@ -208,7 +210,7 @@ impl Findings {
     }
 
     /// `value` if nothing was found, else everything that was.
-    pub fn into_result<T>(mut self, value: T, what: String) -> Result<T, Problems> {
+    pub fn into_result<T>(mut self, value: T) -> Result<T, Problems> {
         if self.list.is_empty() {
             return Ok(value);
         }
@@ -219,7 +221,7 @@ impl Findings {
             }
             None => (problem.path.clone().unwrap_or_default(), 0, problem.title.clone()),
         });
-        Err(Problems { sources: self.sources, list: self.list, what })
+        Err(Problems { sources: self.sources, list: self.list })
     }
 }
 

@@ -366,7 +366,7 @@ impl RawRecipe {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
             problems.push(
                 Problem::new(
-                    format!("a {} chip has no `{gemm_name}`", name_of(chip.value, &CHIPS)),
+                    format!("the chip `{}` has no `{gemm_name}`", name_of(chip.value, &CHIPS)),
                     format!("its formats are {}", quoted_list(named.map(|(name, _)| name))),
                 )
                 .at_if(gemm.at.as_ref(), "this format")

@@ -38,6 +38,14 @@ impl Made {
         }
     }
 
+    /// The pattern that names all of it.
+    pub fn pattern(&self) -> String {
+        match self {
+            Made::One(one) => one.0.clone(),
+            Made::EachLayer(name) => format!("blk.*.{name}"),
+        }
+    }
+
     /// As a reader would write it.
     pub fn shown(&self) -> String {
         match self {

@@ -303,8 +303,7 @@ fn contracts_may_lie_elsewhere() {
         .stage(&STAGE.replace("plain", "other"))
         .file("stages/pipeline.toml", "contracts = \"rules\"\n");
     fs::create_dir(folder.0.path().join("stages/rules")).expect("a folder");
-    let folder =
-        folder.file("stages/rules/other.toml", CONTRACT.replace("\"plain\"", "\"other\""));
+    let folder = folder.file("stages/rules/other.toml", CONTRACT.replace("\"plain\"", "\"other\""));
     let contracts = folder.load().expect("sound").contracts;
     assert_eq!(contracts.keys().collect::<Vec<_>>(), ["other"]);
 }
@@ -321,10 +320,8 @@ fn the_input_is_a_need() {
 
 #[test]
 fn file_names_and_their_order_mean_nothing() {
-    let stages: Vec<String> = ["a", "b", "c"]
-        .iter()
-        .map(|name| STAGE.replace("\"X\"", &format!("\"{name}\"")))
-        .collect();
+    let stages: Vec<String> =
+        ["a", "b", "c"].iter().map(|name| STAGE.replace("\"X\"", &format!("\"{name}\""))).collect();
     let load = |names: [&str; 3]| {
         let folder = names.iter().zip(&stages).fold(Folder::new(), |folder, (name, text)| {
             folder.file(&format!("stages/{name}.toml"), text)
@@ -420,7 +417,8 @@ fn drawings_escape_titles() {
 fn selections() {
     let stages = shipped().stages;
     let graph = Graph::of(&stages).expect("no cycle");
-    let select = |expr: &str| select(&graph, &stages, expr).unwrap_or_else(|error| panic!("{error}"));
+    let select =
+        |expr: &str| select(&graph, &stages, expr).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(select("E"), ids(&["E"]));
     assert_eq!(select("+E"), ids(&["C", "D", "E"]));
     assert_eq!(select("C+"), ids(&["C", "D", "E"]));
