@@ -2,7 +2,7 @@
 //!
 //! It knows no stage; whether a contract fits one is `check.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
@@ -161,12 +161,13 @@ fn check_tested(
     if falsifiers.iter().any(|falsifier| falsifier.equation.is_none()) {
         return;
     }
+    let tested: BTreeSet<&str> = falsifiers
+        .iter()
+        .filter_map(|falsifier| falsifier.equation.as_ref())
+        .map(|equation| equation.value.as_str())
+        .collect();
     for (id, at) in equations {
-        let tested = falsifiers
-            .iter()
-            .filter_map(|falsifier| falsifier.equation.as_ref())
-            .any(|equation| equation.value == *id);
-        if !tested {
+        if !tested.contains(id.as_str()) {
             findings.push(
                 Problem::new(
                     format!("no falsifier tests the equation `{id}`"),

@@ -198,15 +198,12 @@ impl Findings {
         &self.sources[source].path
     }
 
-    /// A setting that several stages inherit is wrong once, not once per stage.
     pub fn push(&mut self, mut problem: Problem) {
         // Defaults are sound and manifests have places: what is left was typed.
         if problem.spots.is_empty() && problem.path.is_none() {
             problem.path = Some(TYPED.into());
         }
-        if !self.list.contains(&problem) {
-            self.list.push(problem);
-        }
+        self.list.push(problem);
     }
 
     /// `value` if nothing was found, else everything that was.
@@ -221,6 +218,8 @@ impl Findings {
             }
             None => (problem.path.clone().unwrap_or_default(), 0, problem.title.clone()),
         });
+        // A setting that several stages inherit is wrong once, not once per stage.
+        self.list.dedup();
         Err(Problems { sources: self.sources, list: self.list })
     }
 }
@@ -233,11 +232,11 @@ pub(super) fn plural(count: usize, noun: &str) -> String {
 /// `` `a`, `b` and `c` ``; a long list is cut and counted.
 pub(crate) fn quoted_list<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
     const LISTED: usize = 24;
-    let mut names: Vec<String> =
-        names.into_iter().map(|name| format!("`{}`", name.as_ref())).collect();
-    if names.len() > LISTED {
-        let hidden = names.len() - LISTED;
-        names.truncate(LISTED);
+    let mut rest = names.into_iter();
+    let names: Vec<String> =
+        rest.by_ref().take(LISTED).map(|name| format!("`{}`", name.as_ref())).collect();
+    let hidden = rest.count();
+    if hidden > 0 {
         return format!("{} and {hidden} more", names.join(", "));
     }
     match names.split_last() {

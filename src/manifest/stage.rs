@@ -2,6 +2,7 @@
 //!
 //! It knows no other stage; references between stages are `check.rs`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::fields::{Fields, Put};
@@ -234,7 +235,8 @@ fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> 
         return None;
     }
     let count = list.value.len();
-    let mut weights: Vec<Put<String>> = Vec::with_capacity(count);
+    let mut weights: Vec<String> = Vec::with_capacity(count);
+    let mut seen: BTreeMap<String, Option<At>> = BTreeMap::new();
     for weight in list.value {
         let Some(weight) = check_weight(weight, findings) else { continue };
         if site_of_projection(&weight.value).is_none() {
@@ -243,20 +245,20 @@ fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> 
                 Problem::new(format!("`{}` is not a known projection", short(&weight.value)), help)
                     .at_if(weight.at.as_ref(), "no site belongs to it"),
             );
-        } else if let Some(earlier) = weights.iter().find(|known| known.value == weight.value) {
+        } else if let Some(earlier) = seen.get(&weight.value) {
             findings.push(
                 Problem::new(
                     format!("the weight `{}` is listed twice", weight.value),
                     "remove one",
                 )
                 .at_if(weight.at.as_ref(), "again here")
-                .at_if(earlier.at.as_ref(), "first here"),
+                .at_if(earlier.as_ref(), "first here"),
             );
         } else {
-            weights.push(weight);
+            seen.insert(weight.value.clone(), weight.at);
+            weights.push(weight.value);
         }
     }
-    let weights: Vec<String> = weights.into_iter().map(|weight| weight.value).collect();
     (weights.len() == count).then(|| RawOp {
         op: Op::Matmul { input: input.as_written(), weights },
         input: Some(input),
