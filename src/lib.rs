@@ -13,4 +13,7 @@ pub mod tensor;
 pub mod model;
 
 // 1 TOML to checked stages and contracts, all problems at once.
-// pub mod manifest;
+pub mod manifest;
+
+// 2 The stages as a directed acyclic graph: order, levels, selections.
+pub mod graph;

@@ -173,3 +173,183 @@ pub enum Op {
         weights: Vec<String>,
     },
 }
+
+impl Arm {
+    /// All arms, the most trusted first.
+    pub const ALL: [Arm; 3] = [Arm::Reference, Arm::Emulated, Arm::Device];
+
+    /// The name that manifests, contracts, commands and reports use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arm::Reference => "reference",
+            Arm::Emulated => "emulated",
+            Arm::Device => "device",
+        }
+    }
+}
+
+impl std::fmt::Display for Arm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Arm {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Arm, String> {
+        Arm::ALL.into_iter().find(|arm| arm.name() == text).ok_or_else(|| {
+            format!("no arm is called `{text}`; write `reference`, `emulated` or `device`")
+        })
+    }
+}
+
+/// What one side of a comparison reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Stream {
+    /// The tensors of an arm; `emulated`.
+    Arm(Arm),
+    /// The reference computed op by op on that arm's own inputs, which leaves
+    /// the arm's local error and nothing inherited; `reference@emulated`.
+    Anchored(Arm),
+}
+
+impl Stream {
+    /// All streams, the most trusted first.
+    pub const ALL: [Stream; 5] = [
+        Stream::Arm(Arm::Reference),
+        Stream::Anchored(Arm::Emulated),
+        Stream::Anchored(Arm::Device),
+        Stream::Arm(Arm::Emulated),
+        Stream::Arm(Arm::Device),
+    ];
+}
+
+impl std::fmt::Display for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Stream::Arm(arm) => write!(f, "{arm}"),
+            Stream::Anchored(arm) => write!(f, "reference@{arm}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Stream {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Stream, String> {
+        Stream::ALL.into_iter().find(|stream| stream.to_string() == text).ok_or_else(|| {
+            format!(
+                "no stream is called `{text}`; write `reference`, `emulated`, `device`, \
+                 `reference@emulated` or `reference@device`"
+            )
+        })
+    }
+}
+
+impl From<Stream> for String {
+    fn from(stream: Stream) -> String {
+        stream.to_string()
+    }
+}
+
+impl TryFrom<String> for Stream {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Stream, String> {
+        text.parse()
+    }
+}
+
+/// The sites of one layer, in the order in which a forward pass makes them.
+/// `q_norm` and `k_norm` exist in qwen3 only.
+pub const LAYER_SITES: [&str; 17] = [
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "q_norm",
+    "k_norm",
+    "q_rope",
+    "k_rope",
+    "attn",
+    "attn_out",
+    "attn_residual",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_swiglu",
+    "ffn_down",
+    "ffn_residual",
+];
+
+/// Which projection's output a layer's weight makes: weight, site.
+pub const LAYER_PROJECTIONS: [(&str, &str); 7] = [
+    ("attn_q", "q"),
+    ("attn_k", "k"),
+    ("attn_v", "v"),
+    ("attn_output", "attn_out"),
+    ("ffn_gate", "ffn_gate"),
+    ("ffn_up", "ffn_up"),
+    ("ffn_down", "ffn_down"),
+];
+
+/// `blk.7.attn_q` taken apart: the layer and the name within it.
+/// Leading zeros and signs are not a layer's number.
+pub fn in_layer(name: &str) -> Option<(u32, &str)> {
+    let (layer, inner) = name.strip_prefix("blk.")?.split_once('.')?;
+    let number = layer.parse().ok()?;
+    (number_is_canonical(layer) && !inner.is_empty()).then_some((number, inner))
+}
+
+fn number_is_canonical(text: &str) -> bool {
+    text == "0" || (!text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// The site that a projection writes: `blk.0.attn_q` -> `blk.0.q`, `output` -> `logits`.
+pub fn site_of_projection(weight: &str) -> Option<Site> {
+    if weight == "output" {
+        return Some(Site("logits".into()));
+    }
+    let (layer, inner) = in_layer(weight)?;
+    let (_, site) = LAYER_PROJECTIONS.iter().find(|(name, _)| *name == inner)?;
+    Some(Site(format!("blk.{layer}.{site}")))
+}
+
+/// The site that a normalisation over the whole width writes; it has the gain's name.
+pub fn site_of_norm(weight: &str) -> Option<Site> {
+    let known = match in_layer(weight) {
+        Some((_, inner)) => matches!(inner, "attn_norm" | "ffn_norm"),
+        None => weight == "output_norm",
+    };
+    known.then(|| Site(weight.into()))
+}
+
+impl Op {
+    /// The name of the manifest's table.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Forward { .. } => "forward",
+            Op::Embed { .. } => "embed",
+            Op::RmsNorm { .. } => "rms_norm",
+            Op::Matmul { .. } => "matmul",
+        }
+    }
+
+    /// The other stage's tensor that it reads, if it reads one.
+    pub fn input(&self) -> Option<&InputRef> {
+        match self {
+            Op::Forward { .. } | Op::Embed { .. } => None,
+            Op::RmsNorm { input, .. } | Op::Matmul { input, .. } => Some(input),
+        }
+    }
+
+    /// How often each arm computes it.
+    pub fn repeats(&self) -> u32 {
+        match self {
+            Op::Forward { repeats, .. } => *repeats,
+            Op::Embed { .. } | Op::RmsNorm { .. } | Op::Matmul { .. } => 1,
+        }
+    }
+}

@@ -1,1 +1,5 @@
+//! The integration tests, one binary: each module holds one part of the
+//! project to things that nobody here wrote.
+
+mod manifest;
 mod model;

@@ -1,0 +1,241 @@
+//! What can only be seen with all files on the table: ids used twice,
+//! references that lead nowhere, cycles, contracts that do not fit a stage.
+//!
+//! It knows names, sites and metrics; it computes nothing and opens no file.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::contract::RawContract;
+use super::cycle;
+use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
+use super::stage::RawStage;
+use super::{Contract, Falsifier, Unread, sites};
+use crate::op::{Op, Stream};
+
+/// The files under check.
+pub(super) struct Folder<'a> {
+    pub stages: &'a [RawStage],
+    pub contracts: &'a [RawContract],
+    pub unread_stages: &'a Unread,
+    pub unread_contracts: &'a Unread,
+}
+
+/// Checks everything between files.
+pub(super) fn check(folder: &Folder<'_>, findings: &mut Findings) {
+    let stages = index(
+        "stages",
+        folder.stages.iter().filter_map(|stage| {
+            let id = stage.id.as_ref()?;
+            Some((id.value.0.as_str(), id.at.as_ref()?, stage))
+        }),
+        findings,
+    );
+    let contracts = index(
+        "contracts",
+        folder.contracts.iter().filter_map(|contract| {
+            let name = contract.name.as_ref()?;
+            Some((name.value.as_str(), name.at.as_ref()?, contract))
+        }),
+        findings,
+    );
+    for stage in folder.stages {
+        check_references(stage, &stages, folder.unread_stages, findings);
+        check_contract(stage, &contracts, folder.unread_contracts, findings);
+    }
+    check_cycles(&stages, findings);
+}
+
+/// All by name; a name that is used again is a problem.
+fn index<'a, T>(
+    noun: &str,
+    items: impl Iterator<Item = (&'a str, &'a At, &'a T)>,
+    findings: &mut Findings,
+) -> BTreeMap<&'a str, &'a T> {
+    let mut all: BTreeMap<&str, (&At, &T)> = BTreeMap::new();
+    for (name, at, item) in items {
+        match all.get(name) {
+            None => {
+                all.insert(name, (at, item));
+            }
+            Some((first, _)) => findings.push(
+                Problem::new(
+                    format!("two {noun} are called `{name}`"),
+                    "give one of them another name",
+                )
+                .at(first, "first here")
+                .at(at, "again here"),
+            ),
+        }
+    }
+    all.into_iter().map(|(name, (_, item))| (name, item)).collect()
+}
+
+fn check_references(
+    stage: &RawStage,
+    stages: &BTreeMap<&str, &RawStage>,
+    unread: &Unread,
+    findings: &mut Findings,
+) {
+    let input = stage.op.as_ref().and_then(|op| op.input.as_ref());
+    let references = stage.needs.iter().chain(input.map(|input| &input.stage));
+    for reference in references {
+        let name = reference.value.0.as_str();
+        let at = reference.at.as_ref();
+        if stage.id.as_ref().is_some_and(|id| id.value.0 == name) {
+            findings.push(
+                Problem::new(format!("the stage `{name}` needs itself"), "name another stage")
+                    .at_if(at, "its own id"),
+            );
+        } else if !stages.contains_key(name) && !unread.may_hold(name) {
+            let known = stages.keys().copied();
+            let list = format!("the stages are {}", quoted_list(known.clone()));
+            findings.push(
+                Problem::new(
+                    format!("there is no stage `{}`", short(name)),
+                    suggest(name, known, &list),
+                )
+                .at_if(at, "unknown stage"),
+            );
+        }
+    }
+
+    let Some(input) = input else { return };
+    let maker = stages.get(input.stage.value.0.as_str()).and_then(|maker| maker.op.as_ref());
+    let Some(maker) = maker else { return };
+    let made = sites::made_by(&maker.op);
+    let site = &input.site.value.0;
+    if !made.iter().any(|made| made.includes(site)) {
+        let shown: Vec<String> = made.iter().map(|made| made.shown()).collect();
+        let list =
+            format!("`{}` ({}) makes {}", input.stage.value, maker.op.name(), quoted_list(&shown));
+        findings.push(
+            Problem::new(
+                format!("the stage `{}` makes no site `{}`", input.stage.value, short(site)),
+                suggest(site, shown.iter().map(String::as_str), &list),
+            )
+            .at_if(input.site.at.as_ref(), "not made there"),
+        );
+    }
+}
+
+fn check_cycles(stages: &BTreeMap<&str, &RawStage>, findings: &mut Findings) {
+    let references = |stage: &'_ RawStage| -> Vec<(String, Option<At>)> {
+        let input = stage.op.as_ref().and_then(|op| op.input.as_ref());
+        stage
+            .needs
+            .iter()
+            .chain(input.map(|input| &input.stage))
+            .map(|reference| (reference.value.0.clone(), reference.at.clone()))
+            .collect()
+    };
+    let written: BTreeMap<&str, Vec<(String, Option<At>)>> =
+        stages.iter().map(|(name, stage)| (*name, references(stage))).collect();
+    // A stage that needs itself is reported where its references are.
+    let needs: BTreeMap<&str, BTreeSet<&str>> = written
+        .iter()
+        .map(|(name, needed)| {
+            let others = needed.iter().map(|(other, _)| other.as_str());
+            (*name, others.filter(|other| other != name).collect())
+        })
+        .collect();
+    for cycle in cycle::cycles(&needs) {
+        let mut problem = Problem::new(
+            format!("stages need each other: {}", cycle::text(&cycle)),
+            "remove one of these needs: nothing could run first",
+        );
+        for (index, name) in cycle.iter().enumerate() {
+            let next = cycle[(index + 1) % cycle.len()];
+            let at = written[name].iter().find(|(other, _)| other == next);
+            problem = problem
+                .at_if(at.and_then(|(_, at)| at.as_ref()), format!("`{name}` needs `{next}`"));
+        }
+        findings.push(problem);
+    }
+}
+
+fn check_contract(
+    stage: &RawStage,
+    contracts: &BTreeMap<&str, &RawContract>,
+    unread: &Unread,
+    findings: &mut Findings,
+) {
+    let Some(name) = &stage.contract else { return };
+    let Some(raw) = contracts.get(name.value.as_str()) else {
+        if !unread.may_hold(&name.value) {
+            let known = contracts.keys().copied();
+            let list = match contracts.len() {
+                0 => "the folder of contracts has none".to_owned(),
+                _ => format!("the contracts are {}", quoted_list(known.clone())),
+            };
+            findings.push(
+                Problem::new(
+                    format!("there is no contract `{}`", short(&name.value)),
+                    suggest(&name.value, known, &list),
+                )
+                .at_if(name.at.as_ref(), "unknown contract"),
+            );
+        }
+        return;
+    };
+    if let (Some(op), Some(contract)) = (&stage.op, &raw.contract) {
+        for falsifier in &contract.falsifiers {
+            if let Some(problem) = misfit(&op.op, contract, falsifier) {
+                findings.push(
+                    problem
+                        .at_if(name.at.as_ref(), "does not fit this stage")
+                        .at(&op.repeats_at, "what the stage computes"),
+                );
+            }
+        }
+    }
+}
+
+/// Why a falsifier could never be measured on an op, if so.
+fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem> {
+    let title = |why: String| {
+        format!(
+            "the falsifier `{}` of `{}` can never fire here: {why}",
+            falsifier.id, contract.name
+        )
+    };
+    let [subject, judge] = falsifier.compare;
+    if subject == judge && op.repeats() < 2 {
+        let repeats = match op {
+            Op::Forward { .. } => "write `repeats = 2` or more",
+            _ => "this op is computed once; judge the stage by another contract",
+        };
+        let why = format!("it compares the repeats of `{subject}`, and there are none");
+        return Some(Problem::new(title(why), repeats));
+    }
+    let anchored = matches!(judge, Stream::Anchored(_));
+    if anchored && matches!(op, Op::Forward { capture: crate::op::Capture::Logits, .. }) {
+        return Some(Problem::new(
+            title(format!("`{judge}` needs the input of every op")),
+            "write `capture = \"every-site\"`",
+        ));
+    }
+    let made = sites::made_by(op);
+    let fires = made.iter().any(|made| {
+        let logits = made.includes("logits");
+        let named = match &falsifier.sites {
+            None => true,
+            Some(patterns) => patterns.iter().any(|pattern| made.meets(pattern)),
+        };
+        named && (logits || !falsifier.metric.of_logits_only())
+    });
+    if fires {
+        return None;
+    }
+    let shown = made.iter().map(sites::Made::shown);
+    let asked = match &falsifier.sites {
+        Some(patterns) if !falsifier.metric.of_logits_only() => quoted_list(patterns),
+        _ => "`logits`".to_owned(),
+    };
+    Some(Problem::new(
+        title(format!("it judges {asked}")),
+        format!(
+            "the stage makes {}; choose a contract for these, or move the falsifier to another",
+            quoted_list(shown)
+        ),
+    ))
+}

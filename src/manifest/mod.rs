@@ -1,0 +1,434 @@
+//! From TOML to checked stages and contracts, all problems of a folder at once.
+//!
+//! Each file is read twice: as written (`Raw*`, with the place of every value)
+//! and as used (the public types here, which hold only what makes sense). It
+//! opens no model and computes nothing: layer numbers, shapes and tokens are
+//! checked against the model where it is loaded.
+
+mod check;
+mod contract;
+pub(crate) mod cycle;
+mod fields;
+pub(crate) mod problem;
+mod settings;
+mod sites;
+mod stage;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+pub use problem::Problems;
+
+use crate::metric::Metric;
+use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
+use contract::RawContract;
+use fields::Fields;
+use problem::{Findings, Problem};
+use serde::Serialize;
+use settings::RawSettings;
+use stage::RawStage;
+
+/// A folder of stages with the contracts that judge them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pipeline {
+    /// The folder as it was given.
+    pub folder: PathBuf,
+    /// The stages, sorted by id.
+    pub stages: Vec<Stage>,
+    /// All contracts, by name; every stage's is among them.
+    pub contracts: BTreeMap<String, Contract>,
+}
+
+impl Pipeline {
+    /// The stage of this id.
+    pub fn stage(&self, id: &StageId) -> Option<&Stage> {
+        let place = self.stages.binary_search_by(|stage| stage.id.cmp(id)).ok()?;
+        self.stages.get(place)
+    }
+}
+
+/// What the command line sets for every stage.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// `--model`.
+    pub model: Option<String>,
+    /// `--tokens`.
+    pub tokens: Option<Vec<u32>>,
+    /// `--prompt`.
+    pub prompt: Option<String>,
+    /// `--arms`.
+    pub arms: Option<Vec<Arm>>,
+}
+
+/// One question with one verdict.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stage {
+    /// Unique in the folder.
+    pub id: StageId,
+    /// The question, for people.
+    pub title: String,
+    /// The manifest.
+    pub file: PathBuf,
+    /// The stages that must have run, sorted; the input's stage is one of them.
+    pub needs: Vec<StageId>,
+    /// The contract's name.
+    pub contract: String,
+    /// For selections.
+    pub tags: Vec<String>,
+    /// `synthetic:<preset>` or the path of a GGUF file or safetensors folder.
+    pub model: String,
+    /// What the model reads.
+    pub prompt: Prompt,
+    /// For whatever is drawn at random.
+    pub seed: u64,
+    /// Unique, in the order written, [`Arm::Reference`] among them.
+    pub arms: Vec<Arm>,
+    /// The arithmetic under test.
+    pub recipe: Recipe,
+    /// What it may use.
+    pub resources: Resources,
+    /// What it computes.
+    pub op: Op,
+}
+
+/// What the model reads; never empty.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prompt {
+    /// Numbers in the model's vocabulary.
+    Tokens(Vec<u32>),
+    /// A text for the model's tokenizer.
+    Text(String),
+}
+
+/// What a stage may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Resources {
+    /// CPU threads; all of them where nothing is written.
+    pub threads: Option<NonZeroUsize>,
+}
+
+/// Equations, and the falsifiers that could prove them wrong.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Contract {
+    /// The name that stages use.
+    pub name: String,
+    /// `MAJOR.MINOR.PATCH`.
+    pub version: String,
+    /// Where it is written.
+    pub file: PathBuf,
+    /// Each with at least one falsifier.
+    pub equations: Vec<Equation>,
+    /// In the order written.
+    pub falsifiers: Vec<Falsifier>,
+}
+
+/// What is claimed to hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Equation {
+    /// Unique in the contract.
+    pub id: String,
+    /// For people.
+    pub formula: String,
+    /// The reason why it holds.
+    pub why: String,
+}
+
+/// A measurement that could prove an equation wrong.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Falsifier {
+    /// Unique in the contract.
+    pub id: String,
+    /// The equation that falls with it.
+    pub equation: String,
+    /// What must be seen, for people.
+    pub prediction: String,
+    /// The subject, and what it is judged against. An arm with itself means
+    /// its repeats.
+    pub compare: [Stream; 2],
+    /// What is measured.
+    pub metric: Metric,
+    /// Patterns of sites, see [`Falsifier::applies_to`]; every site if absent.
+    pub sites: Option<Vec<String>>,
+    /// The smallest value that passes.
+    pub min: Option<f64>,
+    /// The largest value that passes.
+    pub max: Option<f64>,
+    /// The derivation of the bounds.
+    pub why: String,
+    /// What a failure means.
+    pub if_fails: IfFails,
+}
+
+/// What a falsifier's failure means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IfFails {
+    /// The difference is unexplained: a bug.
+    Structural,
+    /// The difference is the recipe's arithmetic, and beyond the budget.
+    Drift,
+}
+
+impl Falsifier {
+    /// Whether it judges a site. A pattern names a site part by part between
+    /// dots, where `*` is one whole part: `blk.1.*` does not name `blk.10.q`.
+    /// Metrics of logits judge `logits` alone.
+    pub fn applies_to(&self, site: &Site) -> bool {
+        let named = match &self.sites {
+            None => true,
+            Some(patterns) => patterns.iter().any(|pattern| sites::names(pattern, &site.0)),
+        };
+        named && (!self.metric.of_logits_only() || site.0 == "logits")
+    }
+}
+
+/// The file of defaults.
+const DEFAULTS: &str = "pipeline.toml";
+
+/// Reads a folder of stages and its contracts.
+///
+/// Stages are the folder's `*.toml` files but `pipeline.toml`, which holds the
+/// defaults. Contracts lie in `contracts/` beside the folder, or where
+/// `contracts = "..."` of `pipeline.toml` says, seen from the folder.
+///
+/// # Errors
+/// Every problem of every file.
+pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> {
+    let mut findings = Findings::default();
+    let Some(files) = toml_files(folder, "stages", &mut findings) else {
+        return findings.into_result(empty(folder));
+    };
+
+    let typed = check_overrides(overrides, &mut findings);
+    let (defaults, contracts_folder) = read_defaults(folder, &files, &mut findings);
+    let (stages, unread_stages) = read_stages(folder, &files, &mut findings);
+    let (contracts, unread_contracts) = read_contracts(&contracts_folder, &stages, &mut findings);
+    let all = check::Folder {
+        stages: &stages,
+        contracts: &contracts,
+        unread_stages: &unread_stages,
+        unread_contracts: &unread_contracts,
+    };
+    check::check(&all, &mut findings);
+
+    let mut checked: Vec<Stage> = stages
+        .into_iter()
+        .filter_map(|stage| finish_stage(stage, &defaults, &typed, &mut findings))
+        .collect();
+    checked.sort_by(|a, b| a.id.cmp(&b.id));
+    let pipeline = Pipeline {
+        folder: folder.to_owned(),
+        stages: checked,
+        contracts: contracts
+            .into_iter()
+            .filter_map(|raw| raw.contract.map(|contract| (contract.name.clone(), contract)))
+            .collect(),
+    };
+    findings.into_result(pipeline)
+}
+
+fn empty(folder: &Path) -> Pipeline {
+    Pipeline { folder: folder.to_owned(), stages: Vec::new(), contracts: BTreeMap::new() }
+}
+
+/// The settings from the command line, which stand above every file's.
+fn check_overrides(overrides: &Overrides, findings: &mut Findings) -> RawSettings {
+    if overrides.tokens.is_some() && overrides.prompt.is_some() {
+        findings.push(Problem::new(
+            "`--tokens` and `--prompt` are both given",
+            "keep one of them: both say what the model reads",
+        ));
+        return RawSettings::default();
+    }
+    RawSettings::from_overrides(overrides)
+}
+
+/// The names of a folder's `*.toml` files, sorted; hidden files are not manifests.
+fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec<PathBuf>> {
+    let shown = folder.display();
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => {
+            let help = if folder.is_file() {
+                "this is a file: give the folder that holds it".to_owned()
+            } else {
+                format!("give a folder that holds the {holds} as `*.toml`")
+            };
+            findings.push(
+                Problem::new(format!("cannot read the folder `{shown}`: {error}"), help)
+                    .in_path(folder),
+            );
+            return None;
+        }
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        match entry {
+            Ok(entry) => {
+                let path = entry.path();
+                let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+                if !hidden && path.extension().is_some_and(|ending| ending == "toml") {
+                    files.push(path);
+                }
+            }
+            Err(error) => findings.push(
+                Problem::new(
+                    format!("cannot list the folder `{shown}`: {error}"),
+                    "is its disk still there?",
+                )
+                .in_path(folder),
+            ),
+        }
+    }
+    files.sort();
+    Some(files)
+}
+
+/// `pipeline.toml`'s settings, and the folder of contracts.
+fn read_defaults(
+    folder: &Path,
+    files: &[PathBuf],
+    findings: &mut Findings,
+) -> (RawSettings, PathBuf) {
+    let beside = match (folder.file_name(), folder.parent()) {
+        (Some(_), Some(parent)) => parent.join("contracts"),
+        _ => folder.join("..").join("contracts"),
+    };
+    let path = folder.join(DEFAULTS);
+    if !files.contains(&path) {
+        return (RawSettings::default(), beside);
+    }
+    let Some(text) = fields::read_text(&path, findings) else {
+        return (RawSettings::default(), beside);
+    };
+    let source = findings.add_source(path, text.clone());
+    let (table, sound) = fields::parse(&text, source, findings);
+    if !sound {
+        return (RawSettings::default(), beside);
+    }
+    let mut table = Fields::of_file(table, source, "`pipeline.toml`");
+    let settings = RawSettings::read(&mut table, folder, findings);
+    let contracts = table.take::<String>("contracts", findings);
+    table.finish(findings);
+    (settings, contracts.map_or(beside, |written| folder.join(written.value)))
+}
+
+/// The stages, and what files that could not be parsed may be called.
+fn read_stages(
+    folder: &Path,
+    files: &[PathBuf],
+    findings: &mut Findings,
+) -> (Vec<RawStage>, Unread) {
+    let (mut stages, mut unread) = (Vec::new(), Unread::default());
+    for path in files.iter().filter(|path| !path.ends_with(DEFAULTS)) {
+        let stage = read_file(path, ("the stage", "id"), &mut unread, findings, RawStage::read);
+        stages.extend(stage);
+    }
+    unread.some |= stages.iter().any(|stage| stage.id.is_none());
+    if files.iter().all(|path| path.ends_with(DEFAULTS)) {
+        findings.push(
+            Problem::new(
+                format!("`{}` holds no stage", folder.display()),
+                "add a manifest, as `a.toml` with `id`, `title`, `contract` and an op",
+            )
+            .in_path(folder),
+        );
+    }
+    (stages, unread)
+}
+
+/// The contracts, and what files that could not be parsed may be called.
+fn read_contracts(
+    folder: &Path,
+    stages: &[RawStage],
+    findings: &mut Findings,
+) -> (Vec<RawContract>, Unread) {
+    let (mut contracts, mut unread) = (Vec::new(), Unread::default());
+    // Stages that name no contract are reported for that.
+    if !folder.exists() && stages.iter().all(|stage| stage.contract.is_none()) {
+        return (contracts, unread);
+    }
+    let Some(files) = toml_files(folder, "contracts", findings) else {
+        unread.some = true;
+        return (contracts, unread);
+    };
+    for path in &files {
+        let read =
+            read_file(path, ("the contract", "name"), &mut unread, findings, RawContract::read);
+        contracts.extend(read);
+    }
+    unread.some |= contracts.iter().any(|contract| contract.name.is_none());
+    (contracts, unread)
+}
+
+/// What is known of files that could not be parsed: others may rightly name them.
+#[derive(Default)]
+struct Unread {
+    names: BTreeSet<String>,
+    /// Some file did not even give its name.
+    some: bool,
+}
+
+impl Unread {
+    fn may_hold(&self, name: &str) -> bool {
+        self.some || self.names.contains(name)
+    }
+}
+
+/// Reads one file by `read`, which is given its top-level table and its number.
+fn read_file<T>(
+    path: &Path,
+    (noun, name_key): (&str, &str),
+    unread: &mut Unread,
+    findings: &mut Findings,
+    read: impl FnOnce(Fields<'_>, usize, &mut Findings) -> T,
+) -> Option<T> {
+    let Some(text) = fields::read_text(path, findings) else {
+        unread.some = true;
+        return None;
+    };
+    let source = findings.add_source(path.to_owned(), text.clone());
+    let (table, sound) = fields::parse(&text, source, findings);
+    if sound {
+        return Some(read(Fields::of_file(table, source, noun), source, findings));
+    }
+    // An empty name may be what the parser made of a broken one.
+    match table.get(name_key).and_then(|name| name.get_ref().as_str()) {
+        Some(name) if !name.is_empty() => {
+            unread.names.insert(name.to_owned());
+        }
+        _ => unread.some = true,
+    }
+    None
+}
+
+/// The stage as it is used, from its own settings, the folder's and the command line's.
+fn finish_stage(
+    raw: RawStage,
+    defaults: &RawSettings,
+    typed: &RawSettings,
+    findings: &mut Findings,
+) -> Option<Stage> {
+    let settings = typed.clone().or(&raw.settings.or(defaults)).check(findings);
+    let op = raw.op?.op;
+    let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
+    needs.extend(op.input().map(|input| input.stage.clone()));
+    let settings = settings?;
+    Some(Stage {
+        id: raw.id?.value,
+        title: raw.title?.value,
+        file: findings.path(raw.source).to_owned(),
+        needs: needs.into_iter().collect(),
+        contract: raw.contract?.value,
+        tags: raw.tags?,
+        model: settings.model,
+        prompt: settings.prompt,
+        seed: settings.seed,
+        arms: settings.arms,
+        recipe: settings.recipe,
+        resources: settings.resources,
+        op,
+    })
+}

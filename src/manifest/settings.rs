@@ -1,0 +1,404 @@
+//! What `pipeline.toml` sets for every stage and a stage may set for itself:
+//! model, prompt, seed, arms, recipe, resources.
+//!
+//! It knows neither ops nor contracts, and reads no model.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use super::fields::{Fields, Put, choose};
+use super::problem::{Findings, Problem, quoted_list};
+use super::{Overrides, Prompt, Resources};
+use crate::dtype::Format;
+use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Recipe, Scale, WeightScale};
+
+/// The settings as one file writes them; what it leaves out is inherited.
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawSettings {
+    model: Option<Put<String>>,
+    tokens: Option<Put<Vec<Put<i64>>>>,
+    prompt: Option<Put<String>>,
+    seed: Option<Put<u64>>,
+    arms: Option<Put<Vec<Put<String>>>>,
+    recipe: RawRecipe,
+    threads: Option<Put<NonZeroUsize>>,
+}
+
+/// `[recipe]`, inherited key by key.
+#[derive(Clone, Debug, Default)]
+struct RawRecipe {
+    gemm: Option<Put<Format>>,
+    weight: Option<Put<WeightScale>>,
+    activation: Option<Put<ActivationScale>>,
+    accumulate: Option<Put<Accumulate>>,
+    output: Option<Put<Format>>,
+    chip: Option<Put<ChipName>>,
+}
+
+/// The settings that hold for one stage.
+pub(super) struct Settings {
+    pub model: String,
+    pub prompt: Prompt,
+    pub seed: u64,
+    pub arms: Vec<Arm>,
+    pub recipe: Recipe,
+    pub resources: Resources,
+}
+
+const FORMATS: [(&str, Format); 6] = [
+    ("f32", Format::F32),
+    ("tf32", Format::Tf32),
+    ("bf16", Format::Bf16),
+    ("f16", Format::F16),
+    ("e4m3", Format::E4m3),
+    ("e5m2", Format::E5m2),
+];
+const WEIGHT_SCALES: [(&str, WeightScale); 3] = [
+    ("tensor", WeightScale::Tensor),
+    ("channel", WeightScale::Channel),
+    ("block128", WeightScale::Block128),
+];
+const ACTIVATION_SCALES: [(&str, ActivationScale); 3] = [
+    ("tensor", ActivationScale::Tensor),
+    ("token", ActivationScale::Token),
+    ("block128", ActivationScale::Block128),
+];
+const ACCUMULATIONS: [(&str, Accumulate); 2] =
+    [("fast", Accumulate::Fast), ("promoted", Accumulate::Promoted)];
+const CHIPS: [(&str, ChipName); 6] = [
+    ("auto", ChipName::Auto),
+    ("volta", ChipName::Volta),
+    ("ampere", ChipName::Ampere),
+    ("ada", ChipName::Ada),
+    ("hopper", ChipName::Hopper),
+    ("blackwell", ChipName::Blackwell),
+];
+
+impl RawSettings {
+    /// Reads the settings out of a manifest. A relative path of a model file is
+    /// one from that manifest's folder.
+    pub fn read(fields: &mut Fields<'_>, folder: &Path, findings: &mut Findings) -> RawSettings {
+        let settings = RawSettings {
+            model: fields
+                .take::<String>("model", findings)
+                .map(|model| model.map(|name| from_folder(name, folder))),
+            tokens: fields.list("tokens", findings),
+            prompt: fields.take("prompt", findings),
+            seed: fields.take("seed", findings),
+            arms: fields.list("arms", findings),
+            recipe: RawRecipe::read(fields, findings),
+            threads: read_threads(fields, findings),
+        };
+        if let (Some(tokens), Some(prompt)) = (&settings.tokens, &settings.prompt) {
+            let problem = Problem::new(
+                "`tokens` and `prompt` are both given",
+                "keep one of them: `tokens` are the prompt's numbers, `prompt` is its text",
+            )
+            .at_if(prompt.at.as_ref(), "the text")
+            .at_if(tokens.at.as_ref(), "the numbers");
+            findings.push(problem);
+        }
+        settings
+    }
+
+    /// What the command line sets.
+    pub fn from_overrides(overrides: &Overrides) -> RawSettings {
+        let put = |value: &Vec<u32>| {
+            Put::unwritten(value.iter().map(|token| Put::unwritten(i64::from(*token))).collect())
+        };
+        RawSettings {
+            model: overrides.model.clone().map(Put::unwritten),
+            tokens: overrides.tokens.as_ref().map(put),
+            prompt: overrides.prompt.clone().map(Put::unwritten),
+            arms: overrides.arms.as_ref().map(|arms| {
+                Put::unwritten(
+                    arms.iter().map(|arm| Put::unwritten(arm.name().to_owned())).collect(),
+                )
+            }),
+            ..RawSettings::default()
+        }
+    }
+
+    /// These settings where they are given, else the inherited ones.
+    pub fn or(self, inherited: &RawSettings) -> RawSettings {
+        // Tokens and text are one setting written in two ways.
+        let (tokens, prompt) = if self.tokens.is_some() || self.prompt.is_some() {
+            (self.tokens, self.prompt)
+        } else {
+            (inherited.tokens.clone(), inherited.prompt.clone())
+        };
+        RawSettings {
+            model: self.model.or_else(|| inherited.model.clone()),
+            tokens,
+            prompt,
+            seed: self.seed.or_else(|| inherited.seed.clone()),
+            arms: self.arms.or_else(|| inherited.arms.clone()),
+            recipe: self.recipe.or(&inherited.recipe),
+            threads: self.threads.or_else(|| inherited.threads.clone()),
+        }
+    }
+
+    /// The checked settings; defaults fill what nobody gave.
+    pub fn check(&self, findings: &mut Findings) -> Option<Settings> {
+        let model = check_model(self.model.as_ref(), findings);
+        let prompt = self.check_prompt(findings);
+        let arms = check_arms(self.arms.as_ref(), findings);
+        let recipe = self.recipe.check(findings);
+        Some(Settings {
+            model: model?,
+            prompt: prompt?,
+            seed: self.seed.as_ref().map_or(DEFAULT_SEED, |seed| seed.value),
+            arms: arms?,
+            recipe: recipe?,
+            resources: Resources { threads: self.threads.as_ref().map(|threads| threads.value) },
+        })
+    }
+
+    fn check_prompt(&self, findings: &mut Findings) -> Option<Prompt> {
+        match (&self.tokens, &self.prompt) {
+            (None, None) => Some(Prompt::Tokens(DEFAULT_TOKENS.to_vec())),
+            (_, Some(prompt)) if prompt.value.is_empty() => {
+                findings.push(
+                    Problem::new("`prompt` is empty", "write a text of at least one token")
+                        .at_if(prompt.at.as_ref(), "nothing to compute"),
+                );
+                None
+            }
+            (None, Some(prompt)) => Some(Prompt::Text(prompt.value.clone())),
+            // Both: reported where they were read, or by the command line's parser.
+            (Some(_), Some(_)) => None,
+            (Some(tokens), None) => check_tokens(tokens, findings).map(Prompt::Tokens),
+        }
+    }
+}
+
+const DEFAULT_MODEL: &str = "synthetic:qwen2-tiny";
+const DEFAULT_TOKENS: [u32; 4] = [791, 374, 264, 1296];
+const DEFAULT_SEED: u64 = 1;
+
+/// `synthetic:...` and absolute paths stay; other paths start at the folder.
+fn from_folder(model: String, folder: &Path) -> String {
+    let is_name = model.is_empty() || model.starts_with("synthetic:");
+    if is_name || Path::new(&model).is_absolute() {
+        return model;
+    }
+    folder.join(&model).to_string_lossy().into_owned()
+}
+
+fn read_threads(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<Put<NonZeroUsize>> {
+    let mut table = fields.table("resources", findings)?;
+    let threads = table.take("threads", findings);
+    table.finish(findings);
+    threads
+}
+
+fn check_model(model: Option<&Put<String>>, findings: &mut Findings) -> Option<String> {
+    match model {
+        None => Some(DEFAULT_MODEL.into()),
+        Some(model) if model.value.trim().is_empty() => {
+            findings.push(
+                Problem::new(
+                    "`model` is empty",
+                    format!("name a GGUF file, a safetensors folder or `{DEFAULT_MODEL}`"),
+                )
+                .at_if(model.at.as_ref(), "no model"),
+            );
+            None
+        }
+        Some(model) => Some(model.value.clone()),
+    }
+}
+
+fn check_tokens(tokens: &Put<Vec<Put<i64>>>, findings: &mut Findings) -> Option<Vec<u32>> {
+    if tokens.value.is_empty() {
+        findings.push(
+            Problem::new("`tokens` is empty", "list at least one token of the model's vocabulary")
+                .at_if(tokens.at.as_ref(), "nothing to compute"),
+        );
+        return None;
+    }
+    let mut checked = Vec::with_capacity(tokens.value.len());
+    for token in &tokens.value {
+        match u32::try_from(token.value) {
+            Ok(number) => checked.push(number),
+            Err(_) => {
+                findings.push(
+                    Problem::new(
+                        format!("`{}` is not a token", token.value),
+                        "a token is its number in the model's vocabulary: zero or more",
+                    )
+                    .at_if(token.at.as_ref(), "out of range"),
+                );
+            }
+        }
+    }
+    (checked.len() == tokens.value.len()).then_some(checked)
+}
+
+fn check_arms(arms: Option<&Put<Vec<Put<String>>>>, findings: &mut Findings) -> Option<Vec<Arm>> {
+    let Some(arms) = arms else { return Some(Arm::ALL.to_vec()) };
+    let choices = Arm::ALL.map(|arm| (arm.name(), arm));
+    let mut checked: Vec<Put<Arm>> = Vec::new();
+    let mut sound = true;
+    for written in &arms.value {
+        let Some(arm) = choose("arms", written.clone(), &choices, findings) else {
+            sound = false;
+            continue;
+        };
+        if let Some(earlier) = checked.iter().find(|earlier| earlier.value == arm.value) {
+            findings.push(
+                Problem::new(format!("the arm `{}` is listed twice", arm.value), "remove one")
+                    .at_if(arm.at.as_ref(), "again here")
+                    .at_if(earlier.at.as_ref(), "first here"),
+            );
+            sound = false;
+            continue;
+        }
+        checked.push(arm);
+    }
+    if sound && !checked.iter().any(|arm| arm.value == Arm::Reference) {
+        let (title, label) = if checked.is_empty() {
+            ("`arms` is empty", "nothing would be computed")
+        } else {
+            ("`arms` leaves out `reference`", "nothing to judge against")
+        };
+        findings.push(
+            Problem::new(title, "add `reference`: the other arms are judged against it")
+                .at_if(arms.at.as_ref(), label),
+        );
+        sound = false;
+    }
+    sound.then(|| checked.into_iter().map(|arm| arm.value).collect())
+}
+
+impl RawRecipe {
+    fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> RawRecipe {
+        let Some(mut table) = fields.table("recipe", findings) else {
+            return RawRecipe::default();
+        };
+        let mut recipe = RawRecipe {
+            gemm: table.choice("gemm", &FORMATS, findings),
+            accumulate: table.choice("accumulate", &ACCUMULATIONS, findings),
+            output: table.choice("output", &FORMATS, findings),
+            chip: table.choice("chip", &CHIPS, findings),
+            ..RawRecipe::default()
+        };
+        if let Some(mut scale) = table.table("scale", findings) {
+            recipe.weight = scale.choice("weight", &WEIGHT_SCALES, findings);
+            recipe.activation = scale.choice("activation", &ACTIVATION_SCALES, findings);
+            scale.finish(findings);
+        }
+        table.finish(findings);
+        recipe
+    }
+
+    fn or(self, inherited: &RawRecipe) -> RawRecipe {
+        RawRecipe {
+            gemm: self.gemm.or_else(|| inherited.gemm.clone()),
+            weight: self.weight.or_else(|| inherited.weight.clone()),
+            activation: self.activation.or_else(|| inherited.activation.clone()),
+            accumulate: self.accumulate.or_else(|| inherited.accumulate.clone()),
+            output: self.output.or_else(|| inherited.output.clone()),
+            chip: self.chip.or_else(|| inherited.chip.clone()),
+        }
+    }
+
+    /// The recipe, unless its parts contradict each other.
+    fn check(&self, findings: &mut Findings) -> Option<Recipe> {
+        let gemm = or_default(&self.gemm, Format::E4m3);
+        let weight = or_default(&self.weight, WeightScale::Tensor);
+        let activation = or_default(&self.activation, ActivationScale::Tensor);
+        let accumulate = or_default(&self.accumulate, Accumulate::Promoted);
+        let output = or_default(&self.output, Format::Bf16);
+        let chip = or_default(&self.chip, ChipName::Auto);
+
+        let mut problems = Vec::new();
+        let fp8 = matches!(gemm.value, Format::E4m3 | Format::E5m2);
+        let gemm_name = name_of(gemm.value, &FORMATS);
+        let block_weight = weight.value == WeightScale::Block128;
+        let block_activation = activation.value == ActivationScale::Block128;
+        let block_at = if block_weight { &weight.at } else { &activation.at };
+
+        if !fp8 && (block_weight || block_activation) {
+            problems.push(
+                Problem::new(
+                    format!("`block128` scales do not go with `gemm = \"{gemm_name}\"`"),
+                    "only FP8 operands are scaled: write `gemm = \"e4m3\"`, or `tensor` as scale",
+                )
+                .at_if(block_at.as_ref(), "one scale per 128 elements")
+                .at_if(gemm.at.as_ref(), "not an FP8 format"),
+            );
+        } else if block_weight != block_activation {
+            problems.push(
+                Problem::new(
+                    "`block128` is the scale of one operand only",
+                    "write `scale = { weight = \"block128\", activation = \"block128\" }`: both \
+                     scales are applied to the same 128 elements of K",
+                )
+                .at_if(block_at.as_ref(), "this operand")
+                .at_if(
+                    if block_weight { &activation.at } else { &weight.at }.as_ref(),
+                    "the other operand",
+                ),
+            );
+        } else if block_weight && accumulate.value == Accumulate::Fast {
+            problems.push(
+                Problem::new(
+                    "`block128` scales do not go with `accumulate = \"fast\"`",
+                    "write `accumulate = \"promoted\"`: a block's scale is applied after its 128 \
+                     elements, when the accumulator is promoted",
+                )
+                .at_if(block_at.as_ref(), "a scale every 128 elements of K")
+                .at_if(accumulate.at.as_ref(), "one accumulator all along K"),
+            );
+        }
+        if !matches!(output.value, Format::F32 | Format::Bf16 | Format::F16) {
+            problems.push(
+                Problem::new(
+                    format!("a GEMM cannot write `{}`", name_of(output.value, &FORMATS)),
+                    "`output` is one of `f32`, `bf16` and `f16`",
+                )
+                .at_if(output.at.as_ref(), "an operand format"),
+            );
+        }
+        let missing = formats_missing_on(chip.value);
+        if missing.contains(&gemm.value) {
+            let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
+            problems.push(
+                Problem::new(
+                    format!("the chip `{}` has no `{gemm_name}`", name_of(chip.value, &CHIPS)),
+                    format!("its formats are {}", quoted_list(named.map(|(name, _)| name))),
+                )
+                .at_if(gemm.at.as_ref(), "this format")
+                .at_if(chip.at.as_ref(), "this chip"),
+            );
+        }
+
+        let sound = problems.is_empty();
+        problems.into_iter().for_each(|problem| findings.push(problem));
+        sound.then_some(Recipe {
+            gemm: gemm.value,
+            scale: Scale { weight: weight.value, activation: activation.value },
+            accumulate: accumulate.value,
+            output: output.value,
+            chip: chip.value,
+        })
+    }
+}
+
+fn or_default<T: Copy>(written: &Option<Put<T>>, default: T) -> Put<T> {
+    written.clone().unwrap_or(Put::unwritten(default))
+}
+
+fn name_of<T: PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static str {
+    choices.iter().find(|(_, choice)| *choice == value).map_or("?", |(name, _)| name)
+}
+
+/// The formats that a chip's tensor cores cannot read.
+fn formats_missing_on(chip: ChipName) -> &'static [Format] {
+    match chip {
+        ChipName::Auto | ChipName::Ada | ChipName::Hopper | ChipName::Blackwell => &[],
+        ChipName::Ampere => &[Format::E4m3, Format::E5m2],
+        ChipName::Volta => &[Format::Tf32, Format::Bf16, Format::E4m3, Format::E5m2],
+    }
+}

@@ -1,0 +1,300 @@
+//! One stage's manifest: as written, and the op checked on its own.
+//!
+//! It knows no other stage; references between stages are `check.rs`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::fields::{Fields, Put};
+use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
+use super::settings::RawSettings;
+use super::sites;
+use crate::op::{Capture, InputRef, Op, Site, StageId, site_of_norm, site_of_projection};
+
+/// A stage as its file writes it. What is wrong is reported and absent.
+pub(super) struct RawStage {
+    pub source: usize,
+    pub id: Option<Put<StageId>>,
+    pub title: Option<Put<String>>,
+    pub needs: Vec<Put<StageId>>,
+    pub contract: Option<Put<String>>,
+    pub tags: Option<Vec<String>>,
+    pub settings: RawSettings,
+    pub op: Option<RawOp>,
+}
+
+/// An op with the places that checks of other stages point to.
+pub(super) struct RawOp {
+    pub op: Op,
+    pub input: Option<RawInput>,
+    /// The key `repeats` where it is written, else the op's heading.
+    pub repeats_at: At,
+}
+
+/// `{ stage = "...", site = "..." }`.
+#[derive(Clone)]
+pub(super) struct RawInput {
+    pub stage: Put<StageId>,
+    pub site: Put<Site>,
+}
+
+/// The op tables that a manifest can have.
+pub(super) const OPS: [&str; 4] = ["forward", "embed", "rms_norm", "matmul"];
+
+impl RawStage {
+    /// Reads a stage out of its file.
+    pub fn read(mut fields: Fields<'_>, source: usize, findings: &mut Findings) -> RawStage {
+        let folder = findings.path(source).parent().unwrap_or(Path::new("")).to_owned();
+        let id = fields
+            .need::<String>("id", "\"E\"", findings)
+            .and_then(|id| check_name("id", id, findings))
+            .map(|id| id.map(StageId));
+        let title = fields
+            .need::<String>("title", "\"what this stage asks\"", findings)
+            .and_then(|title| check_text("title", title, findings));
+        let needs = fields.list::<String>("needs", findings);
+        let contract = fields.need::<String>("contract", "\"qkv-matmul\"", findings);
+        let tags = match fields.list::<String>("tags", findings) {
+            None => Some(Vec::new()),
+            Some(list) => list.value.into_iter().map(|tag| check_tag(tag, findings)).collect(),
+        };
+        let settings = RawSettings::read(&mut fields, &folder, findings);
+        let op = read_op(&mut fields, findings);
+        fields.finish(findings);
+        let needs = needs.map_or(Vec::new(), |list| {
+            list.value.into_iter().map(|need| need.map(StageId)).collect()
+        });
+        RawStage { source, id, title, needs, contract, tags, settings, op }
+    }
+}
+
+/// A name that can stand in a selection, a path and a diagram.
+pub(super) fn check_name(
+    key: &str,
+    name: Put<String>,
+    findings: &mut Findings,
+) -> Option<Put<String>> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let sound = name.value.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.value.len() <= 64
+        && name.value.chars().all(plain);
+    if sound {
+        return Some(name);
+    }
+    findings.push(
+        Problem::new(
+            format!("`{key}` cannot be `{}`", short(&name.value)),
+            "use up to 64 letters, digits, `-`, `_` and `.`, and begin with a letter or digit",
+        )
+        .at_if(name.at.as_ref(), "not a name"),
+    );
+    None
+}
+
+/// A sentence that says something.
+pub(super) fn check_text(
+    key: &str,
+    text: Put<String>,
+    findings: &mut Findings,
+) -> Option<Put<String>> {
+    if !text.value.trim().is_empty() {
+        return Some(text);
+    }
+    findings.push(
+        Problem::new(format!("`{key}` is empty"), "write a sentence")
+            .at_if(text.at.as_ref(), "says nothing"),
+    );
+    None
+}
+
+fn check_tag(tag: Put<String>, findings: &mut Findings) -> Option<String> {
+    check_name("tags", tag, findings).map(|tag| tag.value)
+}
+
+fn read_op(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+    let mut written: Vec<(&str, At)> = Vec::new();
+    let mut op = None;
+    for name in OPS {
+        let Some(at) = fields.key_at(name) else { continue };
+        written.push((name, at));
+        if let Some(table) = fields.table(name, findings) {
+            let read = match name {
+                "forward" => read_forward(table, findings),
+                "embed" => read_embed(table, findings),
+                "rms_norm" => read_rms_norm(table, findings),
+                _ => read_matmul(table, findings),
+            };
+            op = op.or(read);
+        }
+    }
+    written.sort_by_key(|(_, at)| at.span.start);
+
+    let unknown = fields.other_tables();
+    for (name, at) in &unknown {
+        let list = format!("the ops are {}", quoted_list(OPS));
+        findings.push(
+            Problem::new(
+                format!("there is no op `{}`", short(name)),
+                suggest(name, OPS.iter().copied(), &list),
+            )
+            .at(at, "unknown op"),
+        );
+    }
+
+    match written.as_slice() {
+        [] if unknown.is_empty() => {
+            let tables = OPS.map(|name| format!("[{name}]"));
+            findings.push(
+                Problem::new(
+                    "the stage has no op",
+                    format!("say what it computes by one of {}", quoted_list(tables)),
+                )
+                .at(&fields.opening(), "no op in this file"),
+            );
+            None
+        }
+        [] | [_] => op,
+        [(_, first), others @ ..] => {
+            let problem = Problem::new(
+                format!("the stage has {} ops", written.len()),
+                "keep one here and move the others to manifests of their own",
+            );
+            let problem = others.iter().fold(problem, |problem, (_, at)| problem.at(at, "another"));
+            findings.push(problem.at(first, "the first op"));
+            None
+        }
+    }
+}
+
+fn read_forward(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+    let captures = [("logits", Capture::Logits), ("every-site", Capture::EverySite)];
+    let heading = table.opening();
+    let capture = table.choice("capture", &captures, findings);
+    let repeats = table.take::<u32>("repeats", findings);
+    let decode = table.take::<u32>("decode", findings);
+    table.finish(findings);
+    if let Some(repeats) = repeats.as_ref().filter(|repeats| repeats.value == 0) {
+        findings.push(
+            Problem::new("`repeats` is 0", "write 1 to compute once, 2 to prove determinism")
+                .at_if(repeats.at.as_ref(), "nothing would be computed"),
+        );
+        return None;
+    }
+    let repeats_at = repeats.as_ref().and_then(|repeats| repeats.at.clone()).unwrap_or(heading);
+    let op = Op::Forward {
+        capture: capture.map_or(Capture::default(), |capture| capture.value),
+        repeats: repeats.map_or(1, |repeats| repeats.value),
+        decode: decode.map_or(0, |decode| decode.value),
+    };
+    Some(RawOp { op, input: None, repeats_at })
+}
+
+fn read_embed(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+    let repeats_at = table.opening();
+    let weight = match table.take::<String>("weight", findings) {
+        None => Some("token_embd".to_owned()),
+        Some(weight) => check_weight(weight, findings).map(|weight| weight.value),
+    };
+    table.finish(findings);
+    Some(RawOp { op: Op::Embed { weight: weight? }, input: None, repeats_at })
+}
+
+fn read_rms_norm(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+    let repeats_at = table.opening();
+    let input = read_input(&mut table, findings);
+    let weight = table
+        .need::<String>("weight", "\"blk.0.attn_norm\"", findings)
+        .and_then(|weight| check_weight(weight, findings));
+    table.finish(findings);
+    let (input, weight) = (input?, weight?);
+    if site_of_norm(&weight.value).is_none() {
+        findings.push(
+            Problem::new(
+                format!("`{}` is not the gain of a known norm", short(&weight.value)),
+                "`[rms_norm]` reads `blk.N.attn_norm`, `blk.N.ffn_norm` or `output_norm`",
+            )
+            .at_if(weight.at.as_ref(), "no site belongs to it"),
+        );
+        return None;
+    }
+    let op = Op::RmsNorm { input: input.as_written(), weight: weight.value };
+    Some(RawOp { op, input: Some(input), repeats_at })
+}
+
+fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+    let repeats_at = table.opening();
+    let input = read_input(&mut table, findings);
+    let weights = table.need_list::<String>("weights", "[\"blk.0.attn_q\"]", findings);
+    table.finish(findings);
+    let (input, list) = (input?, weights?);
+    if list.value.is_empty() {
+        findings.push(
+            Problem::new("`weights` is empty", "list at least one weight, as `blk.0.attn_q`")
+                .at_if(list.at.as_ref(), "nothing to compute"),
+        );
+        return None;
+    }
+    let count = list.value.len();
+    let mut weights: Vec<String> = Vec::with_capacity(count);
+    let mut seen: BTreeMap<String, Option<At>> = BTreeMap::new();
+    for weight in list.value {
+        let Some(weight) = check_weight(weight, findings) else { continue };
+        if site_of_projection(&weight.value).is_none() {
+            let help = format!("`[matmul]` reads {}", quoted_list(sites::projections()));
+            findings.push(
+                Problem::new(format!("`{}` is not a known projection", short(&weight.value)), help)
+                    .at_if(weight.at.as_ref(), "no site belongs to it"),
+            );
+        } else if let Some(earlier) = seen.get(&weight.value) {
+            findings.push(
+                Problem::new(
+                    format!("the weight `{}` is listed twice", weight.value),
+                    "remove one",
+                )
+                .at_if(weight.at.as_ref(), "again here")
+                .at_if(earlier.as_ref(), "first here"),
+            );
+        } else {
+            seen.insert(weight.value.clone(), weight.at);
+            weights.push(weight.value);
+        }
+    }
+    (weights.len() == count).then(|| RawOp {
+        op: Op::Matmul { input: input.as_written(), weights },
+        input: Some(input),
+        repeats_at,
+    })
+}
+
+impl RawInput {
+    fn as_written(&self) -> InputRef {
+        InputRef { stage: self.stage.value.clone(), site: self.site.value.clone() }
+    }
+}
+
+fn read_input(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawInput> {
+    let example = "{ stage = \"D\", site = \"blk.0.attn_norm\" }";
+    if fields.key_at("input").is_none() {
+        // Reports the missing key.
+        fields.need::<bool>("input", example, findings);
+        return None;
+    }
+    let mut table = fields.table("input", findings)?;
+    let stage = table.need::<String>("stage", "\"D\"", findings);
+    let site = table.need::<String>("site", "\"blk.0.attn_norm\"", findings);
+    table.finish(findings);
+    Some(RawInput { stage: stage?.map(StageId), site: site?.map(Site) })
+}
+
+fn check_weight(weight: Put<String>, findings: &mut Findings) -> Option<Put<String>> {
+    let (problem, label) = if let Some(name) = weight.value.strip_suffix(".weight") {
+        let help = format!("write `{}`: the ending is understood", short(name));
+        (Problem::new("a weight is named without `.weight`", help), "with its ending")
+    } else if weight.value.trim().is_empty() {
+        (Problem::new("`weight` is empty", "name a tensor of the model"), "no tensor")
+    } else {
+        return Some(weight);
+    };
+    findings.push(problem.at_if(weight.at.as_ref(), label));
+    None
+}
