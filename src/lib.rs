@@ -11,3 +11,6 @@ pub mod tensor;
 
 // 1 TOML to checked stages and contracts, all problems at once.
 // pub mod manifest;
+
+// 4 One op on one arm.
+pub mod compute;
