@@ -6,11 +6,15 @@
 
 use std::path::PathBuf;
 
-use runner::compute::emulated::chip::{TensorCore, Unit, chip};
-use runner::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
+use proptest::prelude::*;
+use runner::compute::emulated::chip::{CHIPS, TensorCore, Unit, chip};
+use runner::compute::emulated::gemm::{
+    GemmError, Operand, Scales, gemm, gemm_prepared, prepare_for,
+};
 use runner::compute::emulated::identify::{identify, mismatches};
 use runner::compute::emulated::quantize::{CodeData, Codes};
 use runner::compute::emulated::schedule::Schedule;
+use runner::compute::emulated::simd::Kernel;
 use runner::compute::emulated::vectors::verify_folder;
 use runner::dtype::Format;
 use runner::op::ChipName;
@@ -286,6 +290,86 @@ fn operands_that_do_not_fit_are_refused_with_a_reason() {
         gemm(&unit, &Schedule::FAST, &one(&a), &one(&bf16), Format::F32),
         Err(GemmError::Formats { .. })
     ));
+}
+
+/// Every pair of formats that a chip multiplies, with its unit.
+fn all_units() -> Vec<(Format, Format, Unit)> {
+    let mut units = Vec::new();
+    for row in &CHIPS {
+        for x in Format::ALL {
+            for w in Format::ALL {
+                if let Some(unit) = row.unit(x, w) {
+                    units.push((x, w, *unit));
+                }
+            }
+        }
+    }
+    units
+}
+
+/// Codes with bits from `words`: any code where `reach` is 0, else values within
+/// that many binary orders of magnitude, some zero.
+fn codes_of(format: Format, rows: usize, width: usize, words: &[u32], reach: i32) -> Codes {
+    let code = |index: usize| {
+        let word = words[index % words.len()].rotate_left((index / words.len()) as u32);
+        if reach == 0 {
+            return word;
+        }
+        let spread = (word & 0xff) as i32 % (2 * reach) - reach;
+        let value = ((word >> 8) as f32 / (1 << 23) as f32 - 1.0) * f32::powi(2.0, spread);
+        // Zeros of both signs.
+        format.encode(if word & 0x700 == 0 { 0.0f32.copysign(value) } else { value })
+    };
+    let count = rows * width;
+    let data = match format.bytes() {
+        1 => CodeData::Bits8((0..count).map(|index| code(index) as u8).collect()),
+        2 => CodeData::Bits16((0..count).map(|index| code(index) as u16).collect()),
+        _ if format == Format::Tf32 => {
+            CodeData::Bits32((0..count).map(|index| code(index) & 0xffff_e000).collect())
+        }
+        _ => CodeData::Bits32((0..count).map(code).collect()),
+    };
+    Codes::new(format, rows, width, data).expect("codes")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_the_definition(
+        words in prop::collection::vec(any::<u32>(), 61..400),
+        shape in (1usize..4, 1usize..20, 1usize..400),
+        reach in prop::sample::select(vec![0, 3, 8, 8, 8, 40, 120]),
+        split_k in 1u32..4,
+        promoted in any::<bool>(),
+        blocks in any::<bool>(),
+    ) {
+        let (n, m, k) = shape;
+        let base = if promoted { Schedule::PROMOTED } else { Schedule::FAST };
+        let schedule = base.with_split_k(split_k);
+        for (x_format, w_format, unit) in all_units() {
+            let x = codes_of(x_format, n, k, &words, reach);
+            let w = codes_of(w_format, m, k, &words[7..], reach);
+            let scales = |rows: usize| if blocks {
+                let scales = (0..rows * k.div_ceil(128)).map(|i| 0.5 + i as f32).collect();
+                Scales::Block128 { rows_per_block: 1, first_row: 0, scales }
+            } else {
+                Scales::Tensor(0.37)
+            };
+            let x = Operand { codes: &x, scales: scales(n) };
+            let w = Operand { codes: &w, scales: scales(m) };
+            let run = |kernel| {
+                let prepared = prepare_for(kernel, &unit, &x).expect("an operand");
+                gemm_prepared(&schedule, &prepared, &w, Format::F32).expect("a product")
+            };
+            let expected = run(Kernel::PLAIN);
+            for kernel in Kernel::available() {
+                prop_assert_eq!(
+                    mismatches(&run(kernel), &expected), 0,
+                    "{} {} x {} {:?} {:?}", kernel.name(), x_format, w_format, unit, shape
+                );
+            }
+        }
+    }
 }
 
 /// `tests/fixtures/fp8.json`, written by `python3 scripts/fp8_fixture.py`.

@@ -9,11 +9,14 @@
 //! `main = main + (scale_x * scale_w) * partial`, the products and the sum each
 //! rounded to f32.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::chip::Unit;
-use super::quantize::Codes;
+use super::quantize::{Codes, CodesRow};
 use super::schedule::{Epilogue, Schedule, Step, Then};
+use super::simd::{self, Kernel, Layout, Words};
 use super::tensor_core;
 use crate::dtype::{Format, Parts};
 use crate::tensor::Tensor;
@@ -129,54 +132,64 @@ pub enum GemmError {
 #[derive(Clone, Debug)]
 pub struct PreparedOperand {
     unit: Unit,
-    format: Format,
-    rows: usize,
-    width: usize,
+    kernel: Kernel,
+    layout: Option<Layout>,
+    codes: Codes,
     scales: Scales,
-    parts: Vec<Parts>,
-    values: Vec<f32>,
+    /// Rows in vector order.
+    rows: Vec<Words>,
+    /// Rows with a NaN or an infinity: those are computed by plain code.
+    special: Vec<bool>,
 }
 
-/// Rows of w that one task multiplies.
-const PANEL: usize = 16;
 /// Rows of x that one task multiplies.
-const ROWS: usize = 64;
+const ROWS: usize = 256;
+/// Elements of K that are in vector order at a time: few enough for the
+/// first-level cache.
+const STRETCH: usize = 256;
 /// Elements of K that share a block scale.
 const SCALE_BLOCK: usize = 128;
+/// Rows of w that one task multiplies where there are no vectors.
+const PLAIN_PANEL: usize = 8;
 
 /// Decodes an operand once, for [`gemm_prepared`].
 ///
 /// # Errors
 /// If its scales are not positive finite numbers, one for each row or block.
 pub fn prepare(unit: &Unit, operand: &Operand) -> Result<PreparedOperand, GemmError> {
-    prepare_as("x", unit, operand)
+    prepare_for(Kernel::best(), unit, operand)
 }
 
-fn prepare_as(
-    name: &'static str,
+/// [`prepare`] for a chosen instruction set; the bits are the same with each.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_for(
+    kernel: Kernel,
     unit: &Unit,
     operand: &Operand,
 ) -> Result<PreparedOperand, GemmError> {
     let codes = operand.codes;
-    check_scales(name, codes, &operand.scales)?;
-    let format = codes.format();
-    let (mut parts, mut values) = (Vec::new(), Vec::new());
-    for row in 0..codes.rows() {
-        match unit {
-            Unit::TensorCore(_) => {
-                parts.extend(codes.row(row).iter().map(|code| format.parts(code)));
+    check_scales("x", codes, &operand.scales)?;
+    let layout = Layout::of(unit, kernel, codes.format());
+    let (rows, special) = (0..codes.rows())
+        .into_par_iter()
+        .map(|row| {
+            let mut words = Words::default();
+            if let Some(layout) = layout {
+                simd::pack_x(layout, codes.format(), codes.row(row), &mut words);
             }
-            Unit::SequentialFma => values.extend(codes.decode_row(row)),
-        }
-    }
+            (words, is_special(codes, row))
+        })
+        .unzip();
     Ok(PreparedOperand {
         unit: *unit,
-        format,
-        rows: codes.rows(),
-        width: codes.width(),
+        kernel,
+        layout,
+        codes: codes.clone(),
         scales: operand.scales.clone(),
-        parts,
-        values,
+        rows,
+        special,
     })
 }
 
@@ -205,30 +218,31 @@ pub fn gemm_prepared(
     w: &Operand,
     output: Format,
 ) -> Result<Tensor, GemmError> {
-    let (n, k, m) = (x.rows, x.width, w.codes.rows());
+    let (n, k, m) = (x.codes.rows(), x.codes.width(), w.codes.rows());
     if w.codes.width() != k {
         return Err(GemmError::Inner { x: k, w: w.codes.width() });
     }
     if n == 0 || k == 0 || m == 0 {
         return Err(GemmError::Empty { n, m, k });
     }
-    check_formats(&x.unit, x.format, w.codes.format())?;
-    check_schedule(&x.unit, schedule, x.format)?;
+    check_formats(&x.unit, x.codes.format(), w.codes.format())?;
+    check_schedule(&x.unit, schedule, x.codes.format())?;
+    check_scales("w", w.codes, &w.scales)?;
     if !matches!(output, Format::F32 | Format::Bf16 | Format::F16) {
         return Err(GemmError::Output(output));
     }
-    let w = prepare_as("w", &x.unit, w)?;
 
     let by_block = [&x.scales, &w.scales].iter().any(|s| matches!(s, Scales::Block128 { .. }));
     let steps = if by_block {
         Schedule::PROMOTED.steps(k, Format::E4m3)
     } else {
-        schedule.steps(k, x.format)
+        schedule.steps(k, x.codes.format())
     };
-    let job = Job { x, w: &w, steps, by_block, epilogue: schedule.epilogue, output };
+    let job = Job { x, w, steps, by_block, epilogue: schedule.epilogue, output };
 
+    let panel = job.panel();
     let tiles: Vec<(usize, usize)> = (0..m)
-        .step_by(PANEL)
+        .step_by(panel)
         .flat_map(|first_w| (0..n).step_by(ROWS).map(move |first_x| (first_x, first_w)))
         .collect();
     let computed: Vec<Vec<f32>> =
@@ -236,9 +250,9 @@ pub fn gemm_prepared(
 
     let mut y = Tensor::zeros(n, m);
     for (&(first_x, first_w), tile) in tiles.iter().zip(&computed) {
-        let lanes = PANEL.min(m - first_w);
-        for (row, values) in tile.chunks(lanes).enumerate() {
-            y.row_mut(first_x + row)[first_w..first_w + lanes].copy_from_slice(values);
+        let lanes = panel.min(m - first_w);
+        for (row, values) in tile.chunks(panel).enumerate() {
+            y.row_mut(first_x + row)[first_w..first_w + lanes].copy_from_slice(&values[..lanes]);
         }
     }
     Ok(y)
@@ -247,7 +261,7 @@ pub fn gemm_prepared(
 /// What every tile of one GEMM shares.
 struct Job<'a> {
     x: &'a PreparedOperand,
-    w: &'a PreparedOperand,
+    w: &'a Operand<'a>,
     steps: Vec<Step>,
     by_block: bool,
     epilogue: Epilogue,
@@ -255,27 +269,128 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The outputs of up to `ROWS` rows of x and `PANEL` rows of w, row-major.
+    /// Rows of w in a tile.
+    fn panel(&self) -> usize {
+        if self.x.layout.is_some() { self.x.kernel.lanes() } else { PLAIN_PANEL }
+    }
+
+    /// The outputs of up to `ROWS` rows of x and one panel of rows of w,
+    /// row-major in rows of a whole panel.
     fn tile(&self, first_x: usize, first_w: usize) -> Vec<f32> {
-        let rows = ROWS.min(self.x.rows - first_x);
-        let lanes = PANEL.min(self.w.rows - first_w);
-        let mut outputs = Vec::with_capacity(rows * lanes);
-        for x_row in first_x..first_x + rows {
-            for w_row in first_w..first_w + lanes {
-                outputs.push(self.output(x_row, w_row));
+        let x_rows = first_x..(first_x + ROWS).min(self.x.codes.rows());
+        let w_rows = first_w..(first_w + self.panel()).min(self.w.codes.rows());
+        match self.x.layout {
+            Some(layout) => self.vector_tile(layout, x_rows, w_rows),
+            None => {
+                let mut outputs = vec![0.0; x_rows.len() * self.panel()];
+                self.plain_tile(x_rows, w_rows, |_, _| true, &mut outputs);
+                outputs
             }
         }
+    }
+
+    /// A tile by vector code, and again by plain code where that is not enough.
+    fn vector_tile(&self, layout: Layout, x_rows: Range<usize>, w_rows: Range<usize>) -> Vec<f32> {
+        let panel = self.panel();
+        let kernel = self.x.kernel;
+        let first_x = x_rows.start;
+        let w_codes: Vec<CodesRow> = w_rows.clone().map(|row| self.w.codes.row(row)).collect();
+        let w_special: Vec<bool> = if layout == Layout::Fma {
+            vec![false; w_rows.len()]
+        } else {
+            w_rows.clone().map(|row| is_special(self.w.codes, row)).collect()
+        };
+        let mut usable = vec![true; x_rows.len()];
+        let mut sums = Sums::new(x_rows.len() * panel);
+        let mut words = Words::default();
+        for step in &self.steps {
+            for start in step.inner.clone().step_by(STRETCH) {
+                let inner = start..(start + STRETCH).min(step.inner.end);
+                simd::pack_w(
+                    kernel,
+                    layout,
+                    self.w.codes.format(),
+                    &w_codes,
+                    inner.clone(),
+                    &mut words,
+                );
+                let x_words = layout.words(inner.start)..layout.words(inner.end);
+                let chunks = sums.partial.chunks_exact_mut(panel);
+                for ((row, usable), partial) in x_rows.clone().zip(&mut usable).zip(chunks) {
+                    let x = &self.x.rows[row].as_slice()[x_words.clone()];
+                    *usable &= simd::chain(kernel, layout, x, words.as_slice(), partial);
+                }
+            }
+            self.fold(step, &x_rows, &w_rows, &mut sums);
+        }
+        let mut outputs = sums.total;
+        for (row, outputs) in x_rows.clone().zip(outputs.chunks_exact_mut(panel)) {
+            for (w_row, output) in w_rows.clone().zip(outputs) {
+                *output = self.finish(*output, row, w_row);
+            }
+        }
+        let again = |x_row: usize, w_row: usize| {
+            layout != Layout::Fma
+                && (!usable[x_row - first_x]
+                    || self.x.special[x_row]
+                    || w_special[w_row - w_rows.start])
+        };
+        self.plain_tile(x_rows, w_rows.clone(), again, &mut outputs);
         outputs
     }
 
-    fn output(&self, x_row: usize, w_row: usize) -> f32 {
+    /// Ends a step for every output of a tile: scale, promote, add up the parts.
+    fn fold(&self, step: &Step, x_rows: &Range<usize>, w_rows: &Range<usize>, sums: &mut Sums) {
+        let panel = self.panel();
+        if self.by_block {
+            let block = step.inner.start / SCALE_BLOCK;
+            for (row, partial) in x_rows.clone().zip(sums.partial.chunks_exact_mut(panel)) {
+                let x = self.x.scales.of(row, block, self.x.codes.width());
+                for (w_row, partial) in w_rows.clone().zip(partial) {
+                    *partial *= x * self.w.scales.of(w_row, block, self.w.codes.width());
+                }
+            }
+        }
+        add_or_start(&mut sums.main, &sums.partial, &mut sums.main_started);
+        if step.then == Then::EndPart {
+            add_or_start(&mut sums.total, &sums.main, &mut sums.total_started);
+            sums.main_started = false;
+        }
+        sums.partial.fill(0.0);
+    }
+
+    /// The chosen outputs of a tile by the definition.
+    fn plain_tile(
+        &self,
+        x_rows: Range<usize>,
+        w_rows: Range<usize>,
+        chosen: impl Fn(usize, usize) -> bool,
+        outputs: &mut [f32],
+    ) {
+        let first_w = w_rows.start;
+        let mut decoded: Vec<Option<PlainRow>> = w_rows.clone().map(|_| None).collect();
+        for (x_row, outputs) in x_rows.zip(outputs.chunks_exact_mut(self.panel())) {
+            let mut x = None;
+            for (w_row, output) in w_rows.clone().zip(outputs) {
+                if chosen(x_row, w_row) {
+                    let x = x.get_or_insert_with(|| PlainRow::new(&self.x.codes, x_row));
+                    let w = decoded[w_row - first_w]
+                        .get_or_insert_with(|| PlainRow::new(self.w.codes, w_row));
+                    *output = self.plain_output(x_row, x, w_row, w);
+                }
+            }
+        }
+    }
+
+    fn plain_output(&self, x_row: usize, x: &PlainRow, w_row: usize, w: &PlainRow) -> f32 {
         let mut main: Option<f32> = None;
         let mut total: Option<f32> = None;
         for step in &self.steps {
-            let mut partial = self.chain(x_row, w_row, step, 0.0);
+            let mut partial = x.chain(&self.x.unit, w, step.inner.clone());
             if self.by_block {
                 let block = step.inner.start / SCALE_BLOCK;
-                partial *= self.x.scale(x_row, block) * self.w.scale(w_row, block);
+                partial *= self.x.scales.of(x_row, block, self.x.codes.width())
+                    * self.w.scales.of(w_row, block, self.w.codes.width());
             }
             let promoted = main.map_or(partial, |main| main + partial);
             match step.then {
@@ -289,26 +404,12 @@ impl Job<'_> {
         self.finish(total.unwrap_or(0.0), x_row, w_row)
     }
 
-    fn chain(&self, x_row: usize, w_row: usize, step: &Step, c: f32) -> f32 {
-        let x = x_row * self.x.width + step.inner.start..x_row * self.x.width + step.inner.end;
-        let w = w_row * self.w.width + step.inner.start..w_row * self.w.width + step.inner.end;
-        match &self.x.unit {
-            Unit::TensorCore(core) => {
-                let fraction_bits = self.x.format.fraction_bits() + self.w.format.fraction_bits();
-                tensor_core::chain(core, fraction_bits, &self.x.parts[x], &self.w.parts[w], c)
-            }
-            Unit::SequentialFma => self.x.values[x]
-                .iter()
-                .zip(&self.w.values[w])
-                .fold(c, |c, (&x, &w)| x.mul_add(w, c)),
-        }
-    }
-
     fn finish(&self, accumulator: f32, x_row: usize, w_row: usize) -> f32 {
         let scaled = if self.by_block {
             accumulator
         } else {
-            let (x, w) = (self.x.scale(x_row, 0), self.w.scale(w_row, 0));
+            let x = self.x.scales.of(x_row, 0, self.x.codes.width());
+            let w = self.w.scales.of(w_row, 0, self.w.codes.width());
             match self.epilogue {
                 Epilogue::ScalesFirst => (x * w) * accumulator,
                 Epilogue::ActivationThenWeight => (accumulator * x) * w,
@@ -319,31 +420,119 @@ impl Job<'_> {
     }
 }
 
-impl PreparedOperand {
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
+/// The running sums of a tile's outputs.
+struct Sums {
+    /// The tensor core's accumulators.
+    partial: Vec<f32>,
+    /// The promoted sums of the part of K at hand.
+    main: Vec<f32>,
+    main_started: bool,
+    /// The sums of the parts.
+    total: Vec<f32>,
+    total_started: bool,
+}
+
+impl Sums {
+    fn new(outputs: usize) -> Sums {
+        Sums {
+            partial: vec![0.0; outputs],
+            main: vec![0.0; outputs],
+            main_started: false,
+            total: vec![0.0; outputs],
+            total_started: false,
+        }
+    }
+}
+
+/// The first addend starts a sum, without an addition.
+fn add_or_start(sums: &mut [f32], addends: &[f32], started: &mut bool) {
+    if *started {
+        for (sum, addend) in sums.iter_mut().zip(addends) {
+            *sum += addend;
+        }
+    } else {
+        sums.copy_from_slice(addends);
+    }
+    *started = true;
+}
+
+/// A decoded row for plain code.
+struct PlainRow {
+    format: Format,
+    parts: Vec<Parts>,
+    values: Vec<f32>,
+}
+
+impl PlainRow {
+    fn new(codes: &Codes, row: usize) -> PlainRow {
+        let format = codes.format();
+        let (mut parts, mut values) = (Vec::new(), Vec::new());
+        if format == Format::F32 {
+            values = codes.decode_row(row);
+        } else {
+            parts = codes.row(row).iter().map(|code| format.parts(code)).collect();
+        }
+        PlainRow { format, parts, values }
     }
 
-    /// K, the elements in a row.
-    pub fn width(&self) -> usize {
-        self.width
+    fn chain(&self, unit: &Unit, w: &PlainRow, inner: Range<usize>) -> f32 {
+        match unit {
+            Unit::TensorCore(core) => {
+                let fraction_bits = self.format.fraction_bits() + w.format.fraction_bits();
+                let (x, w) = (&self.parts[inner.clone()], &w.parts[inner]);
+                tensor_core::chain(core, fraction_bits, x, w, 0.0)
+            }
+            Unit::SequentialFma => self.values[inner.clone()]
+                .iter()
+                .zip(&w.values[inner])
+                .fold(0.0, |c: f32, (&x, &w)| x.mul_add(w, c)),
+        }
     }
+}
 
-    /// The operand's format.
-    pub fn format(&self) -> Format {
-        self.format
-    }
-
-    fn scale(&self, row: usize, block: usize) -> f32 {
-        match &self.scales {
+impl Scales {
+    /// The scale of a row's block of K.
+    fn of(&self, row: usize, block: usize, width: usize) -> f32 {
+        match self {
             Scales::Tensor(scale) => *scale,
             Scales::Row(scales) => scales[row],
             Scales::Block128 { rows_per_block, first_row, scales } => {
-                let blocks = self.width.div_ceil(SCALE_BLOCK);
+                let blocks = width.div_ceil(SCALE_BLOCK);
                 scales[(first_row + row) / rows_per_block * blocks + block]
             }
         }
+    }
+}
+
+/// Whether a row holds a NaN or an infinity.
+fn is_special(codes: &Codes, row: usize) -> bool {
+    let any16 = |codes: &[u16], from: u16| {
+        codes.iter().fold(false, |any, code| any | (code & 0x7fff >= from))
+    };
+    match (codes.format(), codes.row(row)) {
+        (Format::E4m3, CodesRow::Bits8(codes)) => {
+            codes.iter().fold(false, |any, code| any | (code & 0x7f == 0x7f))
+        }
+        (_, CodesRow::Bits8(codes)) => {
+            codes.iter().fold(false, |any, code| any | (code & 0x7f >= 0x7c))
+        }
+        (Format::Bf16, CodesRow::Bits16(codes)) => any16(codes, 0x7f80),
+        (_, CodesRow::Bits16(codes)) => any16(codes, 0x7c00),
+        (_, CodesRow::Bits32(codes)) => {
+            codes.iter().fold(false, |any, code| any | (code & 0x7fff_ffff >= 0x7f80_0000))
+        }
+    }
+}
+
+impl PreparedOperand {
+    /// The codes, `[rows, K]`.
+    pub fn codes(&self) -> &Codes {
+        &self.codes
+    }
+
+    /// The unit that it was decoded for.
+    pub fn unit(&self) -> &Unit {
+        &self.unit
     }
 }
 

@@ -4,6 +4,7 @@ pub mod chip;
 pub mod schedule;
 pub mod quantize;
 pub mod tensor_core;
+pub mod simd;
 pub mod gemm;
 pub mod identify;
 pub mod vectors;

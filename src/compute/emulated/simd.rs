@@ -1,0 +1,947 @@
+//! The tensor core's chain on AVX2 and AVX-512, bit for bit what
+//! `tensor_core.rs` defines, and the f32 chain likewise.
+//!
+//! It knows decoded operands in vector order and one stretch of K; schedules,
+//! scales and special values are `gemm.rs`'s business. This is the one file of
+//! this room that may hold `unsafe`: calls that a run-time check of the
+//! processor allows, and vector loads from slices whose length is checked.
+//!
+//! Lanes are outputs: 16 rows of w (AVX-512) or 8 (AVX2) meet one row of x, so
+//! nothing is ever added across lanes. A block takes two passes: find the
+//! largest exponent; then align, cut and add.
+//!
+//! *Narrow* (FP8 with F = R = 13). A product's magnitude, shifted to 14 fraction
+//! bits, fills an unsigned 16-bit lane, and cutting it is a logical shift by
+//! `s + 1`, where `s` is the product's distance to the largest exponent. On
+//! AVX-512 that is a funnel shift left by `15 - s` with zeros above: a saturating
+//! byte subtraction yields this count, clamped, for 64 products at once. On AVX2
+//! it is the high half of a multiplication with `2^(15 - s)`, which two byte
+//! shuffles look up. The sign is the other factor of the multiply-add that
+//! widens to 32 bits.
+//!
+//! *Wide* (all else, R = 23). One 32-bit lane per product. `vpmaddwd` of
+//! `(significand, sign)` pairs makes `2 P + 1` or `-(2 P + 1)`, which is the
+//! complement of `2 P`: so an arithmetic shift right cuts the *magnitude* of
+//! either and leaves `cut` or `-cut - 1`. Counting the sign bits that differ
+//! gives the ones back. Sums of 16 products fit in 32 bits; a block of 32 keeps
+//! two sums. The accumulator joins in f64, where all of this is exact.
+
+use super::chip::{TensorCore, Unit};
+use super::quantize::CodesRow;
+use crate::dtype::Format;
+
+/// An instruction set of this processor. Values exist only for what was
+/// detected, which is what makes the calls below sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel(Level);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Kernel {
+    /// The definition itself, without vectors.
+    pub const PLAIN: Kernel = Kernel(Level::Plain);
+
+    /// All that this processor can run, the plain one first.
+    pub fn available() -> Vec<Kernel> {
+        let mut kernels = vec![Kernel::PLAIN];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 {
+                kernels.push(Kernel(Level::Avx2));
+            }
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vbmi2")
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512vpopcntdq")
+            {
+                kernels.push(Kernel(Level::Avx512));
+            }
+        }
+        kernels
+    }
+
+    /// The fastest that this processor can run.
+    pub fn best() -> Kernel {
+        static BEST: std::sync::OnceLock<Kernel> = std::sync::OnceLock::new();
+        *BEST.get_or_init(|| Kernel::available().pop().unwrap_or(Kernel::PLAIN))
+    }
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Plain => "plain",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    /// Outputs that share a vector; one where there are no vectors.
+    pub(super) fn lanes(self) -> usize {
+        match self.0 {
+            Level::Plain => 1,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => 8,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => 16,
+        }
+    }
+}
+
+/// How operands are laid out for the vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// 16-bit lanes; per four products five words: exponents, two of
+    /// magnitudes, two of signs.
+    Narrow {
+        /// Products per block, 16 or 32.
+        products: usize,
+    },
+    /// 32-bit lanes; per two products three words (exponents, two of
+    /// significands with signs), and per block one of sign bits.
+    Wide {
+        /// The unit.
+        core: TensorCore,
+    },
+    /// f32 values.
+    Fma,
+}
+
+impl Layout {
+    /// The layout for a unit; none if only plain code computes it.
+    pub(super) fn of(unit: &Unit, kernel: Kernel, format: Format) -> Option<Layout> {
+        if kernel == Kernel::PLAIN {
+            return None;
+        }
+        match unit {
+            Unit::SequentialFma => Some(Layout::Fma),
+            Unit::TensorCore(TensorCore {
+                products: products @ (16 | 32),
+                alignment_bits: 13,
+                result_bits: 13,
+                ..
+            }) if format.is_fp8() => Some(Layout::Narrow { products: *products }),
+            Unit::TensorCore(
+                core @ TensorCore {
+                    products: 4 | 8 | 16 | 32,
+                    alignment_bits: 22..=25,
+                    result_bits: 23,
+                    ..
+                },
+            ) => Some(Layout::Wide { core: *core }),
+            Unit::TensorCore(_) => None,
+        }
+    }
+
+    /// Products that are added at once.
+    fn products(self) -> usize {
+        match self {
+            Layout::Narrow { products } => products,
+            Layout::Wide { core } => core.products,
+            Layout::Fma => 1,
+        }
+    }
+
+    /// Words of one lane for one block.
+    fn block_words(self) -> usize {
+        match self {
+            Layout::Narrow { products } => products / 4 * 5,
+            Layout::Wide { core } => core.products / 2 * 3 + 1,
+            Layout::Fma => 1,
+        }
+    }
+
+    /// Words of one lane for `inner` elements of K.
+    pub(super) fn words(self, inner: usize) -> usize {
+        inner.div_ceil(self.products()) * self.block_words()
+    }
+}
+
+/// Words on cache-line boundaries.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Words {
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+impl Words {
+    /// At least `count` words, of any content.
+    pub(super) fn resize(&mut self, count: usize) {
+        self.lines.resize(count.div_ceil(16), Line([0; 16]));
+    }
+
+    pub(super) fn as_slice(&self) -> &[u32] {
+        // SAFETY: a `Line` is 16 `u32`s without padding, and the lines are contiguous.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u32] {
+        let words = self.lines.len() * 16;
+        // SAFETY: as in `as_slice`; the borrow of `self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), words) }
+    }
+}
+
+/// A row of x in vector order: what is broadcast to all lanes.
+pub(super) fn pack_x(layout: Layout, format: Format, row: CodesRow, words: &mut Words) {
+    words.resize(layout.words(row.len()));
+    match layout {
+        Layout::Narrow { products } => {
+            pack_narrow::<1>(format, &[row], 0..row.len(), products, words.as_mut_slice());
+            // x's signs flip those of w: `1 ^ 0xfffe` is -1 and the reverse.
+            for quad in words.as_mut_slice().chunks_exact_mut(5) {
+                for sign in &mut quad[3..] {
+                    *sign &= 0xfffe_fffe;
+                }
+            }
+        }
+        Layout::Wide { core } => {
+            pack_wide::<1>(format, &[row], 0..row.len(), &core, Side::X, words.as_mut_slice());
+        }
+        Layout::Fma => {
+            for (word, code) in words.as_mut_slice().iter_mut().zip(row.iter()) {
+                *word = code;
+            }
+        }
+    }
+}
+
+/// A stretch of K of up to `kernel.lanes()` rows of w in vector order.
+pub(super) fn pack_w(
+    kernel: Kernel,
+    layout: Layout,
+    format: Format,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    words: &mut Words,
+) {
+    words.resize(layout.words(inner.len()) * kernel.lanes());
+    match kernel.0 {
+        Level::Plain => {}
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a kernel of this level exists only where the features were detected.
+        Level::Avx2 => unsafe { x86::pack_w_avx2(layout, format, rows, inner, words) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx512 => unsafe { x86::pack_w_avx512(layout, format, rows, inner, words) },
+    }
+}
+
+#[inline(always)]
+fn pack_w_lanes<const LANES: usize>(
+    layout: Layout,
+    format: Format,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    words: &mut Words,
+) {
+    let words = words.as_mut_slice();
+    match layout {
+        Layout::Narrow { products } => {
+            pack_narrow::<LANES>(format, rows, inner, products, words);
+        }
+        Layout::Wide { core } => pack_wide::<LANES>(format, rows, inner, &core, Side::W, words),
+        Layout::Fma => {
+            for (words, k) in words.as_chunks_mut::<LANES>().0.iter_mut().zip(inner) {
+                *words = column::<LANES>(rows, |row| row.get(k));
+            }
+        }
+    }
+}
+
+/// One word of every row; zeros where there are fewer rows than lanes.
+#[inline(always)]
+fn column<const LANES: usize>(rows: &[CodesRow], word: impl Fn(&CodesRow) -> u32) -> [u32; LANES] {
+    let mut column = [0; LANES];
+    for (lane, row) in column.iter_mut().zip(rows) {
+        *lane = word(row);
+    }
+    column
+}
+
+/// Up to `4 / bytes` codes from `k` on as one word, the first in the low bits;
+/// zeros from `end` on.
+#[inline(always)]
+fn codes_word(row: &CodesRow, k: usize, end: usize) -> u32 {
+    match row {
+        CodesRow::Bits8(codes) => match codes[..end].get(k..k + 4) {
+            Some(quad) => u32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]),
+            None => (k..end).rev().fold(0, |word, k| word << 8 | u32::from(codes[k])),
+        },
+        CodesRow::Bits16(codes) => match codes[..end].get(k..k + 2) {
+            Some(pair) => u32::from(pair[0]) | u32::from(pair[1]) << 16,
+            None => (k..end).rev().fold(0, |word, k| word << 16 | u32::from(codes[k])),
+        },
+        CodesRow::Bits32(codes) => codes[..end].get(k).copied().unwrap_or(0),
+    }
+}
+
+/// The biased exponent of a narrow operand's zero is 0 and that of a nonzero
+/// one is its exponent plus this: no sum with a zero in it reaches the smallest
+/// exponent of a sum without, nor that of an accumulator.
+const NARROW_BIAS: u32 = 79;
+
+/// Writes, for each four elements of K, five vectors of `LANES` words. Bytes 0 to
+/// 3 of a word are the four elements; the two vectors of 16-bit magnitudes and
+/// signs hold elements 0 and 2, and 1 and 3.
+#[inline(always)]
+fn pack_narrow<const LANES: usize>(
+    format: Format,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    products: usize,
+    words: &mut [u32],
+) {
+    let fraction_bits = format.fraction_bits();
+    // Four bytes side by side in a word; no operation carries from one into the next.
+    let all = 0x0101_0101u32;
+    let quads = inner.len().div_ceil(products) * products / 4;
+    for (quad, vectors) in words.chunks_exact_mut(5 * LANES).take(quads).enumerate() {
+        let k = inner.start + 4 * quad;
+        let codes = column::<LANES>(rows, |row| codes_word(row, k, inner.end));
+        let (exponents, rest) = vectors.split_at_mut(LANES);
+        let (even_magnitudes, rest) = rest.split_at_mut(LANES);
+        let (odd_magnitudes, rest) = rest.split_at_mut(LANES);
+        let (even_signs, odd_signs) = rest.split_at_mut(LANES);
+        for lane in 0..LANES {
+            let code = codes[lane];
+            let field_mask = (0x7f >> fraction_bits) * all;
+            let field = code >> fraction_bits & field_mask;
+            let normal = (field + 0x1f * all) >> 5 & all;
+            let fraction = code & (((1 << fraction_bits) - 1) * all);
+            let magnitude = fraction | normal << fraction_bits;
+            let nonzero = (magnitude + 0xf * all) >> 4 & all;
+            let min_exponent = (format.min_exponent() + NARROW_BIAS as i32 - 1) as u32;
+            let exponent = field + (all - normal) + min_exponent * all;
+            exponents[lane] = exponent & ((nonzero << 8).wrapping_sub(nonzero));
+            let shifted = magnitude << (7 - fraction_bits);
+            even_magnitudes[lane] = shifted & 0x00ff_00ff;
+            odd_magnitudes[lane] = shifted >> 8 & 0x00ff_00ff;
+            even_signs[lane] = 0x0001_0001 ^ ((code >> 7 & 0x0001_0001) * 0xfffe);
+            odd_signs[lane] = 0x0001_0001 ^ ((code >> 15 & 0x0001_0001) * 0xfffe);
+        }
+    }
+}
+
+/// Which operand a wide layout is of: their significands are shifted by
+/// different amounts, which add up to the unit's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    X,
+    W,
+}
+
+/// The exponent of a wide operand's zero: far below all others.
+const WIDE_ZERO_EXPONENT: i32 = -8000;
+
+/// Writes, for each block, three vectors of `LANES` words per two elements of K
+/// (two 16-bit exponents; the even and the odd element's shifted significand with
+/// its sign above) and then one of sign bits.
+#[inline(always)]
+fn pack_wide<const LANES: usize>(
+    format: Format,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    core: &TensorCore,
+    side: Side,
+    words: &mut [u32],
+) {
+    match format {
+        Format::Bf16 => pack_wide_as::<LANES, 8, 7>(format, rows, inner, core, side, words),
+        Format::F16 => pack_wide_as::<LANES, 5, 10>(format, rows, inner, core, side, words),
+        Format::Tf32 => pack_wide_as::<LANES, 8, 10>(format, rows, inner, core, side, words),
+        Format::E4m3 => pack_wide_as::<LANES, 4, 3>(format, rows, inner, core, side, words),
+        Format::E5m2 => pack_wide_as::<LANES, 5, 2>(format, rows, inner, core, side, words),
+        Format::F32 => {}
+    }
+}
+
+#[inline(always)]
+fn pack_wide_as<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32>(
+    format: Format,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    core: &TensorCore,
+    side: Side,
+    words: &mut [u32],
+) {
+    // x has 13 fraction bits, w the rest, and one more doubles the product.
+    let shift = match side {
+        Side::X => 13 - FRACTION_BITS,
+        Side::W => core.alignment_bits + 1 - 13 - FRACTION_BITS,
+    };
+    let block_words = core.products / 2 * 3 + 1;
+    let blocks = inner.len().div_ceil(core.products);
+    let take_apart = |code: u32| -> (u32, u32, u32) {
+        let code = if format == Format::Tf32 { code >> 13 } else { code };
+        let field = code >> FRACTION_BITS & ((1 << EXPONENT_BITS) - 1);
+        let normal = u32::from(field != 0);
+        let magnitude = code & ((1 << FRACTION_BITS) - 1) | normal << FRACTION_BITS;
+        let bias = (1 << (EXPONENT_BITS - 1)) - 1;
+        let exponent = field.max(1) as i32 - bias;
+        let exponent = if magnitude == 0 { WIDE_ZERO_EXPONENT } else { exponent };
+        let negative = code >> (EXPONENT_BITS + FRACTION_BITS) & 1;
+        let complement = negative.wrapping_neg();
+        let significand = ((magnitude << shift) ^ complement).wrapping_sub(complement);
+        // The sign, 1 or -1, lies above the significand.
+        (significand & 0xffff | (complement | 1) << 16, exponent as u32 & 0xffff, negative)
+    };
+    for (block, vectors) in words.chunks_exact_mut(block_words * LANES).take(blocks).enumerate() {
+        let mut sign_bits = [0u32; LANES];
+        let (pairs, last) = vectors.split_at_mut((block_words - 1) * LANES);
+        for (pair, vectors) in pairs.chunks_exact_mut(3 * LANES).enumerate() {
+            let k = inner.start + block * core.products + 2 * pair;
+            let (even, odd) = two_columns::<LANES>(rows, k, inner.end);
+            let (exponents, rest) = vectors.split_at_mut(LANES);
+            let (even_words, odd_words) = rest.split_at_mut(LANES);
+            for lane in 0..LANES {
+                let (even_word, even_exponent, even_negative) = take_apart(even[lane]);
+                let (odd_word, odd_exponent, odd_negative) = take_apart(odd[lane]);
+                even_words[lane] = even_word;
+                odd_words[lane] = odd_word;
+                exponents[lane] = even_exponent | odd_exponent << 16;
+                sign_bits[lane] |= (even_negative | odd_negative << 1) << (2 * pair);
+            }
+        }
+        last.copy_from_slice(&sign_bits);
+    }
+}
+
+/// The codes of elements `k` and `k + 1` of every row; zeros from `end` on.
+#[inline(always)]
+fn two_columns<const LANES: usize>(
+    rows: &[CodesRow],
+    k: usize,
+    end: usize,
+) -> ([u32; LANES], [u32; LANES]) {
+    let first =
+        if k < end { column::<LANES>(rows, |row| codes_word(row, k, end)) } else { [0; LANES] };
+    match rows.first() {
+        Some(CodesRow::Bits8(_)) => (first.map(|word| word & 0xff), first.map(|w| w >> 8 & 0xff)),
+        Some(CodesRow::Bits16(_)) => (first.map(|word| word & 0xffff), first.map(|w| w >> 16)),
+        _ if k + 1 < end => (first, column::<LANES>(rows, |row| codes_word(row, k + 1, end))),
+        _ => (first, [0; LANES]),
+    }
+}
+
+/// Chains a stretch of K for one row of x and `kernel.lanes()` rows of w, from
+/// the accumulators `c` on, one per lane. `x` and `w` hold the stretch's words
+/// only. Returns false if an accumulator left the range that vectors handle:
+/// then `c` is of no use and plain code must start over.
+pub(super) fn chain(kernel: Kernel, layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+    assert!(
+        c.len() == kernel.lanes()
+            && x.len().is_multiple_of(layout.block_words())
+            && w.len() >= x.len() * kernel.lanes(),
+        "operands are packed for this kernel"
+    );
+    match kernel.0 {
+        Level::Plain => false,
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a kernel of this level exists only where the features were
+        // detected; the lengths were checked just above.
+        Level::Avx2 => unsafe { x86::chain_avx2(layout, x, w, c) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx512 => unsafe { x86::chain_avx512(layout, x, w, c) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::super::chip::{EXPONENT_FLOOR, TensorCore};
+    use super::{CodesRow, Format, Layout, NARROW_BIAS, Words, pack_w_lanes};
+
+    /// The biased exponent below which no narrow maximum may fall: it keeps the
+    /// powers of two that are made of it finite where all addends are zero, and
+    /// lies below that of every accumulator.
+    const NARROW_LOWEST: i8 = 58;
+    /// What turns an accumulator's exponent field into a biased exponent.
+    const NARROW_ACCUMULATOR_BIAS: i32 = 2 * NARROW_BIAS as i32 - 127;
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn pack_w_avx2(
+        layout: Layout,
+        format: Format,
+        rows: &[CodesRow],
+        inner: std::ops::Range<usize>,
+        words: &mut Words,
+    ) {
+        pack_w_lanes::<8>(layout, format, rows, inner, words);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    pub(super) fn pack_w_avx512(
+        layout: Layout,
+        format: Format,
+        rows: &[CodesRow],
+        inner: std::ops::Range<usize>,
+        words: &mut Words,
+    ) {
+        pack_w_lanes::<16>(layout, format, rows, inner, words);
+    }
+
+    /// # Safety
+    /// `c` has 16 values and `w` at least 16 times as many words as `x`.
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512dq,avx512vbmi2,avx512vnni,avx512vpopcntdq,avx2,fma"
+    )]
+    pub(super) unsafe fn chain_avx512(layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match layout {
+                Layout::Narrow { products: 32 } => narrow_avx512::<8>(x, w, c),
+                Layout::Narrow { .. } => narrow_avx512::<4>(x, w, c),
+                Layout::Wide { core } => match core.products {
+                    32 => wide_avx512::<16>(&core, x, w, c),
+                    16 => wide_avx512::<8>(&core, x, w, c),
+                    8 => wide_avx512::<4>(&core, x, w, c),
+                    _ => wide_avx512::<2>(&core, x, w, c),
+                },
+                Layout::Fma => {
+                    let mut sum = _mm512_loadu_ps(c.as_ptr());
+                    for (k, &x) in x.iter().enumerate() {
+                        let w = _mm512_castsi512_ps(load512(w, 16 * k));
+                        sum = _mm512_fmadd_ps(_mm512_set1_ps(f32::from_bits(x)), w, sum);
+                    }
+                    _mm512_storeu_ps(c.as_mut_ptr(), sum);
+                    true
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `at + 16 <= words.len()`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load512(words: &[u32], at: usize) -> __m512i {
+        debug_assert!(at + 16 <= words.len());
+        // SAFETY: the caller keeps the 16 words inside the slice.
+        unsafe { _mm512_loadu_si512(words.as_ptr().add(at).cast()) }
+    }
+
+    /// # Safety
+    /// As [`chain_avx512`]; `x` holds whole blocks of `QUADS` times five words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx512vnni")]
+    unsafe fn narrow_avx512<const QUADS: usize>(x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+        // SAFETY: `c` has 16 values.
+        let mut accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+        let zero = _mm512_setzero_si512();
+        let low_byte = _mm512_set1_epi32(0xff);
+        let replicate = _mm512_set4_epi32(0x0c0c_0c0c, 0x0808_0808, 0x0404_0404, 0);
+        for (block, x) in x.chunks_exact(5 * QUADS).enumerate() {
+            let base = block * 5 * QUADS * 16;
+            // Vector `v` of quad `q` of this block.
+            // SAFETY: `w` has 16 words for each word of x.
+            let w = |q: usize, v: usize| unsafe { load512(w, base + (5 * q + v) * 16) };
+            let x = |q: usize, v: usize| _mm512_set1_epi32(x[5 * q + v] as i32);
+
+            let mut exponents = [zero; QUADS];
+            let mut largest = _mm512_set1_epi8(NARROW_LOWEST);
+            for (q, exponent) in exponents.iter_mut().enumerate() {
+                *exponent = _mm512_add_epi8(w(q, 0), x(q, 0));
+                largest = _mm512_max_epu8(largest, *exponent);
+            }
+            largest = _mm512_max_epu8(largest, _mm512_srli_epi32::<16>(largest));
+            largest = _mm512_max_epu8(largest, _mm512_srli_epi32::<8>(largest));
+            let bits = _mm512_castps_si512(accumulator);
+            let field = _mm512_srli_epi32::<24>(_mm512_slli_epi32::<1>(bits));
+            let own = _mm512_add_epi32(field, _mm512_set1_epi32(NARROW_ACCUMULATOR_BIAS));
+            let largest = _mm512_max_epi32(_mm512_and_si512(largest, low_byte), own);
+
+            // 2^(13 - M) brings the accumulator to the unit of the cut addends.
+            let bias = 2 * NARROW_BIAS as i32;
+            let up = _mm512_sub_epi32(_mm512_set1_epi32(127 + 13 + bias), largest);
+            let up = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(up));
+            let mut sums = [_mm512_cvttps_epi32(_mm512_mul_ps(accumulator, up)), zero];
+
+            let clamp = _mm512_shuffle_epi8(largest, replicate);
+            let clamp = _mm512_sub_epi8(clamp, _mm512_set1_epi8(15));
+            for (q, &exponent) in exponents.iter().enumerate() {
+                let counts = _mm512_subs_epu8(exponent, clamp);
+                for (odd, sum) in sums.iter_mut().enumerate() {
+                    let product = _mm512_mullo_epi16(w(q, 1 + odd), x(q, 1 + odd));
+                    // The shift reads the low four bits of each 16-bit count.
+                    let count = if odd == 0 { counts } else { _mm512_srli_epi16::<8>(counts) };
+                    let cut = _mm512_shldv_epi16(zero, product, count);
+                    let sign = _mm512_xor_si512(w(q, 3 + odd), x(q, 3 + odd));
+                    *sum = _mm512_dpwssd_epi32(*sum, cut, sign);
+                }
+            }
+            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+            let kept = _mm512_and_si512(_mm512_castps_si512(sum), _mm512_set1_epi32(!0x3ff));
+            let down = _mm512_sub_epi32(largest, _mm512_set1_epi32(13 + bias - 127));
+            let down = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(down));
+            accumulator = _mm512_mul_ps(_mm512_castsi512_ps(kept), down);
+        }
+        // SAFETY: `c` has 16 values.
+        unsafe { _mm512_storeu_ps(c.as_mut_ptr(), accumulator) };
+        true
+    }
+
+    /// # Safety
+    /// As [`chain_avx512`]; `x` holds whole blocks of `3 * PAIRS + 1` words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vpopcntdq,avx2")]
+    unsafe fn wide_avx512<const PAIRS: usize>(
+        core: &TensorCore,
+        x: &[u32],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> bool {
+        // SAFETY: `c` has 16 values.
+        let mut accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+        let zero = _mm512_setzero_si512();
+        let one = _mm512_set1_epi32(1);
+        let alignment_bits = core.alignment_bits as i32;
+        let overflow = _mm512_set1_pd(f64::powi(2.0, 128));
+        let mut overflowed = 0u8;
+        for (block, x) in x.chunks_exact(3 * PAIRS + 1).enumerate() {
+            let base = block * (3 * PAIRS + 1) * 16;
+            // SAFETY: `w` has 16 words for each word of x.
+            let w = |word: usize| unsafe { load512(w, base + word * 16) };
+            let x = |word: usize| _mm512_set1_epi32(x[word] as i32);
+
+            let mut exponents = [zero; PAIRS];
+            let mut largest = _mm512_set1_epi16(EXPONENT_FLOOR as i16);
+            for (p, exponent) in exponents.iter_mut().enumerate() {
+                *exponent = _mm512_add_epi16(w(3 * p), x(3 * p));
+                largest = _mm512_max_epi16(largest, *exponent);
+            }
+            largest = _mm512_max_epi16(largest, _mm512_srli_epi32::<16>(largest));
+            let largest = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(largest));
+            let doubled = _mm512_slli_epi32::<1>(_mm512_castps_si512(accumulator));
+            let field = _mm512_max_epi32(_mm512_srli_epi32::<24>(doubled), one);
+            let own = _mm512_sub_epi32(field, _mm512_set1_epi32(127));
+            let nonzero = _mm512_test_epi32_mask(doubled, doubled);
+            let largest = _mm512_mask_max_epi32(largest, nonzero, largest, own);
+
+            // One more than the distance: the products are doubled.
+            let next = _mm512_add_epi32(largest, one);
+            let next = _mm512_mask_blend_epi16(0xaaaa_aaaa, next, _mm512_slli_epi32::<16>(next));
+            // Sums of the block's first 16 products and of the others; one for
+            // the even, one for the odd of each.
+            let mut sums = [[zero; 2]; 2];
+            for (p, &exponent) in exponents.iter().enumerate() {
+                let distance = _mm512_sub_epi16(next, exponent);
+                let even = _mm512_madd_epi16(w(3 * p + 1), x(3 * p + 1));
+                let odd = _mm512_madd_epi16(w(3 * p + 2), x(3 * p + 2));
+                let even_distance = _mm512_and_si512(distance, _mm512_set1_epi32(0xffff));
+                let odd_distance = _mm512_srli_epi32::<16>(distance);
+                let [even_sum, odd_sum] = &mut sums[p / 8];
+                *even_sum = _mm512_add_epi32(*even_sum, _mm512_srav_epi32(even, even_distance));
+                *odd_sum = _mm512_add_epi32(*odd_sum, _mm512_srav_epi32(odd, odd_distance));
+            }
+            let signs = _mm512_xor_si512(w(3 * PAIRS), x(3 * PAIRS));
+            let first_signs = _mm512_and_si512(signs, _mm512_set1_epi32(0xffff));
+            let first = _mm512_add_epi32(sums[0][0], sums[0][1]);
+            let first = _mm512_add_epi32(first, _mm512_popcnt_epi32(first_signs));
+            let second = _mm512_add_epi32(sums[1][0], sums[1][1]);
+            let second =
+                _mm512_add_epi32(second, _mm512_popcnt_epi32(_mm512_srli_epi32::<16>(signs)));
+
+            let halves: [(__m256i, __m256i, __m256i, __m256); 2] = [
+                (
+                    _mm512_castsi512_si256(first),
+                    _mm512_castsi512_si256(second),
+                    _mm512_castsi512_si256(largest),
+                    _mm512_castps512_ps256(accumulator),
+                ),
+                (
+                    _mm512_extracti64x4_epi64::<1>(first),
+                    _mm512_extracti64x4_epi64::<1>(second),
+                    _mm512_extracti64x4_epi64::<1>(largest),
+                    _mm512_extractf32x8_ps::<1>(accumulator),
+                ),
+            ];
+            let mut results = [_mm256_setzero_ps(); 2];
+            for (half, result) in halves.into_iter().zip(&mut results) {
+                let (first, second, largest, accumulator) = half;
+                let largest = _mm512_cvtepi32_epi64(largest);
+                let up =
+                    _mm512_sub_epi64(_mm512_set1_epi64(i64::from(1023 + alignment_bits)), largest);
+                let down =
+                    _mm512_add_epi64(_mm512_set1_epi64(i64::from(1023 - alignment_bits)), largest);
+                let up = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(up));
+                let down = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(down));
+                let own = _mm512_mul_pd(_mm512_cvtps_pd(accumulator), up);
+                let own = _mm512_roundscale_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
+                let mut sum = _mm512_add_pd(_mm512_cvtepi32_pd(first), own);
+                if PAIRS > 8 {
+                    sum = _mm512_add_pd(sum, _mm512_cvtepi32_pd(second));
+                }
+                let sum = _mm512_mul_pd(sum, down);
+                overflowed |= _mm512_cmp_pd_mask::<_CMP_GE_OQ>(_mm512_abs_pd(sum), overflow);
+                *result = _mm512_cvt_roundpd_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(sum);
+            }
+            accumulator = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(results[0]), results[1]);
+        }
+        // SAFETY: `c` has 16 values.
+        unsafe { _mm512_storeu_ps(c.as_mut_ptr(), accumulator) };
+        overflowed == 0
+    }
+
+    /// # Safety
+    /// `c` has 8 values and `w` at least 8 times as many words as `x`.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn chain_avx2(layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match layout {
+                Layout::Narrow { products: 32 } => narrow_avx2::<8>(x, w, c),
+                Layout::Narrow { .. } => narrow_avx2::<4>(x, w, c),
+                Layout::Wide { core } => match core.products {
+                    32 => wide_avx2::<16>(&core, x, w, c),
+                    16 => wide_avx2::<8>(&core, x, w, c),
+                    8 => wide_avx2::<4>(&core, x, w, c),
+                    _ => wide_avx2::<2>(&core, x, w, c),
+                },
+                Layout::Fma => {
+                    let mut sum = _mm256_loadu_ps(c.as_ptr());
+                    for (k, &x) in x.iter().enumerate() {
+                        let w = _mm256_castsi256_ps(load256(w, 8 * k));
+                        sum = _mm256_fmadd_ps(_mm256_set1_ps(f32::from_bits(x)), w, sum);
+                    }
+                    _mm256_storeu_ps(c.as_mut_ptr(), sum);
+                    true
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `at + 8 <= words.len()`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load256(words: &[u32], at: usize) -> __m256i {
+        debug_assert!(at + 8 <= words.len());
+        // SAFETY: the caller keeps the 8 words inside the slice.
+        unsafe { _mm256_loadu_si256(words.as_ptr().add(at).cast()) }
+    }
+
+    /// # Safety
+    /// As [`chain_avx2`]; `x` holds whole blocks of `QUADS` times five words.
+    #[target_feature(enable = "avx2")]
+    unsafe fn narrow_avx2<const QUADS: usize>(x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+        // SAFETY: `c` has 8 values.
+        let mut accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+        let zero = _mm256_setzero_si256();
+        let low_byte = _mm256_set1_epi32(0xff);
+        let replicate = _mm256_setr_epi32(
+            0,
+            0x0404_0404,
+            0x0808_0808,
+            0x0c0c_0c0c,
+            0,
+            0x0404_0404,
+            0x0808_0808,
+            0x0c0c_0c0c,
+        );
+        // The low and the high byte of 2^count.
+        let low_power = _mm256_setr_epi64x(
+            0x8040_2010_0804_0201_u64 as i64,
+            0,
+            0x8040_2010_0804_0201_u64 as i64,
+            0,
+        );
+        let high_power = _mm256_setr_epi64x(
+            0,
+            0x8040_2010_0804_0201_u64 as i64,
+            0,
+            0x8040_2010_0804_0201_u64 as i64,
+        );
+        let high_bytes = _mm256_set1_epi16(0xff00_u16 as i16);
+        for (block, x) in x.chunks_exact(5 * QUADS).enumerate() {
+            let base = block * 5 * QUADS * 8;
+            // SAFETY: `w` has 8 words for each word of x.
+            let w = |q: usize, v: usize| unsafe { load256(w, base + (5 * q + v) * 8) };
+            let x = |q: usize, v: usize| _mm256_set1_epi32(x[5 * q + v] as i32);
+
+            let mut exponents = [zero; QUADS];
+            let mut largest = _mm256_set1_epi8(NARROW_LOWEST);
+            for (q, exponent) in exponents.iter_mut().enumerate() {
+                *exponent = _mm256_add_epi8(w(q, 0), x(q, 0));
+                largest = _mm256_max_epu8(largest, *exponent);
+            }
+            largest = _mm256_max_epu8(largest, _mm256_srli_epi32::<16>(largest));
+            largest = _mm256_max_epu8(largest, _mm256_srli_epi32::<8>(largest));
+            let bits = _mm256_castps_si256(accumulator);
+            let field = _mm256_srli_epi32::<24>(_mm256_slli_epi32::<1>(bits));
+            let own = _mm256_add_epi32(field, _mm256_set1_epi32(NARROW_ACCUMULATOR_BIAS));
+            let largest = _mm256_max_epi32(_mm256_and_si256(largest, low_byte), own);
+
+            let bias = 2 * NARROW_BIAS as i32;
+            let up = _mm256_sub_epi32(_mm256_set1_epi32(127 + 13 + bias), largest);
+            let up = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(up));
+            let mut sums = [_mm256_cvttps_epi32(_mm256_mul_ps(accumulator, up)), zero];
+
+            let clamp = _mm256_shuffle_epi8(largest, replicate);
+            let clamp = _mm256_sub_epi8(clamp, _mm256_set1_epi8(15));
+            for (q, &exponent) in exponents.iter().enumerate() {
+                let counts = _mm256_subs_epu8(exponent, clamp);
+                let low = _mm256_shuffle_epi8(low_power, counts);
+                let high = _mm256_shuffle_epi8(high_power, counts);
+                let powers = [
+                    _mm256_blendv_epi8(low, _mm256_slli_epi16::<8>(high), high_bytes),
+                    _mm256_blendv_epi8(_mm256_srli_epi16::<8>(low), high, high_bytes),
+                ];
+                for (odd, sum) in sums.iter_mut().enumerate() {
+                    let product = _mm256_mullo_epi16(w(q, 1 + odd), x(q, 1 + odd));
+                    let cut = _mm256_mulhi_epu16(product, powers[odd]);
+                    let sign = _mm256_xor_si256(w(q, 3 + odd), x(q, 3 + odd));
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(cut, sign));
+                }
+            }
+            let sum = _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
+            let kept = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_set1_epi32(!0x3ff));
+            let down = _mm256_sub_epi32(largest, _mm256_set1_epi32(13 + bias - 127));
+            let down = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(down));
+            accumulator = _mm256_mul_ps(_mm256_castsi256_ps(kept), down);
+        }
+        // SAFETY: `c` has 8 values.
+        unsafe { _mm256_storeu_ps(c.as_mut_ptr(), accumulator) };
+        true
+    }
+
+    /// # Safety
+    /// As [`chain_avx2`]; `x` holds whole blocks of `3 * PAIRS + 1` words.
+    #[target_feature(enable = "avx2")]
+    unsafe fn wide_avx2<const PAIRS: usize>(
+        core: &TensorCore,
+        x: &[u32],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> bool {
+        // SAFETY: `c` has 8 values.
+        let mut accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+        let zero = _mm256_setzero_si256();
+        let one = _mm256_set1_epi32(1);
+        let alignment_bits = core.alignment_bits as i32;
+        let magnitude_mask = _mm256_castsi256_pd(_mm256_set1_epi64x(i64::MAX));
+        let too_large = _mm256_set1_pd(f64::powi(2.0, 128));
+        let too_small = _mm256_set1_pd(f64::powi(2.0, -126));
+        let no_number = _mm256_setzero_pd();
+        let mut out_of_range = 0;
+        for (block, x) in x.chunks_exact(3 * PAIRS + 1).enumerate() {
+            let base = block * (3 * PAIRS + 1) * 8;
+            // SAFETY: `w` has 8 words for each word of x.
+            let w = |word: usize| unsafe { load256(w, base + word * 8) };
+            let x = |word: usize| _mm256_set1_epi32(x[word] as i32);
+
+            let mut exponents = [zero; PAIRS];
+            let mut largest = _mm256_set1_epi16(EXPONENT_FLOOR as i16);
+            for (p, exponent) in exponents.iter_mut().enumerate() {
+                *exponent = _mm256_add_epi16(w(3 * p), x(3 * p));
+                largest = _mm256_max_epi16(largest, *exponent);
+            }
+            largest = _mm256_max_epi16(largest, _mm256_srli_epi32::<16>(largest));
+            let largest = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(largest));
+            // An accumulator is zero or normal here: others leave the loop's range.
+            let doubled = _mm256_slli_epi32::<1>(_mm256_castps_si256(accumulator));
+            let own = _mm256_sub_epi32(_mm256_srli_epi32::<24>(doubled), _mm256_set1_epi32(127));
+            let absent = _mm256_cmpeq_epi32(doubled, zero);
+            let own = _mm256_blendv_epi8(own, _mm256_set1_epi32(EXPONENT_FLOOR), absent);
+            let largest = _mm256_max_epi32(largest, own);
+
+            let next = _mm256_add_epi32(largest, one);
+            let next = _mm256_blend_epi16::<0b1010_1010>(next, _mm256_slli_epi32::<16>(next));
+            let mut sums = [[zero; 2]; 2];
+            for (p, &exponent) in exponents.iter().enumerate() {
+                let distance = _mm256_sub_epi16(next, exponent);
+                let even = _mm256_madd_epi16(w(3 * p + 1), x(3 * p + 1));
+                let odd = _mm256_madd_epi16(w(3 * p + 2), x(3 * p + 2));
+                let even_distance = _mm256_and_si256(distance, _mm256_set1_epi32(0xffff));
+                let odd_distance = _mm256_srli_epi32::<16>(distance);
+                let [even_sum, odd_sum] = &mut sums[p / 8];
+                *even_sum = _mm256_add_epi32(*even_sum, _mm256_srav_epi32(even, even_distance));
+                *odd_sum = _mm256_add_epi32(*odd_sum, _mm256_srav_epi32(odd, odd_distance));
+            }
+            let signs = _mm256_xor_si256(w(3 * PAIRS), x(3 * PAIRS));
+            // Bits set per byte, then per 16-bit lane.
+            let nibbles = _mm256_setr_epi64x(
+                0x0302_0201_0201_0100,
+                0x0403_0302_0302_0201,
+                0x0302_0201_0201_0100,
+                0x0403_0302_0302_0201,
+            );
+            let low = _mm256_and_si256(signs, _mm256_set1_epi8(0xf));
+            let high = _mm256_and_si256(_mm256_srli_epi32::<4>(signs), _mm256_set1_epi8(0xf));
+            let bytes = _mm256_add_epi8(
+                _mm256_shuffle_epi8(nibbles, low),
+                _mm256_shuffle_epi8(nibbles, high),
+            );
+            let counts = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
+            let first_count = _mm256_and_si256(counts, _mm256_set1_epi32(0xffff));
+            let second_count = _mm256_srli_epi32::<16>(counts);
+            let first = _mm256_add_epi32(sums[0][0], sums[0][1]);
+            let first = _mm256_add_epi32(first, first_count);
+            let second = _mm256_add_epi32(sums[1][0], sums[1][1]);
+            let second = _mm256_add_epi32(second, second_count);
+
+            let halves: [(__m128i, __m128i, __m128i, __m128); 2] = [
+                (
+                    _mm256_castsi256_si128(first),
+                    _mm256_castsi256_si128(second),
+                    _mm256_castsi256_si128(largest),
+                    _mm256_castps256_ps128(accumulator),
+                ),
+                (
+                    _mm256_extracti128_si256::<1>(first),
+                    _mm256_extracti128_si256::<1>(second),
+                    _mm256_extracti128_si256::<1>(largest),
+                    _mm256_extractf128_ps::<1>(accumulator),
+                ),
+            ];
+            let mut results = [_mm_setzero_ps(); 2];
+            for (half, result) in halves.into_iter().zip(&mut results) {
+                let (first, second, largest, accumulator) = half;
+                let largest = _mm256_cvtepi32_epi64(largest);
+                let up =
+                    _mm256_sub_epi64(_mm256_set1_epi64x(i64::from(1023 + alignment_bits)), largest);
+                let down =
+                    _mm256_add_epi64(_mm256_set1_epi64x(i64::from(1023 - alignment_bits)), largest);
+                let up = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(up));
+                let down = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(down));
+                let own = _mm256_mul_pd(_mm256_cvtps_pd(accumulator), up);
+                let own = _mm256_round_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
+                let mut sum = _mm256_add_pd(_mm256_cvtepi32_pd(first), own);
+                if PAIRS > 8 {
+                    sum = _mm256_add_pd(sum, _mm256_cvtepi32_pd(second));
+                }
+                let sum = _mm256_mul_pd(sum, down);
+                let magnitude = _mm256_and_pd(sum, magnitude_mask);
+                let large = _mm256_cmp_pd::<_CMP_GE_OQ>(magnitude, too_large);
+                let small = _mm256_and_pd(
+                    _mm256_cmp_pd::<_CMP_LT_OQ>(magnitude, too_small),
+                    _mm256_cmp_pd::<_CMP_NEQ_OQ>(magnitude, no_number),
+                );
+                out_of_range |= _mm256_movemask_pd(_mm256_or_pd(large, small));
+                // 24 significant bits are left: the conversion rounds nothing.
+                let kept =
+                    _mm256_and_si256(_mm256_castpd_si256(sum), _mm256_set1_epi64x(!0x1fff_ffff));
+                *result = _mm256_cvtpd_ps(_mm256_castsi256_pd(kept));
+            }
+            accumulator = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(results[0]), results[1]);
+        }
+        // SAFETY: `c` has 8 values.
+        unsafe { _mm256_storeu_ps(c.as_mut_ptr(), accumulator) };
+        out_of_range == 0
+    }
+}
