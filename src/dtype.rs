@@ -138,8 +138,8 @@ impl Format {
             // The carry of the largest fraction runs into the exponent, up to infinity.
             Format::Tf32 if value.is_finite() => (value.to_bits() + 0x1000) & TF32_MASK,
             Format::Tf32 => value.to_bits(),
-            Format::Bf16 | Format::F16 if value.is_nan() => 0x7fff,
-            Format::Bf16 => u32::from(half::bf16::from_f32(value).to_bits()),
+            Format::Bf16 => u32::from(bf16_from_f32(value)),
+            Format::F16 if value.is_nan() => 0x7fff,
             Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
             Format::E4m3 => u32::from(e4m3_from_f32(value)),
             Format::E5m2 => u32::from(e5m2_from_f32(value)),
@@ -209,6 +209,17 @@ pub fn e4m3_from_f32(value: f32) -> u8 {
 #[inline(always)]
 pub fn e5m2_from_f32(value: f32) -> u8 {
     fp8_from_f32::<2, -14>(value, 57344.0)
+}
+
+/// The bf16 code nearest to a value; see [`Format::encode`]. Free of branches,
+/// so that loops over it vectorise.
+#[inline(always)]
+pub fn bf16_from_f32(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let odd = bits >> 16 & 1;
+    let rounded = bits.wrapping_add(0x7fff + odd) >> 16;
+    let code = if bits & 0x7fff_ffff > 0x7f80_0000 { 0x7fff } else { rounded };
+    code as u16
 }
 
 #[inline(always)]
@@ -318,6 +329,18 @@ mod tests {
                 assert_eq!(format.encode(-middle), even | 0x80);
                 assert_eq!(format.encode(f32::from_bits(middle.to_bits() - 1)), code);
                 assert_eq!(format.encode(f32::from_bits(middle.to_bits() + 1)), code + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_as_the_half_crate_does() {
+        for high in 0..=0xffffu32 {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(high << 16 | low);
+                if !value.is_nan() {
+                    assert_eq!(bf16_from_f32(value), half::bf16::from_f32(value).to_bits());
+                }
             }
         }
     }

@@ -5,7 +5,7 @@
 //! division, a code is the saturating nearest-even conversion of one IEEE
 //! quotient.
 
-use crate::dtype::{Format, e4m3_from_f32, e5m2_from_f32};
+use crate::dtype::{Format, bf16_from_f32, e4m3_from_f32, e5m2_from_f32};
 
 /// Codes of a matrix, row-major `[rows, width]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -296,7 +296,12 @@ pub fn quantize_row(format: Format, values: &[f32], scale: f32, codes: &mut Code
                 *code = e5m2_from_f32(value / scale);
             }
         }
-        (Format::Bf16 | Format::F16, CodesRowMut::Bits16(codes)) => {
+        (Format::Bf16, CodesRowMut::Bits16(codes)) => {
+            for (code, value) in codes.iter_mut().zip(values) {
+                *code = bf16_from_f32(value / scale);
+            }
+        }
+        (Format::F16, CodesRowMut::Bits16(codes)) => {
             for (code, value) in codes.iter_mut().zip(values) {
                 *code = format.encode(value / scale) as u16;
             }
