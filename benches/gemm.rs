@@ -152,7 +152,7 @@ mod x86 {
         for _ in 0..STEPS {
             sums = sums.map(|sum| _mm512_fmadd_ps(sum, factor, factor));
         }
-        sums.into_iter().map(_mm512_reduce_add_ps).sum()
+        sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
     }
 
     #[target_feature(enable = "avx2,fma")]
