@@ -129,15 +129,16 @@ impl Format {
     /// FP8 is `cvt.rn.satfinite`: nearest, ties to even; whatever is too large,
     /// infinities included, becomes the largest finite value of its sign; NaN
     /// becomes 0x7f. bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
-    /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rna`: nearest, ties away
-    /// from zero, NaN becomes 0x7fffe000. f32 keeps its bits.
+    /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rn.tf32` of Hopper and
+    /// later: nearest, ties to even, NaN becomes 0x7fffe000; see
+    /// [`tf32_ties_away`] for older chips. f32 keeps its bits.
     pub fn encode(self, value: f32) -> u32 {
         match self {
             Format::F32 => value.to_bits(),
-            Format::Tf32 if value.is_nan() => 0x7fff_e000,
-            // The carry of the largest fraction runs into the exponent, up to infinity.
-            Format::Tf32 if value.is_finite() => (value.to_bits() + 0x1000) & TF32_MASK,
-            Format::Tf32 => value.to_bits(),
+            Format::Tf32 => {
+                let odd = value.to_bits() >> 13 & 1;
+                tf32_from_f32(value, 0xfff + odd)
+            }
             Format::Bf16 => u32::from(bf16_from_f32(value)),
             Format::F16 if value.is_nan() => 0x7fff,
             Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
@@ -194,6 +195,24 @@ impl std::str::FromStr for Format {
             .into_iter()
             .find(|format| format.name().eq_ignore_ascii_case(name))
             .ok_or_else(|| UnknownFormat(name.to_owned()))
+    }
+}
+
+/// The tf32 code nearest to a value, ties away from zero: `cvt.rna.tf32`, the
+/// one conversion that Ampere and Ada have (PTX ISA, `cvt`). No hardware vector
+/// or capture of this project has shown it at work.
+pub fn tf32_ties_away(value: f32) -> u32 {
+    tf32_from_f32(value, 0x1000)
+}
+
+fn tf32_from_f32(value: f32, increment: u32) -> u32 {
+    if value.is_nan() {
+        0x7fff_e000
+    } else if value.is_infinite() {
+        value.to_bits()
+    } else {
+        // The carry of the largest fraction runs into the exponent, up to infinity.
+        (value.to_bits() + increment) & TF32_MASK
     }
 }
 
@@ -358,12 +377,20 @@ mod tests {
     }
 
     #[test]
-    fn tf32_rounds_ties_away_from_zero() {
-        assert_eq!(Format::Tf32.encode(f32::from_bits(0x3f80_1000)), 0x3f80_2000);
-        assert_eq!(Format::Tf32.encode(f32::from_bits(0xbf80_1000)), 0xbf80_2000);
-        assert_eq!(Format::Tf32.encode(f32::from_bits(0x3f80_0fff)), 0x3f80_0000);
-        assert_eq!(Format::Tf32.encode(f32::MAX), 0x7f80_0000);
-        assert_eq!(Format::Tf32.encode(f32::INFINITY), 0x7f80_0000);
+    fn tf32_rounds_ties_to_even_and_away_on_older_chips() {
+        let cases = [
+            (0x3f80_1000, 0x3f80_0000, 0x3f80_2000),
+            (0xbf80_1000, 0xbf80_0000, 0xbf80_2000),
+            (0x3f80_3000, 0x3f80_4000, 0x3f80_4000),
+            (0x3f80_0fff, 0x3f80_0000, 0x3f80_0000),
+            (0x3f80_1001, 0x3f80_2000, 0x3f80_2000),
+            (0x7f7f_ffff, 0x7f80_0000, 0x7f80_0000),
+            (0x7f80_0000, 0x7f80_0000, 0x7f80_0000),
+        ];
+        for (bits, even, away) in cases {
+            assert_eq!(Format::Tf32.encode(f32::from_bits(bits)), even, "{bits:#x}");
+            assert_eq!(tf32_ties_away(f32::from_bits(bits)), away, "{bits:#x}");
+        }
     }
 
     #[test]

@@ -208,11 +208,12 @@ fn hopper(x: &Codes, w: &Codes) -> Unit {
 fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
     let mut found = Vec::new();
     for (index, capture) in captures().iter().enumerate() {
-        if capture.x.format() == Format::Tf32 {
-            continue;
-        }
         let unit = hopper(&capture.x, &capture.w);
         for (name, format, observed) in &capture.outputs {
+            // PyTorch without tf32: a kernel of the CUDA cores, whose order is not known.
+            if name == "nontf32" {
+                continue;
+            }
             let (x, w) = capture.operands(name);
             let identified = identify(&unit, &x, &w, *format, observed).expect("a product");
             println!("c{index}.{name}: {identified}");
@@ -223,8 +224,9 @@ fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
             found.push(identified);
         }
     }
-    // Five FP8 cases of six outputs; bf16 and f16 with native and with f32 output.
-    assert_eq!(found.len(), 5 * 6 + 2 * 2);
+    // Five FP8 cases of six outputs; bf16 and f16 with native and with f32
+    // output; tf32.
+    assert_eq!(found.len(), 5 * 6 + 2 * 2 + 1);
 }
 
 /// Mismatches of a capture's output under a changed unit and schedule.

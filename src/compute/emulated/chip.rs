@@ -7,11 +7,11 @@
 //! vectors), arXiv 2412.19437 section 3.3.2 (FP8 on Hopper). Every row is held
 //! to hardware vectors by `tests/it/tensor_cores.rs`. What these vectors do not
 //! show: NaN, infinities, a subnormal accumulator, exponents near the floor;
-//! whether tf32 on Hopper and Blackwell adds 8 products at once or 4 and 4 (the
-//! vectors have 4); and how FP8 on Blackwell adds an accumulator that is not
+//! whether tf32 on Blackwell adds 8 products at once or 4 and 4 (the vectors have
+//! 4; for Hopper a captured GEMM says 8); and how FP8 on Blackwell adds an accumulator that is not
 //! zero (in the vectors it is added by an f32 addition afterwards).
 
-use crate::dtype::Format;
+use crate::dtype::{Format, tf32_ties_away};
 use crate::op::ChipName;
 
 /// A chip: its name, the products that carry it, and its units.
@@ -23,6 +23,18 @@ pub struct Chip {
     pub products: &'static [&'static str],
     /// What it can multiply.
     pub units: &'static [ChipUnit],
+    /// How it rounds f32 operands to tf32 where they lie midway.
+    pub tf32_ties: Ties,
+}
+
+/// Which neighbour a value midway between two is rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ties {
+    /// The one with an even last place. Seen on an H200: of a captured GEMM's
+    /// operands eight lie midway, and only this explains all of its outputs.
+    ToEven,
+    /// The one of larger magnitude: what PTX offers before Hopper.
+    AwayFromZero,
 }
 
 /// The operand formats that share one unit of a chip.
@@ -73,6 +85,14 @@ impl Unit {
 }
 
 impl Chip {
+    /// The code of an operand, as this chip's conversion makes it from f32.
+    pub fn encode(&self, format: Format, value: f32) -> u32 {
+        match (format, self.tf32_ties) {
+            (Format::Tf32, Ties::AwayFromZero) => tf32_ties_away(value),
+            _ => format.encode(value),
+        }
+    }
+
     /// The unit that multiplies `x` by `w`; none if the chip has none.
     pub fn unit(&self, x: Format, w: Format) -> Option<&Unit> {
         if x == Format::F32 && w == Format::F32 {
@@ -105,11 +125,13 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Volta,
         products: &["V100"],
+        tf32_ties: Ties::AwayFromZero,
         units: &[ChipUnit { formats: &[Format::F16], unit: tensor_core(4, 1, 23, 23) }],
     },
     Chip {
         name: ChipName::Ampere,
         products: &["A100", "A2"],
+        tf32_ties: Ties::AwayFromZero,
         units: &[
             ChipUnit { formats: HALVES, unit: tensor_core(8, 2, 24, 23) },
             ChipUnit { formats: TF32, unit: tensor_core(4, 2, 24, 23) },
@@ -118,6 +140,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Ada,
         products: &["RTX 4090", "L40S"],
+        tf32_ties: Ties::AwayFromZero,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(16, 2, 13, 13) },
             ChipUnit { formats: HALVES, unit: tensor_core(8, 2, 24, 23) },
@@ -127,6 +150,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Hopper,
         products: &["H100", "H200"],
+        tf32_ties: Ties::ToEven,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(32, 1, 13, 13) },
             ChipUnit { formats: HALVES, unit: tensor_core(16, 1, 25, 23) },
@@ -136,6 +160,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Blackwell,
         products: &["B200"],
+        tf32_ties: Ties::ToEven,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(32, 1, 25, 23) },
             ChipUnit { formats: HALVES, unit: tensor_core(16, 1, 25, 23) },
