@@ -136,9 +136,18 @@ fn captures() -> Vec<Capture> {
     let cases: Vec<(String, String, usize, usize, usize, String, String)> =
         serde_json::from_str(cases).expect("a list of cases");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    // The tf32 case was also multiplied without tf32, on the CUDA cores.
+    let without_tf32 = cases.iter().position(|case| case.0 == "tf32").expect("a tf32 case");
+    let as_f32 = {
+        let mut case = cases[without_tf32].clone();
+        (case.0, case.1) = ("f32".to_owned(), "f32".to_owned());
+        (without_tf32, case)
+    };
     cases
         .iter()
+        .cloned()
         .enumerate()
+        .chain([as_f32])
         .map(|(index, (w, x, m, n, k, _, _))| {
             let tensor = |name: &str| file.tensor(&format!("c{index}.{name}"));
             let codes = |name: &str, format: &str, rows: usize| {
@@ -158,7 +167,7 @@ fn captures() -> Vec<Capture> {
                             .collect(),
                     ),
                 };
-                Codes::new(format, rows, *k, data).expect("codes of the case's shape")
+                Codes::new(format, rows, k, data).expect("codes of the case's shape")
             };
             let scale = |name: &str| {
                 tensor(name).map_or(1.0, |scale| {
@@ -170,6 +179,9 @@ fn captures() -> Vec<Capture> {
                 .iter()
                 .filter_map(|(name, view)| {
                     let name = name.strip_prefix(&prefix)?;
+                    if (name == "nontf32") != (w == "f32") {
+                        return None;
+                    }
                     let format = match view.dtype() {
                         safetensors::Dtype::F32 => Format::F32,
                         safetensors::Dtype::BF16 => Format::Bf16,
@@ -185,13 +197,13 @@ fn captures() -> Vec<Capture> {
                             format.decode(u32::from_le_bytes(code))
                         })
                         .collect();
-                    Some((name.to_owned(), format, Tensor::new(*m, values)))
+                    Some((name.to_owned(), format, Tensor::new(m, values)))
                 })
                 .collect();
             outputs.sort_by(|a, b| a.0.cmp(&b.0));
             Capture {
-                x: codes("x", x, *n),
-                w: codes("w", w, *m),
+                x: codes("x", &x, n),
+                w: codes("w", &w, m),
                 x_scale: scale("x_scale"),
                 w_scale: scale("w_scale"),
                 outputs,
@@ -210,10 +222,6 @@ fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
     for (index, capture) in captures().iter().enumerate() {
         let unit = hopper(&capture.x, &capture.w);
         for (name, format, observed) in &capture.outputs {
-            // PyTorch without tf32: a kernel of the CUDA cores, whose order is not known.
-            if name == "nontf32" {
-                continue;
-            }
             let (x, w) = capture.operands(name);
             let identified = identify(&unit, &x, &w, *format, observed).expect("a product");
             println!("c{index}.{name}: {identified}");
@@ -225,8 +233,8 @@ fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
         }
     }
     // Five FP8 cases of six outputs; bf16 and f16 with native and with f32
-    // output; tf32.
-    assert_eq!(found.len(), 5 * 6 + 2 * 2 + 1);
+    // output; tf32 and f32.
+    assert_eq!(found.len(), 5 * 6 + 2 * 2 + 2);
 }
 
 /// Mismatches of a capture's output under a changed unit and schedule.
