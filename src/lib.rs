@@ -14,3 +14,6 @@ pub mod tensor;
 
 // 4 One op on one arm.
 pub mod compute;
+
+// Beside: `runner chip`.
+pub mod chip_command;

@@ -186,7 +186,8 @@ fn select(scales: &Scales, rows: &[usize]) -> Scales {
     }
 }
 
-fn grouped(number: usize) -> String {
+/// A number with commas between groups of three digits.
+pub fn grouped(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
