@@ -315,10 +315,19 @@ impl Job<'_> {
                     &mut words,
                 );
                 let x_words = layout.words(inner.start)..layout.words(inner.end);
-                let chunks = sums.partial.chunks_exact_mut(panel);
-                for ((row, usable), partial) in x_rows.clone().zip(&mut usable).zip(chunks) {
-                    let x = &self.x.rows[row].as_slice()[x_words.clone()];
-                    *usable &= simd::chain(kernel, layout, x, words.as_slice(), partial);
+                let groups = sums.partial.chunks_mut(simd::GROUP * panel);
+                for (group, partial) in groups.enumerate() {
+                    let first = group * simd::GROUP;
+                    let rows = partial.len() / panel;
+                    let mut x: [&[u32]; simd::GROUP] = [&[]; simd::GROUP];
+                    for (x, row) in x.iter_mut().zip(first_x + first..first_x + first + rows) {
+                        *x = &self.x.rows[row].as_slice()[x_words.clone()];
+                    }
+                    let in_range =
+                        simd::chain(kernel, layout, &x[..rows], words.as_slice(), partial);
+                    for (usable, in_range) in usable[first..first + rows].iter_mut().zip(in_range) {
+                        *usable &= in_range;
+                    }
                 }
             }
             self.fold(step, &x_rows, &w_rows, &mut sums);

@@ -163,6 +163,15 @@ impl Layout {
         }
     }
 
+    /// Rows of x that are chained in one loop.
+    fn rows_at_once(self) -> usize {
+        match self {
+            Layout::Narrow { .. } => 2,
+            Layout::Wide { .. } => 2,
+            Layout::Fma => GROUP,
+        }
+    }
+
     /// Words of one lane for `inner` elements of K.
     pub(super) fn words(self, inner: usize) -> usize {
         inner.div_ceil(self.products()) * self.block_words()
@@ -439,27 +448,54 @@ fn two_columns<const LANES: usize>(
     }
 }
 
-/// Chains a stretch of K for one row of x and `kernel.lanes()` rows of w, from
-/// the accumulators `c` on, one per lane. `x` and `w` hold the stretch's words
-/// only. Returns false if an accumulator left the range that vectors handle:
-/// then `c` is of no use and plain code must start over.
-pub(super) fn chain(kernel: Kernel, layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+/// Rows of x that are chained side by side: each waits for its own accumulator,
+/// so several are needed to keep the processor busy.
+pub(super) const GROUP: usize = 4;
+
+/// Chains a stretch of K for up to [`GROUP`] rows of x and `kernel.lanes()` rows
+/// of w, from the accumulators `c` on: row by row of x, one per lane. `x` and `w`
+/// hold the stretch's words only. Returns, for each row, false if an accumulator
+/// left the range that vectors handle: then its `c` is of no use and plain code
+/// must start over.
+pub(super) fn chain(
+    kernel: Kernel,
+    layout: Layout,
+    x: &[&[u32]],
+    w: &[u32],
+    c: &mut [f32],
+) -> [bool; GROUP] {
+    let words = x.first().map_or(0, |x| x.len());
     assert!(
-        c.len() == kernel.lanes()
-            && x.len().is_multiple_of(layout.block_words())
-            && w.len() >= x.len() * kernel.lanes(),
+        c.len() == kernel.lanes() * x.len()
+            && x.iter().all(|x| x.len() == words)
+            && words.is_multiple_of(layout.block_words())
+            && w.len() >= words * kernel.lanes(),
         "operands are packed for this kernel"
     );
+    let mut usable = [true; GROUP];
     match kernel.0 {
-        Level::Plain => false,
+        Level::Plain => usable = [false; GROUP],
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a kernel of this level exists only where the features were
-        // detected; the lengths were checked just above.
-        Level::Avx2 => unsafe { x86::chain_avx2(layout, x, w, c) },
+        Level::Avx2 => {
+            let at_once = layout.rows_at_once();
+            let chunks = x.chunks(at_once).zip(c.chunks_mut(8 * at_once));
+            for ((x, c), usable) in chunks.zip(usable.chunks_mut(at_once)) {
+                // SAFETY: a kernel of this level exists only where the features
+                // were detected; the lengths were checked just above.
+                unsafe { x86::chain_rows_avx2(layout, x, w, c, usable) };
+            }
+        }
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx512 => unsafe { x86::chain_avx512(layout, x, w, c) },
+        Level::Avx512 => {
+            let at_once = layout.rows_at_once();
+            let chunks = x.chunks(at_once).zip(c.chunks_mut(16 * at_once));
+            for ((x, c), usable) in chunks.zip(usable.chunks_mut(at_once)) {
+                // SAFETY: as above.
+                unsafe { x86::chain_rows_avx512(layout, x, w, c, usable) };
+            }
+        }
     }
+    usable
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -468,6 +504,24 @@ mod x86 {
 
     use super::super::chip::{EXPONENT_FLOOR, TensorCore};
     use super::{CodesRow, Format, Layout, NARROW_BIAS, Words, pack_w_lanes};
+
+    /// A loop whose body is written out for each value of its index, up to 16, so
+    /// that arrays of vectors stay in registers; the compiler gives up on loops of
+    /// this size.
+    macro_rules! unrolled {
+        ($index:ident in 0..$count:ident, $body:block) => {
+            unrolled!($index, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+        };
+        ($index:ident, $count:ident, $body:block, $($value:literal)*) => {
+            $(if $value < $count {
+                let $index: usize = $value;
+                $body
+            })*
+        };
+    }
+
+    /// Halves of a vector, in each of which a lane becomes an f64.
+    const HALVES: usize = 2;
 
     /// The biased exponent below which no narrow maximum may fall: it keeps the
     /// powers of two that are made of it finite where all addends are zero, and
@@ -499,31 +553,81 @@ mod x86 {
     }
 
     /// # Safety
-    /// `c` has 16 values and `w` at least 16 times as many words as `x`.
+    /// `c` has 16 values for each row of x, which are one to four of one
+    /// length, and `w` at least 16 times as many words as a row.
     #[target_feature(
         enable = "avx512f,avx512bw,avx512dq,avx512vbmi2,avx512vnni,avx512vpopcntdq,avx2,fma"
     )]
-    pub(super) unsafe fn chain_avx512(layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+    pub(super) unsafe fn chain_rows_avx512(
+        layout: Layout,
+        x: &[&[u32]],
+        w: &[u32],
+        c: &mut [f32],
+        usable: &mut [bool],
+    ) {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match *x {
+                [p, q, r, s] if layout == Layout::Fma => fma_avx512([p, q, r, s], w, c),
+                [p, q] => usable[..2].copy_from_slice(&chain_avx512(layout, [p, q], w, c)),
+                _ => {
+                    for ((x, c), usable) in x.iter().zip(c.chunks_exact_mut(16)).zip(usable) {
+                        [*usable] = chain_avx512(layout, [x], w, c);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`chain_rows_avx512`].
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512dq,avx512vbmi2,avx512vnni,avx512vpopcntdq,avx2,fma"
+    )]
+    unsafe fn chain_avx512<const ROWS: usize>(
+        layout: Layout,
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> [bool; ROWS] {
         // SAFETY: the caller's promise is the callees' need.
         unsafe {
             match layout {
-                Layout::Narrow { products: 32 } => narrow_avx512::<8>(x, w, c),
-                Layout::Narrow { .. } => narrow_avx512::<4>(x, w, c),
+                Layout::Narrow { products: 32 } => narrow_avx512::<8, ROWS>(x, w, c),
+                Layout::Narrow { .. } => narrow_avx512::<4, ROWS>(x, w, c),
                 Layout::Wide { core } => match core.products {
-                    32 => wide_avx512::<16>(&core, x, w, c),
-                    16 => wide_avx512::<8>(&core, x, w, c),
-                    8 => wide_avx512::<4>(&core, x, w, c),
-                    _ => wide_avx512::<2>(&core, x, w, c),
+                    32 => wide_avx512::<16, ROWS>(&core, x, w, c),
+                    16 => wide_avx512::<8, ROWS>(&core, x, w, c),
+                    8 => wide_avx512::<4, ROWS>(&core, x, w, c),
+                    _ => wide_avx512::<2, ROWS>(&core, x, w, c),
                 },
                 Layout::Fma => {
-                    let mut sum = _mm512_loadu_ps(c.as_ptr());
-                    for (k, &x) in x.iter().enumerate() {
-                        let w = _mm512_castsi512_ps(load512(w, 16 * k));
-                        sum = _mm512_fmadd_ps(_mm512_set1_ps(f32::from_bits(x)), w, sum);
-                    }
-                    _mm512_storeu_ps(c.as_mut_ptr(), sum);
-                    true
+                    fma_avx512(x, w, c);
+                    [true; ROWS]
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`chain_rows_avx512`].
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    unsafe fn fma_avx512<const ROWS: usize>(x: [&[u32]; ROWS], w: &[u32], c: &mut [f32]) {
+        // SAFETY: `c` has 16 values for each row, `w` 16 words for each word of x.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); ROWS];
+            for (sum, c) in sums.iter_mut().zip(c.chunks_exact(16)) {
+                *sum = _mm512_loadu_ps(c.as_ptr());
+            }
+            for k in 0..x[0].len() {
+                let w = _mm512_castsi512_ps(load512(w, 16 * k));
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let x = _mm512_set1_ps(f32::from_bits(x[k]));
+                    *sum = _mm512_fmadd_ps(x, w, *sum);
+                }
+            }
+            for (sum, c) in sums.iter().zip(c.chunks_exact_mut(16)) {
+                _mm512_storeu_ps(c.as_mut_ptr(), *sum);
             }
         }
     }
@@ -541,187 +645,309 @@ mod x86 {
     /// # Safety
     /// As [`chain_avx512`]; `x` holds whole blocks of `QUADS` times five words.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx512vnni")]
-    unsafe fn narrow_avx512<const QUADS: usize>(x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
-        // SAFETY: `c` has 16 values.
-        let mut accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+    unsafe fn narrow_avx512<const QUADS: usize, const ROWS: usize>(
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> [bool; ROWS] {
+        let mut accumulators = [_mm512_setzero_ps(); ROWS];
+        for (accumulator, c) in accumulators.iter_mut().zip(c.chunks_exact(16)) {
+            // SAFETY: a chunk has 16 values.
+            *accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+        }
         let zero = _mm512_setzero_si512();
         let low_byte = _mm512_set1_epi32(0xff);
         let replicate = _mm512_set4_epi32(0x0c0c_0c0c, 0x0808_0808, 0x0404_0404, 0);
-        for (block, x) in x.chunks_exact(5 * QUADS).enumerate() {
-            let base = block * 5 * QUADS * 16;
-            // Vector `v` of quad `q` of this block.
-            // SAFETY: `w` has 16 words for each word of x.
-            let w = |q: usize, v: usize| unsafe { load512(w, base + (5 * q + v) * 16) };
-            let x = |q: usize, v: usize| _mm512_set1_epi32(x[5 * q + v] as i32);
-
-            let mut exponents = [zero; QUADS];
-            let mut largest = _mm512_set1_epi8(NARROW_LOWEST);
-            for (q, exponent) in exponents.iter_mut().enumerate() {
-                *exponent = _mm512_add_epi8(w(q, 0), x(q, 0));
-                largest = _mm512_max_epu8(largest, *exponent);
+        for block in 0..x[0].len() / (5 * QUADS) {
+            let base = block * 5 * QUADS;
+            // Macros, because the compiler declines to inline closures this often.
+            macro_rules! w {
+                ($word:expr) => {
+                    // SAFETY: `w` has 16 words for each word of x.
+                    unsafe { load512(w, (base + $word) * 16) }
+                };
             }
-            largest = _mm512_max_epu8(largest, _mm512_srli_epi32::<16>(largest));
-            largest = _mm512_max_epu8(largest, _mm512_srli_epi32::<8>(largest));
-            let bits = _mm512_castps_si512(accumulator);
-            let field = _mm512_srli_epi32::<24>(_mm512_slli_epi32::<1>(bits));
-            let own = _mm512_add_epi32(field, _mm512_set1_epi32(NARROW_ACCUMULATOR_BIAS));
-            let largest = _mm512_max_epi32(_mm512_and_si512(largest, low_byte), own);
+            macro_rules! x {
+                ($row:expr, $word:expr) => {
+                    // SAFETY: the rows have one length and hold whole blocks, so this word too.
+                    _mm512_set1_epi32(unsafe { *x[$row].get_unchecked(base + $word) } as i32)
+                };
+            }
 
-            // 2^(13 - M) brings the accumulator to the unit of the cut addends.
+            let mut exponents = [[zero; QUADS]; ROWS];
+            let mut largest = [_mm512_set1_epi8(NARROW_LOWEST); ROWS];
+            unrolled!(q in 0..QUADS, {
+                let w = w!(5 * q);
+                unrolled!(r in 0..ROWS, {
+                    exponents[r][q] = _mm512_add_epi8(w, x!(r, 5 * q));
+                    largest[r] = _mm512_max_epu8(largest[r], exponents[r][q]);
+                });
+            });
+
             let bias = 2 * NARROW_BIAS as i32;
-            let up = _mm512_sub_epi32(_mm512_set1_epi32(127 + 13 + bias), largest);
-            let up = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(up));
-            let mut sums = [_mm512_cvttps_epi32(_mm512_mul_ps(accumulator, up)), zero];
+            let mut clamps = [zero; ROWS];
+            let mut sums = [[zero; 4]; ROWS];
+            unrolled!(r in 0..ROWS, {
+                let most = _mm512_max_epu8(largest[r], _mm512_srli_epi32::<16>(largest[r]));
+                let most = _mm512_max_epu8(most, _mm512_srli_epi32::<8>(most));
+                let bits = _mm512_castps_si512(accumulators[r]);
+                let field = _mm512_srli_epi32::<24>(_mm512_slli_epi32::<1>(bits));
+                let own = _mm512_add_epi32(field, _mm512_set1_epi32(NARROW_ACCUMULATOR_BIAS));
+                largest[r] = _mm512_max_epi32(_mm512_and_si512(most, low_byte), own);
+                // 2^(13 - M) brings the accumulator to the unit of the cut addends.
+                let up = _mm512_sub_epi32(_mm512_set1_epi32(127 + 13 + bias), largest[r]);
+                let up = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(up));
+                sums[r][0] = _mm512_cvttps_epi32(_mm512_mul_ps(accumulators[r], up));
+                let clamp = _mm512_shuffle_epi8(largest[r], replicate);
+                clamps[r] = _mm512_sub_epi8(clamp, _mm512_set1_epi8(15));
+            });
 
-            let clamp = _mm512_shuffle_epi8(largest, replicate);
-            let clamp = _mm512_sub_epi8(clamp, _mm512_set1_epi8(15));
-            for (q, &exponent) in exponents.iter().enumerate() {
-                let counts = _mm512_subs_epu8(exponent, clamp);
-                for (odd, sum) in sums.iter_mut().enumerate() {
-                    let product = _mm512_mullo_epi16(w(q, 1 + odd), x(q, 1 + odd));
+            unrolled!(q in 0..QUADS, {
+                let (even_magnitudes, odd_magnitudes) = (w!(5 * q + 1), w!(5 * q + 2));
+                let (even_signs, odd_signs) = (w!(5 * q + 3), w!(5 * q + 4));
+                unrolled!(r in 0..ROWS, {
+                    let counts = _mm512_subs_epu8(exponents[r][q], clamps[r]);
                     // The shift reads the low four bits of each 16-bit count.
-                    let count = if odd == 0 { counts } else { _mm512_srli_epi16::<8>(counts) };
-                    let cut = _mm512_shldv_epi16(zero, product, count);
-                    let sign = _mm512_xor_si512(w(q, 3 + odd), x(q, 3 + odd));
-                    *sum = _mm512_dpwssd_epi32(*sum, cut, sign);
-                }
-            }
-            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
-            let kept = _mm512_and_si512(_mm512_castps_si512(sum), _mm512_set1_epi32(!0x3ff));
-            let down = _mm512_sub_epi32(largest, _mm512_set1_epi32(13 + bias - 127));
-            let down = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(down));
-            accumulator = _mm512_mul_ps(_mm512_castsi512_ps(kept), down);
+                    let even = _mm512_mullo_epi16(even_magnitudes, x!(r, 5 * q + 1));
+                    let even = _mm512_shldv_epi16(zero, even, counts);
+                    let odd = _mm512_mullo_epi16(odd_magnitudes, x!(r, 5 * q + 2));
+                    let odd = _mm512_shldv_epi16(zero, odd, _mm512_srli_epi16::<8>(counts));
+                    let sums = &mut sums[r];
+                    let signs = _mm512_xor_si512(even_signs, x!(r, 5 * q + 3));
+                    sums[q % 2] = _mm512_dpwssd_epi32(sums[q % 2], even, signs);
+                    let signs = _mm512_xor_si512(odd_signs, x!(r, 5 * q + 4));
+                    sums[2 + q % 2] = _mm512_dpwssd_epi32(sums[2 + q % 2], odd, signs);
+                });
+            });
+
+            unrolled!(r in 0..ROWS, {
+                let [a, b, c, d] = sums[r];
+                let sum = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+                let sum = _mm512_castps_si512(_mm512_cvtepi32_ps(sum));
+                let kept = _mm512_and_si512(sum, _mm512_set1_epi32(!0x3ff));
+                let down = _mm512_sub_epi32(largest[r], _mm512_set1_epi32(13 + bias - 127));
+                let down = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(down));
+                accumulators[r] = _mm512_mul_ps(_mm512_castsi512_ps(kept), down);
+            });
         }
-        // SAFETY: `c` has 16 values.
-        unsafe { _mm512_storeu_ps(c.as_mut_ptr(), accumulator) };
-        true
+        for (accumulator, c) in accumulators.iter().zip(c.chunks_exact_mut(16)) {
+            // SAFETY: a chunk has 16 values.
+            unsafe { _mm512_storeu_ps(c.as_mut_ptr(), *accumulator) };
+        }
+        [true; ROWS]
     }
 
     /// # Safety
     /// As [`chain_avx512`]; `x` holds whole blocks of `3 * PAIRS + 1` words.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vpopcntdq,avx2")]
-    unsafe fn wide_avx512<const PAIRS: usize>(
+    unsafe fn wide_avx512<const PAIRS: usize, const ROWS: usize>(
         core: &TensorCore,
-        x: &[u32],
+        x: [&[u32]; ROWS],
         w: &[u32],
         c: &mut [f32],
-    ) -> bool {
-        // SAFETY: `c` has 16 values.
-        let mut accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+    ) -> [bool; ROWS] {
+        let mut accumulators = [_mm512_setzero_ps(); ROWS];
+        for (accumulator, c) in accumulators.iter_mut().zip(c.chunks_exact(16)) {
+            // SAFETY: a chunk has 16 values.
+            *accumulator = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+        }
         let zero = _mm512_setzero_si512();
         let one = _mm512_set1_epi32(1);
         let alignment_bits = core.alignment_bits as i32;
         let overflow = _mm512_set1_pd(f64::powi(2.0, 128));
-        let mut overflowed = 0u8;
-        for (block, x) in x.chunks_exact(3 * PAIRS + 1).enumerate() {
-            let base = block * (3 * PAIRS + 1) * 16;
-            // SAFETY: `w` has 16 words for each word of x.
-            let w = |word: usize| unsafe { load512(w, base + word * 16) };
-            let x = |word: usize| _mm512_set1_epi32(x[word] as i32);
-
-            let mut exponents = [zero; PAIRS];
-            let mut largest = _mm512_set1_epi16(EXPONENT_FLOOR as i16);
-            for (p, exponent) in exponents.iter_mut().enumerate() {
-                *exponent = _mm512_add_epi16(w(3 * p), x(3 * p));
-                largest = _mm512_max_epi16(largest, *exponent);
+        let mut overflowed = [0u8; ROWS];
+        for block in 0..x[0].len() / (3 * PAIRS + 1) {
+            let base = block * (3 * PAIRS + 1);
+            // Macros, because the compiler declines to inline closures this often.
+            macro_rules! w {
+                ($word:expr) => {
+                    // SAFETY: `w` has 16 words for each word of x.
+                    unsafe { load512(w, (base + $word) * 16) }
+                };
             }
-            largest = _mm512_max_epi16(largest, _mm512_srli_epi32::<16>(largest));
-            let largest = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(largest));
-            let doubled = _mm512_slli_epi32::<1>(_mm512_castps_si512(accumulator));
-            let field = _mm512_max_epi32(_mm512_srli_epi32::<24>(doubled), one);
-            let own = _mm512_sub_epi32(field, _mm512_set1_epi32(127));
-            let nonzero = _mm512_test_epi32_mask(doubled, doubled);
-            let largest = _mm512_mask_max_epi32(largest, nonzero, largest, own);
-
-            // One more than the distance: the products are doubled.
-            let next = _mm512_add_epi32(largest, one);
-            let next = _mm512_mask_blend_epi16(0xaaaa_aaaa, next, _mm512_slli_epi32::<16>(next));
-            // Sums of the block's first 16 products and of the others; one for
-            // the even, one for the odd of each.
-            let mut sums = [[zero; 2]; 2];
-            for (p, &exponent) in exponents.iter().enumerate() {
-                let distance = _mm512_sub_epi16(next, exponent);
-                let even = _mm512_madd_epi16(w(3 * p + 1), x(3 * p + 1));
-                let odd = _mm512_madd_epi16(w(3 * p + 2), x(3 * p + 2));
-                let even_distance = _mm512_and_si512(distance, _mm512_set1_epi32(0xffff));
-                let odd_distance = _mm512_srli_epi32::<16>(distance);
-                let [even_sum, odd_sum] = &mut sums[p / 8];
-                *even_sum = _mm512_add_epi32(*even_sum, _mm512_srav_epi32(even, even_distance));
-                *odd_sum = _mm512_add_epi32(*odd_sum, _mm512_srav_epi32(odd, odd_distance));
+            macro_rules! x {
+                ($row:expr, $word:expr) => {
+                    // SAFETY: the rows have one length and hold whole blocks, so this word too.
+                    _mm512_set1_epi32(unsafe { *x[$row].get_unchecked(base + $word) } as i32)
+                };
             }
-            let signs = _mm512_xor_si512(w(3 * PAIRS), x(3 * PAIRS));
-            let first_signs = _mm512_and_si512(signs, _mm512_set1_epi32(0xffff));
-            let first = _mm512_add_epi32(sums[0][0], sums[0][1]);
-            let first = _mm512_add_epi32(first, _mm512_popcnt_epi32(first_signs));
-            let second = _mm512_add_epi32(sums[1][0], sums[1][1]);
-            let second =
-                _mm512_add_epi32(second, _mm512_popcnt_epi32(_mm512_srli_epi32::<16>(signs)));
 
-            let halves: [(__m256i, __m256i, __m256i, __m256); 2] = [
-                (
-                    _mm512_castsi512_si256(first),
-                    _mm512_castsi512_si256(second),
-                    _mm512_castsi512_si256(largest),
-                    _mm512_castps512_ps256(accumulator),
-                ),
-                (
-                    _mm512_extracti64x4_epi64::<1>(first),
-                    _mm512_extracti64x4_epi64::<1>(second),
-                    _mm512_extracti64x4_epi64::<1>(largest),
-                    _mm512_extractf32x8_ps::<1>(accumulator),
-                ),
-            ];
-            let mut results = [_mm256_setzero_ps(); 2];
-            for (half, result) in halves.into_iter().zip(&mut results) {
-                let (first, second, largest, accumulator) = half;
-                let largest = _mm512_cvtepi32_epi64(largest);
-                let up =
-                    _mm512_sub_epi64(_mm512_set1_epi64(i64::from(1023 + alignment_bits)), largest);
-                let down =
-                    _mm512_add_epi64(_mm512_set1_epi64(i64::from(1023 - alignment_bits)), largest);
-                let up = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(up));
-                let down = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(down));
-                let own = _mm512_mul_pd(_mm512_cvtps_pd(accumulator), up);
-                let own = _mm512_roundscale_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
-                let mut sum = _mm512_add_pd(_mm512_cvtepi32_pd(first), own);
-                if PAIRS > 8 {
-                    sum = _mm512_add_pd(sum, _mm512_cvtepi32_pd(second));
-                }
-                let sum = _mm512_mul_pd(sum, down);
-                overflowed |= _mm512_cmp_pd_mask::<_CMP_GE_OQ>(_mm512_abs_pd(sum), overflow);
-                *result = _mm512_cvt_roundpd_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(sum);
-            }
-            accumulator = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(results[0]), results[1]);
+            let mut exponents = [[zero; PAIRS]; ROWS];
+            let mut largest = [_mm512_set1_epi16(EXPONENT_FLOOR as i16); ROWS];
+            unrolled!(p in 0..PAIRS, {
+                let w = w!(3 * p);
+                unrolled!(r in 0..ROWS, {
+                    exponents[r][p] = _mm512_add_epi16(w, x!(r, 3 * p));
+                    largest[r] = _mm512_max_epi16(largest[r], exponents[r][p]);
+                });
+            });
+
+            let mut nexts = [zero; ROWS];
+            unrolled!(r in 0..ROWS, {
+                let most = _mm512_max_epi16(largest[r], _mm512_srli_epi32::<16>(largest[r]));
+                let most = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(most));
+                let doubled = _mm512_slli_epi32::<1>(_mm512_castps_si512(accumulators[r]));
+                let field = _mm512_max_epi32(_mm512_srli_epi32::<24>(doubled), one);
+                let own = _mm512_sub_epi32(field, _mm512_set1_epi32(127));
+                let nonzero = _mm512_test_epi32_mask(doubled, doubled);
+                largest[r] = _mm512_mask_max_epi32(most, nonzero, most, own);
+                // One more than the distance: the products are doubled.
+                let next = _mm512_add_epi32(largest[r], one);
+                nexts[r] =
+                    _mm512_mask_blend_epi16(0xaaaa_aaaa, next, _mm512_slli_epi32::<16>(next));
+            });
+
+            // The even and the odd of the first 16 products, and those of the others.
+            let mut sums = [[zero; 4]; ROWS];
+            unrolled!(p in 0..PAIRS, {
+                let (even_w, odd_w) = (w!(3 * p + 1), w!(3 * p + 2));
+                unrolled!(r in 0..ROWS, {
+                    let sums = &mut sums[r];
+                    let distance = _mm512_sub_epi16(nexts[r], exponents[r][p]);
+                    let even = _mm512_madd_epi16(even_w, x!(r, 3 * p + 1));
+                    let odd = _mm512_madd_epi16(odd_w, x!(r, 3 * p + 2));
+                    let even_distance = _mm512_and_si512(distance, _mm512_set1_epi32(0xffff));
+                    let odd_distance = _mm512_srli_epi32::<16>(distance);
+                    let first = p / 8 * 2;
+                    sums[first] =
+                        _mm512_add_epi32(sums[first], _mm512_srav_epi32(even, even_distance));
+                    sums[first + 1] =
+                        _mm512_add_epi32(sums[first + 1], _mm512_srav_epi32(odd, odd_distance));
+                });
+            });
+
+            unrolled!(r in 0..ROWS, {
+                let sums = &sums[r];
+                let signs = _mm512_xor_si512(w!(3 * PAIRS), x!(r, 3 * PAIRS));
+                let first_signs = _mm512_and_si512(signs, _mm512_set1_epi32(0xffff));
+                let first = _mm512_add_epi32(sums[0], sums[1]);
+                let first = _mm512_add_epi32(first, _mm512_popcnt_epi32(first_signs));
+                let second = _mm512_add_epi32(sums[2], sums[3]);
+                let second =
+                    _mm512_add_epi32(second, _mm512_popcnt_epi32(_mm512_srli_epi32::<16>(signs)));
+                let halves: [(__m256i, __m256i, __m256i, __m256); 2] = [
+                    (
+                        _mm512_castsi512_si256(first),
+                        _mm512_castsi512_si256(second),
+                        _mm512_castsi512_si256(largest[r]),
+                        _mm512_castps512_ps256(accumulators[r]),
+                    ),
+                    (
+                        _mm512_extracti64x4_epi64::<1>(first),
+                        _mm512_extracti64x4_epi64::<1>(second),
+                        _mm512_extracti64x4_epi64::<1>(largest[r]),
+                        _mm512_extractf32x8_ps::<1>(accumulators[r]),
+                    ),
+                ];
+                let mut results = [_mm256_setzero_ps(); 2];
+                unrolled!(half in 0..HALVES, {
+                    let (first, second, largest, accumulator) = halves[half];
+                    let largest = _mm512_cvtepi32_epi64(largest);
+                    let up = _mm512_sub_epi64(
+                        _mm512_set1_epi64(i64::from(1023 + alignment_bits)),
+                        largest,
+                    );
+                    let down = _mm512_add_epi64(
+                        _mm512_set1_epi64(i64::from(1023 - alignment_bits)),
+                        largest,
+                    );
+                    let up = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(up));
+                    let down = _mm512_castsi512_pd(_mm512_slli_epi64::<52>(down));
+                    let own = _mm512_mul_pd(_mm512_cvtps_pd(accumulator), up);
+                    let own =
+                        _mm512_roundscale_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
+                    let mut sum = _mm512_add_pd(_mm512_cvtepi32_pd(first), own);
+                    if PAIRS > 8 {
+                        sum = _mm512_add_pd(sum, _mm512_cvtepi32_pd(second));
+                    }
+                    let sum = _mm512_mul_pd(sum, down);
+                    overflowed[r] |= _mm512_cmp_pd_mask::<_CMP_GE_OQ>(_mm512_abs_pd(sum), overflow);
+                    results[half] =
+                        _mm512_cvt_roundpd_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(sum);
+                });
+                accumulators[r] =
+                    _mm512_insertf32x8::<1>(_mm512_castps256_ps512(results[0]), results[1]);
+            });
         }
-        // SAFETY: `c` has 16 values.
-        unsafe { _mm512_storeu_ps(c.as_mut_ptr(), accumulator) };
-        overflowed == 0
+        for (accumulator, c) in accumulators.iter().zip(c.chunks_exact_mut(16)) {
+            // SAFETY: a chunk has 16 values.
+            unsafe { _mm512_storeu_ps(c.as_mut_ptr(), *accumulator) };
+        }
+        overflowed.map(|lanes| lanes == 0)
     }
 
     /// # Safety
-    /// `c` has 8 values and `w` at least 8 times as many words as `x`.
+    /// `c` has 8 values for each row of x, which are one to four of one
+    /// length, and `w` at least 8 times as many words as a row.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn chain_avx2(layout: Layout, x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
+    pub(super) unsafe fn chain_rows_avx2(
+        layout: Layout,
+        x: &[&[u32]],
+        w: &[u32],
+        c: &mut [f32],
+        usable: &mut [bool],
+    ) {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match *x {
+                [p, q, r, s] if layout == Layout::Fma => fma_avx2([p, q, r, s], w, c),
+                [p, q] => usable[..2].copy_from_slice(&chain_avx2(layout, [p, q], w, c)),
+                _ => {
+                    for ((x, c), usable) in x.iter().zip(c.chunks_exact_mut(8)).zip(usable) {
+                        [*usable] = chain_avx2(layout, [x], w, c);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`chain_rows_avx2`].
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn chain_avx2<const ROWS: usize>(
+        layout: Layout,
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> [bool; ROWS] {
         // SAFETY: the caller's promise is the callees' need.
         unsafe {
             match layout {
-                Layout::Narrow { products: 32 } => narrow_avx2::<8>(x, w, c),
-                Layout::Narrow { .. } => narrow_avx2::<4>(x, w, c),
+                Layout::Narrow { products: 32 } => narrow_avx2::<8, ROWS>(x, w, c),
+                Layout::Narrow { .. } => narrow_avx2::<4, ROWS>(x, w, c),
                 Layout::Wide { core } => match core.products {
-                    32 => wide_avx2::<16>(&core, x, w, c),
-                    16 => wide_avx2::<8>(&core, x, w, c),
-                    8 => wide_avx2::<4>(&core, x, w, c),
-                    _ => wide_avx2::<2>(&core, x, w, c),
+                    32 => wide_avx2::<16, ROWS>(&core, x, w, c),
+                    16 => wide_avx2::<8, ROWS>(&core, x, w, c),
+                    8 => wide_avx2::<4, ROWS>(&core, x, w, c),
+                    _ => wide_avx2::<2, ROWS>(&core, x, w, c),
                 },
                 Layout::Fma => {
-                    let mut sum = _mm256_loadu_ps(c.as_ptr());
-                    for (k, &x) in x.iter().enumerate() {
-                        let w = _mm256_castsi256_ps(load256(w, 8 * k));
-                        sum = _mm256_fmadd_ps(_mm256_set1_ps(f32::from_bits(x)), w, sum);
-                    }
-                    _mm256_storeu_ps(c.as_mut_ptr(), sum);
-                    true
+                    fma_avx2(x, w, c);
+                    [true; ROWS]
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`chain_rows_avx2`].
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn fma_avx2<const ROWS: usize>(x: [&[u32]; ROWS], w: &[u32], c: &mut [f32]) {
+        // SAFETY: `c` has 8 values for each row, `w` 8 words for each word of x.
+        unsafe {
+            let mut sums = [_mm256_setzero_ps(); ROWS];
+            for (sum, c) in sums.iter_mut().zip(c.chunks_exact(8)) {
+                *sum = _mm256_loadu_ps(c.as_ptr());
+            }
+            for k in 0..x[0].len() {
+                let w = _mm256_castsi256_ps(load256(w, 8 * k));
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let x = _mm256_set1_ps(f32::from_bits(x[k]));
+                    *sum = _mm256_fmadd_ps(x, w, *sum);
+                }
+            }
+            for (sum, c) in sums.iter().zip(c.chunks_exact_mut(8)) {
+                _mm256_storeu_ps(c.as_mut_ptr(), *sum);
             }
         }
     }
@@ -739,9 +965,16 @@ mod x86 {
     /// # Safety
     /// As [`chain_avx2`]; `x` holds whole blocks of `QUADS` times five words.
     #[target_feature(enable = "avx2")]
-    unsafe fn narrow_avx2<const QUADS: usize>(x: &[u32], w: &[u32], c: &mut [f32]) -> bool {
-        // SAFETY: `c` has 8 values.
-        let mut accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+    unsafe fn narrow_avx2<const QUADS: usize, const ROWS: usize>(
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        c: &mut [f32],
+    ) -> [bool; ROWS] {
+        let mut accumulators = [_mm256_setzero_ps(); ROWS];
+        for (accumulator, c) in accumulators.iter_mut().zip(c.chunks_exact(8)) {
+            // SAFETY: a chunk has 8 values.
+            *accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+        }
         let zero = _mm256_setzero_si256();
         let low_byte = _mm256_set1_epi32(0xff);
         let replicate = _mm256_setr_epi32(
@@ -768,69 +1001,104 @@ mod x86 {
             0x8040_2010_0804_0201_u64 as i64,
         );
         let high_bytes = _mm256_set1_epi16(0xff00_u16 as i16);
-        for (block, x) in x.chunks_exact(5 * QUADS).enumerate() {
-            let base = block * 5 * QUADS * 8;
-            // SAFETY: `w` has 8 words for each word of x.
-            let w = |q: usize, v: usize| unsafe { load256(w, base + (5 * q + v) * 8) };
-            let x = |q: usize, v: usize| _mm256_set1_epi32(x[5 * q + v] as i32);
-
-            let mut exponents = [zero; QUADS];
-            let mut largest = _mm256_set1_epi8(NARROW_LOWEST);
-            for (q, exponent) in exponents.iter_mut().enumerate() {
-                *exponent = _mm256_add_epi8(w(q, 0), x(q, 0));
-                largest = _mm256_max_epu8(largest, *exponent);
+        for block in 0..x[0].len() / (5 * QUADS) {
+            let base = block * 5 * QUADS;
+            // Macros, because the compiler declines to inline closures this often.
+            macro_rules! w {
+                ($word:expr) => {
+                    // SAFETY: `w` has 8 words for each word of x.
+                    unsafe { load256(w, (base + $word) * 8) }
+                };
             }
-            largest = _mm256_max_epu8(largest, _mm256_srli_epi32::<16>(largest));
-            largest = _mm256_max_epu8(largest, _mm256_srli_epi32::<8>(largest));
-            let bits = _mm256_castps_si256(accumulator);
-            let field = _mm256_srli_epi32::<24>(_mm256_slli_epi32::<1>(bits));
-            let own = _mm256_add_epi32(field, _mm256_set1_epi32(NARROW_ACCUMULATOR_BIAS));
-            let largest = _mm256_max_epi32(_mm256_and_si256(largest, low_byte), own);
+            macro_rules! x {
+                ($row:expr, $word:expr) => {
+                    // SAFETY: the rows have one length and hold whole blocks, so this word too.
+                    _mm256_set1_epi32(unsafe { *x[$row].get_unchecked(base + $word) } as i32)
+                };
+            }
+
+            let mut exponents = [[zero; QUADS]; ROWS];
+            let mut largest = [_mm256_set1_epi8(NARROW_LOWEST); ROWS];
+            unrolled!(q in 0..QUADS, {
+                let w = w!(5 * q);
+                unrolled!(r in 0..ROWS, {
+                    exponents[r][q] = _mm256_add_epi8(w, x!(r, 5 * q));
+                    largest[r] = _mm256_max_epu8(largest[r], exponents[r][q]);
+                });
+            });
 
             let bias = 2 * NARROW_BIAS as i32;
-            let up = _mm256_sub_epi32(_mm256_set1_epi32(127 + 13 + bias), largest);
-            let up = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(up));
-            let mut sums = [_mm256_cvttps_epi32(_mm256_mul_ps(accumulator, up)), zero];
+            let mut clamps = [zero; ROWS];
+            let mut sums = [[zero; 4]; ROWS];
+            unrolled!(r in 0..ROWS, {
+                let most = _mm256_max_epu8(largest[r], _mm256_srli_epi32::<16>(largest[r]));
+                let most = _mm256_max_epu8(most, _mm256_srli_epi32::<8>(most));
+                let bits = _mm256_castps_si256(accumulators[r]);
+                let field = _mm256_srli_epi32::<24>(_mm256_slli_epi32::<1>(bits));
+                let own = _mm256_add_epi32(field, _mm256_set1_epi32(NARROW_ACCUMULATOR_BIAS));
+                largest[r] = _mm256_max_epi32(_mm256_and_si256(most, low_byte), own);
+                // 2^(13 - M) brings the accumulator to the unit of the cut addends.
+                let up = _mm256_sub_epi32(_mm256_set1_epi32(127 + 13 + bias), largest[r]);
+                let up = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(up));
+                sums[r][0] = _mm256_cvttps_epi32(_mm256_mul_ps(accumulators[r], up));
+                let clamp = _mm256_shuffle_epi8(largest[r], replicate);
+                clamps[r] = _mm256_sub_epi8(clamp, _mm256_set1_epi8(15));
+            });
 
-            let clamp = _mm256_shuffle_epi8(largest, replicate);
-            let clamp = _mm256_sub_epi8(clamp, _mm256_set1_epi8(15));
-            for (q, &exponent) in exponents.iter().enumerate() {
-                let counts = _mm256_subs_epu8(exponent, clamp);
-                let low = _mm256_shuffle_epi8(low_power, counts);
-                let high = _mm256_shuffle_epi8(high_power, counts);
-                let powers = [
-                    _mm256_blendv_epi8(low, _mm256_slli_epi16::<8>(high), high_bytes),
-                    _mm256_blendv_epi8(_mm256_srli_epi16::<8>(low), high, high_bytes),
-                ];
-                for (odd, sum) in sums.iter_mut().enumerate() {
-                    let product = _mm256_mullo_epi16(w(q, 1 + odd), x(q, 1 + odd));
-                    let cut = _mm256_mulhi_epu16(product, powers[odd]);
-                    let sign = _mm256_xor_si256(w(q, 3 + odd), x(q, 3 + odd));
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(cut, sign));
-                }
-            }
-            let sum = _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
-            let kept = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_set1_epi32(!0x3ff));
-            let down = _mm256_sub_epi32(largest, _mm256_set1_epi32(13 + bias - 127));
-            let down = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(down));
-            accumulator = _mm256_mul_ps(_mm256_castsi256_ps(kept), down);
+            unrolled!(q in 0..QUADS, {
+                let (even_magnitudes, odd_magnitudes) = (w!(5 * q + 1), w!(5 * q + 2));
+                let (even_signs, odd_signs) = (w!(5 * q + 3), w!(5 * q + 4));
+                unrolled!(r in 0..ROWS, {
+                    let counts = _mm256_subs_epu8(exponents[r][q], clamps[r]);
+                    let low = _mm256_shuffle_epi8(low_power, counts);
+                    let high = _mm256_shuffle_epi8(high_power, counts);
+                    let even_powers =
+                        _mm256_blendv_epi8(low, _mm256_slli_epi16::<8>(high), high_bytes);
+                    let odd_powers =
+                        _mm256_blendv_epi8(_mm256_srli_epi16::<8>(low), high, high_bytes);
+                    let even = _mm256_mullo_epi16(even_magnitudes, x!(r, 5 * q + 1));
+                    let even = _mm256_mulhi_epu16(even, even_powers);
+                    let odd = _mm256_mullo_epi16(odd_magnitudes, x!(r, 5 * q + 2));
+                    let odd = _mm256_mulhi_epu16(odd, odd_powers);
+                    let sums = &mut sums[r];
+                    let signs = _mm256_xor_si256(even_signs, x!(r, 5 * q + 3));
+                    sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(even, signs));
+                    let signs = _mm256_xor_si256(odd_signs, x!(r, 5 * q + 4));
+                    sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(odd, signs));
+                });
+            });
+
+            unrolled!(r in 0..ROWS, {
+                let [a, b, c, d] = sums[r];
+                let sum = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+                let sum = _mm256_castps_si256(_mm256_cvtepi32_ps(sum));
+                let kept = _mm256_and_si256(sum, _mm256_set1_epi32(!0x3ff));
+                let down = _mm256_sub_epi32(largest[r], _mm256_set1_epi32(13 + bias - 127));
+                let down = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(down));
+                accumulators[r] = _mm256_mul_ps(_mm256_castsi256_ps(kept), down);
+            });
         }
-        // SAFETY: `c` has 8 values.
-        unsafe { _mm256_storeu_ps(c.as_mut_ptr(), accumulator) };
-        true
+        for (accumulator, c) in accumulators.iter().zip(c.chunks_exact_mut(8)) {
+            // SAFETY: a chunk has 8 values.
+            unsafe { _mm256_storeu_ps(c.as_mut_ptr(), *accumulator) };
+        }
+        [true; ROWS]
     }
 
     /// # Safety
     /// As [`chain_avx2`]; `x` holds whole blocks of `3 * PAIRS + 1` words.
     #[target_feature(enable = "avx2")]
-    unsafe fn wide_avx2<const PAIRS: usize>(
+    unsafe fn wide_avx2<const PAIRS: usize, const ROWS: usize>(
         core: &TensorCore,
-        x: &[u32],
+        x: [&[u32]; ROWS],
         w: &[u32],
         c: &mut [f32],
-    ) -> bool {
-        // SAFETY: `c` has 8 values.
-        let mut accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+    ) -> [bool; ROWS] {
+        let mut accumulators = [_mm256_setzero_ps(); ROWS];
+        for (accumulator, c) in accumulators.iter_mut().zip(c.chunks_exact(8)) {
+            // SAFETY: a chunk has 8 values.
+            *accumulator = unsafe { _mm256_loadu_ps(c.as_ptr()) };
+        }
         let zero = _mm256_setzero_si256();
         let one = _mm256_set1_epi32(1);
         let alignment_bits = core.alignment_bits as i32;
@@ -838,110 +1106,147 @@ mod x86 {
         let too_large = _mm256_set1_pd(f64::powi(2.0, 128));
         let too_small = _mm256_set1_pd(f64::powi(2.0, -126));
         let no_number = _mm256_setzero_pd();
-        let mut out_of_range = 0;
-        for (block, x) in x.chunks_exact(3 * PAIRS + 1).enumerate() {
-            let base = block * (3 * PAIRS + 1) * 8;
-            // SAFETY: `w` has 8 words for each word of x.
-            let w = |word: usize| unsafe { load256(w, base + word * 8) };
-            let x = |word: usize| _mm256_set1_epi32(x[word] as i32);
-
-            let mut exponents = [zero; PAIRS];
-            let mut largest = _mm256_set1_epi16(EXPONENT_FLOOR as i16);
-            for (p, exponent) in exponents.iter_mut().enumerate() {
-                *exponent = _mm256_add_epi16(w(3 * p), x(3 * p));
-                largest = _mm256_max_epi16(largest, *exponent);
+        let mut out_of_range = [0; ROWS];
+        for block in 0..x[0].len() / (3 * PAIRS + 1) {
+            let base = block * (3 * PAIRS + 1);
+            // Macros, because the compiler declines to inline closures this often.
+            macro_rules! w {
+                ($word:expr) => {
+                    // SAFETY: `w` has 8 words for each word of x.
+                    unsafe { load256(w, (base + $word) * 8) }
+                };
             }
-            largest = _mm256_max_epi16(largest, _mm256_srli_epi32::<16>(largest));
-            let largest = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(largest));
-            // An accumulator is zero or normal here: others leave the loop's range.
-            let doubled = _mm256_slli_epi32::<1>(_mm256_castps_si256(accumulator));
-            let own = _mm256_sub_epi32(_mm256_srli_epi32::<24>(doubled), _mm256_set1_epi32(127));
-            let absent = _mm256_cmpeq_epi32(doubled, zero);
-            let own = _mm256_blendv_epi8(own, _mm256_set1_epi32(EXPONENT_FLOOR), absent);
-            let largest = _mm256_max_epi32(largest, own);
-
-            let next = _mm256_add_epi32(largest, one);
-            let next = _mm256_blend_epi16::<0b1010_1010>(next, _mm256_slli_epi32::<16>(next));
-            let mut sums = [[zero; 2]; 2];
-            for (p, &exponent) in exponents.iter().enumerate() {
-                let distance = _mm256_sub_epi16(next, exponent);
-                let even = _mm256_madd_epi16(w(3 * p + 1), x(3 * p + 1));
-                let odd = _mm256_madd_epi16(w(3 * p + 2), x(3 * p + 2));
-                let even_distance = _mm256_and_si256(distance, _mm256_set1_epi32(0xffff));
-                let odd_distance = _mm256_srli_epi32::<16>(distance);
-                let [even_sum, odd_sum] = &mut sums[p / 8];
-                *even_sum = _mm256_add_epi32(*even_sum, _mm256_srav_epi32(even, even_distance));
-                *odd_sum = _mm256_add_epi32(*odd_sum, _mm256_srav_epi32(odd, odd_distance));
+            macro_rules! x {
+                ($row:expr, $word:expr) => {
+                    // SAFETY: the rows have one length and hold whole blocks, so this word too.
+                    _mm256_set1_epi32(unsafe { *x[$row].get_unchecked(base + $word) } as i32)
+                };
             }
-            let signs = _mm256_xor_si256(w(3 * PAIRS), x(3 * PAIRS));
-            // Bits set per byte, then per 16-bit lane.
-            let nibbles = _mm256_setr_epi64x(
-                0x0302_0201_0201_0100,
-                0x0403_0302_0302_0201,
-                0x0302_0201_0201_0100,
-                0x0403_0302_0302_0201,
-            );
-            let low = _mm256_and_si256(signs, _mm256_set1_epi8(0xf));
-            let high = _mm256_and_si256(_mm256_srli_epi32::<4>(signs), _mm256_set1_epi8(0xf));
-            let bytes = _mm256_add_epi8(
-                _mm256_shuffle_epi8(nibbles, low),
-                _mm256_shuffle_epi8(nibbles, high),
-            );
-            let counts = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
-            let first_count = _mm256_and_si256(counts, _mm256_set1_epi32(0xffff));
-            let second_count = _mm256_srli_epi32::<16>(counts);
-            let first = _mm256_add_epi32(sums[0][0], sums[0][1]);
-            let first = _mm256_add_epi32(first, first_count);
-            let second = _mm256_add_epi32(sums[1][0], sums[1][1]);
-            let second = _mm256_add_epi32(second, second_count);
 
-            let halves: [(__m128i, __m128i, __m128i, __m128); 2] = [
-                (
-                    _mm256_castsi256_si128(first),
-                    _mm256_castsi256_si128(second),
-                    _mm256_castsi256_si128(largest),
-                    _mm256_castps256_ps128(accumulator),
-                ),
-                (
-                    _mm256_extracti128_si256::<1>(first),
-                    _mm256_extracti128_si256::<1>(second),
-                    _mm256_extracti128_si256::<1>(largest),
-                    _mm256_extractf128_ps::<1>(accumulator),
-                ),
-            ];
-            let mut results = [_mm_setzero_ps(); 2];
-            for (half, result) in halves.into_iter().zip(&mut results) {
-                let (first, second, largest, accumulator) = half;
-                let largest = _mm256_cvtepi32_epi64(largest);
-                let up =
-                    _mm256_sub_epi64(_mm256_set1_epi64x(i64::from(1023 + alignment_bits)), largest);
-                let down =
-                    _mm256_add_epi64(_mm256_set1_epi64x(i64::from(1023 - alignment_bits)), largest);
-                let up = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(up));
-                let down = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(down));
-                let own = _mm256_mul_pd(_mm256_cvtps_pd(accumulator), up);
-                let own = _mm256_round_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
-                let mut sum = _mm256_add_pd(_mm256_cvtepi32_pd(first), own);
-                if PAIRS > 8 {
-                    sum = _mm256_add_pd(sum, _mm256_cvtepi32_pd(second));
-                }
-                let sum = _mm256_mul_pd(sum, down);
-                let magnitude = _mm256_and_pd(sum, magnitude_mask);
-                let large = _mm256_cmp_pd::<_CMP_GE_OQ>(magnitude, too_large);
-                let small = _mm256_and_pd(
-                    _mm256_cmp_pd::<_CMP_LT_OQ>(magnitude, too_small),
-                    _mm256_cmp_pd::<_CMP_NEQ_OQ>(magnitude, no_number),
+            let mut exponents = [[zero; PAIRS]; ROWS];
+            let mut largest = [_mm256_set1_epi16(EXPONENT_FLOOR as i16); ROWS];
+            unrolled!(p in 0..PAIRS, {
+                let w = w!(3 * p);
+                unrolled!(r in 0..ROWS, {
+                    exponents[r][p] = _mm256_add_epi16(w, x!(r, 3 * p));
+                    largest[r] = _mm256_max_epi16(largest[r], exponents[r][p]);
+                });
+            });
+
+            let mut nexts = [zero; ROWS];
+            unrolled!(r in 0..ROWS, {
+                let most = _mm256_max_epi16(largest[r], _mm256_srli_epi32::<16>(largest[r]));
+                let most = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(most));
+                // An accumulator is zero or normal here: others leave the loop's range.
+                let doubled = _mm256_slli_epi32::<1>(_mm256_castps_si256(accumulators[r]));
+                let own =
+                    _mm256_sub_epi32(_mm256_srli_epi32::<24>(doubled), _mm256_set1_epi32(127));
+                let absent = _mm256_cmpeq_epi32(doubled, zero);
+                let own = _mm256_blendv_epi8(own, _mm256_set1_epi32(EXPONENT_FLOOR), absent);
+                largest[r] = _mm256_max_epi32(most, own);
+                let next = _mm256_add_epi32(largest[r], one);
+                nexts[r] = _mm256_blend_epi16::<0b1010_1010>(next, _mm256_slli_epi32::<16>(next));
+            });
+
+            // The even and the odd of the first 16 products, and those of the others.
+            let mut sums = [[zero; 4]; ROWS];
+            unrolled!(p in 0..PAIRS, {
+                let (even_w, odd_w) = (w!(3 * p + 1), w!(3 * p + 2));
+                unrolled!(r in 0..ROWS, {
+                    let sums = &mut sums[r];
+                    let distance = _mm256_sub_epi16(nexts[r], exponents[r][p]);
+                    let even = _mm256_madd_epi16(even_w, x!(r, 3 * p + 1));
+                    let odd = _mm256_madd_epi16(odd_w, x!(r, 3 * p + 2));
+                    let even_distance = _mm256_and_si256(distance, _mm256_set1_epi32(0xffff));
+                    let odd_distance = _mm256_srli_epi32::<16>(distance);
+                    let first = p / 8 * 2;
+                    sums[first] =
+                        _mm256_add_epi32(sums[first], _mm256_srav_epi32(even, even_distance));
+                    sums[first + 1] =
+                        _mm256_add_epi32(sums[first + 1], _mm256_srav_epi32(odd, odd_distance));
+                });
+            });
+
+            unrolled!(r in 0..ROWS, {
+                let sums = &sums[r];
+                let signs = _mm256_xor_si256(w!(3 * PAIRS), x!(r, 3 * PAIRS));
+                // Bits set per byte, then per 16-bit lane.
+                let nibbles = _mm256_setr_epi64x(
+                    0x0302_0201_0201_0100,
+                    0x0403_0302_0302_0201,
+                    0x0302_0201_0201_0100,
+                    0x0403_0302_0302_0201,
                 );
-                out_of_range |= _mm256_movemask_pd(_mm256_or_pd(large, small));
-                // 24 significant bits are left: the conversion rounds nothing.
-                let kept =
-                    _mm256_and_si256(_mm256_castpd_si256(sum), _mm256_set1_epi64x(!0x1fff_ffff));
-                *result = _mm256_cvtpd_ps(_mm256_castsi256_pd(kept));
-            }
-            accumulator = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(results[0]), results[1]);
+                let low = _mm256_and_si256(signs, _mm256_set1_epi8(0xf));
+                let high = _mm256_and_si256(_mm256_srli_epi32::<4>(signs), _mm256_set1_epi8(0xf));
+                let bytes = _mm256_add_epi8(
+                    _mm256_shuffle_epi8(nibbles, low),
+                    _mm256_shuffle_epi8(nibbles, high),
+                );
+                let counts = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
+                let first_count = _mm256_and_si256(counts, _mm256_set1_epi32(0xffff));
+                let second_count = _mm256_srli_epi32::<16>(counts);
+                let first = _mm256_add_epi32(sums[0], sums[1]);
+                let first = _mm256_add_epi32(first, first_count);
+                let second = _mm256_add_epi32(sums[2], sums[3]);
+                let second = _mm256_add_epi32(second, second_count);
+                let halves: [(__m128i, __m128i, __m128i, __m128); 2] = [
+                    (
+                        _mm256_castsi256_si128(first),
+                        _mm256_castsi256_si128(second),
+                        _mm256_castsi256_si128(largest[r]),
+                        _mm256_castps256_ps128(accumulators[r]),
+                    ),
+                    (
+                        _mm256_extracti128_si256::<1>(first),
+                        _mm256_extracti128_si256::<1>(second),
+                        _mm256_extracti128_si256::<1>(largest[r]),
+                        _mm256_extractf128_ps::<1>(accumulators[r]),
+                    ),
+                ];
+                let mut results = [_mm_setzero_ps(); 2];
+                unrolled!(half in 0..HALVES, {
+                    let (first, second, largest, accumulator) = halves[half];
+                    let largest = _mm256_cvtepi32_epi64(largest);
+                    let up = _mm256_sub_epi64(
+                        _mm256_set1_epi64x(i64::from(1023 + alignment_bits)),
+                        largest,
+                    );
+                    let down = _mm256_add_epi64(
+                        _mm256_set1_epi64x(i64::from(1023 - alignment_bits)),
+                        largest,
+                    );
+                    let up = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(up));
+                    let down = _mm256_castsi256_pd(_mm256_slli_epi64::<52>(down));
+                    let own = _mm256_mul_pd(_mm256_cvtps_pd(accumulator), up);
+                    let own = _mm256_round_pd::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(own);
+                    let mut sum = _mm256_add_pd(_mm256_cvtepi32_pd(first), own);
+                    if PAIRS > 8 {
+                        sum = _mm256_add_pd(sum, _mm256_cvtepi32_pd(second));
+                    }
+                    let sum = _mm256_mul_pd(sum, down);
+                    let magnitude = _mm256_and_pd(sum, magnitude_mask);
+                    let large = _mm256_cmp_pd::<_CMP_GE_OQ>(magnitude, too_large);
+                    let small = _mm256_and_pd(
+                        _mm256_cmp_pd::<_CMP_LT_OQ>(magnitude, too_small),
+                        _mm256_cmp_pd::<_CMP_NEQ_OQ>(magnitude, no_number),
+                    );
+                    out_of_range[r] |= _mm256_movemask_pd(_mm256_or_pd(large, small));
+                    // 24 significant bits are left: the conversion rounds nothing.
+                    let kept = _mm256_and_si256(
+                        _mm256_castpd_si256(sum),
+                        _mm256_set1_epi64x(!0x1fff_ffff),
+                    );
+                    results[half] = _mm256_cvtpd_ps(_mm256_castsi256_pd(kept));
+                });
+                accumulators[r] =
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(results[0]), results[1]);
+            });
         }
-        // SAFETY: `c` has 8 values.
-        unsafe { _mm256_storeu_ps(c.as_mut_ptr(), accumulator) };
-        out_of_range == 0
+        for (accumulator, c) in accumulators.iter().zip(c.chunks_exact_mut(8)) {
+            // SAFETY: a chunk has 8 values.
+            unsafe { _mm256_storeu_ps(c.as_mut_ptr(), *accumulator) };
+        }
+        out_of_range.map(|lanes| lanes == 0)
     }
 }
