@@ -283,21 +283,96 @@ fn column<const LANES: usize>(rows: &[CodesRow], word: impl Fn(&CodesRow) -> u32
     column
 }
 
-/// Up to `4 / bytes` codes from `k` on as one word, the first in the low bits;
-/// zeros from `end` on.
-#[inline(always)]
-fn codes_word(row: &CodesRow, k: usize, end: usize) -> u32 {
-    match row {
-        CodesRow::Bits8(codes) => match codes[..end].get(k..k + 4) {
-            Some(quad) => u32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]),
-            None => (k..end).rev().fold(0, |word, k| word << 8 | u32::from(codes[k])),
-        },
-        CodesRow::Bits16(codes) => match codes[..end].get(k..k + 2) {
-            Some(pair) => u32::from(pair[0]) | u32::from(pair[1]) << 16,
-            None => (k..end).rev().fold(0, |word, k| word << 16 | u32::from(codes[k])),
-        },
-        CodesRow::Bits32(codes) => codes[..end].get(k).copied().unwrap_or(0),
+/// Codes that fill a word: two of 16 bits or four of 8.
+trait Code: Copy + Default {
+    /// `LANES` words of codes from `k` on, the first in the low bits.
+    fn words<const LANES: usize>(rows: &[&[Self]; LANES], k: usize) -> [u32; LANES];
+    /// Codes in a word.
+    const PER_WORD: usize;
+}
+
+impl Code for u8 {
+    const PER_WORD: usize = 4;
+
+    #[inline(always)]
+    fn words<const LANES: usize>(rows: &[&[u8]; LANES], k: usize) -> [u32; LANES] {
+        let mut words = [0; LANES];
+        for (word, row) in words.iter_mut().zip(rows) {
+            if let Some(&codes) = row[k..].first_chunk() {
+                *word = u32::from_le_bytes(codes);
+            }
+        }
+        words
     }
+}
+
+impl Code for u16 {
+    const PER_WORD: usize = 2;
+
+    #[inline(always)]
+    fn words<const LANES: usize>(rows: &[&[u16]; LANES], k: usize) -> [u32; LANES] {
+        let mut words = [0; LANES];
+        for (word, row) in words.iter_mut().zip(rows) {
+            if let Some(&[low, high]) = row[k..].first_chunk() {
+                *word = u32::from(low) | u32::from(high) << 16;
+            }
+        }
+        words
+    }
+}
+
+/// Word `index` of a stretch of K of every row; beyond the stretch's end lie zeros.
+#[inline(always)]
+fn words_at<C: Code, const LANES: usize>(rows: &[&[C]; LANES], index: usize) -> [u32; LANES] {
+    let k = index * C::PER_WORD;
+    if k + C::PER_WORD <= rows[0].len() {
+        return C::words(rows, k);
+    }
+    let mut ends = [[C::default(); 4]; LANES];
+    for (end, row) in ends.iter_mut().zip(rows) {
+        let rest = row.get(k..).unwrap_or(&[]);
+        end[..rest.len()].copy_from_slice(rest);
+    }
+    let mut slices: [&[C]; LANES] = [&[]; LANES];
+    for (slice, end) in slices.iter_mut().zip(&ends) {
+        *slice = end;
+    }
+    C::words(&slices, 0)
+}
+
+/// The stretch of every row of 8-bit codes; lanes without a row repeat the first,
+/// and nobody reads what comes of them.
+#[inline(always)]
+fn slices8<'a, const LANES: usize>(
+    rows: &[CodesRow<'a>],
+    inner: &std::ops::Range<usize>,
+) -> [&'a [u8]; LANES] {
+    let slice = |row: Option<&CodesRow<'a>>| match row {
+        Some(CodesRow::Bits8(codes)) => &codes[inner.clone()],
+        _ => &[],
+    };
+    let mut slices = [slice(rows.first()); LANES];
+    for (lane, row) in slices.iter_mut().zip(rows) {
+        *lane = slice(Some(row));
+    }
+    slices
+}
+
+/// [`slices8`] of 16-bit codes.
+#[inline(always)]
+fn slices16<'a, const LANES: usize>(
+    rows: &[CodesRow<'a>],
+    inner: &std::ops::Range<usize>,
+) -> [&'a [u16]; LANES] {
+    let slice = |row: Option<&CodesRow<'a>>| match row {
+        Some(CodesRow::Bits16(codes)) => &codes[inner.clone()],
+        _ => &[],
+    };
+    let mut slices = [slice(rows.first()); LANES];
+    for (lane, row) in slices.iter_mut().zip(rows) {
+        *lane = slice(Some(row));
+    }
+    slices
 }
 
 /// The biased exponent of a narrow operand's zero is 0 and that of a nonzero
@@ -320,9 +395,10 @@ fn pack_narrow<const LANES: usize>(
     // Four bytes side by side in a word; no operation carries from one into the next.
     let all = 0x0101_0101u32;
     let quads = inner.len().div_ceil(products) * products / 4;
-    for (quad, vectors) in words.chunks_exact_mut(5 * LANES).take(quads).enumerate() {
-        let k = inner.start + 4 * quad;
-        let codes = column::<LANES>(rows, |row| codes_word(row, k, inner.end));
+    let rows = slices8::<LANES>(rows, &inner);
+    for quad in 0..quads {
+        let codes = words_at(&rows, quad);
+        let vectors = &mut words[quad * 5 * LANES..(quad + 1) * 5 * LANES];
         let (exponents, rest) = vectors.split_at_mut(LANES);
         let (even_magnitudes, rest) = rest.split_at_mut(LANES);
         let (odd_magnitudes, rest) = rest.split_at_mut(LANES);
@@ -394,58 +470,109 @@ fn pack_wide_as<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BIT
         Side::X => 13 - FRACTION_BITS,
         Side::W => core.alignment_bits + 1 - 13 - FRACTION_BITS,
     };
-    let block_words = core.products / 2 * 3 + 1;
     let blocks = inner.len().div_ceil(core.products);
-    let take_apart = |code: u32| -> (u32, u32, u32) {
-        let code = if format == Format::Tf32 { code >> 13 } else { code };
-        let field = code >> FRACTION_BITS & ((1 << EXPONENT_BITS) - 1);
-        let normal = u32::from(field != 0);
-        let magnitude = code & ((1 << FRACTION_BITS) - 1) | normal << FRACTION_BITS;
-        let bias = (1 << (EXPONENT_BITS - 1)) - 1;
-        let exponent = field.max(1) as i32 - bias;
-        let exponent = if magnitude == 0 { WIDE_ZERO_EXPONENT } else { exponent };
-        let negative = code >> (EXPONENT_BITS + FRACTION_BITS) & 1;
-        let complement = negative.wrapping_neg();
-        let significand = ((magnitude << shift) ^ complement).wrapping_sub(complement);
-        // The sign, 1 or -1, lies above the significand.
-        (significand & 0xffff | (complement | 1) << 16, exponent as u32 & 0xffff, negative)
+    let pairs_per_block = core.products / 2;
+    let pairs = blocks * pairs_per_block;
+    let mut packer = WidePacker::<LANES, EXPONENT_BITS, FRACTION_BITS> {
+        shift,
+        is_tf32: format == Format::Tf32,
+        pairs_per_block,
+        words,
     };
-    for (block, vectors) in words.chunks_exact_mut(block_words * LANES).take(blocks).enumerate() {
-        let mut sign_bits = [0u32; LANES];
-        let (pairs, last) = vectors.split_at_mut((block_words - 1) * LANES);
-        for (pair, vectors) in pairs.chunks_exact_mut(3 * LANES).enumerate() {
-            let k = inner.start + block * core.products + 2 * pair;
-            let (even, odd) = two_columns::<LANES>(rows, k, inner.end);
-            let (exponents, rest) = vectors.split_at_mut(LANES);
-            let (even_words, odd_words) = rest.split_at_mut(LANES);
-            for lane in 0..LANES {
-                let (even_word, even_exponent, even_negative) = take_apart(even[lane]);
-                let (odd_word, odd_exponent, odd_negative) = take_apart(odd[lane]);
-                even_words[lane] = even_word;
-                odd_words[lane] = odd_word;
-                exponents[lane] = even_exponent | odd_exponent << 16;
-                sign_bits[lane] |= (even_negative | odd_negative << 1) << (2 * pair);
+    match rows.first() {
+        Some(CodesRow::Bits8(_)) => {
+            let rows = slices8::<LANES>(rows, &inner);
+            for quad in 0..pairs / 2 {
+                let codes = words_at(&rows, quad);
+                packer.write(2 * quad, masked(&codes, 0, 0xff), masked(&codes, 8, 0xff));
+                packer.write(2 * quad + 1, masked(&codes, 16, 0xff), masked(&codes, 24, 0xff));
             }
         }
-        last.copy_from_slice(&sign_bits);
+        Some(CodesRow::Bits16(_)) => {
+            let rows = slices16::<LANES>(rows, &inner);
+            for pair in 0..pairs {
+                let codes = words_at(&rows, pair);
+                packer.write(pair, masked(&codes, 0, 0xffff), masked(&codes, 16, 0xffff));
+            }
+        }
+        _ => {
+            for pair in 0..pairs {
+                let k = inner.start + 2 * pair;
+                let mut codes = [[0; LANES]; 2];
+                for (k, codes) in (k..inner.end).zip(&mut codes) {
+                    *codes = column::<LANES>(rows, |row| row.get(k));
+                }
+                packer.write(pair, codes[0], codes[1]);
+            }
+        }
     }
 }
 
-/// The codes of elements `k` and `k + 1` of every row; zeros from `end` on.
 #[inline(always)]
-fn two_columns<const LANES: usize>(
-    rows: &[CodesRow],
-    k: usize,
-    end: usize,
-) -> ([u32; LANES], [u32; LANES]) {
-    let first =
-        if k < end { column::<LANES>(rows, |row| codes_word(row, k, end)) } else { [0; LANES] };
-    match rows.first() {
-        Some(CodesRow::Bits8(_)) => (first.map(|word| word & 0xff), first.map(|w| w >> 8 & 0xff)),
-        Some(CodesRow::Bits16(_)) => (first.map(|word| word & 0xffff), first.map(|w| w >> 16)),
-        _ if k + 1 < end => (first, column::<LANES>(rows, |row| codes_word(row, k + 1, end))),
-        _ => (first, [0; LANES]),
+fn masked<const LANES: usize>(words: &[u32; LANES], shift: u32, mask: u32) -> [u32; LANES] {
+    let mut masked = [0; LANES];
+    for (masked, word) in masked.iter_mut().zip(words) {
+        *masked = word >> shift & mask;
     }
+    masked
+}
+
+/// Takes codes apart and puts them in their places.
+struct WidePacker<'a, const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32> {
+    shift: u32,
+    is_tf32: bool,
+    pairs_per_block: usize,
+    words: &'a mut [u32],
+}
+
+impl<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32>
+    WidePacker<'_, LANES, EXPONENT_BITS, FRACTION_BITS>
+{
+    /// Writes elements `2 * pair` and `2 * pair + 1` of the stretch.
+    #[inline(always)]
+    fn write(&mut self, pair: usize, even: [u32; LANES], odd: [u32; LANES]) {
+        let block_words = self.pairs_per_block * 3 + 1;
+        let (block, pair) = (pair / self.pairs_per_block, pair % self.pairs_per_block);
+        let vectors = &mut self.words[block * block_words * LANES..][..block_words * LANES];
+        let (pairs, sign_bits) = vectors.split_at_mut((block_words - 1) * LANES);
+        if pair == 0 {
+            sign_bits.fill(0);
+        }
+        let vectors = &mut pairs[pair * 3 * LANES..][..3 * LANES];
+        let (exponents, rest) = vectors.split_at_mut(LANES);
+        let (even_words, odd_words) = rest.split_at_mut(LANES);
+        for lane in 0..LANES {
+            let (even_word, even_exponent, even_negative) =
+                take_apart::<EXPONENT_BITS, FRACTION_BITS>(even[lane], self.is_tf32, self.shift);
+            let (odd_word, odd_exponent, odd_negative) =
+                take_apart::<EXPONENT_BITS, FRACTION_BITS>(odd[lane], self.is_tf32, self.shift);
+            even_words[lane] = even_word;
+            odd_words[lane] = odd_word;
+            exponents[lane] = even_exponent | odd_exponent << 16;
+            sign_bits[lane] |= (even_negative | odd_negative << 1) << (2 * pair);
+        }
+    }
+}
+
+/// A code's shifted significand with its sign, 1 or -1, above it; its 16-bit
+/// exponent; and its sign bit.
+#[inline(always)]
+fn take_apart<const EXPONENT_BITS: u32, const FRACTION_BITS: u32>(
+    code: u32,
+    is_tf32: bool,
+    shift: u32,
+) -> (u32, u32, u32) {
+    let code = if is_tf32 { code >> 13 } else { code };
+    let field = code >> FRACTION_BITS & ((1 << EXPONENT_BITS) - 1);
+    let normal = u32::from(field != 0);
+    let magnitude = code & ((1 << FRACTION_BITS) - 1) | normal << FRACTION_BITS;
+    let bias = (1 << (EXPONENT_BITS - 1)) - 1;
+    let exponent = field.max(1) as i32 - bias;
+    let exponent = if magnitude == 0 { WIDE_ZERO_EXPONENT } else { exponent };
+    let negative = code >> (EXPONENT_BITS + FRACTION_BITS) & 1;
+    let complement = negative.wrapping_neg();
+    let significand = ((magnitude << shift) ^ complement).wrapping_sub(complement);
+    (significand & 0xffff | (complement | 1) << 16, exponent as u32 & 0xffff, negative)
 }
 
 /// Rows of x that are chained side by side: each waits for its own accumulator,
