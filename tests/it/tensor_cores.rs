@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use runner::chip_command::{self, ChipCommand, ChipOutcome};
 use runner::compute::emulated::chip::{CHIPS, TensorCore, Unit, chip};
 use runner::compute::emulated::gemm::{
     GemmError, Operand, Scales, gemm, gemm_prepared, prepare_for,
@@ -300,6 +301,37 @@ fn operands_that_do_not_fit_are_refused_with_a_reason() {
         gemm(&unit, &Schedule::FAST, &one(&a), &one(&bf16), Format::F32),
         Err(GemmError::Formats { .. })
     ));
+}
+
+#[test]
+fn chip_verify_reports_every_set_and_passes() {
+    let command = ChipCommand::Verify { folder: shared("tensor-core-vectors") };
+    let mut report = Vec::new();
+    let outcome = chip_command::run(&command, &mut report).expect("a folder of vectors");
+    let report = String::from_utf8(report).expect("text");
+    assert_eq!(outcome, ChipOutcome::Pass, "{report}");
+    assert!(report.ends_with("32 sets: 0 of 160,000 vectors differ\n"), "{report}");
+    let missing = ChipCommand::Verify { folder: "no/such/folder".into() };
+    let error = chip_command::run(&missing, &mut Vec::new()).expect_err("nothing there");
+    assert!(error.to_string().contains("`no/such/folder`"), "{error}");
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let words: Vec<u32> = (0..997u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+    let unit = *chip(ChipName::Hopper).unit(Format::E4m3, Format::E4m3).expect("hopper fp8");
+    let (x, w) =
+        (codes_of(Format::E4m3, 70, 640, &words, 6), codes_of(Format::E4m3, 50, 640, &words, 6));
+    let x = Operand { codes: &x, scales: Scales::Tensor(1.0) };
+    let w = Operand { codes: &w, scales: Scales::Tensor(1.0) };
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| gemm(&unit, &Schedule::FAST, &x, &w, Format::F32).expect("a product"))
+    };
+    let one = run(1);
+    for threads in [2, 5] {
+        assert_eq!(mismatches(&run(threads), &one), 0);
+    }
 }
 
 /// Every pair of formats that a chip multiplies, with its unit.

@@ -7,7 +7,8 @@
 //! Block scales follow the DeepSeek scheme (arXiv 2412.19437, section 3.3.2):
 //! each 128 elements of K accumulate from zero in the tensor core, and then
 //! `main = main + (scale_x * scale_w) * partial`, the products and the sum each
-//! rounded to f32.
+//! rounded to f32. They fix the order of additions; of a schedule, nothing else
+//! applies then.
 
 use std::ops::Range;
 
@@ -142,8 +143,13 @@ pub struct PreparedOperand {
     special: Vec<bool>,
 }
 
-/// Rows of x that one task multiplies.
-const ROWS: usize = 256;
+/// Rows of x that one task multiplies at most: enough to pay for putting its
+/// rows of w into vector order, few enough for the second-level cache.
+const MOST_ROWS: usize = 256;
+/// Rows of x that one task multiplies at least, if there are as many.
+const LEAST_ROWS: usize = 16;
+/// Tasks for each thread, so that none waits long for the last.
+const TASKS_PER_THREAD: usize = 4;
 /// Elements of K that are in vector order at a time: few enough for the
 /// first-level cache.
 const STRETCH: usize = 256;
@@ -241,12 +247,16 @@ pub fn gemm_prepared(
     let job = Job { x, w, steps, by_block, epilogue: schedule.epilogue, output };
 
     let panel = job.panel();
+    let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
+    let rows = n.div_ceil(wanted.div_ceil(m.div_ceil(panel))).clamp(LEAST_ROWS, MOST_ROWS);
     let tiles: Vec<(usize, usize)> = (0..m)
         .step_by(panel)
-        .flat_map(|first_w| (0..n).step_by(ROWS).map(move |first_x| (first_x, first_w)))
+        .flat_map(|first_w| (0..n).step_by(rows).map(move |first_x| (first_x, first_w)))
         .collect();
-    let computed: Vec<Vec<f32>> =
-        tiles.par_iter().map(|&(first_x, first_w)| job.tile(first_x, first_w)).collect();
+    let computed: Vec<Vec<f32>> = tiles
+        .par_iter()
+        .map(|&(first_x, first_w)| job.tile(first_x..(first_x + rows).min(n), first_w))
+        .collect();
 
     let mut y = Tensor::zeros(n, m);
     for (&(first_x, first_w), tile) in tiles.iter().zip(&computed) {
@@ -274,10 +284,9 @@ impl Job<'_> {
         if self.x.layout.is_some() { self.x.kernel.lanes() } else { PLAIN_PANEL }
     }
 
-    /// The outputs of up to `ROWS` rows of x and one panel of rows of w,
-    /// row-major in rows of a whole panel.
-    fn tile(&self, first_x: usize, first_w: usize) -> Vec<f32> {
-        let x_rows = first_x..(first_x + ROWS).min(self.x.codes.rows());
+    /// The outputs of some rows of x and one panel of rows of w, row-major in
+    /// rows of a whole panel.
+    fn tile(&self, x_rows: Range<usize>, first_w: usize) -> Vec<f32> {
         let w_rows = first_w..(first_w + self.panel()).min(self.w.codes.rows());
         match self.x.layout {
             Some(layout) => self.vector_tile(layout, x_rows, w_rows),
