@@ -148,6 +148,9 @@ pub struct PreparedOperand {
 const MOST_ROWS: usize = 256;
 /// Rows of x that one task multiplies at least, if there are as many.
 const LEAST_ROWS: usize = 16;
+/// Panels of rows of w that one task multiplies at most: x comes from the
+/// second-level cache for all but the first.
+const MOST_PANELS: usize = 4;
 /// Tasks for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
 /// Elements of K that are in vector order at a time: few enough for the
@@ -247,22 +250,29 @@ pub fn gemm_prepared(
     let job = Job { x, w, steps, by_block, epilogue: schedule.epilogue, output };
 
     let panel = job.panel();
+    let panels = m.div_ceil(panel);
     let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
-    let rows = n.div_ceil(wanted.div_ceil(m.div_ceil(panel))).clamp(LEAST_ROWS, MOST_ROWS);
+    let rows = n.div_ceil(wanted.div_ceil(panels)).clamp(LEAST_ROWS, MOST_ROWS);
+    let width = panel * (panels / wanted).clamp(1, MOST_PANELS);
     let tiles: Vec<(usize, usize)> = (0..m)
-        .step_by(panel)
+        .step_by(width)
         .flat_map(|first_w| (0..n).step_by(rows).map(move |first_x| (first_x, first_w)))
         .collect();
-    let computed: Vec<Vec<f32>> = tiles
+    let computed: Vec<Vec<Vec<f32>>> = tiles
         .par_iter()
-        .map(|&(first_x, first_w)| job.tile(first_x..(first_x + rows).min(n), first_w))
+        .map(|&(first_x, first_w)| {
+            job.tile(first_x..(first_x + rows).min(n), first_w..(first_w + width).min(m))
+        })
         .collect();
 
     let mut y = Tensor::zeros(n, m);
     for (&(first_x, first_w), tile) in tiles.iter().zip(&computed) {
-        let lanes = panel.min(m - first_w);
-        for (row, values) in tile.chunks(panel).enumerate() {
-            y.row_mut(first_x + row)[first_w..first_w + lanes].copy_from_slice(&values[..lanes]);
+        for (outputs, first_w) in tile.iter().zip((first_w..m).step_by(panel)) {
+            let lanes = panel.min(m - first_w);
+            for (row, values) in outputs.chunks(panel).enumerate() {
+                let target = &mut y.row_mut(first_x + row)[first_w..first_w + lanes];
+                target.copy_from_slice(&values[..lanes]);
+            }
         }
     }
     Ok(y)
@@ -284,97 +294,40 @@ impl Job<'_> {
         if self.x.layout.is_some() { self.x.kernel.lanes() } else { PLAIN_PANEL }
     }
 
-    /// The outputs of some rows of x and one panel of rows of w, row-major in
-    /// rows of a whole panel.
-    fn tile(&self, x_rows: Range<usize>, first_w: usize) -> Vec<f32> {
-        let w_rows = first_w..(first_w + self.panel()).min(self.w.codes.rows());
+    /// The outputs of some rows of x and some panels of rows of w: for each panel
+    /// row-major, in rows of a whole panel.
+    fn tile(&self, x_rows: Range<usize>, w_rows: Range<usize>) -> Vec<Vec<f32>> {
+        let panels = w_rows.clone().step_by(self.panel()).map(|first| {
+            let w_rows = first..(first + self.panel()).min(w_rows.end);
+            Panel::new(self, x_rows.clone(), w_rows)
+        });
         match self.x.layout {
-            Some(layout) => self.vector_tile(layout, x_rows, w_rows),
-            None => {
-                let mut outputs = vec![0.0; x_rows.len() * self.panel()];
-                self.plain_tile(x_rows, w_rows, |_, _| true, &mut outputs);
-                outputs
-            }
+            Some(layout) => self.vector_tile(layout, panels.collect()),
+            None => panels
+                .map(|panel| {
+                    let mut outputs = vec![0.0; x_rows.len() * self.panel()];
+                    self.plain_tile(x_rows.clone(), panel.w_rows, |_, _| true, &mut outputs);
+                    outputs
+                })
+                .collect(),
         }
     }
 
     /// A tile by vector code, and again by plain code where that is not enough.
-    fn vector_tile(&self, layout: Layout, x_rows: Range<usize>, w_rows: Range<usize>) -> Vec<f32> {
-        let panel = self.panel();
-        let kernel = self.x.kernel;
-        let first_x = x_rows.start;
-        let w_codes: Vec<CodesRow> = w_rows.clone().map(|row| self.w.codes.row(row)).collect();
-        let w_special: Vec<bool> = if layout == Layout::Fma {
-            vec![false; w_rows.len()]
-        } else {
-            w_rows.clone().map(|row| is_special(self.w.codes, row)).collect()
-        };
-        let mut usable = vec![true; x_rows.len()];
-        let mut sums = Sums::new(x_rows.len() * panel);
+    fn vector_tile(&self, layout: Layout, mut panels: Vec<Panel>) -> Vec<Vec<f32>> {
         let mut words = Words::default();
         for step in &self.steps {
             for start in step.inner.clone().step_by(STRETCH) {
                 let inner = start..(start + STRETCH).min(step.inner.end);
-                simd::pack_w(
-                    kernel,
-                    layout,
-                    self.w.codes.format(),
-                    &w_codes,
-                    inner.clone(),
-                    &mut words,
-                );
-                let x_words = layout.words(inner.start)..layout.words(inner.end);
-                let groups = sums.partial.chunks_mut(simd::GROUP * panel);
-                for (group, partial) in groups.enumerate() {
-                    let first = group * simd::GROUP;
-                    let rows = partial.len() / panel;
-                    let mut x: [&[u32]; simd::GROUP] = [&[]; simd::GROUP];
-                    for (x, row) in x.iter_mut().zip(first_x + first..first_x + first + rows) {
-                        *x = &self.x.rows[row].as_slice()[x_words.clone()];
-                    }
-                    let in_range =
-                        simd::chain(kernel, layout, &x[..rows], words.as_slice(), partial);
-                    for (usable, in_range) in usable[first..first + rows].iter_mut().zip(in_range) {
-                        *usable &= in_range;
-                    }
+                for panel in &mut panels {
+                    panel.chain(self, layout, inner.clone(), &mut words);
                 }
             }
-            self.fold(step, &x_rows, &w_rows, &mut sums);
-        }
-        let mut outputs = sums.total;
-        for (row, outputs) in x_rows.clone().zip(outputs.chunks_exact_mut(panel)) {
-            for (w_row, output) in w_rows.clone().zip(outputs) {
-                *output = self.finish(*output, row, w_row);
+            for panel in &mut panels {
+                panel.fold(self, step);
             }
         }
-        let again = |x_row: usize, w_row: usize| {
-            layout != Layout::Fma
-                && (!usable[x_row - first_x]
-                    || self.x.special[x_row]
-                    || w_special[w_row - w_rows.start])
-        };
-        self.plain_tile(x_rows, w_rows.clone(), again, &mut outputs);
-        outputs
-    }
-
-    /// Ends a step for every output of a tile: scale, promote, add up the parts.
-    fn fold(&self, step: &Step, x_rows: &Range<usize>, w_rows: &Range<usize>, sums: &mut Sums) {
-        let panel = self.panel();
-        if self.by_block {
-            let block = step.inner.start / SCALE_BLOCK;
-            for (row, partial) in x_rows.clone().zip(sums.partial.chunks_exact_mut(panel)) {
-                let x = self.x.scales.of(row, block, self.x.codes.width());
-                for (w_row, partial) in w_rows.clone().zip(partial) {
-                    *partial *= x * self.w.scales.of(w_row, block, self.w.codes.width());
-                }
-            }
-        }
-        add_or_start(&mut sums.main, &sums.partial, &mut sums.main_started);
-        if step.then == Then::EndPart {
-            add_or_start(&mut sums.total, &sums.main, &mut sums.total_started);
-            sums.main_started = false;
-        }
-        sums.partial.fill(0.0);
+        panels.into_iter().map(|panel| panel.finish(self, layout)).collect()
     }
 
     /// The chosen outputs of a tile by the definition.
@@ -435,6 +388,90 @@ impl Job<'_> {
             }
         };
         self.output.round(scaled)
+    }
+}
+
+/// One panel of rows of w and the rows of x that a task multiplies it by.
+struct Panel<'a> {
+    x_rows: Range<usize>,
+    w_rows: Range<usize>,
+    w_codes: Vec<CodesRow<'a>>,
+    /// For each row of x, whether vectors have handled all so far.
+    usable: Vec<bool>,
+    sums: Sums,
+}
+
+impl<'a> Panel<'a> {
+    fn new(job: &Job<'a>, x_rows: Range<usize>, w_rows: Range<usize>) -> Panel<'a> {
+        Panel {
+            w_codes: w_rows.clone().map(|row| job.w.codes.row(row)).collect(),
+            usable: vec![true; x_rows.len()],
+            sums: Sums::new(x_rows.len() * job.panel()),
+            x_rows,
+            w_rows,
+        }
+    }
+
+    /// Chains a stretch of K for every output.
+    fn chain(&mut self, job: &Job, layout: Layout, inner: Range<usize>, words: &mut Words) {
+        let kernel = job.x.kernel;
+        let x_words = layout.words(inner.start)..layout.words(inner.end);
+        simd::pack_w(kernel, layout, job.w.codes.format(), &self.w_codes, inner, words);
+        let partials = self.sums.partial.chunks_mut(simd::GROUP * job.panel());
+        let groups = partials.zip(self.usable.chunks_mut(simd::GROUP));
+        for ((partial, usable), first) in groups.zip(self.x_rows.clone().step_by(simd::GROUP)) {
+            let mut x: [&[u32]; simd::GROUP] = [&[]; simd::GROUP];
+            for (x, row) in x.iter_mut().zip(first..first + usable.len()) {
+                *x = &job.x.rows[row].as_slice()[x_words.clone()];
+            }
+            let in_range =
+                simd::chain(kernel, layout, &x[..usable.len()], words.as_slice(), partial);
+            for (usable, in_range) in usable.iter_mut().zip(in_range) {
+                *usable &= in_range;
+            }
+        }
+    }
+
+    /// Ends a step for every output: scale, promote, add up the parts.
+    fn fold(&mut self, job: &Job, step: &Step) {
+        let sums = &mut self.sums;
+        if job.by_block {
+            let block = step.inner.start / SCALE_BLOCK;
+            let partials = sums.partial.chunks_exact_mut(job.panel());
+            for (row, partial) in self.x_rows.clone().zip(partials) {
+                let x = job.x.scales.of(row, block, job.x.codes.width());
+                for (w_row, partial) in self.w_rows.clone().zip(partial) {
+                    *partial *= x * job.w.scales.of(w_row, block, job.w.codes.width());
+                }
+            }
+        }
+        add_or_start(&mut sums.main, &sums.partial, &mut sums.main_started);
+        if step.then == Then::EndPart {
+            add_or_start(&mut sums.total, &sums.main, &mut sums.total_started);
+            sums.main_started = false;
+        }
+        sums.partial.fill(0.0);
+    }
+
+    /// The epilogue, and plain code for what vectors do not handle.
+    fn finish(self, job: &Job, layout: Layout) -> Vec<f32> {
+        let Panel { x_rows, w_rows, usable, sums, .. } = self;
+        let mut outputs = sums.total;
+        for (x_row, outputs) in x_rows.clone().zip(outputs.chunks_exact_mut(job.panel())) {
+            for (w_row, output) in w_rows.clone().zip(outputs) {
+                *output = job.finish(*output, x_row, w_row);
+            }
+        }
+        if layout != Layout::Fma {
+            let w_special: Vec<bool> =
+                w_rows.clone().map(|row| is_special(job.w.codes, row)).collect();
+            let (first_x, first_w) = (x_rows.start, w_rows.start);
+            let again = |x_row: usize, w_row: usize| {
+                !usable[x_row - first_x] || job.x.special[x_row] || w_special[w_row - first_w]
+            };
+            job.plain_tile(x_rows, w_rows, again, &mut outputs);
+        }
+        outputs
     }
 }
 
