@@ -643,3 +643,106 @@ fn check_schedule(unit: &Unit, schedule: &Schedule, format: Format) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::emulated::chip::chip;
+    use crate::op::ChipName;
+
+    fn codes(rows: usize, width: usize, seed: u32) -> Codes {
+        let mut state = seed;
+        let values: Vec<f32> = (0..rows * width)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect();
+        Codes::quantize(Format::E4m3, width, &values, 1.0 / 448.0).expect("whole rows")
+    }
+
+    fn hopper() -> &'static Unit {
+        chip(ChipName::Hopper).unit(Format::E4m3, Format::E4m3).expect("hopper fp8")
+    }
+
+    #[test]
+    fn block_scales_are_those_of_the_whole_matrix_for_any_chunk_of_it() {
+        let (n, m, k) = (3, 300, 300);
+        let (x, w) = (codes(n, k, 1), codes(m, k, 2));
+        let blocks = k.div_ceil(SCALE_BLOCK);
+        let scales = |rows: usize| (0..rows * blocks).map(|i| 0.01 + 0.003 * i as f32).collect();
+        let (x_scales, w_scales): (Vec<f32>, Vec<f32>) = (scales(n), scales(m.div_ceil(128)));
+        let x = Operand {
+            codes: &x,
+            scales: Scales::Block128 { rows_per_block: 1, first_row: 0, scales: x_scales.clone() },
+        };
+        let w_rows = |first_row| Scales::Block128 {
+            rows_per_block: 128,
+            first_row,
+            scales: w_scales.clone(),
+        };
+        let run = |w: &Codes, first_row| {
+            let w = Operand { codes: w, scales: w_rows(first_row) };
+            gemm(hopper(), &Schedule::PROMOTED, &x, &w, Format::F32).expect("a product")
+        };
+        let whole = run(&w, 0);
+        let chunk: Vec<usize> = (100..180).collect();
+        let part = run(&w.select_rows(&chunk), 100);
+        for row in 0..n {
+            assert_eq!(part.row(row), &whole.row(row)[100..180]);
+        }
+
+        // One output, step by step.
+        let (row, w_row) = (2, 150);
+        let Unit::TensorCore(core) = hopper() else { panic!("no tensor core") };
+        let parts = |codes: &Codes, row: usize| -> Vec<Parts> {
+            codes.row(row).iter().map(|code| codes.format().parts(code)).collect()
+        };
+        let (x_parts, w_parts) = (parts(x.codes, row), parts(&w, w_row));
+        let mut main = 0.0f32;
+        for block in 0..blocks {
+            let inner = block * 128..k.min((block + 1) * 128);
+            let partial =
+                tensor_core::chain(core, 6, &x_parts[inner.clone()], &w_parts[inner], 0.0);
+            main += (x_scales[row * blocks + block] * w_scales[blocks + block]) * partial;
+        }
+        assert_eq!(whole.row(row)[w_row], main);
+    }
+
+    #[test]
+    fn row_scales_multiply_the_accumulator_and_the_output_is_rounded() {
+        let (x, w) = (codes(2, 64, 3), codes(5, 64, 4));
+        let run = |x_scales, w_scales, output| {
+            let x = Operand { codes: &x, scales: x_scales };
+            let w = Operand { codes: &w, scales: w_scales };
+            gemm(hopper(), &Schedule::FAST, &x, &w, output).expect("a product")
+        };
+        let bare = run(Scales::Tensor(1.0), Scales::Tensor(1.0), Format::F32);
+        let (x_scales, w_scales) = ([0.3f32, 0.7], [0.11f32, 0.2, 0.3, 0.41, 0.5]);
+        let scaled =
+            run(Scales::Row(x_scales.to_vec()), Scales::Row(w_scales.to_vec()), Format::Bf16);
+        for row in 0..2 {
+            for column in 0..5 {
+                let exact = (x_scales[row] * w_scales[column]) * bare.row(row)[column];
+                assert_eq!(scaled.row(row)[column], Format::Bf16.round(exact));
+            }
+        }
+    }
+
+    #[test]
+    fn a_nan_reaches_its_own_outputs_and_no_others() {
+        let (mut x, w) = (codes(3, 96, 5), codes(20, 96, 6));
+        let clean = |x: &Codes| {
+            let x = Operand { codes: x, scales: Scales::Tensor(1.0) };
+            let w = Operand { codes: &w, scales: Scales::Tensor(1.0) };
+            gemm(hopper(), &Schedule::FAST, &x, &w, Format::F32).expect("a product")
+        };
+        let before = clean(&x);
+        if let super::super::quantize::CodesRowMut::Bits8(codes) = x.row_mut(1) {
+            codes[50] = 0x7f;
+        }
+        let after = clean(&x);
+        assert_eq!((before.row(0), before.row(2)), (after.row(0), after.row(2)));
+        assert!(after.row(1).iter().all(|value| value.to_bits() == 0x7fff_ffff));
+    }
+}
