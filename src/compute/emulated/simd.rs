@@ -26,6 +26,17 @@
 //! gives the ones back. Sums of 16 products fit in 32 bits; a block of 32 keeps
 //! two sums. The accumulator joins in f64, where all of this is exact.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(
+        dead_code,
+        unused_assignments,
+        unused_mut,
+        unused_variables,
+        reason = "other processors have the plain kernel only"
+    )
+)]
+
 use super::chip::{TensorCore, Unit};
 use super::quantize::CodesRow;
 use crate::dtype::Format;
