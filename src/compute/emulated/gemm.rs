@@ -721,9 +721,9 @@ mod tests {
         let (x_scales, w_scales) = ([0.3f32, 0.7], [0.11f32, 0.2, 0.3, 0.41, 0.5]);
         let scaled =
             run(Scales::Row(x_scales.to_vec()), Scales::Row(w_scales.to_vec()), Format::Bf16);
-        for row in 0..2 {
-            for column in 0..5 {
-                let exact = (x_scales[row] * w_scales[column]) * bare.row(row)[column];
+        for (row, x) in x_scales.iter().enumerate() {
+            for (column, w) in w_scales.iter().enumerate() {
+                let exact = (x * w) * bare.row(row)[column];
                 assert_eq!(scaled.row(row)[column], Format::Bf16.round(exact));
             }
         }
