@@ -1,6 +1,9 @@
 //! Number formats of tensor-core operands and results, and their codecs.
 //!
 //! It knows bits and rounding only: no tensors, no scales, no chips.
+//!
+//! A *code* is the raw bit pattern of a value, right-aligned in a `u32`. A tf32
+//! code is an f32 bit pattern whose low 13 bits are zero.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,4 +23,381 @@ pub enum Format {
     E4m3,
     /// OCP FP8 E5M2 (IEEE-like, largest finite 57344).
     E5m2,
+}
+
+/// A code taken apart: what a tensor core sees of an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parts {
+    /// The value `significand * 2^(exponent - fraction_bits)`. A subnormal has
+    /// the format's smallest exponent and a short significand; zero likewise.
+    Finite {
+        /// Signed integer significand, the hidden one included.
+        significand: i32,
+        /// Unbiased exponent of the significand's leading place.
+        exponent: i32,
+    },
+    /// An infinity of the given sign.
+    Infinite {
+        /// Whether it is minus infinity.
+        negative: bool,
+    },
+    /// Not a number.
+    Nan,
+}
+
+/// The tf32 bits that are kept of an f32.
+const TF32_MASK: u32 = 0xffff_e000;
+
+impl Format {
+    /// All formats, widest first.
+    pub const ALL: [Format; 6] =
+        [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
+
+    /// The name that manifests and reports use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::F32 => "f32",
+            Format::Tf32 => "tf32",
+            Format::Bf16 => "bf16",
+            Format::F16 => "f16",
+            Format::E4m3 => "e4m3",
+            Format::E5m2 => "e5m2",
+        }
+    }
+
+    /// Bytes that one element takes in memory.
+    pub fn bytes(self) -> usize {
+        match self {
+            Format::F32 | Format::Tf32 => 4,
+            Format::Bf16 | Format::F16 => 2,
+            Format::E4m3 | Format::E5m2 => 1,
+        }
+    }
+
+    /// Whether it is one of the two 8-bit formats, the ones that carry a scale.
+    pub fn is_fp8(self) -> bool {
+        matches!(self, Format::E4m3 | Format::E5m2)
+    }
+
+    /// Stored bits of the fraction.
+    pub fn fraction_bits(self) -> u32 {
+        match self {
+            Format::F32 => 23,
+            Format::Tf32 | Format::F16 => 10,
+            Format::Bf16 => 7,
+            Format::E4m3 => 3,
+            Format::E5m2 => 2,
+        }
+    }
+
+    /// The exponent of the smallest normal number, which subnormals share.
+    pub fn min_exponent(self) -> i32 {
+        match self {
+            Format::F32 | Format::Tf32 | Format::Bf16 => -126,
+            Format::F16 | Format::E5m2 => -14,
+            Format::E4m3 => -6,
+        }
+    }
+
+    /// The largest finite value.
+    pub fn max_finite(self) -> f32 {
+        match self {
+            Format::F32 => f32::MAX,
+            Format::Tf32 => f32::from_bits(0x7f7f_e000),
+            Format::Bf16 => f32::from_bits(0x7f7f_0000),
+            Format::F16 => 65504.0,
+            Format::E4m3 => 448.0,
+            Format::E5m2 => 57344.0,
+        }
+    }
+
+    /// The value of a code, exactly. Bits above the format's width are ignored,
+    /// as are the low 13 bits of a tf32 code.
+    pub fn decode(self, code: u32) -> f32 {
+        match self {
+            Format::F32 => f32::from_bits(code),
+            Format::Tf32 => f32::from_bits(code & TF32_MASK),
+            Format::Bf16 => f32::from_bits(code << 16),
+            Format::F16 => half::f16::from_bits(code as u16).to_f32(),
+            Format::E4m3 => fp8_to_f32(code as u8, 3, 7, false),
+            Format::E5m2 => fp8_to_f32(code as u8, 2, 15, true),
+        }
+    }
+
+    /// The code nearest to a value, as NVIDIA's conversions round it.
+    ///
+    /// FP8 is `cvt.rn.satfinite`: nearest, ties to even; whatever is too large,
+    /// infinities included, becomes the largest finite value of its sign; NaN
+    /// becomes 0x7f. bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
+    /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rn.tf32` of Hopper and
+    /// later: nearest, ties to even, NaN becomes 0x7fffe000; see
+    /// [`tf32_ties_away`] for older chips. f32 keeps its bits.
+    pub fn encode(self, value: f32) -> u32 {
+        match self {
+            Format::F32 => value.to_bits(),
+            Format::Tf32 => {
+                let odd = value.to_bits() >> 13 & 1;
+                tf32_from_f32(value, 0xfff + odd)
+            }
+            Format::Bf16 => u32::from(bf16_from_f32(value)),
+            Format::F16 if value.is_nan() => 0x7fff,
+            Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
+            Format::E4m3 => u32::from(e4m3_from_f32(value)),
+            Format::E5m2 => u32::from(e5m2_from_f32(value)),
+        }
+    }
+
+    /// The value after a trip through the format: `decode(encode(value))`.
+    pub fn round(self, value: f32) -> f32 {
+        self.decode(self.encode(value))
+    }
+
+    /// Takes a code apart into a signed integer significand and an exponent.
+    pub fn parts(self, code: u32) -> Parts {
+        let value = self.decode(code);
+        if value.is_nan() {
+            return Parts::Nan;
+        }
+        if value.is_infinite() {
+            return Parts::Infinite { negative: value < 0.0 };
+        }
+        let bits = value.to_bits();
+        let field = (bits >> 23 & 0xff) as i32;
+        let fraction = bits & 0x7f_ffff;
+        // The f32 of an 8- or 16-bit subnormal is normal: bring its
+        // significand back to the format's own smallest exponent.
+        let (magnitude, exponent) =
+            if field == 0 { (fraction, -126) } else { (fraction | 0x80_0000, field - 127) };
+        let raised = exponent.max(self.min_exponent());
+        let drop = 23 - self.fraction_bits() as i32 + (raised - exponent);
+        let magnitude = if drop > 23 { 0 } else { (magnitude >> drop) as i32 };
+        let significand = if value.is_sign_negative() { -magnitude } else { magnitude };
+        Parts::Finite { significand, exponent: raised }
+    }
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is no format's.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is no number format; known are f32, tf32, bf16, f16, e4m3 and e5m2")]
+pub struct UnknownFormat(pub String);
+
+impl std::str::FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(name: &str) -> Result<Format, UnknownFormat> {
+        Format::ALL
+            .into_iter()
+            .find(|format| format.name().eq_ignore_ascii_case(name))
+            .ok_or_else(|| UnknownFormat(name.to_owned()))
+    }
+}
+
+/// The tf32 code nearest to a value, ties away from zero: `cvt.rna.tf32`, the
+/// one conversion that Ampere and Ada have (PTX ISA, `cvt`). No hardware vector
+/// or capture of this project has shown it at work.
+pub fn tf32_ties_away(value: f32) -> u32 {
+    tf32_from_f32(value, 0x1000)
+}
+
+fn tf32_from_f32(value: f32, increment: u32) -> u32 {
+    if value.is_nan() {
+        0x7fff_e000
+    } else if value.is_infinite() {
+        value.to_bits()
+    } else {
+        // The carry of the largest fraction runs into the exponent, up to infinity.
+        (value.to_bits() + increment) & TF32_MASK
+    }
+}
+
+/// The E4M3 code nearest to a value; see [`Format::encode`]. Free of branches,
+/// so that loops over it vectorise.
+#[inline(always)]
+pub fn e4m3_from_f32(value: f32) -> u8 {
+    fp8_from_f32::<3, -6>(value, 448.0)
+}
+
+/// The E5M2 code nearest to a value; see [`Format::encode`]. Free of branches,
+/// so that loops over it vectorise.
+#[inline(always)]
+pub fn e5m2_from_f32(value: f32) -> u8 {
+    fp8_from_f32::<2, -14>(value, 57344.0)
+}
+
+/// The bf16 code nearest to a value; see [`Format::encode`]. Free of branches,
+/// so that loops over it vectorise.
+#[inline(always)]
+pub fn bf16_from_f32(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let odd = bits >> 16 & 1;
+    let rounded = bits.wrapping_add(0x7fff + odd) >> 16;
+    let code = if bits & 0x7fff_ffff > 0x7f80_0000 { 0x7fff } else { rounded };
+    code as u16
+}
+
+#[inline(always)]
+fn fp8_from_f32<const FRACTION_BITS: u32, const MIN_EXPONENT: i32>(
+    value: f32,
+    max_finite: f32,
+) -> u8 {
+    let bits = value.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let sign = bits >> 24 & 0x80;
+    // Positive floats order like their bits, and clamping cannot change what
+    // rounding would give: all that lies above rounds to the largest value.
+    let clamped = magnitude.min(max_finite.to_bits());
+    // Normal: add just under half a unit (half if the last kept bit is odd), cut, and rebias.
+    let cut = 23 - FRACTION_BITS;
+    let odd = clamped >> cut & 1;
+    let bias_change = ((MIN_EXPONENT + 126) as u32) << FRACTION_BITS;
+    let normal = ((clamped + (1 << (cut - 1)) - 1 + odd) >> cut).wrapping_sub(bias_change);
+    // Subnormal: adding a power of two whose last place is the smallest
+    // subnormal lets the f32 adder round to nearest even.
+    let last_place = MIN_EXPONENT - FRACTION_BITS as i32;
+    let anchor = f32::from_bits(((last_place + 23 + 127) as u32) << 23);
+    let subnormal = (f32::from_bits(clamped) + anchor).to_bits().wrapping_sub(anchor.to_bits());
+    let smallest_normal = ((MIN_EXPONENT + 127) as u32) << 23;
+    let finite = if clamped < smallest_normal { subnormal } else { normal };
+    let code = if magnitude > 0x7f80_0000 { 0x7f } else { finite | sign };
+    code as u8
+}
+
+fn fp8_to_f32(code: u8, fraction_bits: u32, bias: i32, has_infinity: bool) -> f32 {
+    let sign = u32::from(code & 0x80) << 24;
+    let magnitude = u32::from(code & 0x7f);
+    let top = 0x7f >> fraction_bits << fraction_bits;
+    let bits = if has_infinity && magnitude >= top {
+        if magnitude == top { 0x7f80_0000 } else { 0x7fff_ffff }
+    } else if magnitude == 0x7f {
+        0x7fff_ffff
+    } else {
+        // Both factors are exact and so is their product: subnormals need no case of their own.
+        let shifted = f32::from_bits(magnitude << (23 - fraction_bits));
+        (shifted * f32::from_bits(((127 - bias + 127) as u32) << 23)).to_bits()
+    };
+    f32::from_bits(bits | sign)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fp8_code_survives_a_round_trip() {
+        for format in [Format::E4m3, Format::E5m2] {
+            for code in 0..256 {
+                let value = format.decode(code);
+                if value.is_nan() {
+                    assert_eq!(format.encode(value), 0x7f);
+                } else if value.is_finite() {
+                    assert_eq!(format.encode(value), code, "{format} {code:#x} {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_16_bit_code_survives_a_round_trip() {
+        for format in [Format::Bf16, Format::F16] {
+            for code in 0..=0xffff {
+                let value = format.decode(code);
+                if !value.is_nan() {
+                    assert_eq!(format.encode(value), code, "{format} {code:#x} {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_give_back_the_value_exactly() {
+        for format in [Format::Bf16, Format::F16, Format::E4m3, Format::E5m2] {
+            for code in 0..1u32 << (8 * format.bytes()) {
+                let value = f64::from(format.decode(code));
+                match format.parts(code) {
+                    Parts::Finite { significand, exponent } => {
+                        let unit = f64::powi(2.0, exponent - format.fraction_bits() as i32);
+                        assert_eq!(f64::from(significand) * unit, value, "{format} {code:#x}");
+                        assert!(exponent >= format.min_exponent());
+                    }
+                    Parts::Infinite { negative } => {
+                        assert!(value.is_infinite() && (value < 0.0) == negative);
+                    }
+                    Parts::Nan => assert!(value.is_nan()),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fp8_rounds_to_nearest_even_for_every_pair_of_neighbours() {
+        for format in [Format::E4m3, Format::E5m2] {
+            for code in 0..0x7f {
+                let (low, high) = (format.decode(code), format.decode(code + 1));
+                if !high.is_finite() {
+                    break;
+                }
+                let middle = (low + high) / 2.0;
+                let even = code + (code & 1);
+                assert_eq!(format.encode(middle), even, "{format} {middle}");
+                assert_eq!(format.encode(-middle), even | 0x80);
+                assert_eq!(format.encode(f32::from_bits(middle.to_bits() - 1)), code);
+                assert_eq!(format.encode(f32::from_bits(middle.to_bits() + 1)), code + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_as_the_half_crate_does() {
+        for high in 0..=0xffffu32 {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(high << 16 | low);
+                if !value.is_nan() {
+                    assert_eq!(bf16_from_f32(value), half::bf16::from_f32(value).to_bits());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fp8_saturates_and_16_bit_formats_overflow() {
+        assert_eq!(Format::E4m3.encode(465.0), 0x7e);
+        assert_eq!(Format::E4m3.encode(f32::NEG_INFINITY), 0xfe);
+        assert_eq!(Format::E5m2.encode(1e9), 0x7b);
+        assert_eq!(Format::E5m2.encode(f32::INFINITY), 0x7b);
+        assert_eq!(Format::F16.encode(65520.0), 0x7c00);
+        assert_eq!(Format::Bf16.encode(f32::MAX), 0x7f80);
+        assert_eq!(Format::E4m3.encode(-0.0), 0x80);
+        assert_eq!(Format::E4m3.encode(-f32::NAN), 0x7f);
+    }
+
+    #[test]
+    fn tf32_rounds_ties_to_even_and_away_on_older_chips() {
+        let cases = [
+            (0x3f80_1000, 0x3f80_0000, 0x3f80_2000),
+            (0xbf80_1000, 0xbf80_0000, 0xbf80_2000),
+            (0x3f80_3000, 0x3f80_4000, 0x3f80_4000),
+            (0x3f80_0fff, 0x3f80_0000, 0x3f80_0000),
+            (0x3f80_1001, 0x3f80_2000, 0x3f80_2000),
+            (0x7f7f_ffff, 0x7f80_0000, 0x7f80_0000),
+            (0x7f80_0000, 0x7f80_0000, 0x7f80_0000),
+        ];
+        for (bits, even, away) in cases {
+            assert_eq!(Format::Tf32.encode(f32::from_bits(bits)), even, "{bits:#x}");
+            assert_eq!(tf32_ties_away(f32::from_bits(bits)), away, "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn names_parse_back() {
+        for format in Format::ALL {
+            assert_eq!(format.name().parse::<Format>().expect("a format's own name"), format);
+        }
+        assert!("fp7".parse::<Format>().is_err());
+    }
 }

@@ -9,11 +9,20 @@ pub mod metric;
 pub mod op;
 pub mod tensor;
 
-// Weights: GGUF and safetensors, hyperparameters, tokenizers, synthetic models.
-pub mod model;
+// Beside everything: the user's wish to stop.
+pub mod interrupt;
 
 // 1 TOML to checked stages and contracts, all problems at once.
 pub mod manifest;
 
-// 2 The stages as a directed acyclic graph: order, levels, selections.
+// 2 The order of the stages.
 pub mod graph;
+
+// 3 Weights, configuration, tokenizer, synthetic models.
+pub mod model;
+
+// 4 One op on one arm.
+pub mod compute;
+
+// Beside: `runner chip`.
+pub mod chip_command;

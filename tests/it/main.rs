@@ -3,3 +3,4 @@
 
 mod manifest;
 mod model;
+mod tensor_cores;

@@ -1,0 +1,431 @@
+//! `runner chip`: list the chips, check hardware vectors, multiply two tensors
+//! as a chip would.
+//!
+//! It knows options that are parsed already and a place to write to; not the
+//! command line, and no arithmetic of its own.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
+use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
+use crate::compute::emulated::identify::{grouped, identify};
+use crate::compute::emulated::quantize::{CodeData, Codes, CodesError, absmax, scale_for};
+use crate::compute::emulated::schedule::Schedule;
+use crate::compute::emulated::vectors::{VectorAccumulator, VectorError, verify_folder};
+use crate::dtype::Format;
+use crate::op::ChipName;
+use crate::tensor::Tensor;
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub enum ChipCommand {
+    /// Chips, formats and their arithmetic.
+    List,
+    /// Check a folder of hardware vectors.
+    Verify {
+        /// The folder; one safetensors file per chip.
+        folder: PathBuf,
+    },
+    /// `y = x w^T` as a chip computes it.
+    Multiply(Box<Multiply>),
+}
+
+/// A tensor in a safetensors file.
+#[derive(Clone, Debug)]
+pub struct TensorRef {
+    /// The file.
+    pub file: PathBuf,
+    /// The tensor's name in it.
+    pub tensor: String,
+}
+
+/// One operand of a multiplication.
+#[derive(Clone, Debug)]
+pub struct MultiplyOperand {
+    /// A matrix of rows of K elements.
+    pub source: TensorRef,
+    /// The format to multiply in; none is the tensor's own. An f32 tensor is
+    /// converted, a tensor of bytes holds FP8 codes.
+    pub format: Option<Format>,
+    /// The scale; none is 1, or absmax over the largest finite value where f32
+    /// is converted to FP8.
+    pub scale: Option<f32>,
+}
+
+/// What to multiply and how.
+#[derive(Clone, Debug)]
+pub struct Multiply {
+    /// x, `[N, K]`.
+    pub x: MultiplyOperand,
+    /// w, `[M, K]`.
+    pub w: MultiplyOperand,
+    /// Whose arithmetic.
+    pub chip: ChipName,
+    /// The schedule; of no use where there are observed outputs.
+    pub schedule: Schedule,
+    /// Type of the outputs: f32, bf16 or f16.
+    pub output: Format,
+    /// Outputs of a device, `[N, M]`, whose schedule is to be identified.
+    pub observed: Option<TensorRef>,
+    /// Where to write `y`, `[N, M]` in f32.
+    pub save: Option<PathBuf>,
+}
+
+/// What came of it, for the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChipOutcome {
+    /// Done, and what was compared is equal.
+    Pass,
+    /// What was compared differs.
+    Falsified,
+}
+
+/// A chip command that cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum ChipCommandError {
+    /// The vectors cannot be read.
+    #[error(transparent)]
+    Vectors(#[from] VectorError),
+    /// The product cannot be computed.
+    #[error(transparent)]
+    Gemm(#[from] GemmError),
+    /// The codes have no usable shape.
+    #[error(transparent)]
+    Codes(#[from] CodesError),
+    /// A file that cannot be read or written.
+    #[error("cannot {action} `{path}`: {source}")]
+    File {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it cannot be.
+        source: std::io::Error,
+    },
+    /// A file or tensor that is not what it should be.
+    #[error("`{path}`: {problem}")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The chip has no unit for these formats.
+    #[error("{chip:?} does not multiply {x} by {w}; `runner chip list` shows what it does")]
+    Unsupported {
+        /// The chip.
+        chip: ChipName,
+        /// Format of x.
+        x: Format,
+        /// Format of w.
+        w: Format,
+    },
+    /// The report cannot be written.
+    #[error("cannot write the report: {0}")]
+    Report(#[from] std::io::Error),
+}
+
+/// Carries out a command and writes its report to `out`.
+///
+/// # Errors
+/// If a file cannot be read, or the product cannot be computed.
+pub fn run(command: &ChipCommand, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
+    match command {
+        ChipCommand::List => list(out),
+        ChipCommand::Verify { folder } => verify(folder, out),
+        ChipCommand::Multiply(multiply) => self::multiply(multiply, out),
+    }
+}
+
+fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
+    writeln!(
+        out,
+        "{:<10} {:<16} {:<12} {:>9} {:>5} {:>5}",
+        "chip", "products", "formats", "per block", "F", "R"
+    )?;
+    for row in &CHIPS {
+        for unit in row.units {
+            let Unit::TensorCore(core) = unit.unit else { continue };
+            let formats: Vec<&str> = unit.formats.iter().map(|format| format.name()).collect();
+            let block = if core.blocks > 1 {
+                format!("{} x {}", core.blocks, core.products)
+            } else {
+                core.products.to_string()
+            };
+            writeln!(
+                out,
+                "{:<10} {:<16} {:<12} {block:>9} {:>5} {:>5}",
+                chip_name(row),
+                row.products.join(", "),
+                formats.join(", "),
+                core.alignment_bits,
+                core.result_bits
+            )?;
+        }
+    }
+    writeln!(out)?;
+    writeln!(
+        out,
+        "per block: products that are added at once, after the blocks of an instruction"
+    )?;
+    writeln!(out, "F: fraction bits of an aligned addend; R: fraction bits of the sum")?;
+    writeln!(out, "f32: every chip, sequential fused multiply-adds on the CUDA cores")?;
+    Ok(ChipOutcome::Pass)
+}
+
+fn chip_name(chip: &Chip) -> String {
+    format!("{:?}", chip.name).to_lowercase()
+}
+
+fn verify(folder: &Path, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
+    let checks = verify_folder(folder, |core| core)?;
+    let (mut vectors, mut differ) = (0, 0);
+    for check in &checks {
+        let note = match check.accumulator {
+            VectorAccumulator::Instruction => "",
+            VectorAccumulator::Unused => "  (c not used)",
+            VectorAccumulator::AddedAfter => "  (c added after, in f32)",
+        };
+        writeln!(
+            out,
+            "{:<6} {:<5} {:>6} of {:>6} vectors differ{note}",
+            check.chip,
+            check.format,
+            grouped(check.mismatches),
+            grouped(check.vectors)
+        )?;
+        vectors += check.vectors;
+        differ += check.mismatches;
+    }
+    writeln!(
+        out,
+        "{} sets: {} of {} vectors differ",
+        checks.len(),
+        grouped(differ),
+        grouped(vectors)
+    )?;
+    Ok(if differ == 0 { ChipOutcome::Pass } else { ChipOutcome::Falsified })
+}
+
+fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
+    let (x_codes, x_scale) = read_operand(&options.x)?;
+    let (w_codes, w_scale) = read_operand(&options.w)?;
+    let (x_format, w_format) = (x_codes.format(), w_codes.format());
+    let chip = chip(options.chip);
+    let unit = chip.unit(x_format, w_format).ok_or(ChipCommandError::Unsupported {
+        chip: chip.name,
+        x: x_format,
+        w: w_format,
+    })?;
+    let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
+    let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
+    writeln!(
+        out,
+        "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
+         scale {w_scale}, as {4} does",
+        x_codes.rows(),
+        w_codes.rows(),
+        x_codes.rows(),
+        x_codes.width(),
+        chip_name(chip)
+    )?;
+    let mut schedule = options.schedule;
+    let mut outcome = ChipOutcome::Pass;
+    if let Some(source) = &options.observed {
+        let observed = read_values(source)?;
+        let identified = identify(unit, &x, &w, options.output, &observed)?;
+        writeln!(out, "{identified}")?;
+        if !identified.also.is_empty() {
+            let also: Vec<String> = identified.also.iter().map(Schedule::to_string).collect();
+            writeln!(out, "equally exact: {}", also.join("; "))?;
+        }
+        schedule = identified.schedule;
+        if !identified.is_exact() {
+            outcome = ChipOutcome::Falsified;
+        }
+    } else {
+        writeln!(out, "{schedule}, output {}", options.output)?;
+    }
+    if let Some(path) = &options.save {
+        let y = gemm(unit, &schedule, &x, &w, options.output)?;
+        save(path, &y)?;
+        writeln!(out, "y written to `{}`", path.display())?;
+    }
+    Ok(outcome)
+}
+
+/// A matrix as it lies in a file.
+struct RawMatrix {
+    dtype: Dtype,
+    rows: usize,
+    width: usize,
+    data: Vec<u8>,
+}
+
+fn read_matrix(source: &TensorRef) -> Result<RawMatrix, ChipCommandError> {
+    let path = &source.file;
+    let content = |problem| ChipCommandError::Content { path: path.clone(), problem };
+    let bytes = std::fs::read(path).map_err(|source| ChipCommandError::File {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| content(error.to_string()))?;
+    let view = file.tensor(&source.tensor).map_err(|_| {
+        content(format!("no tensor `{}`; it has {}", source.tensor, file.names().join(", ")))
+    })?;
+    let &[rows, width] = view.shape() else {
+        return Err(content(format!(
+            "tensor `{}` has shape {:?}; a product needs matrices",
+            source.tensor,
+            view.shape()
+        )));
+    };
+    if rows == 0 || width == 0 {
+        return Err(content(format!("tensor `{}` is empty", source.tensor)));
+    }
+    Ok(RawMatrix { dtype: view.dtype(), rows, width, data: view.data().to_vec() })
+}
+
+fn unreadable(source: &TensorRef, dtype: Dtype, wanted: &str) -> ChipCommandError {
+    let problem = format!("tensor `{}` of type {dtype} cannot be read as {wanted}", source.tensor);
+    ChipCommandError::Content { path: source.file.clone(), problem }
+}
+
+/// The format whose codes a tensor of that type holds.
+fn format_of(dtype: Dtype) -> Option<Format> {
+    match dtype {
+        Dtype::F32 => Some(Format::F32),
+        Dtype::BF16 => Some(Format::Bf16),
+        Dtype::F16 => Some(Format::F16),
+        Dtype::F8_E4M3 => Some(Format::E4m3),
+        Dtype::F8_E5M2 => Some(Format::E5m2),
+        _ => None,
+    }
+}
+
+fn read_operand(operand: &MultiplyOperand) -> Result<(Codes, f32), ChipCommandError> {
+    let matrix = read_matrix(&operand.source)?;
+    let format = operand
+        .format
+        .or_else(|| format_of(matrix.dtype))
+        .ok_or_else(|| unreadable(&operand.source, matrix.dtype, "an operand without a format"))?;
+    let own =
+        format_of(matrix.dtype) == Some(format) || (matrix.dtype == Dtype::U8 && format.is_fp8());
+    if own {
+        let data = match format.bytes() {
+            1 => CodeData::Bits8(matrix.data),
+            2 => CodeData::Bits16(words16(&matrix.data)),
+            _ => CodeData::Bits32(words32(&matrix.data)),
+        };
+        let codes = Codes::new(format, matrix.rows, matrix.width, data)?;
+        return Ok((codes, operand.scale.unwrap_or(1.0)));
+    }
+    if matrix.dtype != Dtype::F32 {
+        return Err(unreadable(&operand.source, matrix.dtype, format.name()));
+    }
+    let values: Vec<f32> = words32(&matrix.data).into_iter().map(f32::from_bits).collect();
+    let scale = operand.scale.unwrap_or_else(|| scale_for(format, absmax(&values)));
+    Ok((Codes::quantize(format, matrix.width, &values, scale)?, scale))
+}
+
+fn read_values(source: &TensorRef) -> Result<Tensor, ChipCommandError> {
+    let matrix = read_matrix(source)?;
+    let values = match matrix.dtype {
+        Dtype::F32 => words32(&matrix.data).into_iter().map(f32::from_bits).collect(),
+        Dtype::BF16 | Dtype::F16 => {
+            let format = if matrix.dtype == Dtype::BF16 { Format::Bf16 } else { Format::F16 };
+            words16(&matrix.data).into_iter().map(|code| format.decode(u32::from(code))).collect()
+        }
+        other => return Err(unreadable(source, other, "outputs of f32, bf16 or f16")),
+    };
+    Ok(Tensor::new(matrix.width, values))
+}
+
+fn words16(bytes: &[u8]) -> Vec<u16> {
+    bytes.as_chunks().0.iter().map(|&word| u16::from_le_bytes(word)).collect()
+}
+
+fn words32(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
+}
+
+fn save(path: &Path, y: &Tensor) -> Result<(), ChipCommandError> {
+    let content = |problem: String| ChipCommandError::Content { path: path.to_owned(), problem };
+    let bytes = y.to_le_bytes();
+    let view = TensorView::new(Dtype::F32, vec![y.rows(), y.width()], &bytes)
+        .map_err(|error| content(error.to_string()))?;
+    let file =
+        safetensors::serialize([("y", view)], None).map_err(|error| content(error.to_string()))?;
+    std::fs::write(path, file).map_err(|source| ChipCommandError::File {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(command: &ChipCommand) -> (ChipOutcome, String) {
+        let mut out = Vec::new();
+        let outcome = run(command, &mut out).expect("a command that can be carried out");
+        (outcome, String::from_utf8(out).expect("text"))
+    }
+
+    #[test]
+    fn the_list_shows_every_chip_and_format() {
+        let (outcome, text) = text(&ChipCommand::List);
+        assert_eq!(outcome, ChipOutcome::Pass);
+        for word in ["volta", "ampere", "ada", "hopper", "blackwell", "e4m3, e5m2", "2 x 16"] {
+            assert!(text.contains(word), "{word} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_product_is_saved_and_its_schedule_found_again() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("in.safetensors");
+        let values: Vec<u8> =
+            (0..4 * 256).flat_map(|i| ((i * 37 % 101) as f32 - 50.0).to_le_bytes()).collect();
+        let view = |rows: usize| {
+            TensorView::new(Dtype::F32, vec![rows, 256], &values[..rows * 256 * 4]).expect("a view")
+        };
+        let bytes = safetensors::serialize([("x", view(2)), ("w", view(4))], None).expect("a file");
+        std::fs::write(&file, bytes).expect("a file in the temporary folder");
+
+        let operand = |tensor: &str| MultiplyOperand {
+            source: TensorRef { file: file.clone(), tensor: tensor.to_owned() },
+            format: Some(Format::E4m3),
+            scale: None,
+        };
+        let y = folder.path().join("y.safetensors");
+        let mut options = Multiply {
+            x: operand("x"),
+            w: operand("w"),
+            chip: ChipName::Auto,
+            schedule: Schedule::PROMOTED,
+            output: Format::F32,
+            observed: None,
+            save: Some(y.clone()),
+        };
+        let (_, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));
+        assert!(report.contains("as hopper does\npromoted, split-K 1"), "{report}");
+
+        options.observed = Some(TensorRef { file: y, tensor: "y".to_owned() });
+        options.save = None;
+        let (outcome, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));
+        assert_eq!(outcome, ChipOutcome::Pass);
+        assert!(report.contains("0 of 8 outputs differ"), "{report}");
+
+        options.w.source.tensor = "v".to_owned();
+        let error = run(&ChipCommand::Multiply(Box::new(options)), &mut Vec::new())
+            .expect_err("no such tensor");
+        assert!(error.to_string().contains("no tensor `v`"), "{error}");
+    }
+}

@@ -1,0 +1,10 @@
+//! The emulated arm: bit for bit what a chip's arithmetic prescribes.
+
+pub mod chip;
+pub mod schedule;
+pub mod quantize;
+pub mod tensor_core;
+pub mod simd;
+pub mod gemm;
+pub mod identify;
+pub mod vectors;

@@ -1,0 +1,3 @@
+//! One op on one arm.
+
+pub mod emulated;

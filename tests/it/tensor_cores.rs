@@ -1,0 +1,443 @@
+//! The emulated tensor cores against real ones: single instructions of eight
+//! chips, and whole GEMMs of an H200.
+//!
+//! The data is not part of the project; it lies in `shared/` beside the
+//! checkout. A missing folder is a failure, never a pass.
+
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+use runner::chip_command::{self, ChipCommand, ChipOutcome};
+use runner::compute::emulated::chip::{CHIPS, TensorCore, Unit, chip};
+use runner::compute::emulated::gemm::{
+    GemmError, Operand, Scales, gemm, gemm_prepared, prepare_for,
+};
+use runner::compute::emulated::identify::{identify, mismatches};
+use runner::compute::emulated::quantize::{CodeData, Codes};
+use runner::compute::emulated::schedule::Schedule;
+use runner::compute::emulated::simd::Kernel;
+use runner::compute::emulated::vectors::verify_folder;
+use runner::dtype::Format;
+use runner::op::ChipName;
+use runner::tensor::Tensor;
+use safetensors::SafeTensors;
+
+fn shared(name: &str) -> PathBuf {
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")).join(name);
+    assert!(
+        path.exists(),
+        "the test data `{}` is missing: put the shared folder beside the checkout",
+        path.display()
+    );
+    path
+}
+
+#[test]
+fn every_hardware_vector_of_every_chip_is_met_to_the_bit() {
+    let checks = verify_folder(&shared("tensor-core-vectors"), |core| core).expect("vectors");
+    let sets: Vec<String> =
+        checks.iter().map(|check| format!("{} {}", check.chip, check.format)).collect();
+    assert_eq!(
+        sets,
+        [
+            "A100 bf16",
+            "A100 f16",
+            "A100 tf32",
+            "A2 bf16",
+            "A2 f16",
+            "A2 tf32",
+            "Ada e4m3",
+            "Ada e5m2",
+            "Ada bf16",
+            "Ada f16",
+            "Ada tf32",
+            "B200 e4m3",
+            "B200 e5m2",
+            "B200 bf16",
+            "B200 f16",
+            "B200 tf32",
+            "H100 e4m3",
+            "H100 e5m2",
+            "H100 bf16",
+            "H100 f16",
+            "H100 tf32",
+            "H200 e4m3",
+            "H200 e5m2",
+            "H200 bf16",
+            "H200 f16",
+            "H200 tf32",
+            "L40S e4m3",
+            "L40S e5m2",
+            "L40S bf16",
+            "L40S f16",
+            "L40S tf32",
+            "V100 f16"
+        ]
+    );
+    for check in checks {
+        assert_eq!((check.vectors, check.mismatches), (5000, 0), "{check:?}");
+    }
+}
+
+#[test]
+fn one_bit_more_or_less_of_alignment_breaks_the_match_with_the_vectors() {
+    let folder = shared("tensor-core-vectors");
+    for (name, change) in [("F - 1", -1i32), ("F + 1", 1)] {
+        let checks = verify_folder(&folder, |core| TensorCore {
+            alignment_bits: core.alignment_bits.wrapping_add_signed(change),
+            ..core
+        })
+        .expect("vectors");
+        for check in checks {
+            // FP8 products of B200's vectors fit into far fewer than its 25 bits.
+            if !(check.chip == "B200" && check.format.is_fp8()) {
+                assert!(check.mismatches > 50, "{name} {check:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn another_block_breaks_the_match_with_the_vectors() {
+    let checks =
+        verify_folder(&shared("tensor-core-vectors"), |core| TensorCore { products: 2, ..core })
+            .expect("vectors");
+    for check in checks {
+        if !(check.chip == "B200" && check.format.is_fp8()) {
+            assert!(check.mismatches > 50, "{check:?}");
+        }
+    }
+}
+
+/// One captured GEMM: operands and what an H200 made of them.
+struct Capture {
+    x: Codes,
+    w: Codes,
+    x_scale: f32,
+    w_scale: f32,
+    /// Name, output type and values.
+    outputs: Vec<(String, Format, Tensor)>,
+}
+
+impl Capture {
+    fn operands(&self, name: &str) -> (Operand<'_>, Operand<'_>) {
+        let scale = |scale| Scales::Tensor(if name.ends_with("absmax") { scale } else { 1.0 });
+        (
+            Operand { codes: &self.x, scales: scale(self.x_scale) },
+            Operand { codes: &self.w, scales: scale(self.w_scale) },
+        )
+    }
+}
+
+fn captures() -> Vec<Capture> {
+    let bytes =
+        std::fs::read(shared("h200/gemm-captures.safetensors")).expect("the captures are readable");
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("safetensors");
+    let cases = &header.metadata().as_ref().expect("metadata")["cases"];
+    let cases: Vec<(String, String, usize, usize, usize, String, String)> =
+        serde_json::from_str(cases).expect("a list of cases");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    // The tf32 case was also multiplied without tf32, on the CUDA cores.
+    let without_tf32 = cases.iter().position(|case| case.0 == "tf32").expect("a tf32 case");
+    let as_f32 = {
+        let mut case = cases[without_tf32].clone();
+        (case.0, case.1) = ("f32".to_owned(), "f32".to_owned());
+        (without_tf32, case)
+    };
+    cases
+        .iter()
+        .cloned()
+        .enumerate()
+        .chain([as_f32])
+        .map(|(index, (w, x, m, n, k, _, _))| {
+            let tensor = |name: &str| file.tensor(&format!("c{index}.{name}"));
+            let codes = |name: &str, format: &str, rows: usize| {
+                let format: Format = format.parse().expect("a format");
+                let data = tensor(name).expect("an operand").data().to_vec();
+                let data = match format.bytes() {
+                    1 => CodeData::Bits8(data),
+                    2 => CodeData::Bits16(
+                        data.as_chunks().0.iter().map(|&code| u16::from_le_bytes(code)).collect(),
+                    ),
+                    // tf32 operands are captured as the f32 values given to PyTorch.
+                    _ => CodeData::Bits32(
+                        data.as_chunks()
+                            .0
+                            .iter()
+                            .map(|&code| format.encode(f32::from_le_bytes(code)))
+                            .collect(),
+                    ),
+                };
+                Codes::new(format, rows, k, data).expect("codes of the case's shape")
+            };
+            let scale = |name: &str| {
+                tensor(name).map_or(1.0, |scale| {
+                    f32::from_le_bytes(scale.data().try_into().expect("one f32"))
+                })
+            };
+            let prefix = format!("c{index}.y.");
+            let mut outputs: Vec<(String, Format, Tensor)> = file
+                .iter()
+                .filter_map(|(name, view)| {
+                    let name = name.strip_prefix(&prefix)?;
+                    if (name == "nontf32") != (w == "f32") {
+                        return None;
+                    }
+                    let format = match view.dtype() {
+                        safetensors::Dtype::F32 => Format::F32,
+                        safetensors::Dtype::BF16 => Format::Bf16,
+                        safetensors::Dtype::F16 => Format::F16,
+                        other => panic!("an output of type {other:?}"),
+                    };
+                    let values = view
+                        .data()
+                        .chunks(format.bytes())
+                        .map(|bytes| {
+                            let mut code = [0; 4];
+                            code[..bytes.len()].copy_from_slice(bytes);
+                            format.decode(u32::from_le_bytes(code))
+                        })
+                        .collect();
+                    Some((name.to_owned(), format, Tensor::new(m, values)))
+                })
+                .collect();
+            outputs.sort_by(|a, b| a.0.cmp(&b.0));
+            Capture {
+                x: codes("x", &x, n),
+                w: codes("w", &w, m),
+                x_scale: scale("x_scale"),
+                w_scale: scale("w_scale"),
+                outputs,
+            }
+        })
+        .collect()
+}
+
+fn hopper(x: &Codes, w: &Codes) -> Unit {
+    *chip(ChipName::Hopper).unit(x.format(), w.format()).expect("a format that Hopper multiplies")
+}
+
+#[test]
+fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
+    let mut found = Vec::new();
+    for (index, capture) in captures().iter().enumerate() {
+        let unit = hopper(&capture.x, &capture.w);
+        for (name, format, observed) in &capture.outputs {
+            let (x, w) = capture.operands(name);
+            let identified = identify(&unit, &x, &w, *format, observed).expect("a product");
+            println!("c{index}.{name}: {identified}");
+            assert!(identified.is_exact(), "c{index}.{name}: {identified}");
+            if name.contains("fast1") {
+                assert_eq!(identified.schedule.accumulate, runner::op::Accumulate::Fast);
+            }
+            found.push(identified);
+        }
+    }
+    // Five FP8 cases of six outputs; bf16 and f16 with native and with f32
+    // output; tf32 and f32.
+    assert_eq!(found.len(), 5 * 6 + 2 * 2 + 2);
+}
+
+/// Mismatches of a capture's output under a changed unit and schedule.
+fn mismatches_with(
+    capture: &Capture,
+    name: &str,
+    change_unit: impl Fn(TensorCore) -> TensorCore,
+    schedule: Schedule,
+) -> usize {
+    let (x, w) = capture.operands(name);
+    let Unit::TensorCore(core) = hopper(&capture.x, &capture.w) else { panic!("no tensor core") };
+    let (_, format, observed) =
+        capture.outputs.iter().find(|output| output.0 == name).expect("an output of that name");
+    let unit = Unit::TensorCore(change_unit(core));
+    mismatches(&gemm(&unit, &schedule, &x, &w, *format).expect("a product"), observed)
+}
+
+#[test]
+fn a_changed_f_block_or_promotion_interval_breaks_the_match_with_the_captures() {
+    let captures = captures();
+    let fp8 = &captures[1];
+    let (fast, promoted) = ("fast1.f32.absmax", "fast0.f32.absmax");
+    let same = |core| core;
+    assert_eq!(mismatches_with(fp8, fast, same, Schedule::FAST), 0);
+    assert_eq!(mismatches_with(fp8, promoted, same, Schedule::PROMOTED), 0);
+    for alignment_bits in [12, 14] {
+        let change = |core| TensorCore { alignment_bits, ..core };
+        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > 512, "F {alignment_bits}");
+    }
+    for products in [16, 64] {
+        let change = |core| TensorCore { products, ..core };
+        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > 512, "block {products}");
+    }
+    for promotion_interval in [64, 256] {
+        let schedule = Schedule { promotion_interval, ..Schedule::PROMOTED };
+        let broken = mismatches_with(fp8, promoted, same, schedule);
+        assert!(broken > 512, "promotion every {promotion_interval}: {broken}");
+    }
+}
+
+#[test]
+fn operands_that_do_not_fit_are_refused_with_a_reason() {
+    let codes = |format, rows, width| Codes::zeros(format, rows, width);
+    let (a, b) = (codes(Format::E4m3, 2, 64), codes(Format::E4m3, 3, 32));
+    let unit = *chip(ChipName::Hopper).unit(Format::E4m3, Format::E4m3).expect("hopper fp8");
+    let one = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+    let refused = |x: &Operand, w: &Operand, schedule: Schedule, output| {
+        gemm(&unit, &schedule, x, w, output).expect_err("refused").to_string()
+    };
+    assert!(refused(&one(&a), &one(&b), Schedule::FAST, Format::F32).contains("needs one K"));
+    assert!(refused(&one(&a), &one(&a), Schedule::FAST, Format::E4m3).contains("f32, bf16 or f16"));
+    for scale in [0.0, -1.0, f32::INFINITY, f32::NAN] {
+        let x = Operand { codes: &a, scales: Scales::Tensor(scale) };
+        let message = refused(&x, &one(&a), Schedule::FAST, Format::F32);
+        assert!(message.contains("positive finite"), "{message}");
+    }
+    let rows = Operand { codes: &a, scales: Scales::Row(vec![1.0; 3]) };
+    assert!(refused(&rows, &one(&a), Schedule::FAST, Format::F32).contains("needs 2 scales"));
+    let odd = Schedule { promotion_interval: 48, ..Schedule::PROMOTED };
+    assert!(refused(&one(&a), &one(&a), odd, Format::F32).contains("whole blocks"));
+    let bf16 = codes(Format::Bf16, 2, 64);
+    assert!(matches!(
+        gemm(&unit, &Schedule::FAST, &one(&a), &one(&bf16), Format::F32),
+        Err(GemmError::Formats { .. })
+    ));
+}
+
+#[test]
+fn chip_verify_reports_every_set_and_passes() {
+    let command = ChipCommand::Verify { folder: shared("tensor-core-vectors") };
+    let mut report = Vec::new();
+    let outcome = chip_command::run(&command, &mut report).expect("a folder of vectors");
+    let report = String::from_utf8(report).expect("text");
+    assert_eq!(outcome, ChipOutcome::Pass, "{report}");
+    assert!(report.ends_with("32 sets: 0 of 160,000 vectors differ\n"), "{report}");
+    let missing = ChipCommand::Verify { folder: "no/such/folder".into() };
+    let error = chip_command::run(&missing, &mut Vec::new()).expect_err("nothing there");
+    assert!(error.to_string().contains("`no/such/folder`"), "{error}");
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let words: Vec<u32> = (0..997u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+    let unit = *chip(ChipName::Hopper).unit(Format::E4m3, Format::E4m3).expect("hopper fp8");
+    let (x, w) =
+        (codes_of(Format::E4m3, 70, 640, &words, 6), codes_of(Format::E4m3, 50, 640, &words, 6));
+    let x = Operand { codes: &x, scales: Scales::Tensor(1.0) };
+    let w = Operand { codes: &w, scales: Scales::Tensor(1.0) };
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| gemm(&unit, &Schedule::FAST, &x, &w, Format::F32).expect("a product"))
+    };
+    let one = run(1);
+    for threads in [2, 5] {
+        assert_eq!(mismatches(&run(threads), &one), 0);
+    }
+}
+
+/// Every pair of formats that a chip multiplies, with its unit.
+fn all_units() -> Vec<(Format, Format, Unit)> {
+    let mut units = Vec::new();
+    for row in &CHIPS {
+        for x in Format::ALL {
+            for w in Format::ALL {
+                if let Some(unit) = row.unit(x, w) {
+                    units.push((x, w, *unit));
+                }
+            }
+        }
+    }
+    units
+}
+
+/// Codes with bits from `words`: any code where `reach` is 0, else values within
+/// that many binary orders of magnitude, some zero.
+fn codes_of(format: Format, rows: usize, width: usize, words: &[u32], reach: i32) -> Codes {
+    let code = |index: usize| {
+        let word = words[index % words.len()].rotate_left((index / words.len()) as u32);
+        if reach == 0 {
+            return word;
+        }
+        let spread = (word & 0xff) as i32 % (2 * reach) - reach;
+        let value = ((word >> 8) as f32 / (1 << 23) as f32 - 1.0) * f32::powi(2.0, spread);
+        // Zeros of both signs.
+        format.encode(if word & 0x700 == 0 { 0.0f32.copysign(value) } else { value })
+    };
+    let count = rows * width;
+    let data = match format.bytes() {
+        1 => CodeData::Bits8((0..count).map(|index| code(index) as u8).collect()),
+        2 => CodeData::Bits16((0..count).map(|index| code(index) as u16).collect()),
+        _ if format == Format::Tf32 => {
+            CodeData::Bits32((0..count).map(|index| code(index) & 0xffff_e000).collect())
+        }
+        _ => CodeData::Bits32((0..count).map(code).collect()),
+    };
+    Codes::new(format, rows, width, data).expect("codes")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_the_definition(
+        words in prop::collection::vec(any::<u32>(), 61..400),
+        shape in (1usize..4, 1usize..20, 1usize..400),
+        reach in prop::sample::select(vec![0, 3, 8, 8, 8, 40, 120]),
+        split_k in 1u32..4,
+        promoted in any::<bool>(),
+        blocks in any::<bool>(),
+    ) {
+        let (n, m, k) = shape;
+        let base = if promoted { Schedule::PROMOTED } else { Schedule::FAST };
+        let schedule = base.with_split_k(split_k);
+        for (x_format, w_format, unit) in all_units() {
+            let x = codes_of(x_format, n, k, &words, reach);
+            let w = codes_of(w_format, m, k, &words[7..], reach);
+            let scales = |rows: usize| if blocks {
+                let scales = (0..rows * k.div_ceil(128)).map(|i| 0.5 + i as f32).collect();
+                Scales::Block128 { rows_per_block: 1, first_row: 0, scales }
+            } else {
+                Scales::Tensor(0.37)
+            };
+            let x = Operand { codes: &x, scales: scales(n) };
+            let w = Operand { codes: &w, scales: scales(m) };
+            let run = |kernel| {
+                let prepared = prepare_for(kernel, &unit, &x).expect("an operand");
+                gemm_prepared(&schedule, &prepared, &w, Format::F32).expect("a product")
+            };
+            let expected = run(Kernel::PLAIN);
+            for kernel in Kernel::available() {
+                prop_assert_eq!(
+                    mismatches(&run(kernel), &expected), 0,
+                    "{} {} x {} {:?} {:?}", kernel.name(), x_format, w_format, unit, shape
+                );
+            }
+        }
+    }
+}
+
+/// `tests/fixtures/fp8.json`, written by `python3 scripts/fp8_fixture.py`.
+#[derive(serde::Deserialize)]
+struct Fp8Fixture {
+    decoded: Vec<u32>,
+    inputs: Vec<u32>,
+    encoded: Vec<u32>,
+}
+
+#[test]
+fn fp8_codes_and_values_convert_as_ml_dtypes_converts_them() {
+    let text = include_str!("../fixtures/fp8.json");
+    let fixture: std::collections::BTreeMap<String, Fp8Fixture> =
+        serde_json::from_str(text).expect("the fixture");
+    assert_eq!(fixture.len(), 2);
+    for (name, cases) in fixture {
+        let format: Format = name.parse().expect("a format");
+        assert_eq!(cases.decoded.len(), 256);
+        for (code, &bits) in (0..).zip(&cases.decoded) {
+            let (ours, theirs) = (format.decode(code), f32::from_bits(bits));
+            assert!(ours.to_bits() == bits || (ours.is_nan() && theirs.is_nan()), "{code:#x}");
+        }
+        for (&bits, &code) in cases.inputs.iter().zip(&cases.encoded) {
+            let value = f32::from_bits(bits);
+            assert_eq!(format.encode(value), code, "{format} {value}");
+        }
+    }
+}
