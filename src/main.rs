@@ -1,1 +1,3 @@
+//! Parses, runs, and ends the process with the exit code.
+
 fn main() {}

@@ -81,6 +81,36 @@ pub enum ChipName {
     Blackwell,
 }
 
+impl ChipName {
+    /// All names, oldest chip first.
+    pub const ALL: [ChipName; 6] = [
+        ChipName::Auto,
+        ChipName::Volta,
+        ChipName::Ampere,
+        ChipName::Ada,
+        ChipName::Hopper,
+        ChipName::Blackwell,
+    ];
+
+    /// The name that manifests, commands and reports use.
+    pub fn name(self) -> &'static str {
+        match self {
+            ChipName::Auto => "auto",
+            ChipName::Volta => "volta",
+            ChipName::Ampere => "ampere",
+            ChipName::Ada => "ada",
+            ChipName::Hopper => "hopper",
+            ChipName::Blackwell => "blackwell",
+        }
+    }
+}
+
+impl std::fmt::Display for ChipName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// The arithmetic under test. Emulated and device arms always share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

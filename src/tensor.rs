@@ -61,6 +61,11 @@ impl Tensor {
         &mut self.data
     }
 
+    /// Gives up the values, row by row.
+    pub fn into_data(self) -> Vec<f32> {
+        self.data
+    }
+
     /// The values as little-endian bytes, the way safetensors keeps them.
     pub fn to_le_bytes(&self) -> Vec<u8> {
         self.data.iter().flat_map(|value| value.to_le_bytes()).collect()

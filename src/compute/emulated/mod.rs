@@ -1,6 +1,9 @@
 //! The emulated arm: bit for bit what a chip's arithmetic prescribes.
 
+pub mod arm;
 pub mod chip;
+pub mod dequant;
+pub mod kernels;
 pub mod schedule;
 pub mod quantize;
 pub mod tensor_core;

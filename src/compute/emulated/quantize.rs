@@ -248,6 +248,16 @@ impl CodesRowMut<'_> {
         }
     }
 
+    /// `count` codes of the row from `first` on.
+    pub fn slice(&mut self, first: usize, count: usize) -> CodesRowMut<'_> {
+        let range = first..first + count;
+        match self {
+            CodesRowMut::Bits8(codes) => CodesRowMut::Bits8(&mut codes[range]),
+            CodesRowMut::Bits16(codes) => CodesRowMut::Bits16(&mut codes[range]),
+            CodesRowMut::Bits32(codes) => CodesRowMut::Bits32(&mut codes[range]),
+        }
+    }
+
     /// Number of codes.
     pub fn len(&self) -> usize {
         match self {

@@ -1,0 +1,290 @@
+//! Runs a stage's op on an arm: one function per question that a run asks.
+//!
+//! It knows ops and models; why somebody wants the result, and where it is
+//! kept, is not its concern.
+
+use std::collections::BTreeMap;
+
+use super::emulated::arm::Emulated;
+use super::floor::Floor;
+use super::forward::{Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight};
+use super::reference::Reference;
+use super::{ComputeError, Ops, cuda};
+use crate::model::Model;
+use crate::op::{Arm, Capture, Op, Recipe, Site, site_of_norm, site_of_projection};
+use crate::tensor::Tensor;
+
+/// Everything that a stage's op reads.
+pub struct Task<'a> {
+    /// What to compute.
+    pub op: &'a Op,
+    /// The weights.
+    pub model: &'a Model,
+    /// The prompt.
+    pub tokens: &'a [u32],
+    /// The input, for ops that read another stage's tensor.
+    pub input: Option<&'a Tensor>,
+}
+
+/// What an arm made of a stage.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Output {
+    /// The sites' tensors, in the order of the flow.
+    pub sites: Vec<(Site, Tensor)>,
+    /// The greedily decoded tokens, where the op asks for them.
+    pub greedy: Option<Greedy>,
+    /// For each site, the elements whose bits any repeat changed; empty without repeats.
+    pub repeats: BTreeMap<Site, u64>,
+    /// The arithmetic that ran, in words.
+    pub arithmetic: String,
+}
+
+impl Output {
+    /// The tensor of a site.
+    pub fn site(&self, site: &Site) -> Option<&Tensor> {
+        self.sites.iter().find(|(name, _)| name == site).map(|(_, tensor)| tensor)
+    }
+}
+
+/// Makes arms. The shipped one is [`Shipped`]; a test or a planted bug brings its own.
+pub trait Workshop: Sync {
+    /// What distinguishes these arms from the shipped ones; part of every cache key.
+    fn name(&self) -> &str;
+
+    /// The ops of an arm under a recipe, and its arithmetic in words.
+    ///
+    /// # Errors
+    /// If the arm cannot compute the recipe.
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError>;
+
+    /// Why an arm cannot run on this machine; `None` if it can.
+    fn unavailable(&self, arm: Arm) -> Option<String>;
+}
+
+/// The arms as they ship.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shipped;
+
+impl Workshop for Shipped {
+    fn name(&self) -> &str {
+        "shipped"
+    }
+
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+        match arm {
+            Arm::Reference => {
+                Ok((Box::new(Reference), "f64 over the dequantised weights".to_owned()))
+            }
+            Arm::Emulated => {
+                let emulated = Emulated::new(recipe)?;
+                let arithmetic = emulated.describe();
+                Ok((Box::new(emulated), arithmetic))
+            }
+            Arm::Device => Err(ComputeError::Recipe(cuda::why_unavailable())),
+        }
+    }
+
+    fn unavailable(&self, arm: Arm) -> Option<String> {
+        match arm {
+            Arm::Reference | Arm::Emulated => None,
+            Arm::Device => Some(cuda::why_unavailable()),
+        }
+    }
+}
+
+/// Computes a stage on an arm, as often as the op says.
+///
+/// # Errors
+/// If the model, the shapes or the recipe do not allow it.
+pub fn compute(
+    task: &Task<'_>,
+    ops: &dyn Ops,
+    arithmetic: String,
+    progress: &mut dyn FnMut(&Site),
+) -> Result<Output, ComputeError> {
+    let mut output = once(task, ops, progress)?;
+    output.arithmetic = arithmetic;
+    for _ in 1..task.op.repeats() {
+        let repeat = once(task, ops, progress)?;
+        for ((site, first), (_, again)) in output.sites.iter().zip(&repeat.sites) {
+            let pairs = first.data().iter().zip(again.data());
+            let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count() as u64;
+            *output.repeats.entry(site.clone()).or_default() += differ;
+        }
+    }
+    Ok(output)
+}
+
+fn once(
+    task: &Task<'_>,
+    ops: &dyn Ops,
+    progress: &mut dyn FnMut(&Site),
+) -> Result<Output, ComputeError> {
+    match task.op {
+        Op::Forward { capture, decode, .. } => {
+            let mut cache = KvCache::new(task.model.config());
+            let mut recorder = Recorder { capture: *capture, sites: Vec::new(), progress };
+            let logits = forward(task.model, ops, task.tokens, &mut cache, &mut recorder)?;
+            let sites = recorder.sites;
+            let greedy = match *decode {
+                0 => None,
+                count => {
+                    let count = count as usize;
+                    Some(decode_greedily(task.model, ops, &logits, &mut cache, count)?)
+                }
+            };
+            Ok(Output { sites, greedy, ..Output::default() })
+        }
+        op => {
+            let mut sites = Vec::new();
+            for unit in units(op) {
+                let tensor = single(task, ops, &unit)?;
+                progress(&unit.site);
+                sites.push((unit.site, tensor));
+            }
+            Ok(Output { sites, ..Output::default() })
+        }
+    }
+}
+
+/// The reference computed op by op on a subject's own inputs: the local truth
+/// at each site, from which the subject's local error follows.
+///
+/// # Errors
+/// If a site that an op would read was not recorded.
+pub fn anchored(task: &Task<'_>, subject: &Output) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+    on_recorded(task, &Reference, subject)
+}
+
+/// The predicted deviation of every GEMM's outputs, from the subject's own inputs.
+///
+/// # Errors
+/// As [`anchored`], and if the recipe cannot be computed.
+pub fn floors(
+    task: &Task<'_>,
+    recipe: &Recipe,
+    subject: &Output,
+) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+    let floor = Floor::new(recipe)?;
+    let mut sites = on_recorded(task, &floor, subject)?;
+    sites.retain(|(site, _)| is_gemm(site));
+    Ok(sites)
+}
+
+/// Whether a GEMM makes this site.
+pub fn is_gemm(site: &Site) -> bool {
+    let projections = crate::op::LAYER_PROJECTIONS;
+    match crate::op::in_layer(&site.0) {
+        Some((_, name)) => projections.iter().any(|(_, projected)| *projected == name),
+        None => site.0 == "logits",
+    }
+}
+
+fn on_recorded(
+    task: &Task<'_>,
+    ops: &dyn Ops,
+    subject: &Output,
+) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+    match task.op {
+        Op::Forward { capture: Capture::EverySite, .. } => {
+            let recorded = subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
+            let mut anchor = Anchor { recorded, local: Vec::new() };
+            let mut cache = KvCache::new(task.model.config());
+            forward(task.model, ops, task.tokens, &mut cache, &mut anchor)?;
+            Ok(anchor.local)
+        }
+        // Only the logits are known: there is nothing to anchor on.
+        Op::Forward { capture: Capture::Logits, .. } => Ok(Vec::new()),
+        op => units(op)
+            .into_iter()
+            .map(|unit| Ok((unit.site.clone(), single(task, ops, &unit)?)))
+            .collect(),
+    }
+}
+
+/// One op of a stage that is not a forward pass.
+struct UnitOp {
+    site: Site,
+    weight: String,
+}
+
+fn units(op: &Op) -> Vec<UnitOp> {
+    let unit = |weight: &String, site: Option<Site>| UnitOp {
+        site: site.unwrap_or_else(|| Site(weight.clone())),
+        weight: weight.clone(),
+    };
+    match op {
+        Op::Forward { .. } => Vec::new(),
+        Op::Embed { weight } => vec![unit(weight, Some(Site("embed".to_owned())))],
+        Op::RmsNorm { weight, .. } => vec![unit(weight, site_of_norm(weight))],
+        Op::Matmul { weights, .. } => {
+            weights.iter().map(|weight| unit(weight, site_of_projection(weight))).collect()
+        }
+    }
+}
+
+fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, ComputeError> {
+    let model = task.model;
+    let name = match unit.weight.as_str() {
+        "output" => output_weight(model).to_owned(),
+        weight => format!("{weight}.weight"),
+    };
+    let weight = model.tensor(&name)?;
+    let input = || task.input.ok_or_else(|| ComputeError::NotRecorded(unit.site.0.clone()));
+    match task.op {
+        Op::Embed { .. } => ops.embed(weight, task.tokens),
+        Op::RmsNorm { .. } => ops.rms_norm(input()?, weight, model.config().rms_norm_eps),
+        Op::Matmul { .. } => ops.matmul(input()?, weight, bias_of(model, &unit.weight)?),
+        Op::Forward { .. } => Err(ComputeError::NotRecorded(unit.site.0.clone())),
+    }
+}
+
+/// Keeps the sites that were asked for.
+struct Recorder<'a> {
+    capture: Capture,
+    sites: Vec<(Site, Tensor)>,
+    progress: &'a mut dyn FnMut(&Site),
+}
+
+impl Sites for Recorder<'_> {
+    fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
+        (self.progress)(&site);
+        if self.capture == Capture::EverySite || site.0 == "logits" {
+            self.sites.push((site, tensor.clone()));
+        }
+        Ok(tensor)
+    }
+}
+
+/// Keeps what was computed, and lets the pass go on with what was recorded.
+struct Anchor<'a> {
+    recorded: BTreeMap<&'a Site, &'a Tensor>,
+    local: Vec<(Site, Tensor)>,
+}
+
+impl Sites for Anchor<'_> {
+    fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
+        let recorded = self.recorded.get(&site);
+        let recorded = recorded.ok_or_else(|| ComputeError::NotRecorded(site.0.clone()))?;
+        let next = Tensor::clone(recorded);
+        self.local.push((site, tensor));
+        Ok(next)
+    }
+}
+
+/// The names of the tensors that an op reads, for hashing; of those that exist.
+pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
+    let with_bias = |name: &str| {
+        let weight = match name {
+            "output" => output_weight(model).to_owned(),
+            name => format!("{name}.weight"),
+        };
+        [weight, format!("{name}.bias")]
+    };
+    let names: Vec<String> = match op {
+        Op::Forward { .. } => model.names().map(str::to_owned).collect(),
+        Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
+        Op::Matmul { weights, .. } => weights.iter().flat_map(|name| with_bias(name)).collect(),
+    };
+    names.into_iter().filter(|name| model.has(name)).collect()
+}

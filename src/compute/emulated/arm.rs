@@ -1,0 +1,376 @@
+//! The emulated arm: the recipe's arithmetic for every op.
+//!
+//! GEMMs go through the chip's tensor core, everything else through the f32
+//! sequences of `kernels.rs`. It knows no truth: it says what a chip returns,
+//! right or wrong.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+use super::chip::{Chip, Unit, chip};
+use super::gemm::{Operand, Scales, gemm_prepared, prepare};
+use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
+use super::schedule::Schedule;
+use super::{dequant, kernels};
+use crate::compute::vector::{Kernel, dispatch};
+use crate::compute::{
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
+    check_tokens, rope,
+};
+use crate::dtype::Format;
+use crate::model::{Rope, Weight};
+use crate::op::{ActivationScale, Recipe, WeightScale};
+use crate::tensor::Tensor;
+
+/// Elements of K, and rows of a weight, that share a block scale.
+const BLOCK: usize = 128;
+/// Rows of a weight that are decoded and converted at a time; a multiple of [`BLOCK`].
+const CHUNK_ROWS: usize = 256;
+
+/// The emulated arm of one recipe.
+pub struct Emulated {
+    recipe: Recipe,
+    chip: &'static Chip,
+    unit: Unit,
+    schedule: Schedule,
+    /// The absmax of each weight met so far, by name: an arm lives as long as
+    /// one model, and decoding meets every weight once per token.
+    absmax: Mutex<BTreeMap<String, f32>>,
+}
+
+impl Emulated {
+    /// The arm that computes as `recipe` prescribes.
+    ///
+    /// # Errors
+    /// If the chip does not have the format.
+    pub fn new(recipe: &Recipe) -> Result<Emulated, ComputeError> {
+        let chip = chip(recipe.chip);
+        let unit = *chip.unit(recipe.gemm, recipe.gemm).ok_or_else(|| {
+            ComputeError::Recipe(format!(
+                "the chip `{}` has no {} tensor core; choose another `chip` or `gemm`",
+                chip.name, recipe.gemm
+            ))
+        })?;
+        let schedule = Schedule::of(recipe);
+        Ok(Emulated { recipe: *recipe, chip, unit, schedule, absmax: Mutex::default() })
+    }
+
+    /// What a report says of the arithmetic.
+    pub fn describe(&self) -> String {
+        format!("{} {}, {}", self.chip.name, self.recipe.gemm, self.schedule)
+    }
+
+    /// Whether operands carry scales.
+    fn scaled(&self) -> bool {
+        self.recipe.gemm.is_fp8()
+    }
+
+    /// An activation's codes and scales.
+    pub fn quantise_activation(&self, x: &Tensor) -> (Codes, Scales) {
+        let format = self.recipe.gemm;
+        let scales = match self.recipe.scale.activation {
+            _ if !self.scaled() => Scales::Tensor(1.0),
+            ActivationScale::Tensor => Scales::Tensor(scale_for(format, absmax(x.data()))),
+            ActivationScale::Token => {
+                let rows = (0..x.rows()).map(|row| scale_for(format, absmax(x.row(row))));
+                Scales::Row(rows.collect())
+            }
+            ActivationScale::Block128 => Scales::Block128 {
+                rows_per_block: 1,
+                first_row: 0,
+                scales: block_scales(format, x.data(), x.width(), 1),
+            },
+        };
+        (self.convert(x.data(), x.width(), &scales), scales)
+    }
+
+    /// The codes and scales of some rows of a weight; `whole` is the absmax of
+    /// the whole weight.
+    pub fn quantise_weight_rows(&self, rows: &[f32], width: usize, whole: f32) -> (Codes, Scales) {
+        let format = self.recipe.gemm;
+        let scales = match self.recipe.scale.weight {
+            _ if !self.scaled() => Scales::Tensor(1.0),
+            WeightScale::Tensor => Scales::Tensor(scale_for(format, whole)),
+            WeightScale::Channel => {
+                Scales::Row(rows.chunks(width).map(|row| scale_for(format, absmax(row))).collect())
+            }
+            WeightScale::Block128 => Scales::Block128 {
+                rows_per_block: BLOCK,
+                first_row: 0,
+                scales: block_scales(format, rows, width, BLOCK),
+            },
+        };
+        (self.convert(rows, width, &scales), scales)
+    }
+
+    /// The absmax of a whole weight; only per-tensor scales need it.
+    fn absmax_of(&self, weight: Weight<'_>) -> Result<f32, ComputeError> {
+        if !self.scaled() || self.recipe.scale.weight != WeightScale::Tensor {
+            return Ok(1.0);
+        }
+        let known = |arm: &Emulated| {
+            let absmax = arm.absmax.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            absmax.get(weight.name()).copied()
+        };
+        if let Some(absmax) = known(self) {
+            return Ok(absmax);
+        }
+        let chunks = by_chunk(weight, |_, rows| Ok(absmax(rows)))?;
+        let whole = absmax(&chunks);
+        let mut all = self.absmax.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        all.insert(weight.name().to_owned(), whole);
+        Ok(whole)
+    }
+
+    /// Applies `work` to each chunk of a weight's rows, decoded and converted:
+    /// the chunk's first row, its f32 values, its codes and their scales.
+    pub fn by_quantised_chunk<T: Send>(
+        &self,
+        weight: Weight<'_>,
+        work: impl Fn(usize, &[f32], &Codes, Scales) -> Result<T, ComputeError> + Sync,
+    ) -> Result<Vec<T>, ComputeError> {
+        let whole = self.absmax_of(weight)?;
+        by_chunk(weight, |first, rows| {
+            let (codes, scales) = self.quantise_weight_rows(rows, weight.width(), whole);
+            work(first, rows, &codes, scales)
+        })
+    }
+
+    fn convert(&self, values: &[f32], width: usize, scales: &Scales) -> Codes {
+        let format = self.recipe.gemm;
+        let mut codes = Codes::zeros(format, values.len() / width, width);
+        let rows = codes.rows_mut();
+        for (row, (values, mut codes)) in values.chunks_exact(width).zip(rows).enumerate() {
+            match scales {
+                _ if format == Format::Tf32 => self.convert_tf32(values, &mut codes),
+                Scales::Tensor(scale) => quantize_row(format, values, *scale, &mut codes),
+                Scales::Row(scales) => quantize_row(format, values, scales[row], &mut codes),
+                Scales::Block128 { rows_per_block, scales, .. } => {
+                    let blocks = width.div_ceil(BLOCK);
+                    let scales = &scales[row / rows_per_block * blocks..][..blocks];
+                    for (block, (values, scale)) in values.chunks(BLOCK).zip(scales).enumerate() {
+                        let mut codes = codes.slice(block * BLOCK, values.len());
+                        quantize_row(format, values, *scale, &mut codes);
+                    }
+                }
+            }
+        }
+        codes
+    }
+
+    /// Chips round ties to tf32 differently.
+    fn convert_tf32(&self, values: &[f32], codes: &mut CodesRowMut) {
+        if let CodesRowMut::Bits32(codes) = codes {
+            for (code, &value) in codes.iter_mut().zip(values) {
+                *code = self.chip.encode(Format::Tf32, value);
+            }
+        }
+    }
+}
+
+impl Ops for Emulated {
+    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+        check_tokens(&weight, tokens)?;
+        let mut rows = Tensor::zeros(tokens.len(), weight.width());
+        for (index, &token) in tokens.iter().enumerate() {
+            let token = token as usize;
+            let bytes = weight.row_bytes(token..token + 1);
+            dequant::dequantise_row(weight.kind(), bytes, rows.row_mut(index));
+        }
+        Ok(rows)
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        let gain = gain.to_vec()?;
+        let mut y = Tensor::zeros(x.rows(), x.width());
+        let width = gain.len();
+        y.data_mut()
+            .par_chunks_exact_mut(width)
+            .zip(x.data().par_chunks_exact(width))
+            .for_each(|(y, x)| dispatch(RmsNorm { x, gain: &gain, eps, y }));
+        Ok(y)
+    }
+
+    fn matmul(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        check_matmul(x, &weight, bias.as_ref())?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let (codes, scales) = self.quantise_activation(x);
+        let prepared = prepare(&self.unit, &Operand { codes: &codes, scales })?;
+        let chunks = self.by_quantised_chunk(weight, |first, _, codes, scales| {
+            let operand = Operand { codes, scales };
+            let y = gemm_prepared(&self.schedule, &prepared, &operand, self.recipe.output)?;
+            Ok((first, y))
+        })?;
+        let mut y = Tensor::zeros(x.rows(), weight.rows());
+        for (first, chunk) in chunks {
+            for row in 0..x.rows() {
+                let columns = first..first + chunk.width();
+                y.row_mut(row)[columns].copy_from_slice(chunk.row(row));
+            }
+        }
+        if let Some(bias) = bias {
+            for row in 0..y.rows() {
+                for (y, bias) in y.row_mut(row).iter_mut().zip(&bias) {
+                    *y += bias;
+                }
+            }
+        }
+        Ok(y)
+    }
+
+    fn rope(
+        &self,
+        x: &Tensor,
+        geometry: &Rope,
+        head_dim: usize,
+        first_position: usize,
+    ) -> Result<Tensor, ComputeError> {
+        let mut y = x.clone();
+        for row in 0..x.rows() {
+            let angles = rope::angles(geometry, first_position + row);
+            for head in y.row_mut(row).chunks_exact_mut(head_dim) {
+                for (pair, &(sin, cos)) in angles.iter().enumerate() {
+                    let (first, second) = rope::pair(geometry, pair);
+                    (head[first], head[second]) =
+                        kernels::rotate(head[first], head[second], sin as f32, cos as f32);
+                }
+            }
+        }
+        Ok(y)
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+    ) -> Result<Tensor, ComputeError> {
+        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let mut y = Tensor::zeros(q.rows(), heads * head_dim);
+        y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
+            check_interrupt()?;
+            let (row, head) = (index / heads, index % heads);
+            let seen = (first_position + row + 1) * k.width();
+            dispatch(Attend {
+                query: &q.row(row)[head * head_dim..(head + 1) * head_dim],
+                keys: &k.data()[..seen],
+                values: &v.data()[..seen],
+                stride: k.width(),
+                offset: head / (heads / kv_heads) * head_dim,
+                out,
+            });
+            Ok::<(), ComputeError>(())
+        })?;
+        Ok(y)
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
+        check_same_shape("swiglu", gate, up)?;
+        let mut y = Tensor::zeros(gate.rows(), gate.width());
+        dispatch(SwiGlu { gate: gate.data(), up: up.data(), y: y.data_mut() });
+        Ok(y)
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+        check_same_shape("a residual addition", a, b)?;
+        let data = a.data().iter().zip(b.data()).map(|(a, b)| a + b);
+        Ok(Tensor::new(a.width(), data.collect()))
+    }
+}
+
+/// Decodes a weight in chunks of rows, in parallel: first row and f32 values.
+fn by_chunk<T: Send>(
+    weight: Weight<'_>,
+    work: impl Fn(usize, &[f32]) -> Result<T, ComputeError> + Sync,
+) -> Result<Vec<T>, ComputeError> {
+    let (rows, width) = (weight.rows(), weight.width());
+    let starts: Vec<usize> = (0..rows).step_by(CHUNK_ROWS).collect();
+    starts
+        .into_par_iter()
+        .map_init(Vec::new, |decoded, start| {
+            check_interrupt()?;
+            let range = start..(start + CHUNK_ROWS).min(rows);
+            decoded.resize(range.len() * width, 0.0);
+            weight.decode_rows(range, decoded)?;
+            work(start, decoded)
+        })
+        .collect()
+}
+
+/// One scale per block of `rows_per_block` rows by [`BLOCK`] columns, row-major.
+fn block_scales(format: Format, values: &[f32], width: usize, rows_per_block: usize) -> Vec<f32> {
+    values
+        .chunks(rows_per_block * width)
+        .flat_map(|rows| {
+            (0..width).step_by(BLOCK).map(move |first| {
+                let last = (first + BLOCK).min(width);
+                let blocks: Vec<f32> =
+                    rows.chunks(width).map(|row| absmax(&row[first..last])).collect();
+                scale_for(format, absmax(&blocks))
+            })
+        })
+        .collect()
+}
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    gain: &'a [f32],
+    eps: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        kernels::rms_norm(self.x, self.gain, self.eps, self.y);
+    }
+}
+
+struct Attend<'a> {
+    query: &'a [f32],
+    keys: &'a [f32],
+    values: &'a [f32],
+    stride: usize,
+    offset: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Attend { query, keys, values, stride, offset, out } = self;
+        let scale = 1.0 / (query.len() as f32).sqrt();
+        let mut weights = Vec::with_capacity(keys.len() / stride);
+        kernels::attend(query, keys, values, stride, offset, scale, &mut weights, out);
+    }
+}
+
+struct SwiGlu<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Kernel for SwiGlu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for ((y, &gate), &up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
+            *y = kernels::swiglu(gate, up);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! The definition of truth: every op in f64 over the dequantised weights.
+//!
+//! Sums run over a fixed number of lanes that are added in a fixed order, so
+//! the result has the same bits for any number of threads and any instruction
+//! set. A product of two f32 is exact in f64, hence a fused multiply-add gives
+//! what a multiplication and an addition give, and may be used where it exists.
+//! Transcendental functions come from `libm`, the same code on every machine.
+//! It knows nothing of recipes: no quantised activations, no chip.
+
+use rayon::prelude::*;
+
+use super::vector::{Kernel, dispatch};
+use super::{
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
+    check_tokens, rope,
+};
+use crate::model::{Rope, Weight};
+use crate::tensor::Tensor;
+
+/// Number of partial sums of a dot product; element `k` goes to lane `k % LANES`.
+const LANES: usize = 8;
+
+/// The reference arm.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reference;
+
+impl Ops for Reference {
+    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+        check_tokens(&weight, tokens)?;
+        let mut rows = Tensor::zeros(tokens.len(), weight.width());
+        for (index, &token) in tokens.iter().enumerate() {
+            let token = token as usize;
+            weight.decode_rows(token..token + 1, rows.row_mut(index))?;
+        }
+        Ok(rows)
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        let gain = gain.to_vec()?;
+        let mut y = Tensor::zeros(x.rows(), x.width());
+        let groups = x.data().chunks_exact(gain.len());
+        for (x, y) in groups.zip(y.data_mut().chunks_exact_mut(gain.len())) {
+            let scale = 1.0 / (mean_square(x) + f64::from(eps)).sqrt();
+            for ((y, &x), &gain) in y.iter_mut().zip(x).zip(&gain) {
+                *y = (f64::from(x) * scale * f64::from(gain)) as f32;
+            }
+        }
+        Ok(y)
+    }
+
+    fn matmul(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        check_matmul(x, &weight, bias.as_ref())?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let wide = Widened::of(x.data(), x.width());
+        let mut y = Tensor::zeros(x.rows(), weight.rows());
+        for (first, dots) in by_chunk(weight, |chunk| dot_rows(&wide, chunk))? {
+            for (token, dots) in dots.chunks_exact(dots.len() / x.rows().max(1)).enumerate() {
+                for (offset, &dot) in dots.iter().enumerate() {
+                    let row = first + offset;
+                    let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[row]));
+                    y.row_mut(token)[row] = (dot + bias) as f32;
+                }
+            }
+        }
+        Ok(y)
+    }
+
+    fn rope(
+        &self,
+        x: &Tensor,
+        geometry: &Rope,
+        head_dim: usize,
+        first_position: usize,
+    ) -> Result<Tensor, ComputeError> {
+        let mut y = x.clone();
+        for row in 0..x.rows() {
+            let angles = rope::angles(geometry, first_position + row);
+            for head in y.row_mut(row).chunks_exact_mut(head_dim) {
+                for (pair, &(sin, cos)) in angles.iter().enumerate() {
+                    let (first, second) = rope::pair(geometry, pair);
+                    let (a, b) = (f64::from(head[first]), f64::from(head[second]));
+                    head[first] = (a * cos - b * sin) as f32;
+                    head[second] = (a * sin + b * cos) as f32;
+                }
+            }
+        }
+        Ok(y)
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+    ) -> Result<Tensor, ComputeError> {
+        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let mut y = Tensor::zeros(q.rows(), heads * head_dim);
+        y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
+            check_interrupt()?;
+            let (row, head) = (index / heads, index % heads);
+            let group = head / (heads / kv_heads) * head_dim;
+            let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
+            let seen = first_position + row + 1;
+            let scores: Vec<f64> = (0..seen)
+                .map(|position| dot(query, &k.row(position)[group..group + head_dim]) * scale)
+                .collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> =
+                scores.iter().map(|&score| libm::exp(score - largest)).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sums = vec![0.0f64; head_dim];
+            for (position, weight) in weights.iter().enumerate() {
+                let value = &v.row(position)[group..group + head_dim];
+                for (sum, &value) in sums.iter_mut().zip(value) {
+                    *sum += weight * f64::from(value);
+                }
+            }
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = (sum / total) as f32;
+            }
+            Ok::<(), ComputeError>(())
+        })?;
+        Ok(y)
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
+        check_same_shape("swiglu", gate, up)?;
+        let data = gate.data().par_iter().zip(up.data()).map(|(&gate, &up)| {
+            let gate = f64::from(gate);
+            (gate / (1.0 + libm::exp(-gate)) * f64::from(up)) as f32
+        });
+        Ok(Tensor::new(gate.width(), data.collect()))
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+        check_same_shape("a residual addition", a, b)?;
+        let data = a.data().iter().zip(b.data());
+        let data = data.map(|(&a, &b)| (f64::from(a) + f64::from(b)) as f32);
+        Ok(Tensor::new(a.width(), data.collect()))
+    }
+}
+
+/// The mean of the squares, over fixed lanes.
+fn mean_square(x: &[f32]) -> f64 {
+    dot(x, x) / x.len() as f64
+}
+
+/// A dot product over fixed lanes; short vectors only, the GEMM has its own loop.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    for (index, (&a, &b)) in a.iter().zip(b).enumerate() {
+        lanes[index % LANES] += f64::from(a) * f64::from(b);
+    }
+    add_lanes(lanes)
+}
+
+/// The fixed order in which the lanes are added.
+#[inline(always)]
+fn add_lanes(lanes: [f64; LANES]) -> f64 {
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
+}
+
+/// How many rows of a weight are decoded at a time: about 32 Ki values, so that
+/// a chunk stays in the second-level cache and never is a whole tensor.
+fn chunk_rows(width: usize) -> usize {
+    const CHUNK_VALUES: usize = 32 * 1024;
+    (CHUNK_VALUES / width.max(1)).clamp(4, 256).next_multiple_of(4)
+}
+
+/// Decodes a weight in chunks of rows, in parallel, and applies `work` to each;
+/// returns each chunk's first row with the result, in the order of the rows.
+fn by_chunk<T: Send>(
+    weight: Weight<'_>,
+    work: impl Fn(&Widened) -> T + Sync,
+) -> Result<Vec<(usize, T)>, ComputeError> {
+    let (rows, width) = (weight.rows(), weight.width());
+    let step = chunk_rows(width);
+    let starts: Vec<usize> = (0..rows).step_by(step).collect();
+    starts
+        .into_par_iter()
+        .map_init(
+            || (Vec::new(), Widened::empty(width)),
+            |(decoded, chunk), start| {
+                check_interrupt()?;
+                let range = start..(start + step).min(rows);
+                decoded.resize(range.len() * width, 0.0);
+                weight.decode_rows(range, decoded)?;
+                chunk.refill(decoded, width);
+                Ok((start, work(chunk)))
+            },
+        )
+        .collect()
+}
+
+/// Rows of f64, each padded with zeros to whole lanes. A zero product leaves a
+/// lane as it is, so the padding cannot be seen in the result.
+pub(super) struct Widened {
+    rows: usize,
+    stride: usize,
+    data: Vec<f64>,
+}
+
+impl Widened {
+    fn empty(width: usize) -> Widened {
+        Widened { rows: 0, stride: width.next_multiple_of(LANES), data: Vec::new() }
+    }
+
+    /// Rows of `width` values each.
+    pub fn of(values: &[f32], width: usize) -> Widened {
+        let mut wide = Widened::empty(width);
+        wide.refill(values, width);
+        wide
+    }
+
+    fn refill(&mut self, values: &[f32], width: usize) {
+        self.rows = values.len() / width;
+        self.data.resize(self.rows * self.stride, 0.0);
+        dispatch(Widen { values, width, stride: self.stride, data: &mut self.data });
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[f64] {
+        &self.data[row * self.stride..(row + 1) * self.stride]
+    }
+}
+
+/// Converts rows of f32 to padded rows of f64.
+struct Widen<'a> {
+    values: &'a [f32],
+    width: usize,
+    stride: usize,
+    data: &'a mut [f64],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let rows = self.values.chunks_exact(self.width);
+        for (values, wide) in rows.zip(self.data.chunks_exact_mut(self.stride)) {
+            for (wide, &value) in wide.iter_mut().zip(values) {
+                *wide = f64::from(value);
+            }
+        }
+    }
+}
+
+/// All dot products of the rows of `x` with the rows of `w`, `[x rows, w rows]`.
+pub(super) fn dot_rows(x: &Widened, w: &Widened) -> Vec<f64> {
+    dispatch(Dots { x, w })
+}
+
+/// All dot products of the rows of `x` with the rows of `w`: `[x rows, w rows]`.
+struct Dots<'a> {
+    x: &'a Widened,
+    w: &'a Widened,
+}
+
+impl Kernel for Dots<'_> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<f64> {
+        let mut dots = vec![0.0; self.x.rows * self.w.rows];
+        let mut token = 0;
+        while token < self.x.rows {
+            match self.x.rows - token {
+                1 => token += self.tokens::<1, FMA>(token, &mut dots),
+                2 | 3 => token += self.tokens::<2, FMA>(token, &mut dots),
+                _ => token += self.tokens::<4, FMA>(token, &mut dots),
+            }
+        }
+        dots
+    }
+}
+
+impl Dots<'_> {
+    /// Fills the dot products of `T` tokens with every weight row.
+    #[inline(always)]
+    fn tokens<const T: usize, const FMA: bool>(&self, token: usize, dots: &mut [f64]) -> usize {
+        let mut row = 0;
+        while row < self.w.rows {
+            row += match self.w.rows - row {
+                1..=3 => self.tile::<1, T, FMA>(row, token, dots),
+                _ => self.tile::<4, T, FMA>(row, token, dots),
+            };
+        }
+        T
+    }
+
+    /// A tile of `R` weight rows by `T` tokens, accumulated in registers.
+    #[inline(always)]
+    fn tile<const R: usize, const T: usize, const FMA: bool>(
+        &self,
+        row: usize,
+        token: usize,
+        dots: &mut [f64],
+    ) -> usize {
+        let w: [&[f64]; R] = std::array::from_fn(|r| self.w.row(row + r));
+        let x: [&[f64]; T] = std::array::from_fn(|t| self.x.row(token + t));
+        let mut lanes = [[[0.0f64; LANES]; T]; R];
+        for first in (0..self.w.stride).step_by(LANES) {
+            let x: [[f64; LANES]; T] =
+                std::array::from_fn(|t| std::array::from_fn(|lane| x[t][first + lane]));
+            for r in 0..R {
+                let w: [f64; LANES] = std::array::from_fn(|lane| w[r][first + lane]);
+                for t in 0..T {
+                    for lane in 0..LANES {
+                        lanes[r][t][lane] = if FMA {
+                            w[lane].mul_add(x[t][lane], lanes[r][t][lane])
+                        } else {
+                            w[lane] * x[t][lane] + lanes[r][t][lane]
+                        };
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..R {
+                dots[(token + t) * self.w.rows + row + r] = add_lanes(lanes[r][t]);
+            }
+        }
+        R
+    }
+}

@@ -1,0 +1,30 @@
+//! The geometry of rotary position embedding, shared by all arms.
+//!
+//! The angles are made on the host in f64 for every arm: the reference uses
+//! them as they are, the others round them to f32 tables. It rotates nothing.
+
+use crate::model::{Rope, RopeLayout};
+
+/// `sin` and `cos` of each pair's angle at `position`:
+/// `position / linear_scale * theta^(-2 pair / dimensions) / factor`.
+///
+/// Source: Su et al., RoFormer (arXiv 2104.09864); the factors are llama.cpp's
+/// `rope_freqs.weight`.
+pub fn angles(rope: &Rope, position: usize) -> Vec<(f64, f64)> {
+    (0..rope.dimensions / 2)
+        .map(|pair| {
+            let exponent = -2.0 * pair as f64 / rope.dimensions as f64;
+            let factor = rope.factors.as_ref().map_or(1.0, |factors| f64::from(factors[pair]));
+            let frequency = libm::pow(rope.theta, exponent) / factor / rope.linear_scale;
+            libm::sincos(position as f64 * frequency)
+        })
+        .collect()
+}
+
+/// The two elements of a head that pair number `pair` rotates.
+pub fn pair(rope: &Rope, pair: usize) -> (usize, usize) {
+    match rope.layout {
+        RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
+        RopeLayout::Halves => (pair, pair + rope.dimensions / 2),
+    }
+}
