@@ -12,13 +12,14 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
-use crate::compute::emulated::identify::{grouped, identify};
+use crate::compute::emulated::identify::identify;
 use crate::compute::emulated::quantize::{CodeData, Codes, CodesError, absmax, scale_for};
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{VectorAccumulator, VectorError, verify_folder};
 use crate::dtype::Format;
 use crate::op::ChipName;
 use crate::tensor::Tensor;
+use crate::text::grouped;
 
 /// What to do.
 #[derive(Clone, Debug)]

@@ -8,6 +8,7 @@ pub mod dtype;
 pub mod metric;
 pub mod op;
 pub mod tensor;
+pub mod text;
 
 // Beside everything: the user's wish to stop.
 pub mod interrupt;
@@ -18,11 +19,32 @@ pub mod manifest;
 // 2 The order of the stages.
 pub mod graph;
 
-// 3 Weights, configuration, tokenizer, synthetic models.
+// Weights, configuration, tokenizer, synthetic models.
 pub mod model;
+
+// Beside the flow: keys and the content-addressed store.
+pub mod cache;
+
+// 3 Per (stage, arm): run, reuse or blocked, with the reason.
+pub mod plan;
 
 // 4 One op on one arm.
 pub mod compute;
 
-// Beside: `runner chip`.
+// 5 Two streams of tensors held against each other.
+pub mod compare;
+
+// 6 Measures and a contract become a verdict.
+pub mod verdict;
+
+// The heart: a plan becomes verdicts; and what it says while it beats.
+pub mod run;
+pub mod event;
+
+// 7 What a run was, and how people and machines read it.
+pub mod record;
+pub mod report;
+
+// The commands.
 pub mod chip_command;
+pub mod cli;

@@ -25,7 +25,7 @@ use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
 use contract::RawContract;
 use fields::Fields;
 use problem::{Findings, Problem};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use settings::RawSettings;
 use stage::RawStage;
 
@@ -162,7 +162,7 @@ pub struct Falsifier {
 }
 
 /// What a falsifier's failure means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum IfFails {
     /// The difference is unexplained: a bug.

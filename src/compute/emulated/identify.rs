@@ -9,6 +9,7 @@ use super::quantize::Codes;
 use super::schedule::{Epilogue, Schedule, Step};
 use crate::dtype::Format;
 use crate::tensor::Tensor;
+use crate::text::grouped;
 
 /// The member of the family that fits best, and how well.
 #[derive(Clone, Debug, PartialEq)]
@@ -184,19 +185,6 @@ fn select(scales: &Scales, rows: &[usize]) -> Scales {
         }
         other => other.clone(),
     }
-}
-
-/// A number with commas between groups of three digits.
-pub fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 impl Codes {

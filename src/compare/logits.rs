@@ -1,0 +1,152 @@
+//! Metrics of two sets of logits: distributions and top tokens.
+//!
+//! Each row is one token's logits. It knows nothing of sites or streams.
+
+use crate::compute::forward::top_1;
+use crate::metric::Metric;
+use crate::tensor::Tensor;
+
+/// Tokens that top-k agreement looks at.
+const TOP: usize = 5;
+/// Half variances below this, in nats, are rounding of the logits themselves:
+/// their ratio to KL would be noise.
+const LEAST_HALF_VARIANCE: f64 = 1e-8;
+/// Deviations of the logits' difference within which a top-1 flip is explained:
+/// the union bound over a vocabulary of 150,000 at a risk of 1e-3 is 6.1.
+const EXPLAINED_DEVIATIONS: f64 = 6.1;
+
+/// KL, its ratio to half the variance, agreement and flips.
+pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
+    let rows = subject.rows();
+    let mut kl_sum = 0.0;
+    let mut ratio: Option<f64> = None;
+    let (mut same_top, mut shared_top, mut unexplained) = (0usize, 0.0, 0usize);
+    for row in 0..rows {
+        let (a, b) = (subject.row(row), judge.row(row));
+        let token = Token::compare(a, b);
+        kl_sum += token.kl;
+        if token.half_variance > LEAST_HALF_VARIANCE {
+            let this = token.kl / token.half_variance;
+            // The one furthest from 1, on a scale of ratios.
+            let further = ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
+            ratio = if further { Some(this) } else { ratio };
+        }
+        let ((top_a, _), (top_b, _)) = (top_1(a), top_1(b));
+        if top_a == top_b {
+            same_top += 1;
+        } else {
+            let margin = f64::from(b[top_b as usize]) - f64::from(b[top_a as usize]);
+            let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * token.deviation;
+            unexplained += usize::from(margin > explained);
+        }
+        shared_top += shared_top_k(a, b);
+    }
+    let count = rows as f64;
+    let mut metrics = vec![
+        (Metric::Kl, kl_sum / count),
+        (Metric::Top1Agreement, same_top as f64 / count),
+        (Metric::TopKAgreement, shared_top / count),
+        (Metric::UnexplainedFlips, unexplained as f64),
+    ];
+    metrics.extend(ratio.map(|ratio| (Metric::KlRatio, ratio)));
+    metrics
+}
+
+/// One token's two distributions.
+struct Token {
+    /// `KL(softmax b || softmax a)`.
+    kl: f64,
+    /// Half the variance of `a - b` under `softmax b`.
+    half_variance: f64,
+    /// The plain deviation of `a - b` over the vocabulary.
+    deviation: f64,
+}
+
+impl Token {
+    fn compare(a: &[f32], b: &[f32]) -> Token {
+        let (normal_a, normal_b) = (log_sum_exp(a), log_sum_exp(b));
+        let (mut kl, mut mean, mut square) = (0.0, 0.0, 0.0);
+        let (mut plain_mean, mut plain_square) = (0.0, 0.0);
+        for (&a, &b) in a.iter().zip(b) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            let delta = a - b;
+            let p = (b - normal_b).exp();
+            kl += p * ((b - normal_b) - (a - normal_a));
+            mean += p * delta;
+            square += p * delta * delta;
+            plain_mean += delta;
+            plain_square += delta * delta;
+        }
+        let count = a.len() as f64;
+        let plain_mean = plain_mean / count;
+        Token {
+            // Rounding can leave a KL of equal distributions just below zero.
+            kl: if kl > 0.0 { kl } else { 0.0 },
+            half_variance: (square - mean * mean) / 2.0,
+            deviation: (plain_square / count - plain_mean * plain_mean).abs().sqrt(),
+        }
+    }
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let most = logits.iter().fold(f64::NEG_INFINITY, |most, &logit| {
+        let logit = f64::from(logit);
+        if logit > most { logit } else { most }
+    });
+    most + logits.iter().map(|&logit| (f64::from(logit) - most).exp()).sum::<f64>().ln()
+}
+
+/// The share of the `TOP` largest logits that both have.
+fn shared_top_k(a: &[f32], b: &[f32]) -> f64 {
+    let (a, b) = (top_k(a), top_k(b));
+    a.iter().filter(|token| b.contains(token)).count() as f64 / a.len() as f64
+}
+
+/// The tokens of the largest logits; of equal ones the smaller ids.
+fn top_k(logits: &[f32]) -> Vec<usize> {
+    let count = TOP.min(logits.len());
+    let mut tokens: Vec<usize> = (0..logits.len()).collect();
+    let order = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
+    tokens.select_nth_unstable_by(count - 1, order);
+    tokens.truncate(count);
+    tokens
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metric(metrics: &[(Metric, f64)], name: Metric) -> f64 {
+        metrics.iter().find(|(metric, _)| *metric == name).expect("measured").1
+    }
+
+    #[test]
+    fn small_differences_give_a_kl_of_half_the_variance() {
+        let b: Vec<f32> = (0..1000).map(|i| (i as f32 * 1.7).sin() * 3.0).collect();
+        let a: Vec<f32> =
+            b.iter().enumerate().map(|(i, b)| b + 0.01 * (i as f32 * 0.9).cos()).collect();
+        let measured = distributions(&Tensor::new(1000, a), &Tensor::new(1000, b));
+        assert!((metric(&measured, Metric::KlRatio) - 1.0).abs() < 0.01);
+        assert_eq!(metric(&measured, Metric::UnexplainedFlips), 0.0);
+    }
+
+    #[test]
+    fn a_shift_of_all_logits_changes_no_distribution() {
+        let b: Vec<f32> = (0..64).map(|i| i as f32 * 0.125).collect();
+        let a: Vec<f32> = b.iter().map(|b| b + 2.0).collect();
+        let measured = distributions(&Tensor::new(64, a), &Tensor::new(64, b));
+        assert!(metric(&measured, Metric::Kl) < 1e-12);
+        assert_eq!(metric(&measured, Metric::Top1Agreement), 1.0);
+    }
+
+    #[test]
+    fn a_flip_against_a_wide_margin_is_unexplained() {
+        let mut b = vec![0.0f32; 10_000];
+        (b[7], b[9]) = (5.0, 1.0);
+        let mut a = b.clone();
+        a[9] = 6.0;
+        let measured = distributions(&Tensor::new(10_000, a), &Tensor::new(10_000, b));
+        assert_eq!(metric(&measured, Metric::UnexplainedFlips), 1.0);
+        assert_eq!(metric(&measured, Metric::Top1Agreement), 0.0);
+    }
+}

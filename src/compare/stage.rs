@@ -1,0 +1,111 @@
+//! All measures of one stage: which streams are held against which.
+//!
+//! It derives the streams that no arm computes (the anchored reference, the
+//! predicted floor) and measures every pair that a contract may ask for.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{GreedyComparison, Measure, greedy, measure};
+use crate::compute::ComputeError;
+use crate::compute::arms::{Output, Task, anchored, floors};
+use crate::metric::Metric;
+use crate::op::{Arm, Capture, Op, Recipe, Site, Stream};
+use crate::tensor::Tensor;
+
+/// Everything measured in one stage.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageMeasures {
+    /// In the order of the flow, within each pair of streams.
+    pub measures: Vec<Measure>,
+    /// Of arms that decoded.
+    pub greedy: Vec<GreedyComparison>,
+}
+
+/// Measures what the arms made of a stage.
+///
+/// # Errors
+/// If an anchored stream or a floor cannot be computed.
+pub fn measure_stage(
+    task: &Task<'_>,
+    recipe: &Recipe,
+    outputs: &BTreeMap<Arm, Output>,
+) -> Result<StageMeasures, ComputeError> {
+    let mut all = StageMeasures::default();
+    for (&arm, output) in outputs {
+        all.measures.extend(repeats(arm, output));
+    }
+    let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
+        let subject = Stream::Arm(arm);
+        let floors = floors(task, recipe, output)?;
+        if every_site {
+            // Local errors first: they tell where something starts.
+            let local = anchored(task, output)?;
+            let judge = Stream::Anchored(arm);
+            all.measures.extend(pairs((subject, &output.sites), (judge, &local), &floors));
+        }
+        // The floor of a forward pass is local; it says nothing of what was inherited.
+        let floors = if every_site { Vec::new() } else { floors };
+        for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
+            let Some(judged_by) = outputs.get(&judge) else { continue };
+            let floors = if judge == Arm::Reference { floors.as_slice() } else { &[] };
+            let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
+            all.measures.extend(pairs((subject, &output.sites), judge, floors));
+            if let (Some(a), Some(b)) = (&output.greedy, &judged_by.greedy) {
+                all.greedy.push(greedy((subject, a), (judge.0, b)));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// A subject's sites against the judge's, in the subject's order. A site that
+/// the judge lacks is measured as missing, never left out.
+fn pairs(
+    (subject_stream, subject): (Stream, &[(Site, Tensor)]),
+    (judge_stream, judge): (Stream, &[(Site, Tensor)]),
+    floors: &[(Site, Tensor)],
+) -> Vec<Measure> {
+    let judge: BTreeMap<&Site, &Tensor> = judge.iter().map(|(site, t)| (site, t)).collect();
+    let floors: BTreeMap<&Site, &Tensor> = floors.iter().map(|(site, t)| (site, t)).collect();
+    subject
+        .iter()
+        .map(|(site, tensor)| match judge.get(site) {
+            Some(judged) => {
+                let floor = floors.get(site).copied();
+                measure(site, (subject_stream, tensor), (judge_stream, judged), floor)
+            }
+            None => Measure {
+                subject: subject_stream,
+                judge: judge_stream,
+                site: site.clone(),
+                shape: [tensor.rows(), tensor.width()],
+                metrics: BTreeMap::new(),
+                unmeasured: Some(format!("{judge_stream} has no such site")),
+                worst: None,
+                first_mismatches: Vec::new(),
+            },
+        })
+        .collect()
+}
+
+/// An arm against its own repeats.
+fn repeats(arm: Arm, output: &Output) -> Vec<Measure> {
+    let stream = Stream::Arm(arm);
+    let repeated = output.sites.iter().filter_map(|(site, tensor)| {
+        let mismatches = *output.repeats.get(site)? as f64;
+        Some(Measure {
+            subject: stream,
+            judge: stream,
+            site: site.clone(),
+            shape: [tensor.rows(), tensor.width()],
+            metrics: BTreeMap::from([(Metric::BitMismatches, mismatches)]),
+            unmeasured: None,
+            worst: None,
+            first_mismatches: Vec::new(),
+        })
+    });
+    repeated.collect()
+}

@@ -1,0 +1,412 @@
+//! What a run would do: models opened, prompts encoded, every action's key.
+//!
+//! It decides per (stage, arm): run, reuse or blocked, and says why. It
+//! computes no op and writes nothing but generated models.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::cache::{Action, KeyWalk, Store};
+use crate::compute::arms::{Workshop, tensors_read};
+use crate::compute::forward::Greedy;
+use crate::graph::Graph;
+use crate::manifest::{Pipeline, Prompt, Stage};
+use crate::model::Model;
+use crate::model::synthetic::{Preset, ensure};
+use crate::op::{Arm, Op, Site, StageId};
+
+/// The sources of the arms, digested by the build script.
+const ARMS_CODE: &str = env!("RUNNER_ARMS_CODE");
+/// The sources of the measures.
+const MEASURES_CODE: &str = env!("RUNNER_MEASURES_CODE");
+
+/// A model with the digests of the tensors that were asked for.
+pub struct OpenModel {
+    /// As the manifest names it.
+    pub source: String,
+    /// The model.
+    pub model: Model,
+    digests: Mutex<BTreeMap<String, blake3::Hash>>,
+}
+
+impl OpenModel {
+    /// One digest over the names and contents of some tensors.
+    fn digest(&self, names: &[String]) -> blake3::Hash {
+        let known = |digests: &Mutex<BTreeMap<String, blake3::Hash>>, name: &String| {
+            let digests = digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            digests.get(name).copied()
+        };
+        let each: Vec<(&String, Option<blake3::Hash>)> = names
+            .par_iter()
+            .map(|name| {
+                let digest = known(&self.digests, name).or_else(|| {
+                    let digest = self.model.tensor(name).ok()?.digest();
+                    let digests = self.digests.lock();
+                    let mut digests = digests.unwrap_or_else(|poisoned| poisoned.into_inner());
+                    digests.insert(name.clone(), digest);
+                    Some(digest)
+                });
+                (name, digest)
+            })
+            .collect();
+        let mut walk = KeyWalk::new("weights");
+        for (name, digest) in each {
+            let digest = digest.map_or("absent".to_owned(), |digest| digest.to_hex().to_string());
+            walk.field(name, digest);
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(walk.key().0.as_bytes());
+        hasher.finalize()
+    }
+}
+
+/// A stage that is ready to run.
+pub struct PreparedStage<'a> {
+    /// As checked.
+    pub stage: &'a Stage,
+    /// Its model.
+    pub model: Arc<OpenModel>,
+    /// Its prompt.
+    pub tokens: Vec<u32>,
+    /// Whether it is judged, or only makes an input for one that is.
+    pub judged: bool,
+}
+
+/// Why a plan cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A stage's model or prompt is not usable.
+    #[error("stage `{stage}` (`{}`): {problem}", file.display())]
+    Stage {
+        /// The stage.
+        stage: StageId,
+        /// Its manifest.
+        file: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+}
+
+/// Everything that a run needs to know before it starts.
+pub struct Plan<'a> {
+    /// The pipeline.
+    pub pipeline: &'a Pipeline,
+    /// The stages to run, in order; those that only make inputs among them.
+    pub stages: Vec<PreparedStage<'a>>,
+    /// Eight hexadecimal digits of the plan's hash.
+    pub id: String,
+}
+
+/// What becomes of one (stage, arm).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanLine {
+    /// The stage.
+    pub stage: StageId,
+    /// The arm.
+    pub arm: Arm,
+    /// `run`, `reuse`, `blocked` or `unmeasured`.
+    pub action: &'static str,
+    /// The reason.
+    pub why: String,
+}
+
+/// What an arm's action says besides its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ArmPayload {
+    /// The sites, in the order of the flow.
+    pub sites: Vec<SiteRecord>,
+    /// The greedily decoded tokens.
+    pub greedy: Option<GreedyRecord>,
+    /// For each site, elements whose bits a repeat changed.
+    pub repeats: BTreeMap<Site, u64>,
+    /// The arithmetic, in words.
+    pub arithmetic: String,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// A site's tensor by shape and content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteRecord {
+    /// The site.
+    pub site: Site,
+    /// Rows and width.
+    pub shape: [usize; 2],
+    /// The hash of the values' little-endian bytes.
+    pub blake3: String,
+}
+
+/// Decoded tokens with their margins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GreedyRecord {
+    /// The tokens.
+    pub tokens: Vec<u32>,
+    /// Each one's lead over the second.
+    pub margins: Vec<f32>,
+}
+
+impl From<Greedy> for GreedyRecord {
+    fn from(greedy: Greedy) -> GreedyRecord {
+        GreedyRecord { tokens: greedy.tokens, margins: greedy.margins }
+    }
+}
+
+impl From<GreedyRecord> for Greedy {
+    fn from(record: GreedyRecord) -> Greedy {
+        Greedy { tokens: record.tokens, margins: record.margins }
+    }
+}
+
+impl<'a> Plan<'a> {
+    /// Opens the models and encodes the prompts of the selected stages, and of
+    /// those whose tensors they read.
+    ///
+    /// # Errors
+    /// Every stage's problem, not only the first.
+    pub fn new(
+        pipeline: &'a Pipeline,
+        graph: &Graph,
+        selected: &BTreeSet<StageId>,
+        store: &Store,
+    ) -> Result<Plan<'a>, Vec<PlanError>> {
+        let mut wanted = selected.clone();
+        let mut open: Vec<StageId> = selected.iter().cloned().collect();
+        while let Some(id) = open.pop() {
+            let input = pipeline.stage(&id).and_then(|stage| stage.op.input());
+            if let Some(input) = input
+                && wanted.insert(input.stage.clone())
+            {
+                open.push(input.stage.clone());
+            }
+        }
+        let mut models: BTreeMap<(String, u64), Result<Arc<OpenModel>, String>> = BTreeMap::new();
+        let mut stages = Vec::new();
+        let mut problems = Vec::new();
+        for id in graph.order().into_iter().filter(|id| wanted.contains(id)) {
+            let Some(stage) = pipeline.stage(&id) else { continue };
+            let model = models
+                .entry((stage.model.clone(), stage.seed))
+                .or_insert_with(|| open_model(&stage.model, stage.seed, store).map(Arc::new))
+                .clone();
+            let prepared = model.and_then(|model| {
+                let tokens = tokens_of(stage, &model.model)?;
+                check_against_model(stage, &model.model)?;
+                let judged = selected.contains(&stage.id);
+                Ok(PreparedStage { stage, model, tokens, judged })
+            });
+            match prepared {
+                Ok(prepared) => stages.push(prepared),
+                Err(problem) => problems.push(PlanError::Stage {
+                    stage: stage.id.clone(),
+                    file: stage.file.clone(),
+                    problem,
+                }),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let mut walk = KeyWalk::new("plan");
+        for prepared in &stages {
+            walk.field("stage", serde_json::json!(prepared.stage));
+            walk.field(
+                "contract",
+                serde_json::json!(pipeline.contracts.get(&prepared.stage.contract)),
+            );
+        }
+        let id = walk.key().0[..8].to_owned();
+        Ok(Plan { pipeline, stages, id })
+    }
+
+    /// The fields of an arm's action; `input` is the hash of the tensor that it reads.
+    pub fn arm_walk(
+        &self,
+        prepared: &PreparedStage<'_>,
+        arm: Arm,
+        input: Option<&str>,
+        workshop: &dyn Workshop,
+    ) -> KeyWalk {
+        let PreparedStage { stage, model, tokens, .. } = prepared;
+        let mut walk = KeyWalk::new("arm");
+        walk.field("arm", arm);
+        walk.field("arms", workshop.name());
+        walk.field("code", ARMS_CODE);
+        walk.field("op", op_without_input(&stage.op));
+        if let Some(input) = input {
+            walk.field("input", input);
+        }
+        if matches!(stage.op, Op::Forward { .. } | Op::Embed { .. }) {
+            walk.field("tokens", serde_json::json!(tokens));
+        }
+        if arm != Arm::Reference {
+            walk.field("recipe", serde_json::json!(stage.recipe));
+        }
+        let config = model.model.config();
+        match &stage.op {
+            Op::Forward { .. } => walk.field("config", format!("{config:?}")),
+            Op::RmsNorm { .. } => walk.field("eps", config.rms_norm_eps),
+            Op::Embed { .. } | Op::Matmul { .. } => {}
+        }
+        let names = tensors_read(&stage.op, &model.model);
+        walk.field("weights", model.digest(&names).to_hex());
+        walk
+    }
+
+    /// The fields of a stage's measures; `arms` are the keys of the arms' actions.
+    pub fn measure_walk(
+        &self,
+        prepared: &PreparedStage<'_>,
+        arms: &BTreeMap<Arm, String>,
+    ) -> KeyWalk {
+        let mut walk = KeyWalk::new("measures");
+        walk.field("code", MEASURES_CODE);
+        walk.field("arms code", ARMS_CODE);
+        walk.field("recipe", serde_json::json!(prepared.stage.recipe));
+        for (arm, key) in arms {
+            walk.field(arm.name(), key);
+        }
+        walk
+    }
+
+    /// Who remembers the last action of a stage's arm.
+    pub fn who(&self, stage: &Stage, arm: Arm) -> String {
+        let folder = self.pipeline.folder.canonicalize();
+        let folder = folder.unwrap_or_else(|_| self.pipeline.folder.clone());
+        format!("{}\u{0}{}\u{0}{arm}", folder.display(), stage.id)
+    }
+
+    /// Why an action runs although its stage ran before, or that it never did.
+    pub fn why_run(&self, store: &Store, stage: &Stage, arm: Arm, walk: &KeyWalk) -> String {
+        match store.latest(&self.who(stage, arm)) {
+            None => "it never ran here".to_owned(),
+            Some(earlier) => match walk.difference(&earlier.fields) {
+                Some(difference) => format!("{difference} (since {})", earlier.run),
+                None => "its result is gone from the cache".to_owned(),
+            },
+        }
+    }
+
+    /// What a run would do, item by item.
+    pub fn preview(&self, store: &Store, workshop: &dyn Workshop) -> Vec<PlanLine> {
+        let mut lines = Vec::new();
+        let mut known: BTreeMap<&StageId, Option<ArmPayload>> = BTreeMap::new();
+        for prepared in &self.stages {
+            let stage = prepared.stage;
+            let input = stage.op.input().map(|input| {
+                let payload = known.get(&input.stage).and_then(|payload| payload.as_ref());
+                let sites = payload.map(|payload| payload.sites.as_slice()).unwrap_or_default();
+                let record = sites.iter().find(|record| record.site == input.site);
+                (input, record.map(|record| record.blake3.clone()))
+            });
+            let arms = stage.arms.iter().filter(|arm| prepared.judged || **arm == Arm::Reference);
+            for &arm in arms {
+                let mut line = |action: &'static str, why: String| {
+                    lines.push(PlanLine { stage: stage.id.clone(), arm, action, why });
+                };
+                if let Some(reason) = workshop.unavailable(arm) {
+                    line("unmeasured", reason);
+                    continue;
+                }
+                if let Some((input, None)) = &input {
+                    let why =
+                        format!("its input `{}` of stage {} runs first", input.site, input.stage);
+                    line("run", why);
+                    continue;
+                }
+                let input = input.as_ref().and_then(|(_, digest)| digest.as_deref());
+                let walk = self.arm_walk(prepared, arm, input, workshop);
+                match store.find(&walk.key()) {
+                    Some(action) => {
+                        line("reuse", reused(&action));
+                        if arm == Arm::Reference {
+                            known.insert(&stage.id, serde_json::from_value(action.payload).ok());
+                        }
+                    }
+                    None => line("run", self.why_run(store, stage, arm, &walk)),
+                }
+            }
+        }
+        lines
+    }
+}
+
+/// Where a reused result comes from, in words.
+pub fn reused(action: &Action) -> String {
+    format!("reused from {} ({})", action.created, action.run)
+}
+
+/// The op as the key sees it: what it reads is known by content, not by stage.
+fn op_without_input(op: &Op) -> serde_json::Value {
+    let mut json = serde_json::json!(op);
+    let table = json.get_mut(op.name()).and_then(|table| table.as_object_mut());
+    if let Some(table) = table {
+        table.remove("input");
+    }
+    json
+}
+
+/// Opens `synthetic:<preset>`, or the model at a path.
+///
+/// # Errors
+/// In words, with the remedy.
+pub fn open_model(source: &str, seed: u64, store: &Store) -> Result<OpenModel, String> {
+    let path = match source.strip_prefix("synthetic:") {
+        Some(name) => {
+            let preset = Preset::from_name(name).ok_or_else(|| {
+                let known: Vec<&str> = Preset::ALL.iter().map(|preset| preset.name()).collect();
+                format!("no synthetic model is called `{name}`; known: {}", known.join(", "))
+            })?;
+            ensure(preset, seed, &store.models()).map_err(|error| error.to_string())?
+        }
+        None => Path::new(source).to_owned(),
+    };
+    let model = Model::open(&path).map_err(|error| error.to_string())?;
+    Ok(OpenModel { source: source.to_owned(), model, digests: Mutex::default() })
+}
+
+fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
+    let tokens = match &stage.prompt {
+        Prompt::Tokens(tokens) => tokens.clone(),
+        Prompt::Text(text) => model.encode(text).map_err(|error| error.to_string())?,
+    };
+    if tokens.is_empty() {
+        return Err("the prompt has no tokens; give a text or token ids".to_owned());
+    }
+    let vocabulary = model.config().vocabulary;
+    if let Some(place) = tokens.iter().position(|&token| token as usize >= vocabulary) {
+        return Err(format!(
+            "token {} at position {place} is out of the model's vocabulary of {vocabulary} \
+             tokens; give smaller ids with `tokens` or `--tokens`, or a text with `prompt`",
+            tokens[place]
+        ));
+    }
+    let decode = match stage.op {
+        Op::Forward { decode, .. } => decode as usize,
+        _ => 0,
+    };
+    let (positions, context) = (tokens.len() + decode, model.config().context_length);
+    if positions > context {
+        return Err(format!(
+            "{positions} positions are needed (prompt and decoded tokens), but the model's \
+             context length is {context}; shorten the prompt or `decode`"
+        ));
+    }
+    Ok(tokens)
+}
+
+/// Refuses weights that the model does not have.
+fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
+    let weights: Vec<&String> = match &stage.op {
+        Op::Forward { .. } => Vec::new(),
+        Op::Embed { weight } | Op::RmsNorm { weight, .. } => vec![weight],
+        Op::Matmul { weights, .. } => weights.iter().collect(),
+    };
+    for weight in weights.into_iter().filter(|weight| *weight != "output") {
+        model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,663 @@
+//! The heart: a plan becomes verdicts.
+//!
+//! Every (stage, arm) and every stage's measuring is a job with a [`State`].
+//! [`Engine::settle`] makes every transition; [`Engine::run`] is the loop. Jobs
+//! run beside each other where nothing holds them back. It draws nothing: it
+//! emits events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::cache::{Action, CacheError, KeyWalk, Store};
+use crate::compare::{StageMeasures, measure_stage};
+use crate::compute::ComputeError;
+use crate::compute::arms::{Output, Task, Workshop, compute};
+use crate::event::{Event, Sink};
+use crate::interrupt;
+use crate::op::{Arm, InputRef, LAYER_SITES, Op, Site, StageId};
+use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, reused};
+use crate::record::{ArmRecord, ArmState, StageRecord};
+use crate::tensor::Tensor;
+use crate::verdict::{Verdict, judge};
+
+/// How a run is to be done.
+pub struct Options<'a> {
+    /// The run's name, noted with every result.
+    pub run: String,
+    /// The time of its start, noted with every result.
+    pub created: String,
+    /// Jobs that run beside each other.
+    pub jobs: usize,
+    /// Arms without which a stage is no success.
+    pub require: BTreeSet<Arm>,
+    /// Who makes the arms.
+    pub workshop: &'a dyn Workshop,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Finished {
+    /// The judged stages, in order.
+    pub stages: Vec<StageRecord>,
+    /// Whether the user stopped it.
+    pub interrupted: bool,
+    /// What a panic of ours said.
+    pub bug: Option<String>,
+}
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    /// Computes an arm, or finds its result.
+    Arm(Arm),
+    /// Measures the stage's arms.
+    Measure,
+}
+
+/// Where a job stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    /// Some jobs must be done first; never empty.
+    Waiting(BTreeSet<usize>),
+    /// It may start.
+    Ready,
+    /// A thread is at it.
+    Running,
+    /// It has an end, good or bad.
+    Done,
+}
+
+struct Job {
+    stage: usize,
+    work: Work,
+    state: State,
+}
+
+/// An arm's result: its record in the cache, and the tensors while somebody here needs them.
+#[derive(Clone)]
+struct Stored {
+    action: Action,
+    payload: ArmPayload,
+    output: Option<Arc<Output>>,
+}
+
+/// What a job's thread reports.
+enum Message {
+    Progress { job: usize, done: u64 },
+    Done { job: usize, outcome: Result<Outcome, Failure>, seconds: f64 },
+}
+
+enum Outcome {
+    Arm { stored: Box<Stored>, state: ArmState, why: String },
+    Measures(Box<StageMeasures>),
+}
+
+/// Why a job has no result.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error("stage {} has no site `{}`; it has: {known}", input.stage, input.site)]
+    NoSuchSite { input: InputRef, known: String },
+    #[error("`{0}` is not a record of this version: {1}")]
+    Record(String, String),
+    #[error("a bug of ours: {0}")]
+    Bug(String),
+}
+
+/// A stage while it runs.
+#[derive(Default)]
+struct Progress {
+    started: Option<Instant>,
+    arms: BTreeMap<Arm, ArmRecord>,
+    results: BTreeMap<Arm, Stored>,
+    measures: StageMeasures,
+    failure: Option<String>,
+    blocked: Option<String>,
+    record: Option<StageRecord>,
+}
+
+/// Runs a plan to its end.
+pub fn run(plan: &Plan<'_>, store: &Store, options: &Options<'_>, sink: &mut dyn Sink) -> Finished {
+    let mut engine = Engine::new(plan, store, options);
+    engine.run(sink);
+    let stages = engine.progress.into_iter().filter_map(|progress| progress.record).collect();
+    Finished { stages, interrupted: interrupt::requested(), bug: engine.bug }
+}
+
+struct Engine<'a> {
+    plan: &'a Plan<'a>,
+    store: &'a Store,
+    options: &'a Options<'a>,
+    jobs: Vec<Job>,
+    progress: Vec<Progress>,
+    bug: Option<String>,
+}
+
+impl<'a> Engine<'a> {
+    fn new(plan: &'a Plan<'a>, store: &'a Store, options: &'a Options<'a>) -> Engine<'a> {
+        let mut engine = Engine {
+            plan,
+            store,
+            options,
+            jobs: Vec::new(),
+            progress: plan.stages.iter().map(|_| Progress::default()).collect(),
+            bug: None,
+        };
+        // The plan's stages are in order, so what a job waits for has its number already.
+        let mut ends: BTreeMap<&StageId, usize> = BTreeMap::new();
+        for (stage, prepared) in plan.stages.iter().enumerate() {
+            let needs = prepared.stage.needs.iter().filter_map(|id| ends.get(id).copied());
+            let needs: BTreeSet<usize> = needs.collect();
+            let arms = prepared.stage.arms.iter().copied();
+            let arms: Vec<Arm> =
+                arms.filter(|arm| prepared.judged || *arm == Arm::Reference).collect();
+            let first = engine.jobs.len();
+            for arm in arms {
+                engine.add(stage, Work::Arm(arm), needs.clone());
+            }
+            if prepared.judged {
+                let arms = (first..engine.jobs.len()).collect();
+                engine.add(stage, Work::Measure, arms);
+            }
+            ends.insert(&prepared.stage.id, engine.jobs.len() - 1);
+        }
+        engine
+    }
+
+    fn add(&mut self, stage: usize, work: Work, waits_for: BTreeSet<usize>) {
+        let state = if waits_for.is_empty() { State::Ready } else { State::Waiting(waits_for) };
+        self.jobs.push(Job { stage, work, state });
+    }
+
+    fn run(&mut self, sink: &mut dyn Sink) {
+        let judged = self.plan.stages.iter().filter(|prepared| prepared.judged);
+        let stages = judged.map(|prepared| prepared.stage.id.clone()).collect();
+        sink.event(&Event::RunStarted { run: self.options.run.clone(), stages });
+        let (plan, store, options) = (self.plan, self.store, self.options);
+        std::thread::scope(|scope| {
+            let (sender, receiver): (Sender<Message>, Receiver<Message>) = channel();
+            let mut running = 0;
+            loop {
+                while running < options.jobs && !interrupt::requested() {
+                    let Some(job) = self.next_ready() else { break };
+                    if let Some(order) = self.begin(job, sink) {
+                        let prepared = &plan.stages[self.jobs[job].stage];
+                        let bench = Bench { plan, store, options, prepared };
+                        let sender = sender.clone();
+                        scope.spawn(move || work(&bench, job, order, &sender));
+                        running += 1;
+                    }
+                }
+                if running == 0 {
+                    break;
+                }
+                match receiver.recv() {
+                    Ok(Message::Progress { job, done }) => self.show_progress(job, done, sink),
+                    Ok(Message::Done { job, outcome, seconds }) => {
+                        running -= 1;
+                        self.settle(job, outcome, seconds, sink);
+                    }
+                    Err(_) => break,
+                }
+            }
+        });
+        if interrupt::requested() {
+            self.close_open_stages(sink);
+        }
+    }
+
+    fn next_ready(&self) -> Option<usize> {
+        self.jobs.iter().position(|job| job.state == State::Ready)
+    }
+
+    /// Starts a job: gives the order for a thread, or settles it at once where
+    /// there is nothing to compute.
+    fn begin(&mut self, job: usize, sink: &mut dyn Sink) -> Option<Order> {
+        let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
+        let prepared = &self.plan.stages[stage];
+        self.jobs[job].state = State::Running;
+        self.progress[stage].started.get_or_insert_with(Instant::now);
+        match work {
+            Work::Arm(arm) => {
+                if let Some(reason) = self.blocked_by(prepared) {
+                    let record = ArmRecord::without(ArmState::Blocked, reason.clone());
+                    self.progress[stage].arms.insert(arm, record);
+                    self.progress[stage].blocked = Some(reason);
+                    self.finish(job);
+                    return None;
+                }
+                if let Some(reason) = self.options.workshop.unavailable(arm) {
+                    self.arm_finished(stage, arm, ArmState::Unmeasured, reason, 0.0, sink);
+                    self.finish(job);
+                    return None;
+                }
+                let input = prepared.stage.op.input().and_then(|input| self.input_of(input));
+                sink.event(&Event::ArmStarted { stage: prepared.stage.id.clone(), arm });
+                Some(Order::Arm { arm, input })
+            }
+            Work::Measure => {
+                let progress = &self.progress[stage];
+                if progress.blocked.is_some() || progress.failure.is_some() {
+                    self.close(stage, sink);
+                    self.finish(job);
+                    return None;
+                }
+                sink.event(&Event::Measuring { stage: prepared.stage.id.clone() });
+                let results = progress.results.clone();
+                let input = prepared.stage.op.input().and_then(|input| self.input_of(input));
+                Some(Order::Measure { input, results })
+            }
+        }
+    }
+
+    /// Why a stage cannot start: a stage that it needs has no result. One that
+    /// was falsified has one, and to find out where it starts is what the
+    /// stages after it are for.
+    fn blocked_by(&self, prepared: &PreparedStage<'_>) -> Option<String> {
+        for need in &prepared.stage.needs {
+            let Some(at) = self.plan.stages.iter().position(|p| p.stage.id == *need) else {
+                continue;
+            };
+            let progress = &self.progress[at];
+            let verdict = progress.record.as_ref().map(|record| record.verdict);
+            if let Some(verdict @ (Verdict::Error | Verdict::Blocked)) = verdict {
+                return Some(format!("stage {need}, which it needs, ended in {verdict}"));
+            }
+            let is_input = prepared.stage.op.input().is_some_and(|input| input.stage == *need);
+            if is_input && !progress.results.contains_key(&Arm::Reference) {
+                return Some(format!("stage {need} made no input for it"));
+            }
+        }
+        None
+    }
+
+    fn input_of(&self, input: &InputRef) -> Option<(InputRef, Stored)> {
+        let at = self.plan.stages.iter().position(|p| p.stage.id == input.stage)?;
+        let stored = self.progress[at].results.get(&Arm::Reference)?;
+        Some((input.clone(), stored.clone()))
+    }
+
+    /// The one place where a job ends and others become ready.
+    fn settle(
+        &mut self,
+        job: usize,
+        outcome: Result<Outcome, Failure>,
+        seconds: f64,
+        sink: &mut dyn Sink,
+    ) {
+        let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
+        match (work, outcome) {
+            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why })) => {
+                let who = self.plan.who(self.plan.stages[stage].stage, arm);
+                if let Err(error) = self.store.remember(&who, &stored.action) {
+                    tracing::warn!("{error}");
+                }
+                self.progress[stage].results.insert(arm, *stored);
+                self.arm_finished(stage, arm, state, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(failure)) => {
+                self.note_bug(&failure);
+                let why = failure.to_string();
+                self.progress[stage].failure = Some(format!("the {arm} arm failed: {why}"));
+                self.arm_finished(stage, arm, ArmState::Error, why, seconds, sink);
+            }
+            (_, Ok(Outcome::Measures(measures))) => {
+                self.progress[stage].measures = *measures;
+                self.close(stage, sink);
+            }
+            (_, Err(failure)) => {
+                self.note_bug(&failure);
+                self.progress[stage].failure = Some(format!("measuring failed: {failure}"));
+                self.close(stage, sink);
+            }
+            (Work::Measure, Ok(Outcome::Arm { .. })) => {}
+        }
+        self.finish(job);
+    }
+
+    fn note_bug(&mut self, failure: &Failure) {
+        if let Failure::Bug(text) = failure {
+            self.bug.get_or_insert_with(|| text.clone());
+        }
+    }
+
+    fn finish(&mut self, done: usize) {
+        self.jobs[done].state = State::Done;
+        for job in &mut self.jobs {
+            if let State::Waiting(waits_for) = &mut job.state
+                && waits_for.remove(&done)
+                && waits_for.is_empty()
+            {
+                job.state = State::Ready;
+            }
+        }
+    }
+
+    fn arm_finished(
+        &mut self,
+        stage: usize,
+        arm: Arm,
+        state: ArmState,
+        why: String,
+        seconds: f64,
+        sink: &mut dyn Sink,
+    ) {
+        let mut record = ArmRecord::without(state, why.clone());
+        if let Some(stored) = self.progress[stage].results.get(&arm) {
+            record.arithmetic = Some(stored.payload.arithmetic.clone());
+            record.seconds = Some(stored.payload.seconds);
+            record.key = Some(stored.action.key.0.clone());
+            record.object = stored.action.object.clone();
+            record.sites = stored.payload.sites.clone();
+            record.greedy = stored.payload.greedy.clone();
+        }
+        self.progress[stage].arms.insert(arm, record);
+        let stage = self.plan.stages[stage].stage.id.clone();
+        sink.event(&Event::ArmFinished { stage, arm, state, why, seconds });
+    }
+
+    /// Judges a stage and writes its record.
+    fn close(&mut self, stage: usize, sink: &mut dyn Sink) {
+        let prepared = &self.plan.stages[stage];
+        let progress = &mut self.progress[stage];
+        let definition = prepared.stage;
+        let contract = &self.plan.pipeline.contracts[&definition.contract];
+        let absent: BTreeMap<Arm, String> = progress
+            .arms
+            .iter()
+            .filter(|(_, record)| record.state == ArmState::Unmeasured)
+            .map(|(arm, record)| (*arm, record.why.clone()))
+            .collect();
+        let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
+        let mut judged = judge(contract, &progress.measures.measures, &absent);
+        if let Some(reason) = &progress.blocked {
+            (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
+        } else if let Some(reason) = &progress.failure {
+            (judged.verdict, judged.why) = (Verdict::Error, reason.clone());
+        } else if let Some((arm, reason)) = required
+            && !matches!(judged.verdict, Verdict::Structural | Verdict::Drift)
+        {
+            judged.verdict = Verdict::Error;
+            judged.why = format!("the {arm} arm is required and did not run: {reason}");
+        }
+        let seconds = progress.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
+        // The tensors have done their service; whoever needs them later reads the cache.
+        for stored in progress.results.values_mut() {
+            stored.output = None;
+        }
+        sink.event(&Event::StageJudged {
+            stage: definition.id.clone(),
+            verdict: judged.verdict,
+            why: judged.why.clone(),
+            seconds,
+        });
+        progress.record = Some(StageRecord {
+            id: definition.id.clone(),
+            title: definition.title.clone(),
+            file: definition.file.display().to_string(),
+            needs: definition.needs.clone(),
+            op: definition.op.clone(),
+            model: prepared.model.source.clone(),
+            tokens: prepared.tokens.clone(),
+            recipe: definition.recipe,
+            contract: [contract.name.clone(), contract.version.clone()],
+            verdict: judged.verdict,
+            why: judged.why,
+            seconds,
+            arms: progress.arms.clone(),
+            judgements: judged.judgements,
+            measures: std::mem::take(&mut progress.measures.measures),
+            greedy: std::mem::take(&mut progress.measures.greedy),
+        });
+    }
+
+    /// After a stop: what was not judged ends in an error that says so.
+    fn close_open_stages(&mut self, sink: &mut dyn Sink) {
+        for stage in 0..self.progress.len() {
+            if self.progress[stage].record.is_none() && self.plan.stages[stage].judged {
+                self.progress[stage].failure = Some("stopped on request".to_owned());
+                self.progress[stage].blocked = None;
+                self.close(stage, sink);
+            }
+        }
+    }
+
+    fn show_progress(&self, job: usize, done: u64, sink: &mut dyn Sink) {
+        let Job { stage, work, .. } = self.jobs[job];
+        let prepared = &self.plan.stages[stage];
+        if let Work::Arm(arm) = work {
+            let total = expected_sites(prepared);
+            let stage = prepared.stage.id.clone();
+            sink.event(&Event::Progress { stage, arm, done, total });
+        }
+    }
+}
+
+/// What a thread is to do.
+enum Order {
+    Arm { arm: Arm, input: Option<(InputRef, Stored)> },
+    Measure { input: Option<(InputRef, Stored)>, results: BTreeMap<Arm, Stored> },
+}
+
+/// Sites that an arm will make, for a progress bar.
+fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
+    match &prepared.stage.op {
+        Op::Forward { repeats, .. } => {
+            let config = prepared.model.model.config();
+            let norms = if prepared.model.model.has("blk.0.attn_q_norm.weight") { 0 } else { 2 };
+            let sites = config.layers * (LAYER_SITES.len() - norms) + 3;
+            sites as u64 * u64::from(*repeats)
+        }
+        Op::Matmul { weights, .. } => weights.len() as u64,
+        Op::Embed { .. } | Op::RmsNorm { .. } => 1,
+    }
+}
+
+/// A job's thread.
+fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
+    let started = Instant::now();
+    let attempt = AssertUnwindSafe(|| {
+        let attempt = || match order {
+            Order::Arm { arm, input } => bench.arm(arm, input, &mut |done| {
+                // Nobody listens any more only when the run is over.
+                let _ = sender.send(Message::Progress { job, done });
+            }),
+            Order::Measure { input, results } => bench.measure(input, results),
+        };
+        match bench.prepared.stage.resources.threads {
+            None => attempt(),
+            Some(threads) => {
+                match rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build() {
+                    Ok(pool) => pool.install(attempt),
+                    Err(error) => Err(Failure::Bug(error.to_string())),
+                }
+            }
+        }
+    });
+    let outcome = catch_unwind(attempt).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Err(Failure::Bug(text.unwrap_or_else(|| "a panic without a message".to_owned())))
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let _ = sender.send(Message::Done { job, outcome, seconds });
+}
+
+/// Everything that one job needs.
+struct Bench<'a> {
+    plan: &'a Plan<'a>,
+    store: &'a Store,
+    options: &'a Options<'a>,
+    prepared: &'a PreparedStage<'a>,
+}
+
+impl Bench<'_> {
+    fn task<'t>(&'t self, input: Option<&'t Tensor>) -> Task<'t> {
+        let PreparedStage { stage, model, tokens, .. } = self.prepared;
+        Task { op: &stage.op, model: &model.model, tokens, input }
+    }
+
+    fn arm(
+        &self,
+        arm: Arm,
+        input: Option<(InputRef, Stored)>,
+        progress: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<Outcome, Failure> {
+        let Options { workshop, .. } = self.options;
+        let input_hash = input.as_ref().map(|(input, stored)| site_hash(input, stored));
+        let input_hash = input_hash.transpose()?;
+        let walk = self.plan.arm_walk(self.prepared, arm, input_hash.as_deref(), *workshop);
+        if let Some(action) = self.store.find(&walk.key()) {
+            let payload = payload_of(&action)?;
+            let why = reused(&action);
+            let stored = Box::new(Stored { action, payload, output: None });
+            return Ok(Outcome::Arm { stored, state: ArmState::Reused, why });
+        }
+        let why = self.plan.why_run(self.store, self.prepared.stage, arm, &walk);
+        let started = Instant::now();
+        let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
+        let (ops, arithmetic) = workshop.ops(arm, &self.prepared.stage.recipe)?;
+        let mut done = 0;
+        let output = compute(&self.task(input.as_ref()), ops.as_ref(), arithmetic, &mut |_| {
+            done += 1;
+            progress(done);
+        })?;
+        let seconds = started.elapsed().as_secs_f64();
+        let stored = self.keep(&walk, output, seconds)?;
+        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {
+        let bytes: Vec<(&Site, &Tensor, Vec<u8>)> = output
+            .sites
+            .iter()
+            .map(|(site, tensor)| (site, tensor, tensor.to_le_bytes()))
+            .collect();
+        let records = bytes.iter().map(|(site, tensor, bytes)| SiteRecord {
+            site: (*site).clone(),
+            shape: [tensor.rows(), tensor.width()],
+            blake3: blake3::hash(bytes).to_hex().to_string(),
+        });
+        let payload = ArmPayload {
+            sites: records.collect(),
+            greedy: output.greedy.clone().map(Into::into),
+            repeats: output.repeats.clone(),
+            arithmetic: output.arithmetic.clone(),
+            seconds,
+        };
+        let views = bytes.iter().map(|(site, tensor, bytes)| {
+            let view = TensorView::new(Dtype::F32, vec![tensor.rows(), tensor.width()], bytes);
+            view.map(|view| (site.0.as_str(), view))
+        });
+        let encoded = views
+            .collect::<Result<Vec<_>, _>>()
+            .and_then(|views| safetensors::serialize(views, None))
+            .map_err(|error| Failure::Bug(format!("tensors cannot be encoded: {error}")))?;
+        let json = serde_json::to_value(&payload)
+            .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let action = self.store.save(walk, run, created, Some(&encoded), json)?;
+        Ok(Stored { action, payload, output: Some(Arc::new(output)) })
+    }
+
+    fn measure(
+        &self,
+        input: Option<(InputRef, Stored)>,
+        results: BTreeMap<Arm, Stored>,
+    ) -> Result<Outcome, Failure> {
+        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
+        let walk = self.plan.measure_walk(self.prepared, &keys.collect());
+        if let Some(action) = self.store.find(&walk.key()) {
+            let measures = serde_json::from_value(action.payload)
+                .map_err(|error| Failure::Record(action.key.0, error.to_string()))?;
+            return Ok(Outcome::Measures(Box::new(measures)));
+        }
+        let mut outputs = BTreeMap::new();
+        for (arm, stored) in results {
+            outputs.insert(arm, self.output_of(&stored)?);
+        }
+        let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
+        let task = self.task(input.as_ref());
+        let measures = measure_stage(&task, &self.prepared.stage.recipe, &outputs)?;
+        let json = serde_json::to_value(&measures)
+            .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        self.store.save(&walk, run, created, None, json)?;
+        Ok(Outcome::Measures(Box::new(measures)))
+    }
+}
+
+impl Bench<'_> {
+    /// The tensors of a result: those at hand, else the cache's.
+    fn output_of(&self, stored: &Stored) -> Result<Output, Failure> {
+        if let Some(output) = &stored.output {
+            return Ok(Output::clone(output));
+        }
+        let payload = &stored.payload;
+        let sites = payload.sites.iter().map(|record| record.site.clone());
+        Ok(Output {
+            sites: self.tensors(stored, sites.collect())?,
+            greedy: payload.greedy.clone().map(Into::into),
+            repeats: payload.repeats.clone(),
+            arithmetic: payload.arithmetic.clone(),
+        })
+    }
+
+    fn input_tensor(&self, input: &InputRef, stored: &Stored) -> Result<Tensor, Failure> {
+        site_hash(input, stored)?;
+        if let Some(tensor) = stored.output.as_ref().and_then(|output| output.site(&input.site)) {
+            return Ok(tensor.clone());
+        }
+        let mut tensors = self.tensors(stored, vec![input.site.clone()])?;
+        let tensor = tensors.pop().map(|(_, tensor)| tensor);
+        tensor.ok_or_else(|| no_such_site(input, stored))
+    }
+
+    /// Some sites of a stored result, verified.
+    fn tensors(&self, stored: &Stored, sites: Vec<Site>) -> Result<Vec<(Site, Tensor)>, Failure> {
+        let key = &stored.action.key.0;
+        let wrong =
+            |problem: &dyn std::fmt::Display| Failure::Record(key.clone(), problem.to_string());
+        let object = stored.action.object.as_ref().ok_or_else(|| wrong(&"it has no tensors"))?;
+        let bytes = self.store.read_object(object)?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error))?;
+        let read = |site: Site| {
+            let view = file.tensor(&site.0).map_err(|error| wrong(&error))?;
+            let width = view.shape().last().copied().unwrap_or(0);
+            if view.dtype() != Dtype::F32 || width == 0 {
+                return Err(wrong(&format!("`{site}` is not a matrix of f32")));
+            }
+            let values = view.data().chunks_exact(4);
+            let values = values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            Ok((site, Tensor::new(width, values.collect())))
+        };
+        sites.into_iter().map(read).collect()
+    }
+}
+
+/// The hash of the tensor that an input names.
+fn site_hash(input: &InputRef, stored: &Stored) -> Result<String, Failure> {
+    let record = stored.payload.sites.iter().find(|record| record.site == input.site);
+    record.map(|record| record.blake3.clone()).ok_or_else(|| no_such_site(input, stored))
+}
+
+fn no_such_site(input: &InputRef, stored: &Stored) -> Failure {
+    let known: Vec<&str> = stored.payload.sites.iter().map(|r| r.site.0.as_str()).collect();
+    const SHOWN: usize = 20;
+    let more = if known.len() > SHOWN { ", ..." } else { "" };
+    let known = known[..known.len().min(SHOWN)].join(", ") + more;
+    Failure::NoSuchSite { input: input.clone(), known }
+}
+
+fn payload_of(action: &Action) -> Result<ArmPayload, Failure> {
+    serde_json::from_value(action.payload.clone())
+        .map_err(|error| Failure::Record(action.key.0.clone(), error.to_string()))
+}

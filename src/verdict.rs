@@ -1,0 +1,363 @@
+//! Measures and a contract become one verdict.
+//!
+//! It computes nothing from tensors, so a changed contract is judged anew from
+//! stored measures. A bound holds only if the value is there, is finite and
+//! lies within it; nothing passes by being absent.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::compare::Measure;
+use crate::manifest::{Contract, Falsifier, IfFails};
+use crate::metric::Metric;
+use crate::op::{Arm, Site, Stream};
+use crate::text::{grouped, number};
+
+/// The answer to a stage's question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Everything was measured and nothing falsified.
+    Pass,
+    /// Explained by the recipe's arithmetic, but beyond the contract's budget.
+    Drift,
+    /// Unexplained: a bug.
+    Structural,
+    /// Nothing, or too little, was compared.
+    Unmeasured,
+    /// A stage that it needs has no result.
+    Blocked,
+    /// It could not run.
+    Error,
+}
+
+impl Verdict {
+    /// The word that reports print.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Pass => "pass",
+            Verdict::Drift => "drift",
+            Verdict::Structural => "structural",
+            Verdict::Unmeasured => "unmeasured",
+            Verdict::Blocked => "blocked",
+            Verdict::Error => "error",
+        }
+    }
+
+    /// The run's verdict: the gravest of its stages'. A proven bug outweighs
+    /// what could not be tried.
+    pub fn of_run(stages: impl IntoIterator<Item = Verdict>) -> Verdict {
+        let gravity = |verdict: &Verdict| match verdict {
+            Verdict::Pass => 0,
+            Verdict::Unmeasured => 1,
+            Verdict::Blocked => 2,
+            Verdict::Error => 3,
+            Verdict::Drift => 4,
+            Verdict::Structural => 5,
+        };
+        stages.into_iter().max_by_key(gravity).unwrap_or(Verdict::Unmeasured)
+    }
+
+    /// The process's exit code for a run with this verdict.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Verdict::Pass => 0,
+            Verdict::Drift | Verdict::Structural => 1,
+            Verdict::Unmeasured => 3,
+            Verdict::Blocked | Verdict::Error => 4,
+        }
+    }
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What became of one falsifier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Every value lies within the bounds.
+    Held,
+    /// A value lies outside.
+    Falsified,
+    /// There was no value to judge.
+    Unmeasured,
+}
+
+/// One falsifier's judgement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The falsifier.
+    pub falsifier: String,
+    /// The equation that it tests.
+    pub equation: String,
+    /// What must be seen, for people.
+    pub prediction: String,
+    /// Subject and judge.
+    pub compare: [Stream; 2],
+    /// What was measured.
+    pub metric: Metric,
+    /// The smallest value that passes.
+    pub min: Option<f64>,
+    /// The largest value that passes.
+    pub max: Option<f64>,
+    /// The bounds' derivation.
+    pub why: String,
+    /// What a failure means.
+    pub if_fails: IfFails,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// Why there was no value, or why some sites had none.
+    pub reason: Option<String>,
+    /// The first site outside the bounds, else the one nearest to a bound.
+    pub site: Option<Site>,
+    /// The value there.
+    pub value: Option<f64>,
+    /// The share of the bound that the value uses; above 1 outside.
+    pub used: Option<f64>,
+    /// Sites that were judged.
+    pub sites_judged: usize,
+    /// Sites outside the bounds.
+    pub sites_falsified: usize,
+    /// Sites without a value.
+    pub sites_unmeasured: usize,
+}
+
+/// A stage's verdict with all that led to it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageVerdict {
+    /// The answer.
+    pub verdict: Verdict,
+    /// The reason, in one line.
+    pub why: String,
+    /// Every falsifier of the contract.
+    pub judgements: Vec<Judgement>,
+}
+
+/// Judges measures by a contract; `absent` says which arms did not run, and why.
+pub fn judge(
+    contract: &Contract,
+    measures: &[Measure],
+    absent: &BTreeMap<Arm, String>,
+) -> StageVerdict {
+    let judgements: Vec<Judgement> =
+        contract.falsifiers.iter().map(|f| judge_one(f, measures, absent)).collect();
+    let verdict = verdict_of(&judgements, absent);
+    let why = why(verdict, &judgements, measures, absent);
+    StageVerdict { verdict, why, judgements }
+}
+
+fn arms_of(stream: Stream) -> Arm {
+    match stream {
+        Stream::Arm(arm) | Stream::Anchored(arm) => arm,
+    }
+}
+
+/// Why a falsifier's streams are not there, if an arm did not run.
+fn missing_arm(compare: [Stream; 2], absent: &BTreeMap<Arm, String>) -> Option<String> {
+    compare.into_iter().map(arms_of).find_map(|arm| {
+        absent.get(&arm).map(|reason| format!("the {arm} arm did not run: {reason}"))
+    })
+}
+
+fn judge_one(
+    falsifier: &Falsifier,
+    measures: &[Measure],
+    absent: &BTreeMap<Arm, String>,
+) -> Judgement {
+    let mut judgement = Judgement {
+        falsifier: falsifier.id.clone(),
+        equation: falsifier.equation.clone(),
+        prediction: falsifier.prediction.clone(),
+        compare: falsifier.compare,
+        metric: falsifier.metric,
+        min: falsifier.min,
+        max: falsifier.max,
+        why: falsifier.why.clone(),
+        if_fails: falsifier.if_fails,
+        outcome: Outcome::Unmeasured,
+        reason: missing_arm(falsifier.compare, absent),
+        site: None,
+        value: None,
+        used: None,
+        sites_judged: 0,
+        sites_falsified: 0,
+        sites_unmeasured: 0,
+    };
+    let [subject, judge] = falsifier.compare;
+    let relevant = measures.iter().filter(|measure| {
+        measure.subject == subject && measure.judge == judge && falsifier.applies_to(&measure.site)
+    });
+    for measure in relevant {
+        let value = measure.metrics.get(&falsifier.metric).copied().filter(|v| v.is_finite());
+        let Some(value) = value else {
+            judgement.sites_unmeasured += 1;
+            if judgement.reason.is_none() {
+                let reason = measure.unmeasured.as_deref().unwrap_or("too little was compared");
+                judgement.reason = Some(format!("at `{}`: {reason}", measure.site));
+            }
+            continue;
+        };
+        judgement.sites_judged += 1;
+        let used = share_used(falsifier, value);
+        let within = falsifier.min.is_none_or(|min| value >= min)
+            && falsifier.max.is_none_or(|max| value <= max);
+        let first_outside = !within && judgement.sites_falsified == 0;
+        let nearest = judgement.sites_falsified == 0 && judgement.used.is_none_or(|u| used > u);
+        judgement.sites_falsified += usize::from(!within);
+        if first_outside || nearest {
+            judgement.site = Some(measure.site.clone());
+            judgement.value = Some(value);
+            judgement.used = Some(used);
+        }
+    }
+    judgement.outcome = match (judgement.sites_falsified, judgement.sites_judged) {
+        (0, 0) => Outcome::Unmeasured,
+        (0, _) => Outcome::Held,
+        _ => Outcome::Falsified,
+    };
+    if judgement.outcome == Outcome::Unmeasured && judgement.reason.is_none() {
+        judgement.reason = Some(format!(
+            "no site has {} of {} against {}",
+            falsifier.metric, falsifier.compare[0], falsifier.compare[1]
+        ));
+    }
+    judgement
+}
+
+/// How much of the nearer bound a value uses: at the bound 1, beyond it more.
+fn share_used(falsifier: &Falsifier, value: f64) -> f64 {
+    // Outside a bound of 0 there is no share; the largest number stands for it.
+    let ratio = |part: f64, whole: f64| match (part, whole) {
+        (part, _) if part == 0.0 => 0.0,
+        (_, whole) if whole == 0.0 => f64::MAX,
+        (part, whole) => (part / whole).abs(),
+    };
+    let of_max = falsifier.max.map(|max| ratio(value, max));
+    let best = falsifier.metric.range().1;
+    let of_min = falsifier.min.map(|min| {
+        if best.is_finite() { ratio(best - value, best - min) } else { ratio(min, value) }
+    });
+    match (of_min, of_max) {
+        (Some(a), Some(b)) if a > b => a,
+        (_, Some(b)) => b,
+        (Some(a), None) => a,
+        (None, None) => 0.0,
+    }
+}
+
+fn verdict_of(judgements: &[Judgement], absent: &BTreeMap<Arm, String>) -> Verdict {
+    let falsified = |if_fails| {
+        judgements.iter().any(|j| j.outcome == Outcome::Falsified && j.if_fails == if_fails)
+    };
+    if falsified(IfFails::Structural) {
+        return Verdict::Structural;
+    }
+    if falsified(IfFails::Drift) {
+        return Verdict::Drift;
+    }
+    // A falsifier without a value is forgiven only where its arm could not run.
+    let forgiven = |j: &Judgement| missing_arm(j.compare, absent).is_some();
+    let open = judgements.iter().any(|j| j.outcome == Outcome::Unmeasured && !forgiven(j));
+    let held = judgements.iter().any(|j| j.outcome == Outcome::Held);
+    if held && !open { Verdict::Pass } else { Verdict::Unmeasured }
+}
+
+fn why(
+    verdict: Verdict,
+    judgements: &[Judgement],
+    measures: &[Measure],
+    absent: &BTreeMap<Arm, String>,
+) -> String {
+    let mut parts = Vec::new();
+    match verdict {
+        Verdict::Structural | Verdict::Drift => {
+            let gravest =
+                if verdict == Verdict::Structural { IfFails::Structural } else { IfFails::Drift };
+            let fallen = judgements
+                .iter()
+                .filter(|j| j.outcome == Outcome::Falsified && j.if_fails == gravest);
+            // What comes first in the flow is where it starts.
+            let place = |j: &&Judgement| {
+                measures.iter().position(|m| Some(&m.site) == j.site.as_ref()).unwrap_or(usize::MAX)
+            };
+            if let Some(first) = fallen.min_by_key(place) {
+                parts.push(describe_fall(first));
+            }
+        }
+        Verdict::Unmeasured => {
+            let open = judgements.iter().find(|j| j.outcome == Outcome::Unmeasured);
+            parts.extend(open.map(|j| {
+                format!("{}: {}", j.falsifier, j.reason.as_deref().unwrap_or("no value"))
+            }));
+        }
+        _ => {
+            parts.extend(exactness(judgements, measures));
+            let tightest = judgements
+                .iter()
+                .filter(|j| j.outcome == Outcome::Held && j.used.is_some_and(|used| used > 0.0))
+                .max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)));
+            parts.extend(tightest.map(describe_headroom));
+        }
+    }
+    parts.extend(absent.iter().map(|(arm, reason)| format!("{arm} unmeasured: {reason}")));
+    parts.join("; ")
+}
+
+/// `emulated = reference, 0 of 1,024 bits differ`, where bits were judged and held.
+fn exactness(judgements: &[Judgement], measures: &[Measure]) -> Option<String> {
+    let exact = judgements
+        .iter()
+        .filter(|j| j.metric == Metric::BitMismatches && j.outcome == Outcome::Held)
+        .filter(|j| j.max == Some(0.0))
+        .max_by_key(|j| j.compare[0])?;
+    let [subject, judge] = exact.compare;
+    let elements: usize = measures
+        .iter()
+        .filter(|m| m.subject == subject && m.judge == judge)
+        .map(|m| m.shape[0] * m.shape[1])
+        .sum();
+    let what = if subject == judge {
+        format!("{subject} repeats itself")
+    } else {
+        format!("{subject} = {judge}")
+    };
+    Some(format!("{what}, 0 of {} values differ", grouped(elements)))
+}
+
+fn describe_fall(j: &Judgement) -> String {
+    let site = j.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
+    let value = j.value.map_or("no value".to_owned(), number);
+    let bound = match (j.min, j.max, j.value) {
+        (Some(min), _, Some(value)) if value < min => format!("below {}", number(min)),
+        (_, Some(max), _) => format!("above {}", number(max)),
+        _ => "outside its bound".to_owned(),
+    };
+    let more = match j.sites_falsified {
+        0 | 1 => String::new(),
+        many => format!(", and at {} more of {} sites", many - 1, j.sites_judged),
+    };
+    let [subject, judge] = j.compare;
+    let pair = if subject == judge {
+        format!("{subject}'s repeats")
+    } else {
+        format!("{subject} against {judge}")
+    };
+    format!("{}{site}: {} of {pair} is {value}, {bound}{more}", j.falsifier, j.metric)
+}
+
+fn describe_headroom(j: &Judgement) -> String {
+    let site = j.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
+    let value = j.value.map_or("no value".to_owned(), number);
+    let bounds = match (j.min, j.max) {
+        (Some(min), Some(max)) => format!("within {} to {}", number(min), number(max)),
+        (Some(min), None) => format!("at least {}", number(min)),
+        (None, Some(max)) => format!("at most {}", number(max)),
+        (None, None) => "unbounded".to_owned(),
+    };
+    format!("tightest: {} {value}{site}, {bounds}", j.metric)
+}
