@@ -975,7 +975,7 @@ fn a_folders_tokenizer_is_its_tokenizer_json() {
 }
 
 /// The file that `scripts/fetch-smollm2.sh` fetches.
-fn smollm2() -> PathBuf {
+pub fn smollm2() -> PathBuf {
     match std::env::var_os("RUNNER_SMOLLM2") {
         Some(path) => path.into(),
         None => panic!(
