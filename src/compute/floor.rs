@@ -13,6 +13,7 @@ use super::reference::{Widened, dot_rows};
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_matmul, check_same_shape, check_tokens,
 };
+use crate::dtype::Format;
 use crate::model::{Rope, Weight};
 use crate::op::{Accumulate, Recipe};
 use crate::tensor::Tensor;
@@ -59,19 +60,29 @@ impl Floor {
                 let unit = 0.5f64.powi(bits as i32);
                 (steps * unit * unit, (steps * unit / 2.0).powi(2))
             }
-            // A chain of K fused multiply-adds, each rounding the running sum.
-            _ => (inner / 6.0 * F32_UNIT.powi(2), inner / 9.0 * F32_UNIT.powi(2)),
+            // A chain of K fused multiply-adds, each rounding the running sum:
+            // ulp^2 / 12 of s is s^2 u^2 / (8 ln 2) on average over its binade,
+            // and a random walk that ends at y has, over its K steps,
+            // sum s^2 = K / 6 * sum (x w)^2 + K / 3 * y^2.
+            _ => {
+                let step = F32_UNIT.powi(2) / (8.0 * std::f64::consts::LN_2);
+                (inner / 6.0 * step, inner / 3.0 * step)
+            }
         }
     }
 
-    /// The variance of rounding a value of about `size` to the output type:
-    /// `ulp^2 / 12`, and then of the bias's addition in f32.
+    /// The variance of rounding a value of about `size` to the output type, and
+    /// of one more rounding to f32: the reference's own, or the scale's.
     fn output(&self, size: f64) -> f64 {
-        let format = self.recipe.output;
-        let exponent = if size > 0.0 { size.log2().floor() as i32 } else { format.min_exponent() };
-        let exponent = exponent.max(format.min_exponent()) - format.fraction_bits() as i32;
-        2f64.powi(exponent).powi(2) / 12.0 + (size * F32_UNIT).powi(2)
+        rounding(self.recipe.output, size) + rounding(Format::F32, size)
     }
+}
+
+/// The variance of rounding a value of about `size`: `ulp^2 / 12`.
+fn rounding(format: Format, size: f64) -> f64 {
+    let exponent = if size > 0.0 { size.log2().floor() as i32 } else { format.min_exponent() };
+    let exponent = exponent.max(format.min_exponent()) - format.fraction_bits() as i32;
+    2f64.powi(exponent).powi(2) / 12.0
 }
 
 /// The values that codes and scales stand for, in f64.

@@ -1,6 +1,8 @@
 //! The integration tests, one binary: each module holds one part of the
 //! project to things that nobody here wrote.
 
+mod compute;
+mod golden;
 mod manifest;
 mod model;
 mod tensor_cores;

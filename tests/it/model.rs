@@ -15,16 +15,16 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-const TINY: [Preset; 3] = [Preset::Qwen2Tiny, Preset::LlamaTiny, Preset::Qwen3Tiny];
+pub const TINY: [Preset; 3] = [Preset::Qwen2Tiny, Preset::LlamaTiny, Preset::Qwen3Tiny];
 
 /// A synthetic model's file, in memory.
-fn synthetic_file(preset: Preset) -> Vec<u8> {
+pub fn synthetic_file(preset: Preset) -> Vec<u8> {
     let mut bytes = Vec::new();
     synthetic::write(preset, 1, &mut bytes).expect("a Vec takes everything");
     bytes
 }
 
-fn open(bytes: &[u8]) -> Result<Model, ModelError> {
+pub fn open(bytes: &[u8]) -> Result<Model, ModelError> {
     Model::from_bytes(Path::new("test.gguf"), bytes)
 }
 
@@ -975,7 +975,7 @@ fn a_folders_tokenizer_is_its_tokenizer_json() {
 }
 
 /// The file that `scripts/fetch-smollm2.sh` fetches.
-fn smollm2() -> PathBuf {
+pub fn smollm2() -> PathBuf {
     match std::env::var_os("RUNNER_SMOLLM2") {
         Some(path) => path.into(),
         None => panic!(
