@@ -233,8 +233,8 @@ fn judge_one(
 fn share_used(falsifier: &Falsifier, value: f64) -> f64 {
     // Outside a bound of 0 there is no share; the largest number stands for it.
     let ratio = |part: f64, whole: f64| match (part, whole) {
-        (part, _) if part == 0.0 => 0.0,
-        (_, whole) if whole == 0.0 => f64::MAX,
+        (0.0, _) => 0.0,
+        (_, 0.0) => f64::MAX,
         (part, whole) => (part / whole).abs(),
     };
     let of_max = falsifier.max.map(|max| ratio(value, max));
