@@ -1,0 +1,106 @@
+//! `runner chip`: the command line of `chip_command`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{FALSIFIED, PASS};
+use crate::chip_command::{self, ChipCommand, ChipOutcome, Multiply, MultiplyOperand, TensorRef};
+use crate::compute::emulated::schedule::Schedule;
+use crate::dtype::Format;
+use crate::op::{Accumulate, ChipName};
+
+#[derive(Subcommand)]
+pub(super) enum ChipCli {
+    /// List the chips, their formats and their arithmetic.
+    List,
+    /// Check a folder of hardware vectors, one safetensors file per chip.
+    Verify {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Multiply two tensors as a chip does: y[N, M] = x[N, K] w[M, K]^T.
+    Multiply(MultiplyArgs),
+}
+
+#[derive(Args)]
+pub(super) struct MultiplyArgs {
+    /// x as FILE:TENSOR.
+    #[arg(value_parser = tensor_ref)]
+    x: TensorRef,
+    /// w as FILE:TENSOR.
+    #[arg(value_parser = tensor_ref)]
+    w: TensorRef,
+    /// The format of x; its own by default.
+    #[arg(long)]
+    x_format: Option<Format>,
+    /// The format of w; its own by default.
+    #[arg(long)]
+    w_format: Option<Format>,
+    /// The scale of x.
+    #[arg(long)]
+    x_scale: Option<f32>,
+    /// The scale of w.
+    #[arg(long)]
+    w_scale: Option<f32>,
+    /// Whose arithmetic: volta, ampere, ada, hopper, blackwell.
+    #[arg(long, default_value = "hopper", value_parser = chip_name)]
+    chip: ChipName,
+    /// Carry the tensor core's accumulator all along K, instead of promoting it.
+    #[arg(long)]
+    fast: bool,
+    /// Parts that K is cut into.
+    #[arg(long, default_value = "1")]
+    split_k: u32,
+    /// The type of y: f32, bf16, f16.
+    #[arg(long, default_value = "f32")]
+    output: Format,
+    /// A device's outputs as FILE:TENSOR, whose schedule is to be identified.
+    #[arg(long, value_parser = tensor_ref)]
+    observed: Option<TensorRef>,
+    /// The file to write y to.
+    #[arg(long)]
+    save: Option<PathBuf>,
+}
+
+fn tensor_ref(text: &str) -> Result<TensorRef, String> {
+    match text.rsplit_once(':') {
+        Some((file, tensor)) if !file.is_empty() && !tensor.is_empty() => {
+            Ok(TensorRef { file: PathBuf::from(file), tensor: tensor.to_owned() })
+        }
+        _ => Err("write FILE:TENSOR, such as captures.safetensors:c0.x".to_owned()),
+    }
+}
+
+fn chip_name(text: &str) -> Result<ChipName, String> {
+    ChipName::ALL.into_iter().find(|chip| chip.name() == text).ok_or_else(|| {
+        let known: Vec<&str> = ChipName::ALL.iter().map(|chip| chip.name()).collect();
+        format!("no chip is called `{text}`; known: {}", known.join(", "))
+    })
+}
+
+pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
+    let command = match command {
+        ChipCli::List => ChipCommand::List,
+        ChipCli::Verify { folder } => ChipCommand::Verify { folder },
+        ChipCli::Multiply(args) => {
+            let accumulate = if args.fast { Accumulate::Fast } else { Accumulate::Promoted };
+            let schedule = Schedule { accumulate, split_k: args.split_k, ..Schedule::PROMOTED };
+            let operand = |source, format, scale| MultiplyOperand { source, format, scale };
+            ChipCommand::Multiply(Box::new(Multiply {
+                x: operand(args.x, args.x_format, args.x_scale),
+                w: operand(args.w, args.w_format, args.w_scale),
+                chip: args.chip,
+                schedule,
+                output: args.output,
+                observed: args.observed,
+                save: args.save,
+            }))
+        }
+    };
+    let outcome = chip_command::run(&command, &mut std::io::stdout().lock());
+    match outcome.map_err(|error| error.to_string())? {
+        ChipOutcome::Pass => Ok(PASS),
+        ChipOutcome::Falsified => Ok(FALSIFIED),
+    }
+}

@@ -1,0 +1,36 @@
+//! `runner export`: the tensors of an arm of a past run, as safetensors.
+
+use std::path::Path;
+
+use super::{latest_run, print, read_record, store_of};
+use crate::op::Arm;
+
+pub(super) fn export(
+    run: &str,
+    stage: &str,
+    arm: Arm,
+    out: &Path,
+    runs: &Path,
+) -> Result<u8, String> {
+    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
+    let path = runs.join(&id).join("run.json");
+    let record = read_record(&path)?;
+    let found = record.stages.iter().find(|record| record.id.0 == stage).ok_or_else(|| {
+        let known: Vec<&str> = record.stages.iter().map(|stage| stage.id.0.as_str()).collect();
+        format!("run `{id}` has no stage `{stage}`; it has: {}", known.join(", "))
+    })?;
+    let result = found.arms.get(&arm).ok_or_else(|| {
+        let known: Vec<&str> = found.arms.keys().map(|arm| arm.name()).collect();
+        format!("stage `{stage}` has no arm `{arm}`; it has: {}", known.join(", "))
+    })?;
+    let object = result.object.as_ref().ok_or_else(|| {
+        format!("the {arm} arm of stage `{stage}` has no tensors: {}", result.why)
+    })?;
+    let bytes = store_of(runs).read_object(object).map_err(|error| error.to_string())?;
+    crate::cache::write_whole(out, &bytes).map_err(|error| error.to_string())?;
+    print(&format!(
+        "{} sites of {stage} {arm} of run {id} in {}\n",
+        result.sites.len(),
+        out.display()
+    ))
+}

@@ -1,0 +1,268 @@
+//! The commands: what can be typed, and which part of the library answers.
+//!
+//! One file per command; what several share stands here. It parses, calls and
+//! prints. Exit codes: 0 pass, 1 falsified, 2 bad manifest
+//! or usage, 3 nothing was measured, 4 a required arm could not run, 70 a bug of
+//! ours, 130 stopped on request.
+
+mod chip;
+mod export;
+mod plan;
+mod run;
+
+use std::collections::BTreeSet;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use chip::ChipCli;
+use plan::PlanArgs;
+use run::RunArgs;
+
+use crate::cache::Store;
+use crate::compute::arms::Shipped;
+use crate::graph::{Graph, GraphFormat, render, select};
+use crate::manifest::{Overrides, Pipeline, load};
+use crate::op::{Arm, StageId};
+use crate::plan::Plan;
+use crate::record::{RunRecord, SCHEMA};
+
+/// Nothing to complain about.
+const PASS: u8 = 0;
+/// Something was falsified.
+const FALSIFIED: u8 = 1;
+/// The manifests or the command line are wrong.
+const USAGE: u8 = 2;
+/// A bug of ours.
+const BUG: u8 = 70;
+/// Stopped on request, as shells have it for SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// The GPU's numbers differ from the CPU's: is that the arithmetic we chose, or
+/// a bug, and where does it start?
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 pass, 1 falsified, 2 bad manifest or usage, \
+    3 nothing was measured, 4 a required arm could not run, 70 a bug of ours, \
+    130 stopped on request."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run stages and print one verdict for each.
+    Run(RunArgs),
+    /// Say what a run would do, and why; compute nothing.
+    Plan(PlanArgs),
+    /// Report every problem of a folder of stages and its contracts.
+    Check {
+        /// The folder of stages.
+        #[arg(default_value = "stages")]
+        folder: PathBuf,
+    },
+    /// Draw how the stages depend on each other.
+    Graph {
+        /// The folder of stages.
+        #[arg(default_value = "stages")]
+        folder: PathBuf,
+        /// How to draw.
+        #[arg(long, value_enum, default_value_t = DrawFormat::Text)]
+        format: DrawFormat,
+    },
+    /// Write an arm's tensors of a past run to a safetensors file.
+    Export {
+        /// The run's name, or `latest`.
+        run: String,
+        /// The stage.
+        stage: String,
+        /// The arm.
+        arm: Arm,
+        /// The file to write.
+        out: PathBuf,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// The chips whose arithmetic is known: list, verify, multiply.
+    Chip {
+        #[command(subcommand)]
+        command: ChipCli,
+    },
+}
+
+/// What stages are run on, and which.
+#[derive(Args)]
+struct Selection {
+    /// The folder of stages.
+    #[arg(default_value = "stages")]
+    folder: PathBuf,
+    /// The model: `synthetic:<preset>`, a GGUF file or a safetensors folder.
+    #[arg(long)]
+    model: Option<String>,
+    /// The prompt as token ids.
+    #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
+    tokens: Option<Vec<u32>>,
+    /// The prompt as text.
+    #[arg(long)]
+    prompt: Option<String>,
+    /// Stages: `E` alone, `+E` with all it needs, `E+` with all that need it,
+    /// `tag:NAME`, `*`; several with commas.
+    #[arg(long)]
+    select: Option<String>,
+    /// The arms: reference, emulated, device.
+    #[arg(long, value_delimiter = ',')]
+    arms: Option<Vec<Arm>>,
+    /// The folder of runs, with the cache.
+    #[arg(long, default_value = "runs")]
+    runs: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DrawFormat {
+    /// For reading.
+    Text,
+    /// For Graphviz.
+    Dot,
+    /// For Markdown.
+    Mermaid,
+}
+
+/// Parses the command line, carries it out, and returns the exit code.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; a closed pipe is not our concern.
+            let _ = error.print();
+            return if error.use_stderr() { USAGE } else { PASS };
+        }
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("RUNNER_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match carry_out(cli.command) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("{}", message.trim_end());
+            USAGE
+        }
+    }
+}
+
+/// Carries out a command; an error is a text for the user, and bad usage.
+fn carry_out(command: Command) -> Result<u8, String> {
+    match command {
+        Command::Run(args) => run::run_stages(&args, &Shipped),
+        Command::Plan(args) => plan::plan_stages(&args),
+        Command::Check { folder } => {
+            let pipeline = load_pipeline(&folder, &Overrides::default())?;
+            let (stages, contracts) = (pipeline.stages.len(), pipeline.contracts.len());
+            print(&format!("{stages} stages and {contracts} contracts, no problem found\n"))
+        }
+        Command::Graph { folder, format } => {
+            let pipeline = load_pipeline(&folder, &Overrides::default())?;
+            let graph = graph_of(&pipeline)?;
+            let format = match format {
+                DrawFormat::Text => GraphFormat::Text,
+                DrawFormat::Dot => GraphFormat::Dot,
+                DrawFormat::Mermaid => GraphFormat::Mermaid,
+            };
+            print(&render(&graph, &pipeline.stages, format))
+        }
+        Command::Export { run, stage, arm, out, runs } => {
+            export::export(&run, &stage, arm, &out, &runs)
+        }
+        Command::Chip { command } => chip::chip(command),
+    }
+}
+
+/// Prints to stdout; a reader who has gone away is no error.
+fn print(text: &str) -> Result<u8, String> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to stdout: {error}"))
+        }
+        _ => Ok(PASS),
+    }
+}
+
+fn load_pipeline(folder: &Path, overrides: &Overrides) -> Result<Pipeline, String> {
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    load(folder, overrides).map_err(|problems| problems.render(colour))
+}
+
+fn graph_of(pipeline: &Pipeline) -> Result<Graph, String> {
+    Graph::of(&pipeline.stages).map_err(|cycle| cycle.to_string())
+}
+
+/// The pipeline, its graph and the selected stages.
+fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), String> {
+    let overrides = Overrides {
+        model: args.model.clone(),
+        tokens: args.tokens.clone(),
+        prompt: args.prompt.clone(),
+        arms: args.arms.clone(),
+    };
+    let pipeline = load_pipeline(&args.folder, &overrides)?;
+    let graph = graph_of(&pipeline)?;
+    let stages = match &args.select {
+        None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
+        Some(expression) => {
+            select(&graph, &pipeline.stages, expression).map_err(|error| error.to_string())?
+        }
+    };
+    Ok((pipeline, graph, stages))
+}
+
+fn store_of(runs: &Path) -> Store {
+    Store::new(&runs.join("cache"))
+}
+
+fn make_plan<'a>(
+    pipeline: &'a Pipeline,
+    graph: &Graph,
+    stages: &BTreeSet<StageId>,
+    store: &Store,
+) -> Result<Plan<'a>, String> {
+    Plan::new(pipeline, graph, stages, store).map_err(|problems| {
+        let mut lines: Vec<String> = Vec::new();
+        for problem in problems {
+            lines.push(format!("error: {problem}"));
+        }
+        lines.join("\n")
+    })
+}
+
+/// The youngest folder that holds a finished run; names begin with the time.
+fn latest_run(runs: &Path) -> Result<String, String> {
+    let entries = std::fs::read_dir(runs)
+        .map_err(|error| format!("cannot read `{}`: {error}", runs.display()))?;
+    let finished = entries.filter_map(|entry| {
+        let entry = entry.ok()?;
+        entry.path().join("run.json").is_file().then_some(())?;
+        let changed = entry.path().join("run.json").metadata().ok()?.modified().ok()?;
+        Some((changed, entry.file_name().into_string().ok()?))
+    });
+    let latest = finished.max().map(|(_, id)| id);
+    latest.ok_or_else(|| {
+        format!("`{}` holds no finished run; start one with `runner run`", runs.display())
+    })
+}
+
+fn read_record(path: &Path) -> Result<RunRecord, String> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+    let wrong =
+        |problem: String| format!("`{}` is not a run of this version: {problem}", path.display());
+    let record: RunRecord =
+        serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+    if record.schema != SCHEMA {
+        return Err(wrong(format!("it has schema {}, this runner reads {SCHEMA}", record.schema)));
+    }
+    Ok(record)
+}
