@@ -307,7 +307,7 @@ impl<'a> Plan<'a> {
                 let mut line = |action: &'static str, why: String| {
                     lines.push(PlanLine { stage: stage.id.clone(), arm, action, why });
                 };
-                if let Some(reason) = workshop.unavailable(arm) {
+                if let Some(reason) = workshop.unavailable(arm, &stage.recipe) {
                     line("unmeasured", reason);
                     continue;
                 }

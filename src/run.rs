@@ -234,7 +234,8 @@ impl<'a> Engine<'a> {
                     self.finish(job);
                     return None;
                 }
-                if let Some(reason) = self.options.workshop.unavailable(arm) {
+                let recipe = &prepared.stage.recipe;
+                if let Some(reason) = self.options.workshop.unavailable(arm, recipe) {
                     self.arm_finished(stage, arm, ArmState::Unmeasured, reason, 0.0, sink);
                     self.finish(job);
                     return None;

@@ -57,8 +57,8 @@ pub trait Workshop: Sync {
     /// If the arm cannot compute the recipe.
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError>;
 
-    /// Why an arm cannot run on this machine; `None` if it can.
-    fn unavailable(&self, arm: Arm) -> Option<String>;
+    /// Why an arm cannot compute a recipe on this machine; `None` if it can.
+    fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String>;
 }
 
 /// The arms as they ship.
@@ -84,7 +84,7 @@ impl Workshop for Shipped {
         }
     }
 
-    fn unavailable(&self, arm: Arm) -> Option<String> {
+    fn unavailable(&self, arm: Arm, _: &Recipe) -> Option<String> {
         match arm {
             Arm::Reference | Arm::Emulated => None,
             Arm::Device => Some(cuda::why_unavailable()),
