@@ -3,6 +3,8 @@
 //! Plain data, shared by every module. It knows neither how an op is computed
 //! nor how a manifest is read.
 
+use std::num::NonZeroU32;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::Format;
@@ -125,6 +127,40 @@ pub struct Recipe {
     pub output: Format,
     /// The chip.
     pub chip: ChipName,
+    /// The library's algorithm, where the recipe insists on one.
+    #[serde(default, skip_serializing_if = "Pin::is_empty")]
+    pub pin: Pin,
+}
+
+/// What a recipe insists on of the GEMM library's algorithm; what it leaves open
+/// is picked by rule. The numbers are cuBLASLt's own (`CUBLASLT_ALGO_CONFIG_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    /// The algorithm's id.
+    pub algorithm: Option<u32>,
+    /// The tile's id.
+    pub tile: Option<u32>,
+    /// The stages' id.
+    pub stages: Option<u32>,
+    /// Parts that K is cut into; 1 if it is left open, so that the emulated arm
+    /// needs no device to know the order of additions.
+    pub split_k: Option<NonZeroU32>,
+}
+
+impl Pin {
+    /// Nothing is pinned.
+    pub const NONE: Pin = Pin { algorithm: None, tile: None, stages: None, split_k: None };
+
+    /// Whether everything is left open.
+    pub fn is_empty(&self) -> bool {
+        *self == Pin::NONE
+    }
+
+    /// Parts that K is cut into.
+    pub fn parts(&self) -> u32 {
+        self.split_k.map_or(1, NonZeroU32::get)
+    }
 }
 
 /// A named tensor inside the model, such as `blk.7.attn_norm`; f32 `[tokens, width]`.

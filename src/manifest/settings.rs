@@ -3,14 +3,14 @@
 //!
 //! It knows neither ops nor contracts, and reads no model.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::Path;
 
 use super::fields::{Fields, Put, choose};
 use super::problem::{Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
-use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Recipe, Scale, WeightScale};
+use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, WeightScale};
 
 /// The settings as one file writes them; what it leaves out is inherited.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +33,10 @@ struct RawRecipe {
     accumulate: Option<Put<Accumulate>>,
     output: Option<Put<Format>>,
     chip: Option<Put<ChipName>>,
+    algorithm: Option<Put<u32>>,
+    tile: Option<Put<u32>>,
+    stages: Option<Put<u32>>,
+    split_k: Option<Put<NonZeroU32>>,
 }
 
 /// The settings that hold for one stage.
@@ -288,6 +292,13 @@ impl RawRecipe {
             recipe.activation = scale.choice("activation", &ACTIVATION_SCALES, findings);
             scale.finish(findings);
         }
+        if let Some(mut pin) = table.table("pin", findings) {
+            recipe.algorithm = pin.take("algorithm", findings);
+            recipe.tile = pin.take("tile", findings);
+            recipe.stages = pin.take("stages", findings);
+            recipe.split_k = pin.take("split_k", findings);
+            pin.finish(findings);
+        }
         table.finish(findings);
         recipe
     }
@@ -300,6 +311,10 @@ impl RawRecipe {
             accumulate: self.accumulate.or_else(|| inherited.accumulate.clone()),
             output: self.output.or_else(|| inherited.output.clone()),
             chip: self.chip.or_else(|| inherited.chip.clone()),
+            algorithm: self.algorithm.or_else(|| inherited.algorithm.clone()),
+            tile: self.tile.or_else(|| inherited.tile.clone()),
+            stages: self.stages.or_else(|| inherited.stages.clone()),
+            split_k: self.split_k.or_else(|| inherited.split_k.clone()),
         }
     }
 
@@ -352,6 +367,18 @@ impl RawRecipe {
                 .at_if(accumulate.at.as_ref(), "one accumulator all along K"),
             );
         }
+        if let Some(split_k) = self.split_k.as_ref().filter(|parts| parts.value.get() > 1)
+            && block_weight
+        {
+            problems.push(
+                Problem::new(
+                    "`split_k` does not go with `block128` scales",
+                    "leave `split_k` out: blocks of 128 elements are added one after the other",
+                )
+                .at_if(split_k.at.as_ref(), "several parts")
+                .at_if(block_at.as_ref(), "a scale every 128 elements of K"),
+            );
+        }
         if !matches!(output.value, Format::F32 | Format::Bf16 | Format::F16) {
             problems.push(
                 Problem::new(
@@ -382,12 +409,22 @@ impl RawRecipe {
             accumulate: accumulate.value,
             output: output.value,
             chip: chip.value,
+            pin: Pin {
+                algorithm: value_of(&self.algorithm),
+                tile: value_of(&self.tile),
+                stages: value_of(&self.stages),
+                split_k: value_of(&self.split_k),
+            },
         })
     }
 }
 
 fn or_default<T: Copy>(written: &Option<Put<T>>, default: T) -> Put<T> {
     written.clone().unwrap_or(Put::unwritten(default))
+}
+
+fn value_of<T: Copy>(written: &Option<Put<T>>) -> Option<T> {
+    written.as_ref().map(|put| put.value)
 }
 
 fn name_of<T: PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static str {

@@ -37,6 +37,7 @@ const E4M3: Recipe = Recipe {
     accumulate: Accumulate::Promoted,
     output: Format::Bf16,
     chip: ChipName::Hopper,
+    pin: runner::op::Pin::NONE,
 };
 
 fn model(preset: Preset) -> Model {

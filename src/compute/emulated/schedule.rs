@@ -79,12 +79,14 @@ impl Schedule {
     /// The same with promoted accumulation.
     pub const PROMOTED: Schedule = Schedule { accumulate: Accumulate::Promoted, ..Schedule::FAST };
 
-    /// The schedule of a recipe, without split-K. Only FP8 is ever promoted.
+    /// The schedule of a recipe. Only FP8 is ever promoted, and K is cut only
+    /// where the recipe pins it.
     pub fn of(recipe: &Recipe) -> Schedule {
-        match recipe.accumulate {
+        let base = match recipe.accumulate {
             Accumulate::Promoted if recipe.gemm.is_fp8() => Schedule::PROMOTED,
             _ => Schedule::FAST,
-        }
+        };
+        base.with_split_k(recipe.pin.parts())
     }
 
     /// The same schedule with K cut into `split_k` parts.
