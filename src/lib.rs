@@ -22,8 +22,11 @@ pub mod graph;
 // Weights, configuration, tokenizer, synthetic models.
 pub mod model;
 
-// Beside the flow: keys and the content-addressed store.
+// Beside the flow: keys, the content-addressed store, digests of files.
 pub mod cache;
+
+// Programs of the user's: processes and their attempts.
+pub mod executor;
 
 // 3 Per (stage, arm): run, reuse or blocked, with the reason.
 pub mod plan;

@@ -47,11 +47,17 @@ pub enum Metric {
     TopKAgreement,
     /// Tokens whose top-1 changes although its margin exceeds what the difference explains.
     UnexplainedFlips,
+    /// A command's exit status, at `exit`.
+    ExitStatus,
+    /// Matches of a pattern in a command's output, at `match.<name>`.
+    Matches,
+    /// 1 where an output's blake3 hash is not the declared one, else 0; at `output.<path>`.
+    DigestMismatch,
 }
 
 impl Metric {
     /// All metrics, in the order in which they are reported.
-    pub const ALL: [Metric; 19] = [
+    pub const ALL: [Metric; 22] = [
         Metric::BitMismatches,
         Metric::NonFinite,
         Metric::MaxAbs,
@@ -71,6 +77,9 @@ impl Metric {
         Metric::Top1Agreement,
         Metric::TopKAgreement,
         Metric::UnexplainedFlips,
+        Metric::ExitStatus,
+        Metric::Matches,
+        Metric::DigestMismatch,
     ];
 
     /// The name that manifests, contracts and reports use.
@@ -95,6 +104,9 @@ impl Metric {
             Metric::Top1Agreement => "top1_agreement",
             Metric::TopKAgreement => "top_k_agreement",
             Metric::UnexplainedFlips => "unexplained_flips",
+            Metric::ExitStatus => "exit_status",
+            Metric::Matches => "matches",
+            Metric::DigestMismatch => "digest_mismatch",
         }
     }
 
@@ -104,8 +116,15 @@ impl Metric {
             Metric::Cosine | Metric::Pearson => (-1.0, 1.0),
             Metric::Slope | Metric::Intercept | Metric::ZMean => (f64::NEG_INFINITY, f64::INFINITY),
             Metric::Top1Agreement | Metric::TopKAgreement => (0.0, 1.0),
+            Metric::ExitStatus => (0.0, 255.0),
+            Metric::DigestMismatch => (0.0, 1.0),
             _ => (0.0, f64::INFINITY),
         }
+    }
+
+    /// Whether the metric is one of a command's outcome, not of tensors.
+    pub fn of_commands_only(self) -> bool {
+        matches!(self, Metric::ExitStatus | Metric::Matches | Metric::DigestMismatch)
     }
 
     /// Whether the metric only makes sense at the `logits`.

@@ -3,6 +3,7 @@
 //! Plain data, shared by every module. It knows neither how an op is computed
 //! nor how a manifest is read.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,8 @@ pub enum Arm {
     Emulated,
     /// The real GPU.
     Device,
+    /// A program of the user's: the one arm of every `command` stage, and of no other.
+    Command,
 }
 
 /// The granularity of a GEMM operand's scale.
@@ -238,10 +241,64 @@ pub enum Op {
         /// The weights, without `.weight`, each `[M, K]`.
         weights: Vec<String>,
     },
+    /// A program that reads files and writes files; it makes no tensors.
+    Command(Command),
+}
+
+/// A program with everything that it may see. Paths are seen from the project's
+/// folder, the one that holds the folder of stages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// The program and its arguments; nothing expands them.
+    pub argv: Vec<String>,
+    /// Files and folders that it reads, sorted; absolute ones may lie elsewhere.
+    pub inputs: Vec<String>,
+    /// Files that it must write, sorted.
+    pub outputs: Vec<String>,
+    /// Variables that it sees as the runner's own environment has them, sorted.
+    pub env: Vec<String>,
+    /// Variables that it sees with these values.
+    pub set: BTreeMap<String, String>,
+    /// Seconds until it is killed.
+    pub timeout: Option<u64>,
+    /// Exit statuses that count as a result; others are judged, and it runs again.
+    pub accepts: Vec<i32>,
+    /// What is counted in its output.
+    pub patterns: Vec<OutputPattern>,
+    /// The blake3 hashes that outputs must have.
+    pub digests: BTreeMap<String, String>,
+}
+
+/// A regular expression whose matches in a text are counted; the site is `match.<name>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputPattern {
+    /// The name that contracts and reports use.
+    pub name: String,
+    /// `stdout`, `stderr` or one of the outputs.
+    pub of: String,
+    /// The expression; `^` and `$` mean a line's ends.
+    pub pattern: String,
+}
+
+impl Command {
+    /// The site of the exit status.
+    pub fn exit_site() -> Site {
+        Site("exit".to_owned())
+    }
+
+    /// The site of a pattern's matches.
+    pub fn match_site(pattern: &str) -> Site {
+        Site(format!("match.{pattern}"))
+    }
+
+    /// The site of an output's digest.
+    pub fn output_site(path: &str) -> Site {
+        Site(format!("output.{path}"))
+    }
 }
 
 impl Arm {
-    /// All arms, the most trusted first.
+    /// All arms that a manifest can ask for, the most trusted first.
     pub const ALL: [Arm; 3] = [Arm::Reference, Arm::Emulated, Arm::Device];
 
     /// The name that manifests, contracts, commands and reports use.
@@ -250,6 +307,7 @@ impl Arm {
             Arm::Reference => "reference",
             Arm::Emulated => "emulated",
             Arm::Device => "device",
+            Arm::Command => "command",
         }
     }
 }
@@ -282,7 +340,11 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// All streams, the most trusted first.
+    /// Both sides of what a command's outcome is measured between: nothing stands
+    /// against it but the contract's bound.
+    pub const OUTCOME: Stream = Stream::Arm(Arm::Command);
+
+    /// All streams of tensors, the most trusted first.
     pub const ALL: [Stream; 5] = [
         Stream::Arm(Arm::Reference),
         Stream::Anchored(Arm::Emulated),
@@ -305,7 +367,8 @@ impl std::str::FromStr for Stream {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Stream, String> {
-        Stream::ALL.into_iter().find(|stream| stream.to_string() == text).ok_or_else(|| {
+        let mut known = Stream::ALL.into_iter().chain([Stream::OUTCOME]);
+        known.find(|stream| stream.to_string() == text).ok_or_else(|| {
             format!(
                 "no stream is called `{text}`; write `reference`, `emulated`, `device`, \
                  `reference@emulated` or `reference@device`"
@@ -400,13 +463,14 @@ impl Op {
             Op::Embed { .. } => "embed",
             Op::RmsNorm { .. } => "rms_norm",
             Op::Matmul { .. } => "matmul",
+            Op::Command(_) => "command",
         }
     }
 
     /// The other stage's tensor that it reads, if it reads one.
     pub fn input(&self) -> Option<&InputRef> {
         match self {
-            Op::Forward { .. } | Op::Embed { .. } => None,
+            Op::Forward { .. } | Op::Embed { .. } | Op::Command(_) => None,
             Op::RmsNorm { input, .. } | Op::Matmul { input, .. } => Some(input),
         }
     }
@@ -415,7 +479,15 @@ impl Op {
     pub fn repeats(&self) -> u32 {
         match self {
             Op::Forward { repeats, .. } => *repeats,
-            Op::Embed { .. } | Op::RmsNorm { .. } | Op::Matmul { .. } => 1,
+            Op::Embed { .. } | Op::RmsNorm { .. } | Op::Matmul { .. } | Op::Command(_) => 1,
+        }
+    }
+
+    /// The program, where the op is one.
+    pub fn command(&self) -> Option<&Command> {
+        match self {
+            Op::Command(command) => Some(command),
+            _ => None,
         }
     }
 }

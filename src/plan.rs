@@ -10,14 +10,15 @@ use std::sync::{Arc, Mutex};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{Action, KeyWalk, Store};
+use crate::cache::{Action, KeyWalk, Stamps, Store};
 use crate::compute::arms::{Workshop, tensors_read};
 use crate::compute::forward::Greedy;
+use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
 use crate::model::synthetic::{Preset, ensure};
-use crate::op::{Arm, Op, Site, StageId};
+use crate::op::{self, Arm, Op, Site, StageId};
 
 /// The sources of the arms, digested by the build script.
 const ARMS_CODE: &str = env!("RUNNER_ARMS_CODE");
@@ -68,9 +69,9 @@ impl OpenModel {
 pub struct PreparedStage<'a> {
     /// As checked.
     pub stage: &'a Stage,
-    /// Its model.
-    pub model: Arc<OpenModel>,
-    /// Its prompt.
+    /// Its model; a command has none.
+    pub model: Option<Arc<OpenModel>>,
+    /// Its prompt; a command has none.
     pub tokens: Vec<u32>,
     /// Whether it is judged, or only makes an input for one that is.
     pub judged: bool,
@@ -99,6 +100,8 @@ pub struct Plan<'a> {
     pub stages: Vec<PreparedStage<'a>>,
     /// Eight hexadecimal digits of the plan's hash.
     pub id: String,
+    /// The project's folder, absolute: the one that holds the folder of stages.
+    pub project: PathBuf,
 }
 
 /// What becomes of one (stage, arm).
@@ -127,6 +130,9 @@ pub struct ArmPayload {
     pub arithmetic: String,
     /// How long it took.
     pub seconds: f64,
+    /// What became of a command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<CommandRecord>,
 }
 
 /// A site's tensor by shape and content.
@@ -188,6 +194,11 @@ impl<'a> Plan<'a> {
         let mut problems = Vec::new();
         for id in graph.order().into_iter().filter(|id| wanted.contains(id)) {
             let Some(stage) = pipeline.stage(&id) else { continue };
+            if stage.op.command().is_some() {
+                let judged = selected.contains(&stage.id);
+                stages.push(PreparedStage { stage, model: None, tokens: Vec::new(), judged });
+                continue;
+            }
             let model = models
                 .entry((stage.model.clone(), stage.seed))
                 .or_insert_with(|| open_model(&stage.model, stage.seed, store).map(Arc::new))
@@ -196,7 +207,7 @@ impl<'a> Plan<'a> {
                 let tokens = tokens_of(stage, &model.model)?;
                 check_against_model(stage, &model.model)?;
                 let judged = selected.contains(&stage.id);
-                Ok(PreparedStage { stage, model, tokens, judged })
+                Ok(PreparedStage { stage, model: Some(model), tokens, judged })
             });
             match prepared {
                 Ok(prepared) => stages.push(prepared),
@@ -219,7 +230,9 @@ impl<'a> Plan<'a> {
             );
         }
         let id = walk.key().0[..8].to_owned();
-        Ok(Plan { pipeline, stages, id })
+        let folder = pipeline.folder.canonicalize().unwrap_or_else(|_| pipeline.folder.clone());
+        let project = folder.parent().unwrap_or(&folder).to_owned();
+        Ok(Plan { pipeline, stages, id, project })
     }
 
     /// The fields of an arm's action; `input` is the hash of the tensor that it reads.
@@ -235,6 +248,9 @@ impl<'a> Plan<'a> {
         walk.field("arm", arm);
         walk.field("arms", workshop.name());
         walk.field("code", ARMS_CODE);
+        for (name, value) in workshop.facts(arm, &stage.recipe) {
+            walk.field(&name, value);
+        }
         walk.field("op", op_without_input(&stage.op));
         if let Some(input) = input {
             walk.field("input", input);
@@ -245,14 +261,22 @@ impl<'a> Plan<'a> {
         if arm != Arm::Reference {
             walk.field("recipe", serde_json::json!(stage.recipe));
         }
+        let Some(model) = model else { return walk };
         let config = model.model.config();
         match &stage.op {
             Op::Forward { .. } => walk.field("config", format!("{config:?}")),
             Op::RmsNorm { .. } => walk.field("eps", config.rms_norm_eps),
-            Op::Embed { .. } | Op::Matmul { .. } => {}
+            Op::Embed { .. } | Op::Matmul { .. } | Op::Command(_) => {}
         }
         let names = tensors_read(&stage.op, &model.model);
         walk.field("weights", model.digest(&names).to_hex());
+        walk
+    }
+
+    /// The fields of a command's action.
+    pub fn command_walk(&self, op: &op::Command, seen: &command::Seen) -> KeyWalk {
+        let mut walk = KeyWalk::new("command");
+        seen.describe(op, &mut walk);
         walk
     }
 
@@ -291,11 +315,30 @@ impl<'a> Plan<'a> {
     }
 
     /// What a run would do, item by item.
-    pub fn preview(&self, store: &Store, workshop: &dyn Workshop) -> Vec<PlanLine> {
+    pub fn preview(
+        &self,
+        store: &Store,
+        stamps: &Stamps,
+        workshop: &dyn Workshop,
+    ) -> Vec<PlanLine> {
         let mut lines = Vec::new();
+        // Commands that will run, whose outputs are not known before.
+        let mut running: BTreeSet<&StageId> = BTreeSet::new();
         let mut known: BTreeMap<&StageId, Option<ArmPayload>> = BTreeMap::new();
         for prepared in &self.stages {
             let stage = prepared.stage;
+            if let Op::Command(op) = &stage.op {
+                let first = stage.needs.iter().find(|need| running.contains(need));
+                let (action, why) = match first {
+                    Some(need) => ("run", format!("stage {need}, which it needs, runs first")),
+                    None => self.preview_command(stage, op, store, stamps),
+                };
+                if action != "reuse" {
+                    running.insert(&stage.id);
+                }
+                lines.push(PlanLine { stage: stage.id.clone(), arm: Arm::Command, action, why });
+                continue;
+            }
             let input = stage.op.input().map(|input| {
                 let payload = known.get(&input.stage).and_then(|payload| payload.as_ref());
                 let sites = payload.map(|payload| payload.sites.as_slice()).unwrap_or_default();
@@ -331,6 +374,25 @@ impl<'a> Plan<'a> {
             }
         }
         lines
+    }
+
+    fn preview_command(
+        &self,
+        stage: &Stage,
+        op: &op::Command,
+        store: &Store,
+        stamps: &Stamps,
+    ) -> (&'static str, String) {
+        match command::look(op, &self.project, stamps) {
+            Err(error) => ("blocked", error.to_string()),
+            Ok(seen) => {
+                let walk = self.command_walk(op, &seen);
+                match store.find(&walk.key()) {
+                    Some(action) => ("reuse", reused(&action)),
+                    None => ("run", self.why_run(store, stage, Arm::Command, &walk)),
+                }
+            }
+        }
     }
 }
 
@@ -401,7 +463,7 @@ fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
 /// Refuses weights that the model does not have.
 fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
     let weights: Vec<&String> = match &stage.op {
-        Op::Forward { .. } => Vec::new(),
+        Op::Forward { .. } | Op::Command(_) => Vec::new(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => vec![weight],
         Op::Matmul { weights, .. } => weights.iter().collect(),
     };

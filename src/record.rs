@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{GreedyComparison, Measure};
+use crate::executor::command::CommandRecord;
 use crate::op::{Arm, Op, Recipe, StageId};
 use crate::plan::{GreedyRecord, SiteRecord};
 use crate::verdict::{Judgement, Verdict};
@@ -69,9 +70,9 @@ pub struct StageRecord {
     pub needs: Vec<StageId>,
     /// What it computes.
     pub op: Op,
-    /// The model as the manifest names it.
+    /// The model as the manifest names it; empty for a command.
     pub model: String,
-    /// The prompt.
+    /// The prompt; empty for a command.
     pub tokens: Vec<u32>,
     /// The arithmetic under test.
     pub recipe: Recipe,
@@ -128,6 +129,9 @@ pub struct ArmRecord {
     pub sites: Vec<SiteRecord>,
     /// The greedily decoded tokens.
     pub greedy: Option<GreedyRecord>,
+    /// What became of a command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<CommandRecord>,
 }
 
 impl ArmRecord {
@@ -142,6 +146,7 @@ impl ArmRecord {
             object: None,
             sites: Vec::new(),
             greedy: None,
+            command: None,
         }
     }
 }

@@ -13,13 +13,15 @@ use std::time::Instant;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use crate::cache::{Action, CacheError, KeyWalk, Store};
-use crate::compare::{StageMeasures, measure_stage};
+use crate::cache::{Action, CacheError, KeyWalk, Stamps, Store};
+use crate::compare::{StageMeasures, measure_outcome, measure_stage};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, Workshop, compute};
 use crate::event::{Event, Sink};
+use crate::executor::command::{self, CommandError, CommandRecord, Tools};
+use crate::executor::{Attempts, Processes};
 use crate::interrupt;
-use crate::op::{Arm, InputRef, LAYER_SITES, Op, Site, StageId};
+use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, Site, StageId};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, reused};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::tensor::Tensor;
@@ -37,6 +39,12 @@ pub struct Options<'a> {
     pub require: BTreeSet<Arm>,
     /// Who makes the arms.
     pub workshop: &'a dyn Workshop,
+    /// Digests of files.
+    pub stamps: &'a Stamps,
+    /// Where programs start.
+    pub processes: &'a Processes,
+    /// Where attempts have their folders.
+    pub attempts: &'a Attempts,
 }
 
 /// What a run came to.
@@ -108,6 +116,8 @@ enum Failure {
     NoSuchSite { input: InputRef, known: String },
     #[error("`{0}` is not a record of this version: {1}")]
     Record(String, String),
+    #[error(transparent)]
+    Command(#[from] CommandError),
     #[error("a bug of ours: {0}")]
     Bug(String),
 }
@@ -276,6 +286,11 @@ impl<'a> Engine<'a> {
             if is_input && !progress.results.contains_key(&Arm::Reference) {
                 return Some(format!("stage {need} made no input for it"));
             }
+            let command = progress.results.get(&Arm::Command);
+            let command = command.and_then(|stored| stored.payload.command.as_ref());
+            if let Some(CommandRecord { accepted: false, status, .. }) = command {
+                return Some(format!("the command of stage {need} ended with status {status}"));
+            }
         }
         None
     }
@@ -359,6 +374,7 @@ impl<'a> Engine<'a> {
             record.object = stored.action.object.clone();
             record.sites = stored.payload.sites.clone();
             record.greedy = stored.payload.greedy.clone();
+            record.command = stored.payload.command.clone();
         }
         self.progress[stage].arms.insert(arm, record);
         let stage = self.plan.stages[stage].stage.id.clone();
@@ -389,6 +405,11 @@ impl<'a> Engine<'a> {
             judged.verdict = Verdict::Error;
             judged.why = format!("the {arm} arm is required and did not run: {reason}");
         }
+        if let Some(stored) = progress.results.get(&Arm::Command)
+            && let Some(command) = &stored.payload.command
+        {
+            judged.why = outcome_in_words(command, judged.why, self.store);
+        }
         let seconds = progress.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
         // The tensors have done their service; whoever needs them later reads the cache.
         for stored in progress.results.values_mut() {
@@ -406,7 +427,7 @@ impl<'a> Engine<'a> {
             file: definition.file.display().to_string(),
             needs: definition.needs.clone(),
             op: definition.op.clone(),
-            model: prepared.model.source.clone(),
+            model: prepared.model.as_ref().map_or(String::new(), |model| model.source.clone()),
             tokens: prepared.tokens.clone(),
             recipe: definition.recipe,
             contract: [contract.name.clone(), contract.version.clone()],
@@ -442,6 +463,23 @@ impl<'a> Engine<'a> {
     }
 }
 
+/// A command's verdict in one line: its status, and what it said last if that was bad.
+fn outcome_in_words(record: &CommandRecord, why: String, store: &Store) -> String {
+    let mut parts = vec![format!("status {}", record.status)];
+    if !record.outputs.is_empty() {
+        parts.push(match record.outputs.as_slice() {
+            [one] => format!("wrote {}", one.path),
+            many => format!("wrote {} files", many.len()),
+        });
+    }
+    parts.extend(Some(why).filter(|why| !why.is_empty()));
+    if !record.accepted {
+        let said = command::last_words(record, store);
+        parts.extend(said.map(|said| format!("it said: {said}")));
+    }
+    parts.join("; ")
+}
+
 /// What a thread is to do.
 enum Order {
     Arm { arm: Arm, input: Option<(InputRef, Stored)> },
@@ -452,13 +490,14 @@ enum Order {
 fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
     match &prepared.stage.op {
         Op::Forward { repeats, .. } => {
-            let config = prepared.model.model.config();
-            let norms = if prepared.model.model.has("blk.0.attn_q_norm.weight") { 0 } else { 2 };
+            let Some(model) = &prepared.model else { return 0 };
+            let config = model.model.config();
+            let norms = if model.model.has("blk.0.attn_q_norm.weight") { 0 } else { 2 };
             let sites = config.layers * (LAYER_SITES.len() - norms) + 3;
             sites as u64 * u64::from(*repeats)
         }
         Op::Matmul { weights, .. } => weights.len() as u64,
-        Op::Embed { .. } | Op::RmsNorm { .. } => 1,
+        Op::Embed { .. } | Op::RmsNorm { .. } | Op::Command(_) => 1,
     }
 }
 
@@ -501,9 +540,10 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn task<'t>(&'t self, input: Option<&'t Tensor>) -> Task<'t> {
+    fn task<'t>(&'t self, input: Option<&'t Tensor>) -> Result<Task<'t>, Failure> {
         let PreparedStage { stage, model, tokens, .. } = self.prepared;
-        Task { op: &stage.op, model: &model.model, tokens, input }
+        let model = model.as_ref().ok_or_else(|| Failure::Bug("a stage without a model".into()))?;
+        Ok(Task { op: &stage.op, model: &model.model, tokens, input })
     }
 
     fn arm(
@@ -512,6 +552,9 @@ impl Bench<'_> {
         input: Option<(InputRef, Stored)>,
         progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Outcome, Failure> {
+        if let Op::Command(op) = &self.prepared.stage.op {
+            return self.command(op);
+        }
         let Options { workshop, .. } = self.options;
         let input_hash = input.as_ref().map(|(input, stored)| site_hash(input, stored));
         let input_hash = input_hash.transpose()?;
@@ -527,13 +570,63 @@ impl Bench<'_> {
         let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
         let (ops, arithmetic) = workshop.ops(arm, &self.prepared.stage.recipe)?;
         let mut done = 0;
-        let output = compute(&self.task(input.as_ref()), ops.as_ref(), arithmetic, &mut |_| {
+        let output = compute(&self.task(input.as_ref())?, ops.as_ref(), arithmetic, &mut |_| {
             done += 1;
             progress(done);
         })?;
         let seconds = started.elapsed().as_secs_f64();
         let stored = self.keep(&walk, output, seconds)?;
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    fn tools(&self) -> Tools<'_> {
+        Tools {
+            processes: self.options.processes,
+            attempts: self.options.attempts,
+            store: self.store,
+            stamps: self.options.stamps,
+            project: &self.plan.project,
+        }
+    }
+
+    /// Runs a command, or finds what it did and puts its outputs in their places.
+    fn command(&self, op: &op::Command) -> Result<Outcome, Failure> {
+        let tools = self.tools();
+        let seen = command::look(op, tools.project, tools.stamps)?;
+        let walk = self.plan.command_walk(op, &seen);
+        if let Some(action) = self.store.find(&walk.key()) {
+            let payload = payload_of(&action)?;
+            let record = payload.command.as_ref();
+            let restored = record.map_or(Ok(None), |record| command::restore(record, &tools))?;
+            if let Some(restored) = restored {
+                let mut why = reused(&action);
+                if !restored.is_empty() {
+                    why += &format!("; put back: {}", restored.join(", "));
+                }
+                let stored = Box::new(Stored { action, payload, output: None });
+                return Ok(Outcome::Arm { stored, state: ArmState::Reused, why });
+            }
+        }
+        let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
+        let (record, seconds) = command::carry_out(op, &seen, &tools)?;
+        let kept = record.accepted;
+        let payload = ArmPayload {
+            sites: Vec::new(),
+            greedy: None,
+            repeats: BTreeMap::new(),
+            arithmetic: String::new(),
+            seconds,
+            command: Some(record),
+        };
+        let json = serde_json::to_value(&payload)
+            .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let action = match kept {
+            true => self.store.save(&walk, run, created, None, json)?,
+            false => Action::unsaved(&walk, run, created, json),
+        };
+        let stored = Box::new(Stored { action, payload, output: None });
+        Ok(Outcome::Arm { stored, state: ArmState::Ran, why })
     }
 
     fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {
@@ -553,6 +646,7 @@ impl Bench<'_> {
             repeats: output.repeats.clone(),
             arithmetic: output.arithmetic.clone(),
             seconds,
+            command: None,
         };
         let views = bytes.iter().map(|(site, tensor, bytes)| {
             let view = TensorView::new(Dtype::F32, vec![tensor.rows(), tensor.width()], bytes);
@@ -574,6 +668,12 @@ impl Bench<'_> {
         input: Option<(InputRef, Stored)>,
         results: BTreeMap<Arm, Stored>,
     ) -> Result<Outcome, Failure> {
+        if let Op::Command(op) = &self.prepared.stage.op {
+            let record = results.get(&Arm::Command).and_then(|s| s.payload.command.as_ref());
+            let record = record.ok_or_else(|| Failure::Bug("a command without a record".into()))?;
+            let read = |digest: &str| self.store.read_blob(digest).map_err(|e| e.to_string());
+            return Ok(Outcome::Measures(Box::new(measure_outcome(op, record, &read))));
+        }
         let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
         let walk = self.plan.measure_walk(self.prepared, &keys.collect());
         if let Some(action) = self.store.find(&walk.key()) {
@@ -586,7 +686,7 @@ impl Bench<'_> {
             outputs.insert(arm, self.output_of(&stored)?);
         }
         let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
-        let task = self.task(input.as_ref());
+        let task = self.task(input.as_ref())?;
         let measures = measure_stage(&task, &self.prepared.stage.recipe, &outputs)?;
         let json = serde_json::to_value(&measures)
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;

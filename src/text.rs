@@ -1,6 +1,7 @@
-//! Numbers as people read them, the same in every report.
+//! Numbers as people read them, the same in every report, and patterns in the
+//! texts of programs.
 //!
-//! It knows digits, not what is counted.
+//! It knows digits and lines, not what is counted.
 
 /// A number for people: four significant digits, plain where that is short.
 pub fn number(value: f64) -> String {
@@ -31,4 +32,12 @@ pub fn grouped(count: usize) -> String {
         text.push(digit);
     }
     text
+}
+
+/// A regular expression over a text of many lines, where `^` and `$` mean a line's ends.
+///
+/// # Errors
+/// In the words of the expression's parser.
+pub fn lines_pattern(pattern: &str) -> Result<regex::bytes::Regex, regex::Error> {
+    regex::bytes::RegexBuilder::new(pattern).multi_line(true).build()
 }

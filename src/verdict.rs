@@ -342,7 +342,9 @@ fn describe_fall(j: &Judgement) -> String {
         many => format!(", and at {} more of {} sites", many - 1, j.sites_judged),
     };
     let [subject, judge] = j.compare;
-    let pair = if subject == judge {
+    let pair = if subject == Stream::OUTCOME {
+        "the command".to_owned()
+    } else if subject == judge {
         format!("{subject}'s repeats")
     } else {
         format!("{subject} against {judge}")

@@ -1,12 +1,15 @@
 //! What was computed before, by content: keys and a store.
 //!
 //! An *action* is one computation; its key says everything that the result
-//! depends on. The store keeps an action's record and the tensors that it made.
+//! depends on. The store keeps an action's record and the files that it made;
+//! the stamps remember the digests of files elsewhere.
 //! It knows nothing of stages or verdicts.
 
 mod key;
+mod stamps;
 mod store;
 
 pub use key::{Key, KeyWalk};
+pub use stamps::{Stamp, Stamps, now};
 pub(crate) use store::write_whole;
 pub use store::{Action, CacheError, Store};

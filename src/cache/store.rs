@@ -2,18 +2,25 @@
 //!
 //! ```text
 //! cache/v1/objects/ab/<blake3 of the file>.safetensors   tensors
+//! cache/v1/objects/ab/<blake3 of the file>               what programs wrote and said
 //! cache/v1/actions/ab/<key>.json                         what made them
 //! cache/v1/latest/ab/<who>.json                          the last key of a (stage, arm)
 //! ```
 //! Everything is written to a temporary file, flushed to disk and renamed, so a
 //! reader sees a whole file or none. An object is verified when it is read.
 
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::key::{Key, KeyWalk};
+use super::stamps::Stamps;
+
+/// Files smaller than this are copied without asking for shared blocks.
+const WORTH_SHARING: u64 = 64 << 10;
 
 /// A cache that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +60,20 @@ pub struct Action {
     pub object: Option<String>,
     /// What it says besides tensors.
     pub payload: serde_json::Value,
+}
+
+impl Action {
+    /// The record of a computation whose result is not kept.
+    pub fn unsaved(walk: &KeyWalk, run: &str, created: &str, payload: serde_json::Value) -> Action {
+        Action {
+            key: walk.key(),
+            fields: walk.fields().to_vec(),
+            run: run.to_owned(),
+            created: created.to_owned(),
+            object: None,
+            payload,
+        }
+    }
 }
 
 /// A folder of actions and objects.
@@ -123,14 +144,7 @@ impl Store {
                 Some(digest)
             }
         };
-        let action = Action {
-            key: walk.key(),
-            fields: walk.fields().to_vec(),
-            run: run.to_owned(),
-            created: created.to_owned(),
-            object,
-            payload,
-        };
+        let action = Action { object, ..Action::unsaved(walk, run, created, payload) };
         let path = self.place("actions", &action.key.0, "json");
         write_whole(&path, &to_json(&action, &path)?)?;
         Ok(action)
@@ -141,7 +155,10 @@ impl Store {
     /// # Errors
     /// If it cannot be read, or is not what was stored; then it is moved aside.
     pub fn read_object(&self, digest: &str) -> Result<Vec<u8>, CacheError> {
-        let path = self.object_path(digest);
+        self.read_verified(self.object_path(digest), digest)
+    }
+
+    fn read_verified(&self, path: PathBuf, digest: &str) -> Result<Vec<u8>, CacheError> {
         let bytes = std::fs::read(&path).map_err(|source| io("read", &path, source))?;
         if blake3::hash(&bytes).to_hex().as_str() != digest {
             self.move_aside(&path);
@@ -149,6 +166,77 @@ impl Store {
             return Err(CacheError::Damaged { path, problem });
         }
         Ok(bytes)
+    }
+
+    /// The file of something that a program wrote.
+    pub fn blob_path(&self, digest: &str) -> PathBuf {
+        let fan = digest.get(..2).unwrap_or("__");
+        self.root.join("objects").join(fan).join(digest)
+    }
+
+    /// Where attempts have their folders; on the same file system as the objects.
+    pub fn attempts(&self) -> PathBuf {
+        self.root.join("attempts")
+    }
+
+    /// Takes a finished file into the store by moving it; gives its hash.
+    ///
+    /// # Errors
+    /// If it cannot be read or moved.
+    pub fn adopt(&self, file: &Path) -> Result<String, CacheError> {
+        let hash = Stamps::forgetful().digest(file).map_err(|source| io("read", file, source))?;
+        let digest = hash.to_hex().to_string();
+        let path = self.blob_path(&digest);
+        let folder = path.parent().unwrap_or(&self.root);
+        std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))?;
+        // Also over one that is there: if that is damaged, this is its repair.
+        std::fs::rename(file, &path).map_err(|source| io("write", &path, source))?;
+        Ok(digest)
+    }
+
+    /// Whether something that a program wrote is there and is what it was; if it is
+    /// not, it is moved aside.
+    pub fn has_blob(&self, digest: &str, stamps: &Stamps) -> bool {
+        let path = self.blob_path(digest);
+        match stamps.digest(&path) {
+            Ok(found) if found.to_hex().as_str() == digest => true,
+            Ok(_) => {
+                self.move_aside(&path);
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Something that a program wrote, verified.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is not what was stored; then it is moved aside.
+    pub fn read_blob(&self, digest: &str) -> Result<Vec<u8>, CacheError> {
+        self.read_verified(self.blob_path(digest), digest)
+    }
+
+    /// Puts a copy of something that a program wrote at `target`, whole or not at
+    /// all. Where the file system can share blocks between files, it does.
+    ///
+    /// # Errors
+    /// If the place cannot be written.
+    pub fn publish(&self, digest: &str, target: &Path, executable: bool) -> Result<(), CacheError> {
+        let source = self.blob_path(digest);
+        let folder = target.parent().unwrap_or(Path::new("."));
+        let write = || {
+            let mut from = std::fs::File::open(&source)?;
+            let mut draft = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
+            let shared = from.metadata()?.len() >= WORTH_SHARING
+                && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
+            if !shared {
+                std::io::copy(&mut from, draft.as_file_mut())?;
+            }
+            let mode = if executable { 0o755 } else { 0o644 };
+            draft.as_file().set_permissions(Permissions::from_mode(mode))?;
+            draft.persist(target).map_err(|error| error.error)
+        };
+        write().map(drop).map_err(|source| io("write", target, source))
     }
 
     /// Remembers the last fields of somebody's action, for [`Store::latest`].

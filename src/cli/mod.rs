@@ -20,8 +20,9 @@ use chip::ChipCli;
 use plan::PlanArgs;
 use run::RunArgs;
 
-use crate::cache::Store;
+use crate::cache::{Stamps, Store};
 use crate::compute::arms::Shipped;
+use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
 use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
@@ -88,6 +89,9 @@ enum Command {
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
     },
+    /// Start and watch programs for a run; started by the runner itself.
+    #[command(name = SERVER_ARGUMENT, hide = true)]
+    ProcessServer,
     /// The chips whose arithmetic is known: list, verify, multiply.
     Chip {
         #[command(subcommand)]
@@ -177,6 +181,10 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Export { run, stage, arm, out, runs } => {
             export::export(&run, &stage, arm, &out, &runs)
         }
+        Command::ProcessServer => {
+            serve().map_err(|error| format!("the process server failed: {error}"))?;
+            Ok(PASS)
+        }
         Command::Chip { command } => chip::chip(command),
     }
 }
@@ -221,6 +229,21 @@ fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), St
 
 fn store_of(runs: &Path) -> Store {
     Store::new(&runs.join("cache"))
+}
+
+/// The digests of files. They are the machine's, not a project's: the same model
+/// is hashed once for all. Without a home they lie in the cache.
+fn stamps_of(runs: &Path, rehash: bool) -> Stamps {
+    let from = |name: &str| {
+        let path = std::env::var_os(name).map(PathBuf::from);
+        path.filter(|path| path.is_absolute())
+    };
+    let home = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
+    let folder = match home {
+        Some(home) => home.join("runner").join("v1"),
+        None => runs.join("cache").join("v1"),
+    };
+    Stamps::new(&folder, rehash)
 }
 
 fn make_plan<'a>(

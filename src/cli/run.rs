@@ -8,9 +8,10 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 
-use super::{BUG, INTERRUPTED, Selection, make_plan, print, selected, store_of};
+use super::{BUG, INTERRUPTED, Selection, make_plan, print, selected, stamps_of, store_of};
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
+use crate::executor::{Attempts, Processes};
 use crate::interrupt;
 use crate::op::Arm;
 use crate::record::{Provenance, RunRecord, SCHEMA};
@@ -58,6 +59,11 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     let bars = args.format == OutputFormat::Human && std::io::stderr().is_terminal();
     let progress: Box<dyn Sink> = if bars { Box::new(Bars::default()) } else { Box::new(Lines) };
     let mut sinks = Sinks(vec![progress, Box::new(EventLog::new(log))]);
+    let stamps = stamps_of(runs, false);
+    let processes = Processes::of_this_program();
+    let (attempts, _) = Attempts::open(&store.attempts(), &id).map_err(|error| {
+        format!("cannot make a folder for attempts in `{}`: {error}", runs.display())
+    })?;
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {
         run: id.clone(),
@@ -65,8 +71,14 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         jobs: args.jobs.map_or(cores, NonZeroUsize::get),
         require: args.require.iter().copied().collect(),
         workshop,
+        stamps: &stamps,
+        processes: &processes,
+        attempts: &attempts,
     };
     let finished = run(&plan, &store, &options, &mut sinks);
+    if let Err(error) = stamps.save() {
+        tracing::warn!("digests of files are not kept: {error}");
+    }
 
     let verdict = Verdict::of_run(finished.stages.iter().map(|stage| stage.verdict));
     let exit_code = match (&finished.bug, finished.interrupted) {

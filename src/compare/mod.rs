@@ -6,12 +6,14 @@
 
 mod logits;
 mod numbers;
+mod outcome;
 mod stage;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use outcome::measure_outcome;
 pub use stage::{StageMeasures, measure_stage};
 
 use crate::compute::forward::Greedy;

@@ -59,7 +59,17 @@ pub trait Workshop: Sync {
 
     /// Why an arm cannot compute a recipe on this machine; `None` if it can.
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String>;
+
+    /// What else an arm's results depend on, by name and value: the chip, the
+    /// driver, the versions of libraries. Part of that arm's cache keys, so an arm
+    /// that does not depend on them must not name them.
+    fn facts(&self, _arm: Arm, _recipe: &Recipe) -> Vec<(String, String)> {
+        Vec::new()
+    }
 }
+
+/// Why a command cannot be asked for tensors.
+const NO_TENSORS: &str = "a command makes files, not tensors";
 
 /// The arms as they ship.
 #[derive(Clone, Copy, Debug, Default)]
@@ -81,12 +91,13 @@ impl Workshop for Shipped {
                 Ok((Box::new(emulated), arithmetic))
             }
             Arm::Device => Err(ComputeError::Recipe(cuda::why_unavailable())),
+            Arm::Command => Err(ComputeError::Recipe(NO_TENSORS.to_owned())),
         }
     }
 
     fn unavailable(&self, arm: Arm, _: &Recipe) -> Option<String> {
         match arm {
-            Arm::Reference | Arm::Emulated => None,
+            Arm::Reference | Arm::Emulated | Arm::Command => None,
             Arm::Device => Some(cuda::why_unavailable()),
         }
     }
@@ -214,7 +225,7 @@ fn units(op: &Op) -> Vec<UnitOp> {
         weight: weight.clone(),
     };
     match op {
-        Op::Forward { .. } => Vec::new(),
+        Op::Forward { .. } | Op::Command(_) => Vec::new(),
         Op::Embed { weight } => vec![unit(weight, Some(Site("embed".to_owned())))],
         Op::RmsNorm { weight, .. } => vec![unit(weight, site_of_norm(weight))],
         Op::Matmul { weights, .. } => {
@@ -235,7 +246,7 @@ fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, Compu
         Op::Embed { .. } => ops.embed(weight, task.tokens),
         Op::RmsNorm { .. } => ops.rms_norm(input()?, weight, model.config().rms_norm_eps),
         Op::Matmul { .. } => ops.matmul(input()?, weight, bias_of(model, &unit.weight)?),
-        Op::Forward { .. } => Err(ComputeError::NotRecorded(unit.site.0.clone())),
+        Op::Forward { .. } | Op::Command(_) => Err(ComputeError::NotRecorded(unit.site.0.clone())),
     }
 }
 
@@ -285,6 +296,7 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
         Op::Forward { .. } => model.names().map(str::to_owned).collect(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
         Op::Matmul { weights, .. } => weights.iter().flat_map(|name| with_bias(name)).collect(),
+        Op::Command(_) => Vec::new(),
     };
     names.into_iter().filter(|name| model.has(name)).collect()
 }

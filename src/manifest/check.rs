@@ -10,6 +10,7 @@ use super::cycle;
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
 use super::stage::RawStage;
 use super::{Contract, Falsifier, Unread, sites};
+use crate::metric::Metric;
 use crate::op::{Op, Stream};
 
 /// The files under check.
@@ -199,7 +200,23 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
         )
     };
     let [subject, judge] = falsifier.compare;
-    if subject == judge && op.repeats() < 2 {
+    if falsifier.metric.of_commands_only() != op.command().is_some() {
+        let (why, help) = match op {
+            Op::Command(_) => (
+                format!(
+                    "`{}` is measured between tensors, and a command makes none",
+                    falsifier.metric
+                ),
+                "judge a command by `exit_status`, `matches` or `digest_mismatch`",
+            ),
+            _ => (
+                format!("`{}` is a command's outcome", falsifier.metric),
+                "judge tensors by another metric, or the stage by another contract",
+            ),
+        };
+        return Some(Problem::new(title(why), help));
+    }
+    if subject == judge && op.repeats() < 2 && op.command().is_none() {
         let repeats = match op {
             Op::Forward { .. } => "write `repeats = 2` or more",
             _ => "this op is computed once; judge the stage by another contract",
@@ -216,18 +233,25 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
     }
     let made = sites::made_by(op);
     let fires = made.iter().any(|made| {
+        let of_metric = match falsifier.metric {
+            Metric::ExitStatus => made.includes("exit"),
+            Metric::Matches => made.starts_with("match."),
+            Metric::DigestMismatch => made.starts_with("output."),
+            _ => true,
+        };
         let logits = made.includes("logits");
         let named = match &falsifier.sites {
             None => true,
             Some(patterns) => patterns.iter().any(|pattern| made.meets(pattern)),
         };
-        named && (logits || !falsifier.metric.of_logits_only())
+        of_metric && named && (logits || !falsifier.metric.of_logits_only())
     });
     if fires {
         return None;
     }
     let shown = made.iter().map(sites::Made::shown);
     let asked = match &falsifier.sites {
+        None if falsifier.metric.of_commands_only() => format!("`{}`", falsifier.metric),
         Some(patterns) if !falsifier.metric.of_logits_only() => quoted_list(patterns),
         _ => "`logits`".to_owned(),
     };

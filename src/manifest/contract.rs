@@ -215,14 +215,18 @@ impl RawFalsifier {
         let id = table
             .need::<String>("id", "\"QKV-001\"", findings)
             .and_then(|id| check_name("id", id, findings));
-        let compare = read_compare(&mut table, findings);
         let metric = table
             .need::<String>("metric", "\"bit_mismatches\"", findings)
             .and_then(|metric| choose("metric", metric, &metrics, findings));
+        let of_command = metric.as_ref().is_some_and(|metric| metric.value.of_commands_only());
+        let compare = match of_command {
+            true => outcome(&mut table, findings),
+            false => read_compare(&mut table, findings),
+        };
         let sites = if table.key_at("sites").is_some() {
             table
                 .list::<String>("sites", findings)
-                .and_then(|list| check_sites(list, findings))
+                .and_then(|list| check_sites(list, of_command, findings))
                 .map(Some)
         } else {
             // Asked for, so that it is listed among the known keys.
@@ -436,6 +440,24 @@ fn rank(stream: Stream) -> usize {
     Stream::ALL.iter().position(|known| *known == stream).unwrap_or(Stream::ALL.len())
 }
 
+/// A command's outcome is held against nothing but the bound.
+fn outcome(table: &mut Fields<'_>, findings: &mut Findings) -> Option<[Put<Stream>; 2]> {
+    if let Some(at) = table.key_at("compare") {
+        table.list::<String>("compare", findings);
+        findings.push(
+            Problem::new(
+                "`compare` has no use beside a metric of commands",
+                "remove `compare`: an exit status or a count is held against the bound alone",
+            )
+            .at(&at, "nothing to compare"),
+        );
+        return None;
+    }
+    // Asked for, so that it is listed among the known keys.
+    table.list::<String>("compare", findings);
+    Some([Put::unwritten(Stream::OUTCOME), Put::unwritten(Stream::OUTCOME)])
+}
+
 fn read_compare(table: &mut Fields<'_>, findings: &mut Findings) -> Option<[Put<Stream>; 2]> {
     let list = table.need_list::<String>("compare", "[\"device\", \"emulated\"]", findings)?;
     let names: Vec<(String, Stream)> =
@@ -461,7 +483,11 @@ fn read_compare(table: &mut Fields<'_>, findings: &mut Findings) -> Option<[Put<
     streams.try_into().ok()
 }
 
-fn check_sites(list: Put<Vec<Put<String>>>, findings: &mut Findings) -> Option<Vec<Put<String>>> {
+fn check_sites(
+    list: Put<Vec<Put<String>>>,
+    of_command: bool,
+    findings: &mut Findings,
+) -> Option<Vec<Put<String>>> {
     if list.value.is_empty() {
         findings.push(
             Problem::new("`sites` is empty", "leave the key out to judge every site")
@@ -479,7 +505,7 @@ fn check_sites(list: Put<Vec<Put<String>>>, findings: &mut Findings) -> Option<V
                 "`*` stands for one whole part between dots, as in `blk.*.ffn_down`",
             )
             .at_if(pattern.at.as_ref(), "not a whole part")
-        } else if !known.iter().any(|made| made.meets(&pattern.value)) {
+        } else if !of_command && !known.iter().any(|made| made.meets(&pattern.value)) {
             let shown: Vec<String> = known.iter().map(|made| made.pattern()).collect();
             let list = format!("the sites are {}", quoted_list(&shown));
             Problem::new(

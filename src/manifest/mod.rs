@@ -6,6 +6,7 @@
 //! checked against the model where it is loaded.
 
 mod check;
+mod command;
 mod contract;
 pub(crate) mod cycle;
 mod fields;
@@ -76,13 +77,15 @@ pub struct Stage {
     pub contract: String,
     /// For selections.
     pub tags: Vec<String>,
-    /// `synthetic:<preset>` or the path of a GGUF file or safetensors folder.
+    /// `synthetic:<preset>` or the path of a GGUF file or safetensors folder; a
+    /// command does not read it.
     pub model: String,
     /// What the model reads.
     pub prompt: Prompt,
     /// For whatever is drawn at random.
     pub seed: u64,
-    /// Unique, in the order written, [`Arm::Reference`] among them.
+    /// Unique, in the order written, [`Arm::Reference`] among them; for a command
+    /// [`Arm::Command`] alone.
     pub arms: Vec<Arm>,
     /// The arithmetic under test.
     pub recipe: Recipe,
@@ -145,7 +148,7 @@ pub struct Falsifier {
     /// What must be seen, for people.
     pub prediction: String,
     /// The subject, and what it is judged against. An arm with itself means
-    /// its repeats.
+    /// its repeats, and [`Stream::OUTCOME`] twice a command's outcome.
     pub compare: [Stream; 2],
     /// What is measured.
     pub metric: Metric,
@@ -203,8 +206,9 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
 
     let typed = check_overrides(overrides, &mut findings);
     let (defaults, contracts_folder) = read_defaults(folder, &files, &mut findings);
-    let (stages, unread_stages) = read_stages(folder, &files, &mut findings);
+    let (mut stages, unread_stages) = read_stages(folder, &files, &mut findings);
     let (contracts, unread_contracts) = read_contracts(&contracts_folder, &stages, &mut findings);
+    command::add_implied_needs(&mut stages, &mut findings);
     let all = check::Folder {
         stages: &stages,
         contracts: &contracts,
@@ -416,6 +420,7 @@ fn finish_stage(
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
     needs.extend(op.input().map(|input| input.stage.clone()));
     let settings = settings?;
+    let arms = if op.command().is_some() { vec![Arm::Command] } else { settings.arms };
     Some(Stage {
         id: raw.id?.value,
         title: raw.title?.value,
@@ -426,7 +431,7 @@ fn finish_stage(
         model: settings.model,
         prompt: settings.prompt,
         seed: settings.seed,
-        arms: settings.arms,
+        arms,
         recipe: settings.recipe,
         resources: settings.resources,
         op,

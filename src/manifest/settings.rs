@@ -142,6 +142,27 @@ impl RawSettings {
         }
     }
 
+    /// A command reads no model: what only models need is of no use to its stage.
+    pub fn refuse_for_command(&self, findings: &mut Findings) {
+        let written = [
+            ("model", self.model.as_ref().map(|put| &put.at)),
+            ("tokens", self.tokens.as_ref().map(|put| &put.at)),
+            ("prompt", self.prompt.as_ref().map(|put| &put.at)),
+            ("arms", self.arms.as_ref().map(|put| &put.at)),
+        ];
+        for (key, at) in written {
+            if let Some(at) = at {
+                findings.push(
+                    Problem::new(
+                        format!("`{key}` has no use in a stage of `[command]`"),
+                        format!("remove `{key}`: a command is its own arm and reads no model"),
+                    )
+                    .at_if(at.as_ref(), "not read"),
+                );
+            }
+        }
+    }
+
     /// The checked settings; defaults fill what nobody gave.
     pub fn check(&self, findings: &mut Findings) -> Option<Settings> {
         let model = check_model(self.model.as_ref(), findings);

@@ -2,7 +2,7 @@
 //!
 //! It knows names only: how many layers a model has is unknown here.
 
-use crate::op::{Capture, LAYER_PROJECTIONS, LAYER_SITES, Op, Site, in_layer};
+use crate::op::{Capture, Command, LAYER_PROJECTIONS, LAYER_SITES, Op, Site, in_layer};
 use crate::op::{site_of_norm, site_of_projection};
 
 /// A site that an op makes.
@@ -20,6 +20,11 @@ impl Made {
             Made::One(one) => one.0 == site,
             Made::EachLayer(name) => in_layer(site).is_some_and(|(_, inner)| inner == *name),
         }
+    }
+
+    /// Whether it is one site whose name begins so.
+    pub fn starts_with(&self, start: &str) -> bool {
+        matches!(self, Made::One(one) if one.0.starts_with(start))
     }
 
     /// Whether some site that is made here is one that the pattern names.
@@ -78,6 +83,16 @@ pub(super) fn made_by(op: &Op) -> Vec<Made> {
         Op::RmsNorm { weight, .. } => site_of_norm(weight).map(Made::One).into_iter().collect(),
         Op::Matmul { weights, .. } => {
             weights.iter().filter_map(|name| site_of_projection(name)).map(Made::One).collect()
+        }
+        Op::Command(command) => {
+            let matches = command.patterns.iter().map(|p| Command::match_site(&p.name));
+            let outputs = command.digests.keys().map(|path| Command::output_site(path));
+            [Command::exit_site()]
+                .into_iter()
+                .chain(matches)
+                .chain(outputs)
+                .map(Made::One)
+                .collect()
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::fields::{Fields, Put};
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
 use super::settings::RawSettings;
-use super::sites;
+use super::{command, sites};
 use crate::op::{Capture, InputRef, Op, Site, StageId, site_of_norm, site_of_projection};
 
 /// A stage as its file writes it. What is wrong is reported and absent.
@@ -27,8 +27,17 @@ pub(super) struct RawStage {
 pub(super) struct RawOp {
     pub op: Op,
     pub input: Option<RawInput>,
+    /// The files that a command reads and writes.
+    pub files: RawFiles,
     /// The key `repeats` where it is written, else the op's heading.
     pub repeats_at: At,
+}
+
+/// The files that a command names.
+#[derive(Clone, Default)]
+pub(super) struct RawFiles {
+    pub inputs: Vec<Put<String>>,
+    pub outputs: Vec<Put<String>>,
 }
 
 /// `{ stage = "...", site = "..." }`.
@@ -39,7 +48,7 @@ pub(super) struct RawInput {
 }
 
 /// The op tables that a manifest can have.
-pub(super) const OPS: [&str; 4] = ["forward", "embed", "rms_norm", "matmul"];
+pub(super) const OPS: [&str; 5] = ["forward", "embed", "rms_norm", "matmul", "command"];
 
 impl RawStage {
     /// Reads a stage out of its file.
@@ -60,6 +69,11 @@ impl RawStage {
         };
         let settings = RawSettings::read(&mut fields, &folder, findings);
         let op = read_op(&mut fields, findings);
+        if let Some(op) = &op
+            && op.op.command().is_some()
+        {
+            settings.refuse_for_command(findings);
+        }
         fields.finish(findings);
         let needs = needs.map_or(Vec::new(), |list| {
             list.value.into_iter().map(|need| need.map(StageId)).collect()
@@ -122,6 +136,7 @@ fn read_op(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
                 "forward" => read_forward(table, findings),
                 "embed" => read_embed(table, findings),
                 "rms_norm" => read_rms_norm(table, findings),
+                "command" => command::read(table, findings),
                 _ => read_matmul(table, findings),
             };
             op = op.or(read);
@@ -186,7 +201,7 @@ fn read_forward(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp>
         repeats: repeats.map_or(1, |repeats| repeats.value),
         decode: decode.map_or(0, |decode| decode.value),
     };
-    Some(RawOp { op, input: None, repeats_at })
+    Some(RawOp { op, input: None, files: RawFiles::default(), repeats_at })
 }
 
 fn read_embed(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
@@ -196,7 +211,12 @@ fn read_embed(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
         Some(weight) => check_weight(weight, findings).map(|weight| weight.value),
     };
     table.finish(findings);
-    Some(RawOp { op: Op::Embed { weight: weight? }, input: None, repeats_at })
+    Some(RawOp {
+        op: Op::Embed { weight: weight? },
+        input: None,
+        files: RawFiles::default(),
+        repeats_at,
+    })
 }
 
 fn read_rms_norm(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
@@ -218,7 +238,7 @@ fn read_rms_norm(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp
         return None;
     }
     let op = Op::RmsNorm { input: input.as_written(), weight: weight.value };
-    Some(RawOp { op, input: Some(input), repeats_at })
+    Some(RawOp { op, input: Some(input), files: RawFiles::default(), repeats_at })
 }
 
 fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
@@ -262,6 +282,7 @@ fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> 
     (weights.len() == count).then(|| RawOp {
         op: Op::Matmul { input: input.as_written(), weights },
         input: Some(input),
+        files: RawFiles::default(),
         repeats_at,
     })
 }

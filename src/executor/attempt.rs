@@ -1,0 +1,114 @@
+//! Folders of attempts: one for each item while it is worked at, gone afterwards.
+//!
+//! A run holds the lock of its own folder for as long as it lives; a folder whose
+//! lock is free was left behind by a run that was killed.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The attempts of one run.
+pub struct Attempts {
+    folder: PathBuf,
+    /// Locked while this run lives.
+    _lock: File,
+    last: AtomicU64,
+}
+
+/// The folder of one attempt; removed when it goes out of scope.
+pub struct Attempt {
+    folder: PathBuf,
+}
+
+/// The file that a run keeps locked.
+const LOCK: &str = "lock";
+
+impl Attempts {
+    /// Makes the folder of a run below `root`, and clears away what runs that were
+    /// killed have left there. Their names are the second value.
+    ///
+    /// # Errors
+    /// If the folder cannot be made.
+    pub fn open(root: &Path, run: &str) -> std::io::Result<(Attempts, Vec<String>)> {
+        std::fs::create_dir_all(root)?;
+        let root = root.canonicalize()?;
+        let left = clear_dead(&root)?;
+        let name = format!("{run}.{}", std::process::id());
+        let folder = root.join(&name);
+        std::fs::create_dir(&folder)?;
+        // Locked before it stands where others look.
+        let draft = root.join(format!(".{name}"));
+        let lock = File::create(&draft)?;
+        lock.lock()?;
+        std::fs::rename(&draft, folder.join(LOCK))?;
+        Ok((Attempts { folder, _lock: lock, last: AtomicU64::new(0) }, left))
+    }
+
+    /// A new folder.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn attempt(&self) -> std::io::Result<Attempt> {
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        let folder = self.folder.join(number.to_string());
+        std::fs::create_dir(&folder)?;
+        Ok(Attempt { folder })
+    }
+}
+
+impl Drop for Attempts {
+    fn drop(&mut self) {
+        remove(&self.folder);
+    }
+}
+
+impl Attempt {
+    /// The folder, with an absolute path.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        remove(&self.folder);
+    }
+}
+
+fn remove(folder: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(folder) {
+        tracing::warn!("cannot remove `{}`: {error}", folder.display());
+    }
+}
+
+/// Removes the folders of runs that live no more, and gives their names.
+fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
+    let mut cleared = Vec::new();
+    for entry in std::fs::read_dir(root)? {
+        let folder = entry?.path();
+        if !folder.is_dir() {
+            continue;
+        }
+        let dead = match File::options().write(true).open(folder.join(LOCK)) {
+            Ok(lock) => match lock.try_lock() {
+                Ok(()) => true,
+                Err(TryLockError::WouldBlock) => false,
+                Err(TryLockError::Error(error)) => return Err(error),
+            },
+            // Another run makes it in this moment, or died while it did.
+            Err(_) => is_old(&folder),
+        };
+        if dead {
+            remove(&folder);
+            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+            cleared.extend(name.map(|name| name.split('.').next().unwrap_or("").to_owned()));
+        }
+    }
+    Ok(cleared)
+}
+
+fn is_old(folder: &Path) -> bool {
+    let changed = std::fs::metadata(folder).and_then(|facts| facts.modified());
+    let age = changed.ok().and_then(|changed| changed.elapsed().ok());
+    age.is_some_and(|age| age.as_secs() > 60)
+}

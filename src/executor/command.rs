@@ -1,0 +1,442 @@
+//! Carries out the op `command`: what it would see, the run itself, and its files
+//! put in their places.
+//!
+//! A command works in a folder of its own in which its inputs stand as links at
+//! their paths, and nothing else does: what it reads it must name. What it writes
+//! is hashed and moved once everything that it started is dead. It knows files and
+//! programs, not stages or verdicts.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Attempts, ProcessError, Processes, Request, Status};
+use crate::cache::{CacheError, KeyWalk, Stamp, Stamps, Store};
+use crate::op::Command;
+
+/// Where commands look for programs when nobody says where.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+/// An input folder nested deeper than this is taken for a loop of links.
+const DEEPEST: usize = 64;
+
+/// What became of a command that ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandRecord {
+    /// Its exit status.
+    pub status: i32,
+    /// Whether the status is one that counts as a result.
+    pub accepted: bool,
+    /// The files that it wrote, sorted by path; none where the status does not count.
+    pub outputs: Vec<FileRecord>,
+    /// What it said, by hash in the cache; absent if nothing.
+    pub stdout: Option<String>,
+    /// As `stdout`.
+    pub stderr: Option<String>,
+}
+
+/// A file by content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its path, seen from the project's folder.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// The hash of its content.
+    pub blake3: String,
+    /// Whether it may be executed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub executable: bool,
+}
+
+/// Why a command has no result. None of this is kept: it may go well next time.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// The program is nowhere to be found.
+    #[error("there is no program `{program}` in {looked_in}; install it, or give its path")]
+    NoProgram {
+        /// As the manifest names it.
+        program: String,
+        /// Where it was looked for.
+        looked_in: String,
+    },
+    /// An input is not there or cannot be read.
+    #[error("the input `{path}` cannot be read: {source}; paths are seen from `{}`", project.display())]
+    Input {
+        /// The path.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+        /// The project's folder.
+        project: PathBuf,
+    },
+    /// Somebody wrote an input while it was read.
+    #[error("the input `{0}` changed while the command ran; run again when nobody writes it")]
+    InputChanged(String),
+    /// It ended well and left something out.
+    #[error("it ended with status {status} and did not write `{path}`{but}")]
+    NoOutput {
+        /// What the program said of itself.
+        status: i32,
+        /// The missing output.
+        path: String,
+        /// What stands there instead.
+        but: &'static str,
+    },
+    /// The output's place leads out of the project.
+    #[error("the output `{0}` leads out of the project's folder by a link; write to another path")]
+    Escapes(String),
+    /// It did not end by itself.
+    #[error("it ran into its timeout of {0} s and was killed")]
+    TimedOut(u64),
+    /// It did not end by itself.
+    #[error("it was killed by signal {signal}{hint}")]
+    Killed {
+        /// The signal.
+        signal: i32,
+        /// What that usually means.
+        hint: &'static str,
+    },
+    /// The user asked to stop.
+    #[error("stopped on request")]
+    Stopped,
+    /// It could not be started.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The cache could not take its files.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The attempt's folder could not be made or read.
+    #[error("cannot {action} `{}`: {source}; check the free space and the folder's rights", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// What commands are carried out with.
+pub struct Tools<'a> {
+    /// Where programs start.
+    pub processes: &'a Processes,
+    /// Where attempts have their folders.
+    pub attempts: &'a Attempts,
+    /// Where files go.
+    pub store: &'a Store,
+    /// Digests of files.
+    pub stamps: &'a Stamps,
+    /// The project's folder, absolute.
+    pub project: &'a Path,
+}
+
+/// Everything that a command would see if it ran now.
+pub struct Seen {
+    program: PathBuf,
+    program_digest: String,
+    inputs: Vec<Input>,
+    env: BTreeMap<String, String>,
+    /// Listed variables with their values; unset ones have none.
+    listed: BTreeMap<String, Option<String>>,
+}
+
+struct Input {
+    path: String,
+    digest: String,
+    /// The file, or the files of the folder, with their stamps before they were read.
+    files: Vec<(PathBuf, Stamp)>,
+}
+
+/// Looks at everything that a command would see; runs nothing.
+///
+/// # Errors
+/// If the program or an input is not there.
+pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, CommandError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let listed: BTreeMap<String, Option<String>> =
+        command.env.iter().map(|name| (name.clone(), variable(name))).collect();
+    let mut env = command.set.clone();
+    env.extend(listed.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))));
+    let path = env.entry("PATH".to_owned());
+    let path = path.or_insert_with(|| variable("PATH").unwrap_or(DEFAULT_PATH.to_owned())).clone();
+
+    let name = command.argv.first().map(String::as_str).unwrap_or_default();
+    let program = find_program(name, &path, project)?;
+    let digest = stamps.digest(&program).map_err(|source| io("read", &program, source))?;
+    let inputs = command.inputs.iter().map(|path| {
+        look_at_input(path, project, stamps).map_err(|source| CommandError::Input {
+            path: path.clone(),
+            source,
+            project: project.to_owned(),
+        })
+    });
+    Ok(Seen {
+        inputs: inputs.collect::<Result<_, _>>()?,
+        program_digest: digest.to_hex().to_string(),
+        program,
+        env,
+        listed,
+    })
+}
+
+impl Seen {
+    /// Names everything that the result depends on. The timeout is not among it,
+    /// nor what is only looked for in the result.
+    pub fn describe(&self, command: &Command, walk: &mut KeyWalk) {
+        walk.field("argv", serde_json::json!(command.argv));
+        walk.field("program", &self.program_digest);
+        for (name, value) in &self.listed {
+            let value = value.as_ref().map_or("unset".to_owned(), |value| format!("{value:?}"));
+            walk.field(&format!("variable {name}"), value);
+        }
+        for (name, value) in &command.set {
+            walk.field(&format!("set {name}"), format!("{value:?}"));
+        }
+        for input in &self.inputs {
+            walk.field(&format!("input {}", input.path), &input.digest);
+        }
+        walk.field("outputs", serde_json::json!(command.outputs));
+    }
+}
+
+/// Runs a command and takes its files into the store and to their places.
+///
+/// # Errors
+/// If it did not end by itself, or did not keep its promises.
+pub fn carry_out(
+    command: &Command,
+    seen: &Seen,
+    tools: &Tools<'_>,
+) -> Result<(CommandRecord, f64), CommandError> {
+    let attempt = tools.attempts.attempt();
+    let attempt = attempt.map_err(|source| io("make a folder in", tools.project, source))?;
+    let folder = |name: &str| attempt.folder().join(name);
+    let (work, temporary) = (folder("work"), folder("tmp"));
+    for made in [&work, &temporary] {
+        std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
+    }
+    lay_out(command, tools.project, &work)?;
+    let ended = tools.processes.run(&Request {
+        file: seen.program.clone(),
+        argv: command.argv.clone(),
+        env: seen.env.clone(),
+        folder: work.clone(),
+        temporary,
+        stdout: folder("stdout"),
+        stderr: folder("stderr"),
+        timeout: command.timeout.map(Duration::from_secs),
+        largest_file: None,
+    })?;
+    let status = match ended.status {
+        Status::Exited(status) => status,
+        Status::TimedOut => {
+            return Err(CommandError::TimedOut(command.timeout.unwrap_or_default()));
+        }
+        Status::Stopped => return Err(CommandError::Stopped),
+        Status::Killed(signal) => {
+            let hint = match signal {
+                9 => ": by the system for want of memory, or by somebody",
+                11 | 7 | 4 | 8 | 6 => ": it crashed",
+                _ => "",
+            };
+            return Err(CommandError::Killed { signal, hint });
+        }
+    };
+    let changed = seen.inputs.iter().find(|input| {
+        let now = |path: &PathBuf| std::fs::metadata(path).map(|facts| Stamp::of(&facts));
+        input.files.iter().any(|(path, stamp)| now(path).ok().as_ref() != Some(stamp))
+    });
+    if let Some(input) = changed {
+        return Err(CommandError::InputChanged(input.path.clone()));
+    }
+    let accepted = command.accepts.contains(&status);
+    let paths: &[String] = if accepted { &command.outputs } else { &[] };
+    let outputs = paths.iter().map(|path| take_output(path, status, &work, tools));
+    let record = CommandRecord {
+        status,
+        accepted,
+        outputs: outputs.collect::<Result<_, _>>()?,
+        stdout: take_log(&folder("stdout"), tools)?,
+        stderr: take_log(&folder("stderr"), tools)?,
+    };
+    put_in_place(&record, tools)?;
+    Ok((record, ended.seconds))
+}
+
+/// Puts the outputs of a record where they belong, unless they stand there. Gives
+/// the paths of those that it put, or nothing if the store has lost one.
+///
+/// # Errors
+/// If a place cannot be written.
+pub fn restore(
+    record: &CommandRecord,
+    tools: &Tools<'_>,
+) -> Result<Option<Vec<String>>, CommandError> {
+    let wrong: Vec<&FileRecord> =
+        record.outputs.iter().filter(|output| !stands(output, tools)).collect();
+    if !wrong.iter().all(|output| tools.store.has_blob(&output.blake3, tools.stamps)) {
+        return Ok(None);
+    }
+    for output in &wrong {
+        put_one_in_place(output, tools)?;
+    }
+    Ok(Some(wrong.into_iter().map(|output| output.path.clone()).collect()))
+}
+
+fn put_in_place(record: &CommandRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
+    // What has the right content is left alone: whoever watches it sees no change.
+    let wrong = record.outputs.iter().filter(|output| !stands(output, tools));
+    wrong.map(|output| put_one_in_place(output, tools)).collect()
+}
+
+fn stands(output: &FileRecord, tools: &Tools<'_>) -> bool {
+    let path = tools.project.join(&output.path);
+    let plain = std::fs::symlink_metadata(&path).is_ok_and(|facts| {
+        let executable = facts.permissions().mode() & 0o100 != 0;
+        facts.is_file() && facts.len() == output.size && executable == output.executable
+    });
+    plain
+        && tools.stamps.digest(&path).is_ok_and(|digest| digest.to_hex().as_str() == output.blake3)
+}
+
+fn put_one_in_place(output: &FileRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
+    let target = tools.project.join(&output.path);
+    let parent = target.parent().unwrap_or(tools.project);
+    std::fs::create_dir_all(parent).map_err(|source| io("make", parent, source))?;
+    let real = parent.canonicalize().map_err(|source| io("find", parent, source))?;
+    if !real.starts_with(tools.project) {
+        return Err(CommandError::Escapes(output.path.clone()));
+    }
+    tools.store.publish(&output.blake3, &target, output.executable)?;
+    let digest = blake3::Hash::from_hex(&output.blake3).ok();
+    if let Some(digest) = digest
+        && let Err(error) = tools.stamps.note_own(&target, digest)
+    {
+        return Err(io("inspect", &target, error));
+    }
+    Ok(())
+}
+
+/// The inputs as links at their paths, and the folders that outputs go to.
+fn lay_out(command: &Command, project: &Path, work: &Path) -> Result<(), CommandError> {
+    let make = |folder: Option<&Path>| {
+        let folder = folder.unwrap_or(work);
+        std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))
+    };
+    let relative = command.inputs.iter().filter(|path| !Path::new(path).is_absolute());
+    let mut linked: Vec<&Path> = Vec::new();
+    for path in relative.map(Path::new) {
+        if linked.iter().any(|folder| path.starts_with(folder)) {
+            continue;
+        }
+        let link = work.join(path);
+        make(link.parent())?;
+        std::os::unix::fs::symlink(project.join(path), &link)
+            .map_err(|source| io("link", &link, source))?;
+        linked.push(path);
+    }
+    command.outputs.iter().try_for_each(|path| make(work.join(path).parent()))
+}
+
+fn take_output(
+    path: &str,
+    status: i32,
+    work: &Path,
+    tools: &Tools<'_>,
+) -> Result<FileRecord, CommandError> {
+    let file = work.join(path);
+    let missing = |but| CommandError::NoOutput { status, path: path.to_owned(), but };
+    let facts = std::fs::symlink_metadata(&file).map_err(|_| missing(""))?;
+    if !facts.is_file() {
+        return Err(missing(": what stands there is no regular file"));
+    }
+    let executable = facts.permissions().mode() & 0o100 != 0;
+    let digest = tools.store.adopt(&file)?;
+    Ok(FileRecord { path: path.to_owned(), size: facts.len(), blake3: digest, executable })
+}
+
+fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
+    let size = std::fs::metadata(file).map_err(|source| io("read", file, source))?.len();
+    if size == 0 { Ok(None) } else { Ok(Some(tools.store.adopt(file)?)) }
+}
+
+/// A program's file: as `execvp` finds it, and seen from the project's folder.
+fn find_program(name: &str, path: &str, project: &Path) -> Result<PathBuf, CommandError> {
+    let runs = |file: &PathBuf| {
+        let facts = std::fs::metadata(file);
+        facts.is_ok_and(|facts| facts.is_file() && facts.permissions().mode() & 0o111 != 0)
+    };
+    let (found, looked_in) = if name.contains('/') {
+        let file = project.join(name);
+        (Some(file).filter(runs), format!("`{}`", project.display()))
+    } else {
+        let mut places = std::env::split_paths(path).map(|folder| project.join(folder).join(name));
+        (places.find(runs), format!("PATH ({path})"))
+    };
+    found.ok_or_else(|| CommandError::NoProgram { program: name.to_owned(), looked_in })
+}
+
+/// One digest for an input. A folder's is over the paths and contents of its files.
+fn look_at_input(path: &str, project: &Path, stamps: &Stamps) -> std::io::Result<Input> {
+    let root = project.join(path);
+    let mut files = Vec::new();
+    let facts = std::fs::metadata(&root)?;
+    if !facts.is_dir() {
+        files.push((root.clone(), Stamp::of(&facts)));
+        let digest = stamps.digest(&root)?.to_hex().to_string();
+        return Ok(Input { path: path.to_owned(), digest, files });
+    }
+    list_files(&root, DEEPEST, &mut files)?;
+    let mut walk = KeyWalk::new("folder");
+    for (file, _) in &files {
+        let name = file.strip_prefix(&root).unwrap_or(file);
+        walk.field(&name.to_string_lossy(), stamps.digest(file)?.to_hex());
+    }
+    Ok(Input { path: path.to_owned(), digest: walk.key().0, files })
+}
+
+fn list_files(
+    folder: &Path,
+    deeper: usize,
+    files: &mut Vec<(PathBuf, Stamp)>,
+) -> std::io::Result<()> {
+    if deeper == 0 {
+        return Err(std::io::Error::other("its folders are nested too deeply; is a link a loop?"));
+    }
+    let entries: std::io::Result<Vec<_>> = std::fs::read_dir(folder)?.collect();
+    let mut paths: Vec<PathBuf> = entries?.into_iter().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let facts = std::fs::metadata(&path)?;
+        if facts.is_dir() {
+            list_files(&path, deeper - 1, files)?;
+        } else {
+            files.push((path, Stamp::of(&facts)));
+        }
+    }
+    Ok(())
+}
+
+/// The last line that a command said to its stderr, for the reason of a failure.
+pub fn last_words(record: &CommandRecord, store: &Store) -> Option<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    const LOOKED_AT: u64 = 4096;
+    let mut file = File::open(store.blob_path(record.stderr.as_ref()?)).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(LOOKED_AT))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(LOOKED_AT).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().rfind(|line| !line.trim().is_empty())?;
+    let plain = line.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
+    Some(plain.take(200).collect())
+}
+
+fn io(action: &'static str, path: &Path, source: std::io::Error) -> CommandError {
+    CommandError::Io { action, path: path.to_owned(), source }
+}

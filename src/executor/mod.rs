@@ -1,0 +1,18 @@
+//! Programs of the user's: each attempt in a folder and a process group of its
+//! own, and nothing of it outlives the runner.
+//!
+//! [`Processes`] starts programs through a small server process (`server`), which
+//! is the parent of them all: when the runner dies, however it dies, the server
+//! kills what is left. [`Attempt`] is a folder that is gone when its item is done.
+//! [`command`] carries out the op `command` with both.
+
+pub mod command;
+
+mod attempt;
+mod processes;
+mod protocol;
+mod server;
+
+pub use attempt::{Attempt, Attempts};
+pub use processes::{Ended, ProcessError, Processes, Request, Status};
+pub use server::{SERVER_ARGUMENT, serve};

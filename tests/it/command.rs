@@ -1,0 +1,330 @@
+//! Stages of `[command]`, run by the real program: what a command sees, what is
+//! kept of it, and what is left of it when it, or the runner, dies.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// A project in a place of its own, with the contract that asks for status 0.
+pub struct Project(tempfile::TempDir);
+
+impl Project {
+    pub fn new() -> Project {
+        let project = Project(tempfile::tempdir().expect("a folder"));
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("contracts/command.toml");
+        let contract = fs::read_to_string(shipped).expect("the shipped contract");
+        project.file("contracts/command.toml", &contract)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn file(self, name: &str, text: &str) -> Project {
+        self.write(name, text);
+        self
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        fs::write(path, text).expect("written");
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// A stage with an id, whose `[command]` has these lines.
+    pub fn stage(self, id: &str, lines: &str) -> Project {
+        let text = format!(
+            "id = \"{id}\"\ntitle = \"a command\"\ncontract = \"command\"\n[command]\n{lines}\n"
+        );
+        self.file(&format!("stages/{id}.toml"), &text)
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
+        command.args(arguments).current_dir(self.0.path());
+        command.env("XDG_CACHE_HOME", self.path("home")).env_remove("RUNNER_LOG");
+        command
+    }
+
+    pub fn runner(&self, arguments: &[&str]) -> Outcome {
+        Outcome::of(self.command(arguments).output().expect("the runner starts"))
+    }
+
+    pub fn run(&self) -> Outcome {
+        self.runner(&["run", "stages"])
+    }
+}
+
+/// What the runner said.
+pub struct Outcome {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+impl Outcome {
+    pub fn of(output: Output) -> Outcome {
+        Outcome {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    #[track_caller]
+    pub fn expect(self, code: i32, words: &str) -> Outcome {
+        let all = format!("{}\n{}", self.out, self.err);
+        assert_eq!(self.code, Some(code), "{all}");
+        assert!(words_of(&all).contains(&words_of(words)), "no `{words}` in:\n{all}");
+        self
+    }
+}
+
+/// The table wraps its lines.
+fn words_of(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn marks(project: &Project) -> usize {
+    project.read("mark").lines().count()
+}
+
+/// A shell line that leaves a mark outside of what the runner sees.
+fn marking(project: &Project, line: &str) -> String {
+    format!("shell = 'echo x >> {}; {line}'", project.path("mark").display())
+}
+
+#[test]
+fn a_command_runs_once_and_its_output_is_put_back_when_it_is_lost() {
+    let project = Project::new().file("in.txt", "b\na\n");
+    let line = marking(&project, "sort in.txt > out/sorted.txt");
+    let project = project
+        .stage("S", &format!("{line}\ninputs = [\"in.txt\"]\noutputs = [\"out/sorted.txt\"]"));
+    project.run().expect(0, "status 0; wrote out/sorted.txt");
+    assert_eq!((project.read("out/sorted.txt").as_str(), marks(&project)), ("a\nb\n", 1));
+    project.run().expect(0, "everything was reused");
+    fs::remove_file(project.path("out/sorted.txt")).expect("removed");
+    project.run().expect(0, "put back: out/sorted.txt");
+    project.write("out/sorted.txt", "edited by hand");
+    project.run().expect(0, "put back: out/sorted.txt");
+    assert_eq!((project.read("out/sorted.txt").as_str(), marks(&project)), ("a\nb\n", 1));
+    project.write("in.txt", "c\n");
+    project.run().expect(0, "input in.txt:");
+    assert_eq!((project.read("out/sorted.txt").as_str(), marks(&project)), ("c\n", 2));
+}
+
+#[test]
+fn a_command_sees_its_inputs_and_listed_variables_and_nothing_else() {
+    let project = Project::new().file("in.txt", "").file("secret.txt", "").stage(
+        "S",
+        "shell = '''find . ! -name . | sort > seen; env | cut -d= -f1 | sort | tr '\\n' ' ' >> seen'''\n\
+         inputs = [\"in.txt\"]\noutputs = [\"seen\"]\nenv = [\"LISTED\", \"UNSET\"]\nset = { GIVEN = \"1\" }",
+    );
+    let output = project
+        .command(&["run", "stages"])
+        .env("LISTED", "yes")
+        .env("UNLISTED", "yes")
+        .env_remove("UNSET")
+        .output();
+    Outcome::of(output.expect("started")).expect(0, "wrote seen");
+    let seen = project.read("seen");
+    assert_eq!(seen.trim_end(), "./in.txt\n./seen\nGIVEN LISTED PATH PWD TMPDIR");
+}
+
+#[test]
+fn a_stage_that_reads_what_another_writes_comes_after_it() {
+    let project = Project::new()
+        .stage("a-last", "shell = 'cat mid > end'\ninputs = [\"mid\"]\noutputs = [\"end\"]")
+        .stage("z-first", "shell = 'echo 7 > mid'\noutputs = [\"mid\"]");
+    project.runner(&["graph", "stages"]).expect(0, "needs z-first");
+    project.run().expect(0, "wrote end");
+    assert_eq!(project.read("end"), "7\n");
+}
+
+#[test]
+fn a_status_is_judged_and_a_bad_one_is_no_result() {
+    let project = Project::new();
+    let line = marking(&project, "echo out of luck >&2; exit 3");
+    let project = project.stage("S", &line).stage("T", "argv = [\"true\"]").file(
+        "stages/T.toml",
+        "id = \"T\"\ntitle = \"t\"\nneeds = [\"S\"]\ncontract = \"command\"\n[command]\nargv = [\"true\"]\n",
+    );
+    let first = project.run();
+    first
+        .expect(1, "exit_status at exit of the command is 3, above 0; it said: out of luck")
+        .expect(1, "the command of stage S ended with status 3");
+    project.run().expect(1, "status 3");
+    assert_eq!(marks(&project), 2, "a bad status is not replayed");
+}
+
+#[test]
+fn patterns_and_digests_are_judged_and_are_not_part_of_the_key() {
+    let contract = "name = \"speaks\"\nversion = \"1.0.0\"\n[[equation]]\nid = \"e\"\nformula = \"f\"\nwhy = \"w\"\n\
+        [[falsifier]]\nid = \"M\"\nequation = \"e\"\nprediction = \"p\"\nmetric = \"matches\"\nsites = [\"match.done\"]\nmin = 2\nif_fails = \"drift\"\nwhy = \"w\"\n\
+        [[falsifier]]\nid = \"D\"\nequation = \"e\"\nprediction = \"p\"\nmetric = \"digest_mismatch\"\nmax = 0\nif_fails = \"structural\"\nwhy = \"w\"\n";
+    let stage = |project: &Project, pattern: &str, digest: &str| {
+        let line = marking(project, "echo done 1; echo done 2; printf x > x");
+        format!(
+            "id = \"S\"\ntitle = \"t\"\ncontract = \"speaks\"\n[command]\n{line}\noutputs = [\"x\"]\n\
+             patterns = [{{ name = \"done\", pattern = \"{pattern}\" }}]\ndigests = {{ x = \"{digest}\" }}\n"
+        )
+    };
+    let project = Project::new().file("contracts/speaks.toml", contract);
+    let right = blake3::hash(b"x").to_hex().to_string();
+    let project = project.file("stages/S.toml", "");
+    project.write("stages/S.toml", &stage(&project, "^done \\\\d$", &right));
+    project.run().expect(0, "pass");
+    project.write("stages/S.toml", &stage(&project, "^done 1$", &right));
+    project.run().expect(1, "M at match.done: matches of the command is 1, below 2");
+    let wrong = blake3::hash(b"y").to_hex().to_string();
+    project.write("stages/S.toml", &stage(&project, "^done", &wrong));
+    project.run().expect(1, "digest_mismatch of the command is 1, above 0");
+    assert_eq!(marks(&project), 1);
+}
+
+#[test]
+fn what_is_no_result_is_an_error_in_words_and_is_tried_again() {
+    let cases = [
+        ("shell = 'true'\noutputs = [\"out\"]", "did not write `out`"),
+        ("shell = 'ln -s /etc/passwd out'\noutputs = [\"out\"]", "no regular file"),
+        ("shell = 'mkdir out'\noutputs = [\"out\"]", "no regular file"),
+        ("argv = [\"no-such-program\"]", "there is no program `no-such-program` in PATH"),
+        ("argv = [\"./no-such\"]", "there is no program `./no-such`"),
+        ("argv = [\"true\"]\ninputs = [\"nothing\"]", "the input `nothing` cannot be read"),
+        ("shell = 'kill -9 $$'", "killed by signal 9"),
+        ("argv = [\"sleep\", \"60\"]\ntimeout = 1", "timeout of 1 s"),
+        ("shell = 'echo > in; echo 2 >> in'\ninputs = [\"in\"]", "`in` changed while"),
+    ];
+    for (lines, words) in cases {
+        let project = Project::new().file("in", "1").stage("S", lines);
+        project.run().expect(4, words);
+        assert!(!project.path("out").exists());
+        project.run().expect(4, words);
+    }
+}
+
+#[test]
+fn an_output_cannot_leave_the_project_by_a_link() {
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let project = Project::new().stage("S", "shell = 'echo > d/x'\noutputs = [\"d/x\"]");
+    std::os::unix::fs::symlink(elsewhere.path(), project.path("d")).expect("linked");
+    project.run().expect(4, "leads out of the project's folder");
+    assert!(!elsewhere.path().join("x").exists());
+}
+
+#[test]
+fn manifests_of_commands_that_make_no_sense_are_refused() {
+    let cases = [
+        ("", "neither `argv` nor `shell`"),
+        ("argv = [\"a\"]\nshell = \"a\"", "`argv` and `shell` are both given"),
+        ("argv = []", "does not name a program"),
+        ("argv = [\"a\"]\noutputs = [\"../x\"]", "`outputs` cannot hold `../x`"),
+        ("argv = [\"a\"]\noutputs = [\"/x\"]", "write a relative path"),
+        ("argv = [\"a\"]\ninputs = [\"x/../../y\"]", "`inputs` cannot hold"),
+        ("argv = [\"a\"]\ninputs = [\"d\"]\noutputs = [\"d/x\"]", "in each other's way"),
+        ("argv = [\"a\"]\nenv = [\"TMPDIR\"]", "`TMPDIR` cannot be given"),
+        ("argv = [\"a\"]\npatterns = [{ name = \"p\", pattern = \"(\" }]", "not a regular expression"),
+        ("argv = [\"a\"]\npatterns = [{ name = \"p\", of = \"o\", pattern = \"a\" }]", "looks into `o`"),
+        ("argv = [\"a\"]\ntimeout = 0", "`timeout` is 0"),
+        ("argv = [\"a\"]\naccepts = [256]", "`accepts` cannot be met"),
+        ("argv = [\"a\"]\ncolour = 1", "unknown key `colour`"),
+    ];
+    for (lines, words) in cases {
+        Project::new().stage("S", lines).runner(&["check", "stages"]).expect(2, words);
+    }
+    let two = Project::new()
+        .stage("A", "argv = [\"a\"]\noutputs = [\"x\"]")
+        .stage("B", "argv = [\"a\"]\noutputs = [\"./x\"]");
+    two.runner(&["check", "stages"]).expect(2, "two stages write `x`");
+    let knot = Project::new()
+        .stage("A", "argv = [\"a\"]\ninputs = [\"y\"]\noutputs = [\"x\"]")
+        .stage("B", "argv = [\"a\"]\ninputs = [\"x\"]\noutputs = [\"y\"]");
+    knot.runner(&["check", "stages"]).expect(2, "stages need each other");
+    let of_models = Project::new().stage("A", "argv = [\"a\"]");
+    of_models.write(
+        "stages/A.toml",
+        &of_models.read("stages/A.toml").replace("[command]", "model = \"m\"\n[command]"),
+    );
+    of_models.runner(&["check", "stages"]).expect(2, "`model` has no use");
+}
+
+#[test]
+fn check_and_plan_run_nothing() {
+    let project = Project::new();
+    let line = marking(&project, "true");
+    let project = project.stage("S", &line);
+    project.runner(&["check", "stages"]).expect(0, "no problem found");
+    project.runner(&["plan", "stages"]).expect(0, "it never ran here");
+    assert!(!project.path("mark").exists());
+}
+
+/// Whether a process of this number lives and is no zombie.
+fn lives(pid: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+    let state = status.rsplit_once(')').map(|(_, rest)| rest.trim_start().chars().next());
+    !matches!(state, None | Some(None | Some('Z' | 'X')))
+}
+
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A line that starts a process outside of its group which writes for ever.
+const STRAY: &str = "setsid sh -c 'echo $$ > stray; while :; do echo >> log; sleep 0.01; done' & while ! test -s stray; do sleep 0.01; done; cp stray";
+
+#[test]
+fn an_attempt_is_over_when_everything_that_it_started_is_dead() {
+    let project = Project::new();
+    let keep = project.path("pid");
+    let project = project.stage(
+        "S",
+        &format!("shell = '''{STRAY} {}; cp log out'''\noutputs = [\"out\"]", keep.display()),
+    );
+    project.run().expect(0, "wrote out");
+    assert!(!lives(&project.read("pid")));
+}
+
+#[test]
+fn nothing_outlives_a_runner_that_was_killed() {
+    let project = Project::new();
+    let keep = project.path("pid");
+    let project = project.stage(
+        "S",
+        &format!("shell = '''{STRAY} {}; sleep 600'''\noutputs = [\"out\"]", keep.display()),
+    );
+    let mut runner = project.command(&["run", "stages"]).spawn().expect("started");
+    wait_until("the command runs", || fs::read_to_string(&keep).is_ok_and(|pid| !pid.is_empty()));
+    runner.kill().expect("killed");
+    runner.wait().expect("waited for");
+    let pid = project.read("pid");
+    wait_until("the stray is dead", || !lives(&pid));
+    // The next run starts at once and clears away what is left.
+    project.write(
+        "stages/S.toml",
+        &project.read("stages/S.toml").replace("sleep 600", "echo done > out"),
+    );
+    project.run().expect(0, "wrote out");
+    let left = fs::read_dir(project.path("runs/cache/v1/attempts")).expect("a folder").count();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn an_executable_stays_executable() {
+    let project = Project::new()
+        .stage("A", "shell = 'echo \"#!/bin/sh\" > tool; echo \"echo hi\" >> tool; chmod +x tool'\noutputs = [\"tool\"]")
+        .stage("B", "shell = './tool > said'\ninputs = [\"tool\"]\noutputs = [\"said\"]");
+    project.run().expect(0, "wrote said");
+    assert_eq!(project.read("said"), "hi\n");
+    let mode = fs::metadata(project.path("tool")).expect("there").permissions().mode();
+    assert_eq!(mode & 0o111, 0o111);
+}
