@@ -290,8 +290,8 @@ pub fn restore(
 
 fn put_in_place(record: &CommandRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
     // What has the right content is left alone: whoever watches it sees no change.
-    let wrong = record.outputs.iter().filter(|output| !stands(output, tools));
-    wrong.map(|output| put_one_in_place(output, tools)).collect()
+    let mut wrong = record.outputs.iter().filter(|output| !stands(output, tools));
+    wrong.try_for_each(|output| put_one_in_place(output, tools))
 }
 
 fn stands(output: &FileRecord, tools: &Tools<'_>) -> bool {

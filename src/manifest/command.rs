@@ -65,7 +65,7 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
         patterns: patterns.into_iter().map(|(pattern, _)| pattern).collect(),
         digests: digests.map_or(BTreeMap::new(), |digests| digests.value),
     };
-    sound.then(|| RawOp {
+    sound.then_some(RawOp {
         op: Op::Command(command),
         input: None,
         files: RawFiles { inputs, outputs },
