@@ -45,7 +45,7 @@ fn bench_forward(bencher: Bencher, arm: Arm, capture: Capture, tokens: usize, de
     let op = Op::Forward { capture, repeats: 1, decode };
     let task = Task { op: &op, model: &model, tokens: &prompt, input: None };
     bencher.counter(ItemsCount::new(tokens + decode as usize)).bench_local(|| {
-        let (ops, arithmetic) = Shipped.ops(arm, &E4M3).expect("an arm of the CPU");
+        let (ops, arithmetic) = Shipped::default().ops(arm, &E4M3).expect("an arm of the CPU");
         arms::compute(&task, &*ops, arithmetic, &mut |_| {}).expect("a forward pass")
     });
 }

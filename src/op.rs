@@ -135,6 +135,20 @@ pub struct Recipe {
     pub pin: Pin,
 }
 
+impl Default for Recipe {
+    /// What a pipeline that says nothing of it has.
+    fn default() -> Recipe {
+        Recipe {
+            gemm: Format::E4m3,
+            scale: Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor },
+            accumulate: Accumulate::Promoted,
+            output: Format::Bf16,
+            chip: ChipName::Auto,
+            pin: Pin::NONE,
+        }
+    }
+}
+
 /// What a recipe insists on of the GEMM library's algorithm; what it leaves open
 /// is picked by rule. The numbers are cuBLASLt's own (`CUBLASLT_ALGO_CONFIG_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{Action, KeyWalk, Stamps, Store};
+use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, tensors_read};
 use crate::compute::forward::Greedy;
 use crate::executor::command::{self, CommandRecord};
@@ -128,6 +129,9 @@ pub struct ArmPayload {
     pub repeats: BTreeMap<Site, u64>,
     /// The arithmetic, in words.
     pub arithmetic: String,
+    /// The products, where a library computed them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gemms: Vec<GemmRecord>,
     /// How long it took.
     pub seconds: f64,
     /// What became of a command.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{GreedyComparison, Measure};
+use crate::compute::GemmRecord;
 use crate::executor::command::CommandRecord;
 use crate::op::{Arm, Op, Recipe, StageId};
 use crate::plan::{GreedyRecord, SiteRecord};
@@ -119,6 +120,9 @@ pub struct ArmRecord {
     pub why: String,
     /// The arithmetic, in words.
     pub arithmetic: Option<String>,
+    /// The products, where a library computed them: shapes and algorithms.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gemms: Vec<GemmRecord>,
     /// How long the computation took, when it ran.
     pub seconds: Option<f64>,
     /// The action's key.
@@ -141,6 +145,7 @@ impl ArmRecord {
             state,
             why,
             arithmetic: None,
+            gemms: Vec::new(),
             seconds: None,
             key: None,
             object: None,

@@ -369,6 +369,7 @@ impl<'a> Engine<'a> {
         let mut record = ArmRecord::without(state, why.clone());
         if let Some(stored) = self.progress[stage].results.get(&arm) {
             record.arithmetic = Some(stored.payload.arithmetic.clone());
+            record.gemms = stored.payload.gemms.clone();
             record.seconds = Some(stored.payload.seconds);
             record.key = Some(stored.action.key.0.clone());
             record.object = stored.action.object.clone();
@@ -615,6 +616,7 @@ impl Bench<'_> {
             greedy: None,
             repeats: BTreeMap::new(),
             arithmetic: String::new(),
+            gemms: Vec::new(),
             seconds,
             command: Some(record),
         };
@@ -645,6 +647,7 @@ impl Bench<'_> {
             greedy: output.greedy.clone().map(Into::into),
             repeats: output.repeats.clone(),
             arithmetic: output.arithmetic.clone(),
+            gemms: output.gemms.clone(),
             seconds,
             command: None,
         };
@@ -709,6 +712,7 @@ impl Bench<'_> {
             greedy: payload.greedy.clone().map(Into::into),
             repeats: payload.repeats.clone(),
             arithmetic: payload.arithmetic.clone(),
+            gemms: payload.gemms.clone(),
         })
     }
 

@@ -93,6 +93,11 @@ impl Store {
         self.root.join("models")
     }
 
+    /// Where compiled GPU programs are kept.
+    pub fn programs(&self) -> PathBuf {
+        self.root.join("programs")
+    }
+
     /// The file of an object.
     pub fn object_path(&self, digest: &str) -> PathBuf {
         self.place("objects", digest, "safetensors")

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use super::measure::{MeasureArgs, measure_chip};
 use super::{FALSIFIED, PASS};
 use crate::chip_command::{self, ChipCommand, ChipOutcome, Multiply, MultiplyOperand, TensorRef};
 use crate::compute::emulated::schedule::Schedule;
@@ -21,6 +22,8 @@ pub(super) enum ChipCli {
     },
     /// Multiply two tensors as a chip does: y[N, M] = x[N, K] w[M, K]^T.
     Multiply(MultiplyArgs),
+    /// Hold this machine's GPU to its chip's arithmetic, algorithm by algorithm.
+    Measure(MeasureArgs),
 }
 
 #[derive(Args)]
@@ -82,6 +85,7 @@ fn chip_name(text: &str) -> Result<ChipName, String> {
 pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
     let command = match command {
         ChipCli::List => ChipCommand::List,
+        ChipCli::Measure(args) => return measure_chip(&args),
         ChipCli::Verify { folder } => ChipCommand::Verify { folder },
         ChipCli::Multiply(args) => {
             let accumulate = if args.fast { Accumulate::Fast } else { Accumulate::Promoted };

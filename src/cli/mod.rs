@@ -6,7 +6,9 @@
 //! ours, 130 stopped on request.
 
 mod chip;
+mod doctor;
 mod export;
+mod measure;
 mod plan;
 mod run;
 
@@ -92,7 +94,9 @@ enum Command {
     /// Start and watch programs for a run; started by the runner itself.
     #[command(name = SERVER_ARGUMENT, hide = true)]
     ProcessServer,
-    /// The chips whose arithmetic is known: list, verify, multiply.
+    /// What this machine has, and what each missing piece switches off.
+    Doctor,
+    /// The chips whose arithmetic is known: list, verify, multiply, measure.
     Chip {
         #[command(subcommand)]
         command: ChipCli,
@@ -161,7 +165,7 @@ pub fn main() -> u8 {
 /// Carries out a command; an error is a text for the user, and bad usage.
 fn carry_out(command: Command) -> Result<u8, String> {
     match command {
-        Command::Run(args) => run::run_stages(&args, &Shipped),
+        Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
         Command::Plan(args) => plan::plan_stages(&args),
         Command::Check { folder } => {
             let pipeline = load_pipeline(&folder, &Overrides::default())?;
@@ -185,6 +189,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
             serve().map_err(|error| format!("the process server failed: {error}"))?;
             Ok(PASS)
         }
+        Command::Doctor => doctor::examine(),
         Command::Chip { command } => chip::chip(command),
     }
 }
@@ -244,6 +249,11 @@ fn stamps_of(runs: &Path, rehash: bool) -> Stamps {
         None => runs.join("cache").join("v1"),
     };
     Stamps::new(&folder, rehash)
+}
+
+/// The arms as they ship; compiled GPU programs are kept beside the results.
+fn shipped(runs: &Path) -> Shipped {
+    Shipped { programs: Some(store_of(runs).programs()) }
 }
 
 fn make_plan<'a>(

@@ -2,8 +2,7 @@
 
 use clap::Args;
 
-use super::{Selection, make_plan, print, selected, stamps_of, store_of};
-use crate::compute::arms::Shipped;
+use super::{Selection, make_plan, print, selected, shipped, stamps_of, store_of};
 
 #[derive(Args)]
 pub(super) struct PlanArgs {
@@ -15,7 +14,7 @@ pub(super) fn plan_stages(PlanArgs { selection }: &PlanArgs) -> Result<u8, Strin
     let (pipeline, graph, stages) = selected(selection)?;
     let store = store_of(&selection.runs);
     let plan = make_plan(&pipeline, &graph, &stages, &store)?;
-    let lines = plan.preview(&store, &stamps_of(&selection.runs, false), &Shipped);
+    let lines = plan.preview(&store, &stamps_of(&selection.runs, false), &shipped(&selection.runs));
     let width = lines.iter().map(|line| line.stage.0.len()).max().unwrap_or(0);
     let rows = lines.iter().map(|line| {
         format!(

@@ -34,6 +34,13 @@ pub(super) struct RunArgs {
     format: OutputFormat,
 }
 
+impl RunArgs {
+    /// The folder of runs.
+    pub(super) fn runs(&self) -> &Path {
+        &self.selection.runs
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OutputFormat {
     /// A table on stdout; bars on stderr if it is a terminal, else lines.
@@ -157,15 +164,18 @@ fn make_run_folder(
 }
 
 fn provenance() -> Provenance {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("model name"))?;
-        Some(line.split_once(':')?.1.trim().to_owned())
-    });
     Provenance {
         runner: env!("CARGO_PKG_VERSION").to_owned(),
         command: std::env::args().collect(),
         platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-        cpu,
+        cpu: cpu_name(),
         threads: rayon::current_num_threads(),
     }
+}
+
+/// The processor's name, where the system tells it.
+pub(super) fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
 }

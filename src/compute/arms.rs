@@ -4,14 +4,16 @@
 //! kept, is not its concern.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use super::emulated::arm::Emulated;
+use super::emulated::chip::chip;
 use super::floor::Floor;
 use super::forward::{Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight};
 use super::reference::Reference;
-use super::{ComputeError, Ops, cuda};
+use super::{ComputeError, GemmRecord, Ops, cuda};
 use crate::model::Model;
-use crate::op::{Arm, Capture, Op, Recipe, Site, site_of_norm, site_of_projection};
+use crate::op::{Arm, Capture, ChipName, Op, Recipe, Site, site_of_norm, site_of_projection};
 use crate::tensor::Tensor;
 
 /// Everything that a stage's op reads.
@@ -37,6 +39,8 @@ pub struct Output {
     pub repeats: BTreeMap<Site, u64>,
     /// The arithmetic that ran, in words.
     pub arithmetic: String,
+    /// The products, where a library computed them.
+    pub gemms: Vec<GemmRecord>,
 }
 
 impl Output {
@@ -72,8 +76,11 @@ pub trait Workshop: Sync {
 const NO_TENSORS: &str = "a command makes files, not tensors";
 
 /// The arms as they ship.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Shipped;
+#[derive(Clone, Debug, Default)]
+pub struct Shipped {
+    /// The folder where compiled GPU programs are kept, if they are.
+    pub programs: Option<PathBuf>,
+}
 
 impl Workshop for Shipped {
     fn name(&self) -> &str {
@@ -86,21 +93,39 @@ impl Workshop for Shipped {
                 Ok((Box::new(Reference), "f64 over the dequantised weights".to_owned()))
             }
             Arm::Emulated => {
-                let emulated = Emulated::new(recipe)?;
+                let emulated = Emulated::new(&on_this_machine(recipe))?;
                 let arithmetic = emulated.describe();
                 Ok((Box::new(emulated), arithmetic))
             }
-            Arm::Device => Err(ComputeError::Recipe(cuda::why_unavailable())),
             Arm::Command => Err(ComputeError::Recipe(NO_TENSORS.to_owned())),
+            Arm::Device => cuda::ops(recipe, self.programs.as_deref()),
         }
     }
 
-    fn unavailable(&self, arm: Arm, _: &Recipe) -> Option<String> {
+    fn facts(&self, arm: Arm, recipe: &Recipe) -> Vec<(String, String)> {
         match arm {
-            Arm::Reference | Arm::Emulated | Arm::Command => None,
-            Arm::Device => Some(cuda::why_unavailable()),
+            Arm::Emulated => {
+                let chip = chip(on_this_machine(recipe).chip).name;
+                vec![("chip".to_owned(), chip.to_string())]
+            }
+            Arm::Device => cuda::facts(),
+            _ => Vec::new(),
         }
     }
+
+    fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
+        match arm {
+            Arm::Reference | Arm::Emulated | Arm::Command => None,
+            Arm::Device => cuda::why_unavailable(recipe),
+        }
+    }
+}
+
+/// The recipe with its chip: `auto` is the device's, where there is one.
+fn on_this_machine(recipe: &Recipe) -> Recipe {
+    let auto = recipe.chip == ChipName::Auto;
+    let chip = cuda::chip_here().filter(|_| auto).unwrap_or(recipe.chip);
+    Recipe { chip, ..*recipe }
 }
 
 /// Computes a stage on an arm, as often as the op says.
@@ -123,6 +148,7 @@ pub fn compute(
             *output.repeats.entry(site.clone()).or_default() += differ;
         }
     }
+    output.gemms = ops.gemms();
     Ok(output)
 }
 

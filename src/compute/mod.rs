@@ -13,6 +13,8 @@ pub mod reference;
 pub mod rope;
 pub mod vector;
 
+use serde::{Deserialize, Serialize};
+
 use crate::interrupt;
 use crate::model::{ModelError, Rope, Weight};
 use crate::tensor::Tensor;
@@ -66,9 +68,30 @@ pub enum ComputeError {
     /// A site that should have been recorded is missing.
     #[error("site `{0}` was not recorded, so nothing can be anchored on it")]
     NotRecorded(String),
+    /// A device did not do its work.
+    #[error("{gpu}, {what}: {problem}")]
+    Device {
+        /// Which GPU.
+        gpu: String,
+        /// What it was to do.
+        what: String,
+        /// What happened, and what to do.
+        problem: String,
+    },
     /// The user asked to stop.
     #[error("stopped on request")]
     Interrupted,
+}
+
+/// Products that a library computed in the same way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GemmRecord {
+    /// Tokens, outputs and inner width, as the library saw them: padded.
+    pub shape: [usize; 3],
+    /// The library's algorithm, in its own numbers.
+    pub algorithm: String,
+    /// The weights.
+    pub weights: Vec<String>,
 }
 
 /// The shape of one attention call.
@@ -128,6 +151,11 @@ pub trait Ops: Sync {
 
     /// `a + b`, the residual stream's addition.
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError>;
+
+    /// The products so far, where a library computed them.
+    fn gemms(&self) -> Vec<GemmRecord> {
+        Vec::new()
+    }
 }
 
 /// Refuses tokens that the embedding `weight` has no row for.

@@ -341,12 +341,13 @@ impl RawRecipe {
 
     /// The recipe, unless its parts contradict each other.
     fn check(&self, findings: &mut Findings) -> Option<Recipe> {
-        let gemm = or_default(&self.gemm, Format::E4m3);
-        let weight = or_default(&self.weight, WeightScale::Tensor);
-        let activation = or_default(&self.activation, ActivationScale::Tensor);
-        let accumulate = or_default(&self.accumulate, Accumulate::Promoted);
-        let output = or_default(&self.output, Format::Bf16);
-        let chip = or_default(&self.chip, ChipName::Auto);
+        let default = Recipe::default();
+        let gemm = or_default(&self.gemm, default.gemm);
+        let weight = or_default(&self.weight, default.scale.weight);
+        let activation = or_default(&self.activation, default.scale.activation);
+        let accumulate = or_default(&self.accumulate, default.accumulate);
+        let output = or_default(&self.output, default.output);
+        let chip = or_default(&self.chip, default.chip);
 
         let mut problems = Vec::new();
         let fp8 = matches!(gemm.value, Format::E4m3 | Format::E5m2);

@@ -104,7 +104,7 @@ impl WeightType {
     }
 
     /// ggml's number of the type, as GGUF files hold it.
-    pub(super) fn ggml(self) -> u32 {
+    pub(crate) fn ggml(self) -> u32 {
         match self {
             WeightType::F32 => 0,
             WeightType::F16 => 1,

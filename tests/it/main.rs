@@ -3,6 +3,7 @@
 
 mod command;
 mod compute;
+mod cuda;
 mod golden;
 mod manifest;
 mod model;

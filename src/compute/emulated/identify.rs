@@ -173,7 +173,7 @@ pub fn mismatches(a: &Tensor, b: &Tensor) -> usize {
 }
 
 /// Up to `count` indices below `rows`, evenly spread.
-fn spread(rows: usize, count: usize) -> Vec<usize> {
+pub fn spread(rows: usize, count: usize) -> Vec<usize> {
     let count = count.min(rows);
     (0..count).map(|index| index * rows / count).collect()
 }

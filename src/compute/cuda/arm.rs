@@ -1,0 +1,463 @@
+//! The device arm: every op of a transformer, on a real GPU.
+//!
+//! Activations come from the host and go back to it at every op, because every
+//! site is looked at; weights stay on the GPU. Between upload and download each
+//! op is the sequence that the emulated arm defines, except for the products,
+//! which are the library's own.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::CudaSlice;
+
+use super::cublaslt::{Operands, Spec};
+use super::gpu::{DeviceError, Lease, State};
+use super::kernels::{AttentionCall, Granularity, Product, Scales};
+use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, scales_of};
+use crate::compute::{
+    AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
+    check_same_shape, check_tokens, rope,
+};
+use crate::dtype::Format;
+use crate::model::{Rope, RopeLayout, Weight};
+use crate::op::{Accumulate, ActivationScale, Recipe, WeightScale};
+use crate::tensor::Tensor;
+
+/// Elements of K that share a block scale.
+const BLOCK: usize = 128;
+/// Bytes of attention scores that are held at a time.
+const MOST_SCORES: usize = 256 << 20;
+/// Rows of one attention launch.
+const MOST_ROWS: usize = 32_768;
+
+/// The device arm of one recipe on one GPU.
+pub struct Device {
+    gpu: Lease,
+    recipe: Recipe,
+    /// The digest of each tensor met so far, by name: an arm lives as long as one model.
+    digests: Mutex<BTreeMap<String, blake3::Hash>>,
+    /// What each product was computed with, and for which weights.
+    gemms: Mutex<BTreeMap<([usize; 3], String), Vec<String>>>,
+}
+
+impl Device {
+    /// The arm that computes as `recipe` prescribes, on that GPU.
+    pub fn new(gpu: Lease, recipe: &Recipe) -> Device {
+        let (digests, gemms) = (Mutex::default(), Mutex::default());
+        Device { gpu, recipe: *recipe, digests, gemms }
+    }
+
+    fn digest(&self, weight: Weight<'_>) -> blake3::Hash {
+        let mut digests = self.digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *digests.entry(weight.name().to_owned()).or_insert_with(|| weight.digest())
+    }
+
+    fn entry(
+        &self,
+        state: &mut State,
+        weight: Weight<'_>,
+        form: Form,
+    ) -> Result<Arc<Entry>, DeviceError> {
+        let State { weights, stream, kernels, .. } = state;
+        weights.get(stream, kernels, weight, &self.digest(weight), form)
+    }
+
+    fn values(&self, state: &mut State, weight: Weight<'_>) -> Result<Arc<Entry>, DeviceError> {
+        self.entry(state, weight, Form::Values)
+    }
+
+    fn note(&self, spec: &Spec, algorithm: String, weight: Weight<'_>) {
+        let shape = [spec.tokens, spec.outputs, spec.inner];
+        let mut gemms = self.gemms.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let weights = gemms.entry((shape, algorithm)).or_default();
+        if !weights.iter().any(|name| name == weight.name()) {
+            weights.push(weight.name().to_owned());
+        }
+    }
+
+    fn weight_granularity(&self) -> Granularity {
+        match self.recipe.scale.weight {
+            _ if !self.recipe.gemm.is_fp8() => Granularity::Tensor,
+            WeightScale::Tensor => Granularity::Tensor,
+            WeightScale::Channel => Granularity::Row,
+            WeightScale::Block128 => Granularity::Block(BLOCK as u64),
+        }
+    }
+
+    fn activation_granularity(&self) -> Granularity {
+        match self.recipe.scale.activation {
+            _ if !self.recipe.gemm.is_fp8() => Granularity::Tensor,
+            ActivationScale::Tensor => Granularity::Tensor,
+            ActivationScale::Token => Granularity::Row,
+            ActivationScale::Block128 => Granularity::Block(1),
+        }
+    }
+
+    /// An activation's codes and scales; rows are padded too.
+    fn quantise(&self, state: &State, x: &Tensor) -> Result<Operand, DeviceError> {
+        let State { stream, kernels, .. } = state;
+        let (format, granularity) = (self.recipe.gemm, self.activation_granularity());
+        let (rows, width) = (x.rows(), x.width());
+        let (padded_rows, padded_width) =
+            (rows.next_multiple_of(ALIGNMENT), width.next_multiple_of(ALIGNMENT));
+        let values = stream.clone_htod(x.data())?;
+        let count = scales_of(granularity, rows, width);
+        let mut most = stream.alloc_zeros::<u32>(count)?;
+        if granularity == Granularity::Tensor {
+            kernels.absmax_all(stream, &values, (rows * width) as u64, &mut most)?;
+        } else {
+            let (shape, group) = ((rows as u64, width as u64), group_of(granularity, width));
+            kernels.absmax_groups(stream, &values, shape, group, &mut most)?;
+        }
+        let mut scales = stream.alloc_zeros::<f32>(count)?;
+        fill_scales(stream, kernels, format, &most, &mut scales)?;
+        if let Some(scale) = stream.clone_dtoh(&scales)?.iter().find(|scale| !scale.is_finite()) {
+            return Err(DeviceError::Refused(format!(
+                "a scale of the activation is {scale}: the input holds NaN or infinity"
+            )));
+        }
+        let row_bytes = padded_width * format.bytes();
+        let mut codes = stream.alloc_zeros::<u8>(padded_rows * row_bytes)?;
+        let shape = (rows as u64, width as u64, padded_width as u64);
+        let shared = Scales { values: &scales, granularity };
+        let mut target = codes.slice_mut(..rows * row_bytes);
+        kernels.convert(stream, format, &values, shape, shared, &mut target)?;
+        Ok(Operand { codes, scales, granularity, padded_rows, padded_width })
+    }
+
+    /// The format that the library is to write.
+    fn library_output(&self, scaled: bool) -> Format {
+        let recipe = &self.recipe;
+        let writes = match recipe.gemm {
+            Format::E4m3 | Format::E5m2 => scaled,
+            Format::Bf16 => recipe.output == Format::Bf16,
+            Format::F16 => recipe.output == Format::F16,
+            Format::Tf32 | Format::F32 => false,
+        };
+        if writes { recipe.output } else { Format::F32 }
+    }
+
+    fn multiply(
+        &self,
+        state: &mut State,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, DeviceError> {
+        let bias = bias.map(|bias| self.values(state, bias)).transpose()?;
+        let bias = match bias.as_deref() {
+            Some(Entry::Values(values)) => Some(values),
+            _ => None,
+        };
+        let form = Form::Operand(self.recipe.gemm, self.weight_granularity());
+        let entry = self.entry(state, weight, form)?;
+        let Entry::Operand(w) = entry.as_ref() else {
+            return Err(DeviceError::Refused("a weight of another form".to_owned()));
+        };
+        let activation = self.quantise(state, x)?;
+        let (tokens, outputs) = (x.rows(), weight.rows());
+        let mut y = state.stream.alloc_zeros::<f32>(tokens * outputs)?;
+        if matches!(w.granularity, Granularity::Block(_)) {
+            self.multiply_by_block(
+                state,
+                weight,
+                (&activation, w),
+                (tokens, outputs),
+                bias,
+                &mut y,
+            )?;
+        } else {
+            self.multiply_whole(state, weight, (&activation, w), (tokens, outputs), bias, &mut y)?;
+        }
+        download(state, &y, outputs)
+    }
+
+    /// One product over all of K. The library applies scales of whole tensors;
+    /// finer ones are applied by the kernel that finishes the product.
+    fn multiply_whole(
+        &self,
+        state: &mut State,
+        weight: Weight<'_>,
+        (x, w): (&Operand, &Operand),
+        (tokens, outputs): (usize, usize),
+        bias: Option<&CudaSlice<f32>>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DeviceError> {
+        let per_tensor = |operand: &Operand| operand.granularity == Granularity::Tensor;
+        let by_library = self.recipe.gemm.is_fp8() && per_tensor(x) && per_tensor(w);
+        let spec = Spec {
+            operands: self.recipe.gemm,
+            output: self.library_output(by_library),
+            tokens: x.padded_rows,
+            outputs: w.padded_rows,
+            inner: w.padded_width,
+            stride: w.padded_width,
+            fast: self.recipe.accumulate == Accumulate::Fast,
+            scaled: by_library,
+        };
+        let scales = by_library.then_some((&w.scales, &x.scales));
+        let operands = Operands { w: &w.codes, x: &x.codes, skip: 0, scales };
+        let product = self.product(state, &spec, &operands, weight)?;
+        let product = Product {
+            values: &product,
+            format: spec.output,
+            stride: spec.outputs as u64,
+            tokens: tokens as u64,
+            outputs: outputs as u64,
+        };
+        let unscaled = (!by_library).then_some((x.scales(), w.scales()));
+        let State { stream, kernels, .. } = state;
+        Ok(kernels.finish(stream, &product, unscaled, self.recipe.output, bias, y)?)
+    }
+
+    /// One product per 128 elements of K, each scaled and added by a kernel.
+    fn multiply_by_block(
+        &self,
+        state: &mut State,
+        weight: Weight<'_>,
+        (x, w): (&Operand, &Operand),
+        (tokens, outputs): (usize, usize),
+        bias: Option<&CudaSlice<f32>>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DeviceError> {
+        let inner = weight.width();
+        let blocks = inner.div_ceil(BLOCK);
+        let mut main = state.stream.alloc_zeros::<u8>(tokens * outputs * 4)?;
+        for block in 0..blocks {
+            let width = BLOCK.min(w.padded_width - block * BLOCK);
+            let spec = Spec {
+                operands: self.recipe.gemm,
+                output: Format::F32,
+                tokens: x.padded_rows,
+                outputs: w.padded_rows,
+                inner: width,
+                stride: w.padded_width,
+                fast: true,
+                scaled: false,
+            };
+            let skip = block * BLOCK * self.recipe.gemm.bytes();
+            let operands = Operands { w: &w.codes, x: &x.codes, skip, scales: None };
+            let partial = self.product(state, &spec, &operands, weight)?;
+            let partial = Product {
+                values: &partial,
+                format: Format::F32,
+                stride: spec.outputs as u64,
+                tokens: tokens as u64,
+                outputs: outputs as u64,
+            };
+            let place = (block as u64, blocks as u64);
+            let State { stream, kernels, .. } = state;
+            kernels.add_block(stream, &partial, place, x.scales(), w.scales(), &mut main)?;
+        }
+        let sum = Product {
+            values: &main,
+            format: Format::F32,
+            stride: outputs as u64,
+            tokens: tokens as u64,
+            outputs: outputs as u64,
+        };
+        let one = state.stream.clone_htod(&[1.0f32])?;
+        let one = Scales { values: &one, granularity: Granularity::Tensor };
+        let State { stream, kernels, .. } = state;
+        Ok(kernels.finish(stream, &sum, Some((one, one)), self.recipe.output, bias, y)?)
+    }
+
+    /// The library's product, with the algorithm that the rule picks for its shape.
+    fn product(
+        &self,
+        state: &mut State,
+        spec: &Spec,
+        operands: &Operands<'_>,
+        weight: Weight<'_>,
+    ) -> Result<CudaSlice<u8>, DeviceError> {
+        let State { stream, library, algorithms, .. } = state;
+        let key = (*spec, self.recipe.pin);
+        let algorithm = match algorithms.get(&key) {
+            Some(algorithm) => *algorithm,
+            None => {
+                let chosen = library.choose(stream, spec, operands, &self.recipe.pin)?;
+                algorithms.insert(key, chosen);
+                chosen
+            }
+        };
+        let bytes = spec.tokens * spec.outputs * spec.output.bytes();
+        let mut product = stream.alloc_zeros::<u8>(bytes)?;
+        library.multiply(stream, spec, operands, &algorithm, &mut product)?;
+        self.note(spec, algorithm.to_string(), weight);
+        Ok(product)
+    }
+
+    /// Runs an op of one or two inputs and one result of the first one's shape.
+    fn elementwise(
+        &self,
+        what: &str,
+        a: &Tensor,
+        b: &Tensor,
+        run: impl Fn(
+            &State,
+            &CudaSlice<f32>,
+            &CudaSlice<f32>,
+            &mut CudaSlice<f32>,
+        ) -> Result<(), DeviceError>,
+    ) -> Result<Tensor, ComputeError> {
+        check_same_shape(what, a, b)?;
+        self.gpu.with(what, |state| {
+            let first = state.stream.clone_htod(a.data())?;
+            let second = state.stream.clone_htod(b.data())?;
+            let mut y = state.stream.alloc_zeros::<f32>(a.data().len())?;
+            run(state, &first, &second, &mut y)?;
+            download(state, &y, a.width())
+        })
+    }
+}
+
+/// A result on the host. Every piece of work ends here, so its errors are seen here.
+fn download(state: &State, values: &CudaSlice<f32>, width: usize) -> Result<Tensor, DeviceError> {
+    let host = state.stream.clone_dtoh(values)?;
+    state.stream.synchronize()?;
+    Ok(Tensor::new(width, host))
+}
+
+impl Ops for Device {
+    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+        check_tokens(&weight, tokens)?;
+        self.gpu.with("the embedding", |state| {
+            let entry = self.entry(state, weight, Form::Table)?;
+            let Entry::Table(table) = entry.as_ref() else {
+                return Err(DeviceError::Refused("a table of another form".to_owned()));
+            };
+            let State { stream, kernels, .. } = state;
+            let (rows, width) = (tokens.len(), weight.width());
+            let tokens = stream.clone_htod(tokens)?;
+            let mut y = stream.alloc_zeros::<f32>(rows * width)?;
+            let (kind, table) = (weight.kind(), table.as_view());
+            let shape = (rows as u64, width as u64);
+            kernels.dequantise(stream, kind, &table, Some(&tokens), shape.0, shape.1, &mut y)?;
+            download(state, &y, width)
+        })
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        self.gpu.with("an RMSNorm", |state| {
+            let entry = self.values(state, gain)?;
+            let Entry::Values(gain) = entry.as_ref() else {
+                return Err(DeviceError::Refused("a gain of another form".to_owned()));
+            };
+            let State { stream, kernels, .. } = state;
+            let values = stream.clone_htod(x.data())?;
+            let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
+            kernels.rms_norm(stream, &values, gain, eps, &mut y)?;
+            download(state, &y, x.width())
+        })
+    }
+
+    fn matmul(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        check_matmul(x, &weight, bias.as_ref())?;
+        check_interrupt()?;
+        let what = format!("the product with `{}`", weight.name());
+        self.gpu.with(&what, |state| self.multiply(state, x, weight, bias))
+    }
+
+    fn rope(
+        &self,
+        x: &Tensor,
+        geometry: &Rope,
+        head_dim: usize,
+        first_position: usize,
+    ) -> Result<Tensor, ComputeError> {
+        let pairs = geometry.dimensions / 2;
+        if geometry.dimensions != head_dim || !x.width().is_multiple_of(head_dim) {
+            return Err(ComputeError::Shape {
+                what: "a rotary position embedding".to_owned(),
+                left: format!("rows of {} in heads of {head_dim}", x.width()),
+                right: format!("{} turning dimensions", geometry.dimensions),
+            });
+        }
+        let angles: Vec<(f32, f32)> = (0..x.rows())
+            .flat_map(|row| rope::angles(geometry, first_position + row))
+            .map(|(sin, cos)| (sin as f32, cos as f32))
+            .collect();
+        let (sines, cosines): (Vec<f32>, Vec<f32>) = angles.into_iter().unzip();
+        self.gpu.with("a rotary position embedding", |state| {
+            let State { stream, kernels, .. } = state;
+            let values = stream.clone_htod(x.data())?;
+            let tables = (stream.clone_htod(&sines)?, stream.clone_htod(&cosines)?);
+            let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
+            let shape = (x.rows() as u64, (x.width() / head_dim) as u64, pairs as u64);
+            let interleaved = geometry.layout == RopeLayout::Interleaved;
+            kernels.rope(stream, &values, (&tables.0, &tables.1), shape, interleaved, &mut y)?;
+            download(state, &y, x.width())
+        })
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+    ) -> Result<Tensor, ComputeError> {
+        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let positions = k.rows();
+        if first_position + q.rows() > positions || v.rows() != positions {
+            return Err(ComputeError::Shape {
+                what: "attention".to_owned(),
+                left: format!("{} queries from position {first_position}", q.rows()),
+                right: format!("{positions} keys and {} values", v.rows()),
+            });
+        }
+        let rows_at_once = (MOST_SCORES / (heads * positions * 4).max(1)).clamp(1, MOST_ROWS);
+        self.gpu.with("attention", |state| {
+            let State { stream, kernels, .. } = state;
+            let (keys, values) = (stream.clone_htod(k.data())?, stream.clone_htod(v.data())?);
+            let mut out = Tensor::zeros(q.rows(), heads * head_dim);
+            for first in (0..q.rows()).step_by(rows_at_once) {
+                let rows = rows_at_once.min(q.rows() - first);
+                let part = first * q.width()..(first + rows) * q.width();
+                let queries = stream.clone_htod(&q.data()[part])?;
+                let mut scores = stream.alloc_zeros::<f32>(rows * heads * positions)?;
+                let mut y = stream.alloc_zeros::<f32>(rows * heads * head_dim)?;
+                let call = AttentionCall {
+                    rows: rows as u64,
+                    heads: heads as u64,
+                    kv_heads: kv_heads as u64,
+                    head_dim: head_dim as u64,
+                    first_position: (first_position + first) as u64,
+                    positions: positions as u64,
+                };
+                kernels.attention(stream, &queries, &keys, &values, call, &mut scores, &mut y)?;
+                let width = out.width();
+                let target = &mut out.data_mut()[first * width..(first + rows) * width];
+                stream.memcpy_dtoh(&y, target)?;
+                stream.synchronize()?;
+            }
+            Ok(out)
+        })
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
+        self.elementwise("swiglu", gate, up, |state, gate, up, y| {
+            Ok(state.kernels.swiglu(&state.stream, gate, up, y)?)
+        })
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+        self.elementwise("a residual addition", a, b, |state, a, b, y| {
+            Ok(state.kernels.add(&state.stream, a, b, y)?)
+        })
+    }
+
+    fn gemms(&self) -> Vec<GemmRecord> {
+        let gemms = self.gemms.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let record = |((shape, algorithm), weights): (&([usize; 3], String), &Vec<String>)| {
+            GemmRecord { shape: *shape, algorithm: algorithm.clone(), weights: weights.clone() }
+        };
+        gemms.iter().map(record).collect()
+    }
+}

@@ -1,0 +1,45 @@
+//! The same questions as in `enabled.rs`, where the runner was built without CUDA.
+
+use std::path::Path;
+
+use super::{Measured, Piece, Survey, Trial};
+use crate::compute::{ComputeError, Ops};
+use crate::op::{ChipName, Recipe};
+
+const WHY: &str = "built without the feature `cuda`";
+
+/// Why no device arm can compute a recipe here.
+pub fn why_unavailable(_: &Recipe) -> Option<String> {
+    Some(WHY.to_owned())
+}
+
+/// The device arm of a recipe.
+///
+/// # Errors
+/// Always.
+pub fn ops(_: &Recipe, _: Option<&Path>) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// The chip of this machine's first GPU.
+pub fn chip_here() -> Option<ChipName> {
+    None
+}
+
+/// What the device arm's results depend on.
+pub fn facts() -> Vec<(String, String)> {
+    Vec::new()
+}
+
+/// Measures every algorithm that is offered for a trial.
+///
+/// # Errors
+/// Always.
+pub fn measure(_: &Trial, _: Option<&Path>) -> Result<Vec<Measured>, ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// What this machine has.
+pub fn survey() -> Survey {
+    Survey { pieces: vec![Piece { name: "CUDA", state: Err(WHY.to_owned()) }], gpus: Vec::new() }
+}

@@ -1,0 +1,239 @@
+//! What the door answers where the runner was built with CUDA.
+//!
+//! The GPUs are opened once, when the first arm asks for one; arms take the one
+//! with the fewest users, so that several GPUs work side by side.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{result, sys};
+
+use super::arm::Device;
+use super::gpu::Gpu;
+use super::{GpuFacts, Piece, Survey, program};
+use crate::compute::emulated::chip::{Unit, chip};
+use crate::compute::emulated::schedule::Schedule;
+use crate::compute::{ComputeError, Ops};
+use crate::dtype::Format;
+use crate::op::{ChipName, Recipe};
+
+/// Why no device arm can compute a recipe here.
+pub fn why_unavailable(recipe: &Recipe) -> Option<String> {
+    let survey = survey_once();
+    if let Some((piece, why)) = survey.pieces.iter().find_map(|piece| {
+        let why = piece.state.as_ref().err()?;
+        Some((piece.name, why))
+    }) {
+        return Some(format!("no CUDA device: {piece}: {why}"));
+    }
+    let Some(gpu) = survey.gpus.first() else {
+        return Some("no CUDA device: the driver sees none".to_owned());
+    };
+    if !survey.gpus.iter().any(|gpu| may_compute(gpu, recipe).is_ok()) {
+        return may_compute(gpu, recipe).err();
+    }
+    None
+}
+
+/// Whether a GPU has the recipe's arithmetic, and why not.
+fn may_compute(gpu: &GpuFacts, recipe: &Recipe) -> Result<(), String> {
+    let name = &gpu.name;
+    let (major, minor) = gpu.capability;
+    let here = gpu.chip.ok_or_else(|| {
+        format!("{name}: the arithmetic of compute capability {major}.{minor} is not known yet")
+    })?;
+    if recipe.chip != ChipName::Auto && recipe.chip != here {
+        return Err(format!(
+            "{name} is `{here}`, the recipe asks for `{}`; write `chip = \"auto\"`",
+            recipe.chip
+        ));
+    }
+    if chip(here).unit(recipe.gemm, recipe.gemm).is_none() {
+        return Err(format!("{name} has no {} tensor core; choose another `gemm`", recipe.gemm));
+    }
+    if recipe.gemm == Format::E5m2 {
+        return Err(format!(
+            "{name}: cuBLASLt multiplies e5m2 by e4m3 only, never by e5m2; choose `gemm = \"e4m3\"`"
+        ));
+    }
+    Ok(())
+}
+
+/// The chip of a compute capability, where its arithmetic is known.
+fn chip_of(capability: (i32, i32)) -> Option<ChipName> {
+    match capability {
+        (7, 0) => Some(ChipName::Volta),
+        (8, 0 | 6) => Some(ChipName::Ampere),
+        (8, 9) => Some(ChipName::Ada),
+        (9, 0) => Some(ChipName::Hopper),
+        (10, 0) => Some(ChipName::Blackwell),
+        _ => None,
+    }
+}
+
+/// What multiplies two operands of a format on a GPU.
+pub(super) fn unit_here(gpu: &GpuFacts, format: Format) -> Option<Unit> {
+    chip(gpu.chip?).unit(format, format).copied()
+}
+
+/// The chip of this machine's first GPU.
+pub fn chip_here() -> Option<ChipName> {
+    survey_once().gpus.iter().find_map(|gpu| gpu.chip)
+}
+
+/// The device arm of a recipe, and its arithmetic in words. Compiled kernels are
+/// kept in `programs`.
+///
+/// # Errors
+/// If no GPU can be opened.
+pub fn ops(
+    recipe: &Recipe,
+    programs: Option<&Path>,
+) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    if let Some(why) = why_unavailable(recipe) {
+        return Err(ComputeError::Recipe(why));
+    }
+    let able = |gpu: &&Arc<Gpu>| may_compute(&gpu.facts, recipe).is_ok();
+    let gpus = gpus(programs).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
+    let gpu = gpus.iter().filter(able).min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
+    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no GPU has the arithmetic".to_owned()))?;
+    let arithmetic = format!(
+        "{} {}, {}; {}, cuBLASLt {}",
+        gpu.facts.chip.unwrap_or(ChipName::Auto),
+        recipe.gemm,
+        Schedule::of(recipe),
+        gpu.facts.name,
+        library_version(gpu.library_version())
+    );
+    Ok((Box::new(Device::new(gpu.lease(), recipe)), arithmetic))
+}
+
+/// The GPUs, opened at the first call.
+pub(super) fn gpus(programs: Option<&Path>) -> Result<&'static [Arc<Gpu>], &'static String> {
+    static GPUS: OnceLock<Result<Vec<Arc<Gpu>>, String>> = OnceLock::new();
+    let opened = GPUS.get_or_init(|| {
+        let known = survey_once().gpus.iter().filter(|gpu| gpu.chip.is_some());
+        known.map(|gpu| Gpu::open(gpu.clone(), programs).map(Arc::new)).collect()
+    });
+    opened.as_deref()
+}
+
+/// What the device arm's results depend on.
+pub fn facts() -> Vec<(String, String)> {
+    let survey = survey_once();
+    let gpus = survey.gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>();
+    let mut facts = vec![("gpu".to_owned(), gpus.join(", "))];
+    for piece in &survey.pieces {
+        if let Ok(state) = &piece.state {
+            let version = state.split(',').next().unwrap_or(state);
+            facts.push((piece.name.to_owned(), version.to_owned()));
+        }
+    }
+    facts
+}
+
+fn survey_once() -> &'static Survey {
+    static SURVEY: OnceLock<Survey> = OnceLock::new();
+    SURVEY.get_or_init(survey)
+}
+
+/// What this machine has.
+pub fn survey() -> Survey {
+    let driver = driver();
+    let gpus = if driver.is_ok() { see_gpus() } else { Ok(Vec::new()) };
+    let driver = driver.and_then(|version| gpus.as_ref().map(|_| version).map_err(Clone::clone));
+    Survey {
+        pieces: vec![
+            Piece { name: "driver", state: driver },
+            Piece { name: "NVRTC", state: nvrtc() },
+            Piece { name: "cuBLASLt", state: cublaslt() },
+        ],
+        gpus: gpus.unwrap_or_default(),
+    }
+}
+
+fn driver() -> Result<String, String> {
+    // cudarc panics on a missing library unless it is asked first.
+    // SAFETY: it opens the driver library by its well-known name and calls nothing in it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("the driver library libcuda is not installed".to_owned());
+    }
+    result::init().map_err(|error| format!("the driver does not start ({error})"))?;
+    let mut version = 0;
+    // SAFETY: the driver is initialised, and the pointer is to a live integer.
+    let status = unsafe { sys::cuDriverGetVersion(&mut version) };
+    let cuda = match status {
+        sys::CUresult::CUDA_SUCCESS => format!("CUDA {}.{}", version / 1000, version % 1000 / 10),
+        _ => "CUDA version unknown".to_owned(),
+    };
+    let release = std::fs::read_to_string("/sys/module/nvidia/version").or_else(|_| {
+        std::fs::read_to_string("/proc/driver/nvidia/version").map(|text| {
+            let words = text.split_whitespace();
+            words.filter(|word| word.contains('.')).next().unwrap_or("unknown").to_owned()
+        })
+    });
+    let release = release.map_or("unknown".to_owned(), |text| text.trim().to_owned());
+    Ok(format!("{release} ({cuda}), {}", file_of("libcuda.so")))
+}
+
+fn nvrtc() -> Result<String, String> {
+    program::version()
+        .map(|(major, minor)| format!("{major}.{minor}, {}", file_of("libnvrtc.so")))
+        .ok_or_else(|| {
+            "libnvrtc is not found; it comes with the CUDA toolkit and with the Python package \
+             nvidia-cuda-nvrtc: put its folder on LD_LIBRARY_PATH"
+                .to_owned()
+        })
+}
+
+fn cublaslt() -> Result<String, String> {
+    use cudarc::cublaslt::sys;
+    // SAFETY: it opens the library by its well-known names and calls nothing in it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("libcublasLt is not found; it comes with the CUDA toolkit and with the \
+                    Python package nvidia-cublas: put its folder on LD_LIBRARY_PATH"
+            .to_owned());
+    }
+    // SAFETY: the library is present, and the call reads nothing.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    Ok(format!("{}, {}", library_version(version), file_of("libcublasLt.so")))
+}
+
+/// cuBLASLt's own count in words: 130100 is 13.1.0.
+fn library_version(version: usize) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
+/// The file that a loaded library came from.
+fn file_of(library: &str) -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    let found = path.into_iter().find(|path| path.contains(library));
+    found.map_or_else(|| "loaded".to_owned(), str::to_owned)
+}
+
+fn see_gpus() -> Result<Vec<GpuFacts>, String> {
+    let count = result::device::get_count()
+        .map_err(|error| format!("the driver cannot count its devices ({error})"))?;
+    (0..count).map(|ordinal| see_gpu(ordinal).map_err(|error| error.to_string())).collect()
+}
+
+fn see_gpu(ordinal: i32) -> Result<GpuFacts, cudarc::driver::DriverError> {
+    use sys::CUdevice_attribute as Attribute;
+    let device = result::device::get(ordinal)?;
+    // SAFETY: the device handle was just given by the driver.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    // SAFETY: as above.
+    let memory = unsafe { result::device::total_mem(device)? };
+    let name = result::device::get_name(device)?;
+    Ok(GpuFacts {
+        ordinal: ordinal as usize,
+        name,
+        capability: (major, minor),
+        chip: chip_of((major, minor)),
+        memory,
+    })
+}

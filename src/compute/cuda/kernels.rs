@@ -1,0 +1,515 @@
+//! Typed launchers of the kernels: the only place where kernels are started.
+//!
+//! Each checks that its buffers are as long as the kernel will reach, and starts
+//! it on the GPU's stream. It knows shapes, not ops or weights.
+
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DriverError,
+    LaunchConfig, PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+
+use crate::dtype::Format;
+use crate::model::WeightType;
+
+/// Threads of a block, where a kernel does not prescribe them.
+const THREADS: u32 = 256;
+/// Blocks of a kernel that strides over its elements.
+const MOST_BLOCKS: u64 = 4096;
+/// Threads of RMSNorm's block: its reduction has that many lanes.
+const NORM_THREADS: u32 = crate::compute::emulated::kernels::NORM_LANES as u32;
+/// Threads of attention's block: four warps.
+const ATTENTION_THREADS: u32 = 128;
+
+/// Which values share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Granularity {
+    /// All of them.
+    Tensor,
+    /// Those of a row.
+    Row,
+    /// Those of a block of this many rows by 128.
+    Block(u64),
+}
+
+impl Granularity {
+    /// As the kernels know it.
+    fn code(self) -> i32 {
+        match self {
+            Granularity::Tensor => 0,
+            Granularity::Row => 1,
+            Granularity::Block(_) => 2,
+        }
+    }
+
+    fn group_rows(self) -> u64 {
+        match self {
+            Granularity::Block(rows) => rows,
+            _ => 1,
+        }
+    }
+}
+
+fn format_code(format: Format) -> i32 {
+    match format {
+        Format::F32 => 0,
+        Format::Tf32 => 1,
+        Format::Bf16 => 2,
+        Format::F16 => 3,
+        Format::E4m3 => 4,
+        Format::E5m2 => 5,
+    }
+}
+
+/// A library's product that is to be finished.
+pub struct Product<'a> {
+    /// Its bytes, rows of `stride` values.
+    pub values: &'a CudaSlice<u8>,
+    /// Their format.
+    pub format: Format,
+    /// Values from one row to the next.
+    pub stride: u64,
+    /// Rows.
+    pub tokens: u64,
+    /// Values of a row that count.
+    pub outputs: u64,
+}
+
+/// An operand's scales.
+#[derive(Clone, Copy)]
+pub struct Scales<'a> {
+    /// The values.
+    pub values: &'a CudaSlice<f32>,
+    /// Who shares one.
+    pub granularity: Granularity,
+}
+
+/// The shape of one attention call.
+#[derive(Clone, Copy)]
+pub struct AttentionCall {
+    /// Query rows.
+    pub rows: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Key and value heads.
+    pub kv_heads: u64,
+    /// Width of a head.
+    pub head_dim: u64,
+    /// Position of the first query row.
+    pub first_position: u64,
+    /// Rows of keys and values.
+    pub positions: u64,
+}
+
+/// The kernels of one GPU.
+pub struct Kernels {
+    dequantise: CudaFunction,
+    absmax_all: CudaFunction,
+    absmax_groups: CudaFunction,
+    scales: CudaFunction,
+    convert: CudaFunction,
+    finish: CudaFunction,
+    add_block: CudaFunction,
+    rms_norm: CudaFunction,
+    rope: CudaFunction,
+    attention: CudaFunction,
+    swiglu: CudaFunction,
+    add: CudaFunction,
+}
+
+/// Starts a kernel: `launch!(stream, function, config, argument, ...)`.
+macro_rules! launch {
+    ($stream:expr, $function:expr, $config:expr, $($argument:expr),+ $(,)?) => {{
+        let mut builder = $stream.launch_builder(&$function);
+        $(builder.arg($argument);)+
+        // SAFETY: the arguments are those of the kernel, in its order and of its types (see
+        // `kernels/*.cu`), and the caller has checked that the buffers are long enough.
+        unsafe { builder.launch($config) }.map(|_| ())
+    }};
+}
+
+fn striding(elements: u64) -> LaunchConfig {
+    let blocks = elements.div_ceil(u64::from(THREADS)).clamp(1, MOST_BLOCKS);
+    LaunchConfig {
+        grid_dim: (blocks as u32, 1, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    }
+}
+
+/// A bug of ours, not of the user's: a buffer that a kernel would run out of.
+fn must_hold(what: &str, length: usize, needed: u64) {
+    assert!(length as u64 >= needed, "{what} holds {length} values, the kernel needs {needed}");
+}
+
+impl Kernels {
+    /// Loads the compiled program into a GPU.
+    pub fn load(context: &Arc<CudaContext>, program: String) -> Result<Kernels, DriverError> {
+        let module = context.load_module(Ptx::from_src(program))?;
+        let load = |name| module.load_function(name);
+        Ok(Kernels {
+            dequantise: load("dequantise")?,
+            absmax_all: load("absmax_all")?,
+            absmax_groups: load("absmax_groups")?,
+            scales: load("scales")?,
+            convert: load("convert")?,
+            finish: load("finish")?,
+            add_block: load("add_block")?,
+            rms_norm: load("rms_norm")?,
+            rope: load("rope")?,
+            attention: load("attention")?,
+            swiglu: load("swiglu")?,
+            add: load("add")?,
+        })
+    }
+
+    /// Rows of a table of blocks as f32: the rows that `tokens` names, or the first `rows`.
+    #[expect(clippy::too_many_arguments, reason = "the kernel's own parameters")]
+    pub fn dequantise(
+        &self,
+        stream: &Arc<CudaStream>,
+        kind: WeightType,
+        table: &CudaView<'_, u8>,
+        tokens: Option<&CudaSlice<u32>>,
+        rows: u64,
+        width: u64,
+        out: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the decoded rows", out.len(), rows * width);
+        if let Some(tokens) = tokens {
+            must_hold("the tokens", tokens.len(), rows);
+        } else {
+            must_hold("the table", table.len(), rows * kind.row_bytes(width as usize) as u64);
+        }
+        let (code, block_width) = (kind.ggml() as i32, kind.block_width() as i32);
+        let block_bytes = kind.block_bytes() as i32;
+        let config = striding(rows * width);
+        match tokens {
+            Some(tokens) => launch!(
+                stream,
+                self.dequantise,
+                config,
+                &code,
+                &block_width,
+                &block_bytes,
+                table,
+                tokens,
+                &rows,
+                &width,
+                out
+            ),
+            None => launch!(
+                stream,
+                self.dequantise,
+                config,
+                &code,
+                &block_width,
+                &block_bytes,
+                table,
+                &0u64,
+                &rows,
+                &width,
+                out
+            ),
+        }
+    }
+
+    /// The absmax, as bits, of all values; joins what `most` held before.
+    pub fn absmax_all(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        count: u64,
+        most: &mut CudaSlice<u32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the values", x.len(), count);
+        must_hold("the absmax", most.len(), 1);
+        launch!(stream, self.absmax_all, striding(count), x, &count, most)
+    }
+
+    /// The absmax, as bits, of each group of `group` (rows, width) values; `most` starts at 0.
+    pub fn absmax_groups(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        (rows, width): (u64, u64),
+        (group_rows, group_width): (u64, u64),
+        most: &mut CudaSlice<u32>,
+    ) -> Result<(), DriverError> {
+        let groups = rows.div_ceil(group_rows) * width.div_ceil(group_width);
+        must_hold("the values", x.len(), rows * width);
+        must_hold("the absmaxes", most.len(), groups);
+        let config = LaunchConfig {
+            grid_dim: (groups as u32, 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        launch!(
+            stream,
+            self.absmax_groups,
+            config,
+            x,
+            &rows,
+            &width,
+            &group_rows,
+            &group_width,
+            most
+        )
+    }
+
+    /// Scales from absmaxes.
+    pub fn scales(
+        &self,
+        stream: &Arc<CudaStream>,
+        most: &CudaSlice<u32>,
+        format: Format,
+        scale: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let (count, max_finite) = (scale.len() as u64, format.max_finite());
+        must_hold("the absmaxes", most.len(), count);
+        launch!(stream, self.scales, striding(count), most, &count, &max_finite, scale)
+    }
+
+    /// Codes of `rows` rows of `x`, each padded with zeros to `padded`.
+    pub fn convert(
+        &self,
+        stream: &Arc<CudaStream>,
+        format: Format,
+        x: &CudaSlice<f32>,
+        (rows, width, padded): (u64, u64, u64),
+        scales: Scales<'_>,
+        codes: &mut CudaViewMut<'_, u8>,
+    ) -> Result<(), DriverError> {
+        must_hold("the values", x.len(), rows * width);
+        must_hold("the codes", codes.len(), rows * padded * format.bytes() as u64);
+        let needed = match scales.granularity {
+            Granularity::Tensor => 1,
+            Granularity::Row => rows,
+            Granularity::Block(group) => rows.div_ceil(group) * width.div_ceil(128),
+        };
+        must_hold("the scales", scales.values.len(), needed);
+        let (format, granularity) = (format_code(format), scales.granularity.code());
+        let group_rows = scales.granularity.group_rows();
+        launch!(
+            stream,
+            self.convert,
+            striding(rows * padded),
+            &format,
+            x,
+            &rows,
+            &width,
+            &padded,
+            &granularity,
+            &group_rows,
+            scales.values,
+            codes
+        )
+    }
+
+    /// Scales that the library did not apply, the output's rounding, the bias.
+    pub fn finish(
+        &self,
+        stream: &Arc<CudaStream>,
+        product: &Product<'_>,
+        unscaled: Option<(Scales<'_>, Scales<'_>)>,
+        output: Format,
+        bias: Option<&CudaSlice<f32>>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let Product { values, format, stride, tokens, outputs } = product;
+        must_hold("the product", values.len(), tokens * stride * format.bytes() as u64);
+        must_hold("the result", y.len(), tokens * outputs);
+        if let Some((x, w)) = unscaled {
+            let needed = |scales: Scales<'_>, rows| match scales.granularity {
+                Granularity::Row => rows,
+                _ => 1,
+            };
+            must_hold("the scales of x", x.values.len(), needed(x, *tokens));
+            must_hold("the scales of w", w.values.len(), needed(w, *outputs));
+        }
+        if let Some(bias) = bias {
+            must_hold("the bias", bias.len(), *outputs);
+        }
+        let (format, output) = (format_code(*format), format_code(output));
+        let scaled = i32::from(unscaled.is_none());
+        let config = striding(tokens * outputs);
+        let mut builder = stream.launch_builder(&self.finish);
+        builder.arg(*values).arg(&format).arg(stride).arg(tokens).arg(outputs).arg(&scaled);
+        let codes = unscaled.map(|(x, w)| (x.granularity.code(), w.granularity.code()));
+        match (&unscaled, &codes) {
+            (Some((x, w)), Some((x_code, w_code))) => {
+                builder.arg(x.values).arg(x_code).arg(w.values).arg(w_code);
+            }
+            _ => {
+                builder.arg(&0u64).arg(&0i32).arg(&0u64).arg(&0i32);
+            }
+        }
+        builder.arg(&output);
+        match bias {
+            Some(bias) => builder.arg(bias),
+            None => builder.arg(&0u64),
+        };
+        builder.arg(y);
+        // SAFETY: the arguments are those of `finish` in `kernels/gemm.cu`, in its order and of
+        // its types; the buffers were checked above, and a null pointer is never followed.
+        unsafe { builder.launch(config) }.map(|_| ())
+    }
+
+    /// Adds the scaled partial product of one block of K.
+    pub fn add_block(
+        &self,
+        stream: &Arc<CudaStream>,
+        partial: &Product<'_>,
+        (block, blocks): (u64, u64),
+        x: Scales<'_>,
+        w: Scales<'_>,
+        main: &mut CudaSlice<u8>,
+    ) -> Result<(), DriverError> {
+        let Product { values, stride, tokens, outputs, .. } = partial;
+        must_hold("the partial product", values.len(), tokens * stride * 4);
+        must_hold("the sum", main.len(), tokens * outputs * 4);
+        must_hold("the scales of x", x.values.len(), tokens * blocks);
+        must_hold("the scales of w", w.values.len(), outputs.div_ceil(128) * blocks);
+        let (x_code, w_code) = (x.granularity.code(), w.granularity.code());
+        launch!(
+            stream,
+            self.add_block,
+            striding(tokens * outputs),
+            *values,
+            stride,
+            tokens,
+            outputs,
+            &block,
+            &blocks,
+            x.values,
+            &x_code,
+            w.values,
+            &w_code,
+            main
+        )
+    }
+
+    /// RMSNorm of each group of `gain.len()` values.
+    pub fn rms_norm(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        gain: &CudaSlice<f32>,
+        eps: f32,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let width = gain.len() as u64;
+        let groups = (x.len() as u64).checked_div(width).unwrap_or(0);
+        must_hold("the result", y.len(), groups * width);
+        let config = LaunchConfig {
+            grid_dim: (groups as u32, 1, 1),
+            block_dim: (NORM_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        launch!(stream, self.rms_norm, config, x, gain, &width, &eps, y)
+    }
+
+    /// Rotates each pair of each head of each row; tables are `[rows, pairs]`.
+    pub fn rope(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        (sines, cosines): (&CudaSlice<f32>, &CudaSlice<f32>),
+        (rows, heads, pairs): (u64, u64, u64),
+        interleaved: bool,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = rows * heads * pairs;
+        must_hold("the values", x.len(), count * 2);
+        must_hold("the result", y.len(), count * 2);
+        must_hold("the sines", sines.len(), rows * pairs);
+        must_hold("the cosines", cosines.len(), rows * pairs);
+        let interleaved = i32::from(interleaved);
+        launch!(
+            stream,
+            self.rope,
+            striding(count),
+            x,
+            sines,
+            cosines,
+            &rows,
+            &heads,
+            &pairs,
+            &interleaved,
+            y
+        )
+    }
+
+    /// Causal attention with grouped queries.
+    #[expect(clippy::too_many_arguments, reason = "the kernel's own parameters")]
+    pub fn attention(
+        &self,
+        stream: &Arc<CudaStream>,
+        q: &CudaSlice<f32>,
+        k: &CudaSlice<f32>,
+        v: &CudaSlice<f32>,
+        call: AttentionCall,
+        scores: &mut CudaSlice<f32>,
+        out: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let AttentionCall { rows, heads, kv_heads, head_dim, first_position, positions } = call;
+        must_hold("the queries", q.len(), rows * heads * head_dim);
+        must_hold("the keys", k.len(), positions * kv_heads * head_dim);
+        must_hold("the values", v.len(), positions * kv_heads * head_dim);
+        must_hold("the scores", scores.len(), rows * heads * positions);
+        must_hold("the result", out.len(), rows * heads * head_dim);
+        assert!(first_position + rows <= positions, "a query sees no position beyond the keys");
+        let config = LaunchConfig {
+            grid_dim: (heads as u32, rows as u32, 1),
+            block_dim: (ATTENTION_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let (kv_heads, head_dim) = (kv_heads as i32, head_dim as i32);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        launch!(
+            stream,
+            self.attention,
+            config,
+            q,
+            k,
+            v,
+            &kv_heads,
+            &head_dim,
+            &first_position,
+            &positions,
+            &scale,
+            scores,
+            out
+        )
+    }
+
+    /// `silu(gate) * up`.
+    pub fn swiglu(
+        &self,
+        stream: &Arc<CudaStream>,
+        gate: &CudaSlice<f32>,
+        up: &CudaSlice<f32>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("the gate", gate.len(), count);
+        must_hold("the other factor", up.len(), count);
+        launch!(stream, self.swiglu, striding(count), gate, up, &count, y)
+    }
+
+    /// `a + b`.
+    pub fn add(
+        &self,
+        stream: &Arc<CudaStream>,
+        a: &CudaSlice<f32>,
+        b: &CudaSlice<f32>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("one addend", a.len(), count);
+        must_hold("the other addend", b.len(), count);
+        launch!(stream, self.add, striding(count), a, b, &count, y)
+    }
+}

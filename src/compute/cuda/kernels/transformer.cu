@@ -1,0 +1,151 @@
+// The ops of a transformer that are no GEMM: `emulated/kernels.rs`, operation by operation.
+
+// Lanes of RMSNorm's reduction: the threads of its block.
+#define NORM_LANES 256
+
+// Knows no special cases: the reduction constants and the polynomial of `kernels.rs`.
+__device__ __forceinline__ float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -105.0f ? -105.0f : x;
+    float n = rintf(__fmul_rn(x, 1.44269504088896340736f));
+    float r = __fmaf_rn(n, -0.6933594f, x);
+    r = __fmaf_rn(n, 2.1219444e-4f, r);
+    float p = 1.9875691e-4f;
+    p = __fmaf_rn(p, r, 1.3981999e-3f);
+    p = __fmaf_rn(p, r, 8.333452e-3f);
+    p = __fmaf_rn(p, r, 4.1665796e-2f);
+    p = __fmaf_rn(p, r, 1.6666665e-1f);
+    p = __fmaf_rn(p, r, 0.5f);
+    float square = __fmul_rn(r, r);
+    p = __fadd_rn(__fmaf_rn(p, square, r), 1.0f);
+    int power = (int)n;
+    int half = power >> 1;
+    p = __fmul_rn(p, __int_as_float((half + 127) << 23));
+    return __fmul_rn(p, __int_as_float((power - half + 127) << 23));
+}
+
+// One group of RMSNorm a block: y = x / sqrt(mean(x^2) + eps) * gain.
+extern "C" __global__ void rms_norm(const float* x, const float* gain, u64 width, float eps, float* y) {
+    __shared__ float high[NORM_LANES];
+    __shared__ float low[NORM_LANES];
+    int lane = threadIdx.x;
+    x += blockIdx.x * width;
+    y += blockIdx.x * width;
+    float sum = 0.0f, sum_low = 0.0f, error;
+    for (u64 index = lane; index < width; index += NORM_LANES) {
+        float product = __fmul_rn(x[index], x[index]);
+        float product_error = __fmaf_rn(x[index], x[index], -product);
+        sum = two_sum(sum, product, &error);
+        sum_low = __fadd_rn(sum_low, __fadd_rn(error, product_error));
+    }
+    high[lane] = sum;
+    low[lane] = sum_low;
+    for (int half = NORM_LANES / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (lane < half) {
+            float total = two_sum(high[lane], high[lane + half], &error);
+            high[lane] = total;
+            low[lane] = __fadd_rn(__fadd_rn(low[lane], low[lane + half]), error);
+        }
+    }
+    __syncthreads();
+    float whole_low;
+    float whole = two_sum(high[0], low[0], &whole_low);
+
+    float count = (float)width;
+    float mean = __fdiv_rn(whole, count);
+    float mean_low = __fdiv_rn(__fadd_rn(__fmaf_rn(-mean, count, whole), whole_low), count);
+    float radicand = two_sum(mean, eps, &error);
+    float radicand_low = __fadd_rn(mean_low, error);
+
+    float root = __fdiv_rn(1.0f, __fsqrt_rn(radicand));
+    float square = __fmul_rn(root, root);
+    float square_low = __fmaf_rn(root, root, -square);
+    float residual = __fmaf_rn(-radicand, square, 1.0f);
+    residual = __fmaf_rn(-radicand, square_low, residual);
+    residual = __fmaf_rn(-radicand_low, square, residual);
+    float root_low = __fmul_rn(__fmul_rn(0.5f, root), residual);
+
+    for (u64 index = lane; index < width; index += NORM_LANES) {
+        float product = __fmul_rn(x[index], gain[index]);
+        float product_error = __fmaf_rn(x[index], gain[index], -product);
+        float correction = __fmaf_rn(product_error, root, __fmul_rn(product, root_low));
+        y[index] = __fmaf_rn(product, root, correction);
+    }
+}
+
+// Each pair of each head of each row, by the angle of its position. `interleaved` pairs
+// neighbours, else the halves of a head are paired. Tables are [rows, pairs].
+extern "C" __global__ void rope(
+    const float* x, const float* sines, const float* cosines, u64 rows, u64 heads, u64 pairs, int interleaved, float* y) {
+    for (u64 index = first_index(); index < rows * heads * pairs; index += all_threads()) {
+        u64 pair = index % pairs, head = index / pairs, row = head / heads;
+        u64 first = head * 2 * pairs + (interleaved ? 2 * pair : pair);
+        u64 second = first + (interleaved ? 1 : pairs);
+        float sin = sines[row * pairs + pair], cos = cosines[row * pairs + pair];
+        float a = x[first], b = x[second];
+        y[first] = __fmaf_rn(a, cos, -__fmul_rn(b, sin));
+        y[second] = __fmaf_rn(a, sin, __fmul_rn(b, cos));
+    }
+}
+
+// One query head of one row a block: blockIdx.x is the head, blockIdx.y the row. `scores`
+// has room for `positions` values per head and row.
+extern "C" __global__ void attention(
+    const float* q, const float* k, const float* v, int kv_heads, int head_dim, u64 first_position, u64 positions,
+    float scale, float* scores, float* out) {
+    int heads = gridDim.x, head = blockIdx.x;
+    u64 row = blockIdx.y, seen = first_position + row + 1;
+    u64 stride = (u64)kv_heads * head_dim, offset = (u64)(head / (heads / kv_heads)) * head_dim;
+    const float* query = q + (row * heads + head) * head_dim;
+    float* score = scores + (row * heads + head) * positions;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+    for (u64 position = warp; position < seen; position += warps) {
+        const float* key = k + position * stride + offset;
+        float sum = 0.0f;
+        for (int index = lane; index < head_dim; index += 32) sum = __fmaf_rn(query[index], key[index], sum);
+        sum = warp_sum(sum);
+        if (lane == 0) score[position] = __fmul_rn(sum, scale);
+    }
+    __syncthreads();
+
+    __shared__ float shared_largest;
+    if (threadIdx.x == 0) {
+        float largest = __int_as_float(0xff800000);
+        for (u64 position = 0; position < seen; position++) {
+            float s = score[position];
+            if (s > largest || s != s) largest = s;
+        }
+        shared_largest = largest;
+    }
+    __syncthreads();
+    for (u64 position = threadIdx.x; position < seen; position += blockDim.x)
+        score[position] = exponential(__fsub_rn(score[position], shared_largest));
+    __syncthreads();
+
+    __shared__ float shared_total;
+    if (warp == 0) {
+        float sum = 0.0f;
+        for (u64 position = lane; position < seen; position += 32) sum = __fadd_rn(sum, score[position]);
+        sum = warp_sum(sum);
+        if (lane == 0) shared_total = sum;
+    }
+    __syncthreads();
+    for (int index = threadIdx.x; index < head_dim; index += blockDim.x) {
+        float sum = 0.0f;
+        for (u64 position = 0; position < seen; position++)
+            sum = __fmaf_rn(score[position], v[position * stride + offset + index], sum);
+        out[(row * heads + head) * head_dim + index] = __fdiv_rn(sum, shared_total);
+    }
+}
+
+// gate / (1 + e^-gate) * up.
+extern "C" __global__ void swiglu(const float* gate, const float* up, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads())
+        y[index] = __fmul_rn(__fdiv_rn(gate[index], __fadd_rn(1.0f, exponential(-gate[index]))), up[index]);
+}
+
+extern "C" __global__ void add(const float* a, const float* b, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) y[index] = __fadd_rn(a[index], b[index]);
+}

@@ -1,0 +1,101 @@
+//! The door to the GPUs: what this machine has, and the device arm.
+//!
+//! The room behind it holds all `unsafe` of the device arm. Without the feature
+//! `cuda` a sibling answers every question with an honest no. Nothing here
+//! panics where a library, a driver or a GPU is missing.
+
+use crate::compute::emulated::schedule::Schedule;
+use crate::dtype::Format;
+use crate::op::{Accumulate, ChipName};
+
+#[cfg(feature = "cuda")]
+mod arm;
+#[cfg(feature = "cuda")]
+mod cublaslt;
+#[cfg(feature = "cuda")]
+mod gpu;
+#[cfg(feature = "cuda")]
+mod kernels;
+#[cfg(feature = "cuda")]
+mod probe;
+#[cfg(feature = "cuda")]
+pub mod program;
+#[cfg(feature = "cuda")]
+mod weights;
+
+#[cfg(not(feature = "cuda"))]
+mod disabled;
+#[cfg(feature = "cuda")]
+mod enabled;
+
+#[cfg(not(feature = "cuda"))]
+pub use disabled::{chip_here, facts, measure, ops, survey, why_unavailable};
+#[cfg(feature = "cuda")]
+pub use enabled::{chip_here, facts, ops, survey, why_unavailable};
+#[cfg(feature = "cuda")]
+pub use probe::measure;
+
+/// What this machine has for a device arm, and what each missing piece switches off.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Survey {
+    /// The pieces that the device arm stands on, in the order in which it needs them.
+    pub pieces: Vec<Piece>,
+    /// The GPUs that the driver sees.
+    pub gpus: Vec<GpuFacts>,
+}
+
+/// One piece: the driver, a library.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Its name.
+    pub name: &'static str,
+    /// Its version and its file, or what is wrong with it.
+    pub state: Result<String, String>,
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuFacts {
+    /// Its number, as the driver counts.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Its compute capability, such as (9, 0).
+    pub capability: (i32, i32),
+    /// The chip, where its arithmetic is known.
+    pub chip: Option<ChipName>,
+    /// Its memory, in bytes.
+    pub memory: usize,
+}
+
+/// A product that is to be measured on this machine's GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trial {
+    /// Format of both operands.
+    pub operands: Format,
+    /// Format of the result.
+    pub output: Format,
+    /// Fast or promoted accumulation; FP8 only.
+    pub accumulate: Accumulate,
+    /// N, M, K: multiples of 16.
+    pub shape: [usize; 3],
+}
+
+/// One algorithm's result.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The algorithm, in the library's numbers.
+    pub algorithm: String,
+    /// Whether it is the one that the device arm would use.
+    pub chosen: bool,
+    /// The schedule that it declares.
+    pub declared: Schedule,
+    /// Sampled outputs whose bits differ from the declared schedule's.
+    pub mismatches: usize,
+    /// Sampled outputs.
+    pub sampled: usize,
+    /// Another schedule that explains every bit, where the declared one does not.
+    pub identified: Option<String>,
+    /// Median time of a product, in seconds.
+    pub seconds: f64,
+}

@@ -1,0 +1,31 @@
+//! What of the CUDA room can be held to account without a GPU.
+
+#![cfg(feature = "cuda")]
+
+use runner::compute::cuda::program::{KERNELS, compile};
+
+#[test]
+#[ignore = "needs libnvrtc, which .ci/run installs; run with --include-ignored"]
+fn every_kernel_compiles_for_every_chip_and_nothing_is_contracted() {
+    for capability in [(8, 0), (8, 9), (9, 0), (10, 0)] {
+        let program = compile(capability, None).unwrap_or_else(|e| panic!("{capability:?}: {e}"));
+        for kernel in KERNELS {
+            assert!(program.contains(&format!(".entry {kernel}(")), "{capability:?}: {kernel}");
+        }
+        // Rounding is spelt out: no operation is left for the assembler to fuse or to flush.
+        for loose in [
+            "mul.f32",
+            "add.f32",
+            "sub.f32",
+            "mul.ftz",
+            "add.ftz",
+            "div.approx",
+            "sqrt.approx",
+            "ex2.approx",
+        ] {
+            assert!(!program.contains(loose), "{capability:?}: `{loose}`");
+        }
+        let hardware = program.contains("cvt.rn.satfinite.e4m3x2.f32");
+        assert_eq!(hardware, capability >= (8, 9), "{capability:?}");
+    }
+}
