@@ -30,6 +30,9 @@ const MOST_SCORES: usize = 256 << 20;
 /// Rows of one attention launch.
 const MOST_ROWS: usize = 32_768;
 
+/// The weights of every product, by shape and algorithm.
+type Gemms = BTreeMap<([usize; 3], String), Vec<String>>;
+
 /// The device arm of one recipe on one GPU.
 pub struct Device {
     gpu: Lease,
@@ -37,7 +40,7 @@ pub struct Device {
     /// The digest of each tensor met so far, by name: an arm lives as long as one model.
     digests: Mutex<BTreeMap<String, blake3::Hash>>,
     /// What each product was computed with, and for which weights.
-    gemms: Mutex<BTreeMap<([usize; 3], String), Vec<String>>>,
+    gemms: Mutex<Gemms>,
 }
 
 impl Device {

@@ -169,8 +169,8 @@ fn driver() -> Result<String, String> {
     };
     let release = std::fs::read_to_string("/sys/module/nvidia/version").or_else(|_| {
         std::fs::read_to_string("/proc/driver/nvidia/version").map(|text| {
-            let words = text.split_whitespace();
-            words.filter(|word| word.contains('.')).next().unwrap_or("unknown").to_owned()
+            let mut words = text.split_whitespace();
+            words.find(|word| word.contains('.')).unwrap_or("unknown").to_owned()
         })
     });
     let release = release.map_or("unknown".to_owned(), |text| text.trim().to_owned());
