@@ -7,4 +7,5 @@ mod cuda;
 mod golden;
 mod manifest;
 mod model;
+mod stages;
 mod tensor_cores;
