@@ -1,5 +1,5 @@
-//! `runner chip`: list the chips, check hardware vectors, multiply two tensors
-//! as a chip would.
+//! `runner chip`: list the chips, hold them to what real ones answered, multiply
+//! two tensors as a chip would.
 //!
 //! It knows options that are parsed already and a place to write to; not the
 //! command line, and no arithmetic of its own.
@@ -10,12 +10,15 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::compute::emulated::captures::{self, Capture, CaptureError};
 use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
 use crate::compute::emulated::identify::identify;
 use crate::compute::emulated::quantize::{CodeData, Codes, CodesError, absmax, scale_for};
 use crate::compute::emulated::schedule::Schedule;
-use crate::compute::emulated::vectors::{VectorAccumulator, VectorError, verify_folder};
+use crate::compute::emulated::vectors::{
+    VectorAccumulator, VectorCheck, VectorError, verify_folder,
+};
 use crate::dtype::Format;
 use crate::op::ChipName;
 use crate::tensor::Tensor;
@@ -26,9 +29,9 @@ use crate::text::grouped;
 pub enum ChipCommand {
     /// Chips, formats and their arithmetic.
     List,
-    /// Check a folder of hardware vectors.
+    /// Check a folder of what real chips answered: hardware vectors, captured GEMMs, or both.
     Verify {
-        /// The folder; one safetensors file per chip.
+        /// The folder of safetensors files.
         folder: PathBuf,
     },
     /// `y = x w^T` as a chip computes it.
@@ -91,6 +94,9 @@ pub enum ChipCommandError {
     /// The vectors cannot be read.
     #[error(transparent)]
     Vectors(#[from] VectorError),
+    /// The captured GEMMs cannot be read.
+    #[error(transparent)]
+    Captures(#[from] CaptureError),
     /// The product cannot be computed.
     #[error(transparent)]
     Gemm(#[from] GemmError),
@@ -183,9 +189,19 @@ fn chip_name(chip: &Chip) -> String {
 }
 
 fn verify(folder: &Path, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
-    let checks = verify_folder(folder, |core| core)?;
+    let captures = captures::read_folder(folder)?;
+    let checks = match verify_folder(folder, |core| core) {
+        Err(VectorError::Nothing { .. }) if !captures.is_empty() => Vec::new(),
+        checks => checks?,
+    };
+    let differ = report_vectors(&checks, out)? + report_captures(&captures, out)?;
+    Ok(if differ == 0 { ChipOutcome::Pass } else { ChipOutcome::Falsified })
+}
+
+/// Writes a line per set of vectors and one for all; gives the vectors that differ.
+fn report_vectors(checks: &[VectorCheck], out: &mut dyn Write) -> Result<usize, ChipCommandError> {
     let (mut vectors, mut differ) = (0, 0);
-    for check in &checks {
+    for check in checks {
         let note = match check.accumulator {
             VectorAccumulator::Instruction => "",
             VectorAccumulator::Unused => "  (c not used)",
@@ -202,14 +218,38 @@ fn verify(folder: &Path, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommand
         vectors += check.vectors;
         differ += check.mismatches;
     }
-    writeln!(
-        out,
-        "{} sets: {} of {} vectors differ",
-        checks.len(),
-        grouped(differ),
-        grouped(vectors)
-    )?;
-    Ok(if differ == 0 { ChipOutcome::Pass } else { ChipOutcome::Falsified })
+    if !checks.is_empty() {
+        let (sets, differ, vectors) = (checks.len(), grouped(differ), grouped(vectors));
+        writeln!(out, "{sets} sets: {differ} of {vectors} vectors differ")?;
+    }
+    Ok(differ)
+}
+
+/// Identifies the schedule of every captured output; writes a line for each and
+/// one for all, and gives the elements that no schedule explains.
+fn report_captures(captures: &[Capture], out: &mut dyn Write) -> Result<usize, ChipCommandError> {
+    let (mut outputs, mut elements, mut differ) = (0, 0, 0);
+    for capture in captures {
+        let (x_format, w_format) = (capture.x.format(), capture.w.format());
+        let unit = capture.chip.unit(x_format, w_format).ok_or(ChipCommandError::Unsupported {
+            chip: capture.chip.name,
+            x: x_format,
+            w: w_format,
+        })?;
+        for output in &capture.outputs {
+            let (x, w) = capture.operands(output);
+            let identified = identify(unit, &x, &w, output.format, &output.y)?;
+            writeln!(out, "{:<4} {:<18} {identified}", capture.name, output.name)?;
+            outputs += 1;
+            elements += identified.elements;
+            differ += identified.mismatches;
+        }
+    }
+    if outputs > 0 {
+        let (differ, elements) = (grouped(differ), grouped(elements));
+        writeln!(out, "{outputs} captured outputs: {differ} of {elements} elements differ")?;
+    }
+    Ok(differ)
 }
 
 fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
@@ -224,6 +264,13 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     })?;
     let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
     let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
+    // Everything is computed before a word is written: a refusal is all that is printed.
+    let identified = match &options.observed {
+        None => None,
+        Some(source) => Some(identify(unit, &x, &w, options.output, &read_values(source)?)?),
+    };
+    let schedule = identified.as_ref().map_or(options.schedule, |found| found.schedule);
+    let y = gemm(unit, &schedule, &x, &w, options.output)?;
     writeln!(
         out,
         "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
@@ -234,29 +281,26 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
         x_codes.width(),
         chip_name(chip)
     )?;
-    let mut schedule = options.schedule;
-    let mut outcome = ChipOutcome::Pass;
-    if let Some(source) = &options.observed {
-        let observed = read_values(source)?;
-        let identified = identify(unit, &x, &w, options.output, &observed)?;
-        writeln!(out, "{identified}")?;
-        if !identified.also.is_empty() {
-            let also: Vec<String> = identified.also.iter().map(Schedule::to_string).collect();
-            writeln!(out, "equally exact: {}", also.join("; "))?;
+    match &identified {
+        None => writeln!(out, "{schedule}, output {}", options.output)?,
+        Some(identified) => {
+            writeln!(out, "{identified}")?;
+            if !identified.also.is_empty() {
+                let also: Vec<String> = identified.also.iter().map(Schedule::to_string).collect();
+                writeln!(out, "equally exact: {}", also.join("; "))?;
+            }
         }
-        schedule = identified.schedule;
-        if !identified.is_exact() {
-            outcome = ChipOutcome::Falsified;
+    }
+    writeln!(out, "blake3 of y's f32 values: {}", blake3::hash(&y.to_le_bytes()))?;
+    match &options.save {
+        None => writeln!(out, "y is not kept; `--save FILE` keeps it")?,
+        Some(path) => {
+            save(path, &y)?;
+            writeln!(out, "y written to `{}`", path.display())?;
         }
-    } else {
-        writeln!(out, "{schedule}, output {}", options.output)?;
     }
-    if let Some(path) = &options.save {
-        let y = gemm(unit, &schedule, &x, &w, options.output)?;
-        save(path, &y)?;
-        writeln!(out, "y written to `{}`", path.display())?;
-    }
-    Ok(outcome)
+    let exact = identified.is_none_or(|identified| identified.is_exact());
+    Ok(if exact { ChipOutcome::Pass } else { ChipOutcome::Falsified })
 }
 
 /// A matrix as it lies in a file.

@@ -302,6 +302,11 @@ fn why(
                 .filter(|j| j.outcome == Outcome::Held && j.used.is_some_and(|used| used > 0.0))
                 .max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)));
             parts.extend(tightest.map(describe_headroom));
+            // Where nothing used any of its bound, the first that held still says what was seen.
+            if parts.is_empty() {
+                let first = judgements.iter().find(|j| j.outcome == Outcome::Held);
+                parts.extend(first.map(describe_headroom));
+            }
         }
     }
     parts.extend(absent.iter().map(|(arm, reason)| format!("{arm} unmeasured: {reason}")));

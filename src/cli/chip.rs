@@ -15,9 +15,9 @@ use crate::op::{Accumulate, ChipName};
 pub(super) enum ChipCli {
     /// List the chips, their formats and their arithmetic.
     List,
-    /// Check a folder of hardware vectors, one safetensors file per chip.
+    /// Hold the chips to what real ones answered: vectors of single instructions, captured GEMMs.
     Verify {
-        /// The folder.
+        /// The folder; vectors lie in one safetensors file per chip, captures list their `cases`.
         folder: PathBuf,
     },
     /// Multiply two tensors as a chip does: y[N, M] = x[N, K] w[M, K]^T.

@@ -28,7 +28,7 @@ use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
 use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanError};
 use crate::record::{RunRecord, SCHEMA};
 
 /// Nothing to complain about.
@@ -263,10 +263,22 @@ fn make_plan<'a>(
     store: &Store,
 ) -> Result<Plan<'a>, String> {
     Plan::new(pipeline, graph, stages, store).map_err(|problems| {
-        let mut lines: Vec<String> = Vec::new();
-        for problem in problems {
-            lines.push(format!("error: {problem}"));
+        // Stages share models and prompts: each problem is told once.
+        let mut told: Vec<(String, Vec<String>)> = Vec::new();
+        for PlanError::Stage { stage, file, problem } in problems {
+            let place = format!("`{stage}` (`{}`)", file.display());
+            match told.iter_mut().find(|(earlier, _)| *earlier == problem) {
+                Some((_, places)) => places.push(place),
+                None => told.push((problem, vec![place])),
+            }
         }
+        let lines: Vec<String> = told
+            .iter()
+            .map(|(problem, places)| {
+                let stages = if places.len() == 1 { "stage" } else { "stages" };
+                format!("error: {problem}\n  in {stages} {}", places.join(", "))
+            })
+            .collect();
         lines.join("\n")
     })
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The operating system refused.
-    #[error("cannot {action} `{}`: {source}", path.display())]
+    #[error("cannot {action} `{}`: {source}{}", path.display(), remedy_of(source))]
     Io {
         /// What was attempted.
         action: &'static str,
@@ -69,6 +69,21 @@ pub enum ModelError {
         /// What to do about it.
         remedy: String,
     },
+}
+
+/// What to do about the system's answer.
+fn remedy_of(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::NotFound => {
+            "; check the path: a model is a GGUF file, a folder with safetensors, or \
+             `synthetic:NAME`"
+        }
+        std::io::ErrorKind::PermissionDenied => "; change its permissions, or choose another place",
+        std::io::ErrorKind::StorageFull => {
+            "; free some space, or choose another disk with `--runs`"
+        }
+        _ => "",
+    }
 }
 
 fn of_tensor(tensor: &Option<String>) -> String {

@@ -2,6 +2,7 @@
 //! project to things that nobody here wrote.
 
 mod command;
+mod command_line;
 mod compute;
 mod cuda;
 mod golden;

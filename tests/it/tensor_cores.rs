@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use proptest::prelude::*;
 use runner::chip_command::{self, ChipCommand, ChipOutcome};
+use runner::compute::emulated::captures::{self, Capture};
 use runner::compute::emulated::chip::{CHIPS, TensorCore, Unit, chip};
 use runner::compute::emulated::gemm::{
     GemmError, Operand, Scales, gemm, gemm_prepared, prepare_for,
@@ -19,8 +20,6 @@ use runner::compute::emulated::simd::Kernel;
 use runner::compute::emulated::vectors::verify_folder;
 use runner::dtype::Format;
 use runner::op::ChipName;
-use runner::tensor::Tensor;
-use safetensors::SafeTensors;
 
 fn shared(name: &str) -> PathBuf {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")).join(name);
@@ -109,108 +108,8 @@ fn another_block_breaks_the_match_with_the_vectors() {
     }
 }
 
-/// One captured GEMM: operands and what an H200 made of them.
-struct Capture {
-    x: Codes,
-    w: Codes,
-    x_scale: f32,
-    w_scale: f32,
-    /// Name, output type and values.
-    outputs: Vec<(String, Format, Tensor)>,
-}
-
-impl Capture {
-    fn operands(&self, name: &str) -> (Operand<'_>, Operand<'_>) {
-        let scale = |scale| Scales::Tensor(if name.ends_with("absmax") { scale } else { 1.0 });
-        (
-            Operand { codes: &self.x, scales: scale(self.x_scale) },
-            Operand { codes: &self.w, scales: scale(self.w_scale) },
-        )
-    }
-}
-
 fn captures() -> Vec<Capture> {
-    let bytes =
-        std::fs::read(shared("h200/gemm-captures.safetensors")).expect("the captures are readable");
-    let (_, header) = SafeTensors::read_metadata(&bytes).expect("safetensors");
-    let cases = &header.metadata().as_ref().expect("metadata")["cases"];
-    let cases: Vec<(String, String, usize, usize, usize, String, String)> =
-        serde_json::from_str(cases).expect("a list of cases");
-    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
-    // The tf32 case was also multiplied without tf32, on the CUDA cores.
-    let without_tf32 = cases.iter().position(|case| case.0 == "tf32").expect("a tf32 case");
-    let as_f32 = {
-        let mut case = cases[without_tf32].clone();
-        (case.0, case.1) = ("f32".to_owned(), "f32".to_owned());
-        (without_tf32, case)
-    };
-    cases
-        .iter()
-        .cloned()
-        .enumerate()
-        .chain([as_f32])
-        .map(|(index, (w, x, m, n, k, _, _))| {
-            let tensor = |name: &str| file.tensor(&format!("c{index}.{name}"));
-            let codes = |name: &str, format: &str, rows: usize| {
-                let format: Format = format.parse().expect("a format");
-                let data = tensor(name).expect("an operand").data().to_vec();
-                let data = match format.bytes() {
-                    1 => CodeData::Bits8(data),
-                    2 => CodeData::Bits16(
-                        data.as_chunks().0.iter().map(|&code| u16::from_le_bytes(code)).collect(),
-                    ),
-                    // tf32 operands are captured as the f32 values given to PyTorch.
-                    _ => CodeData::Bits32(
-                        data.as_chunks()
-                            .0
-                            .iter()
-                            .map(|&code| format.encode(f32::from_le_bytes(code)))
-                            .collect(),
-                    ),
-                };
-                Codes::new(format, rows, k, data).expect("codes of the case's shape")
-            };
-            let scale = |name: &str| {
-                tensor(name).map_or(1.0, |scale| {
-                    f32::from_le_bytes(scale.data().try_into().expect("one f32"))
-                })
-            };
-            let prefix = format!("c{index}.y.");
-            let mut outputs: Vec<(String, Format, Tensor)> = file
-                .iter()
-                .filter_map(|(name, view)| {
-                    let name = name.strip_prefix(&prefix)?;
-                    if (name == "nontf32") != (w == "f32") {
-                        return None;
-                    }
-                    let format = match view.dtype() {
-                        safetensors::Dtype::F32 => Format::F32,
-                        safetensors::Dtype::BF16 => Format::Bf16,
-                        safetensors::Dtype::F16 => Format::F16,
-                        other => panic!("an output of type {other:?}"),
-                    };
-                    let values = view
-                        .data()
-                        .chunks(format.bytes())
-                        .map(|bytes| {
-                            let mut code = [0; 4];
-                            code[..bytes.len()].copy_from_slice(bytes);
-                            format.decode(u32::from_le_bytes(code))
-                        })
-                        .collect();
-                    Some((name.to_owned(), format, Tensor::new(m, values)))
-                })
-                .collect();
-            outputs.sort_by(|a, b| a.0.cmp(&b.0));
-            Capture {
-                x: codes("x", &x, n),
-                w: codes("w", &w, m),
-                x_scale: scale("x_scale"),
-                w_scale: scale("w_scale"),
-                outputs,
-            }
-        })
-        .collect()
+    captures::read_folder(&shared("h200")).expect("the captures are readable")
 }
 
 fn hopper(x: &Codes, w: &Codes) -> Unit {
@@ -220,13 +119,14 @@ fn hopper(x: &Codes, w: &Codes) -> Unit {
 #[test]
 fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
     let mut found = Vec::new();
-    for (index, capture) in captures().iter().enumerate() {
+    for capture in &captures() {
         let unit = hopper(&capture.x, &capture.w);
-        for (name, format, observed) in &capture.outputs {
-            let (x, w) = capture.operands(name);
-            let identified = identify(&unit, &x, &w, *format, observed).expect("a product");
-            println!("c{index}.{name}: {identified}");
-            assert!(identified.is_exact(), "c{index}.{name}: {identified}");
+        for output in &capture.outputs {
+            let (x, w) = capture.operands(output);
+            let identified = identify(&unit, &x, &w, output.format, &output.y).expect("a product");
+            let name = format!("{}.{}", capture.name, output.name);
+            println!("{name}: {identified}");
+            assert!(identified.is_exact(), "{name}: {identified}");
             if name.contains("fast1") {
                 assert_eq!(identified.schedule.accumulate, runner::op::Accumulate::Fast);
             }
@@ -245,12 +145,12 @@ fn mismatches_with(
     change_unit: impl Fn(TensorCore) -> TensorCore,
     schedule: Schedule,
 ) -> usize {
-    let (x, w) = capture.operands(name);
+    let output = capture.outputs.iter().find(|output| output.name == name);
+    let output = output.expect("an output of that name");
+    let (x, w) = capture.operands(output);
     let Unit::TensorCore(core) = hopper(&capture.x, &capture.w) else { panic!("no tensor core") };
-    let (_, format, observed) =
-        capture.outputs.iter().find(|output| output.0 == name).expect("an output of that name");
     let unit = Unit::TensorCore(change_unit(core));
-    mismatches(&gemm(&unit, &schedule, &x, &w, *format).expect("a product"), observed)
+    mismatches(&gemm(&unit, &schedule, &x, &w, output.format).expect("a product"), &output.y)
 }
 
 #[test]
@@ -314,6 +214,44 @@ fn chip_verify_reports_every_set_and_passes() {
     let missing = ChipCommand::Verify { folder: "no/such/folder".into() };
     let error = chip_command::run(&missing, &mut Vec::new()).expect_err("nothing there");
     assert!(error.to_string().contains("`no/such/folder`"), "{error}");
+}
+
+#[test]
+fn chip_verify_identifies_the_schedule_of_every_captured_gemm() {
+    let command = ChipCommand::Verify { folder: shared("h200") };
+    let mut report = Vec::new();
+    let outcome = chip_command::run(&command, &mut report).expect("a folder of captures");
+    let report = String::from_utf8(report).expect("text");
+    assert_eq!(outcome, ChipOutcome::Pass, "{report}");
+    assert!(report.ends_with("36 captured outputs: 0 of 34,560 elements differ\n"), "{report}");
+}
+
+#[test]
+fn chip_verify_refuses_captures_that_contradict_themselves_and_finds_other_answers() {
+    let original = std::fs::read(shared("h200/gemm-captures.safetensors")).expect("captures");
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let verify = |from: &str, to: &str| {
+        // The same length, so that only this changes.
+        assert_eq!(from.len(), to.len());
+        let at = original.windows(from.len()).position(|window| window == from.as_bytes());
+        let at = at.expect("the header has it");
+        let mut changed = original.clone();
+        changed[at..at + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(place.path().join("captures.safetensors"), changed).expect("a file");
+        let command = ChipCommand::Verify { folder: place.path().to_owned() };
+        let mut report = Vec::new();
+        let outcome = chip_command::run(&command, &mut report);
+        (outcome.map_err(|error| error.to_string()), String::from_utf8(report).expect("text"))
+    };
+    let refusal = |from: &str, to: &str| verify(from, to).0.expect_err("refused");
+    assert!(refusal("NVIDIA H200", "NVIDIA X200").contains("`NVIDIA X200`, which is not modelled"));
+    assert!(refusal("c0.x\"", "d0.x\"").contains("there is no tensor `c0.x`"));
+    assert!(refusal("[[\\\"e4m3", "[[\\\"e9m3").contains("the unknown format `e9m3`"));
+    assert!(refusal("\"shape\":[16,3584]", "\"shape\":[14,4096]").contains("shape"));
+    // Codes of another format are other numbers: nothing fits, and that is said.
+    let (outcome, report) = verify("[[\\\"e4m3", "[[\\\"e5m2");
+    assert_eq!(outcome, Ok(ChipOutcome::Falsified));
+    assert!(report.contains("no schedule of "), "{report}");
 }
 
 #[test]

@@ -11,3 +11,4 @@ pub mod simd;
 pub mod gemm;
 pub mod identify;
 pub mod vectors;
+pub mod captures;
