@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use runner::cache::Store;
+use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Workshop};
 use runner::compute::{AttentionShape, ComputeError, Ops};
 use runner::event::{Event, Sink};
+use runner::executor::{Attempts, Processes};
 use runner::graph::Graph;
 use runner::manifest::{Overrides, load};
 use runner::model::{Rope, Weight};
@@ -152,6 +153,7 @@ fn verdicts(fault: Fault, model: &str) -> BTreeMap<String, (Verdict, String)> {
     let pipeline = load(&stages, &overrides).unwrap_or_else(|problems| panic!("{problems}"));
     let graph = Graph::of(&pipeline.stages).expect("no cycle");
     let store = Store::new(place.path());
+    let (attempts, _) = Attempts::open(&store.attempts(), "test").expect("a folder");
     let all = graph.order().into_iter().collect();
     let Ok(plan) = Plan::new(&pipeline, &graph, &all, &store) else { panic!("no plan") };
     let options = Options {
@@ -160,6 +162,9 @@ fn verdicts(fault: Fault, model: &str) -> BTreeMap<String, (Verdict, String)> {
         jobs: 2,
         require: BTreeSet::new(),
         workshop: &Faulty(fault),
+        stamps: &Stamps::forgetful(),
+        processes: &Processes::of_this_program(),
+        attempts: &attempts,
     };
     let finished = run(&plan, &store, &options, &mut Dark);
     assert_eq!(finished.bug, None);
