@@ -44,7 +44,7 @@ impl Workshop for Faulty {
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
-        let (ops, arithmetic) = Shipped.ops(arm, recipe)?;
+        let (ops, arithmetic) = Shipped::default().ops(arm, recipe)?;
         match arm {
             Arm::Emulated => Ok((Box::new(FaultyOps { ops, fault: self.0 }), arithmetic)),
             _ => Ok((ops, arithmetic)),
