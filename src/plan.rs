@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{Action, KeyWalk, Stamps, Store};
+use crate::cache::{self, Action, KeyWalk, Stamp, Stamps, Store};
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, tensors_read};
 use crate::compute::forward::Greedy;
@@ -37,24 +37,9 @@ pub struct OpenModel {
 
 impl OpenModel {
     /// One digest over the names and contents of some tensors.
-    fn digest(&self, names: &[String]) -> blake3::Hash {
-        let known = |digests: &Mutex<BTreeMap<String, blake3::Hash>>, name: &String| {
-            let digests = digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            digests.get(name).copied()
-        };
-        let each: Vec<(&String, Option<blake3::Hash>)> = names
-            .par_iter()
-            .map(|name| {
-                let digest = known(&self.digests, name).or_else(|| {
-                    let digest = self.model.tensor(name).ok()?.digest();
-                    let digests = self.digests.lock();
-                    let mut digests = digests.unwrap_or_else(|poisoned| poisoned.into_inner());
-                    digests.insert(name.clone(), digest);
-                    Some(digest)
-                });
-                (name, digest)
-            })
-            .collect();
+    fn digest(&self, names: &[String], stamps: &Stamps) -> blake3::Hash {
+        let each: Vec<(&String, Option<blake3::Hash>)> =
+            names.par_iter().map(|name| (name, self.tensor_digest(name, stamps))).collect();
         let mut walk = KeyWalk::new("weights");
         for (name, digest) in each {
             let digest = digest.map_or("absent".to_owned(), |digest| digest.to_hex().to_string());
@@ -63,6 +48,35 @@ impl OpenModel {
         let mut hasher = blake3::Hasher::new();
         hasher.update(walk.key().0.as_bytes());
         hasher.finalize()
+    }
+
+    /// A tensor's digest: of this process, else by the file's stamp, else by reading it.
+    fn tensor_digest(&self, name: &str, stamps: &Stamps) -> Option<blake3::Hash> {
+        let digests = || self.digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(digest) = digests().get(name) {
+            return Some(*digest);
+        }
+        let tensor = self.model.tensor(name).ok()?;
+        let origin = self.model.origin(name);
+        // The stamp is that of the file that was opened, whatever its name means now.
+        let known = origin.map(|origin| {
+            let (kind, rows, width) = (tensor.kind(), tensor.rows(), tensor.width());
+            let part = format!("{kind} {rows}x{width} @{}", origin.offset);
+            (Stamp::of(origin.facts), part, origin.path)
+        });
+        let found = known.as_ref().and_then(|(stamp, part, _)| stamps.known(stamp, part));
+        let digest = found.unwrap_or_else(|| {
+            let started = cache::now();
+            let digest = tensor.digest();
+            if let Some((stamp, part, path)) = &known
+                && std::fs::metadata(path).is_ok_and(|facts| Stamp::of(&facts) == *stamp)
+            {
+                stamps.note(*stamp, part, digest, (tensor.bytes().len() as u64, started));
+            }
+            digest
+        });
+        digests().insert(name.to_owned(), digest);
+        Some(digest)
     }
 }
 
@@ -103,6 +117,12 @@ pub struct Plan<'a> {
     pub id: String,
     /// The project's folder, absolute: the one that holds the folder of stages.
     pub project: PathBuf,
+    /// Digests of files.
+    pub stamps: &'a Stamps,
+    /// Results that may not be reused.
+    pub force: bool,
+    /// The folder of stages, absolute.
+    folder: PathBuf,
 }
 
 /// What becomes of one (stage, arm).
@@ -116,6 +136,19 @@ pub struct PlanLine {
     pub action: &'static str,
     /// The reason.
     pub why: String,
+    /// What its key is made of, where that is known before it runs.
+    pub fields: Vec<Field>,
+}
+
+/// One field of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Its name.
+    pub name: String,
+    /// What it is now.
+    pub value: String,
+    /// What it was when the stage last had a result, if that was something else.
+    pub before: Option<String>,
 }
 
 /// What an arm's action says besides its tensors.
@@ -182,6 +215,7 @@ impl<'a> Plan<'a> {
         graph: &Graph,
         selected: &BTreeSet<StageId>,
         store: &Store,
+        stamps: &'a Stamps,
     ) -> Result<Plan<'a>, Vec<PlanError>> {
         let mut wanted = selected.clone();
         let mut open: Vec<StageId> = selected.iter().cloned().collect();
@@ -236,7 +270,7 @@ impl<'a> Plan<'a> {
         let id = walk.key().0[..8].to_owned();
         let folder = pipeline.folder.canonicalize().unwrap_or_else(|_| pipeline.folder.clone());
         let project = folder.parent().unwrap_or(&folder).to_owned();
-        Ok(Plan { pipeline, stages, id, project })
+        Ok(Plan { pipeline, stages, id, project, stamps, force: false, folder })
     }
 
     /// The fields of an arm's action; `input` is the hash of the tensor that it reads.
@@ -273,7 +307,7 @@ impl<'a> Plan<'a> {
             Op::Embed { .. } | Op::Matmul { .. } | Op::Command(_) => {}
         }
         let names = tensors_read(&stage.op, &model.model);
-        walk.field("weights", model.digest(&names).to_hex());
+        walk.field("weights", model.digest(&names, self.stamps).to_hex());
         walk
     }
 
@@ -302,29 +336,51 @@ impl<'a> Plan<'a> {
 
     /// Who remembers the last action of a stage's arm.
     pub fn who(&self, stage: &Stage, arm: Arm) -> String {
-        let folder = self.pipeline.folder.canonicalize();
-        let folder = folder.unwrap_or_else(|_| self.pipeline.folder.clone());
-        format!("{}\u{0}{}\u{0}{arm}", folder.display(), stage.id)
+        format!("{}\u{0}{}\u{0}{arm}", self.folder.display(), stage.id)
     }
 
     /// Why an action runs although its stage ran before, or that it never did.
     pub fn why_run(&self, store: &Store, stage: &Stage, arm: Arm, walk: &KeyWalk) -> String {
-        match store.latest(&self.who(stage, arm)) {
-            None => "it never ran here".to_owned(),
+        let Some(key) = store.latest(&self.who(stage, arm)) else {
+            return "no result of it is known here".to_owned();
+        };
+        match store.record(&key) {
+            None => "its last result was cleared from the cache".to_owned(),
             Some(earlier) => match walk.difference(&earlier.fields) {
                 Some(difference) => format!("{difference} (since {})", earlier.run),
-                None => "its result is gone from the cache".to_owned(),
+                None if self.force => "it is forced".to_owned(),
+                None => "a file of its result is gone from the cache".to_owned(),
             },
         }
     }
 
+    /// The fields of a key, each with what it was before.
+    fn fields(&self, store: &Store, stage: &Stage, arm: Arm, walk: &KeyWalk) -> Vec<Field> {
+        let earlier = store.latest(&self.who(stage, arm)).and_then(|key| store.record(&key));
+        let fields = walk.fields().iter().map(|(name, value)| {
+            let before = earlier.as_ref().and_then(|earlier| {
+                let known = earlier.fields.iter().find(|(known, _)| known == name);
+                Some(known?.1.clone()).filter(|before| before != value)
+            });
+            Field { name: name.clone(), value: value.clone(), before }
+        });
+        fields.collect()
+    }
+
+    /// A result that a stage may reuse. Stages that only make inputs are not forced.
+    pub fn reusable(&self, store: &Store, judged: bool, walk: &KeyWalk) -> Option<Action> {
+        if self.force && judged { None } else { store.find(&walk.key()) }
+    }
+
+    /// What was touched and has the same content, for the reason of a reuse.
+    pub fn touched_files(&self, prepared: &PreparedStage<'_>) -> Vec<String> {
+        let model = prepared.model.iter().flat_map(|model| model.model.file_facts());
+        let touched = model.filter(|(_, facts)| self.stamps.touched(&Stamp::of(facts)));
+        touched.map(|(path, _)| path.display().to_string()).collect()
+    }
+
     /// What a run would do, item by item.
-    pub fn preview(
-        &self,
-        store: &Store,
-        stamps: &Stamps,
-        workshop: &dyn Workshop,
-    ) -> Vec<PlanLine> {
+    pub fn preview(&self, store: &Store, workshop: &dyn Workshop) -> Vec<PlanLine> {
         let mut lines = Vec::new();
         // Commands that will run, whose outputs are not known before.
         let mut running: BTreeSet<&StageId> = BTreeSet::new();
@@ -333,14 +389,17 @@ impl<'a> Plan<'a> {
             let stage = prepared.stage;
             if let Op::Command(op) = &stage.op {
                 let first = stage.needs.iter().find(|need| running.contains(need));
-                let (action, why) = match first {
-                    Some(need) => ("run", format!("stage {need}, which it needs, runs first")),
-                    None => self.preview_command(stage, op, store, stamps),
+                let (action, why, fields) = match first {
+                    Some(need) => {
+                        ("run", format!("stage {need}, which it needs, runs first"), Vec::new())
+                    }
+                    None => self.preview_command(prepared, op, store),
                 };
                 if action != "reuse" {
                     running.insert(&stage.id);
                 }
-                lines.push(PlanLine { stage: stage.id.clone(), arm: Arm::Command, action, why });
+                let (stage, arm) = (stage.id.clone(), Arm::Command);
+                lines.push(PlanLine { stage, arm, action, why, fields });
                 continue;
             }
             let input = stage.op.input().map(|input| {
@@ -351,29 +410,30 @@ impl<'a> Plan<'a> {
             });
             let arms = stage.arms.iter().filter(|arm| prepared.judged || **arm == Arm::Reference);
             for &arm in arms {
-                let mut line = |action: &'static str, why: String| {
-                    lines.push(PlanLine { stage: stage.id.clone(), arm, action, why });
+                let mut line = |action: &'static str, why: String, fields: Vec<Field>| {
+                    lines.push(PlanLine { stage: stage.id.clone(), arm, action, why, fields });
                 };
                 if let Some(reason) = workshop.unavailable(arm, &stage.recipe) {
-                    line("unmeasured", reason);
+                    line("unmeasured", reason, Vec::new());
                     continue;
                 }
                 if let Some((input, None)) = &input {
                     let why =
                         format!("its input `{}` of stage {} runs first", input.site, input.stage);
-                    line("run", why);
+                    line("run", why, Vec::new());
                     continue;
                 }
                 let input = input.as_ref().and_then(|(_, digest)| digest.as_deref());
                 let walk = self.arm_walk(prepared, arm, input, workshop);
-                match store.find(&walk.key()) {
+                let fields = self.fields(store, stage, arm, &walk);
+                match self.reusable(store, prepared.judged, &walk) {
                     Some(action) => {
-                        line("reuse", reused(&action));
+                        line("reuse", reused(&action, &self.touched_files(prepared)), fields);
                         if arm == Arm::Reference {
                             known.insert(&stage.id, serde_json::from_value(action.payload).ok());
                         }
                     }
-                    None => line("run", self.why_run(store, stage, arm, &walk)),
+                    None => line("run", self.why_run(store, stage, arm, &walk), fields),
                 }
             }
         }
@@ -382,27 +442,34 @@ impl<'a> Plan<'a> {
 
     fn preview_command(
         &self,
-        stage: &Stage,
+        prepared: &PreparedStage<'_>,
         op: &op::Command,
         store: &Store,
-        stamps: &Stamps,
-    ) -> (&'static str, String) {
-        match command::look(op, &self.project, stamps) {
-            Err(error) => ("blocked", error.to_string()),
+    ) -> (&'static str, String, Vec<Field>) {
+        match command::look(op, &self.project, self.stamps) {
+            Err(error) => ("blocked", error.to_string(), Vec::new()),
             Ok(seen) => {
                 let walk = self.command_walk(op, &seen);
-                match store.find(&walk.key()) {
-                    Some(action) => ("reuse", reused(&action)),
-                    None => ("run", self.why_run(store, stage, Arm::Command, &walk)),
+                let fields = self.fields(store, prepared.stage, Arm::Command, &walk);
+                match self.reusable(store, prepared.judged, &walk) {
+                    Some(action) => ("reuse", reused(&action, &seen.touched(self.stamps)), fields),
+                    None => {
+                        let why = self.why_run(store, prepared.stage, Arm::Command, &walk);
+                        ("run", why, fields)
+                    }
                 }
             }
         }
     }
 }
 
-/// Where a reused result comes from, in words.
-pub fn reused(action: &Action) -> String {
-    format!("reused from {} ({})", action.created, action.run)
+/// Where a reused result comes from, in words, and what was only touched since.
+pub fn reused(action: &Action, touched: &[String]) -> String {
+    let from = format!("reused from {} ({})", action.created, action.run);
+    match touched {
+        [] => from,
+        files => format!("{from}; touched, content same: {}", files.join(", ")),
+    }
 }
 
 /// The op as the key sees it: what it reads is known by content, not by stage.

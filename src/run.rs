@@ -13,13 +13,13 @@ use std::time::Instant;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use crate::cache::{Action, CacheError, KeyWalk, Stamps, Store};
+use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
 use crate::compare::{StageMeasures, measure_outcome, measure_stage};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, Workshop, compute};
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandError, CommandRecord, Tools};
-use crate::executor::{Attempts, Processes};
+use crate::executor::{Attempts, Held, Processes, SlotError, Slots};
 use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, Site, StageId};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, reused};
@@ -39,8 +39,10 @@ pub struct Options<'a> {
     pub require: BTreeSet<Arm>,
     /// Who makes the arms.
     pub workshop: &'a dyn Workshop,
-    /// Digests of files.
-    pub stamps: &'a Stamps,
+    /// Whether nothing is started after the first stage that did not pass.
+    pub fail_fast: bool,
+    /// What jobs of this machine share.
+    pub slots: &'a Slots,
     /// Where programs start.
     pub processes: &'a Processes,
     /// Where attempts have their folders.
@@ -68,10 +70,10 @@ enum Work {
 }
 
 /// Where a job stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Some jobs must be done first; never empty.
-    Waiting(BTreeSet<usize>),
+    /// So many jobs must be done first; never 0.
+    Waiting(usize),
     /// It may start.
     Ready,
     /// A thread is at it.
@@ -84,6 +86,8 @@ struct Job {
     stage: usize,
     work: Work,
     state: State,
+    /// The jobs that wait for it.
+    awaited_by: Vec<usize>,
 }
 
 /// An arm's result: its record in the cache, and the tensors while somebody here needs them.
@@ -118,6 +122,8 @@ enum Failure {
     Record(String, String),
     #[error(transparent)]
     Command(#[from] CommandError),
+    #[error(transparent)]
+    Slots(#[from] SlotError),
     #[error("a bug of ours: {0}")]
     Bug(String),
 }
@@ -147,8 +153,14 @@ struct Engine<'a> {
     store: &'a Store,
     options: &'a Options<'a>,
     jobs: Vec<Job>,
+    /// Those that may start, first things first.
+    ready: BTreeSet<usize>,
+    /// Places in the plan.
+    places: BTreeMap<&'a StageId, usize>,
     progress: Vec<Progress>,
     bug: Option<String>,
+    /// The stage after which nothing is started any more.
+    failed_fast: Option<StageId>,
 }
 
 impl<'a> Engine<'a> {
@@ -158,8 +170,11 @@ impl<'a> Engine<'a> {
             store,
             options,
             jobs: Vec::new(),
+            ready: BTreeSet::new(),
+            places: plan.stages.iter().enumerate().map(|(at, p)| (&p.stage.id, at)).collect(),
             progress: plan.stages.iter().map(|_| Progress::default()).collect(),
             bug: None,
+            failed_fast: None,
         };
         // The plan's stages are in order, so what a job waits for has its number already.
         let mut ends: BTreeMap<&StageId, usize> = BTreeMap::new();
@@ -183,8 +198,18 @@ impl<'a> Engine<'a> {
     }
 
     fn add(&mut self, stage: usize, work: Work, waits_for: BTreeSet<usize>) {
-        let state = if waits_for.is_empty() { State::Ready } else { State::Waiting(waits_for) };
-        self.jobs.push(Job { stage, work, state });
+        let job = self.jobs.len();
+        for awaited in &waits_for {
+            self.jobs[*awaited].awaited_by.push(job);
+        }
+        let state = match waits_for.len() {
+            0 => State::Ready,
+            count => State::Waiting(count),
+        };
+        if state == State::Ready {
+            self.ready.insert(job);
+        }
+        self.jobs.push(Job { stage, work, state, awaited_by: Vec::new() });
     }
 
     fn run(&mut self, sink: &mut dyn Sink) {
@@ -197,7 +222,7 @@ impl<'a> Engine<'a> {
             let mut running = 0;
             loop {
                 while running < options.jobs && !interrupt::requested() {
-                    let Some(job) = self.next_ready() else { break };
+                    let Some(job) = self.ready.pop_first() else { break };
                     if let Some(order) = self.begin(job, sink) {
                         let prepared = &plan.stages[self.jobs[job].stage];
                         let bench = Bench { plan, store, options, prepared };
@@ -222,10 +247,6 @@ impl<'a> Engine<'a> {
         if interrupt::requested() {
             self.close_open_stages(sink);
         }
-    }
-
-    fn next_ready(&self) -> Option<usize> {
-        self.jobs.iter().position(|job| job.state == State::Ready)
     }
 
     /// Starts a job: gives the order for a thread, or settles it at once where
@@ -273,10 +294,13 @@ impl<'a> Engine<'a> {
     /// was falsified has one, and to find out where it starts is what the
     /// stages after it are for.
     fn blocked_by(&self, prepared: &PreparedStage<'_>) -> Option<String> {
+        if let Some(failed) = &self.failed_fast {
+            return Some(format!(
+                "not started: stage {failed} did not pass, and --fail-fast is set"
+            ));
+        }
         for need in &prepared.stage.needs {
-            let Some(at) = self.plan.stages.iter().position(|p| p.stage.id == *need) else {
-                continue;
-            };
+            let Some(&at) = self.places.get(need) else { continue };
             let progress = &self.progress[at];
             let verdict = progress.record.as_ref().map(|record| record.verdict);
             if let Some(verdict @ (Verdict::Error | Verdict::Blocked)) = verdict {
@@ -296,7 +320,7 @@ impl<'a> Engine<'a> {
     }
 
     fn input_of(&self, input: &InputRef) -> Option<(InputRef, Stored)> {
-        let at = self.plan.stages.iter().position(|p| p.stage.id == input.stage)?;
+        let at = *self.places.get(&input.stage)?;
         let stored = self.progress[at].results.get(&Arm::Reference)?;
         Some((input.clone(), stored.clone()))
     }
@@ -313,7 +337,8 @@ impl<'a> Engine<'a> {
         match (work, outcome) {
             (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why })) => {
                 let who = self.plan.who(self.plan.stages[stage].stage, arm);
-                if let Err(error) = self.store.remember(&who, &stored.action) {
+                let kept = stored.payload.command.as_ref().is_none_or(|command| command.accepted);
+                if kept && let Err(error) = self.store.remember(&who, &stored.action.key) {
                     tracing::warn!("{error}");
                 }
                 self.progress[stage].results.insert(arm, *stored);
@@ -347,12 +372,13 @@ impl<'a> Engine<'a> {
 
     fn finish(&mut self, done: usize) {
         self.jobs[done].state = State::Done;
-        for job in &mut self.jobs {
-            if let State::Waiting(waits_for) = &mut job.state
-                && waits_for.remove(&done)
-                && waits_for.is_empty()
-            {
-                job.state = State::Ready;
+        for job in std::mem::take(&mut self.jobs[done].awaited_by) {
+            match &mut self.jobs[job].state {
+                State::Waiting(count) if *count > 1 => *count -= 1,
+                state => {
+                    *state = State::Ready;
+                    self.ready.insert(job);
+                }
             }
         }
     }
@@ -409,9 +435,14 @@ impl<'a> Engine<'a> {
         if let Some(stored) = progress.results.get(&Arm::Command)
             && let Some(command) = &stored.payload.command
         {
-            judged.why = outcome_in_words(command, judged.why, self.store);
+            let why = if judged.verdict == Verdict::Pass { "" } else { &judged.why };
+            judged.why = outcome_in_words(command, why, self.store);
         }
         let seconds = progress.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
+        let bad = !matches!(judged.verdict, Verdict::Pass | Verdict::Unmeasured);
+        if bad && self.options.fail_fast {
+            self.failed_fast.get_or_insert_with(|| definition.id.clone());
+        }
         // The tensors have done their service; whoever needs them later reads the cache.
         for stored in progress.results.values_mut() {
             stored.output = None;
@@ -465,7 +496,7 @@ impl<'a> Engine<'a> {
 }
 
 /// A command's verdict in one line: its status, and what it said last if that was bad.
-fn outcome_in_words(record: &CommandRecord, why: String, store: &Store) -> String {
+fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String {
     let mut parts = vec![format!("status {}", record.status)];
     if !record.outputs.is_empty() {
         parts.push(match record.outputs.as_slice() {
@@ -473,7 +504,7 @@ fn outcome_in_words(record: &CommandRecord, why: String, store: &Store) -> Strin
             many => format!("wrote {} files", many.len()),
         });
     }
-    parts.extend(Some(why).filter(|why| !why.is_empty()));
+    parts.extend(Some(why.to_owned()).filter(|why| !why.is_empty()));
     if !record.accepted {
         let said = command::last_words(record, store);
         parts.extend(said.map(|said| format!("it said: {said}")));
@@ -560,13 +591,22 @@ impl Bench<'_> {
         let input_hash = input.as_ref().map(|(input, stored)| site_hash(input, stored));
         let input_hash = input_hash.transpose()?;
         let walk = self.plan.arm_walk(self.prepared, arm, input_hash.as_deref(), *workshop);
-        if let Some(action) = self.store.find(&walk.key()) {
+        let reuse = |action: Action| {
             let payload = payload_of(&action)?;
-            let why = reused(&action);
+            let why = reused(&action, &self.plan.touched_files(self.prepared));
             let stored = Box::new(Stored { action, payload, output: None });
-            return Ok(Outcome::Arm { stored, state: ArmState::Reused, why });
+            Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
+        };
+        if let Some(action) = self.reusable(&walk) {
+            return reuse(action);
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, arm, &walk);
+        let _lock = self.store.lock(&walk.key())?.ok_or(ComputeError::Interrupted)?;
+        // Another runner may just have computed it.
+        if let Some(action) = self.reusable(&walk) {
+            return reuse(action);
+        }
+        let _slots = self.take_slots(arm)?;
         let started = Instant::now();
         let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
         let (ops, arithmetic) = workshop.ops(arm, &self.prepared.stage.recipe)?;
@@ -576,7 +616,12 @@ impl Bench<'_> {
             progress(done);
         })?;
         let seconds = started.elapsed().as_secs_f64();
+        let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
+        let mut why = why;
+        if earlier.is_some_and(|earlier| earlier.object != stored.action.object) {
+            why += "; the same key gave another result before: the arm is not deterministic";
+        }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
     }
 
@@ -585,9 +630,42 @@ impl Bench<'_> {
             processes: self.options.processes,
             attempts: self.options.attempts,
             store: self.store,
-            stamps: self.options.stamps,
+            stamps: self.plan.stamps,
             project: &self.plan.project,
         }
+    }
+
+    /// Waits for the resources that an arm of this stage needs. One on the CPU needs
+    /// no GPU.
+    fn take_slots(&self, arm: Arm) -> Result<Held, SlotError> {
+        let mut asked = self.prepared.stage.resources.clone();
+        if matches!(arm, Arm::Reference | Arm::Emulated) {
+            (asked.gpus, asked.gpu_memory) = (0, 0);
+        }
+        self.options.slots.take(&asked)
+    }
+
+    fn reusable(&self, walk: &KeyWalk) -> Option<Action> {
+        self.plan.reusable(self.store, self.prepared.judged, walk)
+    }
+
+    /// A command's earlier result with its outputs in their places, if it is whole.
+    fn reuse_command(
+        &self,
+        walk: &KeyWalk,
+        seen: &command::Seen,
+        tools: &Tools<'_>,
+    ) -> Result<Option<Outcome>, Failure> {
+        let Some(action) = self.reusable(walk) else { return Ok(None) };
+        let payload = payload_of(&action)?;
+        let Some(record) = &payload.command else { return Ok(None) };
+        let Some(restored) = command::restore(record, tools)? else { return Ok(None) };
+        let mut why = reused(&action, &seen.touched(self.plan.stamps));
+        if !restored.is_empty() {
+            why += &format!("; put back: {}", restored.join(", "));
+        }
+        let stored = Box::new(Stored { action, payload, output: None });
+        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why }))
     }
 
     /// Runs a command, or finds what it did and puts its outputs in their places.
@@ -595,21 +673,17 @@ impl Bench<'_> {
         let tools = self.tools();
         let seen = command::look(op, tools.project, tools.stamps)?;
         let walk = self.plan.command_walk(op, &seen);
-        if let Some(action) = self.store.find(&walk.key()) {
-            let payload = payload_of(&action)?;
-            let record = payload.command.as_ref();
-            let restored = record.map_or(Ok(None), |record| command::restore(record, &tools))?;
-            if let Some(restored) = restored {
-                let mut why = reused(&action);
-                if !restored.is_empty() {
-                    why += &format!("; put back: {}", restored.join(", "));
-                }
-                let stored = Box::new(Stored { action, payload, output: None });
-                return Ok(Outcome::Arm { stored, state: ArmState::Reused, why });
-            }
+        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+            return Ok(outcome);
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
-        let (record, seconds) = command::carry_out(op, &seen, &tools)?;
+        let _lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
+        // Another runner may just have run it.
+        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+            return Ok(outcome);
+        }
+        let slots = self.take_slots(Arm::Command)?;
+        let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools)?;
         let kept = record.accepted;
         let payload = ArmPayload {
             sites: Vec::new(),
@@ -623,9 +697,10 @@ impl Bench<'_> {
         let json = serde_json::to_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
+        let new = NewAction { walk: &walk, run, created, object: None, payload: json, seconds };
         let action = match kept {
-            true => self.store.save(&walk, run, created, None, json)?,
-            false => Action::unsaved(&walk, run, created, json),
+            true => self.store.save(new)?,
+            false => Action::unsaved(&walk, run, created, new.payload),
         };
         let stored = Box::new(Stored { action, payload, output: None });
         Ok(Outcome::Arm { stored, state: ArmState::Ran, why })
@@ -662,8 +737,22 @@ impl Bench<'_> {
         let json = serde_json::to_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
-        let action = self.store.save(walk, run, created, Some(&encoded), json)?;
+        let object = Some(encoded.as_slice());
+        let action =
+            self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(Stored { action, payload, output: Some(Arc::new(output)) })
+    }
+
+    /// Measures a command's outcome; nothing of it is worth keeping.
+    fn measure_command(
+        &self,
+        op: &op::Command,
+        results: &BTreeMap<Arm, Stored>,
+    ) -> Result<Outcome, Failure> {
+        let record = results.get(&Arm::Command).and_then(|s| s.payload.command.as_ref());
+        let record = record.ok_or_else(|| Failure::Bug("a command without a record".into()))?;
+        let read = |digest: &str| self.store.read_blob(digest).map_err(|e| e.to_string());
+        Ok(Outcome::Measures(Box::new(measure_outcome(op, record, &read))))
     }
 
     fn measure(
@@ -672,10 +761,7 @@ impl Bench<'_> {
         results: BTreeMap<Arm, Stored>,
     ) -> Result<Outcome, Failure> {
         if let Op::Command(op) = &self.prepared.stage.op {
-            let record = results.get(&Arm::Command).and_then(|s| s.payload.command.as_ref());
-            let record = record.ok_or_else(|| Failure::Bug("a command without a record".into()))?;
-            let read = |digest: &str| self.store.read_blob(digest).map_err(|e| e.to_string());
-            return Ok(Outcome::Measures(Box::new(measure_outcome(op, record, &read))));
+            return self.measure_command(op, &results);
         }
         let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
         let walk = self.plan.measure_walk(self.prepared, &keys.collect());
@@ -684,6 +770,7 @@ impl Bench<'_> {
                 .map_err(|error| Failure::Record(action.key.0, error.to_string()))?;
             return Ok(Outcome::Measures(Box::new(measures)));
         }
+        let started = Instant::now();
         let mut outputs = BTreeMap::new();
         for (arm, stored) in results {
             outputs.insert(arm, self.output_of(&stored)?);
@@ -694,7 +781,9 @@ impl Bench<'_> {
         let json = serde_json::to_value(&measures)
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
-        self.store.save(&walk, run, created, None, json)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let (walk, object) = (&walk, None);
+        self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(Outcome::Measures(Box::new(measures)))
     }
 }

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Bumped when the meaning of a key or a record changes.
 /// 1: the first format.
-const FORMAT: &str = "1";
+/// 2: records end with a check.
+const FORMAT: &str = "2";
 
 /// The name of an action: the blake3 hash of its fields.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -25,12 +26,19 @@ pub struct KeyWalk {
 impl KeyWalk {
     /// A walk over the fields of an action of some kind.
     pub fn new(kind: &str) -> KeyWalk {
+        let mut walk = KeyWalk::again(&[]);
+        walk.field("format", FORMAT);
+        walk.field("kind", kind);
+        walk
+    }
+
+    /// The walk that named these fields, in this order.
+    pub fn again(fields: &[(String, String)]) -> KeyWalk {
         let mut walk = KeyWalk {
             hasher: blake3::Hasher::new_derive_key("runner 2026 action key"),
             fields: Vec::new(),
         };
-        walk.field("format", FORMAT);
-        walk.field("kind", kind);
+        fields.iter().for_each(|(name, value)| walk.field(name, value));
         walk
     }
 

@@ -8,8 +8,10 @@
 mod key;
 mod stamps;
 mod store;
+mod upkeep;
 
 pub use key::{Key, KeyWalk};
 pub use stamps::{Stamp, Stamps, now};
 pub(crate) use store::write_whole;
-pub use store::{Action, CacheError, Store};
+pub use store::{Action, ActionLock, CacheError, NewAction, Store, sealed, unsealed};
+pub use upkeep::{Budget, Cleared, Health, Held};

@@ -12,7 +12,7 @@
 //! One line each, appended; the last one of a file and part counts. A line whose
 //! check is wrong (a flipped bit, a torn write) is reported and not believed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, Metadata};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -55,8 +55,14 @@ impl Stamp {
         self.size
     }
 
+    /// The stamp as plain numbers.
+    pub fn to_words(self) -> [u64; 5] {
+        let Stamp { device, inode, size, modified, changed } = self;
+        [device, inode, size, modified as u64, changed as u64]
+    }
+
     /// Whether a change after `now` would show in the time of modification.
-    fn settled(&self, now: i64) -> bool {
+    pub fn settled(&self, now: i64) -> bool {
         const SECOND: i64 = 1_000_000_000;
         // A whole second is what a coarse file system writes. Kernels count time in
         // ticks of at most 10 ms.
@@ -103,6 +109,8 @@ struct State {
     unconfirmed: Vec<PathBuf>,
     lines: usize,
     hashed: u64,
+    /// Files whose stamp changed and whose content did not.
+    touched: HashSet<(u64, u64)>,
 }
 
 /// A log with this many times the lines that count is written anew.
@@ -154,7 +162,7 @@ impl Stamps {
         let started = now();
         let digest = hash_file(&file, stamp.size)?;
         if Stamp::of(&file.metadata()?) == stamp {
-            self.note(stamp, "", digest, started);
+            self.note(stamp, "", digest, (stamp.size, started));
         }
         Ok(digest)
     }
@@ -166,15 +174,31 @@ impl Stamps {
         (entry.stamp == *stamp).then_some(entry.digest)
     }
 
-    /// Notes a digest that was begun at `started`; see [`now`]. A racy one is not kept.
-    pub fn note(&self, stamp: Stamp, part: &str, digest: Hash, started: i64) {
+    /// Notes the digest of a part of `bytes` bytes whose reading began at `started`,
+    /// see [`now`]. A racy one is not kept.
+    pub fn note(&self, stamp: Stamp, part: &str, digest: Hash, (bytes, started): (u64, i64)) {
         let mut state = self.state();
-        if part.is_empty() {
-            state.hashed += stamp.size;
+        state.hashed += bytes;
+        let place = (stamp.device, stamp.inode);
+        let earlier = state.entries.get(&(place.0, place.1, part.to_owned()));
+        if earlier.is_some_and(|earlier| earlier.digest == digest && earlier.stamp != stamp) {
+            state.touched.insert(place);
         }
         if stamp.settled(started) {
             state.keep(stamp, part, digest);
         }
+    }
+
+    /// Whether a digest of the whole file with this stamp is kept for later runs.
+    pub fn is_kept(&self, stamp: &Stamp) -> bool {
+        let state = self.state();
+        let entry = state.entries.get(&(stamp.device, stamp.inode, String::new()));
+        entry.is_some_and(|entry| entry.stamp == *stamp && entry.trust == Trust::Full)
+    }
+
+    /// Whether the file had another stamp before, and the same content.
+    pub fn touched(&self, stamp: &Stamp) -> bool {
+        self.state().touched.contains(&(stamp.device, stamp.inode))
     }
 
     /// Notes the digest of a file that the runner itself has just put in its place.
@@ -271,12 +295,13 @@ fn confirm(path: &Path) -> Option<(Stamp, Hash)> {
 fn line(stamp: &Stamp, part: &str, digest: &Hash) -> String {
     let Stamp { device, inode, size, modified, changed } = stamp;
     let text = format!("{device} {inode} {size} {modified} {changed} {digest} {part}");
-    let check = check_of(&text);
+    let check = check_of(text.as_bytes());
     format!("{text} {check}\n")
 }
 
-fn check_of(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex()[..8].to_owned()
+/// What stands at the end of lines and records, and would not fit if they were damaged.
+pub(super) fn check_of(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
 fn load(log: &Path, state: &mut State) {
@@ -309,7 +334,7 @@ fn load(log: &Path, state: &mut State) {
 
 fn parse(line: &str) -> Option<(Part, Entry)> {
     let (text, check) = line.rsplit_once(' ')?;
-    if check_of(text) != check {
+    if check_of(text.as_bytes()) != check {
         return None;
     }
     let mut fields = text.splitn(7, ' ');

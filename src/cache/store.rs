@@ -4,21 +4,31 @@
 //! cache/v1/objects/ab/<blake3 of the file>.safetensors   tensors
 //! cache/v1/objects/ab/<blake3 of the file>               what programs wrote and said
 //! cache/v1/actions/ab/<key>.json                         what made them
-//! cache/v1/latest/ab/<who>.json                          the last key of a (stage, arm)
+//! cache/v1/latest.log                                    the last key of each (stage, arm)
+//! cache/v1/locks/<key>                                   held while an action is computed
+//! cache/v1/in-use                                        shared by runs, exclusive to `gc`
 //! ```
-//! Everything is written to a temporary file, flushed to disk and renamed, so a
-//! reader sees a whole file or none. An object is verified when it is read.
+//! Everything is written to a temporary file and renamed, so a reader sees a whole
+//! file or none; what took long to compute is flushed to disk before. Objects are
+//! verified by their names when they are read, records and lines by a check at
+//! their end, so what a power cut leaves behind is found and computed again.
 
-use std::fs::Permissions;
+use std::collections::HashMap;
+use std::fs::{File, Permissions, TryLockError};
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use super::key::{Key, KeyWalk};
-use super::stamps::Stamps;
+use super::stamps::{Stamps, check_of};
+use crate::interrupt;
 
+const LATEST: &str = "latest.log";
+const IN_USE: &str = "in-use";
 /// Files smaller than this are copied without asking for shared blocks.
 const WORTH_SHARING: u64 = 64 << 10;
 
@@ -80,12 +90,117 @@ impl Action {
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    latest: Arc<Mutex<Option<Latest>>>,
 }
+
+/// What `latest.log` says: the key of each who, and the lines that it has.
+#[derive(Debug, Default)]
+struct Latest {
+    keys: HashMap<String, Key>,
+    lines: usize,
+}
+
+/// The right to compute an action, which no other runner has at the same time.
+#[derive(Debug)]
+pub struct ActionLock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for ActionLock {
+    fn drop(&mut self) {
+        // Whoever waits for the lock sees that the file is another one, and asks again.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A result to keep.
+pub struct NewAction<'a> {
+    /// The fields of its key.
+    pub walk: &'a KeyWalk,
+    /// The run that computed it.
+    pub run: &'a str,
+    /// When.
+    pub created: &'a str,
+    /// The tensors' file, if it made any.
+    pub object: Option<&'a [u8]>,
+    /// What it says besides tensors.
+    pub payload: serde_json::Value,
+    /// Seconds that it took.
+    pub seconds: f64,
+}
+
+/// Results that took longer are flushed to disk; others cost less to compute again
+/// than the flush.
+const WORTH_FLUSHING: f64 = 0.25;
 
 impl Store {
     /// The store in `folder`, which is made when something is first stored.
     pub fn new(folder: &Path) -> Store {
-        Store { root: folder.join("v1") }
+        Store { root: folder.join("v1"), latest: Arc::default() }
+    }
+
+    /// The folder of this version's format.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Says that a run uses the store, for as long as the result lives: `gc` waits.
+    ///
+    /// # Errors
+    /// If the folder cannot be written.
+    pub fn in_use(&self) -> Result<File, CacheError> {
+        let file = self.in_use_file()?;
+        file.lock_shared().map_err(|source| io("lock", &self.root.join(IN_USE), source))?;
+        Ok(file)
+    }
+
+    /// The file that [`Store::in_use`] locks.
+    pub(super) fn in_use_file(&self) -> Result<File, CacheError> {
+        std::fs::create_dir_all(&self.root).map_err(|source| io("make", &self.root, source))?;
+        let path = self.root.join(IN_USE);
+        let file = File::options().create(true).append(true).open(&path);
+        file.map_err(|source| io("open", &path, source))
+    }
+
+    /// Waits for the right to compute an action; none if the user asked to stop.
+    ///
+    /// # Errors
+    /// If the folder cannot be written.
+    pub fn lock(&self, key: &Key) -> Result<Option<ActionLock>, CacheError> {
+        let folder = self.root.join("locks");
+        let path = folder.join(&key.0);
+        let failed = |source| io("lock", &path, source);
+        let mut told = false;
+        while !interrupt::requested() {
+            let file = match File::options().create(true).append(true).open(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    std::fs::create_dir_all(&folder).map_err(failed)?;
+                    continue;
+                }
+                file => file.map_err(failed)?,
+            };
+            match file.try_lock() {
+                Ok(()) => {
+                    let opened = file.metadata().map_err(failed)?.ino();
+                    // Its last owner may have removed it before it was locked.
+                    if std::fs::metadata(&path).is_ok_and(|facts| facts.ino() == opened) {
+                        return Ok(Some(ActionLock { path, _file: file }));
+                    }
+                }
+                Err(TryLockError::WouldBlock) => {
+                    if !told {
+                        tracing::warn!(
+                            "another runner computes what is needed here; waiting for it"
+                        );
+                        told = true;
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
+            }
+        }
+        Ok(None)
     }
 
     /// Where generated models are kept.
@@ -112,13 +227,20 @@ impl Store {
     ///
     /// A damaged record is moved aside and counts as absent: it is computed again.
     pub fn find(&self, key: &Key) -> Option<Action> {
-        let path = self.place("actions", &key.0, "json");
+        let action = self.record(key)?;
+        let whole = action.object.as_ref().is_none_or(|o| self.object_path(o).is_file());
+        whole.then(|| {
+            self.touch(key);
+            action
+        })
+    }
+
+    /// The record of an action, whether or not its tensors are still there.
+    pub fn record(&self, key: &Key) -> Option<Action> {
+        let path = self.action_path(key);
         let bytes = std::fs::read(&path).ok()?;
-        match serde_json::from_slice::<Action>(&bytes) {
-            Ok(action) if action.key == *key => {
-                let whole = action.object.as_ref().is_none_or(|o| self.object_path(o).is_file());
-                whole.then_some(action)
-            }
+        match decode_record(&bytes) {
+            Some(action) if action.key == *key => Some(action),
             _ => {
                 self.move_aside(&path);
                 None
@@ -126,32 +248,43 @@ impl Store {
         }
     }
 
+    pub(super) fn action_path(&self, key: &Key) -> PathBuf {
+        self.place("actions", &key.0, "json")
+    }
+
+    /// Notes that an action was of use, for `gc`. Once an hour is often enough.
+    fn touch(&self, key: &Key) {
+        const OFTEN: Duration = Duration::from_secs(3600);
+        let path = self.action_path(key);
+        let used = std::fs::metadata(&path).and_then(|facts| facts.modified());
+        let age = used.ok().and_then(|used| used.elapsed().ok());
+        if age.is_some_and(|age| age > OFTEN)
+            && let Ok(file) = File::options().append(true).open(&path)
+        {
+            // A read-only cache is as good to read from.
+            let _ = file.set_modified(SystemTime::now());
+        }
+    }
+
     /// Keeps an action with its tensors, if it made any.
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn save(
-        &self,
-        walk: &KeyWalk,
-        run: &str,
-        created: &str,
-        object: Option<&[u8]>,
-        payload: serde_json::Value,
-    ) -> Result<Action, CacheError> {
-        let object = match object {
+    pub fn save(&self, new: NewAction<'_>) -> Result<Action, CacheError> {
+        let flush = new.seconds > WORTH_FLUSHING;
+        let object = match new.object {
             None => None,
             Some(bytes) => {
                 let digest = blake3::hash(bytes).to_hex().to_string();
-                let path = self.object_path(&digest);
-                if !path.is_file() {
-                    write_whole(&path, bytes)?;
-                }
+                // Also over one that is there: if that is damaged, this is its repair.
+                write_file(&self.object_path(&digest), bytes, flush)?;
                 Some(digest)
             }
         };
-        let action = Action { object, ..Action::unsaved(walk, run, created, payload) };
-        let path = self.place("actions", &action.key.0, "json");
-        write_whole(&path, &to_json(&action, &path)?)?;
+        let action =
+            Action { object, ..Action::unsaved(new.walk, new.run, new.created, new.payload) };
+        let path = self.action_path(&action.key);
+        write_file(&path, &sealed(to_json(&action, &path)?), flush)?;
         Ok(action)
     }
 
@@ -230,7 +363,7 @@ impl Store {
         let source = self.blob_path(digest);
         let folder = target.parent().unwrap_or(Path::new("."));
         let write = || {
-            let mut from = std::fs::File::open(&source)?;
+            let mut from = File::open(&source)?;
             let mut draft = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
             let shared = from.metadata()?.len() >= WORTH_SHARING
                 && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
@@ -244,23 +377,46 @@ impl Store {
         write().map(drop).map_err(|source| io("write", target, source))
     }
 
-    /// Remembers the last fields of somebody's action, for [`Store::latest`].
+    /// Remembers somebody's last action, for [`Store::latest`].
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn remember(&self, who: &str, action: &Action) -> Result<(), CacheError> {
-        let path = self.place("latest", &name_of(who), "json");
-        write_whole(&path, &to_json(action, &path)?)
+    pub fn remember(&self, who: &str, key: &Key) -> Result<(), CacheError> {
+        let path = self.root.join(LATEST);
+        let who = name_of(who);
+        let mut guard = self.latest_keys();
+        let latest = guard.get_or_insert_default();
+        if latest.keys.get(&who) == Some(key) {
+            return Ok(());
+        }
+        let text = latest_line(&who, key);
+        latest.keys.insert(who, key.clone());
+        latest.lines += 1;
+        if latest.lines > 1000 && latest.lines > 4 * latest.keys.len() {
+            latest.lines = latest.keys.len();
+            let all: String = latest.keys.iter().map(|(who, key)| latest_line(who, key)).collect();
+            return write_whole(&path, all.as_bytes());
+        }
+        let append = || {
+            let mut file = File::options().create(true).append(true).open(&path)?;
+            file.write_all(text.as_bytes())
+        };
+        append().map_err(|source| io("write", &path, source))
     }
 
     /// The last action that was remembered for somebody.
-    pub fn latest(&self, who: &str) -> Option<Action> {
-        let bytes = std::fs::read(self.place("latest", &name_of(who), "json")).ok()?;
-        serde_json::from_slice(&bytes).ok()
+    pub fn latest(&self, who: &str) -> Option<Key> {
+        self.latest_keys().as_ref()?.keys.get(&name_of(who)).cloned()
+    }
+
+    fn latest_keys(&self) -> MutexGuard<'_, Option<Latest>> {
+        let mut guard = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.get_or_insert_with(|| read_latest(&self.root.join(LATEST)));
+        guard
     }
 
     /// Renames a damaged file, so that it is neither used nor lost.
-    fn move_aside(&self, path: &Path) {
+    pub(super) fn move_aside(&self, path: &Path) {
         let aside = path.with_extension("damaged");
         if let Err(error) = std::fs::rename(path, &aside) {
             tracing::warn!("cannot move `{}` aside: {error}", path.display());
@@ -274,33 +430,99 @@ fn name_of(who: &str) -> String {
     blake3::hash(who.as_bytes()).to_hex().to_string()
 }
 
+fn latest_line(who: &str, key: &Key) -> String {
+    let text = format!("{who} {}", key.0);
+    let check = check_of(text.as_bytes());
+    format!("{text} {check}\n")
+}
+
+fn read_latest(path: &Path) -> Latest {
+    let mut latest = Latest::default();
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let mut damaged = 0;
+    for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        latest.lines += 1;
+        let line = std::str::from_utf8(line).ok();
+        let sound = line.and_then(|line| line.rsplit_once(' '));
+        let sound = sound.filter(|(text, check)| check_of(text.as_bytes()) == *check);
+        match sound.and_then(|(text, _)| text.split_once(' ')) {
+            Some((who, key)) => {
+                latest.keys.insert(who.to_owned(), Key(key.to_owned()));
+            }
+            None => damaged += 1,
+        }
+    }
+    if damaged > 0 {
+        tracing::warn!("{damaged} lines of `{}` are damaged and are ignored", path.display());
+    }
+    latest
+}
+
+pub(super) fn decode_record(bytes: &[u8]) -> Option<Action> {
+    serde_json::from_slice(unsealed(bytes)?).ok()
+}
+
+/// A text with a check at its end, by which [`unsealed`] knows that it is whole.
+pub fn sealed(mut text: Vec<u8>) -> Vec<u8> {
+    let check = check_of(&text);
+    text.extend_from_slice(format!("\n{check}\n").as_bytes());
+    text
+}
+
+/// The text that was sealed, if it is what it was.
+pub fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
+    let text = bytes.strip_suffix(b"\n")?;
+    let end = text.iter().rposition(|byte| *byte == b'\n')?;
+    let (text, check) = (&text[..end], &text[end + 1..]);
+    (check_of(text).as_bytes() == check).then_some(text)
+}
+
 fn to_json(value: &impl Serialize, path: &Path) -> Result<Vec<u8>, CacheError> {
     serde_json::to_vec(value).map_err(|error| io("encode", path, std::io::Error::other(error)))
 }
 
-/// Writes a file so that it is there whole or not at all.
+/// Writes a file so that it is there whole or not at all, also after a power cut.
 ///
 /// # Errors
 /// If the folder cannot be written.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
+    write_file(path, bytes, true)
+}
+
+/// As [`write_whole`]; without `flush` a power cut may leave a file of the right
+/// length with another content.
+fn write_file(path: &Path, bytes: &[u8], flush: bool) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))?;
     let write = || {
-        let mut file = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
+        let draft = || tempfile::Builder::new().prefix(".writing-").tempfile_in(folder);
+        let mut file = match draft() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                std::fs::create_dir_all(folder)?;
+                draft()?
+            }
+            file => file?,
+        };
         file.write_all(bytes)?;
-        file.as_file().sync_data()?;
+        if flush {
+            file.as_file().sync_data()?;
+        }
         file.persist(path).map_err(|error| error.error)
     };
     write().map(drop).map_err(|source| io("write", path, source))
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> CacheError {
+pub(super) fn io(action: &'static str, path: &Path, source: std::io::Error) -> CacheError {
     CacheError::Io { action, path: path.to_owned(), source }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn save(store: &Store, walk: &KeyWalk, object: Option<&[u8]>) -> Result<Action, CacheError> {
+        let payload = 7.into();
+        store.save(NewAction { walk, run: "run", created: "now", object, payload, seconds: 1.0 })
+    }
 
     fn walk(value: &str) -> KeyWalk {
         let mut walk = KeyWalk::new("test");
@@ -313,8 +535,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::new(folder.path());
         assert!(store.find(&walk("a").key()).is_none());
-        let saved =
-            store.save(&walk("a"), "run", "now", Some(b"tensors"), 7.into()).expect("saved");
+        let saved = save(&store, &walk("a"), Some(b"tensors")).expect("saved");
         assert_eq!(store.find(&walk("a").key()), Some(saved.clone()));
         assert!(store.find(&walk("b").key()).is_none());
         let object = saved.object.expect("an object");
@@ -325,8 +546,7 @@ mod tests {
     fn a_flipped_bit_in_an_object_is_found_and_the_object_is_set_aside() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::new(folder.path());
-        let saved =
-            store.save(&walk("a"), "run", "now", Some(b"tensors"), 7.into()).expect("saved");
+        let saved = save(&store, &walk("a"), Some(b"tensors")).expect("saved");
         let object = saved.object.expect("an object");
         std::fs::write(store.object_path(&object), b"tensorz").expect("written");
         assert!(matches!(store.read_object(&object), Err(CacheError::Damaged { .. })));
@@ -340,11 +560,59 @@ mod tests {
     fn a_damaged_record_counts_as_absent() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::new(folder.path());
-        let saved = store.save(&walk("a"), "run", "now", None, 7.into()).expect("saved");
-        let path = store.place("actions", &saved.key.0, "json");
-        std::fs::write(&path, b"{").expect("written");
-        assert!(store.find(&walk("a").key()).is_none());
-        assert!(path.with_extension("damaged").is_file());
+        let saved = save(&store, &walk("a"), None).expect("saved");
+        let path = store.action_path(&saved.key);
+        let whole = std::fs::read(&path).expect("read");
+        for place in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[place] ^= 4;
+            std::fs::write(&path, damaged).expect("written");
+            assert!(store.find(&walk("a").key()).is_none(), "byte {place}");
+            assert!(path.with_extension("damaged").is_file());
+        }
+        std::fs::write(&path, &whole).expect("written");
+        assert!(store.find(&walk("a").key()).is_some());
+    }
+
+    #[test]
+    fn the_last_key_of_each_is_remembered_and_a_damaged_line_is_not_believed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let key = |value: &str| walk(value).key();
+        let store = Store::new(folder.path());
+        save(&store, &walk("a"), None).expect("saved");
+        for value in ["a", "b"] {
+            store.remember("me", &key(value)).expect("remembered");
+        }
+        store.remember("you", &key("a")).expect("remembered");
+        let later = Store::new(folder.path());
+        assert_eq!(later.latest("me"), Some(key("b")));
+        let log = store.root().join(LATEST);
+        let mut bytes = std::fs::read(&log).expect("read");
+        let last = bytes.len() - 20;
+        bytes[last] ^= 1;
+        std::fs::write(&log, bytes).expect("written");
+        let later = Store::new(folder.path());
+        assert_eq!((later.latest("me"), later.latest("you")), (Some(key("b")), None));
+    }
+
+    #[test]
+    fn one_action_is_computed_by_one_at_a_time() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::new(folder.path());
+        let inside = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..25 {
+                        let lock = store.lock(&walk("a").key()).expect("a lock");
+                        let before = inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                        assert!(lock.is_some() && before == 0);
+                        inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(store.root().join("locks")).expect("a folder").count(), 0);
     }
 
     #[test]
@@ -352,7 +620,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("file");
         std::fs::write(&file, b"").expect("written");
-        let error = Store::new(&file).save(&walk("a"), "run", "now", None, 7.into());
+        let error = save(&Store::new(&file), &walk("a"), None);
         assert!(error.expect_err("refused").to_string().contains("file"));
     }
 }

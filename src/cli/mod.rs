@@ -5,12 +5,15 @@
 //! or usage, 3 nothing was measured, 4 a required arm could not run, 70 a bug of
 //! ours, 130 stopped on request.
 
+mod cache;
 mod chip;
 mod doctor;
 mod export;
+mod journal;
 mod measure;
 mod plan;
 mod run;
+mod unchanged;
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
@@ -18,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use cache::CacheArgs;
 use chip::ChipCli;
 use plan::PlanArgs;
 use run::RunArgs;
@@ -91,6 +95,8 @@ enum Command {
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
     },
+    /// The cache: list, verify, clear away, pin.
+    Cache(CacheArgs),
     /// Start and watch programs for a run; started by the runner itself.
     #[command(name = SERVER_ARGUMENT, hide = true)]
     ProcessServer,
@@ -128,6 +134,12 @@ struct Selection {
     /// The folder of runs, with the cache.
     #[arg(long, default_value = "runs")]
     runs: PathBuf,
+    /// Do not believe the digests of earlier runs: read every file again.
+    #[arg(long)]
+    rehash: bool,
+    /// Run the selected stages although their results are there.
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -185,6 +197,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Export { run, stage, arm, out, runs } => {
             export::export(&run, &stage, arm, &out, &runs)
         }
+        Command::Cache(args) => cache::cache(&args),
         Command::ProcessServer => {
             serve().map_err(|error| format!("the process server failed: {error}"))?;
             Ok(PASS)
@@ -256,13 +269,21 @@ fn shipped(runs: &Path) -> Shipped {
     Shipped { programs: Some(store_of(runs).programs()) }
 }
 
+/// Keeps the digests that were made; without them the next run makes them again.
+fn keep(stamps: &Stamps) {
+    if let Err(error) = stamps.save() {
+        tracing::warn!("digests of files are not kept: {error}");
+    }
+}
+
 fn make_plan<'a>(
     pipeline: &'a Pipeline,
     graph: &Graph,
     stages: &BTreeSet<StageId>,
     store: &Store,
+    stamps: &'a Stamps,
 ) -> Result<Plan<'a>, String> {
-    Plan::new(pipeline, graph, stages, store).map_err(|problems| {
+    Plan::new(pipeline, graph, stages, store, stamps).map_err(|problems| {
         // Stages share models and prompts: each problem is told once.
         let mut told: Vec<(String, Vec<String>)> = Vec::new();
         for PlanError::Stage { stage, file, problem } in problems {

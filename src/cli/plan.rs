@@ -2,28 +2,50 @@
 
 use clap::Args;
 
-use super::{Selection, make_plan, print, selected, shipped, stamps_of, store_of};
+use super::{Selection, keep, make_plan, print, selected, shipped, stamps_of, store_of};
+use crate::cache::Store;
+use crate::compute::arms::Workshop;
+use crate::plan::{Field, Plan, PlanLine};
 
 #[derive(Args)]
 pub(super) struct PlanArgs {
     #[command(flatten)]
     selection: Selection,
+    /// Print every field of every key, and which of them changed.
+    #[arg(long)]
+    explain: bool,
 }
 
-pub(super) fn plan_stages(PlanArgs { selection }: &PlanArgs) -> Result<u8, String> {
+pub(super) fn plan_stages(PlanArgs { selection, explain }: &PlanArgs) -> Result<u8, String> {
     let (pipeline, graph, stages) = selected(selection)?;
     let store = store_of(&selection.runs);
-    let plan = make_plan(&pipeline, &graph, &stages, &store)?;
-    let lines = plan.preview(&store, &stamps_of(&selection.runs, false), &shipped(&selection.runs));
+    let stamps = stamps_of(&selection.runs, selection.rehash);
+    let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
+    plan.force = selection.force;
+    let text = lines(&plan, &store, &shipped(&selection.runs), *explain);
+    keep(&stamps);
+    print(&text)
+}
+
+/// A line for every (stage, arm): what a run would do with it, and why.
+/// With `explain` also what its key is made of.
+pub(super) fn lines(
+    plan: &Plan<'_>,
+    store: &Store,
+    workshop: &dyn Workshop,
+    explain: bool,
+) -> String {
+    let lines = plan.preview(store, workshop);
     let width = lines.iter().map(|line| line.stage.0.len()).max().unwrap_or(0);
-    let rows = lines.iter().map(|line| {
-        format!(
-            "{:width$}  {:9}  {:10}  {}\n",
-            line.stage.0,
-            line.arm.name(),
-            line.action,
-            line.why
-        )
-    });
-    print(&rows.collect::<String>())
+    let mut text = String::new();
+    for PlanLine { stage, arm, action, why, fields } in &lines {
+        text += &format!("{:width$}  {:9}  {action:10}  {why}\n", stage.0, arm.name());
+        for Field { name, value, before } in fields.iter().filter(|_| explain) {
+            text += &match before {
+                Some(before) => format!("    * {name}: {before} -> {value}\n"),
+                None => format!("      {name}: {value}\n"),
+            };
+        }
+    }
+    text
 }

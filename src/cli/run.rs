@@ -8,15 +8,19 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 
-use super::{BUG, INTERRUPTED, Selection, make_plan, print, selected, stamps_of, store_of};
+use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
+use super::{
+    BUG, INTERRUPTED, Selection, journal, keep, make_plan, print, selected, stamps_of, store_of,
+};
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
-use crate::executor::{Attempts, Processes};
+use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::Arm;
 use crate::record::{Provenance, RunRecord, SCHEMA};
 use crate::report::{Bars, EventLog, Lines, Sinks, table};
 use crate::run::{Options, run};
+use crate::text::grouped;
 use crate::verdict::Verdict;
 
 #[derive(Args)]
@@ -29,6 +33,18 @@ pub(super) struct RunArgs {
     /// Jobs that run beside each other; all cores by default.
     #[arg(long)]
     jobs: Option<NonZeroUsize>,
+    /// Say what would run, and why; compute nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Start nothing more once a stage has not passed.
+    #[arg(long)]
+    fail_fast: bool,
+    /// Go on with whatever does not need a stage that failed; this is the default.
+    #[arg(long, overrides_with = "fail_fast")]
+    keep_going: bool,
+    /// Print every field of every key, and which of them changed.
+    #[arg(long)]
+    explain: bool,
     /// What to print.
     #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
     format: OutputFormat,
@@ -53,24 +69,39 @@ enum OutputFormat {
 
 /// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome.
 pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, String> {
-    let (pipeline, graph, stages) = selected(&args.selection)?;
+    let began = crate::cache::now();
     let runs = &args.selection.runs;
     let store = store_of(runs);
+    let as_before =
+        !(args.selection.force || args.selection.rehash || args.dry_run || args.explain);
+    if as_before && let Some(unchanged) = unchanged::find(&store, workshop) {
+        return finish_unchanged(args, unchanged);
+    }
+    let (pipeline, graph, stages) = selected(&args.selection)?;
     ctrlc::set_handler(on_signal).map_err(|error| format!("cannot watch for Ctrl-C: {error}"))?;
-    let plan = make_plan(&pipeline, &graph, &stages, &store)?;
+    let stamps = stamps_of(runs, args.selection.rehash);
+    let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
+    plan.force = args.selection.force;
+    if args.dry_run || args.explain {
+        let text = super::plan::lines(&plan, &store, workshop, args.explain);
+        if args.dry_run {
+            keep(&stamps);
+            return print(&text);
+        }
+        eprint!("{text}");
+    }
+    let _in_use = store.in_use().map_err(|error| error.to_string())?;
 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
-    let log = std::fs::File::create(folder.join("events.jsonl"))
-        .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
-    let bars = args.format == OutputFormat::Human && std::io::stderr().is_terminal();
-    let progress: Box<dyn Sink> = if bars { Box::new(Bars::default()) } else { Box::new(Lines) };
-    let mut sinks = Sinks(vec![progress, Box::new(EventLog::new(log))]);
-    let stamps = stamps_of(runs, false);
+    let mut sinks = sinks(args, &folder)?;
     let processes = Processes::of_this_program();
-    let (attempts, _) = Attempts::open(&store.attempts(), &id).map_err(|error| {
+    let (attempts, cut_off) = Attempts::open(&store.attempts(), &id).map_err(|error| {
         format!("cannot make a folder for attempts in `{}`: {error}", runs.display())
     })?;
+    for earlier in cut_off {
+        journal::tell_what_was_cut_off(runs, &earlier);
+    }
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {
         run: id.clone(),
@@ -78,14 +109,13 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         jobs: args.jobs.map_or(cores, NonZeroUsize::get),
         require: args.require.iter().copied().collect(),
         workshop,
-        stamps: &stamps,
+        fail_fast: args.fail_fast,
+        slots: &Slots::here(),
         processes: &processes,
         attempts: &attempts,
     };
     let finished = run(&plan, &store, &options, &mut sinks);
-    if let Err(error) = stamps.save() {
-        tracing::warn!("digests of files are not kept: {error}");
-    }
+    keep(&stamps);
 
     let verdict = Verdict::of_run(finished.stages.iter().map(|stage| stage.verdict));
     let exit_code = match (&finished.bug, finished.interrupted) {
@@ -113,14 +143,88 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     if let Some(bug) = &finished.bug {
         eprintln!("a bug of ours, please report it: {bug}");
     }
-    match args.format {
-        OutputFormat::Json => print(&(json + "\n"))?,
-        OutputFormat::Human | OutputFormat::Plain => {
-            let place = folder.join("run.json").display().to_string();
-            print(&table(&record, &place, terminal_width()))?
-        }
-    };
+    if finished.bug.is_none() {
+        unchanged::note(&store, &plan, &record, workshop, began);
+    }
+    show(args, &record, record.stages.len(), json, &folder)?;
     Ok(exit_code)
+}
+
+/// The end of a run that found everything as the last one left it.
+fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> {
+    let (started, clock) = (Timestamp::now(), Instant::now());
+    let (id, folder) = make_run_folder(&args.selection.runs, &started, &unchanged.plan)?;
+    let mut sinks = sinks(args, &folder)?;
+    let Unchanged { count, stages, json, verdict, .. } = unchanged;
+    let ids = stages.iter().map(|stage| stage.id.clone()).collect();
+    sinks.event(&Event::RunStarted { run: id.clone(), stages: ids });
+    for stage in &stages {
+        for (arm, record) in &stage.arms {
+            let (stage, arm, why) = (stage.id.clone(), *arm, record.why.clone());
+            sinks.event(&Event::ArmFinished { stage, arm, state: record.state, why, seconds: 0.0 });
+        }
+        let (stage, verdict, why) = (stage.id.clone(), stage.verdict, stage.why.clone());
+        sinks.event(&Event::StageJudged { stage, verdict, why, seconds: 0.0 });
+    }
+    let mut record = RunRecord {
+        schema: SCHEMA,
+        id,
+        verdict,
+        exit_code: verdict.exit_code(),
+        interrupted: false,
+        started: seconds_only(&started),
+        seconds: 0.0,
+        folder: unchanged.folder,
+        provenance: provenance(),
+        stages: Vec::new(),
+    };
+    record.seconds = clock.elapsed().as_secs_f64();
+    sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
+    let head = serde_json::to_string_pretty(&record)
+        .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
+    let json = head.replacen("\"stages\": []", &format!("\"stages\": {json}"), 1);
+    // Not flushed to disk: a run that changed nothing has nothing to lose.
+    std::fs::write(folder.join("run.json"), &json)
+        .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
+    record.stages = stages;
+    show(args, &record, count, json, &folder)?;
+    Ok(record.exit_code)
+}
+
+fn sinks(args: &RunArgs, folder: &Path) -> Result<Sinks, String> {
+    let log = std::fs::File::create(folder.join("events.jsonl"))
+        .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
+    let bars = args.format == OutputFormat::Human && std::io::stderr().is_terminal();
+    let progress: Box<dyn Sink> = if bars { Box::new(Bars::default()) } else { Box::new(Lines) };
+    Ok(Sinks(vec![progress, Box::new(EventLog::new(log))]))
+}
+
+/// Prints a run of `count` stages. Where there are very many, those that passed are
+/// counted instead of listed.
+fn show(
+    args: &RunArgs,
+    record: &RunRecord,
+    count: usize,
+    json: String,
+    folder: &Path,
+) -> Result<u8, String> {
+    if args.format == OutputFormat::Json {
+        return print(&(json + "\n"));
+    }
+    let place = folder.join("run.json").display().to_string();
+    if count <= SHOWN_ONE_BY_ONE {
+        return print(&table(record, &place, terminal_width()));
+    }
+    let listed: Vec<_> = record.stages.iter().filter(|s| s.verdict != Verdict::Pass).collect();
+    let passed = grouped(count - listed.len());
+    if listed.is_empty() {
+        let seconds = record.seconds;
+        return print(&format!("all {passed} stages pass in {seconds:.2} s    {place}\n"));
+    }
+    let listed = listed.into_iter().cloned().collect();
+    let record = RunRecord { stages: listed, ..record.clone() };
+    let table = table(&record, &place, terminal_width());
+    print(&format!("{passed} stages pass, the others:\n{table}"))
 }
 
 /// The first Ctrl-C asks everything to end; the second ends the process.

@@ -138,6 +138,8 @@ pub struct Tools<'a> {
 /// Everything that a command would see if it ran now.
 pub struct Seen {
     program: PathBuf,
+    /// Folders in which it was looked for, where another could appear.
+    searched: Vec<PathBuf>,
     program_digest: String,
     inputs: Vec<Input>,
     env: BTreeMap<String, String>,
@@ -150,6 +152,8 @@ struct Input {
     digest: String,
     /// The file, or the files of the folder, with their stamps before they were read.
     files: Vec<(PathBuf, Stamp)>,
+    /// The folder and those in it.
+    folders: Vec<(PathBuf, Stamp)>,
 }
 
 /// Looks at everything that a command would see; runs nothing.
@@ -166,7 +170,7 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
     let path = path.or_insert_with(|| variable("PATH").unwrap_or(DEFAULT_PATH.to_owned())).clone();
 
     let name = command.argv.first().map(String::as_str).unwrap_or_default();
-    let program = find_program(name, &path, project)?;
+    let (program, searched) = find_program(name, &path, project)?;
     let digest = stamps.digest(&program).map_err(|source| io("read", &program, source))?;
     let inputs = command.inputs.iter().map(|path| {
         look_at_input(path, project, stamps).map_err(|source| CommandError::Input {
@@ -179,12 +183,32 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
         inputs: inputs.collect::<Result<_, _>>()?,
         program_digest: digest.to_hex().to_string(),
         program,
+        searched,
         env,
         listed,
     })
 }
 
 impl Seen {
+    /// Every file and folder that was looked at.
+    pub fn looked_at(&self) -> impl Iterator<Item = &Path> {
+        let inputs = self.inputs.iter().flat_map(|input| input.files.iter().chain(&input.folders));
+        let inputs = inputs.map(|(path, _)| path.as_path());
+        let searched = self.searched.iter().map(PathBuf::as_path);
+        inputs.chain(searched).chain([self.program.as_path()])
+    }
+
+    /// The variables that it depends on.
+    pub fn variables(&self) -> &BTreeMap<String, Option<String>> {
+        &self.listed
+    }
+
+    /// The inputs that were touched and have the same content.
+    pub fn touched(&self, stamps: &Stamps) -> Vec<String> {
+        let touched = |input: &&Input| input.files.iter().any(|(_, stamp)| stamps.touched(stamp));
+        self.inputs.iter().filter(touched).map(|input| input.path.clone()).collect()
+    }
+
     /// Names everything that the result depends on. The timeout is not among it,
     /// nor what is only looked for in the result.
     pub fn describe(&self, command: &Command, walk: &mut KeyWalk) {
@@ -204,13 +228,15 @@ impl Seen {
     }
 }
 
-/// Runs a command and takes its files into the store and to their places.
+/// Runs a command and takes its files into the store and to their places. Of the
+/// machine's GPUs it sees `gpus`, if any were handed out to it.
 ///
 /// # Errors
 /// If it did not end by itself, or did not keep its promises.
 pub fn carry_out(
     command: &Command,
     seen: &Seen,
+    gpus: &[usize],
     tools: &Tools<'_>,
 ) -> Result<(CommandRecord, f64), CommandError> {
     let attempt = tools.attempts.attempt();
@@ -221,10 +247,15 @@ pub fn carry_out(
         std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
     }
     lay_out(command, tools.project, &work)?;
+    let mut env = seen.env.clone();
+    if !gpus.is_empty() {
+        let numbers: Vec<String> = gpus.iter().map(usize::to_string).collect();
+        env.insert("CUDA_VISIBLE_DEVICES".to_owned(), numbers.join(","));
+    }
     let ended = tools.processes.run(&Request {
         file: seen.program.clone(),
         argv: command.argv.clone(),
-        env: seen.env.clone(),
+        env,
         folder: work.clone(),
         temporary,
         stdout: folder("stdout"),
@@ -365,46 +396,63 @@ fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandErr
     if size == 0 { Ok(None) } else { Ok(Some(tools.store.adopt(file)?)) }
 }
 
-/// A program's file: as `execvp` finds it, and seen from the project's folder.
-fn find_program(name: &str, path: &str, project: &Path) -> Result<PathBuf, CommandError> {
+/// A program's file, as `execvp` finds it and seen from the project's folder, and
+/// the folders that were searched up to it.
+fn find_program(
+    name: &str,
+    path: &str,
+    project: &Path,
+) -> Result<(PathBuf, Vec<PathBuf>), CommandError> {
     let runs = |file: &PathBuf| {
         let facts = std::fs::metadata(file);
         facts.is_ok_and(|facts| facts.is_file() && facts.permissions().mode() & 0o111 != 0)
     };
-    let (found, looked_in) = if name.contains('/') {
-        let file = project.join(name);
-        (Some(file).filter(runs), format!("`{}`", project.display()))
-    } else {
-        let mut places = std::env::split_paths(path).map(|folder| project.join(folder).join(name));
-        (places.find(runs), format!("PATH ({path})"))
-    };
-    found.ok_or_else(|| CommandError::NoProgram { program: name.to_owned(), looked_in })
+    let missing = |looked_in| CommandError::NoProgram { program: name.to_owned(), looked_in };
+    if name.contains('/') {
+        let file = Some(project.join(name)).filter(runs);
+        let file = file.ok_or_else(|| missing(format!("`{}`", project.display())))?;
+        return Ok((file, Vec::new()));
+    }
+    let mut searched = Vec::new();
+    for folder in std::env::split_paths(path) {
+        let folder = project.join(folder);
+        let file = folder.join(name);
+        searched.push(folder);
+        if runs(&file) {
+            return Ok((file, searched));
+        }
+    }
+    Err(missing(format!("PATH ({path})")))
 }
 
 /// One digest for an input. A folder's is over the paths and contents of its files.
 fn look_at_input(path: &str, project: &Path, stamps: &Stamps) -> std::io::Result<Input> {
     let root = project.join(path);
-    let mut files = Vec::new();
     let facts = std::fs::metadata(&root)?;
+    let mut input =
+        Input { path: path.to_owned(), digest: String::new(), files: vec![], folders: vec![] };
     if !facts.is_dir() {
-        files.push((root.clone(), Stamp::of(&facts)));
-        let digest = stamps.digest(&root)?.to_hex().to_string();
-        return Ok(Input { path: path.to_owned(), digest, files });
+        input.digest = stamps.digest(&root)?.to_hex().to_string();
+        input.files.push((root, Stamp::of(&facts)));
+        return Ok(input);
     }
-    list_files(&root, DEEPEST, &mut files)?;
+    list_files(&root, &facts, DEEPEST, &mut input)?;
     let mut walk = KeyWalk::new("folder");
-    for (file, _) in &files {
+    for (file, _) in &input.files {
         let name = file.strip_prefix(&root).unwrap_or(file);
         walk.field(&name.to_string_lossy(), stamps.digest(file)?.to_hex());
     }
-    Ok(Input { path: path.to_owned(), digest: walk.key().0, files })
+    input.digest = walk.key().0;
+    Ok(input)
 }
 
 fn list_files(
     folder: &Path,
+    facts: &std::fs::Metadata,
     deeper: usize,
-    files: &mut Vec<(PathBuf, Stamp)>,
+    input: &mut Input,
 ) -> std::io::Result<()> {
+    input.folders.push((folder.to_owned(), Stamp::of(facts)));
     if deeper == 0 {
         return Err(std::io::Error::other("its folders are nested too deeply; is a link a loop?"));
     }
@@ -414,9 +462,9 @@ fn list_files(
     for path in paths {
         let facts = std::fs::metadata(&path)?;
         if facts.is_dir() {
-            list_files(&path, deeper - 1, files)?;
+            list_files(&path, &facts, deeper - 1, input)?;
         } else {
-            files.push((path, Stamp::of(&facts)));
+            input.files.push((path, Stamp::of(&facts)));
         }
     }
     Ok(())

@@ -4,7 +4,8 @@
 //! [`Processes`] starts programs through a small server process (`server`), which
 //! is the parent of them all: when the runner dies, however it dies, the server
 //! kills what is left. [`Attempt`] is a folder that is gone when its item is done.
-//! [`command`] carries out the op `command` with both.
+//! [`command`] carries out the op `command` with both. [`Slots`] shares the
+//! machine's cores, memory and GPUs among the jobs of all runners on it.
 
 pub mod command;
 
@@ -12,7 +13,9 @@ mod attempt;
 mod processes;
 mod protocol;
 mod server;
+mod slots;
 
 pub use attempt::{Attempt, Attempts};
 pub use processes::{Ended, ProcessError, Processes, Request, Status};
 pub use server::{SERVER_ARGUMENT, serve};
+pub use slots::{Held, Machine, SlotError, Slots};

@@ -110,6 +110,14 @@ pub enum Prompt {
 pub struct Resources {
     /// CPU threads; all of them where nothing is written.
     pub threads: Option<NonZeroUsize>,
+    /// Cores of the machine that it has to itself, beside other jobs and runners.
+    pub cores: usize,
+    /// GiB of memory, likewise.
+    pub memory: usize,
+    /// GPUs, likewise; of no use to arms on the CPU.
+    pub gpus: usize,
+    /// GiB of each of these GPUs' memory; all of it where nothing is written.
+    pub gpu_memory: usize,
 }
 
 /// Equations, and the falsifiers that could prove them wrong.

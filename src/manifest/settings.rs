@@ -21,7 +21,17 @@ pub(super) struct RawSettings {
     seed: Option<Put<u64>>,
     arms: Option<Put<Vec<Put<String>>>>,
     recipe: RawRecipe,
+    resources: RawResources,
+}
+
+/// `[resources]`, inherited key by key.
+#[derive(Clone, Debug, Default)]
+struct RawResources {
     threads: Option<Put<NonZeroUsize>>,
+    cores: Option<Put<usize>>,
+    memory: Option<Put<usize>>,
+    gpus: Option<Put<usize>>,
+    gpu_memory: Option<Put<usize>>,
 }
 
 /// `[recipe]`, inherited key by key.
@@ -91,7 +101,7 @@ impl RawSettings {
             seed: fields.take("seed", findings),
             arms: fields.list("arms", findings),
             recipe: RawRecipe::read(fields, findings),
-            threads: read_threads(fields, findings),
+            resources: RawResources::read(fields, findings),
         };
         if let (Some(tokens), Some(prompt)) = (&settings.tokens, &settings.prompt) {
             let problem = Problem::new(
@@ -138,7 +148,7 @@ impl RawSettings {
             seed: self.seed.or_else(|| inherited.seed.clone()),
             arms: self.arms.or_else(|| inherited.arms.clone()),
             recipe: self.recipe.or(&inherited.recipe),
-            threads: self.threads.or_else(|| inherited.threads.clone()),
+            resources: self.resources.or(&inherited.resources),
         }
     }
 
@@ -175,7 +185,7 @@ impl RawSettings {
             seed: self.seed.as_ref().map_or(DEFAULT_SEED, |seed| seed.value),
             arms: arms?,
             recipe: recipe?,
-            resources: Resources { threads: self.threads.as_ref().map(|threads| threads.value) },
+            resources: self.resources.check(),
         })
     }
 
@@ -210,11 +220,42 @@ fn from_folder(model: String, folder: &Path) -> String {
     folder.join(&model).to_string_lossy().into_owned()
 }
 
-fn read_threads(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<Put<NonZeroUsize>> {
-    let mut table = fields.table("resources", findings)?;
-    let threads = table.take("threads", findings);
-    table.finish(findings);
-    threads
+impl RawResources {
+    fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> RawResources {
+        let Some(mut table) = fields.table("resources", findings) else {
+            return RawResources::default();
+        };
+        let resources = RawResources {
+            threads: table.take("threads", findings),
+            cores: table.take("cores", findings),
+            memory: table.take("memory", findings),
+            gpus: table.take("gpus", findings),
+            gpu_memory: table.take("gpu_memory", findings),
+        };
+        table.finish(findings);
+        resources
+    }
+
+    fn or(self, inherited: &RawResources) -> RawResources {
+        RawResources {
+            threads: self.threads.or_else(|| inherited.threads.clone()),
+            cores: self.cores.or_else(|| inherited.cores.clone()),
+            memory: self.memory.or_else(|| inherited.memory.clone()),
+            gpus: self.gpus.or_else(|| inherited.gpus.clone()),
+            gpu_memory: self.gpu_memory.or_else(|| inherited.gpu_memory.clone()),
+        }
+    }
+
+    fn check(&self) -> Resources {
+        let count = |put: &Option<Put<usize>>| put.as_ref().map_or(0, |put| put.value);
+        Resources {
+            threads: self.threads.as_ref().map(|threads| threads.value),
+            cores: count(&self.cores),
+            memory: count(&self.memory),
+            gpus: count(&self.gpus),
+            gpu_memory: count(&self.gpu_memory),
+        }
+    }
 }
 
 fn check_model(model: Option<&Put<String>>, findings: &mut Findings) -> Option<String> {

@@ -16,7 +16,7 @@ mod weights;
 
 use std::collections::btree_map::Entry as MapEntry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -39,11 +39,29 @@ const LARGEST_SMALL_FILE: u64 = 64 << 20;
 pub struct Model {
     path: PathBuf,
     config: Config,
-    /// Mapped files and their paths; tensors name theirs by index.
-    files: Vec<(PathBuf, Mmap)>,
+    /// Tensors name theirs by index.
+    files: Vec<MappedFile>,
     tensors: BTreeMap<String, Place>,
     vocabulary: Vocabulary,
     tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
+}
+
+/// A file of weights.
+struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+    /// What the file system said of it when it was opened; none for bytes in memory.
+    facts: Option<Metadata>,
+}
+
+/// Where a tensor's bytes come from.
+pub struct Origin<'a> {
+    /// The file.
+    pub path: &'a Path,
+    /// What the file system said of the file when it was opened.
+    pub facts: &'a Metadata,
+    /// The first byte in the file.
+    pub offset: usize,
 }
 
 /// Where a tensor stands; checked to lie inside its file and to fit its shape.
@@ -79,7 +97,8 @@ impl Model {
         if metadata.is_dir() {
             Model::open_folder(path)
         } else {
-            Model::open_gguf(path, map(path)?)
+            let (file, facts) = map(path)?;
+            Model::open_gguf(path, file, Some(facts))
         }
     }
 
@@ -89,10 +108,10 @@ impl Model {
         let mut copy = MmapMut::map_anon(bytes.len()).map_err(|source| io("copy", path, source))?;
         copy.copy_from_slice(bytes);
         let file = copy.make_read_only().map_err(|source| io("copy", path, source))?;
-        Model::open_gguf(path, file)
+        Model::open_gguf(path, file, None)
     }
 
-    fn open_gguf(path: &Path, file: Mmap) -> Result<Model, ModelError> {
+    fn open_gguf(path: &Path, file: Mmap, facts: Option<Metadata>) -> Result<Model, ModelError> {
         if !gguf::is_gguf(&file) {
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
@@ -116,7 +135,7 @@ impl Model {
         let mut model = Model {
             path: path.to_owned(),
             config: config.map_err(|fault| fault.at(path))?,
-            files: vec![(path.to_owned(), file)],
+            files: vec![MappedFile { path: path.to_owned(), map: file, facts }],
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
@@ -132,7 +151,7 @@ impl Model {
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
-            let file = map(&path)?;
+            let (file, facts) = map(&path)?;
             let infos = safetensors::parse(&file).map_err(|fault| fault.at(&path))?;
             check_promise(&infos, promised.as_ref()).map_err(|fault| fault.at(&path))?;
             for info in infos {
@@ -147,7 +166,7 @@ impl Model {
                     }
                 }
             }
-            files.push((path, file));
+            files.push(MappedFile { path, map: file, facts: Some(facts) });
         }
         if config.tied_embeddings {
             // Transformers overwrites a saved copy with the embedding.
@@ -240,7 +259,7 @@ impl Model {
 
     /// The files that hold the weights.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|(path, _)| path.as_path())
+        self.files.iter().map(|file| file.path.as_path())
     }
 
     /// The hyperparameters.
@@ -263,8 +282,21 @@ impl Model {
                 nearest: self.nearest(name),
             });
         };
-        let bytes = &self.files[place.file].1[place.bytes.clone()];
+        let bytes = &self.files[place.file].map[place.bytes.clone()];
         Weight::new(name, place.kind, place.rows, place.width, bytes)
+    }
+
+    /// The files that hold the weights, with what the file system said of them.
+    pub fn file_facts(&self) -> impl Iterator<Item = (&Path, &Metadata)> {
+        self.files.iter().filter_map(|file| Some((file.path.as_path(), file.facts.as_ref()?)))
+    }
+
+    /// Where the tensor of this canonical name comes from, if it comes from a file.
+    pub fn origin(&self, name: &str) -> Option<Origin<'_>> {
+        let place = self.tensors.get(name)?;
+        let file = self.files.get(place.file)?;
+        let facts = file.facts.as_ref()?;
+        Some(Origin { path: &file.path, facts, offset: place.bytes.start })
     }
 
     /// The canonical names of all tensors, sorted.
@@ -299,7 +331,7 @@ impl Model {
 
     fn tokenizer(&self) -> Result<&Tokenizer, ModelError> {
         let built = self.tokenizer.get_or_init(|| match &self.vocabulary {
-            Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0].1),
+            Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0].map),
             Vocabulary::Folder => tokenizer::from_folder(&self.path),
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
@@ -354,7 +386,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
 }
 
 /// Maps a regular file.
-fn map(path: &Path) -> Result<Mmap, ModelError> {
+fn map(path: &Path) -> Result<(Mmap, Metadata), ModelError> {
     let file = File::open(path).map_err(|source| io("open", path, source))?;
     let metadata = file.metadata().map_err(|source| io("inspect", path, source))?;
     if !metadata.is_file() {
@@ -364,7 +396,8 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
         )
         .at(path));
     }
-    map_file(&file).map_err(|source| io("map", path, source))
+    let map = map_file(&file).map_err(|source| io("map", path, source))?;
+    Ok((map, metadata))
 }
 
 fn map_file(file: &File) -> std::io::Result<Mmap> {

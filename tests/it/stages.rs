@@ -8,7 +8,7 @@ use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Workshop};
 use runner::compute::{AttentionShape, ComputeError, Ops};
 use runner::event::{Event, Sink};
-use runner::executor::{Attempts, Processes};
+use runner::executor::{Attempts, Processes, Slots};
 use runner::graph::Graph;
 use runner::manifest::{Overrides, load};
 use runner::model::{Rope, Weight};
@@ -155,14 +155,16 @@ fn verdicts(fault: Fault, model: &str) -> BTreeMap<String, (Verdict, String)> {
     let store = Store::new(place.path());
     let (attempts, _) = Attempts::open(&store.attempts(), "test").expect("a folder");
     let all = graph.order().into_iter().collect();
-    let Ok(plan) = Plan::new(&pipeline, &graph, &all, &store) else { panic!("no plan") };
+    let stamps = Stamps::forgetful();
+    let Ok(plan) = Plan::new(&pipeline, &graph, &all, &store, &stamps) else { panic!("no plan") };
     let options = Options {
         run: "test".to_owned(),
         created: "2026-11-24T00:00:00Z".to_owned(),
         jobs: 2,
         require: BTreeSet::new(),
         workshop: &Faulty(fault),
-        stamps: &Stamps::forgetful(),
+        fail_fast: false,
+        slots: &Slots::here(),
         processes: &Processes::of_this_program(),
         attempts: &attempts,
     };

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Holds the runner's cache and scheduler beside ninja, razel, Snakemake, DVC and b3sum.
+
+    benches/peers.py --install DIR      brings the peers to DIR (PyPI and crates.io)
+    benches/peers.py --peers DIR        measures and prints the tables as Markdown
+
+It needs a release build of the runner. All tools run in the same invocation, one
+after the other, on folders below --work; --stages 1000,10000 says how many stages.
+"""
+import argparse, os, resource, shutil, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPI = ["ninja==1.13.0", "dvc==3.67.1", "snakemake==9.27.1"]
+CRATES = [("b3sum", "1.8.7"), ("razel", "0.5.7")]
+
+
+def install(peers):
+    subprocess.run([sys.executable, "-m", "venv", peers / "venv"], check=True)
+    subprocess.run([peers / "venv/bin/pip", "install", "-q", *PYPI], check=True)
+    for name, version in CRATES:
+        subprocess.run(["cargo", "install", "-q", "--locked", "--root", peers, f"{name}@{version}"], check=True)
+
+
+def source(shape, i):
+    return "in" if shape == "fan" or i == 0 else f"out/{i - 1}"
+
+
+def write_project(tool, shape, count, folder):
+    """`count` stages that each copy one small file."""
+    folder.mkdir(parents=True)
+    (folder / "in").write_text("1\n")
+    if tool == "runner":
+        (folder / "stages").mkdir()
+        (folder / "contracts").mkdir()
+        shutil.copy(ROOT / "contracts/command.toml", folder / "contracts")
+        for i in range(count):
+            (folder / f"stages/s{i:05}.toml").write_text(
+                f'id = "s{i:05}"\ntitle = "step {i}"\ncontract = "command"\n[command]\n'
+                f'argv = ["cp", "{source(shape, i)}", "out/{i}"]\n'
+                f'inputs = ["{source(shape, i)}"]\noutputs = ["out/{i}"]\n')
+        return
+    (folder / "out").mkdir()
+    if tool == "ninja":
+        lines = ["rule cp", "  command = cp $in $out"]
+        lines += [f"build out/{i}: cp {source(shape, i)}" for i in range(count)]
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    elif tool == "razel":
+        lines = [f'{{"name":"{i}","executable":"cp","args":["{source_name(shape, i)}","out/{i}"],'
+                 f'"inputs":["{source_name(shape, i)}"],"outputs":["out/{i}"]}}' for i in range(count)]
+        (folder / "razel.jsonl").write_text("\n".join(lines) + "\n")
+    elif tool == "snakemake":
+        rules = [f"rule all:\n    input: " + ", ".join(f"'out/{i}'" for i in range(count))]
+        rules += [f"rule s{i}:\n    input: '{source(shape, i)}'\n    output: 'out/{i}'\n"
+                  f"    shell: 'cp {{input}} {{output}}'" for i in range(count)]
+        (folder / "Snakefile").write_text("\n".join(rules) + "\n")
+    elif tool == "dvc":
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+        stages = [f"  s{i}:\n    cmd: cp {source(shape, i)} out/{i}\n    deps: [{source(shape, i)}]\n"
+                  f"    outs: [out/{i}]" for i in range(count)]
+        (folder / "dvc.yaml").write_text("stages:\n" + "\n".join(stages) + "\n")
+
+
+source_name = source
+
+
+def command(tool, runner, peers):
+    venv = peers / "venv/bin"
+    return {
+        "runner": [runner, "run", "stages", "--format", "plain"],
+        "ninja": [venv / "ninja", "-j2"],
+        "razel": [peers / "bin/razel", "exec"],
+        "snakemake": [venv / "snakemake", "-c2", "-q"],
+        "dvc": [venv / "dvc", "repro", "-q"],
+    }[tool]
+
+
+def timed(arguments, folder, env=None):
+    """Seconds and the largest resident size in MiB of one command."""
+    with open(folder / "log", "w") as log:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(a) for a in arguments], cwd=folder, stdout=log, stderr=log, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+    if os.waitstatus_to_exitcode(status) != 0:
+        sys.exit(f"{arguments} failed in {folder}:\n" + (folder / "log").read_text()[-2000:])
+    return seconds, usage.ru_maxrss / 1024
+
+
+def best(count, measure):
+    return min(measure() for _ in range(count))
+
+
+def stages_table(args, env):
+    print("| stages | tool | cold | nothing to do (best of 5) |")
+    print("|---|---|---|---|")
+    for count in args.stages:
+        for shape in ["chain", "fan"]:
+            for tool in args.tools:
+                n = min(count, args.dvc_stages) if tool == "dvc" else count
+                if tool in ("snakemake", "dvc") and (count > 1000 or shape == "fan"):
+                    continue
+                folder = args.work / f"{tool}-{shape}-{count}"
+                shutil.rmtree(folder, ignore_errors=True)
+                write_project(tool, shape, n, folder)
+                if tool == "dvc":
+                    subprocess.run([args.peers / "venv/bin/dvc", "init", "-q"], cwd=folder, check=True)
+                line = command(tool, args.runner, args.peers)
+                time.sleep(0.1)
+                cold, _ = timed(line, folder, env)
+                idle = best(1 if tool in ("snakemake", "dvc") else 5, lambda: timed(line, folder, env)[0])
+                print(f"| {n:,} in a {shape} | {tool} | {cold:.2f} s | {idle:.3f} s |", flush=True)
+                shutil.rmtree(folder)
+
+
+def digest_table(args, env):
+    """One large file: hashed, found unchanged, touched."""
+    file = args.work / "large"
+    if not file.exists():
+        with open(file, "wb") as out:
+            block = os.urandom(64 << 20)
+            for i in range(args.gigabytes * 16):
+                out.write(i.to_bytes(8, "little") + block[8:])
+    os.utime(file, (time.time() - 1000,) * 2)
+    b3sum = [args.peers / "bin/b3sum", file]
+    ours = [args.runner, "cache", "digest", file]
+    anew = ours + ["--rehash"]
+    timed(b3sum, args.work)  # The page cache is warm for all.
+    rows = []
+    pairs = [(timed(b3sum, args.work), timed(anew, args.work, env)) for _ in range(5)]
+    rows.append(("b3sum", *min(pair[0] for pair in pairs)))
+    rows.append(("runner, hashing", *min(pair[1] for pair in pairs)))
+    rows.append(("runner, unchanged", *timed(ours, args.work, env)))
+    os.utime(file)
+    time.sleep(0.05)
+    rows.append(("runner, after touch", *timed(ours, args.work, env)))
+    rows.append(("runner, from another folder", *timed(ours + ["--runs", args.work / "other"], args.work, env)))
+    print(f"\n| {args.gigabytes} GiB file | time | memory |\n|---|---|---|")
+    for name, seconds, memory in rows:
+        print(f"| {name} | {seconds:.3f} s | {memory:.0f} MiB |")
+
+
+def model_table(args, env):
+    """Stages over a model: the first run, and nothing to do."""
+    folder = args.work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for part in ["stages", "contracts"]:
+        shutil.copytree(ROOT / part, folder / part)
+    line = [args.runner, "run", "stages", "--format", "plain", "--model", args.model]
+    cold, _ = timed(line, folder, env)
+    idle = best(10, lambda: timed(line, folder, env)[0])
+    size = Path(args.model).stat().st_size / 1e9 if Path(args.model).exists() else 0
+    print(f"\n| five stages over {args.model} ({size:.2f} GB) | time |\n|---|---|")
+    print(f"| first run | {cold:.1f} s |\n| nothing to do (best of 10) | {idle * 1000:.1f} ms |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", type=Path)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--runner", type=Path, default=ROOT / "target/release/runner")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/runner-peers"))
+    parser.add_argument("--stages", type=lambda s: [int(n) for n in s.split(",") if n], default=[1000, 10000])
+    parser.add_argument("--tools", type=lambda s: s.split(","), default="runner,ninja,razel,snakemake,dvc".split(","))
+    parser.add_argument("--dvc-stages", type=int, default=100, help="DVC needs 1.5 s for each")
+    parser.add_argument("--gigabytes", type=int, default=5)
+    parser.add_argument("--model", help="a model for the five shipped stages")
+    args = parser.parse_args()
+    if args.install:
+        return install(args.install.resolve())
+    args.peers, args.runner, args.work = args.peers.resolve(), args.runner.resolve(), args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    env = dict(os.environ, XDG_CACHE_HOME=str(args.work / "home"), CUDA_VISIBLE_DEVICES="")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n")
+    stages_table(args, env)
+    if args.gigabytes:
+        digest_table(args, env)
+    if args.model:
+        model_table(args, env)
+    print(f"\nload {os.getloadavg()[0]:.1f} at the end")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+//! `runner cache`: what the cache holds, whether it is sound, and what may go.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+
+use super::{FALSIFIED, PASS, keep, latest_run, print, read_record, stamps_of, store_of};
+use crate::cache::{Budget, Held};
+
+/// The mark of a run whose results `gc` keeps.
+const PINNED: &str = "pinned";
+
+#[derive(Args)]
+pub(super) struct CacheArgs {
+    #[command(subcommand)]
+    command: CacheCommand,
+    /// The folder of runs, with the cache.
+    #[arg(long, default_value = "runs", global = true)]
+    runs: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum CacheCommand {
+    /// List the results that are kept, the last used first.
+    Ls,
+    /// Read everything and name what is damaged; that is moved aside.
+    Verify,
+    /// Remove the results that were not used for longest.
+    Gc {
+        /// The most that may stay, as `20GiB` or in bytes.
+        #[arg(long, default_value = "20GiB", value_parser = bytes)]
+        budget: u64,
+        /// Only say what would be removed.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Keep the results of a run, whatever `gc` is told.
+    Pin {
+        /// The run's name, or `latest`.
+        run: String,
+    },
+    /// Keep them no longer.
+    Unpin {
+        /// The run's name, or `latest`.
+        run: String,
+    },
+    /// Print files' blake3 hashes, as `b3sum` does; unchanged files are not read.
+    Digest {
+        /// The files.
+        files: Vec<PathBuf>,
+        /// Read them although they are unchanged.
+        #[arg(long)]
+        rehash: bool,
+    },
+}
+
+pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, String> {
+    let store = store_of(runs);
+    let failed = |error: crate::cache::CacheError| error.to_string();
+    match command {
+        CacheCommand::Ls => print(&list(&store.held().map_err(failed)?)),
+        CacheCommand::Verify => {
+            let health = store.verify().map_err(failed)?;
+            let mut text = String::new();
+            for (path, problem) in &health.damaged {
+                text += &format!("damaged: `{}`: {problem}; moved aside\n", path.display());
+            }
+            let (actions, objects) = (health.actions, health.objects);
+            text += &format!(
+                "{actions} actions and {objects} objects are sound, {}\n",
+                size(health.bytes)
+            );
+            print(&text)?;
+            Ok(if health.damaged.is_empty() { PASS } else { FALSIFIED })
+        }
+        CacheCommand::Gc { budget, dry_run } => {
+            let pinned = pinned_objects(runs)?;
+            let budget = Budget { bytes: *budget, pinned, dry_run: *dry_run };
+            let cleared = store.clear(&budget).map_err(failed)?;
+            let cleared = cleared
+                .ok_or("a run uses the cache now, so nothing was removed; try again after it")?;
+            let verb = if *dry_run { "would remove" } else { "removed" };
+            print(&format!(
+                "{verb} {} actions and {} objects, {}; {} stay\n",
+                cleared.actions,
+                cleared.files,
+                size(cleared.freed),
+                size(cleared.left)
+            ))
+        }
+        CacheCommand::Pin { run } => {
+            let mark = mark_of(runs, run)?;
+            std::fs::write(&mark, "")
+                .map_err(|e| format!("cannot write `{}`: {e}", mark.display()))?;
+            print("pinned\n")
+        }
+        CacheCommand::Unpin { run } => {
+            let mark = mark_of(runs, run)?;
+            if mark.exists() {
+                std::fs::remove_file(&mark)
+                    .map_err(|e| format!("cannot remove `{}`: {e}", mark.display()))?;
+            }
+            print("not pinned\n")
+        }
+        CacheCommand::Digest { files, rehash } => {
+            let stamps = stamps_of(runs, *rehash);
+            let mut text = String::new();
+            for file in files {
+                let digest = stamps.digest(file);
+                let digest =
+                    digest.map_err(|e| format!("cannot read `{}`: {e}", file.display()))?;
+                text += &format!("{digest}  {}\n", file.display());
+            }
+            keep(&stamps);
+            print(&text)
+        }
+    }
+}
+
+fn list(all: &[Held]) -> String {
+    let mut text = String::new();
+    for Held { action, size: bytes, .. } in all {
+        let field = |name: &str| {
+            let found = action.fields.iter().find(|(known, _)| known == name);
+            found.map_or("", |(_, value)| value.as_str())
+        };
+        let what = [field("kind"), field("arm"), field("op"), field("argv")].join(" ");
+        let what: String = what.split_whitespace().collect::<Vec<_>>().join(" ");
+        let what: String = what.chars().take(80).collect();
+        let (key, created) = (&action.key.0[..8], &action.created);
+        text += &format!("{key}  {:>10}  {created}  {what}\n", size(*bytes));
+    }
+    text + &format!("{} results\n", all.len())
+}
+
+/// Everything that pinned runs name.
+fn pinned_objects(runs: &Path) -> Result<BTreeSet<String>, String> {
+    let mut pinned = BTreeSet::new();
+    let Ok(entries) = std::fs::read_dir(runs) else { return Ok(pinned) };
+    for folder in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+        if !folder.join(PINNED).exists() {
+            continue;
+        }
+        // A pinned run that cannot be read would lose its results: that is an error.
+        let record = read_record(&folder.join("run.json"))?;
+        for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
+            pinned.extend(arm.object.clone());
+            if let Some(command) = &arm.command {
+                pinned.extend(command.stdout.iter().chain(&command.stderr).cloned());
+                pinned.extend(command.outputs.iter().map(|output| output.blake3.clone()));
+            }
+        }
+    }
+    Ok(pinned)
+}
+
+fn mark_of(runs: &Path, run: &str) -> Result<PathBuf, String> {
+    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
+    read_record(&runs.join(&id).join("run.json"))?;
+    Ok(runs.join(id).join(PINNED))
+}
+
+/// `20GiB`, `500 MB` or a number of bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let scale: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kib" | "k" => 1024.0,
+        "mib" | "m" => 1048576.0,
+        "gib" | "g" => 1073741824.0,
+        "tib" | "t" => 1099511627776.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        _ => return Err(format!("`{}` is no unit; write B, KiB, MiB, GiB or TiB", unit.trim())),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("`{text}` is no size; write `20GiB`"))?;
+    Ok((number * scale) as u64)
+}
+
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bytes, size};
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        assert_eq!(bytes("20GiB"), Ok(20 << 30));
+        assert_eq!(bytes("1.5 kb"), Ok(1500));
+        assert_eq!(bytes("7"), Ok(7));
+        assert!(bytes("7 apples").is_err() && bytes("GiB").is_err());
+        assert_eq!((size(512).as_str(), size(3 << 30).as_str()), ("512 B", "3.0 GiB"));
+    }
+}

@@ -1,0 +1,264 @@
+//! The shortest way through a run in which nothing has changed.
+//!
+//! After a run that went well, everything that it looked at is written down with
+//! its stamp, and beside it what came of it. The same command line finds that list,
+//! asks the file system for the stamps, and if all are the same there is nothing to
+//! read, parse, open or compute: the outcome is the same. One stamp that differs,
+//! and the run goes the long way, which alone decides what is reused and why.
+//!
+//! ```text
+//! cache/v1/unchanged/<command line, folder, program>.list   paths, stamps, variables
+//!                                                   .json   the stages, as in run.json
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::cache::{KeyWalk, Stamp, Store, sealed, unsealed, write_whole};
+use crate::compute::arms::Workshop;
+use crate::executor::command;
+use crate::op::{Arm, Op, Recipe};
+use crate::plan::Plan;
+use crate::record::{ArmState, RunRecord, StageRecord};
+use crate::verdict::Verdict;
+
+/// Above so many stages only those that did not pass are shown one by one.
+pub(super) const SHOWN_ONE_BY_ONE: usize = 200;
+
+/// What was found, when all of it was found unchanged.
+pub(super) struct Unchanged {
+    /// The plan's eight digits.
+    pub plan: String,
+    /// The folder of stages.
+    pub folder: String,
+    /// How many stages there are.
+    pub count: usize,
+    /// The stages, or those worth showing where there are many.
+    pub stages: Vec<StageRecord>,
+    /// All of them, as they stand in run.json.
+    pub json: String,
+    /// The gravest verdict.
+    pub verdict: Verdict,
+}
+
+/// The list, as it is kept.
+#[derive(Serialize, Deserialize)]
+struct List {
+    plan: String,
+    folder: String,
+    count: usize,
+    verdict: Verdict,
+    variables: BTreeMap<String, Option<String>>,
+    arms: Vec<ArmFacts>,
+    /// The hash of the file with the stages.
+    json: String,
+    /// Those worth showing, where there are many.
+    shown: Vec<StageRecord>,
+    /// Files that must be there, whatever they are.
+    present: Vec<PathBuf>,
+    /// Paths with their stamps.
+    looked_at: Vec<(PathBuf, [u64; 5])>,
+}
+
+/// What an arm depends on besides files.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct ArmFacts {
+    arm: Arm,
+    recipe: Recipe,
+    unavailable: Option<String>,
+    facts: Vec<(String, String)>,
+}
+
+impl ArmFacts {
+    fn now(arm: Arm, recipe: Recipe, workshop: &dyn Workshop) -> ArmFacts {
+        let unavailable = workshop.unavailable(arm, &recipe);
+        let facts = match unavailable {
+            None => workshop.facts(arm, &recipe),
+            Some(_) => Vec::new(),
+        };
+        ArmFacts { arm, recipe, unavailable, facts }
+    }
+}
+
+/// The outcome of the last run of this command line, if nothing has changed since.
+pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> {
+    let place = place(store)?;
+    let list = std::fs::read(place.with_extension("list")).ok()?;
+    let Some(text) = unsealed(&list) else {
+        tracing::warn!("`{}.list` is damaged and is not believed", place.display());
+        return None;
+    };
+    let list: List = serde_json::from_slice(text).ok()?;
+    let same = |(path, stamp): &(PathBuf, [u64; 5])| {
+        std::fs::symlink_metadata(path)
+            .and_then(|facts| if facts.is_symlink() { std::fs::metadata(path) } else { Ok(facts) })
+            .is_ok_and(|facts| Stamp::of(&facts).to_words() == *stamp)
+    };
+    let unchanged = list.variables.iter().all(|(name, value)| std::env::var(name).ok() == *value)
+        && list.looked_at.par_iter().with_min_len(256).all(same)
+        && list.present.iter().all(|path| path.is_file())
+        && list.arms.iter().all(|arm| *arm == ArmFacts::now(arm.arm, arm.recipe, workshop));
+    if !unchanged {
+        return None;
+    }
+    let json = std::fs::read(place.with_extension("json")).ok()?;
+    if blake3::hash(&json).to_hex().as_str() != list.json {
+        tracing::warn!("`{}` is damaged and is not believed", place.display());
+        return None;
+    }
+    let json = String::from_utf8(json).ok()?;
+    let stages = match list.count <= SHOWN_ONE_BY_ONE {
+        true => serde_json::from_str(&json).ok()?,
+        false => list.shown,
+    };
+    let List { plan, folder, count, verdict, .. } = list;
+    Some(Unchanged { plan, folder, count, stages, json, verdict })
+}
+
+/// Writes down what a run looked at, unless something of it is too young to be
+/// known again, or the run did not go well.
+pub(super) fn note(
+    store: &Store,
+    plan: &Plan<'_>,
+    record: &RunRecord,
+    workshop: &dyn Workshop,
+    started: i64,
+) -> Option<()> {
+    let well = |stage: &StageRecord| !matches!(stage.verdict, Verdict::Error | Verdict::Blocked);
+    if record.interrupted || !record.stages.iter().all(well) {
+        return None;
+    }
+    let place = place(store)?;
+    let looked_at = everything_looked_at(plan, started)?;
+    let mut present = Vec::new();
+    for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
+        present.extend(arm.object.as_ref().map(|object| store.object_path(object)));
+    }
+    let stages: Vec<StageRecord> = record.stages.iter().map(|s| as_reused(s, record)).collect();
+    let json = serde_json::to_string(&stages).ok()?;
+    let count = stages.len();
+    let mut shown = stages;
+    shown.retain(|stage| count > SHOWN_ONE_BY_ONE && stage.verdict != Verdict::Pass);
+    let mut arms: Vec<ArmFacts> = Vec::new();
+    for stage in plan.stages.iter().map(|prepared| prepared.stage) {
+        for &arm in stage.arms.iter().filter(|arm| **arm != Arm::Command) {
+            if !arms.iter().any(|known| known.arm == arm && known.recipe == stage.recipe) {
+                arms.push(ArmFacts::now(arm, stage.recipe, workshop));
+            }
+        }
+    }
+    let list = List {
+        plan: plan.id.clone(),
+        folder: record.folder.clone(),
+        count,
+        verdict: record.verdict,
+        variables: variables(plan),
+        arms,
+        json: blake3::hash(json.as_bytes()).to_hex().to_string(),
+        shown,
+        present,
+        looked_at,
+    };
+    let list = sealed(serde_json::to_vec(&list).ok()?);
+    // The stages first: a list without its stages would only cost a look.
+    write_whole(&place.with_extension("json"), json.as_bytes()).ok()?;
+    write_whole(&place.with_extension("list"), &list).ok()
+}
+
+/// The name of what is kept: who asks, where, with which program.
+fn place(store: &Store) -> Option<PathBuf> {
+    let program = std::fs::metadata("/proc/self/exe").ok()?;
+    let mut walk = KeyWalk::new("unchanged");
+    for argument in std::env::args_os() {
+        walk.field("argument", argument.to_string_lossy());
+    }
+    walk.field("folder", std::env::current_dir().ok()?.display());
+    walk.field("program", format!("{:?}", Stamp::of(&program).to_words()));
+    Some(store.root().join("unchanged").join(&walk.key().0[..32]))
+}
+
+/// A stage as it will be when nothing of it has to be computed.
+fn as_reused(stage: &StageRecord, run: &RunRecord) -> StageRecord {
+    let mut stage = StageRecord { seconds: 0.0, ..stage.clone() };
+    for arm in stage.arms.values_mut() {
+        match arm.state {
+            ArmState::Ran => {
+                arm.state = ArmState::Reused;
+                arm.why = format!("reused from {} ({})", run.started, run.id);
+            }
+            // What was put back or touched then is no news now.
+            ArmState::Reused => {
+                arm.why = arm.why.split("; ").next().unwrap_or_default().to_owned();
+            }
+            ArmState::Unmeasured | ArmState::Error | ArmState::Blocked => {}
+        }
+    }
+    stage
+}
+
+fn variables(plan: &Plan<'_>) -> BTreeMap<String, Option<String>> {
+    let commands = plan.stages.iter().filter_map(|prepared| prepared.stage.op.command());
+    let names = commands.flat_map(|op| op.env.iter().map(String::as_str).chain(["PATH"]));
+    names.map(|name| (name.to_owned(), std::env::var(name).ok())).collect()
+}
+
+/// All paths that decided what the run did, or nothing if one of them changed while
+/// it ran or so shortly before that it may have changed unseen.
+fn everything_looked_at(plan: &Plan<'_>, started: i64) -> Option<Vec<(PathBuf, [u64; 5])>> {
+    let mut seen: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
+    let mut look = |path: &Path, known: &dyn Fn(&Stamp) -> bool| -> Option<()> {
+        let path = std::path::absolute(path).ok()?;
+        if seen.contains_key(&path) {
+            return Some(());
+        }
+        let stamp = Stamp::of(&std::fs::metadata(&path).ok()?);
+        (stamp.settled(started) || known(&stamp)).then_some(())?;
+        seen.insert(path, stamp);
+        Some(())
+    };
+    let young = |_: &Stamp| false;
+    let manifests = &plan.pipeline.folder;
+    look(manifests, &young)?;
+    for stage in &plan.pipeline.stages {
+        look(&stage.file, &young)?;
+    }
+    let defaults = manifests.join("pipeline.toml");
+    if defaults.exists() {
+        look(&defaults, &young)?;
+    }
+    for contract in plan.pipeline.contracts.values() {
+        look(contract.file.parent()?, &young)?;
+        look(&contract.file, &young)?;
+    }
+    // Outputs first: those that this run wrote are young, and known all the same.
+    for op in plan.stages.iter().filter_map(|prepared| prepared.stage.op.command()) {
+        for output in &op.outputs {
+            let kept = |stamp: &Stamp| plan.stamps.is_kept(stamp);
+            look(&plan.project.join(output), &kept)?;
+        }
+    }
+    for prepared in &plan.stages {
+        if let Op::Command(op) = &prepared.stage.op {
+            let seen = command::look(op, &plan.project, plan.stamps).ok()?;
+            for path in seen.looked_at() {
+                look(path, &young)?;
+            }
+        }
+        let Some(model) = &prepared.model else { continue };
+        let folder = model.model.path();
+        look(folder, &young)?;
+        for file in model.model.files() {
+            look(file, &young)?;
+        }
+        // The small files beside the weights: configuration and tokenizer.
+        if folder.is_dir() {
+            for entry in std::fs::read_dir(folder).ok()? {
+                look(&entry.ok()?.path(), &young)?;
+            }
+        }
+    }
+    Some(seen.into_iter().map(|(path, stamp)| (path, stamp.to_words())).collect())
+}

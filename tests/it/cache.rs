@@ -1,0 +1,594 @@
+//! What is computed again and what is reused: a table of single edits, runners that
+//! are killed, runners beside each other, and bits that flip.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use runner::cache::{Stamps, Store};
+use runner::compute::arms::{Shipped, Workshop};
+use runner::compute::{ComputeError, Ops};
+use runner::event::{Event, Sink};
+use runner::executor::{Attempts, Processes, Slots};
+use runner::graph::Graph;
+use runner::manifest::{Overrides, load};
+use runner::model::Model;
+use runner::op::{Arm, Recipe};
+use runner::plan::Plan;
+use runner::record::ArmState;
+use runner::run::Options;
+
+use crate::command::{Outcome, Project};
+
+/// The items that a run computed, from its lines: `a` for a command, else `E emulated`.
+fn computed(outcome: &Outcome) -> BTreeSet<String> {
+    let lines = outcome.err.lines().filter(|line| line.contains(" ran in "));
+    let words = lines.map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
+    words.map(|words| words.join(" ").trim_end_matches(" command").to_owned()).collect()
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// `a` makes `mid` by a script of the project, `b` sorts that into `end`, `c` reads
+/// variables, `d` a link and a folder.
+fn pipeline() -> Project {
+    let project = Project::new()
+        .file("in.txt", "b\na\n")
+        .file("tool.sh", "#!/bin/sh\ntr a-z A-Z < in.txt > mid\n")
+        .file("v1.txt", "one")
+        .file("v2.txt", "two")
+        .file("same.txt", "one")
+        .file("folder/x", "x")
+        .stage("a", "argv = [\"./tool.sh\"]\ninputs = [\"in.txt\"]\noutputs = [\"mid\"]")
+        .stage(
+            "b",
+            "argv = [\"sort\", \"-o\", \"end\", \"mid\"]\ninputs = [\"mid\"]\noutputs = [\"end\"]",
+        )
+        .stage(
+            "c",
+            "shell = 'echo $LISTED $GIVEN > said'\noutputs = [\"said\"]\n\
+             env = [\"LISTED\"]\nset = { GIVEN = \"1\" }\ntimeout = 60",
+        )
+        .stage(
+            "d",
+            "shell = 'cat link.txt folder/* > all 2> /dev/null; true'\ninputs = [\"folder\", \"link.txt\"]\n\
+             outputs = [\"all\"]",
+        );
+    project.link("link.txt", "v1.txt");
+    project.executable("tool.sh");
+    // Past the moment in which a young file's digest is not kept.
+    std::thread::sleep(Duration::from_millis(25));
+    project
+}
+
+/// What is done to the pipeline after its first run.
+enum Edit {
+    /// A text in a file becomes another.
+    Replace(&'static str, &'static str, &'static str),
+    /// A file gets this content.
+    Write(&'static str, &'static str),
+    /// Something else.
+    Do(fn(&Project)),
+    /// The next run has this variable.
+    Set(&'static str, &'static str),
+    /// The next run has it no more.
+    Unset(&'static str),
+}
+
+struct Case {
+    name: &'static str,
+    edit: Edit,
+    /// What the next run computes.
+    computed: &'static [&'static str],
+    /// What `plan` says before it.
+    said: &'static str,
+}
+
+fn case(
+    name: &'static str,
+    edit: Edit,
+    computed: &'static [&'static str],
+    said: &'static str,
+) -> Case {
+    Case { name, edit, computed, said }
+}
+
+#[test]
+fn thirty_edits_and_what_each_makes_run() {
+    use Edit::{Do, Replace, Set, Unset, Write};
+    let cases = [
+        case("nothing", Do(|_| {}), &[], "reused from"),
+        case("an argument", Replace("stages/b.toml", "\"-o\"", "\"-r\", \"-o\""), &["b"], "argv:"),
+        case("a shell's text", Replace("stages/c.toml", "echo $L", "echo  $L"), &["c"], "argv:"),
+        case(
+            "a listed variable",
+            Set("LISTED", "other"),
+            &["c"],
+            "variable LISTED: \"yes\" -> \"other\"",
+        ),
+        case("a listed variable unset", Unset("LISTED"), &["c"], "\"yes\" -> unset"),
+        case("an unlisted variable", Set("UNLISTED", "1"), &[], "reused from"),
+        case(
+            "a set variable",
+            Replace("stages/c.toml", "\"1\"", "\"2\""),
+            &["c"],
+            "set GIVEN: \"1\" -> \"2\"",
+        ),
+        case(
+            "a comment",
+            Replace("stages/a.toml", "id =", "# A comment.\nid ="),
+            &[],
+            "reused from",
+        ),
+        case(
+            "the order of keys",
+            Write(
+                "stages/b.toml",
+                "contract = \"command\"\ntitle = \"a command\"\nid = \"b\"\n[command]\noutputs = [\"end\"]\ninputs = [\"mid\"]\nargv = [\"sort\", \"-o\", \"end\", \"mid\"]\n",
+            ),
+            &[],
+            "reused from",
+        ),
+        case("a title", Replace("stages/a.toml", "a command", "another title"), &[], "reused from"),
+        case(
+            "a tag",
+            Replace("stages/a.toml", "[command]", "tags = [\"t\"]\n[command]"),
+            &[],
+            "reused from",
+        ),
+        case(
+            "a timeout",
+            Replace("stages/c.toml", "timeout = 60", "timeout = 61"),
+            &[],
+            "reused from",
+        ),
+        case(
+            "a contract",
+            Replace("contracts/command.toml", "max        = 0", "max        = 1"),
+            &[],
+            "reused from",
+        ),
+        case(
+            "a pattern",
+            Replace(
+                "stages/c.toml",
+                "timeout",
+                "patterns = [{ name = \"p\", pattern = \"x\" }]\ntimeout",
+            ),
+            &[],
+            "reused from",
+        ),
+        case(
+            "accepted statuses",
+            Replace("stages/c.toml", "timeout", "accepts = [0, 1]\ntimeout"),
+            &[],
+            "reused from",
+        ),
+        case("an input's content", Write("in.txt", "d\nc\n"), &["a", "b"], "input in.txt:"),
+        case(
+            "an input's content, with an equal output",
+            Write("in.txt", "B\nA\n"),
+            &["a"],
+            "input in.txt:",
+        ),
+        case(
+            "an input's content, as long as before",
+            Write("v1.txt", "two"),
+            &["d"],
+            "input link.txt:",
+        ),
+        case("an input's time", Do(|p| p.touch("in.txt")), &[], "touched, content same: in.txt"),
+        case("an input, by a copy of itself", Do(|p| p.replace("in.txt")), &[], "reused from"),
+        case("an input's mode", Do(|p| p.executable("in.txt")), &[], "reused from"),
+        case(
+            "a link, to another content",
+            Do(|p| p.link("link.txt", "v2.txt")),
+            &["d"],
+            "input link.txt:",
+        ),
+        case(
+            "a link, to the same content",
+            Do(|p| p.link("link.txt", "same.txt")),
+            &[],
+            "reused from",
+        ),
+        case("a file more in an input folder", Write("folder/y", "y"), &["d"], "input folder:"),
+        case(
+            "a file's name in an input folder",
+            Do(|p| p.rename("folder/x", "folder/z")),
+            &["d"],
+            "input folder:",
+        ),
+        case(
+            "the program",
+            Write("tool.sh", "#!/bin/sh\ntr a-z A-Z < in.txt | sort -r > mid\n"),
+            &["a"],
+            "program:",
+        ),
+        case(
+            "the program, with another output",
+            Write("tool.sh", "#!/bin/sh\ncat in.txt > mid\n"),
+            &["a", "b"],
+            "program:",
+        ),
+        case("the program's time", Do(|p| p.touch("tool.sh")), &[], "reused from"),
+        case("an output lost", Do(|p| p.remove("end")), &[], "reused from"),
+        case("an output edited", Write("mid", "edited"), &[], "reused from"),
+        case(
+            "one command more",
+            Replace("stages/c.toml", "echo $LISTED", "echo > more; echo $LISTED"),
+            &["c"],
+            "argv:",
+        ),
+        case(
+            "an input more",
+            Replace("stages/b.toml", "[\"mid\"]", "[\"mid\", \"v1.txt\"]"),
+            &["b"],
+            "input v1.txt is new",
+        ),
+        case(
+            "an input fewer",
+            Replace("stages/d.toml", "\"folder\", ", ""),
+            &["d"],
+            "input folder is gone",
+        ),
+        case(
+            "a manifest's name",
+            Do(|p| p.rename("stages/a.toml", "stages/z.toml")),
+            &[],
+            "reused from",
+        ),
+        case(
+            "a stage's id",
+            Replace("stages/c.toml", "id = \"c\"", "id = \"e\""),
+            &[],
+            "reused from",
+        ),
+        case(
+            "a stage more",
+            Do(|p| p.copy_stage("c", "e", "said", "also")),
+            &["e"],
+            "no result of it is known",
+        ),
+    ];
+    for Case { name, edit, computed: expected, said } in cases {
+        let project = pipeline();
+        let with = |arguments: &[&str], set: Option<(&str, Option<&str>)>| {
+            let mut command = project.command(arguments);
+            command.env("LISTED", "yes");
+            match set {
+                Some((name, Some(value))) => command.env(name, value),
+                Some((name, None)) => command.env_remove(name),
+                None => &mut command,
+            };
+            Outcome::of(command.output().expect("started"))
+        };
+        let first = with(&["run", "stages"], None).expect(0, "pass");
+        assert_eq!(computed(&first), set(&["a", "b", "c", "d"]), "{name}");
+        let before = ["mid", "end", "said", "all"].map(|file| project.read(file));
+        let mut variable = None;
+        match edit {
+            Replace(file, from, to) => {
+                let text = project.read(file);
+                assert!(text.contains(from), "{name}: no `{from}` in {text}");
+                project.write(file, &text.replace(from, to));
+            }
+            Write(file, text) => project.write(file, text),
+            Do(what) => what(&project),
+            Set(name, value) => variable = Some((name, Some(value))),
+            Unset(name) => variable = Some((name, None)),
+        }
+        let planned = with(&["plan", "stages"], variable);
+        assert!(planned.out.contains(said), "{name}: no `{said}` in\n{}", planned.out);
+        let second = with(&["run", "stages"], variable).expect(0, "pass");
+        let expected = set(expected);
+        assert_eq!(computed(&second), expected, "{name}\n{}", second.err);
+        if expected.is_empty() {
+            assert_eq!(before, ["mid", "end", "said", "all"].map(|file| project.read(file)));
+        }
+        let third = with(&["run", "stages"], variable).expect(0, "pass");
+        assert_eq!(computed(&third), set(&[]), "{name}, once more\n{}", third.err);
+    }
+}
+
+/// The shipped stages on a copy of a small model.
+fn on_a_model() -> Project {
+    let project = Project::new();
+    let shipped = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    for folder in ["stages", "contracts"] {
+        for file in fs::read_dir(shipped.join(folder)).expect("shipped").flatten() {
+            let text = fs::read_to_string(file.path()).expect("read");
+            project.write(&format!("{folder}/{}", file.file_name().display()), &text);
+        }
+    }
+    let store = project.path("store");
+    let tiny = runner::model::synthetic::Preset::Qwen2Tiny;
+    let model = runner::model::synthetic::ensure(tiny, 1, &store).expect("a model");
+    fs::rename(model, project.path("model.gguf")).expect("moved");
+    project
+}
+
+#[test]
+fn edits_of_a_model_and_a_recipe_reach_the_arms_that_read_them() {
+    let project = on_a_model();
+    let run = |arguments: &[&str]| {
+        let fixed = ["run", "stages", "--select", "C,D,E", "--model", "model.gguf"];
+        let all: Vec<&str> = fixed.into_iter().chain(arguments.iter().copied()).collect();
+        project.runner(&all)
+    };
+    let all =
+        ["C", "D", "E"].iter().flat_map(|s| [format!("{s} reference"), format!("{s} emulated")]);
+    assert_eq!(computed(&run(&[])), all.collect());
+    assert_eq!(computed(&run(&[])), set(&[]));
+
+    // One byte of one tensor.
+    let model = project.path("model.gguf");
+    let offset = {
+        let opened = Model::open(&model).expect("opened");
+        opened.origin("blk.0.attn_q.weight").expect("a place").offset
+    };
+    let mut bytes = fs::read(&model).expect("read");
+    bytes[offset + 40] ^= 1;
+    fs::write(&model, &bytes).expect("written");
+    assert_eq!(computed(&run(&[])), set(&["E reference", "E emulated"]));
+
+    project.touch("model.gguf");
+    let touched = run(&[]);
+    assert_eq!(computed(&touched), set(&[]));
+    assert!(touched.err.contains("touched, content same: model.gguf"), "{}", touched.err);
+
+    let defaults = project.read("stages/pipeline.toml");
+    project.write("stages/pipeline.toml", &defaults.replace("\"promoted\"", "\"fast\""));
+    let emulated = set(&["C emulated", "D emulated", "E emulated"]);
+    assert_eq!(computed(&run(&[])), emulated);
+    let tokens = run(&["--tokens", "5,6"]);
+    assert_eq!(computed(&tokens).len(), 6, "{}", tokens.err);
+    let forced = run(&["--force"]);
+    assert_eq!(computed(&forced).len(), 6);
+    assert!(!forced.err.contains("not deterministic"), "{}", forced.err);
+}
+
+/// Twelve stages of a fan and a chain, of which each takes a moment.
+fn slow_pipeline() -> Project {
+    let mut project = Project::new().file("in", "0\n");
+    for i in 0..12 {
+        let from = if i < 6 { "in".to_owned() } else { format!("out/{}", i - 6) };
+        let lines = format!(
+            "shell = 'sleep 0.02; cat {from} > out/{i}; echo {i} >> out/{i}'\n\
+             inputs = [\"{from}\"]\noutputs = [\"out/{i}\"]"
+        );
+        project = project.stage(&format!("s{i:02}"), &lines);
+    }
+    project
+}
+
+/// How often each stage was run to its end, over all runs.
+fn finished(project: &Project) -> Vec<String> {
+    let mut finished = Vec::new();
+    for run in fs::read_dir(project.path("runs")).expect("runs").flatten() {
+        let journal = fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default();
+        for line in journal.lines() {
+            let Ok(event) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+            if event["event"] == "arm_finished" && event["state"] == "ran" {
+                finished.extend(event["stage"].as_str().map(str::to_owned));
+            }
+        }
+    }
+    finished.sort();
+    finished
+}
+
+/// `RUNNER_KILLS=200 cargo test --test it killed_at_random` is the long form.
+#[test]
+fn killed_at_random_moments_nothing_is_lost_false_or_stuck() {
+    let kills = std::env::var("RUNNER_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(15);
+    let mut project = slow_pipeline();
+    let mut moment = 12_345u64;
+    let mut done = 0;
+    while done < kills {
+        let mut runner = project.command(&["run", "stages"]);
+        let runner = runner.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let mut runner = runner.spawn().expect("started");
+        // A fixed sequence of moments, spread over a run.
+        moment = moment.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        std::thread::sleep(Duration::from_micros((moment >> 33) % 250_000));
+        let ended = runner.try_wait().expect("asked").is_some();
+        runner.kill().expect("killed");
+        runner.wait().expect("waited for");
+        done += u32::from(!ended);
+        if ended {
+            check_all_finished(&project);
+            project = slow_pipeline();
+        }
+    }
+    let started = Instant::now();
+    project.run().expect(0, "pass");
+    assert!(started.elapsed() < Duration::from_secs(20), "something was stuck");
+    check_all_finished(&project);
+}
+
+fn check_all_finished(project: &Project) {
+    for i in 0..12 {
+        let expected = if i < 6 { format!("0\n{i}\n") } else { format!("0\n{}\n{i}\n", i - 6) };
+        assert_eq!(project.read(&format!("out/{i}")), expected);
+    }
+    let finished = finished(project);
+    let distinct: BTreeSet<&String> = finished.iter().collect();
+    assert_eq!(finished.len(), distinct.len(), "what was finished ran again: {finished:?}");
+    let attempts = project.path("runs/cache/v1/attempts");
+    assert_eq!(fs::read_dir(attempts).map_or(0, Iterator::count), 0);
+}
+
+#[test]
+fn two_runners_compute_an_action_once() {
+    let project = Project::new();
+    let mark = project.path("mark").display().to_string();
+    let project = project.stage(
+        "S",
+        &format!("shell = 'echo x >> {mark}; sleep 0.3; echo 1 > out'\noutputs = [\"out\"]"),
+    );
+    let mut runners: Vec<_> =
+        (0..3).map(|_| project.command(&["run", "stages"]).spawn().expect("started")).collect();
+    for runner in &mut runners {
+        assert!(runner.wait().expect("waited for").success());
+    }
+    assert_eq!(project.read("mark"), "x\n");
+    assert_eq!(fs::read_dir(project.path("runs/cache/v1/locks")).expect("a folder").count(), 0);
+}
+
+/// All files below a folder.
+fn files(folder: PathBuf) -> Vec<PathBuf> {
+    let mut open = vec![folder];
+    let mut files = Vec::new();
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_dir() { open.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_found_and_makes_no_false_result() {
+    let project = pipeline();
+    project.run().expect(0, "pass");
+    // Past the moment in which young files are not written down.
+    std::thread::sleep(Duration::from_millis(30));
+    project.run().expect(0, "pass");
+    let outputs = ["mid", "end", "said", "all"];
+    let right = outputs.map(|file| project.read(file));
+    let mut damaged = 0;
+    for folder in ["runs/cache/v1", "home"] {
+        for file in files(project.path(folder)) {
+            let whole = fs::read(&file).expect("read");
+            if whole.is_empty() {
+                continue;
+            }
+            damaged += 1;
+            let mut broken = whole.clone();
+            let place = broken.len() / 2;
+            broken[place] ^= 1;
+            fs::write(&file, &broken).expect("written");
+            let name = file.display().to_string();
+            if name.contains("/objects/") || name.contains("/actions/") {
+                // So that the cache is asked for it.
+                project.remove("end");
+                let file_name = file.file_name().expect("a name").to_string_lossy().into_owned();
+                project.runner(&["cache", "verify"]).expect(1, &file_name);
+            }
+            project.run().expect(0, "pass");
+            assert_eq!(right, outputs.map(|file| project.read(file)), "{name}");
+        }
+    }
+    assert!(damaged >= 10, "{damaged}");
+    project.runner(&["cache", "verify"]).expect(0, "are sound");
+}
+
+#[test]
+fn gc_keeps_what_a_pinned_run_made() {
+    let project = pipeline();
+    project.run().expect(0, "pass");
+    project.runner(&["cache", "ls"]).expect(0, "4 results");
+    project.runner(&["cache", "pin", "latest"]).expect(0, "pinned");
+    project.runner(&["cache", "gc", "--budget", "0"]).expect(0, "removed 4 actions and 0 objects");
+    project.runner(&["cache", "unpin", "latest"]).expect(0, "not pinned");
+    project.runner(&["cache", "gc", "--budget", "0"]).expect(0, "0 B stay");
+    project.run().expect(0, "pass");
+}
+
+#[test]
+fn fail_fast_starts_nothing_after_a_failure() {
+    let project = Project::new()
+        .stage("a", "shell = 'exit 1'")
+        .stage("b", "shell = 'sleep 0.2'")
+        .stage("c", "argv = [\"true\"]");
+    let all = project.runner(&["run", "stages", "--jobs", "1"]).expect(1, "structural");
+    assert_eq!(computed(&all), set(&["a", "b", "c"]));
+    let project = Project::new().stage("a", "shell = 'exit 1'").stage("b", "argv = [\"true\"]");
+    let fast = project.runner(&["run", "stages", "--jobs", "1", "--fail-fast"]);
+    assert_eq!(computed(&fast), set(&["a"]));
+    fast.expect(1, "not started: stage a did not pass");
+}
+
+#[test]
+fn a_dry_run_and_an_explanation_run_nothing() {
+    let project = pipeline();
+    let dry = project.runner(&["run", "stages", "--dry-run"]);
+    let dry = dry.expect(0, "no result of it is known here");
+    assert!(computed(&dry).is_empty() && !project.path("mid").exists());
+    project.run().expect(0, "pass");
+    project.write("in.txt", "z\n");
+    let explained = project.runner(&["plan", "stages", "--explain"]);
+    explained.expect(0, "* input in.txt: ").expect(0, "stage a, which it needs, runs first");
+}
+
+/// The shipped arms on a machine with this driver, on which only the emulated arm
+/// is said to depend.
+struct WithDriver(&'static str);
+
+impl Workshop for WithDriver {
+    fn name(&self) -> &str {
+        "with a driver"
+    }
+
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+        Shipped::default().ops(arm, recipe)
+    }
+
+    fn unavailable(&self, arm: Arm, _: &Recipe) -> Option<String> {
+        (arm == Arm::Device).then(|| "this test has no device".to_owned())
+    }
+
+    fn facts(&self, arm: Arm, _: &Recipe) -> Vec<(String, String)> {
+        let driver = ("driver".to_owned(), self.0.to_owned());
+        Some(driver).filter(|_| arm == Arm::Emulated).into_iter().collect()
+    }
+}
+
+#[test]
+fn a_new_driver_makes_only_the_arms_run_that_depend_on_it() {
+    let project = on_a_model();
+    let model = Some(project.path("model.gguf").display().to_string());
+    let overrides = Overrides { model, ..Overrides::default() };
+    let pipeline = load(&project.path("stages"), &overrides).expect("sound manifests");
+    let graph = Graph::of(&pipeline.stages).expect("no cycle");
+    let only_c = pipeline.stages.iter().map(|stage| stage.id.clone()).filter(|id| id.0 == "C");
+    let only_c = only_c.collect();
+    let store = Store::new(&project.path("cache"));
+    let stamps = Stamps::forgetful();
+    let plan = Plan::new(&pipeline, &graph, &only_c, &store, &stamps).expect("a plan");
+    let (attempts, _) = Attempts::open(&store.attempts(), "test").expect("a folder");
+    let run = |driver: &'static str| {
+        let options = Options {
+            run: driver.to_owned(),
+            created: "2026-11-20T00:00:00Z".to_owned(),
+            jobs: 1,
+            require: BTreeSet::new(),
+            workshop: &WithDriver(driver),
+            fail_fast: false,
+            slots: &Slots::here(),
+            processes: &Processes::new(env!("CARGO_BIN_EXE_runner").into()),
+            attempts: &attempts,
+        };
+        struct Silent;
+        impl Sink for Silent {
+            fn event(&mut self, _: &Event) {}
+        }
+        let finished = runner::run::run(&plan, &store, &options, &mut Silent);
+        let arm = |arm: Arm| {
+            let record = &finished.stages[0].arms[&arm];
+            (record.state, record.why.clone())
+        };
+        [arm(Arm::Reference), arm(Arm::Emulated)]
+    };
+    run("580.65");
+    let [reference, emulated] = run("585.10");
+    let from = "reused from 2026-11-20T00:00:00Z (580.65)".to_owned();
+    assert_eq!(reference, (ArmState::Reused, from));
+    assert_eq!(emulated, (ArmState::Ran, "driver: 580.65 -> 585.10 (since 580.65)".to_owned()));
+}
