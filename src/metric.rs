@@ -3,7 +3,9 @@
 //! It knows what a metric means and which values it can take, not how it is
 //! computed.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number measured at one site between a subject `a` and a reference `b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -110,6 +112,40 @@ impl Metric {
         }
     }
 
+    /// What it says, in one line, `a` being the subject and `b` the judge.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Metric::BitMismatches => "elements whose f32 bits differ",
+            Metric::NonFinite => "elements that are NaN or infinite on either side",
+            Metric::MaxAbs => "largest |a - b|",
+            Metric::MaxRel => "largest |a - b| / |b| where b is not zero",
+            Metric::MaxUlp => "largest distance in units of the last place of f32",
+            Metric::RowUlp => "largest |a - b| in units of the last place of the row's largest |b|",
+            Metric::Nmse => "sum (a - b)^2 / sum b^2; its root is the relative rms error",
+            Metric::Cosine => "cosine of the angle between a and b",
+            Metric::Pearson => "Pearson's correlation of a and b",
+            Metric::Slope => "slope of the least-squares line a = slope * b + intercept",
+            Metric::Intercept => "intercept of that line",
+            Metric::ZRms => {
+                "root mean square of z = (a - b) / floor: 1 where the error is the predicted one"
+            }
+            Metric::ZMax => "largest |z|: the error in predicted deviations",
+            Metric::ZMean => "mean of z: a bias",
+            Metric::Kl => "mean over tokens of KL(softmax b || softmax a), in nats",
+            Metric::KlRatio => "largest over tokens of KL over half the variance of a - b",
+            Metric::Top1Agreement => "share of tokens with the same largest logit",
+            Metric::TopKAgreement => "mean share of the five largest logits that both have",
+            Metric::UnexplainedFlips => {
+                "tokens whose top-1 flips at a margin that the difference does not explain"
+            }
+            Metric::ExitStatus => "a command's exit status, at `exit`",
+            Metric::Matches => "matches of a pattern in a command's output, at `match.<name>`",
+            Metric::DigestMismatch => {
+                "1 where an output's hash is not the declared one, else 0, at `output.<path>`"
+            }
+        }
+    }
+
     /// The values that the metric can take, smallest and largest.
     pub fn range(self) -> (f64, f64) {
         match self {
@@ -143,5 +179,58 @@ impl Metric {
 impl std::fmt::Display for Metric {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// Metrics with their values as JSON has them. JSON has no NaN and no infinity:
+/// these are the texts `NaN`, `inf` and `-inf`. A `null`, which other writers
+/// put in their place, is read as NaN, so that nothing of the kind gets lost.
+pub mod json {
+    use super::{BTreeMap, Deserialize, Deserializer, Metric, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        Number(f64),
+        Text(String),
+        Null(()),
+    }
+
+    /// Writes a map of metrics.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(
+        metrics: &BTreeMap<Metric, f64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(metrics.iter().map(|(metric, &value)| {
+            let text = || Value::Text(value.to_string());
+            (metric, if value.is_finite() { Value::Number(value) } else { text() })
+        }))
+    }
+
+    /// Reads a map of metrics.
+    ///
+    /// # Errors
+    /// If a value is neither a number nor one of the texts.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<Metric, f64>, D::Error> {
+        let raw = BTreeMap::<Metric, Value>::deserialize(deserializer)?;
+        raw.into_iter()
+            .map(|(metric, value)| match value {
+                Value::Number(number) => Ok((metric, number)),
+                Value::Null(()) => Ok((metric, f64::NAN)),
+                Value::Text(text) => match text.as_str() {
+                    "NaN" => Ok((metric, f64::NAN)),
+                    "inf" => Ok((metric, f64::INFINITY)),
+                    "-inf" => Ok((metric, f64::NEG_INFINITY)),
+                    _ => Err(serde::de::Error::custom(format!(
+                        "`{text}` is no value of {metric}; write a number, `NaN`, `inf` or `-inf`"
+                    ))),
+                },
+            })
+            .collect()
     }
 }

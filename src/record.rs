@@ -4,15 +4,16 @@
 //! added within a version; none is removed or changes its meaning.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{GreedyComparison, Measure};
 use crate::compute::GemmRecord;
 use crate::executor::command::CommandRecord;
-use crate::op::{Arm, Op, Recipe, StageId};
+use crate::op::{Arm, Op, Recipe, Site, StageId};
 use crate::plan::{GreedyRecord, SiteRecord};
-use crate::verdict::{Judgement, Verdict};
+use crate::verdict::{Judgement, Outcome, Verdict};
 
 /// The version of [`RunRecord`].
 /// 1: the first format.
@@ -95,6 +96,22 @@ pub struct StageRecord {
     pub greedy: Vec<GreedyComparison>,
 }
 
+impl StageRecord {
+    /// The judgement that decided the verdict: the first that fell, else the
+    /// one that uses most of its bound.
+    pub fn decisive(&self) -> Option<&Judgement> {
+        let order = |site: &Option<Site>| {
+            self.measures.iter().position(|m| Some(&m.site) == site.as_ref()).unwrap_or(usize::MAX)
+        };
+        let fallen = self.judgements.iter().filter(|j| j.outcome == Outcome::Falsified);
+        let gravest = fallen.min_by_key(|j| (j.if_fails, order(&j.site)));
+        gravest.or_else(|| {
+            let held = self.judgements.iter().filter(|j| j.outcome == Outcome::Held);
+            held.max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)))
+        })
+    }
+}
+
 /// What became of an arm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -136,6 +153,102 @@ pub struct ArmRecord {
     /// What became of a command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<CommandRecord>,
+}
+
+/// Why a run cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// There is no file.
+    #[error(
+        "`{}` has no run.json: the run was cut off{last}; run the stages again, what it finished \
+         is in the cache",
+        folder.display()
+    )]
+    CutOff {
+        /// The run's folder.
+        folder: PathBuf,
+        /// What it did last, as far as events.jsonl tells.
+        last: String,
+    },
+    /// The file or its folder cannot be read.
+    #[error("cannot read `{}`: {error}", path.display())]
+    Unreadable {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// It is not a run.
+    #[error("`{}` is not a whole run.json: {error}; run the stages again", path.display())]
+    Damaged {
+        /// Its path.
+        path: PathBuf,
+        /// Where reading ended.
+        error: serde_json::Error,
+    },
+    /// Another version of the runner wrote it.
+    #[error(
+        "`{}` was written by runner {writer} with schema {schema}, and this is runner {} with \
+         schema {SCHEMA}: {problem}; read it with runner {writer}",
+        path.display(),
+        env!("CARGO_PKG_VERSION")
+    )]
+    OtherVersion {
+        /// Its path.
+        path: PathBuf,
+        /// The version that wrote it.
+        writer: String,
+        /// Its schema.
+        schema: String,
+        /// What does not fit.
+        problem: String,
+    },
+}
+
+impl RunRecord {
+    /// Reads the run in a folder.
+    ///
+    /// # Errors
+    /// If it was cut off, is damaged, or comes from a version that wrote otherwise.
+    pub fn read(folder: &Path) -> Result<RunRecord, ReadError> {
+        let path = folder.join("run.json");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() => {
+                let last = last_event(folder);
+                return Err(ReadError::CutOff { folder: folder.to_owned(), last });
+            }
+            Err(error) => return Err(ReadError::Unreadable { path, error }),
+        };
+        let json: serde_json::Value = match serde_json::from_str(&text) {
+            Ok(json) => json,
+            Err(error) => return Err(ReadError::Damaged { path, error }),
+        };
+        let schema = json["schema"].clone();
+        let writer = json["provenance"]["runner"].as_str().unwrap_or("unknown").to_owned();
+        let other = |problem: String| {
+            let schema = schema.to_string();
+            ReadError::OtherVersion { path: path.clone(), writer: writer.clone(), schema, problem }
+        };
+        if schema != SCHEMA {
+            return Err(other("the formats differ".to_owned()));
+        }
+        serde_json::from_value(json).map_err(|error| other(error.to_string()))
+    }
+}
+
+/// The last line of a run's events, in words.
+fn last_event(folder: &Path) -> String {
+    let text = std::fs::read_to_string(folder.join("events.jsonl")).unwrap_or_default();
+    let mut events = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+    let Some(last) = events.next_back() else { return String::new() };
+    let last: serde_json::Value = last;
+    let word = |key: &str| last[key].as_str().unwrap_or("").to_owned();
+    let stage = match word("stage") {
+        stage if stage.is_empty() => stage,
+        stage => format!(" of stage {stage}"),
+    };
+    format!(" after `{}`{stage}", word("event"))
 }
 
 impl ArmRecord {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::compare::Measure;
-use crate::manifest::{Contract, Falsifier, IfFails};
+use crate::manifest::{Contract, Falsifier, IfFails, names_site};
 use crate::metric::Metric;
 use crate::op::{Arm, Site, Stream};
 use crate::text::{grouped, number};
@@ -101,6 +101,10 @@ pub struct Judgement {
     pub compare: [Stream; 2],
     /// What was measured.
     pub metric: Metric,
+    /// Patterns of the sites that it judges; every site if null. A record that
+    /// does not say is not read: every other site would seem judged.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub sites: Option<Vec<String>>,
     /// The smallest value that passes.
     pub min: Option<f64>,
     /// The largest value that passes.
@@ -125,6 +129,20 @@ pub struct Judgement {
     pub sites_falsified: usize,
     /// Sites without a value.
     pub sites_unmeasured: usize,
+}
+
+impl Judgement {
+    /// Whether a measure is one of those that were judged here.
+    pub fn judges(&self, measure: &Measure) -> bool {
+        let [subject, judge] = self.compare;
+        let streams = measure.subject == subject && measure.judge == judge;
+        streams && names_site(self.sites.as_deref(), self.metric, &measure.site)
+    }
+
+    /// How much of the nearer bound a value uses: at the bound 1, beyond it more.
+    pub fn share_of_bound(&self, value: f64) -> f64 {
+        share_of_bound(self.metric, (self.min, self.max), value)
+    }
 }
 
 /// A stage's verdict with all that led to it.
@@ -175,6 +193,7 @@ fn judge_one(
         prediction: falsifier.prediction.clone(),
         compare: falsifier.compare,
         metric: falsifier.metric,
+        sites: falsifier.sites.clone(),
         min: falsifier.min,
         max: falsifier.max,
         why: falsifier.why.clone(),
@@ -203,7 +222,8 @@ fn judge_one(
             continue;
         };
         judgement.sites_judged += 1;
-        let used = share_used(falsifier, value);
+        let bounds = (falsifier.min, falsifier.max);
+        let used = share_of_bound(falsifier.metric, bounds, value);
         let within = falsifier.min.is_none_or(|min| value >= min)
             && falsifier.max.is_none_or(|max| value <= max);
         let first_outside = !within && judgement.sites_falsified == 0;
@@ -230,18 +250,21 @@ fn judge_one(
 }
 
 /// How much of the nearer bound a value uses: at the bound 1, beyond it more.
-fn share_used(falsifier: &Falsifier, value: f64) -> f64 {
+fn share_of_bound(metric: Metric, (min, max): (Option<f64>, Option<f64>), value: f64) -> f64 {
     // Outside a bound of 0 there is no share; the largest number stands for it.
     let ratio = |part: f64, whole: f64| match (part, whole) {
         (0.0, _) => 0.0,
         (_, 0.0) => f64::MAX,
         (part, whole) => (part / whole).abs(),
     };
-    let of_max = falsifier.max.map(|max| ratio(value, max));
-    let best = falsifier.metric.range().1;
-    let of_min = falsifier.min.map(|min| {
-        if best.is_finite() { ratio(best - value, best - min) } else { ratio(min, value) }
-    });
+    let of_max = max.map(|max| ratio(value, max));
+    let best = metric.range().1;
+    let of_min =
+        min.map(
+            |min| {
+                if best.is_finite() { ratio(best - value, best - min) } else { ratio(min, value) }
+            },
+        );
     match (of_min, of_max) {
         (Some(a), Some(b)) if a > b => a,
         (_, Some(b)) => b,

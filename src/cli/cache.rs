@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::{FALSIFIED, PASS, keep, latest_run, print, read_record, stamps_of, store_of};
+use super::{FALSIFIED, PASS, keep, print, record_of, stamps_of, store_of};
 use crate::cache::{Budget, Held};
+use crate::record::RunRecord;
 
 /// The mark of a run whose results `gc` keeps.
 const PINNED: &str = "pinned";
@@ -143,7 +144,7 @@ fn pinned_objects(runs: &Path) -> Result<BTreeSet<String>, String> {
             continue;
         }
         // A pinned run that cannot be read would lose its results: that is an error.
-        let record = read_record(&folder.join("run.json"))?;
+        let record = RunRecord::read(&folder).map_err(|error| error.to_string())?;
         for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
             pinned.extend(arm.object.clone());
             if let Some(command) = &arm.command {
@@ -156,9 +157,8 @@ fn pinned_objects(runs: &Path) -> Result<BTreeSet<String>, String> {
 }
 
 fn mark_of(runs: &Path, run: &str) -> Result<PathBuf, String> {
-    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
-    read_record(&runs.join(&id).join("run.json"))?;
-    Ok(runs.join(id).join(PINNED))
+    let (folder, _) = record_of(run, runs)?;
+    Ok(folder.join(PINNED))
 }
 
 /// `20GiB`, `500 MB` or a number of bytes.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{latest_run, print, read_record, store_of};
+use super::{print, record_of, store_of};
 use crate::op::Arm;
 
 pub(super) fn export(
@@ -12,9 +12,8 @@ pub(super) fn export(
     out: &Path,
     runs: &Path,
 ) -> Result<u8, String> {
-    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
-    let path = runs.join(&id).join("run.json");
-    let record = read_record(&path)?;
+    let (_, record) = record_of(run, runs)?;
+    let id = &record.id;
     let found = record.stages.iter().find(|record| record.id.0 == stage).ok_or_else(|| {
         let known: Vec<&str> = record.stages.iter().map(|stage| stage.id.0.as_str()).collect();
         format!("run `{id}` has no stage `{stage}`; it has: {}", known.join(", "))

@@ -12,6 +12,7 @@ mod export;
 mod journal;
 mod measure;
 mod plan;
+mod report;
 mod run;
 mod unchanged;
 
@@ -24,16 +25,18 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cache::CacheArgs;
 use chip::ChipCli;
 use plan::PlanArgs;
+use report::ReportArgs;
 use run::RunArgs;
 
 use crate::cache::{Stamps, Store};
 use crate::compute::arms::Shipped;
 use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
+use crate::manifest::problem::nearest;
 use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
 use crate::plan::{Plan, PlanError};
-use crate::record::{RunRecord, SCHEMA};
+use crate::record::RunRecord;
 
 /// Nothing to complain about.
 const PASS: u8 = 0;
@@ -102,6 +105,8 @@ enum Command {
     ProcessServer,
     /// What this machine has, and what each missing piece switches off.
     Doctor,
+    /// Write the page of a past run anew.
+    Report(ReportArgs),
     /// The chips whose arithmetic is known: list, verify, multiply, measure.
     Chip {
         #[command(subcommand)]
@@ -203,6 +208,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
             Ok(PASS)
         }
         Command::Doctor => doctor::examine(),
+        Command::Report(args) => report::report(&args),
         Command::Chip { command } => chip::chip(command),
     }
 }
@@ -320,15 +326,26 @@ fn latest_run(runs: &Path) -> Result<String, String> {
     })
 }
 
-fn read_record(path: &Path) -> Result<RunRecord, String> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
-    let wrong =
-        |problem: String| format!("`{}` is not a run of this version: {problem}", path.display());
-    let record: RunRecord =
-        serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-    if record.schema != SCHEMA {
-        return Err(wrong(format!("it has schema {}, this runner reads {SCHEMA}", record.schema)));
+/// The folder and the record of a past run, by name or `latest`.
+fn record_of(run: &str, runs: &Path) -> Result<(PathBuf, RunRecord), String> {
+    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
+    let folder = runs.join(&id);
+    if !folder.is_dir() {
+        return Err(format!("`{}` holds no run `{id}`{}", runs.display(), near(&id, runs)));
     }
-    Ok(record)
+    let record = RunRecord::read(&folder).map_err(|error| error.to_string())?;
+    Ok((folder, record))
+}
+
+/// The nearest name of a run, as a hint.
+fn near(id: &str, runs: &Path) -> String {
+    let entries = std::fs::read_dir(runs).into_iter().flatten().flatten();
+    let names: Vec<String> = entries
+        .filter(|entry| entry.path().join("run.json").is_file())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    match nearest(id, names.iter().map(String::as_str)) {
+        Some(name) => format!("; did you mean `{name}`?"),
+        None => "; `latest` is the youngest".to_owned(),
+    }
 }

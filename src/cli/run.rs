@@ -18,7 +18,7 @@ use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::Arm;
 use crate::record::{Provenance, RunRecord, SCHEMA};
-use crate::report::{Bars, EventLog, Lines, Sinks, table};
+use crate::report::{Bars, EventLog, Lines, Sinks, page, table};
 use crate::run::{Options, run};
 use crate::text::grouped;
 use crate::verdict::Verdict;
@@ -140,6 +140,9 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
     crate::cache::write_whole(&folder.join("run.json"), json.as_bytes())
         .map_err(|error| error.to_string())?;
+    let page = page(&record, &runs.display().to_string());
+    crate::cache::write_whole(&folder.join("report.html"), page.as_bytes())
+        .map_err(|error| error.to_string())?;
     if let Some(bug) = &finished.bug {
         eprintln!("a bug of ours, please report it: {bug}");
     }
@@ -211,7 +214,10 @@ fn show(
     if args.format == OutputFormat::Json {
         return print(&(json + "\n"));
     }
-    let place = folder.join("run.json").display().to_string();
+    // A run that changed nothing has no time for a page; `runner report` makes it.
+    let pages = ["report.html", "run.json"].map(|name| folder.join(name));
+    let page = pages.iter().find(|page| page.is_file()).unwrap_or(&pages[1]);
+    let place = page.display().to_string();
     if count <= SHOWN_ONE_BY_ONE {
         return print(&table(record, &place, terminal_width()));
     }

@@ -36,6 +36,7 @@ pub struct Measure {
     /// The subject's shape.
     pub shape: [usize; 2],
     /// The numbers; those that would mean nothing are absent.
+    #[serde(with = "crate::metric::json")]
     pub metrics: BTreeMap<Metric, f64>,
     /// Why metrics are absent, where they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]

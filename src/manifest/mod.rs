@@ -160,7 +160,7 @@ pub struct Falsifier {
     pub compare: [Stream; 2],
     /// What is measured.
     pub metric: Metric,
-    /// Patterns of sites, see [`Falsifier::applies_to`]; every site if absent.
+    /// Patterns of sites, see [`names_site`]; every site if absent.
     pub sites: Option<Vec<String>>,
     /// The smallest value that passes.
     pub min: Option<f64>,
@@ -183,16 +183,21 @@ pub enum IfFails {
 }
 
 impl Falsifier {
-    /// Whether it judges a site. A pattern names a site part by part between
-    /// dots, where `*` is one whole part: `blk.1.*` does not name `blk.10.q`.
-    /// Metrics of logits judge `logits` alone.
+    /// Whether it judges a site, see [`names_site`].
     pub fn applies_to(&self, site: &Site) -> bool {
-        let named = match &self.sites {
-            None => true,
-            Some(patterns) => patterns.iter().any(|pattern| sites::names(pattern, &site.0)),
-        };
-        named && (!self.metric.of_logits_only() || site.0 == "logits")
+        names_site(self.sites.as_deref(), self.metric, site)
     }
+}
+
+/// Whether patterns name a site for a metric; every site where there are none. A
+/// pattern names a site part by part between dots, where `*` is one whole part:
+/// `blk.1.*` does not name `blk.10.q`. Metrics of logits judge `logits` alone.
+pub fn names_site(patterns: Option<&[String]>, metric: Metric, site: &Site) -> bool {
+    let named = match patterns {
+        None => true,
+        Some(patterns) => patterns.iter().any(|pattern| sites::names(pattern, &site.0)),
+    };
+    named && (!metric.of_logits_only() || site.0 == "logits")
 }
 
 /// The file of defaults.

@@ -3,10 +3,14 @@
 //! They read events and the run's record; they compute nothing. Stdout is data
 //! (the table, or run.json); progress goes to stderr.
 
+mod commands;
+mod html;
+mod layers;
 mod log;
 mod progress;
 mod table;
 
+pub use html::page;
 pub use log::EventLog;
 pub use progress::{Bars, Lines};
 pub use table::table;

@@ -9,5 +9,6 @@ mod cuda;
 mod golden;
 mod manifest;
 mod model;
+mod records;
 mod stages;
 mod tensor_cores;

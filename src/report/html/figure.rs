@@ -1,0 +1,43 @@
+//! Figures in the page: each says where in run.json it stands.
+//!
+//! `data-at` is a JSON pointer (RFC 6901), so that a reader or a test finds the
+//! number behind the digits.
+
+use maud::{Markup, html};
+
+use crate::text::{grouped, number};
+
+/// A number of run.json.
+pub(super) fn figure(value: f64, at: &str) -> Markup {
+    html! { data value=(format!("{value:?}")) data-at=(at) { (shown(value)) } }
+}
+
+/// A number as the page shows it.
+pub(super) fn shown(value: f64) -> String {
+    if !value.is_finite() {
+        return "not finite".to_owned();
+    }
+    if value.fract() == 0.0 && (0.0..1e15).contains(&value) {
+        return grouped(value as usize);
+    }
+    number(value)
+}
+
+/// A share of a bound in per cent; beyond a bound of 0 there is no share.
+pub(super) fn share(used: f64) -> String {
+    match used {
+        used if used == f64::MAX => "beyond 0".to_owned(),
+        used if used > 10.0 => format!("{}x", number(used)),
+        used => format!("{:.0} %", 100.0 * used),
+    }
+}
+
+/// A duration.
+pub(super) fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if s < 0.0995 => format!("{:.0} ms", 1e3 * s),
+        s if s < 9.95 => format!("{s:.2} s"),
+        s if s < 600.0 => format!("{s:.0} s"),
+        s => format!("{:.0} min", s / 60.0),
+    }
+}

@@ -1,0 +1,110 @@
+//! report.html: a run as one page, without network or server.
+//!
+//! It reads the run's record alone. All text passes through maud, which escapes
+//! it; scripts carry a nonce that depends on the whole record, so that no name
+//! in a manifest can know it.
+
+mod chart;
+mod figure;
+mod heatmap;
+mod overview;
+mod stage;
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use crate::record::RunRecord;
+use crate::report::commands::Suggestion;
+use crate::verdict::{Outcome, Verdict};
+
+/// What is drawn.
+struct Page<'a> {
+    run: &'a RunRecord,
+    runs: &'a str,
+}
+
+/// A run's page; `runs` is the folder of runs, for the commands on it.
+pub fn page(run: &RunRecord, runs: &str) -> String {
+    let page = Page { run, runs };
+    let body = html! {
+        (overview::header(&page))
+        main {
+            (overview::stages(&page))
+            @if run.stages.iter().any(|stage| !stage.needs.is_empty()) { (overview::graph(run)) }
+            @for place in 0..run.stages.len() { (stage::section(&page, place)) }
+        }
+        footer {
+            p {
+                "Every figure stands in " a href="run.json" { "run.json" }
+                " at the place that its attribute " code { "data-at" } " names. "
+                "Headroom: the share of the nearer bound that the worst site uses; beyond 100 % "
+                "the claim is falsified."
+            }
+        }
+    };
+    let nonce = blake3::hash(body.0.as_bytes()).to_hex().to_string();
+    let policy = format!(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; \
+         base-uri 'none'; form-action 'none'"
+    );
+    let document = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta http-equiv="Content-Security-Policy" content=(policy);
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                // Browsers ask for an icon unless they are given an empty one.
+                link rel="icon" href="data:,";
+                title { (run.verdict) " - " (run.id) }
+                style { (PreEscaped(include_str!("style.css"))) }
+            }
+            body {
+                (body)
+                script nonce=(nonce) { (PreEscaped(include_str!("page.js"))) }
+            }
+        }
+    };
+    document.into_string()
+}
+
+/// A verdict as a word with its mark: never by colour alone.
+fn verdict(verdict: Verdict) -> Markup {
+    html! {
+        span class=(format!("verdict v-{verdict}")) {
+            span aria-hidden="true" { (symbol(verdict)) } " " (verdict)
+        }
+    }
+}
+
+fn symbol(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Pass => "\u{2713}",
+        Verdict::Drift => "\u{2248}",
+        Verdict::Structural => "\u{2715}",
+        Verdict::Unmeasured => "\u{25cb}",
+        Verdict::Blocked => "\u{2298}",
+        Verdict::Error => "!",
+    }
+}
+
+fn outcome(outcome: Outcome) -> Markup {
+    let (class, mark, word) = match outcome {
+        Outcome::Held => ("pass", "\u{2713}", "held"),
+        Outcome::Falsified => ("structural", "\u{2715}", "falsified"),
+        Outcome::Unmeasured => ("unmeasured", "\u{25cb}", "unmeasured"),
+    };
+    html! {
+        span class=(format!("verdict v-{class}")) { span aria-hidden="true" { (mark) } " " (word) }
+    }
+}
+
+fn commands(all: &[Suggestion]) -> Markup {
+    html! {
+        ul class="commands" {
+            @for Suggestion { command, purpose } in all {
+                li { code class="command" { (command) } " " small { (purpose) } }
+            }
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The top of the page: the verdict, every stage in a line, and the graph.
+
+use std::collections::BTreeMap;
+
+use maud::{Markup, html};
+
+use super::figure::{seconds, share};
+use super::{Page, commands, symbol, verdict};
+use crate::op::StageId;
+use crate::record::{ArmState, RunRecord, StageRecord};
+use crate::report::commands::of_run;
+use crate::verdict::Verdict;
+
+/// Stages from which a filter is worth its place.
+const FILTER_FROM: usize = 15;
+
+pub(super) fn header(page: &Page<'_>) -> Markup {
+    let run = page.run;
+    html! {
+        header class=(format!("v-{}", run.verdict)) {
+            h1 { (verdict(run.verdict)) " " bdi { (run.folder) } }
+            p class="lead" { (lead(run)) }
+            @for missing in absent(run) { p class="absent-arm" { (missing) } }
+            dl class="facts" {
+                dt { "started" } dd { (run.started) }
+                dt { "took" } dd {
+                    data value=(format!("{:?}", run.seconds)) data-at="/seconds" { (seconds(run.seconds)) }
+                }
+                dt { "exit code" } dd {
+                    data value=(run.exit_code) data-at="/exit_code" { (run.exit_code) }
+                }
+                dt { "run" } dd {
+                    code { (run.id) } " " a href="run.json" { "run.json" } " "
+                    a href="events.jsonl" { "events.jsonl" }
+                }
+                dt { "machine" } dd {
+                    (run.provenance.cpu.as_deref().unwrap_or("CPU unknown")) ", "
+                    (run.provenance.threads) " threads, " (run.provenance.platform)
+                }
+                dt { "runner" } dd { (run.provenance.runner) }
+            }
+            (commands(&of_run(run, page.runs)))
+        }
+    }
+}
+
+/// What a reader must know in the first ten seconds.
+fn lead(run: &RunRecord) -> Markup {
+    let of = |verdict: Verdict| run.stages.iter().filter(move |stage| stage.verdict == verdict);
+    let gravest = of(run.verdict).next();
+    let passed = of(Verdict::Pass).count();
+    html! {
+        @if run.interrupted { strong { "Stopped on request. " } }
+        @match (run.verdict, gravest) {
+            (_, None) => "No stage was judged.",
+            (Verdict::Pass, _) => {
+                "All " (run.stages.len()) " stages pass: whatever was measured is explained by the "
+                "arithmetic of the recipe, within every bound."
+            }
+            (_, Some(stage)) => {
+                @let meaning = match run.verdict {
+                    Verdict::Structural => "A bug: a difference that the arithmetic does not explain.",
+                    Verdict::Drift => "Explained by the arithmetic, but over the budget.",
+                    Verdict::Unmeasured => "Too little was compared to say anything.",
+                    Verdict::Blocked => "A stage could not start.",
+                    _ => "A stage could not run.",
+                };
+                strong { (meaning) } " Stage " bdi { (stage.id) } ": " (stage.why) ". "
+                (passed) " of " (run.stages.len()) " stages pass."
+            }
+        }
+    }
+}
+
+/// Arms that did not run, with the reason, once for all stages.
+fn absent(run: &RunRecord) -> Vec<String> {
+    let mut reasons: BTreeMap<(String, &str), usize> = BTreeMap::new();
+    for stage in &run.stages {
+        for (arm, record) in &stage.arms {
+            if record.state == ArmState::Unmeasured {
+                *reasons.entry((arm.to_string(), &record.why)).or_default() += 1;
+            }
+        }
+    }
+    let all = run.stages.len();
+    reasons
+        .into_iter()
+        .map(|((arm, why), count)| {
+            format!("The {arm} arm was not measured in {count} of {all} stages: {why}")
+        })
+        .collect()
+}
+
+pub(super) fn stages(page: &Page<'_>) -> Markup {
+    let run = page.run;
+    html! {
+        section aria-label="Stages" {
+            h2 { "Stages" }
+            @if run.stages.len() >= FILTER_FROM {
+                p class="filter" {
+                    label for="filter" { "Show only stages with " }
+                    input id="filter" type="search" placeholder="structural, blk.10, ...";
+                    span id="filter-count" aria-live="polite" {}
+                }
+            }
+            div class="scroll" {
+                table class="stages" {
+                    thead { tr {
+                        th scope="col" { "stage" } th scope="col" { "verdict" }
+                        th scope="col" { "why" } th scope="col" { "first or tightest site" }
+                        th scope="col" { "bound used" } th scope="col" { "time" }
+                    } }
+                    tbody {
+                        @for (place, stage) in run.stages.iter().enumerate() { (row(stage, place)) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn row(stage: &StageRecord, place: usize) -> Markup {
+    let decisive = stage.decisive();
+    html! {
+        tr class=(format!("v-{}", stage.verdict)) {
+            th scope="row" {
+                a href=(format!("#stage-{place}")) { bdi { (stage.id) } } " "
+                small { (stage.op.name()) }
+            }
+            td { (verdict(stage.verdict)) }
+            td { (stage.why) br; small { bdi { (stage.title) } } }
+            td {
+                @if let Some(judgement) = decisive {
+                    @if let Some(site) = &judgement.site { code { (site) } }
+                }
+            }
+            td class="number" {
+                @if let Some(used) = decisive.and_then(|judgement| judgement.used) { (share(used)) }
+            }
+            td class="number" {
+                data value=(format!("{:?}", stage.seconds)) data-at=(format!("/stages/{place}/seconds")) {
+                    (seconds(stage.seconds))
+                }
+            }
+        }
+    }
+}
+
+const BOX_WIDTH: usize = 132;
+const BOX_HEIGHT: usize = 44;
+const GAP: usize = 12;
+const BETWEEN: usize = 64;
+/// Boxes of a level that stand in one column.
+const PER_COLUMN: usize = 12;
+
+/// The stages as a graph, what is needed to the left.
+pub(super) fn graph(run: &RunRecord) -> Markup {
+    let places = places(run);
+    let right = places.iter().map(|(x, _)| x + BOX_WIDTH).max().unwrap_or(0) + 4;
+    let bottom = places.iter().map(|(_, y)| y + BOX_HEIGHT).max().unwrap_or(0) + 4;
+    let number: BTreeMap<&StageId, usize> =
+        run.stages.iter().enumerate().map(|(number, stage)| (&stage.id, number)).collect();
+    html! {
+        section aria-label="Graph" {
+            h2 { "What needs what" }
+            div class="scroll graph" {
+                svg width=(right) height=(bottom) viewBox=(format!("0 0 {right} {bottom}"))
+                    role="group" aria-label="Stages, each to the right of those that it needs" {
+                    @for (to, stage) in run.stages.iter().enumerate() {
+                        @for from in stage.needs.iter().filter_map(|need| number.get(need)) {
+                            path class="edge" d=(edge(places[*from], places[to])) {}
+                        }
+                    }
+                    @for ((x, y), (place, stage)) in places.iter().zip(run.stages.iter().enumerate()) {
+                        a href=(format!("#stage-{place}")) class=(format!("node v-{}", stage.verdict))
+                            aria-label=(format!("{}, {}", stage.id, stage.verdict)) {
+                            title { (stage.id) ": " (stage.verdict) ". " (stage.why) }
+                            rect x=(x + 1) y=(y + 1) width=(BOX_WIDTH) height=(BOX_HEIGHT) rx="6" {}
+                            text class="id" x=(x + 10) y=(y + 19) { (clipped(&stage.id.0, 15)) }
+                            text class="word" x=(x + 10) y=(y + 36) {
+                                (symbol(stage.verdict)) " " (stage.verdict)
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn clipped(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    text.chars().take(most - 1).chain(['\u{2026}']).collect()
+}
+
+/// The upper left corner of each stage's box. A run's stages stand in order, so
+/// what one needs has its level already.
+fn places(run: &RunRecord) -> Vec<(usize, usize)> {
+    let mut level_of: BTreeMap<&StageId, usize> = BTreeMap::new();
+    let mut levels: Vec<Vec<usize>> = Vec::new();
+    for (number, stage) in run.stages.iter().enumerate() {
+        let needs = stage.needs.iter().filter_map(|need| level_of.get(need));
+        let level = needs.max().map_or(0, |level| level + 1);
+        level_of.insert(&stage.id, level);
+        if levels.len() <= level {
+            levels.resize(level + 1, Vec::new());
+        }
+        levels[level].push(number);
+    }
+    let mut places = vec![(0, 0); run.stages.len()];
+    let mut x = 0;
+    for level in levels {
+        for (row, number) in level.iter().enumerate() {
+            let column = row / PER_COLUMN;
+            places[*number] =
+                (x + column * (BOX_WIDTH + GAP), (row % PER_COLUMN) * (BOX_HEIGHT + GAP));
+        }
+        let columns = level.len().div_ceil(PER_COLUMN);
+        x += columns * (BOX_WIDTH + GAP) - GAP + BETWEEN;
+    }
+    places
+}
+
+fn edge((from_x, from_y): (usize, usize), (to_x, to_y): (usize, usize)) -> String {
+    let (x1, y1) = (from_x + BOX_WIDTH + 1, from_y + BOX_HEIGHT / 2);
+    let (x2, y2) = (to_x + 1, to_y + BOX_HEIGHT / 2);
+    let middle = (x1 + x2) / 2;
+    format!("M{x1} {y1}C{middle} {y1} {middle} {y2} {x2} {y2}")
+}

@@ -1,0 +1,500 @@
+//! One stage's section: verdict, arms, claims, drift, maps, worst elements.
+
+use maud::{Markup, html};
+
+use super::chart::{Line, chart};
+use super::figure::{figure, seconds, share, shown};
+use super::heatmap::heatmaps;
+use super::{Page, commands, outcome, verdict};
+use crate::metric::Metric;
+use crate::op::{LAYER_PROJECTIONS, Stream};
+use crate::record::{ArmState, StageRecord};
+use crate::report::commands::of_stage;
+use crate::report::layers::Grid;
+use crate::verdict::{Judgement, Outcome, Verdict};
+
+/// Stages of a run up to which all are unfolded.
+const ALL_OPEN: usize = 12;
+/// Layers from which a map says more than a table.
+const MAP_FROM: usize = 2;
+/// Worst elements that are shown.
+const SHOWN_ELEMENTS: usize = 10;
+/// Rows of a table of all measures; beyond, the CSV has them.
+const SHOWN_MEASURES: usize = 60;
+
+/// The section of stage number `place`.
+pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
+    let stage = &page.run.stages[place];
+    let open = page.run.stages.len() <= ALL_OPEN || stage.verdict != Verdict::Pass;
+    html! {
+        details class=(format!("stage v-{}", stage.verdict)) id=(format!("stage-{place}")) open[open] {
+            summary {
+                h2 { bdi { (stage.id) } " " span class="op" { (stage.op.name()) } }
+                (verdict(stage.verdict))
+                span class="title" { bdi { (stage.title) } }
+            }
+            p class="why" { (stage.why) }
+            (claims(stage, place))
+            (arms(stage, place))
+            (schedules(stage))
+            (programs(stage))
+            (drift(stage, place))
+            (tables(stage, place))
+            (worst(stage))
+            (greedy(stage, place))
+            (arithmetic(stage))
+            h3 { "More" }
+            (commands(&of_stage(page.run, stage, page.runs)))
+        }
+    }
+}
+
+fn claims(stage: &StageRecord, place: usize) -> Markup {
+    // What fell stands first; the rest in the contract's order.
+    let mut claims: Vec<(usize, &Judgement)> = stage.judgements.iter().enumerate().collect();
+    claims.sort_by_key(|(_, judgement)| judgement.outcome != Outcome::Falsified);
+    html! {
+        h3 { "Claims of " (stage.contract[0]) " " (stage.contract[1]) }
+        div class="scroll" {
+            table class="claims" {
+                thead { tr {
+                    th scope="col" { "claim" }
+                    th scope="col" { "prediction" }
+                    th scope="col" { "measured" }
+                    th scope="col" { "bound" }
+                    th scope="col" { "headroom" }
+                    th scope="col" { "outcome" }
+                } }
+                tbody {
+                    @for (number, judgement) in claims {
+                        (claim(judgement, &format!("/stages/{place}/judgements/{number}")))
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn claim(judgement: &Judgement, at: &str) -> Markup {
+    let Judgement { metric, value, used, .. } = judgement;
+    html! {
+        tr class=(format!("o-{}", outcome_name(judgement.outcome))) {
+            th scope="row" { code { (judgement.falsifier) } br; small { (judgement.equation) } }
+            td class="prediction" {
+                (judgement.prediction)
+                details {
+                    summary { "derivation of the bound" }
+                    p { (judgement.why) }
+                    p {
+                        "If it fails: " (format!("{:?}", judgement.if_fails).to_lowercase()) ". "
+                        (figure(judgement.sites_judged as f64, &format!("{at}/sites_judged")))
+                        " sites judged, "
+                        (figure(judgement.sites_falsified as f64, &format!("{at}/sites_falsified")))
+                        " outside, "
+                        (figure(judgement.sites_unmeasured as f64, &format!("{at}/sites_unmeasured")))
+                        " without a value. Sites: "
+                        @match &judgement.sites {
+                            Some(patterns) => { @for pattern in patterns { code { (pattern) } " " } }
+                            None => "all"
+                        }
+                    }
+                }
+            }
+            td {
+                @if let Some(value) = value {
+                    strong { (figure(*value, &format!("{at}/value"))) } " "
+                    @if let Some(site) = &judgement.site { "at " code { (site) } }
+                } @else {
+                    span class="absent" { (judgement.reason.as_deref().unwrap_or("no value")) }
+                }
+                br;
+                small {
+                    abbr title=(metric.meaning()) { (metric) } " of " (pair(judgement.compare))
+                }
+            }
+            td class="bound" { (bound(judgement, at)) }
+            td class="headroom" {
+                @if let Some(used) = used { (bar(*used)) }
+            }
+            td { (outcome(judgement.outcome)) }
+        }
+    }
+}
+
+fn pair([subject, judge]: [Stream; 2]) -> String {
+    if subject == judge {
+        format!("{subject}'s repeats")
+    } else {
+        format!("{subject} against {judge}")
+    }
+}
+
+fn bound(judgement: &Judgement, at: &str) -> Markup {
+    let edge = |value: f64, name: &str| figure(value, &format!("{at}/{name}"));
+    html! {
+        @match (judgement.min, judgement.max) {
+            (Some(min), Some(max)) => { (edge(min, "min")) " to " (edge(max, "max")) }
+            (Some(min), None) => { "at least " (edge(min, "min")) }
+            (None, Some(max)) => { "at most " (edge(max, "max")) }
+            (None, None) => "none"
+        }
+    }
+}
+
+/// How much of its bound a value uses: the line stands where the bound is.
+fn bar(used: f64) -> Markup {
+    let filled = if used > 1.5 { 100.0 } else { used / 1.5 * 100.0 };
+    let class = if used > 1.0 { "bar over" } else { "bar" };
+    html! {
+        span class=(class) aria-hidden="true" { span style=(format!("width:{filled:.1}%")) {} }
+        span class="used" { (share(used)) " used" }
+    }
+}
+
+fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Held => "held",
+        Outcome::Falsified => "falsified",
+        Outcome::Unmeasured => "unmeasured",
+    }
+}
+
+/// What became of an arm, in one word.
+pub(super) fn arm_state(state: ArmState) -> &'static str {
+    match state {
+        ArmState::Ran => "ran",
+        ArmState::Reused => "reused",
+        ArmState::Unmeasured => "unmeasured",
+        ArmState::Error => "error",
+        ArmState::Blocked => "blocked",
+    }
+}
+
+fn arms(stage: &StageRecord, place: usize) -> Markup {
+    html! {
+        h3 { "Arms" }
+        div class="scroll" {
+            table class="arms" {
+                thead { tr {
+                    th scope="col" { "arm" } th scope="col" { "state" }
+                    th scope="col" { "arithmetic" } th scope="col" { "time" }
+                    th scope="col" { "sites" } th scope="col" { "why, and what it is kept under" }
+                } }
+                tbody {
+                    @for (arm, record) in &stage.arms {
+                        tr {
+                            th scope="row" { (arm) }
+                            td { (arm_state(record.state)) }
+                            td { (record.arithmetic.as_deref().unwrap_or("")) }
+                            td {
+                                @if let Some(time) = record.seconds {
+                                    data value=(format!("{time:?}"))
+                                        data-at=(format!("/stages/{place}/arms/{arm}/seconds")) {
+                                        (seconds(time))
+                                    }
+                                }
+                            }
+                            td { (record.sites.len()) }
+                            td {
+                                (record.why)
+                                @if let Some(key) = &record.key {
+                                    br; small { "key " code title=(key) { (key.get(..12).unwrap_or(key)) } }
+                                }
+                                @if let [only] = record.sites.as_slice() {
+                                    br;
+                                    small {
+                                        (only.site) " blake3 "
+                                        code title=(only.blake3) {
+                                            (only.blake3.get(..12).unwrap_or(&only.blake3))
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Which algorithm of the library computed which products.
+fn schedules(stage: &StageRecord) -> Markup {
+    html! {
+        @for (arm, record) in stage.arms.iter().filter(|(_, record)| !record.gemms.is_empty()) {
+            details {
+                summary { h3 { "Algorithms of the " (arm) " arm" } }
+                div class="scroll" {
+                    table {
+                        thead { tr {
+                            th scope="col" { "tokens x outputs x inner" } th scope="col" { "algorithm" }
+                            th scope="col" { "weights" }
+                        } }
+                        tbody {
+                            @for gemm in &record.gemms {
+                                tr {
+                                    td { (gemm.shape[0]) " x " (gemm.shape[1]) " x " (gemm.shape[2]) }
+                                    td { (gemm.algorithm) }
+                                    td { @for weight in &gemm.weights { code { (weight) } " " } }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What became of a stage's program.
+fn programs(stage: &StageRecord) -> Markup {
+    let ran = stage.arms.values().filter_map(|record| record.command.as_ref());
+    html! {
+        @for command in ran {
+            h3 { "Program" }
+            p {
+                "Exit status " (command.status) ", "
+                @if command.accepted { "which counts as a result." } @else { "which counts as a failure." }
+            }
+            @if !command.outputs.is_empty() {
+                table class="numbers" {
+                    thead { tr {
+                        th scope="col" { "output" } th scope="col" { "bytes" } th scope="col" { "blake3" }
+                    } }
+                    tbody {
+                        @for file in &command.outputs {
+                            tr {
+                                th scope="row" { code { (file.path) } }
+                                td { (shown(file.size as f64)) }
+                                td { code title=(file.blake3) { (file.blake3.get(..12).unwrap_or(&file.blake3)) } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Charts and maps, where there are layers.
+fn drift(stage: &StageRecord, place: usize) -> Markup {
+    let grids = Grid::of(&stage.measures);
+    let deep: Vec<(usize, &Grid<'_>)> =
+        grids.iter().enumerate().filter(|(_, grid)| grid.layers.len() >= MAP_FROM).collect();
+    html! {
+        @if !deep.is_empty() {
+            h3 { "Layer by layer" }
+            @for (_, grid) in &deep { (charts(stage, place, grid)) }
+            @for (pair, grid) in &deep {
+                h4 { "Layers and sites: " (grid.pair()) }
+                (heatmaps(stage, place, grid, *pair))
+            }
+        }
+    }
+}
+
+fn charts(stage: &StageRecord, place: usize, grid: &Grid<'_>) -> Markup {
+    let line = |site: &str, metric| Line { name: site.to_owned(), metric, points: grid.row(site) };
+    let lines = |sites: &[&str], metric: Metric| -> Vec<Line<'_>> {
+        sites
+            .iter()
+            .filter(|site| grid.sites.contains(site))
+            .map(|site| line(site, metric))
+            .collect()
+    };
+    let projections: Vec<&str> = LAYER_PROJECTIONS.iter().map(|(_, site)| *site).collect();
+    html! {
+        @match grid.judge {
+            Stream::Anchored(_) if grid.has(Metric::ZRms) => {
+                (chart(
+                    place,
+                    grid,
+                    &format!("Local error over its floor, {}: 1 is what rounding must cost", grid.pair()),
+                    &lines(&projections, Metric::ZRms),
+                    band(stage, grid, Metric::ZRms),
+                ))
+            }
+            Stream::Arm(_) if grid.subject != grid.judge && grid.has(Metric::Nmse) => {
+                (chart(
+                    place,
+                    grid,
+                    &format!("Total drift (nmse) of {}, all that came before included", grid.pair()),
+                    &lines(&["attn_out", "ffn_down", "ffn_residual"], Metric::Nmse),
+                    (None, None),
+                ))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The bounds of the falsifier that judges a metric of this pair.
+fn band(stage: &StageRecord, grid: &Grid<'_>, metric: Metric) -> (Option<f64>, Option<f64>) {
+    let compare = [grid.subject, grid.judge];
+    let judging = stage.judgements.iter().find(|j| j.compare == compare && j.metric == metric);
+    judging.map_or((None, None), |judgement| (judgement.min, judgement.max))
+}
+
+/// All measures of the pairs that have no map.
+fn tables(stage: &StageRecord, place: usize) -> Markup {
+    let grids = Grid::of(&stage.measures);
+    let shallow = grids.iter().filter(|grid| grid.layers.len() < MAP_FROM);
+    html! {
+        @for grid in shallow.filter(|grid| grid.cells.len() <= SHOWN_MEASURES) {
+            @let metrics: Vec<Metric> =
+                Metric::ALL.into_iter().filter(|metric| grid.has(*metric)).collect();
+            h4 { "Measures: " (grid.pair()) }
+            div class="scroll" {
+                table class="numbers" {
+                    thead { tr {
+                        th scope="col" { "site" } th scope="col" { "shape" }
+                        @for metric in &metrics {
+                            th scope="col" { abbr title=(metric.meaning()) { (metric) } }
+                        }
+                    } }
+                    tbody {
+                        @for (number, measure) in grid.cells.values() {
+                            tr {
+                                th scope="row" { (measure.site) }
+                                td { (measure.shape[0]) " x " (measure.shape[1]) }
+                                @for metric in &metrics {
+                                    td {
+                                        @if let Some(value) = measure.metrics.get(metric) {
+                                            (figure(*value, &format!(
+                                                "/stages/{place}/measures/{number}/metrics/{metric}"
+                                            )))
+                                        } @else {
+                                            span class="absent" title=[measure.unmeasured.as_deref()] { "none" }
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The elements that are furthest off, of the sites that use most of a bound.
+fn worst(stage: &StageRecord) -> Markup {
+    let mut ranked: Vec<(f64, usize)> = Vec::new();
+    for (number, measure) in stage.measures.iter().enumerate() {
+        let judging = stage.judgements.iter().filter(|judgement| judgement.judges(measure));
+        let used = judging.filter_map(|judgement| {
+            let value = measure.metrics.get(&judgement.metric)?;
+            Some(if value.is_finite() { judgement.share_of_bound(*value) } else { f64::MAX })
+        });
+        let Some(most) = used.max_by(f64::total_cmp) else { continue };
+        if measure.worst.is_some() || !measure.first_mismatches.is_empty() {
+            ranked.push((most, number));
+        }
+    }
+    // Of equals the first in the flow comes first.
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
+    ranked.truncate(SHOWN_ELEMENTS);
+    html! {
+        @if !ranked.is_empty() {
+            h3 { "Worst elements" }
+            p class="note" {
+                "Of the sites that use most of a bound, the element with the largest difference."
+            }
+            div class="scroll" {
+                table class="numbers" {
+                    thead { tr {
+                        th scope="col" { "site" } th scope="col" { "pair" } th scope="col" { "bound used" }
+                        th scope="col" { "token" } th scope="col" { "column" }
+                        th scope="col" { "subject" } th scope="col" { "judge" }
+                    } }
+                    tbody {
+                        @for (used, number) in &ranked {
+                            @let measure = &stage.measures[*number];
+                            @let element = measure.worst.as_ref().or(measure.first_mismatches.first());
+                            @if let Some(element) = element {
+                                tr {
+                                    th scope="row" { code { (measure.site) } }
+                                    td { (pair([measure.subject, measure.judge])) }
+                                    td { (share(*used)) }
+                                    td { (element.row) } td { (element.column) }
+                                    td { code { (element.subject) } } td { code { (element.judge) } }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn greedy(stage: &StageRecord, place: usize) -> Markup {
+    let decoded =
+        || stage.arms.iter().filter_map(|(arm, record)| Some((arm, record.greedy.as_ref()?)));
+    html! {
+        @if decoded().next().is_some() {
+            h3 { "Greedy tokens" }
+            div class="scroll" {
+                table class="numbers" {
+                    tbody {
+                        @for (arm, greedy) in decoded() {
+                            tr {
+                                th scope="row" { (arm) }
+                                @for (step, token) in greedy.tokens.iter().enumerate() {
+                                    td title=[greedy.margins.get(step).map(|margin| {
+                                        format!("leads by {}", shown(f64::from(*margin)))
+                                    })] { (token) }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            @for (number, compared) in stage.greedy.iter().enumerate() {
+                p {
+                    (pair([compared.subject, compared.judge])) ": "
+                    @if let Some(step) = compared.first_difference {
+                        "the first token that differs is at step "
+                        (figure(step as f64, &format!("/stages/{place}/greedy/{number}/first_difference")))
+                        @if let Some(margin) = compared.margin {
+                            ", where the judge's lead was " (shown(f64::from(margin)))
+                        }
+                        "."
+                    } @else { "the same tokens." }
+                }
+            }
+        }
+    }
+}
+
+fn arithmetic(stage: &StageRecord) -> Markup {
+    let recipe = &stage.recipe;
+    let tokens: Vec<String> = stage.tokens.iter().take(40).map(u32::to_string).collect();
+    let more = if stage.tokens.len() > 40 { ", ..." } else { "" };
+    let word = |value: serde_json::Result<serde_json::Value>| {
+        value.ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+    };
+    html! {
+        details {
+            summary { h3 { "Recipe, model and prompt" } }
+            dl {
+                dt { "GEMM" } dd { (word(serde_json::to_value(recipe.gemm))) }
+                dt { "scales" } dd {
+                    "weight per " (word(serde_json::to_value(recipe.scale.weight)))
+                    ", activation per " (word(serde_json::to_value(recipe.scale.activation)))
+                }
+                dt { "accumulation" } dd { (word(serde_json::to_value(recipe.accumulate))) }
+                dt { "output" } dd { (word(serde_json::to_value(recipe.output))) }
+                dt { "chip" } dd { (recipe.chip) }
+                dt { "model" } dd { (stage.model) }
+                dt { "prompt" } dd { (stage.tokens.len()) " tokens: " (tokens.join(", ")) (more) }
+                dt { "operation" } dd { code { (serde_json::to_string(&stage.op).unwrap_or_default()) } }
+                dt { "manifest" } dd { code { (stage.file) } }
+                dt { "needs" } dd {
+                    @if stage.needs.is_empty() { "nothing" }
+                    @for need in &stage.needs { bdi { (need) } " " }
+                }
+            }
+        }
+    }
+}

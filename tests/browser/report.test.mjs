@@ -1,0 +1,239 @@
+// Looks at report.html in headless Chromium: what is visible, that every figure is
+// run.json's, that nothing is requested, and that no name can run as a script.
+import assert from "node:assert/strict";
+import { mkdirSync, readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { pathToFileURL } from "node:url";
+import { chromium } from "playwright-core";
+import { deepened, realRun, record, variant } from "./runs.mjs";
+
+let browser, clean, run;
+
+before(async () => {
+  const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
+  browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu"] });
+  clean = realRun();
+  run = record(clean);
+});
+after(() => browser?.close());
+
+// Opens a page and fails on whatever a page must not do.
+async function open(folder, options = {}) {
+  const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, ...options });
+  const page = await context.newPage();
+  const address = pathToFileURL(join(folder, "report.html")).href;
+  page.wrongs = [];
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) page.wrongs.push(message.text());
+  });
+  page.on("pageerror", (error) => page.wrongs.push(String(error)));
+  page.on("dialog", (dialog) => { page.wrongs.push(`dialog: ${dialog.message()}`); dialog.dismiss(); });
+  page.on("request", (request) => {
+    const url = request.url();
+    if (url !== address && !url.startsWith("data:")) page.wrongs.push(`request: ${url}`);
+  });
+  await page.goto(address);
+  return page;
+}
+
+async function close(page) {
+  assert.deepEqual(page.wrongs, []);
+  await page.context().close();
+}
+
+// Resolves a JSON pointer.
+function at(json, pointer) {
+  return pointer.split("/").slice(1).reduce((value, key) => value[key.replaceAll("~1", "/").replaceAll("~0", "~")], json);
+}
+
+// Every figure of the page: its value is run.json's to the last bit, and its
+// digits are that value, rounded.
+async function checkFigures(page, run) {
+  const figures = await page.$$eval("data[data-at]", (all) =>
+    all.map((figure) => ({ at: figure.dataset.at, value: figure.value, text: figure.textContent.trim() })));
+  for (const { at: pointer, value, text } of figures) {
+    const truth = at(run, pointer);
+    assert.equal(Number(value), typeof truth === "string" ? NaN : truth, pointer);
+    if (text === "not finite") { assert(!Number.isFinite(Number(truth)), pointer); continue; }
+    const unit = { ms: 1e-3, s: 1, min: 60 }[text.split(" ")[1]] ?? 1;
+    const shown = Number(text.split(" ")[0].replaceAll(",", ""));
+    const digits = text.split(" ")[1] ? 0.6 : 0;
+    const tolerance = digits ? 0.5 * unit * (text.includes(".") ? 0.01 : 1) * 1.01 : Math.abs(truth) * 6e-3;
+    assert(Math.abs(shown * unit - truth) <= tolerance, `${pointer}: ${text} is not ${truth}`);
+  }
+  return figures.length;
+}
+
+// The cells of every map say what run.json has at their place.
+async function checkCells(page, run) {
+  const cells = await page.$$eval("svg.heat rect[data-m]", (all) => all.map((cell) => {
+    const map = cell.closest("svg");
+    return { stage: map.dataset.stage, metric: map.dataset.metric, measure: cell.dataset.m,
+      judgement: cell.dataset.j, title: cell.querySelector("title").textContent, out: cell.classList.contains("out") };
+  }));
+  for (const cell of cells) {
+    const stage = run.stages[cell.stage];
+    const measure = stage.measures[cell.measure];
+    const judgement = cell.judgement && stage.judgements[cell.judgement];
+    const metric = cell.metric ?? judgement.metric;
+    assert(cell.title.startsWith(`${measure.site}: `), cell.title);
+    const value = measure.metrics[metric];
+    const shown = new RegExp(`${metric} ([-0-9.,e]+)`).exec(cell.title);
+    if (value === undefined) { assert.equal(shown, null, cell.title); continue; }
+    if (typeof value === "string") { assert.match(cell.title, /not finite|has no/); continue; }
+    const digits = Number(shown[1].replaceAll(",", ""));
+    assert(Math.abs(digits - value) <= Math.abs(value) * 6e-3, `${cell.title}: ${value}`);
+    if (judgement) {
+      const inside = (judgement.min ?? -Infinity) <= value && value <= (judgement.max ?? Infinity);
+      assert.equal(cell.out, !inside, cell.title);
+    }
+  }
+  return cells.length;
+}
+
+test("a clean run says so, with every stage, claim and figure", async () => {
+  const page = await open(clean);
+  assert.match(await page.locator("header h1").innerText(), /✓ pass/);
+  assert.equal(await page.locator(".stages tbody tr").count(), run.stages.length);
+  assert.match(await page.locator(".absent-arm").innerText(), /device arm was not measured in 5 of 5/);
+  for (const [place, stage] of run.stages.entries()) {
+    const section = page.locator(`#stage-${place}`);
+    assert(await section.locator(".why").isVisible());
+    assert.equal(await section.locator(".why").textContent(), stage.why);
+    const claims = await section.locator(".claims > tbody > tr > th code").allTextContents();
+    assert.deepEqual(claims.sort(), stage.judgements.map((judgement) => judgement.falsifier));
+  }
+  assert((await checkFigures(page, run)) > 100);
+  assert((await checkCells(page, run)) > 200);
+  await close(page);
+});
+
+test("the keyboard reaches a cell's words, another map and a stage", async () => {
+  const page = await open(clean);
+  const map = page.locator("svg.heat").first();
+  const readout = map.locator("xpath=ancestor::div[contains(@class,'tab')][1]").locator(".readout");
+  await map.focus();
+  await page.keyboard.press("ArrowRight");
+  const first = await readout.innerText();
+  assert.match(first, /^embed|^blk\.0\./);
+  await page.keyboard.press("ArrowDown");
+  await page.keyboard.press("ArrowRight");
+  assert.notEqual(await readout.innerText(), first);
+  const radio = page.locator(".tabs > input").first();
+  await radio.focus();
+  await page.keyboard.press("ArrowRight");
+  assert(!(await map.isVisible()), "the second map replaces the first");
+  await page.locator(".stages a").nth(1).focus();
+  await page.keyboard.press("Enter");
+  assert(await page.locator("#stage-1 .why").isVisible());
+  await close(page);
+});
+
+test("light, dark, narrow and paper", async () => {
+  const ground = (page) => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+  const light = await open(clean, { colorScheme: "light" });
+  const dark = await open(clean, { colorScheme: "dark" });
+  assert.notEqual(await ground(light), await ground(dark));
+  await light.setViewportSize({ width: 420, height: 900 });
+  const wide = await light.evaluate(() => document.documentElement.scrollWidth);
+  assert(wide <= 420, `the page is ${wide} wide on a screen of 420`);
+  await light.evaluate(() => dispatchEvent(new Event("beforeprint")));
+  assert.equal(await light.locator("details:not([open])").count(), 0);
+  const paper = await light.pdf({ format: "A4" });
+  assert(paper.length > 50_000);
+  await close(light);
+  await close(dark);
+});
+
+test("without scripts nothing but comfort is lost", async () => {
+  const page = await open(clean, { javaScriptEnabled: false });
+  assert(await page.locator(".claims").first().isVisible());
+  assert(await page.locator("svg.heat").first().isVisible());
+  await page.context().close();
+});
+
+for (const [layers, megabytes] of [[28, 3], [80, 9]]) {
+  test(`${layers} layers x 17 sites, every pair: small, quick, right`, async () => {
+    const deep = deepened(run, layers);
+    const folder = variant(`deep-${layers}`, deep);
+    const size = statSync(join(folder, "report.html")).size;
+    assert(size < megabytes * 1e6, `${size} bytes`);
+    const page = await open(folder);
+    const paint = await page.evaluate(() => new Promise((resolve) => {
+      new PerformanceObserver((list) => resolve(list.getEntriesByName("first-contentful-paint")[0].startTime))
+        .observe({ type: "paint", buffered: true });
+    }));
+    console.log(`${layers} layers: ${(size / 1e6).toFixed(2)} MB, first paint after ${paint.toFixed(0)} ms`);
+    assert(paint < 1000, `first paint after ${paint} ms`);
+    assert((await checkCells(page, deep)) > layers * 17 * 5);
+    await close(page);
+  });
+}
+
+test("300 stages can be found by name", async () => {
+  const many = structuredClone(run);
+  many.stages = Array.from({ length: 300 }, (_, number) => {
+    const stage = structuredClone(run.stages[2 + (number % 3)]);
+    return { ...stage, id: `stage-${number}`, needs: number % 7 ? [`stage-${number - 1}`] : [] };
+  });
+  const page = await open(variant("many", many));
+  await page.locator("#filter").fill("stage-27");
+  assert.match(await page.locator("#filter-count").innerText(), /11 of 300/);
+  assert.equal(await page.locator(".stages tbody tr:visible").count(), 11);
+  assert.equal(await page.locator("a.node").count(), 300);
+  await close(page);
+});
+
+test("names that hold HTML are names", async () => {
+  const evil = structuredClone(run);
+  const text = `"><img src=x onerror=alert(1)><script>alert(2)</script>&lt;b&gt;'`;
+  evil.folder = text;
+  for (const stage of evil.stages) {
+    Object.assign(stage, { title: text, why: text, file: text, model: text });
+    stage.id = stage.id + text;
+    stage.needs = stage.needs.map((need) => need + text);
+    stage.contract = [text, text];
+    for (const judgement of stage.judgements) {
+      Object.assign(judgement, { falsifier: text, equation: text, prediction: text, why: text, reason: text });
+      if (judgement.site) judgement.site = text;
+    }
+    for (const measure of stage.measures) {
+      measure.site += text;
+      measure.unmeasured = text;
+      if (measure.worst) measure.worst.subject = text;
+    }
+    for (const arm of Object.values(stage.arms)) Object.assign(arm, { why: text, arithmetic: text, key: text });
+  }
+  evil.provenance.command = ["runner", text];
+  const page = await open(variant("evil", evil));
+  assert.equal(await page.locator("img").count(), 0);
+  assert.equal(await page.locator("script").count(), 1);
+  assert.match(await page.locator(".why").first().innerText(), /<script>alert\(2\)<\/script>/);
+  await close(page);
+});
+
+test("measures that are not finite are shown as such", async () => {
+  const broken = structuredClone(run);
+  const values = ["NaN", "inf", "-inf", null];
+  broken.stages.forEach((stage) => stage.measures.forEach((measure, number) => {
+    for (const metric of ["nmse", "z_rms", "max_abs"]) {
+      if (metric in measure.metrics) measure.metrics[metric] = values[number % values.length];
+    }
+  }));
+  const page = await open(variant("not-finite", broken));
+  assert(await page.locator("text=not finite").first().isVisible());
+  const digits = await page.locator("data, svg.heat title, .used").allTextContents();
+  assert.deepEqual(digits.filter((text) => /NaN|\binf\b|null/.test(text)), []);
+  await close(page);
+});
+
+// The pictures in docs/, made here so that they show what the page is.
+test("screenshots", { skip: !process.env.SCREENSHOTS }, async () => {
+  const folder = process.env.SCREENSHOTS;
+  mkdirSync(folder, { recursive: true });
+  const page = await open(clean, { colorScheme: "light" });
+  await page.screenshot({ path: join(folder, "report-clean.png") });
+  await page.locator("#stage-4, #stage-1").last().scrollIntoViewIfNeeded();
+  await close(page);
+});
