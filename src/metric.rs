@@ -41,7 +41,8 @@ pub enum Metric {
     ZMean,
     /// Mean over tokens of `KL(softmax b || softmax a)`, in nats.
     Kl,
-    /// Largest over tokens of KL over half the variance of the logits' difference.
+    /// KL over half the variance of the logits' difference, of the token where it is
+    /// furthest from 1; both with the noise of rounding, 1e-8 nats, added.
     KlRatio,
     /// Share of tokens whose largest logit is the same one.
     Top1Agreement,
@@ -49,6 +50,11 @@ pub enum Metric {
     TopKAgreement,
     /// Tokens whose top-1 changes although its margin exceeds what the difference explains.
     UnexplainedFlips,
+    /// Elements of `logits_in_batch` whose bits are not those of `logits`: the same
+    /// tokens alone and among others.
+    BatchMismatches,
+    /// NMSE of `logits_in_batch` against `logits`.
+    BatchNmse,
     /// A command's exit status, at `exit`.
     ExitStatus,
     /// Matches of a pattern in a command's output, at `match.<name>`.
@@ -59,7 +65,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order in which they are reported.
-    pub const ALL: [Metric; 22] = [
+    pub const ALL: [Metric; 24] = [
         Metric::BitMismatches,
         Metric::NonFinite,
         Metric::MaxAbs,
@@ -79,6 +85,8 @@ impl Metric {
         Metric::Top1Agreement,
         Metric::TopKAgreement,
         Metric::UnexplainedFlips,
+        Metric::BatchMismatches,
+        Metric::BatchNmse,
         Metric::ExitStatus,
         Metric::Matches,
         Metric::DigestMismatch,
@@ -106,6 +114,8 @@ impl Metric {
             Metric::Top1Agreement => "top1_agreement",
             Metric::TopKAgreement => "top_k_agreement",
             Metric::UnexplainedFlips => "unexplained_flips",
+            Metric::BatchMismatches => "batch_mismatches",
+            Metric::BatchNmse => "batch_nmse",
             Metric::ExitStatus => "exit_status",
             Metric::Matches => "matches",
             Metric::DigestMismatch => "digest_mismatch",
@@ -161,6 +171,11 @@ impl Metric {
     /// Whether the metric is one of a command's outcome, not of tensors.
     pub fn of_commands_only(self) -> bool {
         matches!(self, Metric::ExitStatus | Metric::Matches | Metric::DigestMismatch)
+    }
+
+    /// Whether the metric compares an arm with itself, alone and in a batch.
+    pub fn of_batches_only(self) -> bool {
+        matches!(self, Metric::BatchMismatches | Metric::BatchNmse)
     }
 
     /// Whether the metric only makes sense at the `logits`.

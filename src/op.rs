@@ -216,7 +216,7 @@ pub struct InputRef {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Capture {
-    /// The logits of every token.
+    /// The logits of every token, alone and within a longer batch.
     #[default]
     Logits,
     /// Every site of every layer.
@@ -404,6 +404,9 @@ impl TryFrom<String> for Stream {
         text.parse()
     }
 }
+
+/// The site of the prompt's logits where more tokens follow it in the same pass.
+pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
 
 /// The sites of one layer, in the order in which a forward pass makes them.
 /// `q_norm` and `k_norm` exist in qwen3 only.

@@ -12,6 +12,7 @@ mod export;
 mod journal;
 mod measure;
 mod plan;
+mod receipt;
 mod report;
 mod run;
 mod unchanged;
@@ -103,6 +104,16 @@ enum Command {
     /// Start and watch programs for a run; started by the runner itself.
     #[command(name = SERVER_ARGUMENT, hide = true)]
     ProcessServer,
+    /// Keep what a run on a GPU showed in a small file.
+    Receipt {
+        /// The run's name, or `latest`.
+        run: String,
+        /// The file to write.
+        out: PathBuf,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
     /// What this machine has, and what each missing piece switches off.
     Doctor,
     /// Write the page of a past run anew.
@@ -207,6 +218,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
             serve().map_err(|error| format!("the process server failed: {error}"))?;
             Ok(PASS)
         }
+        Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Doctor => doctor::examine(),
         Command::Report(args) => report::report(&args),
         Command::Chip { command } => chip::chip(command),

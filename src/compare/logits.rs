@@ -8,9 +8,9 @@ use crate::tensor::Tensor;
 
 /// Tokens that top-k agreement looks at.
 const TOP: usize = 5;
-/// Half variances below this, in nats, are rounding of the logits themselves:
-/// their ratio to KL would be noise.
-const LEAST_HALF_VARIANCE: f64 = 1e-8;
+/// What rounding of the logits themselves costs, in nats: added to KL and to half
+/// the variance before their ratio is taken, which is 1 where both are noise.
+const NOISE: f64 = 1e-8;
 /// Deviations of the logits' difference within which a top-1 flip is explained:
 /// the union bound over a vocabulary of 150,000 at a risk of 1e-3 is 6.1.
 const EXPLAINED_DEVIATIONS: f64 = 6.1;
@@ -25,12 +25,10 @@ pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
         let (a, b) = (subject.row(row), judge.row(row));
         let token = Token::compare(a, b);
         kl_sum += token.kl;
-        if token.half_variance > LEAST_HALF_VARIANCE {
-            let this = token.kl / token.half_variance;
-            // The one furthest from 1, on a scale of ratios.
-            let further = ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
-            ratio = if further { Some(this) } else { ratio };
-        }
+        let this = (token.kl + NOISE) / (token.half_variance + NOISE);
+        // The one furthest from 1, on a scale of ratios.
+        let further = ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
+        ratio = if further { Some(this) } else { ratio };
         let ((top_a, _), (top_b, _)) = (top_1(a), top_1(b));
         if top_a == top_b {
             same_top += 1;
@@ -128,6 +126,13 @@ mod tests {
         let measured = distributions(&Tensor::new(1000, a), &Tensor::new(1000, b));
         assert!((metric(&measured, Metric::KlRatio) - 1.0).abs() < 0.01);
         assert_eq!(metric(&measured, Metric::UnexplainedFlips), 0.0);
+    }
+
+    #[test]
+    fn equal_logits_have_a_kl_ratio_of_one() {
+        let b: Vec<f32> = (0..1000).map(|i| (i as f32 * 1.7).sin() * 3.0).collect();
+        let (a, b) = (Tensor::new(1000, b.clone()), Tensor::new(1000, b));
+        assert!((metric(&distributions(&a, &b), Metric::KlRatio) - 1.0).abs() < 1e-6);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{GreedyComparison, Measure, greedy, measure};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, anchored, floors};
 use crate::metric::Metric;
-use crate::op::{Arm, Capture, Op, Recipe, Site, Stream};
+use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
 use crate::tensor::Tensor;
 
 /// Everything measured in one stage.
@@ -35,6 +35,7 @@ pub fn measure_stage(
     let mut all = StageMeasures::default();
     for (&arm, output) in outputs {
         all.measures.extend(repeats(arm, output));
+        all.measures.extend(batch(arm, output));
     }
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
@@ -89,6 +90,20 @@ fn pairs(
             },
         })
         .collect()
+}
+
+/// An arm against itself: the same tokens alone and within a batch.
+fn batch(arm: Arm, output: &Output) -> Option<Measure> {
+    let site = Site(LOGITS_IN_BATCH.to_owned());
+    let (batch, alone) = (output.site(&site)?, output.site(&Site("logits".to_owned()))?);
+    let stream = Stream::Arm(arm);
+    let whole = measure(&site, (stream, batch), (stream, alone), None);
+    let renamed =
+        [(Metric::BitMismatches, Metric::BatchMismatches), (Metric::Nmse, Metric::BatchNmse)];
+    let metrics = renamed
+        .into_iter()
+        .filter_map(|(plain, of_batch)| whole.metrics.get(&plain).map(|value| (of_batch, *value)));
+    Some(Measure { metrics: metrics.collect(), ..whole.clone() })
 }
 
 /// An arm against its own repeats.

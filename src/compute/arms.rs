@@ -9,11 +9,15 @@ use std::path::PathBuf;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::floor::Floor;
-use super::forward::{Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight};
+use super::forward::{
+    Discard, Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight,
+};
 use super::reference::Reference;
 use super::{ComputeError, GemmRecord, Ops, cuda};
 use crate::model::Model;
-use crate::op::{Arm, Capture, ChipName, Op, Recipe, Site, site_of_norm, site_of_projection};
+use crate::op::{
+    Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
+};
 use crate::tensor::Tensor;
 
 /// Everything that a stage's op reads.
@@ -170,7 +174,11 @@ fn once(
                     Some(decode_greedily(task.model, ops, &logits, &mut cache, count)?)
                 }
             };
-            Ok(Output { sites, greedy, ..Output::default() })
+            let mut output = Output { sites, greedy, ..Output::default() };
+            if *capture == Capture::Logits {
+                output.sites.extend(in_batch(task, ops, &logits)?);
+            }
+            Ok(output)
         }
         op => {
             let mut sites = Vec::new();
@@ -182,6 +190,26 @@ fn once(
             Ok(Output { sites, ..Output::default() })
         }
     }
+}
+
+/// The prompt's logits once more, from a pass in which the prompt follows itself as
+/// far as the context reaches. No token sees a later one, so they are the same
+/// logits; what differs is the noise of the batch: its scales, its algorithms.
+fn in_batch(
+    task: &Task<'_>,
+    ops: &dyn Ops,
+    logits: &Tensor,
+) -> Result<Option<(Site, Tensor)>, ComputeError> {
+    let config = task.model.config();
+    let longer = (2 * task.tokens.len()).min(config.context_length);
+    if longer == task.tokens.len() {
+        return Ok(None);
+    }
+    let tokens: Vec<u32> = task.tokens.iter().copied().cycle().take(longer).collect();
+    let batch = forward(task.model, ops, &tokens, &mut KvCache::new(config), &mut Discard)?;
+    let mut same = batch.into_data();
+    same.truncate(logits.data().len());
+    Ok(Some((Site(LOGITS_IN_BATCH.to_owned()), Tensor::new(logits.width(), same))))
 }
 
 /// The reference computed op by op on a subject's own inputs: the local truth

@@ -11,7 +11,7 @@ use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
 use super::stage::RawStage;
 use super::{Contract, Falsifier, Unread, sites};
 use crate::metric::Metric;
-use crate::op::{Op, Stream};
+use crate::op::{LOGITS_IN_BATCH, Op, Stream};
 
 /// The files under check.
 pub(super) struct Folder<'a> {
@@ -216,7 +216,8 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
         };
         return Some(Problem::new(title(why), help));
     }
-    if subject == judge && op.repeats() < 2 && op.command().is_none() {
+    let repeated = op.repeats() >= 2 || falsifier.metric.of_batches_only();
+    if subject == judge && !repeated && op.command().is_none() {
         let repeats = match op {
             Op::Forward { .. } => "write `repeats = 2` or more",
             _ => "this op is computed once; judge the stage by another contract",
@@ -237,6 +238,7 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
             Metric::ExitStatus => made.includes("exit"),
             Metric::Matches => made.starts_with("match."),
             Metric::DigestMismatch => made.starts_with("output."),
+            Metric::BatchMismatches | Metric::BatchNmse => made.includes(LOGITS_IN_BATCH),
             _ => true,
         };
         let logits = made.includes("logits");

@@ -9,6 +9,7 @@ mod cuda;
 mod golden;
 mod manifest;
 mod model;
+mod receipts;
 mod records;
 mod stages;
 mod tensor_cores;

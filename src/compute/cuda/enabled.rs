@@ -25,7 +25,8 @@ pub fn why_unavailable(recipe: &Recipe) -> Option<String> {
         let why = piece.state.as_ref().err()?;
         Some((piece.name, why))
     }) {
-        return Some(format!("no CUDA device: {piece}: {why}"));
+        let missing = if piece == "driver" { String::new() } else { format!("{piece}: ") };
+        return Some(format!("no CUDA device: {missing}{why}"));
     }
     let Some(gpu) = survey.gpus.first() else {
         return Some("no CUDA device: the driver sees none".to_owned());

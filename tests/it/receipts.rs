@@ -1,0 +1,116 @@
+//! What real GPUs returned, kept in `runs/receipts`, and held against what the
+//! emulated arm says today: the digests of every tensor must be equal.
+
+use std::path::{Path, PathBuf};
+
+use runner::cache::Store;
+use runner::compute::arms::{Shipped, Task, Workshop, compute};
+use runner::dtype::Format;
+use runner::metric::Metric;
+use runner::model::Model;
+use runner::op::{Arm, ChipName, Op, Recipe};
+use runner::plan::open_model;
+use runner::record::{RunRecord, StageRecord};
+
+/// The receipts, by file name.
+fn receipts() -> Vec<(String, RunRecord)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs/receipts");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .collect();
+    files.sort();
+    let read = |path: PathBuf| {
+        let text = std::fs::read_to_string(&path).expect("readable");
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        let record = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+        (name, record)
+    };
+    files.into_iter().map(read).collect()
+}
+
+#[test]
+fn receipts_are_of_a_gpu_and_name_every_site_that_was_compared() {
+    let receipts = receipts();
+    assert!(receipts.len() >= 12, "{} receipts", receipts.len());
+    for (name, record) in &receipts {
+        for stage in &record.stages {
+            let device =
+                stage.arms.get(&Arm::Device).unwrap_or_else(|| panic!("{name}: no device"));
+            assert!(device.arithmetic.as_ref().is_some_and(|words| words.contains("NVIDIA")));
+            let compared: Vec<&str> =
+                stage.measures.iter().map(|measure| measure.site.0.as_str()).collect();
+            let made: Vec<&str> = device.sites.iter().map(|site| site.site.0.as_str()).collect();
+            assert_eq!(compared, made, "{name}, stage {}", stage.id);
+        }
+    }
+}
+
+#[test]
+fn every_bit_of_every_site_was_as_predicted() {
+    for (name, record) in receipts() {
+        for stage in &record.stages {
+            for measure in &stage.measures {
+                let differ = measure.metrics[&Metric::BitMismatches];
+                assert_eq!(differ, 0.0, "{name}, stage {}, {}", stage.id, measure.site);
+            }
+        }
+    }
+}
+
+/// Computes a stage's emulated arm anew and compares the digests of its tensors
+/// with those of the device's. Says how many there were.
+fn hold(name: &str, stage: &StageRecord, model: &Model) -> usize {
+    // Other ops read another stage's tensor; the forward pass of B has their sites too.
+    if !matches!(stage.op, Op::Forward { .. } | Op::Embed { .. }) {
+        return 0;
+    }
+    let recipe = Recipe { chip: ChipName::Hopper, ..stage.recipe };
+    let (ops, arithmetic) = Shipped::default().ops(Arm::Emulated, &recipe).expect("an arm");
+    let task = Task { op: &stage.op, model, tokens: &stage.tokens, input: None };
+    let output = compute(&task, ops.as_ref(), arithmetic, &mut |_| {}).expect("computed");
+    let device = &stage.arms[&Arm::Device];
+    for (kept, (site, tensor)) in device.sites.iter().zip(&output.sites) {
+        let digest = blake3::hash(&tensor.to_le_bytes()).to_hex().to_string();
+        assert_eq!(&kept.site, site, "{name}, stage {}", stage.id);
+        assert_eq!(kept.blake3, digest, "{name}, stage {}, {site}", stage.id);
+    }
+    assert_eq!(device.sites.len(), output.sites.len(), "{name}, stage {}", stage.id);
+    let tokens = |greedy: &runner::plan::GreedyRecord| greedy.tokens.clone();
+    let greedy = output.greedy.map(|greedy| greedy.tokens);
+    assert_eq!(device.greedy.as_ref().map(tokens), greedy, "{name}, stage {}", stage.id);
+    device.sites.len()
+}
+
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_on_small_models() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::new(folder.path());
+    let (mut held, mut formats) = (0, Vec::new());
+    for (name, record) in receipts() {
+        for stage in record.stages.iter().filter(|stage| stage.model.ends_with("-tiny")) {
+            let model = open_model(&stage.model, 1, &store).expect("a synthetic model");
+            held += hold(&name, stage, &model.model);
+            formats.push(stage.recipe.gemm);
+        }
+    }
+    assert!(held > 1000, "only {held} sites were held against a GPU");
+    for format in [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32, Format::F32] {
+        assert!(formats.contains(&format), "no receipt of {format}");
+    }
+}
+
+#[test]
+#[ignore = "needs RUNNER_SMOLLM2, see scripts/fetch-smollm2.sh"]
+fn the_emulated_arm_gives_what_the_gpu_gave_on_real_weights() {
+    let path = std::env::var("RUNNER_SMOLLM2").expect("RUNNER_SMOLLM2 is set");
+    let model = Model::open(Path::new(&path)).expect("the real model");
+    let mut held = 0;
+    for (name, record) in receipts() {
+        for stage in record.stages.iter().filter(|stage| stage.model.contains("SmolLM2")) {
+            held += hold(&name, stage, &model);
+        }
+    }
+    assert!(held > 1000, "only {held} sites were held against a GPU");
+}
