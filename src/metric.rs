@@ -142,12 +142,18 @@ impl Metric {
             Metric::ZMax => "largest |z|: the error in predicted deviations",
             Metric::ZMean => "mean of z: a bias",
             Metric::Kl => "mean over tokens of KL(softmax b || softmax a), in nats",
-            Metric::KlRatio => "largest over tokens of KL over half the variance of a - b",
+            Metric::KlRatio => {
+                "KL over half the variance of a - b, where it is furthest from 1; both plus 1e-8 nats"
+            }
             Metric::Top1Agreement => "share of tokens with the same largest logit",
             Metric::TopKAgreement => "mean share of the five largest logits that both have",
             Metric::UnexplainedFlips => {
                 "tokens whose top-1 flips at a margin that the difference does not explain"
             }
+            Metric::BatchMismatches => {
+                "elements of `logits_in_batch` whose bits are not those of `logits`"
+            }
+            Metric::BatchNmse => "NMSE of `logits_in_batch` against `logits`",
             Metric::ExitStatus => "a command's exit status, at `exit`",
             Metric::Matches => "matches of a pattern in a command's output, at `match.<name>`",
             Metric::DigestMismatch => {

@@ -6,13 +6,13 @@
 
 use std::path::Path;
 
-use super::{latest_run, print, read_record};
+use super::{print, record_of};
 use crate::metric::Metric;
 use crate::op::{Arm, Stream};
 
 pub(super) fn receipt(run: &str, out: &Path, runs: &Path) -> Result<u8, String> {
-    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
-    let mut record = read_record(&runs.join(&id).join("run.json"))?;
+    let (_, mut record) = record_of(run, runs)?;
+    let id = record.id.clone();
     let mut compared = 0;
     for stage in &mut record.stages {
         stage.measures.retain(|measure| measure.subject == Stream::Arm(Arm::Device));

@@ -100,11 +100,12 @@ pub fn ops(
     let gpu = gpus.iter().filter(able).min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
     let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no GPU has the arithmetic".to_owned()))?;
     let arithmetic = format!(
-        "{} {}, {}; {}, cuBLASLt {}",
+        "{} {}, {}; {}, GPU {}, cuBLASLt {}",
         gpu.facts.chip.unwrap_or(ChipName::Auto),
         recipe.gemm,
         Schedule::of(recipe),
         gpu.facts.name,
+        gpu.facts.ordinal,
         library_version(gpu.library_version())
     );
     Ok((Box::new(Device::new(gpu.lease(), recipe)), arithmetic))
