@@ -264,6 +264,13 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     })?;
     let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
     let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
+    // Everything is computed before a word is written: a refusal is all that is printed.
+    let identified = match &options.observed {
+        None => None,
+        Some(source) => Some(identify(unit, &x, &w, options.output, &read_values(source)?)?),
+    };
+    let schedule = identified.as_ref().map_or(options.schedule, |found| found.schedule);
+    let y = gemm(unit, &schedule, &x, &w, options.output)?;
     writeln!(
         out,
         "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
@@ -274,29 +281,26 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
         x_codes.width(),
         chip_name(chip)
     )?;
-    let mut schedule = options.schedule;
-    let mut outcome = ChipOutcome::Pass;
-    if let Some(source) = &options.observed {
-        let observed = read_values(source)?;
-        let identified = identify(unit, &x, &w, options.output, &observed)?;
-        writeln!(out, "{identified}")?;
-        if !identified.also.is_empty() {
-            let also: Vec<String> = identified.also.iter().map(Schedule::to_string).collect();
-            writeln!(out, "equally exact: {}", also.join("; "))?;
+    match &identified {
+        None => writeln!(out, "{schedule}, output {}", options.output)?,
+        Some(identified) => {
+            writeln!(out, "{identified}")?;
+            if !identified.also.is_empty() {
+                let also: Vec<String> = identified.also.iter().map(Schedule::to_string).collect();
+                writeln!(out, "equally exact: {}", also.join("; "))?;
+            }
         }
-        schedule = identified.schedule;
-        if !identified.is_exact() {
-            outcome = ChipOutcome::Falsified;
+    }
+    writeln!(out, "blake3 of y's f32 values: {}", blake3::hash(&y.to_le_bytes()))?;
+    match &options.save {
+        None => writeln!(out, "y is not kept; `--save FILE` keeps it")?,
+        Some(path) => {
+            save(path, &y)?;
+            writeln!(out, "y written to `{}`", path.display())?;
         }
-    } else {
-        writeln!(out, "{schedule}, output {}", options.output)?;
     }
-    if let Some(path) = &options.save {
-        let y = gemm(unit, &schedule, &x, &w, options.output)?;
-        save(path, &y)?;
-        writeln!(out, "y written to `{}`", path.display())?;
-    }
-    Ok(outcome)
+    let exact = identified.is_none_or(|identified| identified.is_exact());
+    Ok(if exact { ChipOutcome::Pass } else { ChipOutcome::Falsified })
 }
 
 /// A matrix as it lies in a file.

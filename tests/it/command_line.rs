@@ -169,6 +169,35 @@ fn bad_input_is_refused_with_its_name_and_a_remedy() {
 }
 
 #[test]
+fn chip_multiply_refuses_what_no_chip_can_do() {
+    use safetensors::tensor::{Dtype, TensorView};
+    let place = Place::new();
+    let bytes = vec![0u8; 4 * 4 * 64];
+    let view = |rows: usize, width: usize| {
+        TensorView::new(Dtype::F32, vec![rows, width], &bytes[..4 * rows * width]).expect("a view")
+    };
+    let tensors = [("x", view(2, 64)), ("w", view(4, 64)), ("short", view(2, 32))];
+    let file = safetensors::serialize(tensors, None).expect("a file");
+    fs::write(place.path("t.safetensors"), file).expect("written");
+    let (x, w, short) = ("t.safetensors:x", "t.safetensors:w", "t.safetensors:short");
+    let fp8 = ["--x-format", "e4m3", "--w-format", "e4m3"];
+    let refused = |arguments: &[&str], words: &str| {
+        let arguments = [&["chip", "multiply"], arguments, &fp8].concat();
+        let (code, _, stderr) = place.run(&arguments);
+        assert_eq!(code, 2, "{arguments:?}: {stderr}");
+        assert!(stderr.contains(words), "{arguments:?}: {stderr}");
+    };
+    refused(&[x, short], "needs one K");
+    for scale in ["--x-scale=0", "--x-scale=-1", "--x-scale=nan", "--x-scale=inf"] {
+        refused(&[x, w, scale], "positive finite");
+    }
+    refused(&[x, w, "--chip", "pascal"], "no chip is called `pascal`; known:");
+    refused(&[x, w, "--chip", "volta"], "`runner chip list`");
+    refused(&[x, "t.safetensors:v"], "no tensor `v`");
+    refused(&[x, w, "--output", "e4m3"], "f32, bf16 or f16");
+}
+
+#[test]
 #[cfg(unix)]
 fn a_stopped_run_leaves_nothing_half_written_and_the_next_one_carries_on() {
     let place = Place::new();
