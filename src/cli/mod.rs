@@ -11,10 +11,13 @@ mod doctor;
 mod export;
 mod journal;
 mod measure;
+mod new;
+mod nightly;
 mod plan;
 mod receipt;
 mod report;
 mod run;
+mod schema;
 mod unchanged;
 
 use std::collections::BTreeSet;
@@ -25,9 +28,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use cache::CacheArgs;
 use chip::ChipCli;
+use new::NewArgs;
+use nightly::{BaselineCli, HistoryArgs};
 use plan::PlanArgs;
 use report::ReportArgs;
 use run::RunArgs;
+use schema::SchemaOf;
 
 use crate::cache::{Stamps, Store};
 use crate::compute::arms::Shipped;
@@ -118,6 +124,21 @@ enum Command {
     Doctor,
     /// Write the page of a past run anew.
     Report(ReportArgs),
+    /// Make a run the baseline that later ones are held against.
+    Baseline {
+        #[command(subcommand)]
+        command: BaselineCli,
+    },
+    /// Past runs, and how each stage's verdict and tightest value moved.
+    History(HistoryArgs),
+    /// Write a manifest to begin with, and its contract.
+    New(NewArgs),
+    /// Print the JSON Schema of manifests or contracts, for editors.
+    Schema {
+        /// Of what.
+        #[arg(value_enum, default_value = "stage")]
+        of: SchemaOf,
+    },
     /// The chips whose arithmetic is known: list, verify, multiply, measure.
     Chip {
         #[command(subcommand)]
@@ -221,6 +242,10 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Doctor => doctor::examine(),
         Command::Report(args) => report::report(&args),
+        Command::Baseline { command } => nightly::set_baseline(&command),
+        Command::History(args) => nightly::history(&args),
+        Command::New(args) => new::new(&args),
+        Command::Schema { of } => schema::schema(of),
         Command::Chip { command } => chip::chip(command),
     }
 }
@@ -256,11 +281,17 @@ fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), St
     let graph = graph_of(&pipeline)?;
     let stages = match &args.select {
         None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
-        Some(expression) => {
-            select(&graph, &pipeline.stages, expression).map_err(|error| error.to_string())?
-        }
+        Some(expression) => select_stages(&graph, &pipeline, expression)?,
     };
     Ok((pipeline, graph, stages))
+}
+
+fn select_stages(
+    graph: &Graph,
+    pipeline: &Pipeline,
+    expression: &str,
+) -> Result<BTreeSet<StageId>, String> {
+    select(graph, &pipeline.stages, expression).map_err(|error| error.to_string())
 }
 
 fn store_of(runs: &Path) -> Store {

@@ -4,6 +4,7 @@
 //! need finite numbers. A metric that would mean nothing (a cosine of zeros, a
 //! correlation of one element) is absent, never a number. It judges nothing.
 
+pub mod fit;
 mod logits;
 mod numbers;
 mod outcome;
@@ -14,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use outcome::measure_outcome;
-pub use stage::{StageMeasures, measure_stage};
+pub use stage::{StageMeasures, measure_arms, measure_stage};
 
 use crate::compute::forward::Greedy;
 use crate::metric::Metric;

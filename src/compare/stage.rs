@@ -37,11 +37,14 @@ pub fn measure_stage(
         all.measures.extend(repeats(arm, output));
         all.measures.extend(batch(arm, output));
     }
+    let reference = outputs.get(&Arm::Reference);
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
-        let floors = floors(task, recipe, output)?;
-        if every_site {
+        // What a file holds only in part, or in another shape, nothing can be anchored on.
+        let whole = reference.is_some_and(|reference| same_sites(output, reference));
+        let floors = if whole { floors(task, recipe, output)? } else { Vec::new() };
+        if every_site && whole {
             // Local errors first: they tell where something starts.
             let local = anchored(task, output)?;
             let judge = Stream::Anchored(arm);
@@ -60,6 +63,27 @@ pub fn measure_stage(
         }
     }
     Ok(all)
+}
+
+/// Measures arms against each other where nothing else is known: no model, no
+/// inputs, so no local truth and no floor.
+pub fn measure_arms(outputs: &BTreeMap<Arm, Output>) -> StageMeasures {
+    let mut all = StageMeasures::default();
+    for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
+        for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
+            let Some(judged_by) = outputs.get(&judge) else { continue };
+            let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
+            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, &[]));
+        }
+    }
+    all
+}
+
+/// Whether two outputs have the same sites in the same shapes.
+fn same_sites(a: &Output, b: &Output) -> bool {
+    let shape = |tensor: &Tensor| (tensor.rows(), tensor.width());
+    a.sites.len() == b.sites.len()
+        && a.sites.iter().zip(&b.sites).all(|((a, x), (b, y))| a == b && shape(x) == shape(y))
 }
 
 /// A subject's sites against the judge's, in the subject's order. A site that

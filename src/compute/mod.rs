@@ -6,9 +6,13 @@
 
 pub mod arms;
 pub mod cuda;
+pub mod eight_bit;
 pub mod emulated;
 pub mod floor;
 pub mod forward;
+pub mod generate;
+pub mod product;
+pub mod recorded;
 pub mod reference;
 pub mod rope;
 pub mod vector;
@@ -18,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::interrupt;
 use crate::model::{ModelError, Rope, Weight};
 use crate::tensor::Tensor;
+use crate::tensor_file::TensorFileError;
 
 /// Why an op could not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +83,9 @@ pub enum ComputeError {
         /// What happened, and what to do.
         problem: String,
     },
+    /// A tensor that should be in a file is not there, or not usable.
+    #[error(transparent)]
+    TensorFile(#[from] TensorFileError),
     /// The user asked to stop.
     #[error("stopped on request")]
     Interrupted,
