@@ -25,7 +25,7 @@ use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, Site, StageId};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, reused};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::tensor::Tensor;
-use crate::verdict::{Verdict, judge};
+use crate::verdict::{Verdict, judge, reason};
 
 /// How a run is to be done.
 pub struct Options<'a> {
@@ -422,6 +422,7 @@ impl<'a> Engine<'a> {
             .collect();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
         let mut judged = judge(contract, &progress.measures.measures, &absent);
+        reason(&mut judged, &progress.measures);
         if let Some(reason) = &progress.blocked {
             (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
         } else if let Some(reason) = &progress.failure {
@@ -470,6 +471,10 @@ impl<'a> Engine<'a> {
             judgements: judged.judgements,
             measures: std::mem::take(&mut progress.measures.measures),
             greedy: std::mem::take(&mut progress.measures.greedy),
+            accounts: std::mem::take(&mut progress.measures.accounts),
+            shares: std::mem::take(&mut progress.measures.shares),
+            growth: std::mem::take(&mut progress.measures.growth),
+            diagnoses: std::mem::take(&mut progress.measures.diagnoses),
         });
     }
 

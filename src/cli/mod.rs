@@ -8,7 +8,9 @@
 mod cache;
 mod chip;
 mod doctor;
+mod explain;
 mod export;
+mod falsify;
 mod journal;
 mod measure;
 mod plan;
@@ -25,6 +27,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use cache::CacheArgs;
 use chip::ChipCli;
+use falsify::FalsifyArgs;
 use plan::PlanArgs;
 use report::ReportArgs;
 use run::RunArgs;
@@ -99,6 +102,19 @@ enum Command {
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
     },
+    /// Say how a stage came to its verdict, in words and numbers.
+    Explain {
+        /// The stage.
+        stage: String,
+        /// The run's name, or `latest`.
+        #[arg(default_value = "latest")]
+        run: String,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// Plant bugs and see that every falsifier fires, at the right place.
+    Falsify(FalsifyArgs),
     /// The cache: list, verify, clear away, pin.
     Cache(CacheArgs),
     /// Start and watch programs for a run; started by the runner itself.
@@ -220,6 +236,8 @@ fn carry_out(command: Command) -> Result<u8, String> {
         }
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Doctor => doctor::examine(),
+        Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
+        Command::Falsify(args) => falsify::falsify(&args),
         Command::Report(args) => report::report(&args),
         Command::Chip { command } => chip::chip(command),
     }

@@ -7,9 +7,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::account::{Account, accounts};
+use super::diagnosis::{Diagnosis, Scene, diagnose, not_deterministic, suspicious};
+use super::growth::{Growth, growth};
+use super::logits::flip_deviation;
 use super::{GreedyComparison, Measure, greedy, measure};
 use crate::compute::ComputeError;
-use crate::compute::arms::{Output, Task, anchored, floors};
+use crate::compute::arms::{Local, Output, Task, anchored_by_layer, local};
+use crate::compute::shares::Shares;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
 use crate::tensor::Tensor;
@@ -21,6 +26,18 @@ pub struct StageMeasures {
     pub measures: Vec<Measure>,
     /// Of arms that decoded.
     pub greedy: Vec<GreedyComparison>,
+    /// Each site's error beside its floor.
+    #[serde(default)]
+    pub accounts: Vec<Account>,
+    /// The shares of each arm's error over all its GEMMs.
+    #[serde(default)]
+    pub shares: Vec<(Stream, Shares)>,
+    /// How each arm's drift grows over the layers.
+    #[serde(default)]
+    pub growth: Vec<Growth>,
+    /// What was found where something is suspicious.
+    #[serde(default)]
+    pub diagnoses: Vec<Diagnosis>,
 }
 
 /// Measures what the arms made of a stage.
@@ -37,29 +54,66 @@ pub fn measure_stage(
         all.measures.extend(repeats(arm, output));
         all.measures.extend(batch(arm, output));
     }
+    all.diagnoses.extend(all.measures.iter().filter_map(not_deterministic));
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    let scene = Scene { task, recipe, outputs };
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
-        let floors = floors(task, recipe, output)?;
+        let anchor = Stream::Anchored(arm);
+        let own = Own::of(task, recipe, output)?;
+        let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
+        all.accounts.extend(accounts);
+        all.shares.extend(shares.map(|shares| (subject, shares)));
+        let first = all.measures.len();
+        // Local errors first: they tell where something starts.
+        let local = pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas);
         if every_site {
-            // Local errors first: they tell where something starts.
-            let local = anchored(task, output)?;
-            let judge = Stream::Anchored(arm);
-            all.measures.extend(pairs((subject, &output.sites), (judge, &local), &floors));
+            all.measures.extend(local);
         }
-        // The floor of a forward pass is local; it says nothing of what was inherited.
-        let floors = if every_site { Vec::new() } else { floors };
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
-            let floors = if judge == Arm::Reference { floors.as_slice() } else { &[] };
+            // The floor of a forward pass is local; it says nothing of what was inherited.
+            let local = judge == Arm::Reference && !every_site;
+            let floors = if local { own.sigmas.as_slice() } else { &[] };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
             all.measures.extend(pairs((subject, &output.sites), judge, floors));
             if let (Some(a), Some(b)) = (&output.greedy, &judged_by.greedy) {
-                all.greedy.push(greedy((subject, a), (judge.0, b)));
+                let logits = Site("logits".to_owned());
+                let both = output.site(&logits).zip(judged_by.site(&logits));
+                let sigma = both.and_then(|(a, b)| flip_deviation(a, b));
+                all.greedy.push(greedy((subject, a), (judge.0, b), sigma));
+            }
+        }
+        if let Some(reference) = outputs.get(&Arm::Reference).filter(|_| every_site) {
+            let by_layer = anchored_by_layer(task, output)?;
+            all.growth.extend(growth((subject, &output.sites), &reference.sites, &by_layer));
+        }
+        // A single op's input is everybody's, so there the reference itself is local.
+        let judge = if every_site { anchor } else { Stream::Arm(Arm::Reference) };
+        if !own.truths.is_empty() {
+            for judge in [judge, Stream::Arm(Arm::Emulated)] {
+                let found = suspicious(&all.measures[first..], subject, judge);
+                all.diagnoses.extend(diagnose(&scene, arm, judge, &found)?);
             }
         }
     }
     Ok(all)
+}
+
+/// What an arm's own inputs say about its sites.
+struct Own {
+    local: Vec<Local>,
+    truths: Vec<(Site, Tensor)>,
+    sigmas: Vec<(Site, Tensor)>,
+}
+
+impl Own {
+    fn of(task: &Task<'_>, recipe: &Recipe, output: &Output) -> Result<Own, ComputeError> {
+        let local = local(task, recipe, output)?;
+        let truths = local.iter().map(|l| (l.site.clone(), l.truth.clone())).collect();
+        let sigmas = local.iter().map(|l| (l.site.clone(), l.sigma.clone())).collect();
+        Ok(Own { local, truths, sigmas })
+    }
 }
 
 /// A subject's sites against the judge's, in the subject's order. A site that

@@ -5,12 +5,15 @@
 //! knows of stages, contracts or caches.
 
 pub mod arms;
+pub mod call;
 pub mod cuda;
+pub mod departure;
 pub mod emulated;
 pub mod floor;
 pub mod forward;
 pub mod reference;
 pub mod rope;
+pub mod shares;
 pub mod vector;
 
 use serde::{Deserialize, Serialize};

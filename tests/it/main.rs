@@ -9,6 +9,7 @@ mod cuda;
 mod golden;
 mod manifest;
 mod model;
+mod peers;
 mod receipts;
 mod records;
 mod stages;

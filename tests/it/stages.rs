@@ -39,8 +39,8 @@ enum Fault {
 struct Faulty(Fault);
 
 impl Workshop for Faulty {
-    fn name(&self) -> &str {
-        "faulty"
+    fn name(&self, _: Arm) -> String {
+        "faulty".to_owned()
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
