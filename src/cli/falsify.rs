@@ -226,6 +226,9 @@ fn clean_recipe(base: Recipe, number: u64) -> Recipe {
     }
 }
 
+/// Of so few trials each verdict is told in full.
+const TOLD: usize = 4;
+
 /// Counts of one group of trials.
 #[derive(Default)]
 struct Score {
@@ -268,6 +271,12 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     let idle: BTreeSet<&str> =
         trials.iter().filter(|trial| trial.effect.changed == 0).map(|t| t.bug.as_str()).collect();
     let mut text = String::new();
+    if trials.len() <= TOLD {
+        for trial in trials {
+            let _ = writeln!(text, "planted: {} at {} ({})", trial.bug, trial.site, trial.role);
+            let _ = writeln!(text, "stage {}\n", trial.why);
+        }
+    }
     let group = |role: Arm, above: bool| {
         Score::of(real.iter().copied().filter(move |t| t.role == role && t.above_floor() == above))
     };

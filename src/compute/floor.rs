@@ -122,7 +122,7 @@ fn rounding(format: Format, size: f64) -> f64 {
 fn quarter_place(value: f32) -> f64 {
     let size = value.abs();
     let next = f32::from_bits(size.to_bits().saturating_add(1));
-    (f64::from(next) - f64::from(size)) / 4.0
+    (f64::from(next) - f64::from(size)) / 4.0 + f64::from(f32::MIN_POSITIVE)
 }
 
 /// The variance of one f32 rounding of a value.

@@ -82,8 +82,10 @@ pub struct Trial {
     pub found: Vec<Site>,
     /// The cause that was named.
     pub named: Option<String>,
-    /// The verdict's words on it.
+    /// The diagnosis' words on it.
     pub sentence: String,
+    /// The stage's verdict in words.
+    pub why: String,
     /// Falsifiers that fired.
     pub fired: BTreeSet<String>,
     /// A stage that could not run.
@@ -214,6 +216,7 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
         found: Vec::new(),
         named: None,
         sentence: String::new(),
+        why: String::new(),
         fired: fired(&stages),
         error: stages
             .iter()
@@ -223,6 +226,8 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
     if let Some(diagnosis) = note_places(&stages, &mut trial) {
         trial.named = diagnosis.cause().map(|fit| fit.cause.clone());
         trial.sentence = diagnosis.sentence();
+        let stage = stages.iter().find(|stage| stage.diagnoses.contains(diagnosis));
+        trial.why = stage.map(|stage| format!("{}: {}", stage.id, stage.why)).unwrap_or_default();
     }
     Ok(trial)
 }

@@ -237,7 +237,14 @@ impl<'a> Case<'a> {
         let freedom = elements as f64 / (elements.saturating_sub(parameters).max(1)) as f64;
         let explained = if whole > 0.0 { 1.0 - rest / whole * freedom } else { 0.0 };
         let mismatches = mismatches(self.subject, predicted);
-        let explained = if mismatches == 0 { 1.0 } else { explained };
+        // What is finite on one side only is no near miss.
+        let pairs = self.subject.data().iter().zip(predicted.data());
+        let contradicted = pairs.into_iter().any(|(s, p)| s.is_finite() != p.is_finite());
+        let explained = match (mismatches, contradicted) {
+            (0, _) => 1.0,
+            (_, true) => 0.0,
+            _ => explained,
+        };
         let cause = cause.to_owned();
         Fit { cause, detail, explained, mismatches, elements, parameters }
     }
