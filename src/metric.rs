@@ -150,6 +150,8 @@ impl Metric {
             }
             Metric::ZMax => "largest |z|: the error in predicted deviations",
             Metric::ZMean => "mean of z: a bias",
+            Metric::ZRow => "how far the worst row's mean of z^2 lies above 1, in deviations",
+            Metric::ZColumn => "how far the worst column's mean of z^2 lies above 1, in deviations",
             Metric::Kl => "mean over tokens of KL(softmax b || softmax a), in nats",
             Metric::KlRatio => {
                 "KL over half the variance of a - b, where it is furthest from 1; both plus 1e-8 nats"

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::{latest_run, print, read_record};
+use super::{print, record_of};
 use crate::compare::{Diagnosis, Growth};
 use crate::compute::arms::is_gemm;
 use crate::op::Stream;
@@ -15,13 +15,13 @@ use crate::verdict::{Judgement, Outcome};
 const SHOWN_LAYERS: usize = 12;
 
 pub(super) fn explain(stage: &str, run: &str, runs: &Path) -> Result<u8, String> {
-    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
-    let record = read_record(&runs.join(&id).join("run.json"))?;
+    let (_, record) = record_of(run, runs)?;
+    let id = &record.id;
     let found = record.stages.iter().find(|record| record.id.0 == stage).ok_or_else(|| {
         let known: Vec<&str> = record.stages.iter().map(|stage| stage.id.0.as_str()).collect();
         format!("run `{id}` has no stage `{stage}`; it has: {}", known.join(", "))
     })?;
-    print(&reasoning(found, &id))
+    print(&reasoning(found, id))
 }
 
 /// The whole reasoning.

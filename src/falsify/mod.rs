@@ -24,7 +24,7 @@ use crate::compute::floor::Floor;
 use crate::compute::reference::Reference;
 use crate::compute::{ComputeError, Ops};
 use crate::event::{Event, Sink};
-use crate::executor::{Attempts, Processes};
+use crate::executor::{Attempts, Processes, Slots};
 use crate::graph::Graph;
 use crate::manifest::{Overrides, Pipeline, Prompt};
 use crate::model::Model;
@@ -129,6 +129,8 @@ pub struct Setting<'a> {
 pub struct Beside {
     /// Digests of files.
     pub stamps: Stamps,
+    /// What jobs of this machine share.
+    pub slots: Slots,
     /// Where programs start.
     pub processes: Processes,
     /// Where attempts have their folders.
@@ -144,7 +146,7 @@ impl Beside {
         let (attempts, _) = Attempts::open(&store.attempts(), "falsify")
             .map_err(|error| format!("cannot make a folder for attempts: {error}"))?;
         let (stamps, processes) = (Stamps::forgetful(), Processes::of_this_program());
-        Ok(Beside { stamps, processes, attempts })
+        Ok(Beside { stamps, slots: Slots::here(), processes, attempts })
     }
 }
 
@@ -311,7 +313,8 @@ pub fn vacuous(pipeline: &Pipeline, stages: &BTreeSet<StageId>, trials: &[Trial]
 }
 
 fn plan_of<'a>(setting: &Setting<'a>) -> Result<Plan<'a>, String> {
-    let plan = Plan::new(setting.pipeline, setting.graph, setting.stages, setting.store);
+    let Setting { pipeline, graph, stages, store, beside, .. } = setting;
+    let plan = Plan::new(pipeline, graph, stages, store, &beside.stamps);
     plan.map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         problems.join("\n")
@@ -336,7 +339,8 @@ fn run_quietly(
         jobs: 2,
         require: BTreeSet::new(),
         workshop,
-        stamps: &setting.beside.stamps,
+        fail_fast: false,
+        slots: &setting.beside.slots,
         processes: &setting.beside.processes,
         attempts: &setting.beside.attempts,
     };

@@ -532,8 +532,8 @@ fn a_dry_run_and_an_explanation_run_nothing() {
 struct WithDriver(&'static str);
 
 impl Workshop for WithDriver {
-    fn name(&self) -> &str {
-        "with a driver"
+    fn name(&self, _: Arm) -> String {
+        "with a driver".to_owned()
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
