@@ -70,7 +70,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order in which they are reported.
-    pub const ALL: [Metric; 24] = [
+    pub const ALL: [Metric; 26] = [
         Metric::BitMismatches,
         Metric::NonFinite,
         Metric::MaxAbs,
