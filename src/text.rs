@@ -54,3 +54,12 @@ pub fn percent(share: f64) -> String {
     let digits = (2 - value.abs().log10().floor() as i32).clamp(0, 5) as usize;
     format!("{value:.digits$} %")
 }
+
+/// A share of a bound in per cent; beyond a bound of 0 there is no share.
+pub fn share(used: f64) -> String {
+    match used {
+        used if used == f64::MAX => "beyond 0".to_owned(),
+        used if used > 10.0 => format!("{}x", number(used)),
+        used => format!("{:.0} %", 100.0 * used),
+    }
+}
