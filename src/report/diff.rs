@@ -172,8 +172,7 @@ impl Changes {
     fn measures(&mut self, before: &StageRecord, after: &StageRecord) {
         let old: BTreeMap<(Stream, Stream, &Site), &BTreeMap<Metric, f64>> =
             before.measures.iter().map(|m| ((m.subject, m.judge, &m.site), &m.metrics)).collect();
-        let mut moved: BTreeMap<(Stream, Stream, Metric), (usize, f64, &Site, f64, f64)> =
-            BTreeMap::new();
+        let mut moved: BTreeMap<(Stream, Stream, Metric), Moved<'_>> = BTreeMap::new();
         for measure in &after.measures {
             let key = (measure.subject, measure.judge, &measure.site);
             let Some(metrics) = old.get(&key) else { continue };
@@ -183,25 +182,31 @@ impl Changes {
                     continue;
                 };
                 let size = (value - was).abs() / was.abs().max(f64::MIN_POSITIVE);
-                let place = moved.entry((measure.subject, measure.judge, *metric)).or_insert((
-                    0,
-                    -1.0,
-                    &measure.site,
-                    *was,
-                    *value,
-                ));
-                place.0 += 1;
-                if size > place.1 {
-                    (place.1, place.2, place.3, place.4) = (size, &measure.site, *was, *value);
-                }
+                let most = Moved { sites: 0, size, site: &measure.site, was: *was, is: *value };
+                let entry = moved.entry((measure.subject, measure.judge, *metric));
+                let place = entry.or_insert(Moved { size: -1.0, ..most });
+                let sites = place.sites + 1;
+                *place = if size > place.size { Moved { sites, ..most } } else { *place };
+                place.sites = sites;
             }
         }
-        for ((subject, judge, metric), (count, _, site, was, value)) in moved {
+        for ((subject, judge, metric), Moved { sites: count, site, was, is, .. }) in moved {
+            let noun = if count == 1 { "site" } else { "sites" };
             let what =
-                format!("{metric} of {subject} against {judge}, {count} sites, most at {site}");
-            self.text("measure", &what, &format!("{was:?}"), &format!("{value:?}"));
+                format!("{metric} of {subject} against {judge}, {count} {noun}, most at {site}");
+            self.text("measure", &what, &format!("{was:?}"), &format!("{is:?}"));
         }
     }
+}
+
+/// How a metric of one pair moved: at how many sites, and where most.
+#[derive(Clone, Copy)]
+struct Moved<'a> {
+    sites: usize,
+    size: f64,
+    site: &'a Site,
+    was: f64,
+    is: f64,
 }
 
 /// The changes as lines.
