@@ -74,8 +74,9 @@ impl Graph {
             sorted.keys().map(|id| ((*id).clone(), graph.add_node((*id).clone()))).collect();
         let mut needs: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
         for (id, stage) in &sorted {
+            let inputs = stage.op.input_refs();
             let needed: BTreeSet<&StageId> =
-                stage.needs.iter().chain(stage.op.input().map(|input| &input.stage)).collect();
+                stage.needs.iter().chain(inputs.iter().map(|input| &input.stage)).collect();
             for node in needed.iter().filter_map(|need| nodes.get(*need)) {
                 graph.add_edge(*node, nodes[*id], ());
             }
@@ -319,7 +320,11 @@ pub fn select(
 fn matching<'a>(stages: &'a [Stage], name: &str) -> Vec<&'a StageId> {
     let fits = |stage: &&Stage| match name.strip_prefix("tag:") {
         Some(tag) => stage.tags.iter().any(|known| glob(tag, known)),
-        None => glob(name, &stage.id.0),
+        // A family's name stands for all its members.
+        None => {
+            let of_family = stage.family.as_ref().is_some_and(|family| family.0 == name);
+            of_family || glob(name, &stage.id.0)
+        }
     };
     stages.iter().filter(fits).map(|stage| &stage.id).collect()
 }

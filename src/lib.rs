@@ -15,12 +15,16 @@ pub mod interrupt;
 
 // 1 TOML to checked stages and contracts, all problems at once.
 pub mod manifest;
+pub mod schema;
 
 // 2 The order of the stages.
 pub mod graph;
 
 // Weights, configuration, tokenizer, synthetic models.
 pub mod model;
+
+// Tensors in files that other programs wrote.
+pub mod tensor_file;
 
 // Beside the flow: keys, the content-addressed store, digests of files.
 pub mod cache;
@@ -50,6 +54,9 @@ pub mod falsify;
 // 7 What a run was, and how people and machines read it.
 pub mod record;
 pub mod report;
+
+// 8 What unattended runs need: baseline, summary, metrics, retention.
+pub mod nightly;
 
 // The commands.
 pub mod chip_command;

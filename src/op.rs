@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,10 @@ pub enum Arm {
     Emulated,
     /// The real GPU.
     Device,
+    /// Tensors that somebody else's program left in a file.
+    Recorded,
+    /// A program of the user's that writes tensors when asked.
+    External,
     /// A program of the user's: the one arm of every `command` stage, and of no other.
     Command,
 }
@@ -202,7 +207,7 @@ impl std::fmt::Display for StageId {
     }
 }
 
-/// The tensor that an op reads: a site of another stage's reference arm.
+/// A site of another stage's reference arm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InputRef {
@@ -210,6 +215,163 @@ pub struct InputRef {
     pub stage: StageId,
     /// The site within that stage.
     pub site: Site,
+}
+
+/// A tensor in a file: safetensors, NumPy, GGUF, or raw little-endian values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileTensor {
+    /// The file.
+    pub file: PathBuf,
+    /// The tensor's name; a `.npy` or raw file has one tensor without a name.
+    pub tensor: Option<String>,
+    /// How its elements are to be read, where the file does not say: raw files
+    /// always, and FP8 or bf16 codes that a file keeps as plain integers.
+    pub format: Option<Format>,
+    /// Its shape, where the file does not say.
+    pub shape: Option<Vec<usize>>,
+    /// What its values are to be multiplied with.
+    pub scale: Option<FileScale>,
+}
+
+/// The scale of a tensor in a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileScale {
+    /// A number, as its f32 bits.
+    Bits(u32),
+    /// A tensor of the same file: one value, or one per row.
+    Tensor(String),
+}
+
+/// Where the `recorded` arm's tensors lie.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// The file.
+    pub file: PathBuf,
+    /// Which tensor a site's is. A `*` in both stands for the layer's number.
+    /// Sites without an entry have their own names in the file.
+    pub names: BTreeMap<String, String>,
+    /// How elements are to be read, where the file does not say.
+    pub format: Option<Format>,
+    /// The shape, where the file does not say: of a raw file.
+    pub shape: Option<Vec<usize>>,
+}
+
+impl Recorded {
+    /// The tensor of a site. A pattern fits as a whole or not at all: `blk.*.q`
+    /// is neither `blk.1.q_rope` nor `x.blk.1.q`.
+    pub fn tensor_of(&self, site: &Site) -> String {
+        if let Some(name) = self.names.get(&site.0) {
+            return name.clone();
+        }
+        if let Some((layer, inner)) = in_layer(&site.0)
+            && let Some(name) = self.names.get(&format!("blk.*.{inner}"))
+        {
+            return name.replacen('*', &layer.to_string(), 1);
+        }
+        site.0.clone()
+    }
+}
+
+/// A program of the user's that is asked for tensors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct External {
+    /// What is started; its inputs and variables are all that it sees.
+    pub program: Command,
+    /// How often it may fail before it is given up.
+    pub retries: u32,
+    /// What the engine is, as its user declares it.
+    pub version: String,
+    /// Which tensor a site's is, as for [`Recorded::names`].
+    pub names: BTreeMap<String, String>,
+    /// The engine whose arithmetic the emulated arm follows, if it is a known one.
+    pub emulate: Option<Engine>,
+}
+
+impl External {
+    /// Seconds until a program is killed whose manifest says nothing.
+    pub const DEFAULT_TIMEOUT: u64 = 3600;
+}
+
+/// An engine whose arithmetic is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Engine {
+    /// llama.cpp on a CPU: activations rounded to 8 bits.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
+}
+
+impl Engine {
+    /// All engines with the names that manifests use.
+    pub const ALL: [(&'static str, Engine); 1] = [("llama.cpp", Engine::LlamaCpp)];
+}
+
+/// How generated values are distributed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Distribution {
+    /// Standard normal.
+    Normal,
+    /// Student's t with three degrees of freedom.
+    HeavyTailed,
+    /// Normal, and every 64th column 60 times as large, as LLM activations are.
+    OutlierChannels,
+    /// Normal, and nine of ten values are zero.
+    Sparse,
+    /// Normal times 2^-130: f32 subnormals, most of them.
+    Subnormal,
+}
+
+impl Distribution {
+    /// All distributions with the names that manifests use.
+    pub const ALL: [(&'static str, Distribution); 5] = [
+        ("normal", Distribution::Normal),
+        ("heavy-tailed", Distribution::HeavyTailed),
+        ("outlier-channels", Distribution::OutlierChannels),
+        ("sparse", Distribution::Sparse),
+        ("subnormal", Distribution::Subnormal),
+    ];
+}
+
+/// A generated tensor; the op says how wide it must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generated {
+    /// Its values.
+    pub generate: Distribution,
+    /// Its rows: tokens.
+    pub rows: usize,
+    /// The stage's seed.
+    pub seed: u64,
+}
+
+/// The tensor that an op reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Input {
+    /// A site of another stage.
+    Site(InputRef),
+    /// A tensor of a file.
+    File(FileTensor),
+    /// Numbers from a seed.
+    Generated(Generated),
+}
+
+impl Input {
+    /// The tensor of a file, if it is one.
+    pub fn file(&self) -> Option<&FileTensor> {
+        match self {
+            Input::File(tensor) => Some(tensor),
+            Input::Site(_) | Input::Generated(_) => None,
+        }
+    }
+
+    /// The other stage's site, if it is one.
+    pub fn site(&self) -> Option<&InputRef> {
+        match self {
+            Input::Site(site) => Some(site),
+            Input::File(_) | Input::Generated(_) => None,
+        }
+    }
 }
 
 /// Which sites a forward pass keeps.
@@ -244,16 +406,58 @@ pub enum Op {
     /// Root mean square normalisation; the site is the weight's name.
     RmsNorm {
         /// The tensor to normalise.
-        input: InputRef,
+        input: Input,
         /// The gain, without `.weight`.
         weight: String,
     },
     /// `y = x w^T + b` for each weight; the sites are the projections' own.
     Matmul {
         /// The activation, `[tokens, K]`.
-        input: InputRef,
+        input: Input,
         /// The weights, without `.weight`, each `[M, K]`.
         weights: Vec<String>,
+    },
+    /// `y = x w^T` of two operands whose codes and scales lie in files; site `y`.
+    /// It reads no model.
+    Gemm {
+        /// The activation's codes, `[N, K]`.
+        x: FileTensor,
+        /// The weight's codes, `[M, K]`.
+        w: FileTensor,
+    },
+    /// Rotary position embedding of the queries or keys of one layer.
+    Rope {
+        /// The projections, `[tokens, heads * head_dim]`; row `i` stands at position `i`.
+        input: Input,
+        /// `blk.N.q_rope` or `blk.N.k_rope`.
+        site: Site,
+    },
+    /// Causal attention of one layer.
+    Attention {
+        /// Rotated queries, `[tokens, heads * head_dim]`.
+        q: Input,
+        /// Rotated keys, `[tokens, kv_heads * head_dim]`.
+        k: Input,
+        /// Values, `[tokens, kv_heads * head_dim]`.
+        v: Input,
+        /// `blk.N.attn`.
+        site: Site,
+    },
+    /// `silu(gate) * up` of one layer.
+    Swiglu {
+        /// The gate's projection.
+        gate: Input,
+        /// The other projection.
+        up: Input,
+        /// `blk.N.ffn_swiglu`.
+        site: Site,
+    },
+    /// Tensors that are there already, held against each other: each arm's is read.
+    Compare {
+        /// Where they stand; any name, a site's if it is one.
+        site: Site,
+        /// Each arm's tensor.
+        sides: BTreeMap<Arm, Input>,
     },
     /// A program that reads files and writes files; it makes no tensors.
     Command(Command),
@@ -313,7 +517,11 @@ impl Command {
 
 impl Arm {
     /// All arms that a manifest can ask for, the most trusted first.
-    pub const ALL: [Arm; 3] = [Arm::Reference, Arm::Emulated, Arm::Device];
+    pub const ALL: [Arm; 5] =
+        [Arm::Reference, Arm::Emulated, Arm::Device, Arm::Recorded, Arm::External];
+
+    /// The arms that a stage has unless it says otherwise.
+    pub const USUAL: [Arm; 3] = [Arm::Reference, Arm::Emulated, Arm::Device];
 
     /// The name that manifests, contracts, commands and reports use.
     pub fn name(self) -> &'static str {
@@ -321,6 +529,8 @@ impl Arm {
             Arm::Reference => "reference",
             Arm::Emulated => "emulated",
             Arm::Device => "device",
+            Arm::Recorded => "recorded",
+            Arm::External => "external",
             Arm::Command => "command",
         }
     }
@@ -337,7 +547,10 @@ impl std::str::FromStr for Arm {
 
     fn from_str(text: &str) -> Result<Arm, String> {
         Arm::ALL.into_iter().find(|arm| arm.name() == text).ok_or_else(|| {
-            format!("no arm is called `{text}`; write `reference`, `emulated` or `device`")
+            format!(
+                "no arm is called `{text}`; write `reference`, `emulated`, `device`, `recorded` \
+                 or `external`"
+            )
         })
     }
 }
@@ -359,13 +572,27 @@ impl Stream {
     pub const OUTCOME: Stream = Stream::Arm(Arm::Command);
 
     /// All streams of tensors, the most trusted first.
-    pub const ALL: [Stream; 5] = [
+    pub const ALL: [Stream; 9] = [
         Stream::Arm(Arm::Reference),
         Stream::Anchored(Arm::Emulated),
         Stream::Anchored(Arm::Device),
+        Stream::Anchored(Arm::Recorded),
+        Stream::Anchored(Arm::External),
         Stream::Arm(Arm::Emulated),
         Stream::Arm(Arm::Device),
+        Stream::Arm(Arm::Recorded),
+        Stream::Arm(Arm::External),
     ];
+
+    /// The same stream where `device` is read as `arm`: what a file or a program
+    /// holds stands for the device that made it.
+    pub fn with_device_as(self, arm: Arm) -> Stream {
+        match self {
+            Stream::Arm(Arm::Device) => Stream::Arm(arm),
+            Stream::Anchored(Arm::Device) => Stream::Anchored(arm),
+            other => other,
+        }
+    }
 }
 
 impl std::fmt::Display for Stream {
@@ -384,8 +611,8 @@ impl std::str::FromStr for Stream {
         let mut known = Stream::ALL.into_iter().chain([Stream::OUTCOME]);
         known.find(|stream| stream.to_string() == text).ok_or_else(|| {
             format!(
-                "no stream is called `{text}`; write `reference`, `emulated`, `device`, \
-                 `reference@emulated` or `reference@device`"
+                "no stream is called `{text}`; write an arm (`reference`, `emulated`, `device`, \
+                 `recorded`, `external`), or `reference@` and an arm"
             )
         })
     }
@@ -479,24 +706,63 @@ impl Op {
             Op::Forward { .. } => "forward",
             Op::Embed { .. } => "embed",
             Op::RmsNorm { .. } => "rms_norm",
-            Op::Matmul { .. } => "matmul",
+            Op::Matmul { .. } | Op::Gemm { .. } => "matmul",
+            Op::Rope { .. } => "rope",
+            Op::Attention { .. } => "attention",
+            Op::Swiglu { .. } => "swiglu",
+            Op::Compare { .. } => "compare",
             Op::Command(_) => "command",
         }
     }
 
-    /// The other stage's tensor that it reads, if it reads one.
-    pub fn input(&self) -> Option<&InputRef> {
+    /// The tensors that it reads besides the model's, by their keys.
+    pub fn inputs(&self) -> Vec<(&'static str, &Input)> {
         match self {
-            Op::Forward { .. } | Op::Embed { .. } | Op::Command(_) => None,
-            Op::RmsNorm { input, .. } | Op::Matmul { input, .. } => Some(input),
+            Op::Forward { .. } | Op::Embed { .. } | Op::Gemm { .. } | Op::Command(_) => Vec::new(),
+            Op::RmsNorm { input, .. } | Op::Matmul { input, .. } | Op::Rope { input, .. } => {
+                vec![("input", input)]
+            }
+            Op::Attention { q, k, v, .. } => vec![("q", q), ("k", k), ("v", v)],
+            Op::Swiglu { gate, up, .. } => vec![("gate", gate), ("up", up)],
+            Op::Compare { sides, .. } => {
+                sides.iter().map(|(arm, input)| (arm.name(), input)).collect()
+            }
         }
+    }
+
+    /// The other stages' tensors that it reads.
+    pub fn input_refs(&self) -> Vec<&InputRef> {
+        self.inputs().into_iter().filter_map(|(_, input)| input.site()).collect()
+    }
+
+    /// Gives every generated input the stage's seed.
+    pub fn seed_with(&mut self, seed: u64) {
+        let inputs: Vec<&mut Input> = match self {
+            Op::RmsNorm { input, .. } | Op::Matmul { input, .. } | Op::Rope { input, .. } => {
+                vec![input]
+            }
+            Op::Attention { q, k, v, .. } => vec![q, k, v],
+            Op::Swiglu { gate, up, .. } => vec![gate, up],
+            Op::Compare { sides, .. } => sides.values_mut().collect(),
+            Op::Forward { .. } | Op::Embed { .. } | Op::Gemm { .. } | Op::Command(_) => Vec::new(),
+        };
+        for input in inputs {
+            if let Input::Generated(generated) = input {
+                generated.seed = seed;
+            }
+        }
+    }
+
+    /// Whether it reads a model at all.
+    pub fn reads_model(&self) -> bool {
+        !matches!(self, Op::Gemm { .. } | Op::Compare { .. } | Op::Command(_))
     }
 
     /// How often each arm computes it.
     pub fn repeats(&self) -> u32 {
         match self {
             Op::Forward { repeats, .. } => *repeats,
-            Op::Embed { .. } | Op::RmsNorm { .. } | Op::Matmul { .. } | Op::Command(_) => 1,
+            _ => 1,
         }
     }
 

@@ -19,7 +19,7 @@ use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
 use crate::model::synthetic::{Preset, ensure};
-use crate::op::{self, Arm, Op, Site, StageId};
+use crate::op::{self, Arm, FileTensor, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
 
 /// The sources of the arms, digested by the build script.
 const ARMS_CODE: &str = env!("RUNNER_ARMS_CODE");
@@ -220,11 +220,11 @@ impl<'a> Plan<'a> {
         let mut wanted = selected.clone();
         let mut open: Vec<StageId> = selected.iter().cloned().collect();
         while let Some(id) = open.pop() {
-            let input = pipeline.stage(&id).and_then(|stage| stage.op.input());
-            if let Some(input) = input
-                && wanted.insert(input.stage.clone())
-            {
-                open.push(input.stage.clone());
+            let inputs = pipeline.stage(&id).map_or(Vec::new(), |stage| stage.op.input_refs());
+            for input in inputs {
+                if wanted.insert(input.stage.clone()) {
+                    open.push(input.stage.clone());
+                }
             }
         }
         let mut models: BTreeMap<(String, u64), Result<Arc<OpenModel>, String>> = BTreeMap::new();
@@ -232,7 +232,7 @@ impl<'a> Plan<'a> {
         let mut problems = Vec::new();
         for id in graph.order().into_iter().filter(|id| wanted.contains(id)) {
             let Some(stage) = pipeline.stage(&id) else { continue };
-            if stage.op.command().is_some() {
+            if !stage.op.reads_model() {
                 let judged = selected.contains(&stage.id);
                 stages.push(PreparedStage { stage, model: None, tokens: Vec::new(), judged });
                 continue;
@@ -273,12 +273,87 @@ impl<'a> Plan<'a> {
         Ok(Plan { pipeline, stages, id, project, stamps, force: false, folder })
     }
 
-    /// The fields of an arm's action; `input` is the hash of the tensor that it reads.
+    /// What an arm reads besides its model, as fields of its key: sites by their
+    /// hash, which `site` knows, files by their digest, generated tensors by their seed.
+    ///
+    /// # Errors
+    /// What cannot be had: a site that is not made yet, or a file that is not there.
+    pub fn sources(
+        &self,
+        stage: &Stage,
+        arm: Arm,
+        site: &dyn Fn(&InputRef) -> Option<String>,
+    ) -> Result<Vec<(String, String)>, SourceError> {
+        let stamps = self.stamps;
+        let digest = |path: &Path| match stamps.digest(path) {
+            Ok(digest) => Ok(digest.to_hex().to_string()),
+            Err(source) => Err(SourceError::File { path: path.to_owned(), source }),
+        };
+        let mut fields: Vec<(String, String)> = Vec::new();
+        let of_file = |name: &str, tensor: &FileTensor| {
+            let mut read = serde_json::json!(tensor);
+            // The content counts, wherever it lies.
+            read.as_object_mut().map(|read| read.remove("file"));
+            let digest = (name.to_owned(), digest(&tensor.file)?);
+            Ok::<_, SourceError>([digest, (format!("{name} tensor"), read.to_string())])
+        };
+        if let Op::Gemm { x, w } = &stage.op {
+            fields.extend(of_file("x", x)?);
+            fields.extend(of_file("w", w)?);
+        }
+        for (name, input) in stage.op.inputs() {
+            if matches!(stage.op, Op::Compare { .. }) && name != arm.name() {
+                continue;
+            }
+            match input {
+                Input::File(tensor) => fields.extend(of_file(name, tensor)?),
+                Input::Generated(made) => {
+                    fields.push((name.to_owned(), serde_json::json!(made).to_string()));
+                    continue;
+                }
+                Input::Site(input) => {
+                    let hash = site(input).ok_or_else(|| SourceError::NotYet(input.clone()))?;
+                    fields.push((name.to_owned(), hash));
+                }
+            }
+        }
+        if let Some(external) = &stage.external {
+            if arm == Arm::External {
+                let seen = command::look(&external.program, &self.project, stamps);
+                let seen = seen.map_err(|error| SourceError::Program(error.to_string()))?;
+                let mut walk = KeyWalk::new("external");
+                seen.describe(&external.program, &mut walk);
+                fields.extend(walk.fields().iter().skip(2).cloned());
+                fields.push(("version".to_owned(), external.version.clone()));
+                fields.push(("names".to_owned(), serde_json::json!(external.names).to_string()));
+            }
+            if arm == Arm::Emulated {
+                fields.extend(
+                    external
+                        .emulate
+                        .map(|engine| ("engine".to_owned(), serde_json::json!(engine).to_string())),
+                );
+            }
+        }
+        // A product's emulated arm takes its schedule from what was recorded.
+        let identifies = matches!(stage.op, Op::Gemm { .. }) && arm == Arm::Emulated;
+        if let Some(recorded) = &stage.recorded
+            && (arm == Arm::Recorded || identifies)
+        {
+            fields.push(("recorded".to_owned(), digest(&recorded.file)?));
+            let Recorded { names, format, shape, .. } = recorded;
+            let read = serde_json::json!([names, format, shape]);
+            fields.push(("recorded tensors".to_owned(), read.to_string()));
+        }
+        Ok(fields)
+    }
+
+    /// The fields of an arm's action; `sources` are those of [`Plan::sources`].
     pub fn arm_walk(
         &self,
         prepared: &PreparedStage<'_>,
         arm: Arm,
-        input: Option<&str>,
+        sources: &[(String, String)],
         workshop: &dyn Workshop,
     ) -> KeyWalk {
         let PreparedStage { stage, model, tokens, .. } = prepared;
@@ -289,9 +364,9 @@ impl<'a> Plan<'a> {
         for (name, value) in workshop.facts(arm, &stage.recipe) {
             walk.field(&name, value);
         }
-        walk.field("op", op_without_input(&stage.op));
-        if let Some(input) = input {
-            walk.field("input", input);
+        walk.field("op", op_without_inputs(&stage.op));
+        for (name, value) in sources {
+            walk.field(name, value);
         }
         if matches!(stage.op, Op::Forward { .. } | Op::Embed { .. }) {
             walk.field("tokens", serde_json::json!(tokens));
@@ -304,7 +379,12 @@ impl<'a> Plan<'a> {
         match &stage.op {
             Op::Forward { .. } => walk.field("config", format!("{config:?}")),
             Op::RmsNorm { .. } => walk.field("eps", config.rms_norm_eps),
-            Op::Embed { .. } | Op::Matmul { .. } | Op::Command(_) => {}
+            Op::Rope { .. } => walk.field("rope", format!("{:?} {}", config.rope, config.head_dim)),
+            Op::Attention { .. } => {
+                let heads = [config.heads, config.kv_heads, config.head_dim];
+                walk.field("heads", format!("{heads:?}"));
+            }
+            _ => {}
         }
         let names = tensors_read(&stage.op, &model.model);
         walk.field("weights", model.digest(&names, self.stamps).to_hex());
@@ -402,12 +482,13 @@ impl<'a> Plan<'a> {
                 lines.push(PlanLine { stage, arm, action, why, fields });
                 continue;
             }
-            let input = stage.op.input().map(|input| {
+            let site = |input: &InputRef| {
                 let payload = known.get(&input.stage).and_then(|payload| payload.as_ref());
                 let sites = payload.map(|payload| payload.sites.as_slice()).unwrap_or_default();
                 let record = sites.iter().find(|record| record.site == input.site);
-                (input, record.map(|record| record.blake3.clone()))
-            });
+                record.map(|record| record.blake3.clone())
+            };
+            let mut made: Option<ArmPayload> = None;
             let arms = stage.arms.iter().filter(|arm| prepared.judged || **arm == Arm::Reference);
             for &arm in arms {
                 let mut line = |action: &'static str, why: String, fields: Vec<Field>| {
@@ -417,25 +498,30 @@ impl<'a> Plan<'a> {
                     line("unmeasured", reason, Vec::new());
                     continue;
                 }
-                if let Some((input, None)) = &input {
-                    let why =
-                        format!("its input `{}` of stage {} runs first", input.site, input.stage);
-                    line("run", why, Vec::new());
-                    continue;
-                }
-                let input = input.as_ref().and_then(|(_, digest)| digest.as_deref());
-                let walk = self.arm_walk(prepared, arm, input, workshop);
+                let sources = match self.sources(stage, arm, &site) {
+                    Ok(sources) => sources,
+                    Err(error @ SourceError::NotYet(_)) => {
+                        line("run", error.to_string(), Vec::new());
+                        continue;
+                    }
+                    Err(error @ (SourceError::File { .. } | SourceError::Program(_))) => {
+                        line("unmeasured", error.to_string(), Vec::new());
+                        continue;
+                    }
+                };
+                let walk = self.arm_walk(prepared, arm, &sources, workshop);
                 let fields = self.fields(store, stage, arm, &walk);
                 match self.reusable(store, prepared.judged, &walk) {
                     Some(action) => {
                         line("reuse", reused(&action, &self.touched_files(prepared)), fields);
                         if arm == Arm::Reference {
-                            known.insert(&stage.id, serde_json::from_value(action.payload).ok());
+                            made = serde_json::from_value(action.payload).ok();
                         }
                     }
                     None => line("run", self.why_run(store, stage, arm, &walk), fields),
                 }
             }
+            known.insert(&stage.id, made);
         }
         lines
     }
@@ -472,12 +558,36 @@ pub fn reused(action: &Action, touched: &[String]) -> String {
     }
 }
 
+/// Why what an arm reads is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Another stage makes it, and has not.
+    #[error("its input `{}` of stage {} runs first", .0.site, .0.stage)]
+    NotYet(InputRef),
+    /// The program of the external arm, or one of its inputs.
+    #[error("{0}")]
+    Program(String),
+    /// A file.
+    #[error("cannot read `{}`: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
 /// The op as the key sees it: what it reads is known by content, not by stage.
-fn op_without_input(op: &Op) -> serde_json::Value {
+fn op_without_inputs(op: &Op) -> serde_json::Value {
     let mut json = serde_json::json!(op);
-    let table = json.get_mut(op.name()).and_then(|table| table.as_object_mut());
-    if let Some(table) = table {
-        table.remove("input");
+    let variant = json.as_object_mut().and_then(|op| op.values_mut().next());
+    if let Some(table) = variant.and_then(|variant| variant.as_object_mut()) {
+        for (name, _) in op.inputs() {
+            table.remove(name);
+        }
+        for name in ["x", "w", "sides"] {
+            table.remove(name);
+        }
     }
     json
 }
@@ -534,9 +644,20 @@ fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
 /// Refuses weights that the model does not have.
 fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
     let weights: Vec<&String> = match &stage.op {
-        Op::Forward { .. } | Op::Command(_) => Vec::new(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => vec![weight],
         Op::Matmul { weights, .. } => weights.iter().collect(),
+        Op::Rope { site, .. } | Op::Attention { site, .. } | Op::Swiglu { site, .. } => {
+            let layers = model.config().layers;
+            let layer = in_layer(&site.0).map_or(0, |(layer, _)| layer as usize);
+            if layer >= layers {
+                return Err(format!(
+                    "`{site}` is beyond the model's {layers} layers, 0 to {}",
+                    layers - 1
+                ));
+            }
+            Vec::new()
+        }
+        _ => Vec::new(),
     };
     for weight in weights.into_iter().filter(|weight| *weight != "output") {
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;

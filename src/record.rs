@@ -43,6 +43,48 @@ pub struct RunRecord {
     pub provenance: Provenance,
     /// The stages, in the order in which they ran.
     pub stages: Vec<StageRecord>,
+    /// What the members of each `[for]` came to together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub families: Vec<FamilyRecord>,
+}
+
+/// The members of one `[for]`, taken together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FamilyRecord {
+    /// The manifest's id.
+    pub id: StageId,
+    /// The members that were judged.
+    pub stages: Vec<StageId>,
+    /// The gravest of their verdicts.
+    pub verdict: Verdict,
+    /// How many ended how, and the first that did not pass.
+    pub why: String,
+}
+
+impl FamilyRecord {
+    /// The families among some stages, in their order.
+    pub fn of(stages: &[StageRecord]) -> Vec<FamilyRecord> {
+        let mut families: Vec<FamilyRecord> = Vec::new();
+        for stage in stages {
+            let Some(id) = &stage.family else { continue };
+            if families.iter().any(|family| family.id == *id) {
+                continue;
+            }
+            let members: Vec<&StageRecord> =
+                stages.iter().filter(|member| member.family.as_ref() == Some(id)).collect();
+            let verdict = Verdict::of_run(members.iter().map(|member| member.verdict));
+            let good = members.iter().filter(|member| member.verdict == Verdict::Pass).count();
+            let why = match members.iter().find(|member| member.verdict == verdict) {
+                Some(first) if verdict != Verdict::Pass => {
+                    format!("{good} of {} pass; {}: {}", members.len(), first.id, first.why)
+                }
+                _ => format!("all {good} pass"),
+            };
+            let stages = members.iter().map(|member| member.id.clone()).collect();
+            families.push(FamilyRecord { id: id.clone(), stages, verdict, why });
+        }
+        families
+    }
 }
 
 /// What a run ran on.
@@ -71,6 +113,9 @@ pub struct StageRecord {
     pub file: String,
     /// The stages that it needs.
     pub needs: Vec<StageId>,
+    /// The manifest with a `[for]` of which it is a member.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub family: Option<StageId>,
     /// What it computes.
     pub op: Op,
     /// The model as the manifest names it; empty for a command.

@@ -14,17 +14,22 @@ use std::time::Instant;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
-use crate::compare::{StageMeasures, measure_outcome, measure_stage};
-use crate::compute::ComputeError;
-use crate::compute::arms::{Output, Task, Workshop, compute};
+use crate::compare::{StageMeasures, fit, measure_arms, measure_outcome, measure_stage};
+use crate::compute::arms::{Output, Task, Workshop, compute, input_width, site_names};
+use crate::compute::eight_bit::{self, EightBit};
+use crate::compute::generate::generate;
+use crate::compute::recorded::{check_written, recorded};
+use crate::compute::{ComputeError, Ops, product};
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandError, CommandRecord, Tools};
+use crate::executor::external::{self, ExternalError};
 use crate::executor::{Attempts, Held, Processes, SlotError, Slots};
 use crate::interrupt;
-use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, Site, StageId};
-use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, reused};
+use crate::op::{self, Arm, Input, InputRef, LAYER_SITES, Op, Site, StageId};
+use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::tensor::Tensor;
+use crate::tensor_file;
 use crate::verdict::{Verdict, judge, reason};
 
 /// How a run is to be done.
@@ -124,8 +129,26 @@ enum Failure {
     Command(#[from] CommandError),
     #[error(transparent)]
     Slots(#[from] SlotError),
+    #[error(transparent)]
+    External(#[from] ExternalError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("what the program wrote is unusable: {0}")]
+    Written(String),
     #[error("a bug of ours: {0}")]
     Bug(String),
+}
+
+impl Failure {
+    /// Whether somebody else's tensors are missing or unusable: then there was
+    /// nothing to measure, and nothing went wrong here.
+    fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Failure::Compute(ComputeError::TensorFile(_))
+                | Failure::Source(SourceError::File { .. })
+        )
+    }
 }
 
 /// A stage while it runs.
@@ -136,6 +159,8 @@ struct Progress {
     results: BTreeMap<Arm, Stored>,
     measures: StageMeasures,
     failure: Option<String>,
+    /// Why tensors that should have been read were not there.
+    unread: Option<String>,
     blocked: Option<String>,
     record: Option<StageRecord>,
 }
@@ -266,26 +291,29 @@ impl<'a> Engine<'a> {
                     return None;
                 }
                 let recipe = &prepared.stage.recipe;
-                if let Some(reason) = self.options.workshop.unavailable(arm, recipe) {
+                let computes = !matches!(prepared.stage.op, Op::Compare { .. });
+                let unavailable = self.options.workshop.unavailable(arm, recipe);
+                if let Some(reason) = unavailable.filter(|_| computes) {
                     self.arm_finished(stage, arm, ArmState::Unmeasured, reason, 0.0, sink);
                     self.finish(job);
                     return None;
                 }
-                let input = prepared.stage.op.input().and_then(|input| self.input_of(input));
+                let inputs = self.inputs_of(prepared);
                 sink.event(&Event::ArmStarted { stage: prepared.stage.id.clone(), arm });
-                Some(Order::Arm { arm, input })
+                Some(Order::Arm { arm, inputs })
             }
             Work::Measure => {
                 let progress = &self.progress[stage];
-                if progress.blocked.is_some() || progress.failure.is_some() {
+                let nothing = progress.results.is_empty();
+                if progress.blocked.is_some() || progress.failure.is_some() || nothing {
                     self.close(stage, sink);
                     self.finish(job);
                     return None;
                 }
                 sink.event(&Event::Measuring { stage: prepared.stage.id.clone() });
                 let results = progress.results.clone();
-                let input = prepared.stage.op.input().and_then(|input| self.input_of(input));
-                Some(Order::Measure { input, results })
+                let inputs = self.inputs_of(prepared);
+                Some(Order::Measure { inputs, results })
             }
         }
     }
@@ -306,7 +334,8 @@ impl<'a> Engine<'a> {
             if let Some(verdict @ (Verdict::Error | Verdict::Blocked)) = verdict {
                 return Some(format!("stage {need}, which it needs, ended in {verdict}"));
             }
-            let is_input = prepared.stage.op.input().is_some_and(|input| input.stage == *need);
+            let inputs = prepared.stage.op.input_refs();
+            let is_input = inputs.iter().any(|input| input.stage == *need);
             if is_input && !progress.results.contains_key(&Arm::Reference) {
                 return Some(format!("stage {need} made no input for it"));
             }
@@ -319,10 +348,14 @@ impl<'a> Engine<'a> {
         None
     }
 
-    fn input_of(&self, input: &InputRef) -> Option<(InputRef, Stored)> {
-        let at = *self.places.get(&input.stage)?;
-        let stored = self.progress[at].results.get(&Arm::Reference)?;
-        Some((input.clone(), stored.clone()))
+    /// The results of other stages that a stage reads.
+    fn inputs_of(&self, prepared: &PreparedStage<'_>) -> Supplies {
+        let supply = |input: &InputRef| {
+            let at = *self.places.get(&input.stage)?;
+            let stored = self.progress[at].results.get(&Arm::Reference)?;
+            Some((input.clone(), stored.clone()))
+        };
+        prepared.stage.op.input_refs().into_iter().filter_map(supply).collect()
     }
 
     /// The one place where a job ends and others become ready.
@@ -343,6 +376,11 @@ impl<'a> Engine<'a> {
                 }
                 self.progress[stage].results.insert(arm, *stored);
                 self.arm_finished(stage, arm, state, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(failure)) if failure.is_absence() => {
+                let why = failure.to_string();
+                self.progress[stage].unread = Some(format!("the {arm} arm has no tensors: {why}"));
+                self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
             }
             (Work::Arm(arm), Err(failure)) => {
                 self.note_bug(&failure);
@@ -413,7 +451,7 @@ impl<'a> Engine<'a> {
         let prepared = &self.plan.stages[stage];
         let progress = &mut self.progress[stage];
         let definition = prepared.stage;
-        let contract = &self.plan.pipeline.contracts[&definition.contract];
+        let contract = self.plan.pipeline.contracts[&definition.contract].read_by(&definition.arms);
         let absent: BTreeMap<Arm, String> = progress
             .arms
             .iter()
@@ -421,8 +459,13 @@ impl<'a> Engine<'a> {
             .map(|(arm, record)| (*arm, record.why.clone()))
             .collect();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
-        let mut judged = judge(contract, &progress.measures.measures, &absent);
+        let mut judged = judge(&contract, &progress.measures.measures, &absent);
         reason(&mut judged, &progress.measures);
+        if let Some(unread) = &progress.unread
+            && judged.verdict == Verdict::Pass
+        {
+            (judged.verdict, judged.why) = (Verdict::Unmeasured, unread.clone());
+        }
         if let Some(reason) = &progress.blocked {
             (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
         } else if let Some(reason) = &progress.failure {
@@ -438,6 +481,24 @@ impl<'a> Engine<'a> {
         {
             let why = if judged.verdict == Verdict::Pass { "" } else { &judged.why };
             judged.why = outcome_in_words(command, why, self.store);
+        }
+        let engine = definition.external.as_ref().and_then(|external| external.emulate);
+        let fit = match engine {
+            Some(op::Engine::LlamaCpp) => fit::in_words(
+                &progress.measures.measures,
+                "the engine's activations are quantised to 8 bits",
+            ),
+            None => None,
+        };
+        if let Some(fit) = fit {
+            judged.why = format!("{fit}; {}", judged.why);
+        }
+        // What was identified is the answer, whatever became of it.
+        let emulated = progress.arms.get(&Arm::Emulated).and_then(|arm| arm.arithmetic.as_ref());
+        if let (Op::Gemm { .. }, Some(_), Some(found)) =
+            (&definition.op, &definition.recorded, emulated)
+        {
+            judged.why = format!("{}; {found}", judged.why);
         }
         let seconds = progress.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
         let bad = !matches!(judged.verdict, Verdict::Pass | Verdict::Unmeasured);
@@ -459,6 +520,7 @@ impl<'a> Engine<'a> {
             title: definition.title.clone(),
             file: definition.file.display().to_string(),
             needs: definition.needs.clone(),
+            family: definition.family.clone(),
             op: definition.op.clone(),
             model: prepared.model.as_ref().map_or(String::new(), |model| model.source.clone()),
             tokens: prepared.tokens.clone(),
@@ -519,9 +581,12 @@ fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String 
 
 /// What a thread is to do.
 enum Order {
-    Arm { arm: Arm, input: Option<(InputRef, Stored)> },
-    Measure { input: Option<(InputRef, Stored)>, results: BTreeMap<Arm, Stored> },
+    Arm { arm: Arm, inputs: Supplies },
+    Measure { inputs: Supplies, results: BTreeMap<Arm, Stored> },
 }
+
+/// The sites of other stages that an op reads, in the order in which it names them.
+type Supplies = Vec<(InputRef, Stored)>;
 
 /// Sites that an arm will make, for a progress bar.
 fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
@@ -534,7 +599,7 @@ fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
             sites as u64 * u64::from(*repeats)
         }
         Op::Matmul { weights, .. } => weights.len() as u64,
-        Op::Embed { .. } | Op::RmsNorm { .. } | Op::Command(_) => 1,
+        _ => 1,
     }
 }
 
@@ -543,11 +608,11 @@ fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
     let attempt = AssertUnwindSafe(|| {
         let attempt = || match order {
-            Order::Arm { arm, input } => bench.arm(arm, input, &mut |done| {
+            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |done| {
                 // Nobody listens any more only when the run is over.
                 let _ = sender.send(Message::Progress { job, done });
             }),
-            Order::Measure { input, results } => bench.measure(input, results),
+            Order::Measure { inputs, results } => bench.measure(&inputs, results),
         };
         match bench.prepared.stage.resources.threads {
             None => attempt(),
@@ -577,25 +642,32 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn task<'t>(&'t self, input: Option<&'t Tensor>) -> Result<Task<'t>, Failure> {
+    fn task<'t>(&'t self, inputs: &'t [Tensor]) -> Result<Task<'t>, Failure> {
         let PreparedStage { stage, model, tokens, .. } = self.prepared;
         let model = model.as_ref().ok_or_else(|| Failure::Bug("a stage without a model".into()))?;
-        Ok(Task { op: &stage.op, model: &model.model, tokens, input })
+        Ok(Task { op: &stage.op, model: &model.model, tokens, input: Some(inputs) })
     }
 
     fn arm(
         &self,
         arm: Arm,
-        input: Option<(InputRef, Stored)>,
+        inputs: &Supplies,
         progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Outcome, Failure> {
         if let Op::Command(op) = &self.prepared.stage.op {
             return self.command(op);
         }
         let Options { workshop, .. } = self.options;
-        let input_hash = input.as_ref().map(|(input, stored)| site_hash(input, stored));
-        let input_hash = input_hash.transpose()?;
-        let walk = self.plan.arm_walk(self.prepared, arm, input_hash.as_deref(), *workshop);
+        for (input, stored) in inputs {
+            site_hash(input, stored)?;
+        }
+        let site = |input: &InputRef| {
+            let (_, stored) = inputs.iter().find(|(supplied, _)| supplied == input)?;
+            site_hash(input, stored).ok()
+        };
+        let stage = self.prepared.stage;
+        let sources = self.plan.sources(stage, arm, &site)?;
+        let walk = self.plan.arm_walk(self.prepared, arm, &sources, *workshop);
         let reuse = |action: Action| {
             let payload = payload_of(&action)?;
             let why = reused(&action, &self.plan.touched_files(self.prepared));
@@ -613,13 +685,25 @@ impl Bench<'_> {
         }
         let _slots = self.take_slots(arm)?;
         let started = Instant::now();
-        let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
-        let (ops, arithmetic) = workshop.ops(arm, &self.prepared.stage.recipe)?;
-        let mut done = 0;
-        let output = compute(&self.task(input.as_ref())?, ops.as_ref(), arithmetic, &mut |_| {
-            done += 1;
-            progress(done);
-        })?;
+        let output = match self.output_at_hand(arm, inputs)? {
+            Some(output) => output,
+            None => {
+                let inputs = self.input_tensors(inputs)?;
+                let engine = stage.external.as_ref().and_then(|external| external.emulate);
+                let (ops, arithmetic) = match (arm, engine) {
+                    (Arm::Emulated, Some(op::Engine::LlamaCpp)) => {
+                        let ops: Box<dyn Ops> = Box::new(EightBit);
+                        (ops, eight_bit::IN_WORDS.to_owned())
+                    }
+                    _ => workshop.ops(arm, &stage.recipe)?,
+                };
+                let mut done = 0;
+                compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |_| {
+                    done += 1;
+                    progress(done);
+                })?
+            }
+        };
         let seconds = started.elapsed().as_secs_f64();
         let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
@@ -628,6 +712,87 @@ impl Bench<'_> {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    /// What an arm makes without a model: tensors that are read, and products of
+    /// coded operands. `None` where the arm has to compute the op.
+    fn output_at_hand(&self, arm: Arm, inputs: &Supplies) -> Result<Option<Output>, Failure> {
+        let stage = self.prepared.stage;
+        let one = |site: &Site, tensor: Tensor, arithmetic: String| {
+            let sites = vec![(site.clone(), tensor)];
+            Ok(Some(Output { sites, arithmetic, ..Output::default() }))
+        };
+        let model = self.prepared.model.as_ref().map(|open| &open.model);
+        match (&stage.op, arm, &stage.recorded) {
+            (Op::Compare { site, sides }, arm, _) => {
+                let side = sides.get(&arm);
+                let side = side.ok_or_else(|| Failure::Bug(format!("no side for {arm}")))?;
+                one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
+            }
+            (op, Arm::Recorded, Some(from)) => Ok(Some(recorded(op, from, model)?)),
+            (Op::Forward { .. }, Arm::External, _) => self.asked().map(Some),
+            (Op::Gemm { x, w }, arm, from) => {
+                let site = Site("y".to_owned());
+                let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
+                let (x, w) = (read(x)?, read(w)?);
+                if arm == Arm::Reference {
+                    let arithmetic = "f64 over the operands' codes".to_owned();
+                    return one(&site, product::reference(&x, &w)?, arithmetic);
+                }
+                let observed =
+                    from.as_ref().map(|from| crate::compute::recorded::product(from, &site));
+                let observed = observed.transpose()?;
+                let (y, words) = product::emulated(&x, &w, observed.as_ref(), &stage.recipe)?;
+                one(&site, y, words)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// What the stage's program writes when it is asked.
+    fn asked(&self) -> Result<Output, Failure> {
+        let PreparedStage { stage, model, tokens, .. } = self.prepared;
+        let bug = || Failure::Bug("an external arm without its program or model".into());
+        let external = stage.external.as_ref().ok_or_else(bug)?;
+        let model = model.as_ref().ok_or_else(bug)?;
+        let tools = self.tools();
+        let seen = command::look(&external.program, tools.project, tools.stamps)?;
+        let sites = site_names(&stage.op, Some(&model.model));
+        let request = serde_json::json!({
+            "schema": 1,
+            "stage": stage.id,
+            "op": stage.op,
+            "model": std::path::absolute(model.model.path()).unwrap_or_default(),
+            "tokens": tokens,
+            "sites": sites,
+            "recipe": stage.recipe,
+            "output": "tensors.safetensors",
+        });
+        // Twice what f32 needs, and room for names and logs.
+        let widest = model.model.config().vocabulary.max(8 * model.model.config().hidden);
+        let logits = sites.iter().any(|site| site.0 == "logits");
+        let widths = sites.len() * 8 * model.model.config().hidden + usize::from(logits) * widest;
+        let largest = (64 << 20) + 8 * (tokens.len() * widths) as u64;
+        let left = external::ask(external, &seen, &request, largest, &tools)?;
+        let from = op::Recorded {
+            file: left.tensors.clone(),
+            names: external.names.clone(),
+            format: None,
+            shape: None,
+        };
+        let read = recorded(&stage.op, &from, Some(&model.model));
+        let mut output = read.map_err(|error| Failure::Written(error.to_string()))?;
+        check_written(&output, tokens.len(), model.model.config().vocabulary)?;
+        output.arithmetic = match (left.tries, left.earlier) {
+            (tries, Some(earlier)) => {
+                format!(
+                    "{}; flaky: attempt {tries} went well, the first failed: {earlier}",
+                    external.version
+                )
+            }
+            _ => external.version.clone(),
+        };
+        Ok(output)
     }
 
     fn tools(&self) -> Tools<'_> {
@@ -762,7 +927,7 @@ impl Bench<'_> {
 
     fn measure(
         &self,
-        input: Option<(InputRef, Stored)>,
+        inputs: &Supplies,
         results: BTreeMap<Arm, Stored>,
     ) -> Result<Outcome, Failure> {
         if let Op::Command(op) = &self.prepared.stage.op {
@@ -780,9 +945,13 @@ impl Bench<'_> {
         for (arm, stored) in results {
             outputs.insert(arm, self.output_of(&stored)?);
         }
-        let input = input.map(|(input, stored)| self.input_tensor(&input, &stored)).transpose()?;
-        let task = self.task(input.as_ref())?;
-        let measures = measure_stage(&task, &self.prepared.stage.recipe, &outputs)?;
+        let stage = self.prepared.stage;
+        let measures = if stage.op.reads_model() {
+            let inputs = self.input_tensors(inputs)?;
+            measure_stage(&self.task(&inputs)?, &stage.recipe, &outputs)?
+        } else {
+            measure_arms(&outputs)
+        };
         let json = serde_json::to_value(&measures)
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
@@ -808,6 +977,37 @@ impl Bench<'_> {
             arithmetic: payload.arithmetic.clone(),
             gemms: payload.gemms.clone(),
         })
+    }
+
+    /// The tensors that the op reads, in its order.
+    fn input_tensors(&self, supplies: &Supplies) -> Result<Vec<Tensor>, Failure> {
+        let inputs = self.prepared.stage.op.inputs().into_iter().enumerate();
+        inputs.map(|(place, (_, input))| self.input_tensor_of(input, place, supplies)).collect()
+    }
+
+    fn input_tensor_of(
+        &self,
+        input: &Input,
+        place: usize,
+        supplies: &Supplies,
+    ) -> Result<Tensor, Failure> {
+        match input {
+            Input::Site(wanted) => {
+                let supplied = supplies.iter().find(|(supplied, _)| supplied == wanted);
+                let (wanted, stored) =
+                    supplied.ok_or_else(|| SourceError::NotYet(wanted.clone()))?;
+                self.input_tensor(wanted, stored)
+            }
+            Input::File(tensor) => {
+                Ok(tensor_file::read(tensor).map_err(ComputeError::from)?.values())
+            }
+            Input::Generated(made) => {
+                let model = self.prepared.model.as_ref();
+                let model = model.ok_or_else(|| Failure::Bug("no model gives a width".into()))?;
+                let width = input_width(&self.prepared.stage.op, place, &model.model)?;
+                Ok(generate(made, place, width))
+            }
+        }
     }
 
     fn input_tensor(&self, input: &InputRef, stored: &Stored) -> Result<Tensor, Failure> {

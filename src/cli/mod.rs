@@ -15,11 +15,14 @@ mod falsify;
 mod journal;
 mod manners;
 mod measure;
+mod new;
+mod nightly;
 mod plan;
 mod reference;
 mod receipt;
 mod report;
 mod run;
+mod schema;
 mod unchanged;
 mod watch;
 
@@ -33,9 +36,12 @@ use cache::CacheArgs;
 use chip::ChipCli;
 use diff::DiffArgs;
 use falsify::FalsifyArgs;
+use new::NewArgs;
+use nightly::{BaselineCli, HistoryArgs};
 use plan::PlanArgs;
 use report::ReportArgs;
 use run::RunArgs;
+use schema::SchemaOf;
 use watch::WatchArgs;
 
 use crate::cache::{Stamps, Store};
@@ -170,6 +176,21 @@ enum Command {
     },
     /// Print the reference of commands, verdicts, metrics and exit codes.
     Reference,
+    /// Make a run the baseline that later ones are held against.
+    Baseline {
+        #[command(subcommand)]
+        command: BaselineCli,
+    },
+    /// Past runs, and how each stage's verdict and tightest value moved.
+    History(HistoryArgs),
+    /// Write a manifest to begin with, and its contract.
+    New(NewArgs),
+    /// Print the JSON Schema of manifests or contracts, for editors.
+    Schema {
+        /// Of what.
+        #[arg(value_enum, default_value = "stage")]
+        of: SchemaOf,
+    },
     /// The chips whose arithmetic is known: list, verify, multiply, measure.
     Chip {
         #[command(subcommand)]
@@ -281,6 +302,10 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Completions { shell } => manners::completions(shell),
         Command::Man { folder } => manners::man(&folder),
         Command::Reference => reference::reference(),
+        Command::Baseline { command } => nightly::set_baseline(&command),
+        Command::History(args) => nightly::history(&args),
+        Command::New(args) => new::new(&args),
+        Command::Schema { of } => schema::schema(of),
         Command::Chip { command } => chip::chip(command),
     }
 }
@@ -316,11 +341,17 @@ fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), St
     let graph = graph_of(&pipeline)?;
     let stages = match &args.select {
         None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
-        Some(expression) => {
-            select(&graph, &pipeline.stages, expression).map_err(|error| error.to_string())?
-        }
+        Some(expression) => select_stages(&graph, &pipeline, expression)?,
     };
     Ok((pipeline, graph, stages))
+}
+
+fn select_stages(
+    graph: &Graph,
+    pipeline: &Pipeline,
+    expression: &str,
+) -> Result<BTreeSet<StageId>, String> {
+    select(graph, &pipeline.stages, expression).map_err(|error| error.to_string())
 }
 
 fn store_of(runs: &Path) -> Store {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 
+use super::nightly::{self, NightlyArgs};
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
     BUG, INTERRUPTED, Selection, journal, keep, make_plan, print, selected, stamps_of, store_of,
@@ -17,7 +18,7 @@ use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::Arm;
-use crate::record::{Provenance, RunRecord, SCHEMA};
+use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA};
 use crate::report::{Bars, EventLog, Lines, Sinks};
 use crate::report::{annotations, drift, junit, markdown, page, table};
 use crate::run::{Options, run};
@@ -52,6 +53,8 @@ pub(super) struct RunArgs {
     /// What to print.
     #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
     format: OutputFormat,
+    #[command(flatten)]
+    nightly: NightlyArgs,
 }
 
 impl RunArgs {
@@ -75,13 +78,26 @@ enum OutputFormat {
 pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, String> {
     let began = crate::cache::now();
     let runs = &args.selection.runs;
+    let _alone = args.nightly.alone(runs)?;
     let store = store_of(runs);
-    let as_before =
-        !(args.selection.force || args.selection.rehash || args.dry_run || args.explain);
+    let as_before = !(args.selection.force
+        || args.selection.rehash
+        || args.dry_run
+        || args.explain
+        || args.nightly.asks());
     if as_before && let Some(unchanged) = unchanged::find(&store, workshop) {
         return finish_unchanged(args, unchanged);
     }
-    let (pipeline, graph, stages) = selected(&args.selection)?;
+    let (mut pipeline, graph, mut stages) = selected(&args.selection)?;
+    let profile = args.nightly.profile(&pipeline)?.cloned();
+    if let Some(name) = &args.nightly.profile {
+        nightly::repeat(&mut pipeline, name);
+    }
+    if let Some(expression) = profile.as_ref().and_then(|profile| profile.select.as_ref())
+        && args.selection.select.is_none()
+    {
+        stages = super::select_stages(&graph, &pipeline, expression)?;
+    }
     ctrlc::set_handler(on_signal).map_err(|error| format!("cannot watch for Ctrl-C: {error}"))?;
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
@@ -111,7 +127,12 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         run: id.clone(),
         created: seconds_only(&started),
         jobs: args.jobs.map_or(cores, NonZeroUsize::get),
-        require: args.require.iter().copied().collect(),
+        require: args
+            .require
+            .iter()
+            .chain(profile.iter().flat_map(|p| &p.require))
+            .copied()
+            .collect(),
         workshop,
         fail_fast: args.fail_fast,
         slots: &Slots::here(),
@@ -137,6 +158,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         seconds: clock.elapsed().as_secs_f64(),
         folder: pipeline.folder.display().to_string(),
         provenance: provenance(),
+        families: FamilyRecord::of(&finished.stages),
         stages: finished.stages,
     };
     sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
@@ -158,6 +180,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         unchanged::note(&store, &plan, &record, workshop, began);
     }
     show(args, &record, record.stages.len(), json, &folder)?;
+    args.nightly.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
     Ok(exit_code)
 }
 
@@ -187,6 +210,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
         seconds: 0.0,
         folder: unchanged.folder,
         provenance: provenance(),
+        families: FamilyRecord::of(&stages),
         stages: Vec::new(),
     };
     record.seconds = clock.elapsed().as_secs_f64();
@@ -199,6 +223,11 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
         .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
     record.stages = stages;
     show(args, &record, count, json, &folder)?;
+    // Where there are many stages the record holds only some: nothing can be compared.
+    if count <= SHOWN_ONE_BY_ONE {
+        let runs = &args.selection.runs;
+        args.nightly.follow(&record, runs, None, args.format != OutputFormat::Json)?;
+    }
     Ok(record.exit_code)
 }
 

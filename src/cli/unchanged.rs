@@ -131,6 +131,10 @@ pub(super) fn note(
     if record.interrupted || !record.stages.iter().all(well) {
         return None;
     }
+    // An external program's files are not in this list.
+    if plan.stages.iter().any(|prepared| prepared.stage.external.is_some()) {
+        return None;
+    }
     let place = place(store)?;
     let looked_at = everything_looked_at(plan, started)?;
     let mut present = Vec::new();
@@ -246,6 +250,9 @@ fn everything_looked_at(plan: &Plan<'_>, started: i64) -> Option<Vec<(PathBuf, [
             for path in seen.looked_at() {
                 look(path, &young)?;
             }
+        }
+        for file in prepared.stage.files() {
+            look(file, &young)?;
         }
         let Some(model) = &prepared.model else { continue };
         let folder = model.model.path();

@@ -7,6 +7,7 @@
 mod account;
 mod diagnosis;
 pub mod fingerprints;
+pub mod fit;
 mod growth;
 mod logits;
 mod numbers;
@@ -21,7 +22,7 @@ pub use account::Account;
 pub use diagnosis::{Diagnosis, MOST_DEVIATIONS};
 pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
-pub use stage::{StageMeasures, measure_stage};
+pub use stage::{StageMeasures, measure_arms, measure_stage};
 
 use crate::compute::forward::Greedy;
 use crate::metric::Metric;

@@ -56,26 +56,33 @@ pub fn measure_stage(
         all.measures.extend(batch(arm, output));
     }
     all.diagnoses.extend(all.measures.iter().filter_map(not_deterministic));
+    let reference = outputs.get(&Arm::Reference);
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
     let scene = Scene { task, recipe, outputs };
     let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
         let anchor = Stream::Anchored(arm);
+        // What a file holds only in part, or in another shape, nothing can be anchored on.
+        let whole = reference.is_some_and(|reference| same_sites(output, reference));
         // Equal tensors have equal inputs: what was computed for one arm holds for the other.
         let own = match &known {
             Some((twin, own)) if same_bits(twin, output) => Rc::clone(own),
-            _ => Rc::new(Own::of(task, recipe, output)?),
+            _ if whole => Rc::new(Own::of(task, recipe, output)?),
+            _ => Rc::new(Own::default()),
         };
         known = Some((output, Rc::clone(&own)));
         let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
         all.accounts.extend(accounts);
         all.shares.extend(shares.map(|shares| (subject, shares)));
         let first = all.measures.len();
-        // Local errors first: they tell where something starts.
-        let local = pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas);
-        if every_site {
-            all.measures.extend(local);
+        if every_site && whole {
+            // Local errors first: they tell where something starts.
+            all.measures.extend(pairs(
+                (subject, &output.sites),
+                (anchor, &own.truths),
+                &own.sigmas,
+            ));
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
@@ -91,7 +98,7 @@ pub fn measure_stage(
                 all.greedy.push(greedy((subject, a), (judge.0, b), sigma));
             }
         }
-        if let Some(reference) = outputs.get(&Arm::Reference).filter(|_| every_site) {
+        if let Some(reference) = reference.filter(|_| every_site && whole) {
             let by_layer = anchored_by_layer(task, output)?;
             all.growth.extend(growth((subject, &output.sites), &reference.sites, &by_layer));
         }
@@ -120,6 +127,7 @@ fn same_bits(a: &Output, b: &Output) -> bool {
 }
 
 /// What an arm's own inputs say about its sites.
+#[derive(Default)]
 struct Own {
     local: Vec<Local>,
     truths: Vec<(Site, Tensor)>,
@@ -133,6 +141,27 @@ impl Own {
         let sigmas = local.iter().map(|l| (l.site.clone(), l.sigma.clone())).collect();
         Ok(Own { local, truths, sigmas })
     }
+}
+
+/// Measures arms against each other where nothing else is known: no model, no
+/// inputs, so no local truth and no floor.
+pub fn measure_arms(outputs: &BTreeMap<Arm, Output>) -> StageMeasures {
+    let mut all = StageMeasures::default();
+    for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
+        for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
+            let Some(judged_by) = outputs.get(&judge) else { continue };
+            let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
+            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, &[]));
+        }
+    }
+    all
+}
+
+/// Whether two outputs have the same sites in the same shapes.
+fn same_sites(a: &Output, b: &Output) -> bool {
+    let shape = |tensor: &Tensor| (tensor.rows(), tensor.width());
+    a.sites.len() == b.sites.len()
+        && a.sites.iter().zip(&b.sites).all(|((a, x), (b, y))| a == b && shape(x) == shape(y))
 }
 
 /// A subject's sites against the judge's, in the subject's order. A site that

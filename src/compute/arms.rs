@@ -16,7 +16,7 @@ use super::forward::{
 };
 use super::reference::Reference;
 use super::shares::{Energies, energies};
-use super::{ComputeError, GemmRecord, Ops, cuda};
+use super::{AttentionShape, ComputeError, GemmRecord, Ops, check_same_shape, cuda};
 use crate::model::Model;
 use crate::op::{
     Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
@@ -31,8 +31,8 @@ pub struct Task<'a> {
     pub model: &'a Model,
     /// The prompt.
     pub tokens: &'a [u32],
-    /// The input, for ops that read another stage's tensor.
-    pub input: Option<&'a Tensor>,
+    /// The tensors of [`Op::inputs`], in their order.
+    pub input: Option<&'a [Tensor]>,
 }
 
 /// What an arm made of a stage.
@@ -104,6 +104,9 @@ impl Workshop for Shipped {
                 let arithmetic = emulated.describe();
                 Ok((Box::new(emulated), arithmetic))
             }
+            Arm::Recorded | Arm::External => {
+                Err(ComputeError::Recipe(format!("the {arm} arm reads, it does not compute")))
+            }
             Arm::Command => Err(ComputeError::Recipe(NO_TENSORS.to_owned())),
             Arm::Device => cuda::ops(recipe, self.programs.as_deref()),
         }
@@ -122,7 +125,7 @@ impl Workshop for Shipped {
 
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
         match arm {
-            Arm::Reference | Arm::Emulated | Arm::Command => None,
+            Arm::Reference | Arm::Emulated | Arm::Recorded | Arm::External | Arm::Command => None,
             Arm::Device => cuda::why_unavailable(recipe),
         }
     }
@@ -318,6 +321,30 @@ pub fn on_recorded(
     }
 }
 
+/// The sites that an op makes, in the order of the flow.
+pub fn site_names(op: &Op, model: Option<&Model>) -> Vec<Site> {
+    match op {
+        Op::Forward { capture: Capture::Logits, .. } => vec![Site("logits".to_owned())],
+        Op::Forward { capture: Capture::EverySite, .. } => {
+            let Some(model) = model else { return Vec::new() };
+            let norms = model.has("blk.0.attn_q_norm.weight");
+            let inner =
+                move |name: &&&str| norms || !name.ends_with("q_norm") && !name.ends_with("k_norm");
+            let layer = |layer| {
+                let names = crate::op::LAYER_SITES.iter().filter(inner);
+                names.map(move |name| Site(format!("blk.{layer}.{name}")))
+            };
+            let one = |name: &str| [Site(name.to_owned())];
+            let layers = (0..model.config().layers).flat_map(layer);
+            let first = one("embed").into_iter().chain(layers);
+            first.chain(one("output_norm")).chain(one("logits")).collect()
+        }
+        Op::Gemm { .. } => vec![Site("y".to_owned())],
+        Op::Compare { site, .. } => vec![site.clone()],
+        op => units(op).into_iter().map(|unit| unit.site).collect(),
+    }
+}
+
 /// One op of a stage that is not a forward pass.
 struct UnitOp {
     site: Site,
@@ -330,7 +357,10 @@ fn units(op: &Op) -> Vec<UnitOp> {
         weight: weight.clone(),
     };
     match op {
-        Op::Forward { .. } | Op::Command(_) => Vec::new(),
+        Op::Forward { .. } | Op::Command(_) | Op::Gemm { .. } | Op::Compare { .. } => Vec::new(),
+        Op::Rope { site, .. } | Op::Attention { site, .. } | Op::Swiglu { site, .. } => {
+            vec![unit(&String::new(), Some(site.clone()))]
+        }
         Op::Embed { weight } => vec![unit(weight, Some(Site("embed".to_owned())))],
         Op::RmsNorm { weight, .. } => vec![unit(weight, site_of_norm(weight))],
         Op::Matmul { weights, .. } => {
@@ -341,18 +371,92 @@ fn units(op: &Op) -> Vec<UnitOp> {
 
 fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, ComputeError> {
     let model = task.model;
-    let name = match unit.weight.as_str() {
-        "output" => output_weight(model).to_owned(),
-        weight => format!("{weight}.weight"),
+    let config = model.config();
+    let weight = || {
+        let name = match unit.weight.as_str() {
+            "output" => output_weight(model).to_owned(),
+            weight => format!("{weight}.weight"),
+        };
+        model.tensor(&name)
     };
-    let weight = model.tensor(&name)?;
-    let input = || task.input.ok_or_else(|| ComputeError::NotRecorded(unit.site.0.clone()));
+    let input = |place: usize| {
+        let inputs = task.input.unwrap_or_default();
+        inputs.get(place).ok_or_else(|| ComputeError::NotRecorded(unit.site.0.clone()))
+    };
     match task.op {
-        Op::Embed { .. } => ops.embed(weight, task.tokens),
-        Op::RmsNorm { .. } => ops.rms_norm(input()?, weight, model.config().rms_norm_eps),
-        Op::Matmul { .. } => ops.matmul(input()?, weight, bias_of(model, &unit.weight)?),
-        Op::Forward { .. } | Op::Command(_) => Err(ComputeError::NotRecorded(unit.site.0.clone())),
+        Op::Embed { .. } => ops.embed(weight()?, task.tokens),
+        Op::RmsNorm { .. } => ops.rms_norm(input(0)?, weight()?, config.rms_norm_eps),
+        Op::Matmul { .. } => ops.matmul(input(0)?, weight()?, bias_of(model, &unit.weight)?),
+        Op::Rope { .. } => {
+            let x = input(0)?;
+            check_heads("rope", x, config.head_dim)?;
+            ops.rope(x, &config.rope, config.head_dim, 0)
+        }
+        Op::Attention { .. } => {
+            let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+            let shape = AttentionShape { heads, kv_heads, head_dim, first_position: 0 };
+            let (q, k, v) = (input(0)?, input(1)?, input(2)?);
+            check_same_shape("keys and values", k, v)?;
+            let (expected, given) = (
+                [heads * head_dim, kv_heads * head_dim, k.rows()],
+                [q.width(), k.width(), q.rows()],
+            );
+            if expected != given {
+                return Err(ComputeError::Shape {
+                    what: format!("attention of {heads} heads over {kv_heads} of keys"),
+                    left: format!("q [{}, {}]", q.rows(), q.width()),
+                    right: format!("k and v [{}, {}]", k.rows(), k.width()),
+                });
+            }
+            ops.attention(q, k, v, shape)
+        }
+        Op::Swiglu { .. } => ops.swiglu(input(0)?, input(1)?),
+        Op::Forward { .. } | Op::Gemm { .. } | Op::Compare { .. } | Op::Command(_) => {
+            Err(ComputeError::NotRecorded(unit.site.0.clone()))
+        }
     }
+}
+
+/// Refuses rows that are no whole heads.
+fn check_heads(what: &str, x: &Tensor, head_dim: usize) -> Result<(), ComputeError> {
+    if x.width().is_multiple_of(head_dim) {
+        return Ok(());
+    }
+    Err(ComputeError::Shape {
+        what: what.to_owned(),
+        left: format!("input [{}, {}]", x.rows(), x.width()),
+        right: format!("heads of {head_dim}"),
+    })
+}
+
+/// How wide an op's input must be, by the model that it is for; of inputs in the
+/// order of [`Op::inputs`]. For generating one.
+///
+/// # Errors
+/// If the model lacks the op's weight.
+pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, ComputeError> {
+    let config = model.config();
+    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let width = match op {
+        Op::RmsNorm { .. } => config.hidden,
+        Op::Matmul { weights, .. } => match weights.first().map(String::as_str) {
+            Some("output") | None => config.hidden,
+            Some(weight) => model.tensor(&format!("{weight}.weight"))?.width(),
+        },
+        Op::Rope { site, .. } if site.0.ends_with(".q_rope") => q,
+        Op::Attention { .. } if place == 0 => q,
+        Op::Rope { .. } | Op::Attention { .. } => kv,
+        Op::Swiglu { site, .. } => {
+            let layer = crate::op::in_layer(&site.0).map_or(0, |(layer, _)| layer);
+            model.tensor(&format!("blk.{layer}.ffn_up.weight"))?.rows()
+        }
+        Op::Forward { .. }
+        | Op::Embed { .. }
+        | Op::Gemm { .. }
+        | Op::Compare { .. }
+        | Op::Command(_) => config.hidden,
+    };
+    Ok(width)
 }
 
 /// Keeps the sites that were asked for.
@@ -421,7 +525,12 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
         Op::Forward { .. } => model.names().map(str::to_owned).collect(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
         Op::Matmul { weights, .. } => weights.iter().flat_map(|name| with_bias(name)).collect(),
-        Op::Command(_) => Vec::new(),
+        Op::Rope { .. }
+        | Op::Attention { .. }
+        | Op::Swiglu { .. }
+        | Op::Gemm { .. }
+        | Op::Compare { .. }
+        | Op::Command(_) => Vec::new(),
     };
     names.into_iter().filter(|name| model.has(name)).collect()
 }

@@ -8,9 +8,13 @@ pub mod arms;
 pub mod call;
 pub mod cuda;
 pub mod departure;
+pub mod eight_bit;
 pub mod emulated;
 pub mod floor;
 pub mod forward;
+pub mod generate;
+pub mod product;
+pub mod recorded;
 pub mod reference;
 pub mod rope;
 pub mod shares;
@@ -21,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::interrupt;
 use crate::model::{ModelError, Rope, Weight};
 use crate::tensor::Tensor;
+use crate::tensor_file::TensorFileError;
 
 /// Why an op could not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +86,9 @@ pub enum ComputeError {
         /// What happened, and what to do.
         problem: String,
     },
+    /// A tensor that should be in a file is not there, or not usable.
+    #[error(transparent)]
+    TensorFile(#[from] TensorFileError),
     /// The user asked to stop.
     #[error("stopped on request")]
     Interrupted,

@@ -209,6 +209,16 @@ impl Seen {
         self.inputs.iter().filter(touched).map(|input| input.path.clone()).collect()
     }
 
+    /// The program's file.
+    pub(super) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// All variables that it sees.
+    pub(super) fn env(&self) -> &BTreeMap<String, String> {
+        &self.env
+    }
+
     /// Names everything that the result depends on. The timeout is not among it,
     /// nor what is only looked for in the result.
     pub fn describe(&self, command: &Command, walk: &mut KeyWalk) {
@@ -354,7 +364,7 @@ fn put_one_in_place(output: &FileRecord, tools: &Tools<'_>) -> Result<(), Comman
 }
 
 /// The inputs as links at their paths, and the folders that outputs go to.
-fn lay_out(command: &Command, project: &Path, work: &Path) -> Result<(), CommandError> {
+pub(super) fn lay_out(command: &Command, project: &Path, work: &Path) -> Result<(), CommandError> {
     let make = |folder: Option<&Path>| {
         let folder = folder.unwrap_or(work);
         std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))
@@ -391,7 +401,7 @@ fn take_output(
     Ok(FileRecord { path: path.to_owned(), size: facts.len(), blake3: digest, executable })
 }
 
-fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
+pub(super) fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
     let size = std::fs::metadata(file).map_err(|source| io("read", file, source))?.len();
     if size == 0 { Ok(None) } else { Ok(Some(tools.store.adopt(file)?)) }
 }

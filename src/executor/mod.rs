@@ -4,10 +4,12 @@
 //! [`Processes`] starts programs through a small server process (`server`), which
 //! is the parent of them all: when the runner dies, however it dies, the server
 //! kills what is left. [`Attempt`] is a folder that is gone when its item is done.
-//! [`command`] carries out the op `command` with both. [`Slots`] shares the
-//! machine's cores, memory and GPUs among the jobs of all runners on it.
+//! [`command`] carries out the op `command` with both, [`external`] asks a program
+//! for tensors. [`Slots`] shares the machine's cores, memory and GPUs among the jobs
+//! of all runners on it.
 
 pub mod command;
+pub mod external;
 
 mod attempt;
 mod processes;

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::contract::RawContract;
 use super::cycle;
+use super::family;
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
-use super::stage::RawStage;
+use super::stage::{RawInput, RawStage};
 use super::{Contract, Falsifier, Unread, sites};
 use crate::metric::Metric;
 use crate::op::{LOGITS_IN_BATCH, Op, Stream};
@@ -77,8 +78,8 @@ fn check_references(
     unread: &Unread,
     findings: &mut Findings,
 ) {
-    let input = stage.op.as_ref().and_then(|op| op.input.as_ref());
-    let references = stage.needs.iter().chain(input.map(|input| &input.stage));
+    let inputs = stage.op.as_ref().map_or(&[][..], |op| &op.inputs);
+    let references = stage.needs.iter().chain(inputs.iter().map(|input| &input.stage));
     for reference in references {
         let name = reference.value.0.as_str();
         let at = reference.at.as_ref();
@@ -89,7 +90,9 @@ fn check_references(
             );
         } else if !stages.contains_key(name) && !unread.may_hold(name) {
             let known = stages.keys().copied();
-            let list = format!("the stages are {}", quoted_list(known.clone()));
+            let members = stages.values().copied();
+            let list = family::hint(members, name)
+                .unwrap_or_else(|| format!("the stages are {}", quoted_list(known.clone())));
             findings.push(
                 Problem::new(
                     format!("there is no stage `{}`", short(name)),
@@ -100,7 +103,13 @@ fn check_references(
         }
     }
 
-    let Some(input) = input else { return };
+    for input in inputs {
+        check_input(input, stages, findings);
+    }
+}
+
+/// The stage that an input names must make the site.
+fn check_input(input: &RawInput, stages: &BTreeMap<&str, &RawStage>, findings: &mut Findings) {
     let maker = stages.get(input.stage.value.0.as_str()).and_then(|maker| maker.op.as_ref());
     let Some(maker) = maker else { return };
     let made = sites::made_by(&maker.op);
@@ -121,11 +130,11 @@ fn check_references(
 
 fn check_cycles(stages: &BTreeMap<&str, &RawStage>, findings: &mut Findings) {
     let references = |stage: &'_ RawStage| -> Vec<(String, Option<At>)> {
-        let input = stage.op.as_ref().and_then(|op| op.input.as_ref());
+        let inputs = stage.op.as_ref().map_or(&[][..], |op| &op.inputs);
         stage
             .needs
             .iter()
-            .chain(input.map(|input| &input.stage))
+            .chain(inputs.iter().map(|input| &input.stage))
             .map(|reference| (reference.value.0.clone(), reference.at.clone()))
             .collect()
     };

@@ -67,14 +67,14 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     };
     sound.then_some(RawOp {
         op: Op::Command(command),
-        input: None,
+        inputs: Vec::new(),
         files: RawFiles { inputs, outputs },
         repeats_at: heading,
     })
 }
 
 /// `argv`, or `shell` as what it stands for.
-fn read_argv(table: &mut Fields<'_>, findings: &mut Findings) -> Option<Vec<String>> {
+pub(super) fn read_argv(table: &mut Fields<'_>, findings: &mut Findings) -> Option<Vec<String>> {
     let (argv_at, shell_at) = (table.key_at("argv"), table.key_at("shell"));
     let heading = table.opening();
     let argv = table.list::<String>("argv", findings);
@@ -133,7 +133,7 @@ fn read_argv(table: &mut Fields<'_>, findings: &mut Findings) -> Option<Vec<Stri
 
 /// The paths of a list, without `./` and doubled slashes. One that leaves the
 /// project by `..` is refused: the attempt's folder could not hold it.
-fn read_paths(
+pub(super) fn read_paths(
     table: &mut Fields<'_>,
     key: &'static str,
     findings: &mut Findings,
@@ -303,7 +303,7 @@ fn check_digests(
 
 type Variables = (Vec<String>, BTreeMap<String, String>);
 
-fn check_variables(
+pub(super) fn check_variables(
     env: Option<Put<Vec<Put<String>>>>,
     set: Option<Put<BTreeMap<String, String>>>,
     findings: &mut Findings,

@@ -145,6 +145,45 @@ impl<'text> Fields<'text> {
         Some((written.span(), value))
     }
 
+    /// Counts a key among the known ones without reading it.
+    pub fn skip(&mut self, key: &'static str) {
+        let _ = self.remove(key);
+    }
+
+    /// Whether a key's value is a text.
+    pub fn is_text(&self, key: &str) -> bool {
+        self.table.get(key).is_some_and(|value| matches!(value.get_ref(), DeValue::String(_)))
+    }
+
+    /// The entries of a table of texts, each key with its place.
+    pub fn texts(
+        &mut self,
+        key: &'static str,
+        findings: &mut Findings,
+    ) -> Vec<(Put<String>, Put<String>)> {
+        let Some(table) = self.table(key, findings) else { return Vec::new() };
+        let source = table.source;
+        let mut texts = Vec::new();
+        for (name, value) in table.table {
+            let at = |span| Some(At { source, span });
+            let (name, value_at) =
+                (Put { at: at(name.span()), value: name.into_inner().to_string() }, value.span());
+            match value.into_inner() {
+                DeValue::String(text) => {
+                    texts.push((name, Put { at: at(value_at), value: text.to_string() }));
+                }
+                _ => findings.push(
+                    Problem::new(
+                        format!("`{}` of `[{key}]` is not a text", short(&name.value)),
+                        "write a name in quotes",
+                    )
+                    .at_if(at(value_at).as_ref(), "expected a text"),
+                ),
+            }
+        }
+        texts
+    }
+
     /// A key's value, or nothing where it is absent or wrong.
     pub fn take<T: DeserializeOwned>(
         &mut self,
@@ -256,6 +295,32 @@ impl<'text> Fields<'text> {
                     tables.push(self.nested(table, format!("`{heading}`"), span));
                 }
                 _ => self.not_a_table(key, span, &heading, findings),
+            }
+        }
+        tables
+    }
+
+    /// The tables of a table whose keys are names.
+    pub fn into_tables(self, findings: &mut Findings) -> Vec<(String, Fields<'text>)> {
+        let (source, outer) = (self.source, self.name);
+        let mut tables = Vec::new();
+        for (key, value) in self.table {
+            let (opening, name) = (key.span(), key.into_inner().to_string());
+            match value.into_inner() {
+                DeValue::Table(table) => {
+                    let inner = format!("`{name}` of {outer}");
+                    tables.push((
+                        name,
+                        Fields { table, source, name: inner, opening, asked: Vec::new() },
+                    ));
+                }
+                _ => findings.push(
+                    Problem::new(
+                        format!("`{}` of {outer} is not a table", short(&name)),
+                        "write its keys below a heading of its own",
+                    )
+                    .at(&At { source, span: opening }, "expected a table"),
+                ),
             }
         }
         tables

@@ -9,9 +9,14 @@ mod check;
 mod command;
 mod contract;
 pub(crate) mod cycle;
+mod external;
+mod family;
 mod fields;
+mod inputs;
 pub(crate) mod problem;
+mod profile;
 mod settings;
+mod single;
 mod sites;
 mod stage;
 
@@ -20,15 +25,17 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub use problem::Problems;
+pub use profile::Profile;
 
 use crate::metric::Metric;
-use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
+use crate::op::{Arm, External, Op, Recipe, Recorded, Site, StageId, Stream};
 use contract::RawContract;
 use fields::Fields;
 use problem::{Findings, Problem};
 use serde::{Deserialize, Serialize};
 use settings::RawSettings;
 use stage::RawStage;
+use toml::de::DeTable;
 
 /// A folder of stages with the contracts that judge them.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,6 +46,8 @@ pub struct Pipeline {
     pub stages: Vec<Stage>,
     /// All contracts, by name; every stage's is among them.
     pub contracts: BTreeMap<String, Contract>,
+    /// Ways to run them, by name.
+    pub profiles: BTreeMap<String, Profile>,
 }
 
 impl Pipeline {
@@ -93,6 +102,29 @@ pub struct Stage {
     pub resources: Resources,
     /// What it computes.
     pub op: Op,
+    /// Where the `recorded` arm's tensors are, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recorded: Option<Recorded>,
+    /// The program that the `external` arm asks, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub external: Option<External>,
+    /// The manifest with a `[for]` of which it is a member.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<StageId>,
+}
+
+impl Stage {
+    /// The files of tensors that it reads.
+    pub fn files(&self) -> Vec<&Path> {
+        let inputs = self.op.inputs();
+        let mut files: Vec<&Path> =
+            inputs.iter().filter_map(|(_, input)| Some(input.file()?.file.as_path())).collect();
+        if let Op::Gemm { x, w } = &self.op {
+            files.extend([x.file.as_path(), w.file.as_path()]);
+        }
+        files.extend(self.recorded.as_ref().map(|recorded| recorded.file.as_path()));
+        files
+    }
 }
 
 /// What the model reads; never empty.
@@ -182,6 +214,23 @@ pub enum IfFails {
     Drift,
 }
 
+impl Contract {
+    /// The contract as a stage with these arms reads it: where the stage has no
+    /// device, what it has recorded, or has from a program, stands for the device.
+    pub fn read_by(&self, arms: &[Arm]) -> Contract {
+        let stands_in = [Arm::Recorded, Arm::External].into_iter().find(|arm| arms.contains(arm));
+        let mut read = self.clone();
+        if let Some(arm) = stands_in
+            && !arms.contains(&Arm::Device)
+        {
+            for falsifier in &mut read.falsifiers {
+                falsifier.compare = falsifier.compare.map(|stream| stream.with_device_as(arm));
+            }
+        }
+        read
+    }
+}
+
 impl Falsifier {
     /// Whether it judges a site, see [`names_site`].
     pub fn applies_to(&self, site: &Site) -> bool {
@@ -218,8 +267,9 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
     };
 
     let typed = check_overrides(overrides, &mut findings);
-    let (defaults, contracts_folder) = read_defaults(folder, &files, &mut findings);
+    let (defaults, contracts_folder, profiles) = read_defaults(folder, &files, &mut findings);
     let (mut stages, unread_stages) = read_stages(folder, &files, &mut findings);
+    family::expand_needs(&mut stages);
     let (contracts, unread_contracts) = read_contracts(&contracts_folder, &stages, &mut findings);
     command::add_implied_needs(&mut stages, &mut findings);
     let all = check::Folder {
@@ -242,12 +292,18 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
             .into_iter()
             .filter_map(|raw| raw.contract.map(|contract| (contract.name.clone(), contract)))
             .collect(),
+        profiles,
     };
     findings.into_result(pipeline)
 }
 
 fn empty(folder: &Path) -> Pipeline {
-    Pipeline { folder: folder.to_owned(), stages: Vec::new(), contracts: BTreeMap::new() }
+    Pipeline {
+        folder: folder.to_owned(),
+        stages: Vec::new(),
+        contracts: BTreeMap::new(),
+        profiles: BTreeMap::new(),
+    }
 }
 
 /// The settings from the command line, which stand above every file's.
@@ -303,33 +359,34 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
     Some(files)
 }
 
-/// `pipeline.toml`'s settings, and the folder of contracts.
+/// `pipeline.toml`'s settings, the folder of contracts, and profiles.
 fn read_defaults(
     folder: &Path,
     files: &[PathBuf],
     findings: &mut Findings,
-) -> (RawSettings, PathBuf) {
+) -> (RawSettings, PathBuf, BTreeMap<String, Profile>) {
     let beside = match (folder.file_name(), folder.parent()) {
         (Some(_), Some(parent)) => parent.join("contracts"),
         _ => folder.join("..").join("contracts"),
     };
     let path = folder.join(DEFAULTS);
     if !files.contains(&path) {
-        return (RawSettings::default(), beside);
+        return (RawSettings::default(), beside, BTreeMap::new());
     }
     let Some(text) = fields::read_text(&path, findings) else {
-        return (RawSettings::default(), beside);
+        return (RawSettings::default(), beside, BTreeMap::new());
     };
     let source = findings.add_source(path, text.clone());
     let (table, sound) = fields::parse(&text, source, findings);
     if !sound {
-        return (RawSettings::default(), beside);
+        return (RawSettings::default(), beside, BTreeMap::new());
     }
     let mut table = Fields::of_file(table, source, "`pipeline.toml`");
     let settings = RawSettings::read(&mut table, folder, findings);
     let contracts = table.take::<String>("contracts", findings);
+    let profiles = profile::read(&mut table, findings);
     table.finish(findings);
-    (settings, contracts.map_or(beside, |written| folder.join(written.value)))
+    (settings, contracts.map_or(beside, |written| folder.join(written.value)), profiles)
 }
 
 /// The stages, and what files that could not be parsed may be called.
@@ -340,8 +397,15 @@ fn read_stages(
 ) -> (Vec<RawStage>, Unread) {
     let (mut stages, mut unread) = (Vec::new(), Unread::default());
     for path in files.iter().filter(|path| !path.ends_with(DEFAULTS)) {
-        let stage = read_file(path, ("the stage", "id"), &mut unread, findings, RawStage::read);
-        stages.extend(stage);
+        let read = read_file(path, "id", &mut unread, findings, |table, source, findings| {
+            let members = family::expand(table, source, findings);
+            let stage = |family::Member { table, family }| {
+                let fields = Fields::of_file(table, source, "the stage");
+                RawStage::read(fields, source, family, findings)
+            };
+            members.into_iter().map(stage).collect::<Vec<_>>()
+        });
+        stages.extend(read.into_iter().flatten());
     }
     unread.some |= stages.iter().any(|stage| stage.id.is_none());
     if files.iter().all(|path| path.ends_with(DEFAULTS)) {
@@ -372,8 +436,10 @@ fn read_contracts(
         return (contracts, unread);
     };
     for path in &files {
-        let read =
-            read_file(path, ("the contract", "name"), &mut unread, findings, RawContract::read);
+        let noun = "the contract";
+        let read = read_file(path, "name", &mut unread, findings, |table, source, found| {
+            RawContract::read(Fields::of_file(table, source, noun), source, found)
+        });
         contracts.extend(read);
     }
     unread.some |= contracts.iter().any(|contract| contract.name.is_none());
@@ -397,10 +463,10 @@ impl Unread {
 /// Reads one file by `read`, which is given its top-level table and its number.
 fn read_file<T>(
     path: &Path,
-    (noun, name_key): (&str, &str),
+    name_key: &str,
     unread: &mut Unread,
     findings: &mut Findings,
-    read: impl FnOnce(Fields<'_>, usize, &mut Findings) -> T,
+    read: impl FnOnce(DeTable<'_>, usize, &mut Findings) -> T,
 ) -> Option<T> {
     let Some(text) = fields::read_text(path, findings) else {
         unread.some = true;
@@ -409,7 +475,7 @@ fn read_file<T>(
     let source = findings.add_source(path.to_owned(), text.clone());
     let (table, sound) = fields::parse(&text, source, findings);
     if sound {
-        return Some(read(Fields::of_file(table, source, noun), source, findings));
+        return Some(read(table, source, findings));
     }
     // An empty name may be what the parser made of a broken one.
     match table.get(name_key).and_then(|name| name.get_ref().as_str()) {
@@ -428,12 +494,37 @@ fn finish_stage(
     typed: &RawSettings,
     findings: &mut Findings,
 ) -> Option<Stage> {
+    let named = raw.settings.names_arms() || typed.names_arms();
     let settings = typed.clone().or(&raw.settings.or(defaults)).check(findings);
-    let op = raw.op?.op;
+    let mut op = raw.op?.op;
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
-    needs.extend(op.input().map(|input| input.stage.clone()));
+    needs.extend(op.input_refs().into_iter().map(|input| input.stage.clone()));
     let settings = settings?;
-    let arms = if op.command().is_some() { vec![Arm::Command] } else { settings.arms };
+    op.seed_with(settings.seed);
+    let foreign = [
+        raw.recorded.is_some().then_some(Arm::Recorded),
+        raw.external.is_some().then_some(Arm::External),
+    ];
+    let arms = arms_of(&op, settings.arms, named, &foreign);
+    let computes = !matches!(op, Op::Compare { .. } | Op::Command(_));
+    for (arm, table) in [(Arm::Recorded, "recorded"), (Arm::External, "external")] {
+        if computes && arms.contains(&arm) && !foreign.contains(&Some(arm)) {
+            let problem = Problem::new(
+                format!("the arm `{arm}` has no source"),
+                format!("add a table `[{table}]`, or leave the arm out"),
+            );
+            let problem = problem.in_path(findings.path(raw.source));
+            findings.push(problem);
+        }
+    }
+    if raw.external.is_some() && !matches!(op, Op::Forward { .. }) {
+        let problem = Problem::new(
+            "`[external]` goes with `[forward]` alone",
+            "a program is asked for the sites of a forward pass; record what else it makes",
+        );
+        let problem = problem.in_path(findings.path(raw.source));
+        findings.push(problem);
+    }
     Some(Stage {
         id: raw.id?.value,
         title: raw.title?.value,
@@ -448,5 +539,23 @@ fn finish_stage(
         recipe: settings.recipe,
         resources: settings.resources,
         op,
+        recorded: raw.recorded,
+        external: raw.external,
+        family: raw.family,
     })
+}
+
+/// The arms of a stage. Where its own manifest names none, a recording or a
+/// program stands for the device, and coded operands are multiplied on the CPU alone.
+fn arms_of(op: &Op, arms: Vec<Arm>, named: bool, foreign: &[Option<Arm>]) -> Vec<Arm> {
+    match op {
+        Op::Command(_) => return vec![Arm::Command],
+        Op::Compare { sides, .. } => return sides.keys().copied().collect(),
+        _ if named => return arms,
+        _ => {}
+    }
+    let foreign: Vec<Arm> = foreign.iter().copied().flatten().collect();
+    let replaced = !foreign.is_empty() || matches!(op, Op::Gemm { .. });
+    let kept = arms.into_iter().filter(|arm| !replaced || *arm != Arm::Device);
+    kept.chain(foreign).collect()
 }

@@ -115,6 +115,11 @@ impl RawSettings {
         settings
     }
 
+    /// Whether `arms` is written here.
+    pub fn names_arms(&self) -> bool {
+        self.arms.is_some()
+    }
+
     /// What the command line sets.
     pub fn from_overrides(overrides: &Overrides) -> RawSettings {
         let put = |value: &Vec<u32>| {
@@ -302,7 +307,7 @@ fn check_tokens(tokens: &Put<Vec<Put<i64>>>, findings: &mut Findings) -> Option<
 }
 
 fn check_arms(arms: Option<&Put<Vec<Put<String>>>>, findings: &mut Findings) -> Option<Vec<Arm>> {
-    let Some(arms) = arms else { return Some(Arm::ALL.to_vec()) };
+    let Some(arms) = arms else { return Some(Arm::USUAL.to_vec()) };
     let choices = Arm::ALL.map(|arm| (arm.name(), arm));
     let mut checked: Vec<Put<Arm>> = Vec::new();
     let mut sound = true;

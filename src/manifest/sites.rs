@@ -88,6 +88,11 @@ pub(super) fn made_by(op: &Op) -> Vec<Made> {
         Op::Matmul { weights, .. } => {
             weights.iter().filter_map(|name| site_of_projection(name)).map(Made::One).collect()
         }
+        Op::Gemm { .. } => vec![one(super::single::PRODUCT)],
+        Op::Rope { site, .. }
+        | Op::Attention { site, .. }
+        | Op::Swiglu { site, .. }
+        | Op::Compare { site, .. } => vec![Made::One(site.clone())],
         Op::Command(command) => {
             let matches = command.patterns.iter().map(|p| Command::match_site(&p.name));
             let outputs = command.digests.keys().map(|path| Command::output_site(path));

@@ -8,8 +8,8 @@ use std::path::Path;
 use super::fields::{Fields, Put};
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
 use super::settings::RawSettings;
-use super::{command, sites};
-use crate::op::{Capture, InputRef, Op, Site, StageId, site_of_norm, site_of_projection};
+use super::{command, external, inputs, single, sites};
+use crate::op::{Capture, External, Op, Recorded, Site, StageId, site_of_norm, site_of_projection};
 
 /// A stage as its file writes it. What is wrong is reported and absent.
 pub(super) struct RawStage {
@@ -21,16 +21,28 @@ pub(super) struct RawStage {
     pub tags: Option<Vec<String>>,
     pub settings: RawSettings,
     pub op: Option<RawOp>,
+    pub recorded: Option<Recorded>,
+    pub external: Option<External>,
+    /// Of which `[for]` it is a member.
+    pub family: Option<StageId>,
 }
 
 /// An op with the places that checks of other stages point to.
 pub(super) struct RawOp {
     pub op: Op,
-    pub input: Option<RawInput>,
+    /// The other stages' sites that it reads.
+    pub inputs: Vec<RawInput>,
     /// The files that a command reads and writes.
     pub files: RawFiles,
     /// The key `repeats` where it is written, else the op's heading.
     pub repeats_at: At,
+}
+
+impl RawOp {
+    /// An op without files of its own.
+    pub fn new(op: Op, inputs: Vec<RawInput>, repeats_at: At) -> RawOp {
+        RawOp { op, inputs, files: RawFiles::default(), repeats_at }
+    }
 }
 
 /// The files that a command names.
@@ -48,11 +60,17 @@ pub(super) struct RawInput {
 }
 
 /// The op tables that a manifest can have.
-pub(super) const OPS: [&str; 5] = ["forward", "embed", "rms_norm", "matmul", "command"];
+pub(super) const OPS: [&str; 9] =
+    ["forward", "embed", "rms_norm", "matmul", "rope", "attention", "swiglu", "compare", "command"];
 
 impl RawStage {
     /// Reads a stage out of its file.
-    pub fn read(mut fields: Fields<'_>, source: usize, findings: &mut Findings) -> RawStage {
+    pub fn read(
+        mut fields: Fields<'_>,
+        source: usize,
+        family: Option<StageId>,
+        findings: &mut Findings,
+    ) -> RawStage {
         let folder = findings.path(source).parent().unwrap_or(Path::new("")).to_owned();
         let id = fields
             .need::<String>("id", "\"E\"", findings)
@@ -68,7 +86,17 @@ impl RawStage {
             Some(list) => list.value.into_iter().map(|tag| check_tag(tag, findings)).collect(),
         };
         let settings = RawSettings::read(&mut fields, &folder, findings);
-        let op = read_op(&mut fields, findings);
+        // Taken before the op is looked for among what is left.
+        let recorded = fields.table("recorded", findings);
+        let external = external::read(&mut fields, findings);
+        let op = read_op(&mut fields, &folder, findings);
+        let made = op.as_ref().map_or(Vec::new(), |op| sites::made_by(&op.op));
+        let only_site = match made.as_slice() {
+            [sites::Made::One(site)] => Some(site),
+            _ => None,
+        };
+        let recorded =
+            recorded.and_then(|table| inputs::read_recorded(table, &folder, only_site, findings));
         if let Some(op) = &op
             && op.op.command().is_some()
         {
@@ -78,7 +106,19 @@ impl RawStage {
         let needs = needs.map_or(Vec::new(), |list| {
             list.value.into_iter().map(|need| need.map(StageId)).collect()
         });
-        RawStage { source, id, title, needs, contract, tags, settings, op }
+        RawStage {
+            source,
+            id,
+            title,
+            needs,
+            contract,
+            tags,
+            settings,
+            op,
+            recorded,
+            external,
+            family,
+        }
     }
 }
 
@@ -125,7 +165,7 @@ fn check_tag(tag: Put<String>, findings: &mut Findings) -> Option<String> {
     check_name("tags", tag, findings).map(|tag| tag.value)
 }
 
-fn read_op(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+fn read_op(fields: &mut Fields<'_>, folder: &Path, findings: &mut Findings) -> Option<RawOp> {
     let mut written: Vec<(&str, At)> = Vec::new();
     let mut op = None;
     for name in OPS {
@@ -135,9 +175,16 @@ fn read_op(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
             let read = match name {
                 "forward" => read_forward(table, findings),
                 "embed" => read_embed(table, findings),
-                "rms_norm" => read_rms_norm(table, findings),
+                "rms_norm" => read_rms_norm(table, folder, findings),
+                "rope" => single::read_rope(table, folder, findings),
+                "attention" => single::read_attention(table, folder, findings),
+                "swiglu" => single::read_swiglu(table, folder, findings),
+                "compare" => single::read_compare(table, folder, findings),
                 "command" => command::read(table, findings),
-                _ => read_matmul(table, findings),
+                _ if table.key_at("x").is_some() || table.key_at("w").is_some() => {
+                    single::read_gemm(table, folder, findings)
+                }
+                _ => read_matmul(table, folder, findings),
             };
             op = op.or(read);
         }
@@ -201,7 +248,7 @@ fn read_forward(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp>
         repeats: repeats.map_or(1, |repeats| repeats.value),
         decode: decode.map_or(0, |decode| decode.value),
     };
-    Some(RawOp { op, input: None, files: RawFiles::default(), repeats_at })
+    Some(RawOp::new(op, Vec::new(), repeats_at))
 }
 
 fn read_embed(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
@@ -211,22 +258,17 @@ fn read_embed(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
         Some(weight) => check_weight(weight, findings).map(|weight| weight.value),
     };
     table.finish(findings);
-    Some(RawOp {
-        op: Op::Embed { weight: weight? },
-        input: None,
-        files: RawFiles::default(),
-        repeats_at,
-    })
+    Some(RawOp::new(Op::Embed { weight: weight? }, Vec::new(), repeats_at))
 }
 
-fn read_rms_norm(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+fn read_rms_norm(mut table: Fields<'_>, folder: &Path, findings: &mut Findings) -> Option<RawOp> {
     let repeats_at = table.opening();
-    let input = read_input(&mut table, findings);
+    let input = inputs::read(&mut table, "input", folder, findings);
     let weight = table
         .need::<String>("weight", "\"blk.0.attn_norm\"", findings)
         .and_then(|weight| check_weight(weight, findings));
     table.finish(findings);
-    let (input, weight) = (input?, weight?);
+    let ((input, raw), weight) = (input?, weight?);
     if site_of_norm(&weight.value).is_none() {
         findings.push(
             Problem::new(
@@ -237,16 +279,16 @@ fn read_rms_norm(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp
         );
         return None;
     }
-    let op = Op::RmsNorm { input: input.as_written(), weight: weight.value };
-    Some(RawOp { op, input: Some(input), files: RawFiles::default(), repeats_at })
+    let op = Op::RmsNorm { input, weight: weight.value };
+    Some(RawOp::new(op, raw.into_iter().collect(), repeats_at))
 }
 
-fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
+fn read_matmul(mut table: Fields<'_>, folder: &Path, findings: &mut Findings) -> Option<RawOp> {
     let repeats_at = table.opening();
-    let input = read_input(&mut table, findings);
+    let input = inputs::read(&mut table, "input", folder, findings);
     let weights = table.need_list::<String>("weights", "[\"blk.0.attn_q\"]", findings);
     table.finish(findings);
-    let (input, list) = (input?, weights?);
+    let ((input, raw), list) = (input?, weights?);
     if list.value.is_empty() {
         findings.push(
             Problem::new("`weights` is empty", "list at least one weight, as `blk.0.attn_q`")
@@ -279,32 +321,8 @@ fn read_matmul(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> 
             weights.push(weight.value);
         }
     }
-    (weights.len() == count).then(|| RawOp {
-        op: Op::Matmul { input: input.as_written(), weights },
-        input: Some(input),
-        files: RawFiles::default(),
-        repeats_at,
-    })
-}
-
-impl RawInput {
-    fn as_written(&self) -> InputRef {
-        InputRef { stage: self.stage.value.clone(), site: self.site.value.clone() }
-    }
-}
-
-fn read_input(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<RawInput> {
-    let example = "{ stage = \"D\", site = \"blk.0.attn_norm\" }";
-    if fields.key_at("input").is_none() {
-        // Reports the missing key.
-        fields.need::<bool>("input", example, findings);
-        return None;
-    }
-    let mut table = fields.table("input", findings)?;
-    let stage = table.need::<String>("stage", "\"D\"", findings);
-    let site = table.need::<String>("site", "\"blk.0.attn_norm\"", findings);
-    table.finish(findings);
-    Some(RawInput { stage: stage?.map(StageId), site: site?.map(Site) })
+    (weights.len() == count)
+        .then(|| RawOp::new(Op::Matmul { input, weights }, raw.into_iter().collect(), repeats_at))
 }
 
 fn check_weight(weight: Put<String>, findings: &mut Findings) -> Option<Put<String>> {

@@ -385,8 +385,26 @@ fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     Ok(bytes)
 }
 
+/// Name, type, `[rows, width]` and place of a GGUF file's tensor.
+pub(crate) type GgufTensor = (String, WeightType, [usize; 2], Range<usize>);
+
+/// The tensors of any GGUF file, whatever model it holds: name, type, `[rows,
+/// width]` and place.
+///
+/// # Errors
+/// If the file is no sound GGUF file.
+pub(crate) fn gguf_tensors(path: &Path, file: &[u8]) -> Result<Vec<GgufTensor>, ModelError> {
+    let header = gguf::Header::parse(file).map_err(|fault| fault.at(path))?;
+    let tensor =
+        |info: gguf::TensorInfo| (info.name, info.kind, [info.rows, info.width], info.bytes);
+    Ok(header.tensors.into_iter().map(tensor).collect())
+}
+
 /// Maps a regular file.
-fn map(path: &Path) -> Result<(Mmap, Metadata), ModelError> {
+///
+/// # Errors
+/// If it cannot be opened or is no file.
+pub(crate) fn map(path: &Path) -> Result<(Mmap, Metadata), ModelError> {
     let file = File::open(path).map_err(|source| io("open", path, source))?;
     let metadata = file.metadata().map_err(|source| io("inspect", path, source))?;
     if !metadata.is_file() {

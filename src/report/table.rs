@@ -37,6 +37,14 @@ pub fn table(run: &RunRecord, place: &str, width: usize) -> String {
             }
         }
     }
+    for family in &run.families {
+        let name = format!("{}  x {}", family.id, family.stages.len());
+        for (index, why) in wrapped(&family.why, why_width).iter().enumerate() {
+            let (name, verdict) =
+                if index == 0 { (&*name, family.verdict.name()) } else { ("", "") };
+            line(name, verdict, "", "", why);
+        }
+    }
     let reused = run.stages.iter().all(all_reused) && !run.stages.is_empty();
     let note = if run.interrupted {
         "stopped on request"

@@ -1,0 +1,28 @@
+"""Decodes greedily five times: argv is MODEL PROMPT STOP...; the text goes to text.txt.
+
+Texts that differ from each other end with status 1: an engine that does not repeat
+itself has no golden output. A text ends at the model's end of text, at any STOP,
+and after 64 tokens, whichever comes first.
+"""
+
+import sys
+
+import llama_cpp
+
+
+def main(path, prompt, stops):
+    model = llama_cpp.Llama(model_path=path, n_ctx=256, seed=1, n_gpu_layers=0, verbose=False)
+    texts = []
+    for _ in range(5):
+        model.reset()
+        made = model.create_completion(prompt, max_tokens=64, temperature=0.0, stop=stops)
+        texts.append(made["choices"][0]["text"])
+        print(f"finished by {made['choices'][0]['finish_reason']}")
+    with open("text.txt", "w") as file:
+        file.write(texts[0])
+    different = sum(text != texts[0] for text in texts)
+    print(f"{different} of 5 texts differ")
+    sys.exit(1 if different else 0)
+
+
+main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,170 @@
+//! `runner new`: a manifest to begin with, and its contract if the folder lacks it.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::print;
+
+#[derive(Args)]
+pub(super) struct NewArgs {
+    /// What the stage computes.
+    #[arg(value_enum)]
+    op: NewOp,
+    /// Its id.
+    id: String,
+    /// The folder of stages.
+    #[arg(default_value = "stages")]
+    folder: PathBuf,
+    /// The folder of contracts; `contracts` beside the stages by default.
+    #[arg(long)]
+    contracts: Option<PathBuf>,
+}
+
+/// The ops, as manifests name them.
+#[derive(Clone, Copy, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum NewOp {
+    /// The whole transformer.
+    Forward,
+    /// An embedding lookup.
+    Embed,
+    /// One normalisation.
+    RmsNorm,
+    /// Projections of one input.
+    Matmul,
+    /// One rotary position embedding.
+    Rope,
+    /// One layer's attention.
+    Attention,
+    /// One layer's activation.
+    Swiglu,
+    /// Tensors that are there already.
+    Compare,
+    /// A program.
+    Command,
+}
+
+/// What a new stage begins with: its question, its op, and the contract that fits.
+struct Scaffold {
+    title: &'static str,
+    op: &'static str,
+    contract: (&'static str, &'static str),
+}
+
+impl NewOp {
+    fn scaffold(self) -> Scaffold {
+        macro_rules! contract {
+            ($name:literal) => {
+                ($name, include_str!(concat!("../../contracts/", $name, ".toml")))
+            };
+        }
+        let (title, op, contract) = match self {
+            NewOp::Forward => (
+                "Does every site stay within its floor?",
+                "[forward]\ncapture = \"every-site\" # or \"logits\"\n",
+                contract!("per-layer"),
+            ),
+            NewOp::Embed => (
+                "Is the looked-up embedding row bit-exact?",
+                "[embed]\nweight = \"token_embd\"\n",
+                contract!("embedding"),
+            ),
+            NewOp::RmsNorm => (
+                "Is this RMSNorm right to the last place?",
+                "[rms_norm]\n# a site of another stage: { stage = \"B\", site = \"blk.0.attn_residual\" }\n\
+                 input  = { generate = \"outlier-channels\", rows = 16 }\nweight = \"blk.0.attn_norm\"\n",
+                contract!("rms-norm"),
+            ),
+            NewOp::Matmul => (
+                "Is this projection what the recipe must give?",
+                "[matmul]\n# a site of another stage: { stage = \"B\", site = \"blk.0.ffn_swiglu\" }\n\
+                 input   = { generate = \"outlier-channels\", rows = 16 }\n\
+                 weights = [\"blk.0.ffn_down\"]\n",
+                contract!("qkv-matmul"),
+            ),
+            NewOp::Rope => (
+                "Are the queries rotated, and nothing else?",
+                "[rope]\ninput = { generate = \"normal\", rows = 16 }\nsite  = \"blk.0.q_rope\"\n",
+                contract!("rope"),
+            ),
+            NewOp::Attention => (
+                "Is the attention of this layer f32's?",
+                "[attention]\nq    = { generate = \"normal\", rows = 16 }\n\
+                 k    = { generate = \"normal\", rows = 16 }\n\
+                 v    = { generate = \"normal\", rows = 16 }\nsite = \"blk.0.attn\"\n",
+                contract!("attention"),
+            ),
+            NewOp::Swiglu => (
+                "Is this SwiGLU right to the last places?",
+                "[swiglu]\ngate = { generate = \"normal\", rows = 16 }\n\
+                 up   = { generate = \"normal\", rows = 16 }\nsite = \"blk.0.ffn_swiglu\"\n",
+                contract!("swiglu"),
+            ),
+            NewOp::Compare => (
+                "Do these two files hold the same numbers?",
+                "[compare]\n# paths are seen from this folder\n\
+                 reference = { file = \"../reference.safetensors\", tensor = \"logits\" }\n\
+                 recorded  = { file = \"../capture.safetensors\", tensor = \"logits\" }\n",
+                contract!("comparison"),
+            ),
+            NewOp::Command => (
+                "Does this program end well?",
+                "[command]\n# paths are seen from the folder that holds this one\n\
+                 argv    = [\"sort\", \"in.txt\", \"-o\", \"out.txt\"]\n\
+                 inputs  = [\"in.txt\"]\noutputs = [\"out.txt\"]\n",
+                contract!("command"),
+            ),
+        };
+        Scaffold { title, op, contract }
+    }
+}
+
+pub(super) fn new(args: &NewArgs) -> Result<u8, String> {
+    let Scaffold { title, op, contract: (contract, text) } = args.op.scaffold();
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let sound = args.id.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && args.id.len() <= 64
+        && args.id.chars().all(plain);
+    if !sound {
+        return Err(format!(
+            "the id cannot be `{}`: use up to 64 letters, digits, `-`, `_` and `.`, and begin \
+             with a letter or digit",
+            args.id
+        ));
+    }
+    let file = args.folder.join(format!("{}.toml", args.id.to_lowercase()));
+    let manifest = format!(
+        "id       = \"{}\"\ntitle    = \"{title}\"\ncontract = \"{contract}\"\n\n{op}",
+        args.id
+    );
+    write_new(&file, &manifest)?;
+    let mut said = format!("wrote `{}`\n", file.display());
+    let beside = args.folder.parent().unwrap_or(Path::new("")).join("contracts");
+    let contract_file = args.contracts.clone().unwrap_or(beside).join(format!("{contract}.toml"));
+    if contract_file.exists() {
+        said += &format!("it is judged by `{}`, which is there\n", contract_file.display());
+    } else {
+        write_new(&contract_file, text)?;
+        said += &format!("wrote `{}`\n", contract_file.display());
+    }
+    said += &format!("`runner check {}` checks them\n", args.folder.display());
+    print(&said)
+}
+
+/// Writes a file that must not be there yet.
+fn write_new(path: &Path, text: &str) -> Result<(), String> {
+    use std::io::Write;
+    let cannot = |error: std::io::Error| {
+        let remedy = match error.kind() {
+            std::io::ErrorKind::AlreadyExists => "choose another id, or edit that file",
+            _ => "choose another folder",
+        };
+        format!("cannot write `{}`: {error}; {remedy}", path.display())
+    };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(cannot)?;
+    }
+    let mut file = std::fs::File::create_new(path).map_err(cannot)?;
+    file.write_all(text.as_bytes()).map_err(cannot)
+}

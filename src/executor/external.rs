@@ -1,0 +1,166 @@
+//! The external arm: a program is asked for tensors and writes them to a file.
+//!
+//! It starts in a folder of its own, where `request.json` says what is wanted and
+//! its listed inputs stand as links; what it is to leave is `tensors.safetensors`.
+//! It is killed at its timeout, and may not write more than the tensors can need.
+//! It knows programs and files, not arms or stages.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::command::{CommandError, Seen, Tools, lay_out, take_log};
+use super::{Attempt, Request, Status};
+use crate::op::External;
+
+/// The request's file.
+const REQUEST: &str = "request.json";
+/// What the program leaves.
+const TENSORS: &str = "tensors.safetensors";
+/// Characters of a program's last words.
+const LAST_WORDS: usize = 400;
+
+/// Why a program gave no tensors.
+#[derive(Debug, thiserror::Error)]
+pub enum ExternalError {
+    /// It could not be started, or was killed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// It ended badly.
+    #[error("it ended with status {status}{said}")]
+    Status {
+        /// Its exit status.
+        status: i32,
+        /// Its last words.
+        said: String,
+    },
+    /// It wrote more than it may.
+    #[error(
+        "it wrote more than {0} bytes to a file, beyond what the tensors can need, and was stopped"
+    )]
+    TooLarge(u64),
+    /// It ended well without a result.
+    #[error("it ended with status 0 and left no `{TENSORS}`{0}")]
+    Nothing(String),
+}
+
+/// What a program left, for as long as this lives.
+pub struct Left {
+    /// Holds the folder.
+    _attempt: Attempt,
+    /// The file of tensors.
+    pub tensors: PathBuf,
+    /// On which attempt it went well, from 1.
+    pub tries: u32,
+    /// What failed before, if anything.
+    pub earlier: Option<String>,
+    /// What it said, by hash in the cache.
+    pub stdout: Option<String>,
+    /// As `stdout`.
+    pub stderr: Option<String>,
+}
+
+/// Asks a program, again if it fails, as often as it may.
+///
+/// # Errors
+/// Why the last attempt gave nothing.
+pub fn ask(
+    external: &External,
+    seen: &Seen,
+    request: &serde_json::Value,
+    largest: u64,
+    tools: &Tools<'_>,
+) -> Result<Left, ExternalError> {
+    let mut earlier = None;
+    let mut tries = 1;
+    loop {
+        match once(external, seen, request, largest, tools) {
+            Ok(left) => return Ok(Left { tries, earlier, ..left }),
+            Err(error @ ExternalError::Command(CommandError::Stopped)) => return Err(error),
+            Err(error) if tries > external.retries => return Err(error),
+            Err(error) => {
+                earlier.get_or_insert_with(|| error.to_string());
+                tries += 1;
+            }
+        }
+    }
+}
+
+fn once(
+    external: &External,
+    seen: &Seen,
+    request: &serde_json::Value,
+    largest: u64,
+    tools: &Tools<'_>,
+) -> Result<Left, ExternalError> {
+    let attempt = tools.attempts.attempt().map_err(|source| CommandError::Io {
+        action: "make a folder in",
+        path: tools.project.to_owned(),
+        source,
+    })?;
+    let folder = |name: &str| attempt.folder().join(name);
+    let (work, temporary) = (folder("work"), folder("tmp"));
+    for made in [&work, &temporary] {
+        std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
+    }
+    lay_out(&external.program, tools.project, &work)?;
+    let text = serde_json::to_vec_pretty(request).unwrap_or_default();
+    let path = work.join(REQUEST);
+    std::fs::write(&path, text).map_err(|source| io("write", &path, source))?;
+    let timeout = external.program.timeout.unwrap_or(External::DEFAULT_TIMEOUT);
+    let ended = tools
+        .processes
+        .run(&Request {
+            file: seen.program().to_owned(),
+            argv: external.program.argv.clone(),
+            env: seen.env().clone(),
+            folder: work.clone(),
+            temporary,
+            stdout: folder("stdout"),
+            stderr: folder("stderr"),
+            timeout: Some(Duration::from_secs(timeout)),
+            largest_file: Some(largest),
+        })
+        .map_err(CommandError::from)?;
+    let said = || {
+        let words = last_words(&folder("stderr"));
+        words.map_or(String::new(), |words| format!("; it said: {words}"))
+    };
+    match ended.status {
+        Status::Exited(0) => {}
+        // What a shell says of a child that SIGXFSZ ended.
+        Status::Exited(153) => return Err(ExternalError::TooLarge(largest)),
+        Status::Exited(status) => return Err(ExternalError::Status { status, said: said() }),
+        Status::TimedOut => return Err(CommandError::TimedOut(timeout).into()),
+        Status::Stopped => return Err(CommandError::Stopped.into()),
+        // SIGXFSZ: the limit on a file's size.
+        Status::Killed(25) => return Err(ExternalError::TooLarge(largest)),
+        Status::Killed(signal) => return Err(CommandError::Killed { signal, hint: "" }.into()),
+    }
+    let tensors = work.join(TENSORS);
+    // A link could lead to a file that somebody else still writes.
+    if !std::fs::symlink_metadata(&tensors).is_ok_and(|facts| facts.is_file()) {
+        return Err(ExternalError::Nothing(said()));
+    }
+    Ok(Left {
+        tensors,
+        tries: 1,
+        earlier: None,
+        stdout: take_log(&folder("stdout"), tools)?,
+        stderr: take_log(&folder("stderr"), tools)?,
+        _attempt: attempt,
+    })
+}
+
+/// The last line of a log.
+fn last_words(file: &Path) -> Option<String> {
+    let bytes = std::fs::read(file).ok()?;
+    let tail = &bytes[bytes.len().saturating_sub(4096)..];
+    let text = String::from_utf8_lossy(tail).into_owned();
+    let line = text.lines().rfind(|line| !line.trim().is_empty())?;
+    let plain = line.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
+    Some(plain.take(LAST_WORDS).collect())
+}
+
+fn io(action: &'static str, path: &Path, source: std::io::Error) -> CommandError {
+    CommandError::Io { action, path: path.to_owned(), source }
+}

@@ -1,0 +1,60 @@
+//! `[external]`: a program that is asked for tensors, checked without starting it.
+
+use super::command::{check_variables, read_argv, read_paths};
+use super::fields::Fields;
+use super::inputs::read_names;
+use super::problem::{Findings, Problem};
+use crate::op::{Command, Engine, External};
+
+/// The most that a program is started again.
+const MOST_RETRIES: u32 = 10;
+
+/// Reads and checks the table, if there is one.
+pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<External> {
+    let mut table = fields.table("external", findings)?;
+    let argv = read_argv(&mut table, findings);
+    let inputs = read_paths(&mut table, "inputs", findings);
+    let env = table.list::<String>("env", findings);
+    let set = table.take("set", findings);
+    let timeout = table.take::<u64>("timeout", findings);
+    let retries = table.take::<u32>("retries", findings);
+    let version = table.need::<String>("version", "\"llama.cpp b4567\"", findings);
+    let names = read_names(&mut table, findings);
+    let emulate = table.choice("emulate", &Engine::ALL, findings);
+    table.finish(findings);
+    let (env, set) = check_variables(env, set, findings)?;
+    let mut refuse = |key: &str, help: String, at: &Option<super::problem::At>| {
+        findings.push(
+            Problem::new(format!("`{key}` is out of range"), help)
+                .at_if(at.as_ref(), "this number"),
+        );
+    };
+    if let Some(timeout) = timeout.as_ref().filter(|timeout| timeout.value == 0) {
+        refuse("timeout", "write the seconds after which it is killed".to_owned(), &timeout.at);
+        return None;
+    }
+    if let Some(retries) = retries.as_ref().filter(|retries| retries.value > MOST_RETRIES) {
+        refuse("retries", format!("write at most {MOST_RETRIES}"), &retries.at);
+        return None;
+    }
+    let mut inputs: Vec<String> = inputs?.into_iter().map(|path| path.value).collect();
+    inputs.sort();
+    let program = Command {
+        argv: argv?,
+        inputs,
+        outputs: Vec::new(),
+        env,
+        set,
+        timeout: timeout.map(|timeout| timeout.value),
+        accepts: vec![0],
+        patterns: Vec::new(),
+        digests: Default::default(),
+    };
+    Some(External {
+        program,
+        retries: retries.map_or(0, |retries| retries.value),
+        version: version?.value,
+        names,
+        emulate: emulate.map(|engine| engine.value),
+    })
+}

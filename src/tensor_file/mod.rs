@@ -1,0 +1,498 @@
+//! Tensors in files that other programs wrote: safetensors, NumPy's `.npy` and
+//! `.npz`, GGUF, and raw little-endian values.
+//!
+//! A name is looked up whole, never by a part of it or by its place. It knows
+//! bytes and shapes; what a tensor means, and to whom, is not its concern.
+
+mod npy;
+
+use std::borrow::Cow;
+use std::fmt::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors};
+
+use crate::dtype::Format;
+use crate::model::{self, ModelError, Weight, WeightType};
+use crate::op::{FileScale, FileTensor};
+use crate::tensor::Tensor;
+
+/// Names that an error lists.
+const SHOWN: usize = 20;
+
+/// A tensor that could not be had from a file.
+#[derive(Debug, thiserror::Error)]
+pub enum TensorFileError {
+    /// The file cannot be opened or mapped.
+    #[error(transparent)]
+    File(#[from] ModelError),
+    /// The file is not what its name says.
+    #[error("`{}` cannot be read: {problem}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// There is no such tensor.
+    #[error("`{}` has no tensor `{name}`; it has {found}", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The name.
+        name: String,
+        /// What is there.
+        found: String,
+    },
+    /// The tensor is there and is not usable as asked.
+    #[error("tensor `{name}` of `{}` {problem}", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Why not, and what to do.
+        problem: String,
+    },
+}
+
+/// How a file says its elements are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Element {
+    /// One of the formats.
+    Format(Format),
+    /// IEEE binary64; read as the nearest f32.
+    F64,
+    /// Plain words of so many bytes: codes of a format that the file cannot name.
+    Words(usize),
+    /// A block format of GGUF.
+    Blocks(WeightType),
+    /// Something that holds no numbers for us.
+    Other,
+}
+
+impl std::fmt::Display for Element {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Element::Format(format) => write!(f, "{format}"),
+            Element::F64 => f.write_str("f64"),
+            Element::Words(bytes) => write!(f, "plain {}-bit words", bytes * 8),
+            Element::Blocks(kind) => write!(f, "{kind}"),
+            Element::Other => f.write_str("a type without a meaning here"),
+        }
+    }
+}
+
+/// A tensor's line in a file's table.
+#[derive(Clone, Debug)]
+struct Entry {
+    name: String,
+    element: Element,
+    shape: Vec<usize>,
+    /// Bytes of the file; empty for members of an archive, which are unpacked on reading.
+    bytes: Range<usize>,
+}
+
+/// An opened file of tensors.
+pub struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    entries: Vec<Entry>,
+    archive: bool,
+}
+
+/// A tensor as codes: `[rows, width]` of a format, and what they are to be multiplied with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CodedTensor {
+    /// The format of every code.
+    pub format: Format,
+    /// Number of rows; leading dimensions are multiplied together.
+    pub rows: usize,
+    /// The innermost dimension.
+    pub width: usize,
+    /// The codes, little-endian, row by row.
+    pub bytes: Vec<u8>,
+    /// No scale, one, or one per row.
+    pub scales: Vec<f32>,
+}
+
+impl TensorFile {
+    /// Opens a file; its ending says what it is, and any other ending is raw values.
+    ///
+    /// # Errors
+    /// If the file is not what its ending says.
+    pub fn open(path: &Path) -> Result<TensorFile, TensorFileError> {
+        let (map, _) = model::map(path)?;
+        let malformed =
+            |problem: String| TensorFileError::Malformed { path: path.to_owned(), problem };
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or("");
+        let (entries, archive) = match ending {
+            "safetensors" => (safetensors_entries(&map).map_err(malformed)?, false),
+            "npy" => {
+                let (element, shape, bytes) = npy::parse(&map).map_err(malformed)?;
+                (vec![Entry { name: String::new(), element, shape, bytes }], false)
+            }
+            "npz" => (npy::archive_entries(&map).map_err(malformed)?, true),
+            "gguf" => {
+                let tensors = model::gguf_tensors(path, &map)?;
+                let entry = |(name, kind, [rows, width], bytes): (_, WeightType, [usize; 2], _)| {
+                    Entry { name, element: of_weight(kind), shape: vec![rows, width], bytes }
+                };
+                (tensors.into_iter().map(entry).collect(), false)
+            }
+            _ => {
+                let bytes = 0..map.len();
+                let entry =
+                    Entry { name: String::new(), element: Element::Other, shape: vec![], bytes };
+                (vec![entry], false)
+            }
+        };
+        Ok(TensorFile { path: path.to_owned(), map, entries, archive })
+    }
+
+    /// The names of its tensors, in the file's order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.iter().map(|entry| entry.name.as_str())
+    }
+
+    /// What the file holds, for an error: names with types and shapes.
+    pub fn found(&self) -> String {
+        let mut text = String::new();
+        for (index, entry) in self.entries.iter().take(SHOWN).enumerate() {
+            let comma = if index > 0 { ", " } else { "" };
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{comma}`{}` {} {:?}", entry.name, entry.element, entry.shape);
+        }
+        match self.entries.len() {
+            0 => "no tensor at all".to_owned(),
+            n if n > SHOWN => format!("{text} and {} more", n - SHOWN),
+            _ => text,
+        }
+    }
+
+    /// Reads a tensor with its scale.
+    ///
+    /// # Errors
+    /// If it is missing, has another type than asked for, or no element.
+    pub fn read(&self, wanted: &FileTensor) -> Result<CodedTensor, TensorFileError> {
+        let entry = self.entry(wanted.tensor.as_deref())?;
+        let refuse = |problem: String| self.unusable(entry, problem);
+        let shape = match &wanted.shape {
+            Some(shape) if entry.element == Element::Other || entry.shape == *shape => shape,
+            Some(shape) => {
+                return Err(refuse(format!(
+                    "has the shape {:?}, and {shape:?} was asked for",
+                    entry.shape
+                )));
+            }
+            None if entry.element == Element::Other => {
+                return Err(refuse(
+                    "is raw values: say what they are by `dtype` and `shape`".to_owned(),
+                ));
+            }
+            None => &entry.shape,
+        };
+        let (width, outer) = match shape.split_last() {
+            None => (1, &[][..]),
+            Some((width, outer)) => (*width, outer),
+        };
+        let rows = outer.iter().try_fold(1usize, |rows, &next| rows.checked_mul(next));
+        let rows = rows.filter(|&rows| rows > 0 && width > 0);
+        let rows = rows.ok_or_else(|| refuse(format!("has the shape {shape:?}: no element")))?;
+        let count = rows.checked_mul(width).filter(|count| *count <= isize::MAX as usize / 8);
+        let count = count.ok_or_else(|| refuse(format!("has the shape {shape:?}: too large")))?;
+
+        let bytes = self.bytes(entry)?;
+        let (format, bytes) = convert(entry.element, wanted.format, count, bytes)
+            .map_err(|problem| self.unusable(entry, problem))?;
+        let scales = match &wanted.scale {
+            None => Vec::new(),
+            Some(FileScale::Bits(bits)) => vec![f32::from_bits(*bits)],
+            Some(FileScale::Tensor(name)) => self.scales(entry, name, rows)?,
+        };
+        if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale > 0.0)) {
+            return Err(refuse(format!(
+                "has the scale {scale}; a scale is a positive finite number"
+            )));
+        }
+        Ok(CodedTensor { format, rows, width, bytes, scales })
+    }
+
+    fn entry(&self, name: Option<&str>) -> Result<&Entry, TensorFileError> {
+        let wanted = match (name, self.entries.as_slice()) {
+            (None, [only]) => return Ok(only),
+            (None, _) => "",
+            (Some(name), _) => name,
+        };
+        self.entries.iter().find(|entry| entry.name == wanted).ok_or_else(|| {
+            let (path, name) = (self.path.clone(), wanted.to_owned());
+            TensorFileError::Missing { path, name, found: self.found() }
+        })
+    }
+
+    fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>, TensorFileError> {
+        if self.archive {
+            let unpacked = npy::unpack(&self.map, &entry.name);
+            return unpacked
+                .map(Cow::Owned)
+                .map_err(|problem| self.unusable(entry, format!("cannot be unpacked: {problem}")));
+        }
+        Ok(Cow::Borrowed(&self.map[entry.bytes.clone()]))
+    }
+
+    fn scales(&self, of: &Entry, name: &str, rows: usize) -> Result<Vec<f32>, TensorFileError> {
+        let wanted = FileTensor {
+            file: self.path.clone(),
+            tensor: Some(name.to_owned()),
+            format: None,
+            shape: None,
+            scale: None,
+        };
+        let scales = self.read(&wanted)?.values().into_data();
+        if scales.len() == 1 || scales.len() == rows {
+            return Ok(scales);
+        }
+        Err(self.unusable(
+            of,
+            format!(
+                "has {rows} rows, and its scale `{name}` {} values; give one, or one per row",
+                scales.len()
+            ),
+        ))
+    }
+
+    fn unusable(&self, entry: &Entry, problem: String) -> TensorFileError {
+        let (path, name) = (self.path.clone(), entry.name.clone());
+        TensorFileError::Unusable { path, name, problem }
+    }
+}
+
+impl CodedTensor {
+    /// The values: each code's, times its scale.
+    pub fn values(&self) -> Tensor {
+        let decode = |code: &[u8]| {
+            let mut word = [0; 4];
+            word[..code.len()].copy_from_slice(code);
+            self.format.decode(u32::from_le_bytes(word))
+        };
+        let mut values: Vec<f32> =
+            self.bytes.chunks_exact(self.format.bytes()).map(decode).collect();
+        for (row, values) in values.chunks_exact_mut(self.width).enumerate() {
+            let scale = match self.scales.as_slice() {
+                [] => continue,
+                [scale] => *scale,
+                scales => scales[row],
+            };
+            values.iter_mut().for_each(|value| *value *= scale);
+        }
+        Tensor::new(self.width, values)
+    }
+
+    /// A digest of everything that it says.
+    pub fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_derive_key("runner 2026 file tensor v1");
+        for number in [self.rows, self.width, self.scales.len()] {
+            hasher.update(&(number as u64).to_le_bytes());
+        }
+        hasher.update(self.format.name().as_bytes());
+        for scale in &self.scales {
+            hasher.update(&scale.to_le_bytes());
+        }
+        hasher.update_rayon(&self.bytes);
+        hasher.finalize()
+    }
+}
+
+/// Reads one tensor of one file.
+///
+/// # Errors
+/// As [`TensorFile::open`] and [`TensorFile::read`].
+pub fn read(wanted: &FileTensor) -> Result<CodedTensor, TensorFileError> {
+    TensorFile::open(&wanted.file)?.read(wanted)
+}
+
+/// The codes of a stored tensor and their format.
+fn convert(
+    element: Element,
+    wanted: Option<Format>,
+    count: usize,
+    bytes: Cow<'_, [u8]>,
+) -> Result<(Format, Vec<u8>), String> {
+    let whole = |size: usize, bytes: &[u8]| {
+        if bytes.len() == count * size {
+            return Ok(());
+        }
+        Err(format!("has {} bytes, and {count} elements of {size} were expected", bytes.len()))
+    };
+    match (element, wanted) {
+        (Element::Format(stored), None) => {
+            whole(stored.bytes(), &bytes)?;
+            Ok((stored, bytes.into_owned()))
+        }
+        (Element::Format(stored), Some(wanted)) if stored == wanted => {
+            whole(stored.bytes(), &bytes)?;
+            Ok((stored, bytes.into_owned()))
+        }
+        (Element::Words(size), Some(wanted)) if wanted.bytes() == size => {
+            whole(size, &bytes)?;
+            Ok((wanted, bytes.into_owned()))
+        }
+        (Element::Other, Some(wanted)) => {
+            whole(wanted.bytes(), &bytes)?;
+            Ok((wanted, bytes.into_owned()))
+        }
+        (Element::F64, None | Some(Format::F32)) => {
+            whole(8, &bytes)?;
+            let narrow = |word: &[u8; 8]| (f64::from_le_bytes(*word) as f32).to_le_bytes();
+            Ok((Format::F32, bytes.as_chunks().0.iter().flat_map(narrow).collect()))
+        }
+        (Element::Blocks(kind), None | Some(Format::F32)) => {
+            let width = kind.block_width();
+            let weight = Weight::new("tensor", kind, count / width, width, &bytes)
+                .map_err(|error| error.to_string())?;
+            let values = weight.to_vec().map_err(|error| error.to_string())?;
+            Ok((Format::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect()))
+        }
+        (Element::Words(size), None) => {
+            let formats = Format::ALL.iter().filter(|format| format.bytes() == size);
+            let formats: Vec<&str> = formats.map(|format| format.name()).collect();
+            Err(match formats.is_empty() {
+                true => format!("is stored as {element}, which are no codes of a format"),
+                false => format!(
+                    "is stored as {element}: say which codes they are by `dtype`, one of {}",
+                    formats.join(", ")
+                ),
+            })
+        }
+        (stored, Some(wanted)) => Err(format!("is stored as {stored}, and not as {wanted}")),
+        (Element::Other, None) => Err(format!("is stored as {element}")),
+    }
+}
+
+fn of_weight(kind: WeightType) -> Element {
+    match kind {
+        WeightType::F32 => Element::Format(Format::F32),
+        WeightType::F16 => Element::Format(Format::F16),
+        WeightType::BF16 => Element::Format(Format::Bf16),
+        blocks => Element::Blocks(blocks),
+    }
+}
+
+fn safetensors_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
+    let whole = SafeTensors::deserialize(file).map_err(|error| error.to_string())?;
+    let base = file.as_ptr() as usize;
+    let mut entries: Vec<Entry> = whole
+        .iter()
+        .map(|(name, view)| {
+            let start = view.data().as_ptr() as usize - base;
+            let element = match view.dtype() {
+                Dtype::F32 => Element::Format(Format::F32),
+                Dtype::F16 => Element::Format(Format::F16),
+                Dtype::BF16 => Element::Format(Format::Bf16),
+                Dtype::F8_E4M3 => Element::Format(Format::E4m3),
+                Dtype::F8_E5M2 => Element::Format(Format::E5m2),
+                Dtype::F64 => Element::F64,
+                Dtype::U8 | Dtype::I8 => Element::Words(1),
+                Dtype::U16 | Dtype::I16 => Element::Words(2),
+                Dtype::U32 | Dtype::I32 => Element::Words(4),
+                _ => Element::Other,
+            };
+            Entry {
+                name: name.to_owned(),
+                element,
+                shape: view.shape().to_vec(),
+                bytes: start..start + view.data().len(),
+            }
+        })
+        .collect();
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(file: PathBuf, tensor: Option<&str>) -> FileTensor {
+        let tensor = tensor.map(str::to_owned);
+        FileTensor { file, tensor, format: None, shape: None, scale: None }
+    }
+
+    fn folder_with(name: &str, bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).expect("a file");
+        (folder, path)
+    }
+
+    #[test]
+    fn raw_values_need_a_type_and_a_shape_that_fit() {
+        let bytes: Vec<u8> =
+            [1.0f32, -2.5, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let (_folder, path) = folder_with("x.bin", &bytes);
+        let mut wanted = wanted(path, None);
+        assert!(read(&wanted).expect_err("no type").to_string().contains("`dtype` and `shape`"));
+        wanted.format = Some(Format::F32);
+        wanted.shape = Some(vec![2, 3]);
+        let error = read(&wanted).expect_err("too short").to_string();
+        assert!(error.contains("has 16 bytes, and 6 elements of 4"), "{error}");
+        wanted.shape = Some(vec![2, 2]);
+        let tensor = read(&wanted).expect("a tensor").values();
+        assert_eq!((tensor.rows(), tensor.data()), (2, &[1.0, -2.5, 3.0, 4.0][..]));
+        wanted.shape = Some(vec![2, 0]);
+        assert!(read(&wanted).expect_err("empty").to_string().contains("no element"));
+        wanted.shape = Some(vec![usize::MAX, 2, 2]);
+        assert!(read(&wanted).is_err());
+    }
+
+    #[test]
+    fn numpy_files_say_what_they_are() {
+        let header = "{'descr': '<f2', 'fortran_order': False, 'shape': (2, 2), }\n";
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        for value in [1.0, 0.5, -2.0, 65504.0] {
+            bytes.extend(half::f16::from_f32(value).to_le_bytes());
+        }
+        let (_folder, path) = folder_with("x.npy", &bytes);
+        let tensor = read(&wanted(path.clone(), None)).expect("a tensor");
+        assert_eq!(tensor.format, Format::F16);
+        assert_eq!(tensor.values().data(), [1.0, 0.5, -2.0, 65504.0]);
+        let truncated = &bytes[..bytes.len() - 1];
+        std::fs::write(&path, truncated).expect("a file");
+        assert!(read(&wanted(path, None)).is_err(), "half a file is no tensor");
+    }
+
+    #[test]
+    fn a_missing_tensor_is_told_with_what_is_there() {
+        let data = [0u8; 8];
+        let view = safetensors::tensor::TensorView::new(Dtype::F32, vec![1, 2], &data);
+        let bytes = safetensors::serialize([("layer.10", view.expect("a view"))], None);
+        let (_folder, path) = folder_with("x.safetensors", &bytes.expect("a file"));
+        let error = read(&wanted(path, Some("layer.1"))).expect_err("no such name").to_string();
+        assert!(error.contains("has no tensor `layer.1`; it has `layer.10` f32 [1, 2]"), "{error}");
+    }
+
+    #[test]
+    fn codes_are_multiplied_by_their_scales() {
+        let (codes, scales) = ([0x38u8, 0x40, 0x38, 0x40], [0.5f32, 2.0]);
+        let scales: Vec<u8> = scales.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let view = |dtype, shape: &[usize], data| {
+            safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).expect("a view")
+        };
+        let tensors =
+            [("x", view(Dtype::U8, &[2, 2], &codes)), ("s", view(Dtype::F32, &[2, 1], &scales))];
+        let bytes = safetensors::serialize(tensors, None).expect("a file");
+        let (_folder, path) = folder_with("x.safetensors", &bytes);
+        let mut wanted = wanted(path, Some("x"));
+        let error = read(&wanted).expect_err("which codes?").to_string();
+        assert!(error.contains("by `dtype`, one of e4m3, e5m2"), "{error}");
+        wanted.format = Some(Format::E4m3);
+        wanted.scale = Some(FileScale::Tensor("s".to_owned()));
+        assert_eq!(read(&wanted).expect("a tensor").values().data(), [0.5, 1.0, 2.0, 4.0]);
+        wanted.scale = Some(FileScale::Bits((-1.0f32).to_bits()));
+        assert!(read(&wanted).expect_err("a scale").to_string().contains("positive finite"));
+    }
+}
