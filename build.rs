@@ -4,7 +4,14 @@
 use std::path::{Path, PathBuf};
 
 fn main() {
-    let of_arms = ["src/compute", "src/model", "src/dtype.rs", "src/op.rs", "src/tensor.rs"];
+    let of_arms = [
+        "src/compute",
+        "src/model",
+        "src/dtype.rs",
+        "src/op.rs",
+        "src/tensor.rs",
+        "src/tensor_file",
+    ];
     let of_measures = ["src/compare", "src/metric.rs"];
     println!("cargo::rustc-env=RUNNER_ARMS_CODE={}", digest(&of_arms));
     println!("cargo::rustc-env=RUNNER_MEASURES_CODE={}", digest(&of_measures));
