@@ -253,6 +253,7 @@ fn a_planted_bug_stands_in_a_record_for_the_browser() {
         interrupted: false,
         started: "2026-11-24T00:00:00Z".to_owned(),
         seconds: stages.iter().map(|stage| stage.seconds).sum(),
+        families: Vec::new(),
         folder: "stages".to_owned(),
         provenance: Provenance {
             runner: env!("CARGO_PKG_VERSION").to_owned(),
