@@ -140,6 +140,8 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         attempts: &attempts,
     };
     let finished = run(&plan, &store, &options, &mut sinks);
+    // Gone before the run can be called unchanged, after which nobody would look for it.
+    drop(attempts);
     keep(&stamps);
 
     let verdict = Verdict::of_run(finished.stages.iter().map(|stage| stage.verdict));
