@@ -48,6 +48,9 @@ pub mod verdict;
 pub mod run;
 pub mod event;
 
+// Beside the flow: bugs planted into arms, to see that verdicts find them.
+pub mod falsify;
+
 // 7 What a run was, and how people and machines read it.
 pub mod record;
 pub mod report;

@@ -39,6 +39,11 @@ pub enum Metric {
     ZMax,
     /// Mean of `z`: a bias.
     ZMean,
+    /// Largest over rows of how far the row's squares of `z` stand from their
+    /// expectation, in deviations of a standard normal variable.
+    ZRow,
+    /// The same over columns.
+    ZColumn,
     /// Mean over tokens of `KL(softmax b || softmax a)`, in nats.
     Kl,
     /// KL over half the variance of the logits' difference, of the token where it is
@@ -65,7 +70,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order in which they are reported.
-    pub const ALL: [Metric; 24] = [
+    pub const ALL: [Metric; 26] = [
         Metric::BitMismatches,
         Metric::NonFinite,
         Metric::MaxAbs,
@@ -80,6 +85,8 @@ impl Metric {
         Metric::ZRms,
         Metric::ZMax,
         Metric::ZMean,
+        Metric::ZRow,
+        Metric::ZColumn,
         Metric::Kl,
         Metric::KlRatio,
         Metric::Top1Agreement,
@@ -109,6 +116,8 @@ impl Metric {
             Metric::ZRms => "z_rms",
             Metric::ZMax => "z_max",
             Metric::ZMean => "z_mean",
+            Metric::ZRow => "z_row",
+            Metric::ZColumn => "z_column",
             Metric::Kl => "kl",
             Metric::KlRatio => "kl_ratio",
             Metric::Top1Agreement => "top1_agreement",
@@ -141,6 +150,8 @@ impl Metric {
             }
             Metric::ZMax => "largest |z|: the error in predicted deviations",
             Metric::ZMean => "mean of z: a bias",
+            Metric::ZRow => "how far the worst row's mean of z^2 lies above 1, in deviations",
+            Metric::ZColumn => "how far the worst column's mean of z^2 lies above 1, in deviations",
             Metric::Kl => "mean over tokens of KL(softmax b || softmax a), in nats",
             Metric::KlRatio => {
                 "KL over half the variance of a - b, where it is furthest from 1; both plus 1e-8 nats"
@@ -166,7 +177,9 @@ impl Metric {
     pub fn range(self) -> (f64, f64) {
         match self {
             Metric::Cosine | Metric::Pearson => (-1.0, 1.0),
-            Metric::Slope | Metric::Intercept | Metric::ZMean => (f64::NEG_INFINITY, f64::INFINITY),
+            Metric::Slope | Metric::Intercept | Metric::ZMean | Metric::ZRow | Metric::ZColumn => {
+                (f64::NEG_INFINITY, f64::INFINITY)
+            }
             Metric::Top1Agreement | Metric::TopKAgreement => (0.0, 1.0),
             Metric::ExitStatus => (0.0, 255.0),
             Metric::DigestMismatch => (0.0, 1.0),

@@ -359,7 +359,7 @@ impl<'a> Plan<'a> {
         let PreparedStage { stage, model, tokens, .. } = prepared;
         let mut walk = KeyWalk::new("arm");
         walk.field("arm", arm);
-        walk.field("arms", workshop.name());
+        walk.field("arms", workshop.name(arm));
         walk.field("code", ARMS_CODE);
         for (name, value) in workshop.facts(arm, &stage.recipe) {
             walk.field(&name, value);

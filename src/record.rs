@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{GreedyComparison, Measure};
+use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure};
 use crate::compute::GemmRecord;
+use crate::compute::shares::Shares;
 use crate::executor::command::CommandRecord;
-use crate::op::{Arm, Op, Recipe, Site, StageId};
+use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
 use crate::plan::{GreedyRecord, SiteRecord};
 use crate::verdict::{Judgement, Outcome, Verdict};
 
@@ -139,6 +140,18 @@ pub struct StageRecord {
     pub measures: Vec<Measure>,
     /// Decoded tokens, pair by pair.
     pub greedy: Vec<GreedyComparison>,
+    /// Each site's error beside its floor.
+    #[serde(default)]
+    pub accounts: Vec<Account>,
+    /// The shares of each arm's error over all its GEMMs.
+    #[serde(default)]
+    pub shares: Vec<(Stream, Shares)>,
+    /// How each arm's drift grows over the layers.
+    #[serde(default)]
+    pub growth: Vec<Growth>,
+    /// What was found where something is suspicious.
+    #[serde(default)]
+    pub diagnoses: Vec<Diagnosis>,
 }
 
 impl StageRecord {

@@ -30,7 +30,7 @@ use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reus
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::tensor::Tensor;
 use crate::tensor_file;
-use crate::verdict::{Verdict, judge};
+use crate::verdict::{Verdict, judge, reason};
 
 /// How a run is to be done.
 pub struct Options<'a> {
@@ -460,10 +460,11 @@ impl<'a> Engine<'a> {
             .collect();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
         let mut judged = judge(&contract, &progress.measures.measures, &absent);
-        if let Some(reason) = &progress.unread
+        reason(&mut judged, &progress.measures);
+        if let Some(unread) = &progress.unread
             && judged.verdict == Verdict::Pass
         {
-            (judged.verdict, judged.why) = (Verdict::Unmeasured, reason.clone());
+            (judged.verdict, judged.why) = (Verdict::Unmeasured, unread.clone());
         }
         if let Some(reason) = &progress.blocked {
             (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
@@ -532,6 +533,10 @@ impl<'a> Engine<'a> {
             judgements: judged.judgements,
             measures: std::mem::take(&mut progress.measures.measures),
             greedy: std::mem::take(&mut progress.measures.greedy),
+            accounts: std::mem::take(&mut progress.measures.accounts),
+            shares: std::mem::take(&mut progress.measures.shares),
+            growth: std::mem::take(&mut progress.measures.growth),
+            diagnoses: std::mem::take(&mut progress.measures.diagnoses),
         });
     }
 

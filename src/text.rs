@@ -41,3 +41,25 @@ pub fn grouped(count: usize) -> String {
 pub fn lines_pattern(pattern: &str) -> Result<regex::bytes::Regex, regex::Error> {
     regex::bytes::RegexBuilder::new(pattern).multi_line(true).build()
 }
+
+/// A share as per cent, three significant digits.
+pub fn percent(share: f64) -> String {
+    let value = 100.0 * share;
+    if value == 0.0 {
+        return "0 %".to_owned();
+    }
+    if value.abs() < 1e-3 {
+        return format!("{value:.1e} %");
+    }
+    let digits = (2 - value.abs().log10().floor() as i32).clamp(0, 5) as usize;
+    format!("{value:.digits$} %")
+}
+
+/// A share of a bound in per cent; beyond a bound of 0 there is no share.
+pub fn share(used: f64) -> String {
+    match used {
+        used if used == f64::MAX => "beyond 0".to_owned(),
+        used if used > 10.0 => format!("{}x", number(used)),
+        used => format!("{:.0} %", 100.0 * used),
+    }
+}

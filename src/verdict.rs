@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::Measure;
+use crate::compare::{Measure, StageMeasures};
+use crate::compute::arms::is_gemm;
 use crate::manifest::{Contract, Falsifier, IfFails, names_site};
 use crate::metric::Metric;
 use crate::op::{Arm, Site, Stream};
-use crate::text::{grouped, number};
+use crate::text::{grouped, number, percent};
 
 /// The answer to a stage's question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -167,6 +168,48 @@ pub fn judge(
     let verdict = verdict_of(&judgements, absent);
     let why = why(verdict, &judgements, measures, absent);
     StageVerdict { verdict, why, judgements }
+}
+
+/// Adds to a verdict's reason what is known beyond its contract: of a bug where
+/// it starts and what it is, of a clean GEMM its floor.
+pub fn reason(judged: &mut StageVerdict, measures: &StageMeasures) {
+    match judged.verdict {
+        Verdict::Structural => {
+            // Bits are sharper than floors.
+            let sharpest = |stream: Stream| matches!(stream, Stream::Arm(Arm::Emulated));
+            let exact = measures.diagnoses.iter().find(|diagnosis| sharpest(diagnosis.judge));
+            if let Some(diagnosis) = exact.or(measures.diagnoses.first()) {
+                let mut parts = vec![diagnosis.place(), diagnosis.sentence()];
+                parts.extend(diagnosis.aftermath());
+                parts.push(std::mem::take(&mut judged.why));
+                judged.why = parts.join("; ");
+            }
+        }
+        Verdict::Pass | Verdict::Drift => {
+            if let Some(line) = floor_line(measures) {
+                judged.why = format!("{line}; {}", judged.why);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// `floor 3.71 %, observed 3.69 %, z 0.995 at blk.0.q`: of the GEMM furthest off.
+fn floor_line(measures: &StageMeasures) -> Option<String> {
+    let rms = measures.measures.iter().filter(|m| is_gemm(&m.site));
+    let rms = rms.filter_map(|m| Some((m, *m.metrics.get(&Metric::ZRms)?)));
+    let further = |a: f64, b: f64| a.ln().abs().total_cmp(&b.ln().abs());
+    let (measure, z) = rms.filter(|(_, z)| *z > 0.0).max_by(|a, b| further(a.1, b.1))?;
+    let account = measures
+        .accounts
+        .iter()
+        .find(|account| account.subject == measure.subject && account.site == measure.site)?;
+    Some(format!(
+        "floor {}, observed {}, z {z:.3} at {}",
+        percent(account.floor),
+        percent(account.observed),
+        measure.site
+    ))
 }
 
 fn arms_of(stream: Stream) -> Arm {

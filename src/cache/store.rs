@@ -360,21 +360,25 @@ impl Store {
     /// # Errors
     /// If the place cannot be written.
     pub fn publish(&self, digest: &str, target: &Path, executable: bool) -> Result<(), CacheError> {
-        let source = self.blob_path(digest);
-        let folder = target.parent().unwrap_or(Path::new("."));
-        let write = || {
-            let mut from = File::open(&source)?;
-            let mut draft = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
-            let shared = from.metadata()?.len() >= WORTH_SHARING
-                && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
-            if !shared {
-                std::io::copy(&mut from, draft.as_file_mut())?;
-            }
-            let mode = if executable { 0o755 } else { 0o644 };
-            draft.as_file().set_permissions(Permissions::from_mode(mode))?;
-            draft.persist(target).map_err(|error| error.error)
-        };
-        write().map(drop).map_err(|source| io("write", target, source))
+        copy_whole(&self.blob_path(digest), target, executable)
+    }
+
+    /// Puts a copy of tensors at `target`, verified, as [`Store::publish`] does.
+    ///
+    /// # Errors
+    /// If they cannot be read, are not what was stored, or the place cannot be written.
+    pub fn export_object(&self, digest: &str, target: &Path) -> Result<(), CacheError> {
+        let path = self.object_path(digest);
+        let found = Stamps::forgetful().digest(&path).map_err(|s| io("read", &path, s))?;
+        if found.to_hex().as_str() != digest {
+            self.move_aside(&path);
+            let problem = "its hash is not its name".to_owned();
+            return Err(CacheError::Damaged { path, problem });
+        }
+        if let Some(folder) = target.parent() {
+            std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))?;
+        }
+        copy_whole(&path, target, false)
     }
 
     /// Remembers somebody's last action, for [`Store::latest`].
@@ -479,6 +483,26 @@ pub fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
 
 fn to_json(value: &impl Serialize, path: &Path) -> Result<Vec<u8>, CacheError> {
     serde_json::to_vec(value).map_err(|error| io("encode", path, std::io::Error::other(error)))
+}
+
+/// Copies a file, whole or not at all. Where the file system can share blocks
+/// between files, it does.
+fn copy_whole(source: &Path, target: &Path, executable: bool) -> Result<(), CacheError> {
+    let folder = target.parent().filter(|folder| *folder != Path::new(""));
+    let folder = folder.unwrap_or(Path::new("."));
+    let write = || {
+        let mut from = File::open(source)?;
+        let mut draft = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
+        let shared = from.metadata()?.len() >= WORTH_SHARING
+            && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
+        if !shared {
+            std::io::copy(&mut from, draft.as_file_mut())?;
+        }
+        let mode = if executable { 0o755 } else { 0o644 };
+        draft.as_file().set_permissions(Permissions::from_mode(mode))?;
+        draft.persist(target).map_err(|error| error.error)
+    };
+    write().map(drop).map_err(|source| io("write", target, source))
 }
 
 /// Writes a file so that it is there whole or not at all, also after a power cut.

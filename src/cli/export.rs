@@ -25,8 +25,7 @@ pub(super) fn export(
     let object = result.object.as_ref().ok_or_else(|| {
         format!("the {arm} arm of stage `{stage}` has no tensors: {}", result.why)
     })?;
-    let bytes = store_of(runs).read_object(object).map_err(|error| error.to_string())?;
-    crate::cache::write_whole(out, &bytes).map_err(|error| error.to_string())?;
+    store_of(runs).export_object(object, out).map_err(|error| error.to_string())?;
     print(&format!(
         "{} sites of {stage} {arm} of run {id} in {}\n",
         result.sites.len(),

@@ -7,18 +7,24 @@
 
 mod cache;
 mod chip;
+mod diff;
 mod doctor;
+mod explain;
 mod export;
+mod falsify;
 mod journal;
+mod manners;
 mod measure;
 mod new;
 mod nightly;
 mod plan;
+mod reference;
 mod receipt;
 mod report;
 mod run;
 mod schema;
 mod unchanged;
+mod watch;
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
@@ -28,12 +34,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use cache::CacheArgs;
 use chip::ChipCli;
+use diff::DiffArgs;
+use falsify::FalsifyArgs;
 use new::NewArgs;
 use nightly::{BaselineCli, HistoryArgs};
 use plan::PlanArgs;
 use report::ReportArgs;
 use run::RunArgs;
 use schema::SchemaOf;
+use watch::WatchArgs;
 
 use crate::cache::{Stamps, Store};
 use crate::compute::arms::Shipped;
@@ -63,9 +72,19 @@ const INTERRUPTED: u8 = 130;
     version,
     after_help = "Exit codes: 0 pass, 1 falsified, 2 bad manifest or usage, \
     3 nothing was measured, 4 a required arm could not run, 70 a bug of ours, \
-    130 stopped on request."
+    130 stopped on request.
+
+Examples:
+  runner run stages/                          five questions about the built-in model
+  runner run stages/ --model model.gguf --prompt 'The capital of France is'
+  runner run stages/ --select +E              stage E with all that it needs
+  runner plan stages/                         what would run, and why
+  runner report latest --format junit         the youngest run, for a CI"
 )]
 struct Cli {
+    /// Say more on stderr; twice for all there is.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     command: Command,
 }
@@ -105,6 +124,19 @@ enum Command {
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
     },
+    /// Say how a stage came to its verdict, in words and numbers.
+    Explain {
+        /// The stage.
+        stage: String,
+        /// The run's name, or `latest`.
+        #[arg(default_value = "latest")]
+        run: String,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// Plant bugs and see that every falsifier fires, at the right place.
+    Falsify(FalsifyArgs),
     /// The cache: list, verify, clear away, pin.
     Cache(CacheArgs),
     /// Start and watch programs for a run; started by the runner itself.
@@ -122,8 +154,28 @@ enum Command {
     },
     /// What this machine has, and what each missing piece switches off.
     Doctor,
-    /// Write the page of a past run anew.
+    /// Write a past run anew: its page, or a format that other tools read.
     Report(ReportArgs),
+    /// Say what changed from one run to another.
+    Diff(DiffArgs),
+    /// Run stages again whenever a manifest or contract changes.
+    Watch(WatchArgs),
+    /// Print the completions of a shell.
+    #[command(
+        after_help = "Example: runner completions bash > ~/.local/share/bash-completion/completions/runner"
+    )]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages to a folder.
+    #[command(after_help = "Example: runner man ~/.local/share/man/man1")]
+    Man {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Print the reference of commands, verdicts, metrics and exit codes.
+    Reference,
     /// Make a run the baseline that later ones are held against.
     Baseline {
         #[command(subcommand)]
@@ -199,8 +251,9 @@ pub fn main() -> u8 {
             return if error.use_stderr() { USAGE } else { PASS };
         }
     };
+    let level = ["warn", "info", "debug"][usize::from(cli.verbose.min(2))];
     let filter = tracing_subscriber::EnvFilter::try_from_env("RUNNER_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match carry_out(cli.command) {
         Ok(code) => code,
@@ -241,7 +294,14 @@ fn carry_out(command: Command) -> Result<u8, String> {
         }
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Doctor => doctor::examine(),
+        Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
+        Command::Falsify(args) => falsify::falsify(&args),
         Command::Report(args) => report::report(&args),
+        Command::Diff(args) => diff::changes(&args),
+        Command::Watch(args) => watch::watch(&args),
+        Command::Completions { shell } => manners::completions(shell),
+        Command::Man { folder } => manners::man(&folder),
+        Command::Reference => reference::reference(),
         Command::Baseline { command } => nightly::set_baseline(&command),
         Command::History(args) => nightly::history(&args),
         Command::New(args) => new::new(&args),

@@ -1,6 +1,6 @@
 //! `runner run`: a folder of stages becomes verdicts, a table and the run's folder.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -19,7 +19,8 @@ use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::Arm;
 use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA};
-use crate::report::{Bars, EventLog, Lines, Sinks, page, table};
+use crate::report::{Bars, EventLog, Lines, Sinks};
+use crate::report::{annotations, drift, junit, markdown, page, table};
 use crate::run::{Options, run};
 use crate::text::grouped;
 use crate::verdict::Verdict;
@@ -46,6 +47,9 @@ pub(super) struct RunArgs {
     /// Print every field of every key, and which of them changed.
     #[arg(long)]
     explain: bool,
+    /// No progress on stderr; the outcome on stdout stays.
+    #[arg(short, long)]
+    quiet: bool,
     /// What to print.
     #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
     format: OutputFormat,
@@ -136,6 +140,8 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         attempts: &attempts,
     };
     let finished = run(&plan, &store, &options, &mut sinks);
+    // Gone before the run can be called unchanged, after which nobody would look for it.
+    drop(attempts);
     keep(&stamps);
 
     let verdict = Verdict::of_run(finished.stages.iter().map(|stage| stage.verdict));
@@ -165,6 +171,10 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     let page = page(&record, &runs.display().to_string());
     crate::cache::write_whole(&folder.join("report.html"), page.as_bytes())
         .map_err(|error| error.to_string())?;
+    let junit = junit(&record).map_err(|error| format!("junit.xml cannot be encoded: {error}"))?;
+    crate::cache::write_whole(&folder.join("junit.xml"), junit.as_bytes())
+        .map_err(|error| error.to_string())?;
+    tell_github(&record);
     if let Some(bug) = &finished.bug {
         eprintln!("a bug of ours, please report it: {bug}");
     }
@@ -227,8 +237,13 @@ fn sinks(args: &RunArgs, folder: &Path) -> Result<Sinks, String> {
     let log = std::fs::File::create(folder.join("events.jsonl"))
         .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
     let bars = args.format == OutputFormat::Human && std::io::stderr().is_terminal();
-    let progress: Box<dyn Sink> = if bars { Box::new(Bars::default()) } else { Box::new(Lines) };
-    Ok(Sinks(vec![progress, Box::new(EventLog::new(log))]))
+    let mut sinks: Vec<Box<dyn Sink>> = vec![Box::new(EventLog::new(log))];
+    if bars && !args.quiet {
+        sinks.push(Box::new(Bars::default()));
+    } else if !args.quiet {
+        sinks.push(Box::new(Lines));
+    }
+    Ok(Sinks(sinks))
 }
 
 /// Prints a run of `count` stages. Where there are very many, those that passed are
@@ -248,7 +263,10 @@ fn show(
     let page = pages.iter().find(|page| page.is_file()).unwrap_or(&pages[1]);
     let place = page.display().to_string();
     if count <= SHOWN_ONE_BY_ONE {
-        return print(&table(record, &place, terminal_width()));
+        let drawn = args.format == OutputFormat::Human && speaks_unicode();
+        let drift = drift(record, drawn, terminal_width());
+        let gap = if drift.is_empty() { "" } else { "\n" };
+        return print(&format!("{drift}{gap}{}", table(record, &place, terminal_width())));
     }
     let listed: Vec<_> = record.stages.iter().filter(|s| s.verdict != Verdict::Pass).collect();
     let passed = grouped(count - listed.len());
@@ -269,6 +287,27 @@ fn on_signal() {
     }
     eprintln!("stopping; once more to stop at once");
     interrupt::request();
+}
+
+/// Whether the locale can show more than ASCII.
+fn speaks_unicode() -> bool {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let locale = set("LC_ALL").or_else(|| set("LC_CTYPE")).or_else(|| set("LANG"));
+    locale.is_some_and(|locale| locale.to_lowercase().replace('-', "").contains("utf8"))
+}
+
+/// What GitHub Actions shows beside the code and below the job, where it runs this.
+fn tell_github(record: &RunRecord) {
+    if std::env::var("GITHUB_ACTIONS").as_deref() != Ok("true") {
+        return;
+    }
+    eprint!("{}", annotations(record));
+    let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY") else { return };
+    let summary = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    let written = summary.and_then(|mut file| file.write_all(markdown(record).as_bytes()));
+    if let Err(error) = written {
+        tracing::warn!("the step's summary is not written: {error}");
+    }
 }
 
 fn terminal_width() -> usize {

@@ -13,7 +13,7 @@ const TOP: usize = 5;
 const NOISE: f64 = 1e-8;
 /// Deviations of the logits' difference within which a top-1 flip is explained:
 /// the union bound over a vocabulary of 150,000 at a risk of 1e-3 is 6.1.
-const EXPLAINED_DEVIATIONS: f64 = 6.1;
+pub const EXPLAINED_DEVIATIONS: f64 = 6.1;
 
 /// KL, its ratio to half the variance, agreement and flips.
 pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
@@ -48,6 +48,20 @@ pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
     ];
     metrics.extend(ratio.map(|ratio| (Metric::KlRatio, ratio)));
     metrics
+}
+
+/// The deviation of the difference of two logits' errors, over all tokens.
+pub fn flip_deviation(subject: &Tensor, judge: &Tensor) -> Option<f64> {
+    let same = (subject.rows(), subject.width()) == (judge.rows(), judge.width());
+    if !same || subject.rows() == 0 {
+        return None;
+    }
+    let each = (0..subject.rows()).map(|row| {
+        let deviation = Token::compare(subject.row(row), judge.row(row)).deviation;
+        2.0 * deviation * deviation
+    });
+    let sigma = (each.sum::<f64>() / subject.rows() as f64).sqrt();
+    sigma.is_finite().then_some(sigma)
 }
 
 /// One token's two distributions.

@@ -4,7 +4,11 @@
 //! need finite numbers. A metric that would mean nothing (a cosine of zeros, a
 //! correlation of one element) is absent, never a number. It judges nothing.
 
+mod account;
+mod diagnosis;
+pub mod fingerprints;
 pub mod fit;
+mod growth;
 mod logits;
 mod numbers;
 mod outcome;
@@ -14,6 +18,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use account::Account;
+pub use diagnosis::{Diagnosis, MOST_DEVIATIONS};
+pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
 pub use stage::{StageMeasures, measure_arms, measure_stage};
 
@@ -86,14 +93,46 @@ pub struct GreedyComparison {
     pub first_difference: Option<usize>,
     /// The judge's top-1 margin at that step.
     pub margin: Option<f32>,
+    /// The deviation of the difference of two logits' errors, over the prompt.
+    #[serde(default)]
+    pub sigma: Option<f64>,
 }
 
-/// Compares the greedy tokens of two arms.
-pub fn greedy(subject: (Stream, &Greedy), judge: (Stream, &Greedy)) -> GreedyComparison {
+impl GreedyComparison {
+    /// Where the tokens part, and whether that was to be expected.
+    pub fn sentence(&self) -> String {
+        let pair = format!("{} and {}", self.subject, self.judge);
+        let Some(step) = self.first_difference else {
+            return format!("greedy: {pair} decode the same tokens");
+        };
+        match (self.margin.map(f64::from), self.sigma.filter(|sigma| *sigma > 0.0)) {
+            (Some(margin), Some(sigma)) => {
+                let deviations = margin / sigma;
+                let verdict = if deviations <= logits::EXPLAINED_DEVIATIONS {
+                    "explained by drift"
+                } else {
+                    "drift does not explain it"
+                };
+                format!(
+                    "greedy: {pair} part at step {step}: flip at margin {deviations:.1} sigma: {verdict}"
+                )
+            }
+            _ => format!("greedy: {pair} part at step {step}"),
+        }
+    }
+}
+
+/// Compares the greedy tokens of two arms; `sigma` is the deviation of the
+/// difference of two logits' errors.
+pub fn greedy(
+    subject: (Stream, &Greedy),
+    judge: (Stream, &Greedy),
+    sigma: Option<f64>,
+) -> GreedyComparison {
     let pairs = subject.1.tokens.iter().zip(&judge.1.tokens);
     let first_difference = pairs.into_iter().position(|(a, b)| a != b);
     let margin = first_difference.and_then(|step| judge.1.margins.get(step).copied());
-    GreedyComparison { subject: subject.0, judge: judge.0, first_difference, margin }
+    GreedyComparison { subject: subject.0, judge: judge.0, first_difference, margin, sigma }
 }
 
 /// Measures `subject` against `judge` at `site`; `floor` is the predicted
@@ -244,7 +283,9 @@ mod tests {
         let of = |tokens: &[u32]| Greedy { tokens: tokens.to_vec(), margins: vec![0.5, 0.25, 0.1] };
         let emulated = (Stream::Arm(Arm::Emulated), &of(&[1, 2, 3]));
         let judge = of(&[1, 9, 3]);
-        let compared = greedy(emulated, (Stream::Arm(Arm::Reference), &judge));
+        let compared = greedy(emulated, (Stream::Arm(Arm::Reference), &judge), Some(0.5));
         assert_eq!((compared.first_difference, compared.margin), (Some(1), Some(0.25)));
+        let sentence = compared.sentence();
+        assert!(sentence.ends_with("flip at margin 0.5 sigma: explained by drift"), "{sentence}");
     }
 }

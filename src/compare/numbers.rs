@@ -118,21 +118,67 @@ pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Tensor) -> Vec<(Metric, f64
     if (floor.rows(), floor.width()) != (a.rows(), a.width()) {
         return Vec::new();
     }
-    let (mut squares, mut sum, mut most) = (0.0, 0.0, 0.0);
-    for ((a, b), &floor) in pairs(a, b).zip(floor.data()) {
-        let z = match (a - b, f64::from(floor)) {
-            (0.0, 0.0) => 0.0,
+    let each =
+        pairs(a, b).zip(floor.data()).map(|((a, b), &floor)| match (a - b, f64::from(floor)) {
+            (0.0, _) => 0.0,
             (difference, floor) if floor > 0.0 => difference / floor,
-            _ => f64::MAX.sqrt(),
-        };
-        squares += z * z;
-        sum += z;
-        most = larger(most, z.abs());
-    }
-    let count = a.data().len();
-    let mut metrics = vec![(Metric::ZMax, most), (Metric::ZMean, sum / count as f64)];
-    if count >= LEAST_OUTPUTS {
-        metrics.push((Metric::ZRms, (squares / count as f64).sqrt()));
+            _ => f64::MAX.sqrt().sqrt(),
+        });
+    let z: Vec<f64> = each.collect();
+    let (rows, width) = (a.rows(), a.width());
+    let squares: f64 = z.iter().map(|z| z * z).sum();
+    let most = z.iter().fold(0.0, |most, z| larger(most, z.abs()));
+    let mut metrics = vec![
+        (Metric::ZMax, most),
+        (Metric::ZMean, z.iter().sum::<f64>() / z.len() as f64),
+        (Metric::ZRow, worst_line(rows, width, |row, column| z[row * width + column])),
+        (Metric::ZColumn, worst_line(width, rows, |column, row| z[row * width + column])),
+    ];
+    if z.len() >= LEAST_OUTPUTS {
+        metrics.push((Metric::ZRms, (squares / z.len() as f64).sqrt()));
     }
     metrics
+}
+
+/// Lines from which the correlation within a line can be told.
+const LEAST_LINES: usize = 64;
+/// Entries of a line whose correlations are looked at.
+const SAMPLED: usize = 32;
+
+/// How far the worst line's sum of squares stands above its expectation, in
+/// deviations of a standard normal variable.
+///
+/// A sum of n independent squares becomes nearly normal as the cube root of its
+/// mean (Wilson and Hilferty 1931). Outputs of one line share an operand's
+/// rounding: with a mean squared correlation r2 between them the sum spreads
+/// like one of `n / (1 + (n - 1) r2)` independent squares. With too few lines to
+/// measure r2, a line counts as a single square.
+fn worst_line(lines: usize, length: usize, z: impl Fn(usize, usize) -> f64) -> f64 {
+    let mean_square =
+        |line: usize| (0..length).map(|entry| z(line, entry).powi(2)).sum::<f64>() / length as f64;
+    let most = (0..lines).map(mean_square).fold(0.0, larger);
+    let freedom = if lines < LEAST_LINES {
+        1.0
+    } else {
+        let step = length.div_ceil(SAMPLED);
+        let sample: Vec<usize> = (0..length).step_by(step).collect();
+        let product = |a: usize, b: usize| (0..lines).map(|l| z(l, a) * z(l, b)).sum::<f64>();
+        let sizes: Vec<f64> = sample.iter().map(|&entry| product(entry, entry)).collect();
+        let (mut squared, mut count) = (0.0, 0);
+        for (i, &a) in sample.iter().enumerate() {
+            for (j, &b) in sample.iter().enumerate().take(i) {
+                let sizes = sizes[i] * sizes[j];
+                if sizes > 0.0 {
+                    squared += product(a, b).powi(2) / sizes;
+                    count += 1;
+                }
+            }
+        }
+        // Independent entries correlate by chance: 1 / lines on average.
+        let chance = 1.0 / lines as f64;
+        let r2 = if count > 0 { larger(squared / f64::from(count) - chance, 0.0) } else { 1.0 };
+        length as f64 / (1.0 + (length as f64 - 1.0) * r2)
+    };
+    let spread = 2.0 / (9.0 * freedom);
+    (most.cbrt() - (1.0 - spread)) / spread.sqrt()
 }

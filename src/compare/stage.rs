@@ -4,12 +4,18 @@
 //! predicted floor) and measures every pair that a contract may ask for.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
+use super::account::{Account, accounts};
+use super::diagnosis::{Diagnosis, Scene, diagnose, not_deterministic, suspicious};
+use super::growth::{Growth, growth};
+use super::logits::flip_deviation;
 use super::{GreedyComparison, Measure, greedy, measure};
 use crate::compute::ComputeError;
-use crate::compute::arms::{Output, Task, anchored, floors};
+use crate::compute::arms::{Local, Output, Task, anchored_by_layer, local};
+use crate::compute::shares::Shares;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
 use crate::tensor::Tensor;
@@ -21,6 +27,18 @@ pub struct StageMeasures {
     pub measures: Vec<Measure>,
     /// Of arms that decoded.
     pub greedy: Vec<GreedyComparison>,
+    /// Each site's error beside its floor.
+    #[serde(default)]
+    pub accounts: Vec<Account>,
+    /// The shares of each arm's error over all its GEMMs.
+    #[serde(default)]
+    pub shares: Vec<(Stream, Shares)>,
+    /// How each arm's drift grows over the layers.
+    #[serde(default)]
+    pub growth: Vec<Growth>,
+    /// What was found where something is suspicious.
+    #[serde(default)]
+    pub diagnoses: Vec<Diagnosis>,
 }
 
 /// Measures what the arms made of a stage.
@@ -37,32 +55,92 @@ pub fn measure_stage(
         all.measures.extend(repeats(arm, output));
         all.measures.extend(batch(arm, output));
     }
+    all.diagnoses.extend(all.measures.iter().filter_map(not_deterministic));
     let reference = outputs.get(&Arm::Reference);
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    let scene = Scene { task, recipe, outputs };
+    let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
+        let anchor = Stream::Anchored(arm);
         // What a file holds only in part, or in another shape, nothing can be anchored on.
         let whole = reference.is_some_and(|reference| same_sites(output, reference));
-        let floors = if whole { floors(task, recipe, output)? } else { Vec::new() };
+        // Equal tensors have equal inputs: what was computed for one arm holds for the other.
+        let own = match &known {
+            Some((twin, own)) if same_bits(twin, output) => Rc::clone(own),
+            _ if whole => Rc::new(Own::of(task, recipe, output)?),
+            _ => Rc::new(Own::default()),
+        };
+        known = Some((output, Rc::clone(&own)));
+        let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
+        all.accounts.extend(accounts);
+        all.shares.extend(shares.map(|shares| (subject, shares)));
+        let first = all.measures.len();
         if every_site && whole {
             // Local errors first: they tell where something starts.
-            let local = anchored(task, output)?;
-            let judge = Stream::Anchored(arm);
-            all.measures.extend(pairs((subject, &output.sites), (judge, &local), &floors));
+            all.measures.extend(pairs(
+                (subject, &output.sites),
+                (anchor, &own.truths),
+                &own.sigmas,
+            ));
         }
-        // The floor of a forward pass is local; it says nothing of what was inherited.
-        let floors = if every_site { Vec::new() } else { floors };
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
-            let floors = if judge == Arm::Reference { floors.as_slice() } else { &[] };
+            // The floor of a forward pass is local; it says nothing of what was inherited.
+            let local = judge == Arm::Reference && !every_site;
+            let floors = if local { own.sigmas.as_slice() } else { &[] };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
             all.measures.extend(pairs((subject, &output.sites), judge, floors));
             if let (Some(a), Some(b)) = (&output.greedy, &judged_by.greedy) {
-                all.greedy.push(greedy((subject, a), (judge.0, b)));
+                let logits = Site("logits".to_owned());
+                let both = output.site(&logits).zip(judged_by.site(&logits));
+                let sigma = both.and_then(|(a, b)| flip_deviation(a, b));
+                all.greedy.push(greedy((subject, a), (judge.0, b), sigma));
+            }
+        }
+        if let Some(reference) = reference.filter(|_| every_site && whole) {
+            let by_layer = anchored_by_layer(task, output)?;
+            all.growth.extend(growth((subject, &output.sites), &reference.sites, &by_layer));
+        }
+        // A single op's input is everybody's, so there the reference itself is local.
+        let judge = if every_site { anchor } else { Stream::Arm(Arm::Reference) };
+        if !own.truths.is_empty() {
+            for judge in [judge, Stream::Arm(Arm::Emulated)] {
+                let found = suspicious(&all.measures[first..], subject, judge);
+                all.diagnoses.extend(diagnose(&scene, arm, judge, &found)?);
             }
         }
     }
     Ok(all)
+}
+
+/// Whether two arms made the same sites, bit for bit.
+fn same_bits(a: &Output, b: &Output) -> bool {
+    let same = |(a, b): (&(Site, Tensor), &(Site, Tensor))| {
+        let values = a.1.data().iter().zip(b.1.data());
+        a.0 == b.0
+            && a.1.rows() == b.1.rows()
+            && a.1.width() == b.1.width()
+            && values.into_iter().all(|(a, b)| a.to_bits() == b.to_bits())
+    };
+    a.sites.len() == b.sites.len() && a.sites.iter().zip(&b.sites).all(same)
+}
+
+/// What an arm's own inputs say about its sites.
+#[derive(Default)]
+struct Own {
+    local: Vec<Local>,
+    truths: Vec<(Site, Tensor)>,
+    sigmas: Vec<(Site, Tensor)>,
+}
+
+impl Own {
+    fn of(task: &Task<'_>, recipe: &Recipe, output: &Output) -> Result<Own, ComputeError> {
+        let local = local(task, recipe, output)?;
+        let truths = local.iter().map(|l| (l.site.clone(), l.truth.clone())).collect();
+        let sigmas = local.iter().map(|l| (l.site.clone(), l.sigma.clone())).collect();
+        Ok(Own { local, truths, sigmas })
+    }
 }
 
 /// Measures arms against each other where nothing else is known: no model, no

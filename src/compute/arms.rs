@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
+use super::call::Watched;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::floor::Floor;
@@ -13,6 +15,7 @@ use super::forward::{
     Discard, Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight,
 };
 use super::reference::Reference;
+use super::shares::{Energies, energies};
 use super::{AttentionShape, ComputeError, GemmRecord, Ops, check_same_shape, cuda};
 use crate::model::Model;
 use crate::op::{
@@ -56,8 +59,8 @@ impl Output {
 
 /// Makes arms. The shipped one is [`Shipped`]; a test or a planted bug brings its own.
 pub trait Workshop: Sync {
-    /// What distinguishes these arms from the shipped ones; part of every cache key.
-    fn name(&self) -> &str;
+    /// What distinguishes an arm from the shipped one; part of its cache key.
+    fn name(&self, arm: Arm) -> String;
 
     /// The ops of an arm under a recipe, and its arithmetic in words.
     ///
@@ -87,8 +90,8 @@ pub struct Shipped {
 }
 
 impl Workshop for Shipped {
-    fn name(&self) -> &str {
-        "shipped"
+    fn name(&self, _arm: Arm) -> String {
+        "shipped".to_owned()
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
@@ -224,19 +227,62 @@ pub fn anchored(task: &Task<'_>, subject: &Output) -> Result<Vec<(Site, Tensor)>
     on_recorded(task, &Reference, subject)
 }
 
-/// The predicted deviation of every GEMM's outputs, from the subject's own inputs.
+/// The reference computed layer by layer on a subject's own residual stream: the
+/// local truth at the end of each layer. For a pass that recorded every site.
+///
+/// # Errors
+/// As [`anchored`].
+pub fn anchored_by_layer(
+    task: &Task<'_>,
+    subject: &Output,
+) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+    let recorded: BTreeMap<&Site, &Tensor> =
+        subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
+    let mut anchor = LayerAnchor { recorded, ends: Vec::new() };
+    let mut cache = KvCache::new(task.model.config());
+    forward(task.model, &Reference, task.tokens, &mut cache, &mut anchor)?;
+    Ok(anchor.ends)
+}
+
+/// One site judged from the subject's own inputs.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// The site.
+    pub site: Site,
+    /// The reference on the subject's inputs.
+    pub truth: Tensor,
+    /// The deviation that the recipe's rounding gives each value.
+    pub sigma: Tensor,
+    /// Where the subject's error comes from, at a GEMM.
+    pub energies: Option<Energies>,
+}
+
+/// The local truth and the predicted floor of every site, from the subject's own inputs.
 ///
 /// # Errors
 /// As [`anchored`], and if the recipe cannot be computed.
-pub fn floors(
+pub fn local(
     task: &Task<'_>,
     recipe: &Recipe,
     subject: &Output,
-) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+) -> Result<Vec<Local>, ComputeError> {
     let floor = Floor::new(recipe)?;
-    let mut sites = on_recorded(task, &floor, subject)?;
-    sites.retain(|(site, _)| is_gemm(site));
-    Ok(sites)
+    let followed = Mutex::new(Vec::new());
+    let watched = Watched::new(|site, call| {
+        let energies = match subject.site(site) {
+            Some(tensor) => energies(floor.emulated(), recipe, call, tensor)?,
+            None => None,
+        };
+        followed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(energies);
+        call.on(&floor)
+    });
+    let truths = on_recorded(task, &watched, subject)?;
+    drop(watched);
+    let followed = followed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let all = truths.into_iter().zip(floor.into_sigmas()).zip(followed);
+    Ok(all
+        .map(|(((site, truth), sigma), energies)| Local { site, truth, sigma, energies })
+        .collect())
 }
 
 /// Whether a GEMM makes this site.
@@ -248,7 +294,12 @@ pub fn is_gemm(site: &Site) -> bool {
     }
 }
 
-fn on_recorded(
+/// Runs the ops of a task on the subject's recorded tensors: each op of `ops`
+/// sees what the subject's op saw. Nothing is computed where only logits are known.
+///
+/// # Errors
+/// If a site that an op would read was not recorded.
+pub fn on_recorded(
     task: &Task<'_>,
     ops: &dyn Ops,
     subject: &Output,
@@ -422,6 +473,26 @@ impl Sites for Recorder<'_> {
             self.sites.push((site, tensor.clone()));
         }
         Ok(tensor)
+    }
+}
+
+/// Keeps what was computed at the layers' ends, and lets the pass go on there
+/// with what was recorded.
+struct LayerAnchor<'a> {
+    recorded: BTreeMap<&'a Site, &'a Tensor>,
+    ends: Vec<(Site, Tensor)>,
+}
+
+impl Sites for LayerAnchor<'_> {
+    fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
+        if site.0 != "embed" && !site.0.ends_with(".ffn_residual") {
+            return Ok(tensor);
+        }
+        let recorded = self.recorded.get(&site);
+        let recorded = recorded.ok_or_else(|| ComputeError::NotRecorded(site.0.clone()))?;
+        let next = Tensor::clone(recorded);
+        self.ends.push((site, tensor));
+        Ok(next)
     }
 }
 

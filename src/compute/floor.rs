@@ -3,15 +3,25 @@
 //! For a GEMM whose operands are rounded to `x~ = x + dx` and `w~ = w + dw`
 //! (both known exactly), output (i, j) has
 //! `sigma^2 = sum_k (x^2 dw^2 + dx^2 w^2 + dx^2 dw^2) + accumulation + output rounding`.
-//! It predicts sizes only; what was computed, and how it compares, is not known here.
+//! The other ops round in f32 a counted number of times; each rounding of a value
+//! s counts as an independent error of variance `(u s)^2 / 3`, u = 2^-24, and is
+//! carried to the output by the op's derivative. It predicts sizes and computes the
+//! truth beside them; what an arm made is not known here.
 
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+use super::departure::scale_at;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::Codes;
-use super::reference::{Widened, dot_rows};
+use super::reference::{Reference, Widened, dot_rows};
+use super::rope;
+use super::vector::{Kernel, dispatch};
 use super::{
-    AttentionShape, ComputeError, Ops, check_gain, check_matmul, check_same_shape, check_tokens,
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_tokens,
 };
 use crate::dtype::Format;
 use crate::model::{Rope, Weight};
@@ -23,13 +33,13 @@ const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 /// Elements of K after which the promoted accumulator restarts.
 const PROMOTION_INTERVAL: f64 = 128.0;
 
-/// An arm whose GEMMs return the deviation of each output instead of the output.
-///
-/// The other ops have no floor of this kind (their contracts count roundings);
-/// they return zeros of the right shape.
+/// The reference arm, which notes beside each result the deviation that the
+/// recipe's rounding gives it.
 pub struct Floor {
     recipe: Recipe,
     emulated: Emulated,
+    /// The deviations of the calls so far, in their order.
+    sigmas: Mutex<Vec<Tensor>>,
 }
 
 impl Floor {
@@ -38,7 +48,29 @@ impl Floor {
     /// # Errors
     /// As [`Emulated::new`].
     pub fn new(recipe: &Recipe) -> Result<Floor, ComputeError> {
-        Ok(Floor { recipe: *recipe, emulated: Emulated::new(recipe)? })
+        let emulated = Emulated::new(recipe)?;
+        Ok(Floor { recipe: *recipe, emulated, sigmas: Mutex::default() })
+    }
+
+    /// The prescribed arithmetic, whose rounding this is.
+    pub fn emulated(&self) -> &Emulated {
+        &self.emulated
+    }
+
+    /// The deviations of all calls so far, in their order.
+    pub fn into_sigmas(self) -> Vec<Tensor> {
+        self.sigmas.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn note(&self, sigma: Tensor) {
+        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(sigma);
+    }
+
+    /// Notes a deviation for each value of a result.
+    fn note_each(&self, y: &Tensor, sigma: impl Fn(usize, f32) -> f64) {
+        let values = y.data().iter().enumerate();
+        let sigmas = values.map(|(index, &y)| sigma(index, y) as f32).collect();
+        self.note(Tensor::new(y.width(), sigmas));
     }
 
     /// The variance of the accumulation's truncations, relative to
@@ -85,49 +117,99 @@ fn rounding(format: Format, size: f64) -> f64 {
     2f64.powi(exponent).powi(2) / 12.0
 }
 
-/// The values that codes and scales stand for, in f64.
-fn dequantised(codes: &Codes, scales: &Scales) -> Vec<f64> {
-    const BLOCK: usize = 128;
-    let width = codes.width();
-    let mut values = Vec::with_capacity(codes.rows() * width);
-    for row in 0..codes.rows() {
-        for (column, value) in codes.decode_row(row).into_iter().enumerate() {
-            let scale = match scales {
-                Scales::Tensor(scale) => *scale,
-                Scales::Row(scales) => scales[row],
-                Scales::Block128 { rows_per_block, scales, .. } => {
-                    scales[row / rows_per_block * width.div_ceil(BLOCK) + column / BLOCK]
-                }
-            };
-            values.push(f64::from(value) * f64::from(scale));
-        }
-    }
-    values
+/// A quarter of the last place of an f32: where a result must be the correctly
+/// rounded one or its neighbour, one place is 4 deviations and two are 8.
+fn quarter_place(value: f32) -> f64 {
+    let size = value.abs();
+    let next = f32::from_bits(size.to_bits().saturating_add(1));
+    (f64::from(next) - f64::from(size)) / 4.0 + f64::from(f32::MIN_POSITIVE)
 }
 
-/// An operand's squares, and its rounding errors' squares, as f32 rows.
+/// The variance of one f32 rounding of a value.
+fn rounded(value: f64) -> f64 {
+    (value * F32_UNIT).powi(2) / 3.0
+}
+
+/// An operand's squares, and its rounding errors' squares, row-major.
 ///
 /// f32 is enough: a floor of seven digits is far better than its own model.
-fn squares(values: &[f32], rounded: &[f64]) -> (Vec<f32>, Vec<f32>) {
-    values
-        .iter()
-        .zip(rounded)
-        .map(|(&value, &rounded)| {
-            let value = f64::from(value);
-            ((value * value) as f32, ((rounded - value) * (rounded - value)) as f32)
-        })
-        .unzip()
+fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32>) {
+    let format = codes.format();
+    let width = codes.width();
+    let table: Vec<f32> = match format.bytes() {
+        1 => (0..256).map(|code| format.decode(code)).collect(),
+        _ => Vec::new(),
+    };
+    let mut square = Vec::with_capacity(values.len());
+    let mut error = Vec::with_capacity(values.len());
+    for (row, values) in values.chunks_exact(width).enumerate() {
+        for (column, (&value, code)) in values.iter().zip(codes.row(row).iter()).enumerate() {
+            let decoded = table.get(code as usize).copied();
+            let decoded = decoded.unwrap_or_else(|| format.decode(code));
+            let rounding = decoded * scale_at(scales, width, row, column) - value;
+            square.push(value * value);
+            error.push(rounding * rounding);
+        }
+    }
+    (square, error)
+}
+
+/// All dot products of rows of positive values, `[x rows, w rows]`.
+///
+/// Nothing cancels, so f32 sums are right to some 1e-6 whatever their order.
+struct PositiveDots<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    width: usize,
+}
+
+/// Partial sums of a positive dot product.
+const LANES: usize = 16;
+
+impl Kernel for PositiveDots<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<f32> {
+        let PositiveDots { x, w, width } = self;
+        let mut dots = Vec::with_capacity(x.len() / width * (w.len() / width));
+        for x in x.chunks_exact(width) {
+            for w in w.chunks_exact(width) {
+                let mut lanes = [0.0f32; LANES];
+                let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+                let (w_blocks, w_rest) = w.as_chunks::<LANES>();
+                for (x, w) in x_blocks.iter().zip(w_blocks) {
+                    for lane in 0..LANES {
+                        lanes[lane] = if FMA {
+                            x[lane].mul_add(w[lane], lanes[lane])
+                        } else {
+                            x[lane] * w[lane] + lanes[lane]
+                        };
+                    }
+                }
+                let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
+                dots.push(lanes.iter().sum::<f32>() + rest);
+            }
+        }
+        dots
+    }
 }
 
 impl Ops for Floor {
     fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
-        Ok(Tensor::zeros(tokens.len(), weight.width()))
+        let y = Reference.embed(weight, tokens)?;
+        // A copy rounds nothing.
+        self.note(Tensor::zeros(y.rows(), y.width()));
+        Ok(y)
     }
 
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, _eps: f32) -> Result<Tensor, ComputeError> {
+    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
-        Ok(Tensor::zeros(x.rows(), x.width()))
+        let y = Reference.rms_norm(x, gain, eps)?;
+        // The kernel carries two f32 throughout and is within one place.
+        self.note_each(&y, |_, y| quarter_place(y));
+        Ok(y)
     }
 
     fn matmul(
@@ -140,67 +222,176 @@ impl Ops for Floor {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
         let (codes, scales) = self.emulated.quantise_activation(x);
-        let (x_square, dx_square) = squares(x.data(), &dequantised(&codes, &scales));
+        let (x_square, dx_square) = squares(x.data(), &codes, &scales);
         let x_wide = Widened::of(x.data(), width);
-        let x_square = Widened::of(&x_square, width);
-        let dx_square = Widened::of(&dx_square, width);
         let (of_terms, of_sum) = self.accumulation(width);
         let chunks = self.emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
-            let (w_square, dw_square) = squares(rows, &dequantised(codes, &scales));
-            let both: Vec<f32> = w_square.iter().zip(&dw_square).map(|(w, dw)| w + dw).collect();
-            let y = dot_rows(&x_wide, &Widened::of(rows, width));
-            let from_w = dot_rows(&x_square, &Widened::of(&dw_square, width));
-            let from_x = dot_rows(&dx_square, &Widened::of(&both, width));
-            let terms = dot_rows(&x_square, &Widened::of(&w_square, width));
+            let (mut with_x, mut with_dx) = squares(rows, codes, &scales);
+            for (w, dw) in with_x.iter_mut().zip(&mut with_dx) {
+                let (w_square, dw_square) = (*w, *dw);
+                // x^2 meets dw^2 and the accumulation's share of w^2; dx^2 meets both.
+                *w = dw_square + of_terms as f32 * w_square;
+                *dw = w_square + dw_square;
+            }
+            let dots = dot_rows(&x_wide, &Widened::of(rows, width));
+            let from_x = dispatch(PositiveDots { x: &x_square, w: &with_x, width });
+            let from_dx = dispatch(PositiveDots { x: &dx_square, w: &with_dx, width });
             let count = codes.rows();
-            let variance = |index: usize| {
-                let rounding = from_w[index] + from_x[index];
-                let inner = rounding + of_terms * terms[index] + of_sum * y[index] * y[index];
+            let mut truth = Vec::with_capacity(dots.len());
+            let mut sigma = Vec::with_capacity(dots.len());
+            for (index, dot) in dots.into_iter().enumerate() {
                 let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[first + index % count]));
-                let size = (y[index].abs()).max(inner.sqrt());
-                inner + self.output(size) + (bias * F32_UNIT).powi(2)
-            };
-            let sigmas: Vec<f32> =
-                (0..y.len()).map(|index| variance(index).sqrt() as f32).collect();
-            Ok((first, Tensor::new(count, sigmas)))
+                let inner =
+                    f64::from(from_x[index]) + f64::from(from_dx[index]) + of_sum * dot * dot;
+                let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
+                let variance = inner + self.output(size) + (bias * F32_UNIT).powi(2);
+                truth.push((dot + bias) as f32);
+                sigma.push(variance.sqrt() as f32);
+            }
+            Ok((first, Tensor::new(count, truth), Tensor::new(count, sigma)))
         })?;
+        let mut truth = Tensor::zeros(x.rows(), weight.rows());
         let mut sigma = Tensor::zeros(x.rows(), weight.rows());
-        for (first, chunk) in chunks {
+        for (first, truths, sigmas) in chunks {
             for row in 0..x.rows() {
-                let columns = first..first + chunk.width();
-                sigma.row_mut(row)[columns].copy_from_slice(chunk.row(row));
+                let columns = first..first + truths.width();
+                truth.row_mut(row)[columns.clone()].copy_from_slice(truths.row(row));
+                sigma.row_mut(row)[columns].copy_from_slice(sigmas.row(row));
             }
         }
-        Ok(sigma)
+        self.note(sigma);
+        Ok(truth)
     }
 
     fn rope(
         &self,
         x: &Tensor,
-        _geometry: &Rope,
-        _head_dim: usize,
-        _first_position: usize,
+        geometry: &Rope,
+        head_dim: usize,
+        first_position: usize,
     ) -> Result<Tensor, ComputeError> {
-        Ok(Tensor::zeros(x.rows(), x.width()))
+        let y = Reference.rope(x, geometry, head_dim, first_position)?;
+        let mut sigma = Tensor::zeros(x.rows(), x.width());
+        for row in 0..x.rows() {
+            let angles = rope::angles(geometry, first_position + row);
+            let heads = sigma.row_mut(row).chunks_exact_mut(head_dim);
+            let heads = heads.zip(x.row(row).chunks_exact(head_dim));
+            for ((sigma, x), y) in heads.zip(y.row(row).chunks_exact(head_dim)) {
+                for (pair, &(sin, cos)) in angles.iter().enumerate() {
+                    let (first, second) = rope::pair(geometry, pair);
+                    let (a, b) = (f64::from(x[first]), f64::from(x[second]));
+                    // The table's entries round, the second product does, the sum does,
+                    // and so does the reference.
+                    let of = |fused: f64, product: f64, y: f32| {
+                        let y = f64::from(y);
+                        let variance = rounded(fused) + 2.0 * rounded(product) + 2.0 * rounded(y);
+                        (variance.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32
+                    };
+                    sigma[first] = of(a * cos, b * sin, y[first]);
+                    sigma[second] = of(a * sin, b * cos, y[second]);
+                }
+            }
+        }
+        self.note(sigma);
+        Ok(y)
     }
 
     fn attention(
         &self,
         q: &Tensor,
-        _k: &Tensor,
-        _v: &Tensor,
-        _shape: AttentionShape,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
-        Ok(Tensor::zeros(q.rows(), q.width()))
+        let y = Reference.attention(q, k, v, shape)?;
+        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let mut sigma = Tensor::zeros(y.rows(), y.width());
+        sigma.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(
+            |(index, sigma)| {
+                check_interrupt()?;
+                let (row, head) = (index / heads, index % heads);
+                let group = head / (heads / kv_heads) * head_dim;
+                let group = group..group + head_dim;
+                let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
+                let out = &y.row(row)[head * head_dim..(head + 1) * head_dim];
+                let seen = first_position + row + 1;
+                let keys = (0..seen).map(|position| &k.row(position)[group.clone()]);
+                let values: Vec<&[f32]> =
+                    (0..seen).map(|position| &v.row(position)[group.clone()]).collect();
+                let spread = attention_spread(query, keys, &values, out);
+                for (sigma, spread) in sigma.iter_mut().zip(spread) {
+                    *sigma = (spread.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32;
+                }
+                Ok::<(), ComputeError>(())
+            },
+        )?;
+        self.note(sigma);
+        Ok(y)
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        check_same_shape("swiglu", gate, up)?;
-        Ok(Tensor::zeros(gate.rows(), gate.width()))
+        let y = Reference.swiglu(gate, up)?;
+        self.note_each(&y, |index, y| {
+            let power = libm::exp(-f64::from(gate.data()[index]));
+            // The exponential is within two places, and weighs as its share of 1 + e^-g;
+            // then a sum, a quotient and two products round, and so does the reference.
+            let share = if power.is_finite() { power / (1.0 + power) } else { 1.0 };
+            let exponential = (2.0 * F32_UNIT * share).powi(2);
+            let size = f64::from(y);
+            (size * size * exponential + 5.0 * rounded(size)).sqrt() + quarter_place(y)
+        });
+        Ok(y)
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
-        check_same_shape("a residual addition", a, b)?;
-        Ok(Tensor::zeros(a.rows(), a.width()))
+        let y = Reference.add(a, b)?;
+        // One correctly rounded sum, the same as the reference's or its neighbour.
+        self.note_each(&y, |_, y| quarter_place(y));
+        Ok(y)
     }
+}
+
+/// The variance of each value of one attention head's output.
+///
+/// A score is a tree of sums and one product: `(2 A^2 + s^2) u^2 / 3` with
+/// `A = sum |q k|`. The exponential adds two places, and the difference that it
+/// is taken of one rounding. A relative error of weight j moves the output by
+/// `p_j (v_j - out)`. The chain over the values rounds each partial sum, the
+/// total, the quotient and the reference once each.
+fn attention_spread<'k>(
+    query: &[f32],
+    keys: impl Iterator<Item = &'k [f32]>,
+    values: &[&[f32]],
+    out: &[f32],
+) -> Vec<f64> {
+    let scale = 1.0 / (query.len() as f64).sqrt();
+    let scores: Vec<(f64, f64)> = keys
+        .map(|key| {
+            let products = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k));
+            let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
+            (sum * scale, size * scale)
+        })
+        .collect();
+    let largest =
+        scores.iter().fold(f64::NEG_INFINITY, |most, &(s, _)| if s > most { s } else { most });
+    let weights: Vec<f64> = scores.iter().map(|&(s, _)| libm::exp(s - largest)).collect();
+    let total: f64 = weights.iter().sum();
+    let mut spread = vec![0.0; out.len()];
+    let mut partial = vec![0.0; out.len()];
+    for ((&(score, size), weight), value) in scores.iter().zip(&weights).zip(values) {
+        let share = weight / total;
+        let of_score = 2.0 * rounded(size) + rounded(score) + rounded(score - largest);
+        let relative = of_score + (2.0 * F32_UNIT).powi(2);
+        for (index, &value) in value.iter().enumerate() {
+            let value = f64::from(value);
+            partial[index] += share * value;
+            let moved = share * (value - f64::from(out[index]));
+            spread[index] += moved * moved * relative + rounded(partial[index]);
+        }
+    }
+    let chain = (values.len() as f64 / 32.0).ceil() + 7.0;
+    for (spread, &out) in spread.iter_mut().zip(out) {
+        *spread += chain * rounded(f64::from(out));
+    }
+    spread
 }

@@ -5,7 +5,9 @@
 //! knows of stages, contracts or caches.
 
 pub mod arms;
+pub mod call;
 pub mod cuda;
+pub mod departure;
 pub mod eight_bit;
 pub mod emulated;
 pub mod floor;
@@ -15,6 +17,7 @@ pub mod product;
 pub mod recorded;
 pub mod reference;
 pub mod rope;
+pub mod shares;
 pub mod vector;
 
 use serde::{Deserialize, Serialize};

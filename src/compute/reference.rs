@@ -221,6 +221,18 @@ impl Widened {
         wide
     }
 
+    /// Rows of values that are f64 already.
+    pub fn of_f64(values: &[f64], width: usize) -> Widened {
+        let mut wide = Widened::empty(width);
+        wide.rows = values.len() / width;
+        wide.data.resize(wide.rows * wide.stride, 0.0);
+        let rows = wide.data.chunks_exact_mut(wide.stride);
+        for (wide, values) in rows.zip(values.chunks_exact(width)) {
+            wide[..width].copy_from_slice(values);
+        }
+        wide
+    }
+
     fn refill(&mut self, values: &[f32], width: usize) {
         self.rows = values.len() / width;
         self.data.resize(self.rows * self.stride, 0.0);

@@ -6,6 +6,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The attempts of one run.
 pub struct Attempts {
@@ -22,6 +23,10 @@ pub struct Attempt {
 
 /// The file that a run keeps locked.
 const LOCK: &str = "lock";
+/// How the name of a folder begins that is being made.
+const DRAFT: &str = ".new-";
+/// How the name of a folder begins that is being removed.
+const DEAD: &str = ".dead-";
 
 impl Attempts {
     /// Makes the folder of a run below `root`, and clears away what runs that were
@@ -35,12 +40,12 @@ impl Attempts {
         let left = clear_dead(&root)?;
         let name = format!("{run}.{}", std::process::id());
         let folder = root.join(&name);
-        std::fs::create_dir(&folder)?;
         // Locked before it stands where others look.
-        let draft = root.join(format!(".{name}"));
-        let lock = File::create(&draft)?;
+        let draft = root.join(format!("{DRAFT}{name}"));
+        std::fs::create_dir(&draft)?;
+        let lock = File::create(draft.join(LOCK))?;
         lock.lock()?;
-        std::fs::rename(&draft, folder.join(LOCK))?;
+        std::fs::rename(&draft, &folder)?;
         Ok((Attempts { folder, _lock: lock, last: AtomicU64::new(0) }, left))
     }
 
@@ -58,7 +63,7 @@ impl Attempts {
 
 impl Drop for Attempts {
     fn drop(&mut self) {
-        remove(&self.folder);
+        remove_run(&self.folder);
     }
 }
 
@@ -75,9 +80,34 @@ impl Drop for Attempt {
     }
 }
 
+/// Removes a folder, or most of it: the next run does the rest.
 fn remove(folder: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(folder) {
-        tracing::warn!("cannot remove `{}`: {error}", folder.display());
+    const TRIES: usize = 5;
+    for tried in 1.. {
+        match std::fs::remove_dir_all(folder) {
+            // Another run may be at it too.
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                // A process that is being killed may have made a file in this moment.
+                if tried < TRIES {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+                tracing::warn!("cannot remove `{}`: {error}", folder.display());
+            }
+            _ => {}
+        }
+        return;
+    }
+}
+
+/// Removes the folder of a whole run. It goes out of the way first, so that no run
+/// sees it without its lock.
+fn remove_run(folder: &Path) {
+    let name = entry_name(folder);
+    let dead = folder.with_file_name(format!("{DEAD}{name}"));
+    match std::fs::rename(folder, &dead) {
+        Ok(()) => remove(&dead),
+        Err(_) => remove(folder),
     }
 }
 
@@ -87,6 +117,11 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
     for entry in std::fs::read_dir(root)? {
         let folder = entry?.path();
         if !folder.is_dir() {
+            continue;
+        }
+        let name = entry_name(&folder);
+        if name.starts_with(DEAD) {
+            remove(&folder);
             continue;
         }
         let dead = match File::options().write(true).open(folder.join(LOCK)) {
@@ -99,12 +134,16 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
             Err(_) => is_old(&folder),
         };
         if dead {
-            remove(&folder);
-            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
-            cleared.extend(name.map(|name| name.split('.').next().unwrap_or("").to_owned()));
+            remove_run(&folder);
+            let name = name.strip_prefix(DRAFT).unwrap_or(&name);
+            cleared.extend(name.split('.').next().map(str::to_owned));
         }
     }
     Ok(cleared)
+}
+
+fn entry_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn is_old(folder: &Path) -> bool {

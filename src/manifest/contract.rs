@@ -417,7 +417,10 @@ impl RawFalsifier {
         }
 
         let Some(metric) = &self.metric else { return problems };
-        let needs_floor = matches!(metric.value, Metric::ZRms | Metric::ZMax | Metric::ZMean);
+        let needs_floor = matches!(
+            metric.value,
+            Metric::ZRms | Metric::ZMax | Metric::ZMean | Metric::ZRow | Metric::ZColumn
+        );
         let against_reference =
             matches!(b, Stream::Arm(Arm::Reference) | Stream::Anchored(_)) && a != b;
         if problems.is_empty() && needs_floor && !against_reference {

@@ -23,6 +23,10 @@ pub fn of_run(run: &RunRecord, runs: &str) -> Vec<Suggestion> {
             command: format!("runner report {id}{runs}"),
             purpose: "this page anew, from run.json",
         },
+        Suggestion {
+            command: format!("runner diff {id} latest{runs}"),
+            purpose: "what has changed since",
+        },
     ]
 }
 

@@ -4,15 +4,28 @@
 //! (the table, or run.json); progress goes to stderr.
 
 mod commands;
+mod csv;
+mod diff;
+mod github;
 mod html;
+mod junit;
 mod layers;
 mod log;
+mod places;
 mod progress;
+mod sarif;
+mod sparkline;
 mod table;
 
-pub use html::page;
+pub use csv::csv;
+pub use diff::{Change, diff, diff_text};
+pub use github::{annotations, markdown};
+pub use html::{diff_page, page};
+pub use junit::junit;
 pub use log::EventLog;
 pub use progress::{Bars, Lines};
+pub use sarif::sarif;
+pub use sparkline::drift;
 pub use table::table;
 
 use crate::event::{Event, Sink};

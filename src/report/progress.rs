@@ -46,6 +46,10 @@ impl Sink for Bars {
                 if let Some(bar) = self.arms.remove(&(stage.clone(), *arm)) {
                     bar.finish_and_clear();
                 }
+                if let Some(line) = reason(event) {
+                    // Above the bars, where it stays; a terminal that is gone shows nothing.
+                    let _ = self.all.println(line);
+                }
             }
             Event::Measuring { stage } => {
                 let bar = self.add(format!("{stage}  measuring"), None);
@@ -69,18 +73,26 @@ pub struct Lines;
 impl Sink for Lines {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::ArmFinished { stage, arm, state, why, seconds } => {
-                let what = match state {
-                    ArmState::Ran => format!("ran in {seconds:.2} s: {why}"),
-                    ArmState::Reused => why.clone(),
-                    ArmState::Unmeasured => format!("unmeasured: {why}"),
-                    ArmState::Error => format!("error: {why}"),
-                    ArmState::Blocked => format!("blocked: {why}"),
-                };
-                eprintln!("{stage}  {arm:9}  {what}");
+            Event::ArmFinished { .. } => {
+                if let Some(line) = reason(event) {
+                    eprintln!("{line}");
+                }
             }
             Event::StageJudged { stage, verdict, .. } => eprintln!("{stage}  judged     {verdict}"),
             _ => {}
         }
     }
+}
+
+/// What became of an arm, and why: the line that every run prints for it.
+fn reason(event: &Event) -> Option<String> {
+    let Event::ArmFinished { stage, arm, state, why, seconds } = event else { return None };
+    let what = match state {
+        ArmState::Ran => format!("ran in {seconds:.2} s: {why}"),
+        ArmState::Reused => why.clone(),
+        ArmState::Unmeasured => format!("unmeasured: {why}"),
+        ArmState::Error => format!("error: {why}"),
+        ArmState::Blocked => format!("blocked: {why}"),
+    };
+    Some(format!("{stage}  {arm:9}  {what}"))
 }

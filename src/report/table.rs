@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::record::{ArmState, RunRecord, StageRecord};
+use crate::text::share;
 
 /// The table, as wide as it needs or wrapped to `width` columns.
 pub fn table(run: &RunRecord, place: &str, width: usize) -> String {
@@ -11,23 +12,28 @@ pub fn table(run: &RunRecord, place: &str, width: usize) -> String {
     let name_width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(5);
     const VERDICT_WIDTH: usize = 10;
     const TIME_WIDTH: usize = 9;
-    let fixed = name_width + 2 + VERDICT_WIDTH + 2 + TIME_WIDTH + 2;
+    const USED_WIDTH: usize = 8;
+    let fixed = name_width + 2 + VERDICT_WIDTH + 2 + TIME_WIDTH + 2 + USED_WIDTH + 2;
     let why_width = width.saturating_sub(fixed).max(30);
     let mut text = String::new();
-    let mut line = |name: &str, verdict: &str, time: &str, why: &str| {
-        let row =
-            format!("{name:name_width$}  {verdict:VERDICT_WIDTH$}  {time:>TIME_WIDTH$}  {why}");
+    let mut line = |name: &str, verdict: &str, time: &str, used: &str, why: &str| {
+        let row = format!(
+            "{name:name_width$}  {verdict:VERDICT_WIDTH$}  {time:>TIME_WIDTH$}  \
+             {used:>USED_WIDTH$}  {why}"
+        );
         // Writing to a string cannot fail.
         let _ = writeln!(text, "{}", row.trim_end());
     };
-    line("stage", "verdict", "time", "why");
+    line("stage", "verdict", "time", "of bound", "why");
     for (stage, name) in run.stages.iter().zip(&names) {
         let time = if all_reused(stage) { "reused".to_owned() } else { seconds(stage.seconds) };
+        let used = stage.decisive().and_then(|judgement| judgement.used);
+        let used = used.map_or(String::new(), share);
         for (index, why) in wrapped(&stage.why, why_width).iter().enumerate() {
             if index == 0 {
-                line(name, stage.verdict.name(), &time, why);
+                line(name, stage.verdict.name(), &time, &used, why);
             } else {
-                line("", "", "", why);
+                line("", "", "", "", why);
             }
         }
     }
@@ -36,7 +42,7 @@ pub fn table(run: &RunRecord, place: &str, width: usize) -> String {
         for (index, why) in wrapped(&family.why, why_width).iter().enumerate() {
             let (name, verdict) =
                 if index == 0 { (&*name, family.verdict.name()) } else { ("", "") };
-            line(name, verdict, "", why);
+            line(name, verdict, "", "", why);
         }
     }
     let reused = run.stages.iter().all(all_reused) && !run.stages.is_empty();
@@ -73,6 +79,8 @@ fn all_reused(stage: &StageRecord) -> bool {
 
 /// Words in lines of at most `width` columns.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
+    // What moves a terminal's cursor is no part of a reason.
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
         let last = lines.last_mut().map(|line| line.chars().count()).unwrap_or(0);

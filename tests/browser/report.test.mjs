@@ -1,7 +1,7 @@
 // Looks at report.html in headless Chromium: what is visible, that every figure is
 // run.json's, that nothing is requested, and that no name can run as a script.
 import assert from "node:assert/strict";
-import { mkdirSync, readFileSync, statSync } from "node:fs";
+import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { pathToFileURL } from "node:url";
@@ -228,12 +228,39 @@ test("measures that are not finite are shown as such", async () => {
   await close(page);
 });
 
+// `cargo test a_planted_bug` leaves this run: a zeroed row in the down projection
+// of layer 2.
+test("a planted bug is the first thing that a reader sees", async () => {
+  const planted = record(new URL("../../target/tmp/planted", import.meta.url).pathname);
+  const folder = variant("planted", planted);
+  const page = await open(folder);
+  assert.match(await page.locator("header h1").innerText(), /✕ structural/);
+  assert.match(await page.locator(".lead").innerText(), /A bug: .* at blk\.2\.ffn_down/s);
+  const place = planted.stages.findIndex((stage) => stage.id === "B");
+  const section = page.locator(`#stage-${place}`);
+  await section.scrollIntoViewIfNeeded();
+  assert.match(await section.locator(".claims tbody tr").first().textContent(), /falsified/);
+  const out = await section.locator("svg.heat rect.out title").allTextContents();
+  assert(out[0].startsWith("blk.2.ffn_down: "), out[0]);
+  assert.deepEqual(new Set(out.map((title) => title.split(":")[0])), new Set(["blk.2.ffn_down"]));
+  await checkFigures(page, planted);
+  await checkCells(page, planted);
+  if (process.env.SCREENSHOTS) await picture(page, `#stage-${place}`, "report-planted");
+  await close(page);
+});
+
 // The pictures in docs/, made here so that they show what the page is.
-test("screenshots", { skip: !process.env.SCREENSHOTS }, async () => {
-  const folder = process.env.SCREENSHOTS;
-  mkdirSync(folder, { recursive: true });
+async function picture(page, selector, name) {
+  mkdirSync(process.env.SCREENSHOTS, { recursive: true });
+  await page.setViewportSize({ width: 1180, height: 1500 });
+  const part = page.locator(selector).first();
+  await part.scrollIntoViewIfNeeded();
+  await part.screenshot({ path: join(process.env.SCREENSHOTS, `${name}.png`) });
+}
+
+test("pictures for docs/", { skip: !process.env.SCREENSHOTS }, async () => {
   const page = await open(clean, { colorScheme: "light" });
-  await page.screenshot({ path: join(folder, "report-clean.png") });
-  await page.locator("#stage-4, #stage-1").last().scrollIntoViewIfNeeded();
+  await page.setViewportSize({ width: 1180, height: 1000 });
+  await page.screenshot({ path: join(process.env.SCREENSHOTS, "report-clean.png") });
   await close(page);
 });

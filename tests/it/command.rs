@@ -86,6 +86,7 @@ impl Project {
         let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
         command.args(arguments).current_dir(self.0.path());
         command.env("XDG_CACHE_HOME", self.path("home")).env_remove("RUNNER_LOG");
+        command.env("XDG_RUNTIME_DIR", self.0.path());
         // Without a visible device the outcome is the same on every machine.
         command.env("CUDA_VISIBLE_DEVICES", "");
         command

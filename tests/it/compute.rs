@@ -327,18 +327,35 @@ impl Z {
 }
 
 /// The z of every GEMM of a forward pass.
-fn measure_floors(model: &Model, recipe: &Recipe, tokens: usize) -> Vec<(Site, Z)> {
+fn measure_floors(
+    model: &Model,
+    recipe: &Recipe,
+    tokens: usize,
+    kernels: &mut BTreeMap<String, f64>,
+) -> Vec<(Site, Z)> {
     let tokens = prompt(model, tokens);
     let (subject, anchored) = emulated_and_anchored(model, recipe, &tokens);
     let task = Task { op: &EVERY_SITE, model, tokens: &tokens, input: None };
-    let floors = arms::floors(&task, recipe, &subject).expect("every site is there");
-    let truths: BTreeMap<&Site, &Tensor> = anchored.iter().map(|(s, t)| (s, t)).collect();
-    assert_eq!(floors.len(), 7 * model.config().layers + 1);
-    let z = floors.iter().map(|(site, floor)| {
-        let subject = subject.site(site).expect("a GEMM's site");
-        (site.clone(), Z::of(subject, truths[site], floor))
-    });
-    z.collect()
+    let locals = arms::local(&task, recipe, &subject).expect("every site is there");
+    let truths: Vec<(Site, Tensor)> =
+        locals.iter().map(|local| (local.site.clone(), local.truth.clone())).collect();
+    assert_same_bits("the floor's truth", &truths, &anchored);
+    let mut gemms = Vec::new();
+    for arms::Local { site, truth, sigma, energies } in &locals {
+        let tensor = subject.site(site).expect("a recorded site");
+        if arms::is_gemm(site) {
+            let shares = energies.and_then(|energies| energies.shares()).expect("an error");
+            let sum: f64 = shares.named().iter().map(|(_, share)| share).sum();
+            assert!((sum - 1.0).abs() < 1e-9 && shares.unexplained == 0.0, "{site}: {shares:?}");
+            gemms.push((site.clone(), Z::of(tensor, truth, sigma)));
+        } else if site.0 != "embed" {
+            let z = Z::of(tensor, truth, sigma);
+            let most = kernels.entry(kind_of(site).to_owned()).or_insert(0.0f64);
+            *most = if z.most > *most { z.most } else { *most };
+        }
+    }
+    assert_eq!(gemms.len(), 7 * model.config().layers + 1);
+    gemms
 }
 
 /// Prints a summary, and holds every site's z_rms to `low..=high`.
@@ -378,16 +395,26 @@ fn recipes() -> [(&'static str, Recipe); 9] {
 
 #[test]
 fn every_recipe_deviates_by_its_predicted_floor() {
+    let mut kernels = BTreeMap::new();
     for preset in TINY {
         let model = model(preset);
         for (name, recipe) in recipes() {
             for output in [Format::F32, Format::Bf16] {
                 let recipe = Recipe { output, ..recipe };
-                let zs = measure_floors(&model, &recipe, 32);
+                let zs = measure_floors(&model, &recipe, 32, &mut kernels);
                 let name = format!("{} {name}, {output} out", preset.name());
                 assert_floors(&name, &zs, (0.9, 1.1));
             }
         }
+    }
+    assert_kernels(&kernels);
+}
+
+/// Ops that are no GEMM stay within the deviations that no value exceeds.
+fn assert_kernels(kernels: &BTreeMap<String, f64>) {
+    println!("{kernels:.2?}");
+    for (kind, most) in kernels {
+        assert!(*most <= runner::compare::MOST_DEVIATIONS, "{kind}: {most}");
     }
 }
 
@@ -395,7 +422,9 @@ fn every_recipe_deviates_by_its_predicted_floor() {
 #[ignore = "needs RUNNER_SMOLLM2, see scripts/fetch-smollm2.sh"]
 fn smollm2_deviates_by_the_predicted_floor() {
     let model = Model::open(&smollm2()).expect("the file that the script fetched");
+    let mut kernels = BTreeMap::new();
     for (name, recipe) in recipes() {
-        assert_floors(name, &measure_floors(&model, &recipe, 16), (0.9, 1.1));
+        assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), (0.9, 1.1));
     }
+    assert_kernels(&kernels);
 }

@@ -11,6 +11,7 @@ mod golden;
 mod manifest;
 mod model;
 mod nightly;
+mod peers;
 mod receipts;
 mod recorded;
 mod records;

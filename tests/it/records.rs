@@ -94,3 +94,72 @@ fn damaged_newer_and_unknown_runs_are_refused_with_the_reason() {
         "{text}"
     );
 }
+
+#[test]
+fn the_reference_in_docs_is_what_the_code_says() {
+    let (code, stdout, _) = runner(&["reference"]);
+    assert_eq!(code, Some(0));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference.md");
+    let written = std::fs::read_to_string(path).expect("docs/reference.md");
+    assert!(written == stdout, "run `runner reference > docs/reference.md`");
+}
+
+#[test]
+fn every_command_on_the_page_can_be_typed() {
+    let runs = tempfile::tempdir().expect("a folder");
+    let id = one_run(runs.path());
+    let page = std::fs::read_to_string(runs.path().join(&id).join("report.html")).expect("a page");
+    let commands: Vec<&str> = page
+        .split("<code class=\"command\">")
+        .skip(1)
+        .filter_map(|rest| rest.split("</code>").next())
+        .filter(|command| command.starts_with("runner "))
+        .collect();
+    assert!(commands.len() >= 6, "{commands:?}");
+    let place = tempfile::tempdir().expect("a folder");
+    for command in commands {
+        let status = Command::new(env!("CARGO_BIN_EXE_runner"))
+            .args(command.split_whitespace().skip(1))
+            .current_dir(place.path())
+            .output()
+            .expect("the binary starts");
+        let stderr = String::from_utf8_lossy(&status.stderr);
+        assert_eq!(status.status.code(), Some(0), "{command}: {stderr}");
+    }
+}
+
+#[test]
+fn a_run_differs_from_another_in_what_was_changed_and_not_from_itself() {
+    let runs = tempfile::tempdir().expect("a folder");
+    let place = runs.path().to_str().expect("a path of text");
+    let first = one_run(runs.path());
+    let (code, stdout, _) = runner(&["diff", &first, &first, "--runs", place]);
+    assert_eq!(code, Some(0));
+    assert!(stdout.contains("nothing changed"), "{stdout}");
+
+    let stages = format!("{}/stages", env!("CARGO_MANIFEST_DIR"));
+    let run = ["run", &stages, "--select", "C", "--tokens", "1,2", "--runs", place, "-q"];
+    let (code, _, stderr) = runner(&run);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "-q leaves stderr to errors");
+    let page = runs.path().join("changes.html");
+    let out = page.to_str().expect("text");
+    let (code, stdout, _) = runner(&["diff", &first, "latest", "--runs", place, "--html", out]);
+    assert_eq!(code, Some(1));
+    assert!(stdout.contains("tokens: [791,374,264,1296] -> [1,2]"), "{stdout}");
+    assert!(stdout.contains("stage D\n  verdict      the stage: pass -> is gone"), "{stdout}");
+    assert!(std::fs::read_to_string(&page).expect("a page").contains("[1,2]"));
+}
+
+#[test]
+fn watching_runs_the_stages_with_what_it_was_given() {
+    let runs = tempfile::tempdir().expect("a folder");
+    let place = runs.path().to_str().expect("a path of text");
+    let stages = format!("{}/stages", env!("CARGO_MANIFEST_DIR"));
+    let (code, stdout, stderr) =
+        runner(&["watch", &stages, "--times", "1", "--", "--select", "C", "--runs", place, "-q"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("C  embed"), "{stdout}");
+    let (code, _, stderr) = runner(&["watch", "no/such/folder", "--times", "1"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("cannot read `no/such/folder`"), "{stderr}");
+}

@@ -14,6 +14,7 @@ use runner::manifest::{Overrides, load};
 use runner::model::{Rope, Weight};
 use runner::op::{Arm, Recipe};
 use runner::plan::Plan;
+use runner::record::{Provenance, RunRecord, SCHEMA, StageRecord};
 use runner::run::{Options, run};
 use runner::tensor::Tensor;
 use runner::verdict::Verdict;
@@ -39,8 +40,8 @@ enum Fault {
 struct Faulty(Fault);
 
 impl Workshop for Faulty {
-    fn name(&self) -> &str {
-        "faulty"
+    fn name(&self, _: Arm) -> String {
+        "faulty".to_owned()
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
@@ -147,6 +148,15 @@ impl Sink for Dark {
 
 /// Every shipped stage's verdict and reason under a fault.
 fn verdicts(fault: Fault, model: &str) -> BTreeMap<String, (Verdict, String)> {
+    let stages = judged(fault, model).into_iter().map(|stage| {
+        println!("{}: {}: {}", stage.id, stage.verdict, stage.why);
+        (stage.id.0, (stage.verdict, stage.why))
+    });
+    stages.collect()
+}
+
+/// Every shipped stage under a fault.
+fn judged(fault: Fault, model: &str) -> Vec<StageRecord> {
     let place = tempfile::tempdir().expect("a temporary folder");
     let stages = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages");
     let overrides = Overrides { model: Some(model.to_owned()), ..Overrides::default() };
@@ -170,11 +180,7 @@ fn verdicts(fault: Fault, model: &str) -> BTreeMap<String, (Verdict, String)> {
     };
     let finished = run(&plan, &store, &options, &mut Dark);
     assert_eq!(finished.bug, None);
-    let stages = finished.stages.into_iter().map(|stage| {
-        println!("{}: {}: {}", stage.id, stage.verdict, stage.why);
-        (stage.id.0, (stage.verdict, stage.why))
-    });
-    stages.collect()
+    finished.stages
 }
 
 const QWEN2: &str = "synthetic:qwen2-tiny";
@@ -230,4 +236,37 @@ fn a_broken_epsilon_is_found_at_the_first_norm() {
 #[test]
 fn a_broken_rope_base_is_found_at_the_first_rotation() {
     assert_found(Fault::RopeBase, QWEN2, &[("B", "blk.0.q_rope")], &["C", "D", "E"]);
+}
+
+/// Leaves the record of a run with a planted bug where the browser's tests look
+/// for it: `target/tmp/planted/run.json`.
+#[test]
+fn a_planted_bug_stands_in_a_record_for_the_browser() {
+    let stages = judged(Fault::ZeroedRow("blk.2.ffn_down.weight"), QWEN2);
+    let verdict = Verdict::of_run(stages.iter().map(|stage| stage.verdict));
+    assert_eq!(verdict, Verdict::Structural);
+    let record = RunRecord {
+        schema: SCHEMA,
+        id: "planted".to_owned(),
+        verdict,
+        exit_code: verdict.exit_code(),
+        interrupted: false,
+        started: "2026-11-24T00:00:00Z".to_owned(),
+        seconds: stages.iter().map(|stage| stage.seconds).sum(),
+        families: Vec::new(),
+        folder: "stages".to_owned(),
+        provenance: Provenance {
+            runner: env!("CARGO_PKG_VERSION").to_owned(),
+            command: ["cargo", "test", "a_planted_bug"].map(str::to_owned).into(),
+            platform: "the test's".to_owned(),
+            cpu: None,
+            threads: 2,
+        },
+        stages,
+    };
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planted");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let json = serde_json::to_string(&record).expect("a record is JSON");
+    std::fs::write(folder.join("run.json"), json).expect("it can be written");
+    assert_eq!(RunRecord::read(&folder).expect("it can be read"), record);
 }

@@ -83,7 +83,7 @@ impl Emulated {
                 scales: block_scales(format, x.data(), x.width(), 1),
             },
         };
-        (self.convert(x.data(), x.width(), &scales), scales)
+        self.converted(x.data(), x.width(), scales)
     }
 
     /// The codes and scales of some rows of a weight; `whole` is the absmax of
@@ -102,11 +102,30 @@ impl Emulated {
                 scales: block_scales(format, rows, width, BLOCK),
             },
         };
-        (self.convert(rows, width, &scales), scales)
+        self.converted(rows, width, scales)
+    }
+
+    /// Codes and scales. NaN or infinity among the values makes their scale no
+    /// number: whatever shares it becomes NaN, as on the chip, and the scale 1.
+    fn converted(&self, values: &[f32], width: usize, scales: Scales) -> (Codes, Scales) {
+        let each = |scales: Scales, change: fn(f32) -> f32| match scales {
+            Scales::Tensor(scale) => Scales::Tensor(change(scale)),
+            Scales::Row(scales) => Scales::Row(scales.into_iter().map(change).collect()),
+            Scales::Block128 { rows_per_block, first_row, scales } => {
+                let scales = scales.into_iter().map(change).collect();
+                Scales::Block128 { rows_per_block, first_row, scales }
+            }
+        };
+        let scales = each(scales, |scale| if scale.is_finite() { scale } else { f32::NAN });
+        let codes = self.convert(values, width, &scales);
+        (codes, each(scales, |scale| if scale.is_nan() { 1.0 } else { scale }))
     }
 
     /// The absmax of a whole weight; only per-tensor scales need it.
-    fn absmax_of(&self, weight: Weight<'_>) -> Result<f32, ComputeError> {
+    ///
+    /// # Errors
+    /// If the weight's file does not give its rows.
+    pub fn absmax_of(&self, weight: Weight<'_>) -> Result<f32, ComputeError> {
         if !self.scaled() || self.recipe.scale.weight != WeightScale::Tensor {
             return Ok(1.0);
         }

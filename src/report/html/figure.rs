@@ -23,15 +23,6 @@ pub(super) fn shown(value: f64) -> String {
     number(value)
 }
 
-/// A share of a bound in per cent; beyond a bound of 0 there is no share.
-pub(super) fn share(used: f64) -> String {
-    match used {
-        used if used == f64::MAX => "beyond 0".to_owned(),
-        used if used > 10.0 => format!("{}x", number(used)),
-        used => format!("{:.0} %", 100.0 * used),
-    }
-}
-
 /// A duration.
 pub(super) fn seconds(seconds: f64) -> String {
     match seconds {

@@ -5,11 +5,12 @@
 
 use maud::{Markup, html};
 
-use super::figure::{share, shown};
+use super::figure::shown;
 use crate::metric::Metric;
 use crate::op::{Arm, Stream};
 use crate::record::StageRecord;
 use crate::report::layers::Grid;
+use crate::text::share;
 use crate::verdict::Judgement;
 
 /// The width of the column of names, shared with the charts.

@@ -14,6 +14,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::record::RunRecord;
 use crate::report::commands::Suggestion;
+use crate::report::diff::{Change, diff_table};
 use crate::verdict::{Outcome, Verdict};
 
 /// What is drawn.
@@ -41,6 +42,17 @@ pub fn page(run: &RunRecord, runs: &str) -> String {
             }
         }
     };
+    document(&format!("{} - {}", run.verdict, run.id), &body)
+}
+
+/// What changed from one run to another, side by side.
+pub fn diff_page(before: &RunRecord, after: &RunRecord, changes: &[Change]) -> String {
+    let title = format!("{} -> {}", before.id, after.id);
+    document(&title, &diff_table(before, after, changes))
+}
+
+/// A whole page around a body.
+fn document(title: &str, body: &Markup) -> String {
     let nonce = blake3::hash(body.0.as_bytes()).to_hex().to_string();
     let policy = format!(
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; \
@@ -56,7 +68,7 @@ pub fn page(run: &RunRecord, runs: &str) -> String {
                 meta name="color-scheme" content="light dark";
                 // Browsers ask for an icon unless they are given an empty one.
                 link rel="icon" href="data:,";
-                title { (run.verdict) " - " (run.id) }
+                title { (title) }
                 style { (PreEscaped(include_str!("style.css"))) }
             }
             body {

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use maud::{Markup, html};
 
-use super::figure::{seconds, share};
+use super::figure::seconds;
 use super::{Page, commands, symbol, verdict};
 use crate::op::StageId;
 use crate::record::{ArmState, RunRecord, StageRecord};
 use crate::report::commands::of_run;
+use crate::text::share;
 use crate::verdict::Verdict;
 
 /// Stages from which a filter is worth its place.

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::chart::{Line, chart};
-use super::figure::{figure, seconds, share, shown};
+use super::figure::{figure, seconds, shown};
 use super::heatmap::heatmaps;
 use super::{Page, commands, outcome, verdict};
 use crate::metric::Metric;
@@ -11,6 +11,7 @@ use crate::op::{LAYER_PROJECTIONS, Stream};
 use crate::record::{ArmState, StageRecord};
 use crate::report::commands::of_stage;
 use crate::report::layers::Grid;
+use crate::text::share;
 use crate::verdict::{Judgement, Outcome, Verdict};
 
 /// Stages of a run up to which all are unfolded.

@@ -1,0 +1,180 @@
+//! `runner explain`: how a stage came to its verdict, for a reader who was not there.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::{print, record_of};
+use crate::compare::{Diagnosis, Growth};
+use crate::compute::arms::is_gemm;
+use crate::op::Stream;
+use crate::record::StageRecord;
+use crate::text::{grouped, number, percent};
+use crate::verdict::{Judgement, Outcome};
+
+/// Layers that are printed of a growth; of more, some are left out.
+const SHOWN_LAYERS: usize = 12;
+
+pub(super) fn explain(stage: &str, run: &str, runs: &Path) -> Result<u8, String> {
+    let (_, record) = record_of(run, runs)?;
+    let id = &record.id;
+    let found = record.stages.iter().find(|record| record.id.0 == stage).ok_or_else(|| {
+        let known: Vec<&str> = record.stages.iter().map(|stage| stage.id.0.as_str()).collect();
+        format!("run `{id}` has no stage `{stage}`; it has: {}", known.join(", "))
+    })?;
+    print(&reasoning(found, id))
+}
+
+/// The whole reasoning.
+fn reasoning(stage: &StageRecord, run: &str) -> String {
+    let mut text = String::new();
+    let mut line = |words: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{words}");
+    };
+    line(format!("Stage {} of run {run}: {}", stage.id, stage.title));
+    line(format!("Verdict: {}. {}", stage.verdict, stage.why));
+    line(String::new());
+    line("What ran".to_owned());
+    line(format!("  {} on {}, {} tokens", stage.op.name(), stage.model, stage.tokens.len()));
+    for (arm, record) in &stage.arms {
+        let how = record.arithmetic.as_deref().unwrap_or("no result");
+        line(format!("  {arm}: {how}; {}", record.why));
+    }
+    for diagnosis in &stage.diagnoses {
+        line(String::new());
+        diagnosed(diagnosis).into_iter().for_each(&mut line);
+    }
+    line(String::new());
+    line(format!("Contract {} {}", stage.contract[0], stage.contract[1]));
+    for judgement in &stage.judgements {
+        judged(judgement).into_iter().for_each(&mut line);
+    }
+    if !stage.accounts.is_empty() {
+        line(String::new());
+        accounts(stage).into_iter().for_each(&mut line);
+    }
+    for growth in &stage.growth {
+        line(String::new());
+        grown(growth).into_iter().for_each(&mut line);
+    }
+    for greedy in &stage.greedy {
+        line(String::new());
+        line(greedy.sentence());
+    }
+    text
+}
+
+fn diagnosed(diagnosis: &Diagnosis) -> Vec<String> {
+    let held = match diagnosis.judge {
+        judge if judge == diagnosis.subject => "its own repeats".to_owned(),
+        Stream::Anchored(arm) => format!("the reference on {arm}'s own inputs"),
+        judge => judge.to_string(),
+    };
+    let mut lines = vec![
+        format!("Where it starts: {} held against {held}", diagnosis.subject),
+        format!("  {} (op {}): {}", diagnosis.place(), diagnosis.op, diagnosis.evidence),
+    ];
+    lines.extend(diagnosis.aftermath().map(|aftermath| format!("  {aftermath}")));
+    lines.push(format!("What it is: {}", diagnosis.sentence()));
+    for fit in &diagnosis.fits {
+        lines.push(format!(
+            "  {:>8.3} %  {}: {}; {} of {} values differ in bits, {} numbers fitted",
+            100.0 * fit.explained,
+            fit.cause,
+            fit.detail,
+            grouped(fit.mismatches),
+            grouped(fit.elements),
+            fit.parameters
+        ));
+    }
+    lines
+}
+
+fn judged(judgement: &Judgement) -> Vec<String> {
+    let outcome = match judgement.outcome {
+        Outcome::Held => "held",
+        Outcome::Falsified => "FALSIFIED",
+        Outcome::Unmeasured => "unmeasured",
+    };
+    let [subject, judge] = judgement.compare;
+    let bounds = match (judgement.min, judgement.max) {
+        (Some(min), Some(max)) => format!("{} to {}", number(min), number(max)),
+        (Some(min), None) => format!("at least {}", number(min)),
+        (None, Some(max)) => format!("at most {}", number(max)),
+        (None, None) => "unbounded".to_owned(),
+    };
+    let mut lines = vec![format!("  {} {outcome}: {}", judgement.falsifier, judgement.prediction)];
+    let value = match (judgement.value, &judgement.site) {
+        (Some(value), Some(site)) => format!("{} at {site}", number(value)),
+        _ => judgement.reason.clone().unwrap_or_else(|| "no value".to_owned()),
+    };
+    lines.push(format!(
+        "      {} of {subject} against {judge}: {value}; must be {bounds}",
+        judgement.metric
+    ));
+    if judgement.outcome == Outcome::Falsified {
+        lines.push(format!(
+            "      {} of {} sites lie outside. Why this bound: {}",
+            judgement.sites_falsified,
+            judgement.sites_judged,
+            judgement.why.trim()
+        ));
+    }
+    lines
+}
+
+/// The GEMMs furthest from their floors, and the causes' shares of all.
+fn accounts(stage: &StageRecord) -> Vec<String> {
+    let mut lines = vec!["Errors beside their floors (rms, relative to the truth)".to_owned()];
+    let mut gemms: Vec<_> = stage.accounts.iter().filter(|a| is_gemm(&a.site)).collect();
+    let off = |observed: f64, floor: f64| (observed / floor).ln().abs();
+    gemms.sort_by(|a, b| off(b.observed, b.floor).total_cmp(&off(a.observed, a.floor)));
+    for account in gemms.iter().take(5) {
+        lines.push(format!(
+            "  {} {}: floor {}, observed {}, ratio {:.3}",
+            account.subject,
+            account.site,
+            percent(account.floor),
+            percent(account.observed),
+            account.observed / account.floor
+        ));
+    }
+    if gemms.len() > 5 {
+        lines.push(format!("  and {} GEMMs nearer to their floors", gemms.len() - 5));
+    }
+    for (subject, shares) in &stage.shares {
+        let named = shares.named().map(|(name, share)| format!("{name} {:.2} %", 100.0 * share));
+        lines.push(format!("  {subject}, all GEMMs together: {}", named.join(", ")));
+    }
+    lines
+}
+
+fn grown(growth: &Growth) -> Vec<String> {
+    let mut lines = vec![
+        format!(
+            "How {}'s drift grows (relative to the reference's residual stream)",
+            growth.subject
+        ),
+        "   layer     local  inherited      gain     total  predicted".to_owned(),
+    ];
+    let step = growth.layers.len().div_ceil(SHOWN_LAYERS).max(1);
+    let last = growth.layers.len().saturating_sub(1);
+    for (index, layer) in growth.layers.iter().enumerate() {
+        if index % step == 0 || index == last {
+            let gain = layer.gain.map_or("-".to_owned(), |gain| format!("{gain:.3}"));
+            lines.push(format!(
+                "  {:>6} {:>9} {:>10} {:>9} {:>9} {:>10}",
+                layer.layer,
+                percent(layer.local),
+                percent(layer.inherited),
+                gain,
+                percent(layer.total),
+                percent(layer.predicted)
+            ));
+        }
+    }
+    for law in &growth.laws {
+        lines.push(format!("  {}: {}, leaves {}", law.name, law.formula, percent(law.residual)));
+    }
+    lines
+}

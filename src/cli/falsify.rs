@@ -1,0 +1,378 @@
+//! `runner falsify`: planted bugs and clean runs, and what the runner said to each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::{FALSIFIED, PASS, graph_of, print};
+use crate::cache::Store;
+use crate::dtype::Format;
+use crate::falsify::{
+    Alarm, Beside, Plant, Plot, Setting, Trial, bugs, chosen, load, on_tokens, sites_of,
+    some_tokens, try_bug, try_clean, vacuous, with_recipe,
+};
+use crate::graph::select;
+use crate::op::{Accumulate, ActivationScale, Arm, Recipe, Scale, WeightScale};
+use crate::plan::open_model;
+use crate::verdict::Verdict;
+
+#[derive(Args)]
+pub(super) struct FalsifyArgs {
+    /// The folder of stages.
+    #[arg(default_value = "stages")]
+    folder: PathBuf,
+    /// Models to plant into, with commas: `synthetic:<preset>`, GGUF files or folders.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "synthetic:qwen2-tiny,synthetic:llama-tiny"
+    )]
+    models: Vec<String>,
+    /// GEMM formats to plant into, with commas.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "e4m3,bf16")]
+    recipes: Vec<Gemm>,
+    /// The prompt as token ids.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "791,374,264,1296,13,220,845,1021,7,99,512,3,1847,60,411,2"
+    )]
+    tokens: Vec<u32>,
+    /// The stages to run; all by default.
+    #[arg(long)]
+    select: Option<String>,
+    /// Only bugs whose names contain this text.
+    #[arg(long)]
+    bugs: Option<String>,
+    /// Decides at which layer, column or block each bug is planted.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only every Nth bug.
+    #[arg(long, default_value_t = 1)]
+    every: usize,
+    /// Arms that carry the bugs.
+    #[arg(long, value_delimiter = ',', default_value = "emulated,device")]
+    roles: Vec<Arm>,
+    /// Clean runs, each with another prompt, recipe and model.
+    #[arg(long, default_value_t = 0)]
+    clean: u64,
+    /// Write every trial to this file, as JSON.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Gemm {
+    E4m3,
+    E5m2,
+    Bf16,
+    F16,
+}
+
+impl Gemm {
+    fn format(self) -> Format {
+        match self {
+            Gemm::E4m3 => Format::E4m3,
+            Gemm::E5m2 => Format::E5m2,
+            Gemm::Bf16 => Format::Bf16,
+            Gemm::F16 => Format::F16,
+        }
+    }
+}
+
+/// Runs the catalogue and the clean runs, prints the tables.
+pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
+    let wanted: Vec<_> =
+        bugs(args.bugs.as_deref()).into_iter().step_by(args.every.max(1)).collect();
+    if wanted.is_empty() {
+        return Err(
+            "no bug of the catalogue has such a name; leave `--bugs` out for all".to_owned()
+        );
+    }
+    let folder = tempfile::tempdir().map_err(|error| format!("cannot make a folder: {error}"))?;
+    let store = Store::new(folder.path());
+    let beside = Beside::new(&store)?;
+    let mut trials = Vec::new();
+    let mut silent: Option<BTreeSet<String>> = None;
+    for model in &args.models {
+        let pipeline = load(&args.folder, model, Some(args.tokens.clone()))?;
+        let graph = graph_of(&pipeline)?;
+        let stages = match &args.select {
+            None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
+            Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
+        };
+        let base = pipeline.stages.first().ok_or("the folder has no stage")?;
+        let open = open_model(&base.model, base.seed, &store)?;
+        let mut of_model = Vec::new();
+        for gemm in &args.recipes {
+            let recipe = Recipe { gemm: gemm.format(), ..base.recipe };
+            for (number, bug) in wanted.iter().enumerate() {
+                if bug.fp8 && !recipe.gemm.is_fp8() {
+                    continue;
+                }
+                let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
+                let sites = sites_of(bug, &open.model);
+                let site = sites[chosen(seed, sites.len())].clone();
+                let reference = (bug.plant == Plant::Flicker).then_some(Arm::Reference);
+                for &role in args.roles.iter().chain(&reference) {
+                    let pipeline = with_recipe(&pipeline, recipe);
+                    let setting = Setting {
+                        name: format!("{} {}", short(model), recipe.gemm),
+                        pipeline: &pipeline,
+                        graph: &graph,
+                        stages: &stages,
+                        store: &store,
+                        beside: &beside,
+                    };
+                    let plot = Plot { bug, site: site.clone(), seed, role };
+                    let trial = try_bug(&setting, plot)?;
+                    eprintln!("{}", line_of(&trial));
+                    of_model.push(trial);
+                }
+            }
+        }
+        let never: BTreeSet<String> = vacuous(&pipeline, &stages, &of_model).into_iter().collect();
+        silent = Some(match silent {
+            None => never,
+            Some(silent) => silent.intersection(&never).cloned().collect(),
+        });
+        trials.extend(of_model);
+    }
+    let alarms = clean_runs(args, &store, &beside)?;
+    if let Some(path) = &args.json {
+        let json = serde_json::to_string_pretty(&trials).map_err(|error| error.to_string())?;
+        crate::cache::write_whole(path, json.as_bytes()).map_err(|error| error.to_string())?;
+    }
+    let silent: Vec<String> = silent.unwrap_or_default().into_iter().collect();
+    let (text, good) = report(&trials, &alarms, args.clean, &silent);
+    print(&text)?;
+    Ok(if good { PASS } else { FALSIFIED })
+}
+
+fn short(model: &str) -> &str {
+    let name = model.rsplit('/').next().unwrap_or(model);
+    name.strip_prefix("synthetic:").unwrap_or(name)
+}
+
+fn line_of(trial: &Trial) -> String {
+    let found = trial.found.first().map_or("-", |site| site.0.as_str());
+    format!(
+        "{:22} {:9} {:50} {:20} moved {:9.3e}  {:9} {:20} {}",
+        trial.setting,
+        trial.role,
+        trial.bug,
+        trial.site,
+        trial.effect.moved,
+        if trial.detected { "detected" } else { "-" },
+        found,
+        trial.named.as_deref().unwrap_or("-")
+    )
+}
+
+/// Clean runs over three small models, all kinds of recipes and seeded prompts.
+fn clean_runs(args: &FalsifyArgs, store: &Store, beside: &Beside) -> Result<Vec<Alarm>, String> {
+    const MODELS: [&str; 3] =
+        ["synthetic:qwen2-tiny", "synthetic:llama-tiny", "synthetic:qwen3-tiny"];
+    /// Models are made anew for each of their seeds.
+    const MODEL_SEEDS: u64 = 7;
+    let mut alarms = Vec::new();
+    for run in 0..args.clean {
+        let model = MODELS[(run % 3) as usize];
+        let pipeline = load(&args.folder, model, None)?;
+        let base = pipeline.stages.first().ok_or("the folder has no stage")?;
+        let recipe = clean_recipe(base.recipe, run / 3);
+        let seed = 1 + run % MODEL_SEEDS;
+        let tokens = some_tokens(args.seed.wrapping_mul(7919).wrapping_add(run), 2048);
+        let pipeline = on_tokens(&with_recipe(&pipeline, recipe), &tokens, seed);
+        let graph = graph_of(&pipeline)?;
+        let stages = match &args.select {
+            None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
+            Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
+        };
+        let setting = Setting {
+            name: format!("{} {} seed {seed}, {} tokens", short(model), recipe.gemm, tokens.len()),
+            pipeline: &pipeline,
+            graph: &graph,
+            stages: &stages,
+            store,
+            beside,
+        };
+        for alarm in try_clean(&setting)? {
+            eprintln!(
+                "clean: {} stage {}: {}: {}",
+                alarm.setting, alarm.stage, alarm.verdict, alarm.why
+            );
+            alarms.push(alarm);
+        }
+    }
+    Ok(alarms)
+}
+
+/// The recipes of clean runs, in turn.
+fn clean_recipe(base: Recipe, number: u64) -> Recipe {
+    let per_row = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
+    let per_block = Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 };
+    match number % 8 {
+        0 => base,
+        1 => Recipe { gemm: Format::Bf16, ..base },
+        2 => Recipe { accumulate: Accumulate::Fast, ..base },
+        3 => Recipe { gemm: Format::F16, ..base },
+        4 => Recipe { scale: per_row, ..base },
+        5 => Recipe { scale: per_block, ..base },
+        6 => Recipe { output: Format::F32, ..base },
+        _ => Recipe { gemm: Format::Bf16, output: Format::F32, ..base },
+    }
+}
+
+/// Of so few trials each verdict is told in full.
+const TOLD: usize = 4;
+
+/// Counts of one group of trials.
+#[derive(Default)]
+struct Score {
+    trials: usize,
+    detected: usize,
+    located: usize,
+    named: usize,
+}
+
+impl Score {
+    fn of<'t>(trials: impl Iterator<Item = &'t Trial>) -> Score {
+        let mut score = Score::default();
+        for trial in trials {
+            score.trials += 1;
+            score.detected += usize::from(trial.detected);
+            score.located += usize::from(trial.detected && trial.located());
+            score.named += usize::from(trial.detected && trial.named_right());
+        }
+        score
+    }
+
+    fn row(&self, name: &str) -> String {
+        let share = |count: usize| match self.trials {
+            0 => "-".to_owned(),
+            all => format!("{count} ({:.1} %)", 100.0 * count as f64 / all as f64),
+        };
+        format!(
+            "{name:44} {:>6} {:>15} {:>15} {:>15}\n",
+            self.trials,
+            share(self.detected),
+            share(self.located),
+            share(self.named)
+        )
+    }
+}
+
+/// The tables, and whether all is as it must be.
+fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> (String, bool) {
+    let real: Vec<&Trial> = trials.iter().filter(|trial| trial.effect.changed > 0).collect();
+    let idle: BTreeSet<&str> =
+        trials.iter().filter(|trial| trial.effect.changed == 0).map(|t| t.bug.as_str()).collect();
+    let mut text = String::new();
+    if trials.len() <= TOLD {
+        for trial in trials {
+            let _ = writeln!(text, "planted: {} at {} ({})", trial.bug, trial.site, trial.role);
+            let _ = writeln!(text, "stage {}\n", trial.why);
+        }
+    }
+    let group = |role: Arm, above: bool| {
+        Score::of(real.iter().copied().filter(move |t| t.role == role && t.above_floor() == above))
+    };
+    text += &format!(
+        "{:44} {:>6} {:>15} {:>15} {:>15}\n",
+        "planted", "trials", "detected", "located", "named"
+    );
+    let above = group(Arm::Emulated, true);
+    let with_device = [group(Arm::Device, true), group(Arm::Device, false)];
+    text += &above.row("without a device, above the floor");
+    text += &group(Arm::Emulated, false).row("without a device, below the floor");
+    text += &with_device[0].row("with a device, above the floor");
+    text += &with_device[1].row("with a device, below the floor");
+    let in_reference = real.iter().copied().filter(|trial| trial.role == Arm::Reference);
+    text += &Score::of(in_reference).row("in the reference (only its repeats tell)");
+    text += &confusion(&real);
+    text += &misses(&real);
+    if !idle.is_empty() {
+        let idle: Vec<&str> = idle.into_iter().collect();
+        let _ = writeln!(
+            text,
+            "\nchanged nothing in some setting (no such tensor, or equal operands): {}",
+            idle.join("; ")
+        );
+    }
+    if !silent.is_empty() {
+        let _ = writeln!(text, "\nfalsifiers that fired on nothing: {}", silent.join(", "));
+    }
+    let false_alarms = alarms.iter().filter(|alarm| alarm.verdict != Verdict::Drift).count();
+    if clean > 0 {
+        let _ = writeln!(
+            text,
+            "\nclean runs: {clean}; false alarms: {false_alarms}; drift beyond a budget: {}",
+            alarms.len() - false_alarms
+        );
+    }
+    let whole = |score: &Score| score.detected == score.trials && score.located == score.trials;
+    let good = whole(&above) && with_device.iter().all(whole) && false_alarms == 0;
+    (text, good)
+}
+
+/// What was named for each expected cause.
+fn confusion(trials: &[&Trial]) -> String {
+    let mut table: BTreeMap<(&str, &str), BTreeMap<&str, usize>> = BTreeMap::new();
+    for trial in trials.iter().filter(|trial| trial.detected) {
+        let expected = trial.expected.first().map_or("", String::as_str);
+        let named = match &trial.named {
+            Some(named) if trial.named_right() => named.as_str(),
+            Some(named) => named.as_str(),
+            None => "(no name)",
+        };
+        let floor = if trial.above_floor() { "above" } else { "below" };
+        *table.entry((expected, floor)).or_default().entry(named).or_default() += 1;
+    }
+    let mut text = format!("\n{:24} {:6} named as\n", "planted cause", "floor");
+    for ((expected, floor), named) in table {
+        let mut named: Vec<(&str, usize)> = named.into_iter().collect();
+        named.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), *name));
+        let named: Vec<String> =
+            named.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        let _ = writeln!(text, "{expected:24} {floor:6} {}", named.join(", "));
+    }
+    text
+}
+
+/// Every bug that should have been found or named and was not.
+fn misses(trials: &[&Trial]) -> String {
+    let mut text = String::new();
+    for trial in trials {
+        let in_reference = trial.role == Arm::Reference;
+        let must = !in_reference && (trial.above_floor() || trial.role == Arm::Device);
+        let problem = if !must {
+            continue;
+        } else if !trial.detected {
+            "not detected".to_owned()
+        } else if !trial.located() {
+            let found: Vec<&str> = trial.found.iter().map(|site| site.0.as_str()).collect();
+            format!(
+                "located at {}",
+                if found.is_empty() { "no site".to_owned() } else { found.join(", ") }
+            )
+        } else if !trial.named_right() {
+            format!("named {}", trial.named.as_deref().unwrap_or("nothing"))
+        } else {
+            continue;
+        };
+        let _ = writeln!(
+            text,
+            "{} as {}: {} at {} (moved {:.2} floors): {problem}; {}",
+            trial.setting,
+            trial.role,
+            trial.bug,
+            trial.site,
+            trial.effect.moved,
+            trial.error.as_deref().unwrap_or(&trial.sentence)
+        );
+    }
+    if text.is_empty() { text } else { format!("\nmissed:\n{text}") }
+}

@@ -1,0 +1,84 @@
+//! A causal mask that lets a row see too many or too few positions.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::call::Call;
+use crate::compute::{AttentionShape, ComputeError, Ops};
+use crate::tensor::Tensor;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "the causal mask is missing, shifted, or a window",
+    causes: &["causal-mask"],
+    test,
+};
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
+    let positions = k.rows();
+    let own = |row: usize| shape.first_position + row;
+    let mut fits = Vec::new();
+    let mut attempt = |detail: String, seen: &dyn Fn(usize) -> std::ops::Range<usize>| {
+        let predicted = attend(case.arm, q, k, v, shape, seen)?;
+        fits.extend(case.fit_if_any("causal-mask", detail, 0, &predicted));
+        Ok::<(), ComputeError>(())
+    };
+    attempt("there is no mask: every row sees all positions".to_owned(), &|_| 0..positions)?;
+    attempt("a row sees one position too many".to_owned(), &|row| {
+        0..(own(row) + 2).min(positions)
+    })?;
+    attempt("a row does not see itself".to_owned(), &|row| 0..own(row).max(1))?;
+    attempt("a row does not see the first position".to_owned(), &|row| {
+        1.min(own(row))..own(row) + 1
+    })?;
+    for window in 1..positions.min(8) {
+        attempt(format!("a row sees its last {window} positions only"), &|row| {
+            (own(row) + 1).saturating_sub(window)..own(row) + 1
+        })?;
+    }
+    Ok(fits)
+}
+
+/// Attention in which row `i` sees the positions `seen(i)`.
+fn attend(
+    arm: &dyn Ops,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: AttentionShape,
+    seen: &dyn Fn(usize) -> std::ops::Range<usize>,
+) -> Result<Tensor, ComputeError> {
+    let mut data = Vec::with_capacity(q.data().len());
+    for row in 0..q.rows() {
+        let positions = seen(row);
+        let some = |x: &Tensor| {
+            let range = positions.start * x.width()..positions.end * x.width();
+            Tensor::new(x.width(), x.data()[range].to_vec())
+        };
+        let query = Tensor::new(q.width(), q.row(row).to_vec());
+        let shape = AttentionShape { first_position: positions.len() - 1, ..shape };
+        data.extend(arm.attention(&query, &some(k), &some(v), shape)?.into_data());
+    }
+    Ok(Tensor::new(shape.heads * shape.head_dim, data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use crate::compute::call::Call;
+    use crate::compute::{AttentionShape, Ops};
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn a_missing_mask_is_recognised() {
+        let bench = Bench::default();
+        let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let mut wrong = Vec::new();
+        for row in 0..5 {
+            let query = Tensor::new(256, q.row(row).to_vec());
+            let all = AttentionShape { first_position: 4, ..shape };
+            wrong.extend(bench.arm.attention(&query, &k, &v, all).expect("heads").into_data());
+        }
+        let call = Call::Attention { q: &q, k: &k, v: &v, shape };
+        bench.expect("causal-mask", &call, &Tensor::new(256, wrong));
+    }
+}

@@ -1,0 +1,69 @@
+//! An RMSNorm with another epsilon.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+use crate::text::number;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "RMSNorm adds another epsilon, or adds it elsewhere",
+    causes: &["epsilon"],
+    test,
+};
+
+/// What libraries have as defaults.
+const USUAL: [f32; 8] = [0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::RmsNorm { x, gain, eps } = *case.call else { return Ok(Vec::new()) };
+    let mut fits = Vec::new();
+    for other in USUAL.into_iter().filter(|other| *other != eps) {
+        let detail = format!("epsilon is {other:e} instead of {eps:e}");
+        fits.extend(case.fit_call("epsilon", detail, &Call::RmsNorm { x, gain, eps: other })?);
+    }
+    if let Some(found) = fitted(case, gain.width()) {
+        let call = Call::RmsNorm { x, gain, eps: found };
+        let detail = format!("epsilon is near {} instead of {eps:e}", number(f64::from(found)));
+        fits.extend(
+            case.fit_call("epsilon", detail, &call)?.map(|fit| Fit { parameters: 1, ..fit }),
+        );
+    }
+    Ok(fits)
+}
+
+/// The epsilon that the group with the smallest mean square shows best: the
+/// ratio of subject to truth is `sqrt((m + eps) / (m + found))`.
+fn fitted(case: &Case<'_>, width: usize) -> Option<f32> {
+    let Call::RmsNorm { x, eps, .. } = *case.call else { return None };
+    let mean = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / width as f64;
+    let groups = x.data().chunks_exact(width).enumerate();
+    let (group, mean) =
+        groups.map(|(group, x)| (group, mean(x))).min_by(|a, b| a.1.total_cmp(&b.1))?;
+    let range = group * width..(group + 1) * width;
+    let pairs = case.subject.data()[range.clone()].iter().zip(&case.truth.data()[range]);
+    let (mut st, mut tt) = (0.0, 0.0);
+    for (&s, &t) in pairs {
+        st += f64::from(s) * f64::from(t);
+        tt += f64::from(t) * f64::from(t);
+    }
+    let ratio = st / tt;
+    let found = (mean + f64::from(eps)) / (ratio * ratio) - mean;
+    (found.is_finite() && found > 0.0).then_some(found as f32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use crate::compute::call::Call;
+
+    #[test]
+    fn usual_and_unusual_epsilons_are_recognised() {
+        let bench = Bench::default();
+        let x = super::super::mapped(&bench.tensor(4, 256, 1), |x| x / 16.0);
+        let gain = bench.model.tensor("blk.1.attn_norm.weight").expect("a gain");
+        for eps in [1e-5, 3.7e-4] {
+            let wrong = Call::RmsNorm { x: &x, gain, eps }.on(&bench.arm).expect("a norm");
+            bench.expect("epsilon", &Call::RmsNorm { x: &x, gain, eps: 1e-6 }, &wrong);
+        }
+    }
+}

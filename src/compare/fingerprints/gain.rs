@@ -1,0 +1,102 @@
+//! Every output times one factor: a scale that is wrong, missing or applied twice.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+use crate::compute::emulated::gemm::Scales;
+use crate::tensor::Tensor;
+use crate::text::number;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "every output carries one factor: a scale is wrong, missing or applied twice",
+    causes: &["scale-wrong", "scale-missing", "scale-twice"],
+    test,
+};
+
+/// How near a factor must come to a scale to be that scale.
+const NEAR: f64 = 2e-3;
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let bias = match case.gemm().and_then(|gemm| gemm.bias) {
+        Some(bias) => bias.to_vec()?,
+        None => vec![0.0; case.subject.width()],
+    };
+    let (mut sc, mut cc) = (0.0, 0.0);
+    for row in 0..case.subject.rows() {
+        let pairs = case.subject.row(row).iter().zip(case.clean.row(row));
+        for ((&s, &c), &bias) in pairs.zip(&bias) {
+            let (s, c) = (f64::from(s) - f64::from(bias), f64::from(c) - f64::from(bias));
+            if s.is_finite() && c.is_finite() {
+                sc += s * c;
+                cc += c * c;
+            }
+        }
+    }
+    let factor = sc / cc;
+    if !factor.is_finite() || factor == 0.0 {
+        return Ok(Vec::new());
+    }
+    let mut data = Vec::with_capacity(case.clean.data().len());
+    for row in 0..case.clean.rows() {
+        for (&c, &bias) in case.clean.row(row).iter().zip(&bias) {
+            let c = f64::from(c) - f64::from(bias);
+            data.push((c * factor + f64::from(bias)) as f32);
+        }
+    }
+    let predicted = Tensor::new(case.clean.width(), data);
+    let (cause, detail) = name(case, factor)?;
+    Ok(case.fit_if_any(cause, detail, 1, &predicted).into_iter().collect())
+}
+
+/// Whether the factor is one of the operands' scales.
+fn name(case: &Case<'_>, factor: f64) -> Result<(&'static str, String), ComputeError> {
+    let near = |value: f64| (factor / value - 1.0).abs() < NEAR;
+    let times = format!("every output is {} times what it must be", number(factor));
+    let Call::Matmul { x, weight, .. } = *case.call else {
+        return Ok(("scale-wrong", times));
+    };
+    let mut scales = Vec::new();
+    if let (_, Scales::Tensor(scale)) = case.arm.quantise_activation(x) {
+        scales.push(("the activation's scale", f64::from(scale)));
+    }
+    let absmax = case.arm.absmax_of(weight)?;
+    if let (_, Scales::Tensor(scale)) = case.arm.quantise_weight_rows(&[], 1, absmax) {
+        scales.push(("the weight's scale", f64::from(scale)));
+    }
+    if let [(_, x), (_, w)] = scales[..] {
+        scales.push(("the product of both scales", x * w));
+    }
+    for (what, scale) in scales.into_iter().filter(|(_, scale)| *scale != 1.0) {
+        if near(1.0 / scale) {
+            return Ok(("scale-missing", format!("{what} is not applied: {times}")));
+        }
+        if near(scale) {
+            return Ok(("scale-twice", format!("{what} is applied twice: {times}")));
+        }
+    }
+    Ok(("scale-wrong", times))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::*;
+    use crate::compute::departure::{Edit, Steps, scaled};
+
+    #[test]
+    fn wrong_missing_and_doubled_scales_are_told_apart() {
+        let bench = Bench::default();
+        let x = bench.tensor(4, 256, 1);
+        let weight = bench.weight("blk.1.attn_q.weight");
+        let call = Call::Matmul { x: &x, weight, bias: None };
+        let (wrong, missing): (&Edit, &Edit) =
+            (&|operand| scaled(operand, |scale| scale * 1.02), &|operand| scaled(operand, |_| 1.0));
+        let twice: &Edit = &|operand| scaled(operand, |scale| scale * scale);
+        for (cause, x_edit) in
+            [("scale-wrong", wrong), ("scale-missing", missing), ("scale-twice", twice)]
+        {
+            let steps = Steps { x: x_edit, ..Steps::of(&bench.recipe) };
+            bench.expect(cause, &call, &bench.matmul(&x, weight, &steps));
+        }
+    }
+}

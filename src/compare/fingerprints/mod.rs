@@ -1,0 +1,376 @@
+//! Names for what is wrong: hypotheses that are tested against the tensors.
+//!
+//! A fingerprint asks what the subject's op would have returned if one thing
+//! were wrong with it, computes that from the subject's own inputs, and says how
+//! much of the unexplained difference it accounts for. One file each, with its
+//! test; a new one is a file and a line in [`ALL`]. It decides nothing about
+//! verdicts: a site that nobody suspects is never looked at.
+
+mod activation_function;
+mod bias;
+mod causal_mask;
+mod e5m2_read;
+mod epsilon;
+mod f16_overflow;
+mod gain;
+mod gqa_map;
+mod k_range;
+mod non_finite;
+mod norm_gain;
+mod norm_mean;
+mod other_format;
+mod other_schedule;
+mod permuted_outputs;
+mod permuted_weight;
+mod quantised_activations;
+mod residual;
+mod rope_geometry;
+mod rounded_output;
+mod row_or_column_gain;
+mod saturated;
+mod scale_granularity;
+mod softmax_scale;
+mod stale_input;
+mod stale_rows;
+mod subnormals_flushed;
+mod swapped_operands;
+mod swapped_weight;
+mod tile;
+mod transposed_weight;
+mod truncating_cast;
+mod unwritten;
+mod wrong_row;
+
+#[cfg(test)]
+mod bench;
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+use crate::compute::departure::{Steps, matmul_rows};
+use crate::compute::emulated::arm::Emulated;
+use crate::model::{Model, Weight};
+use crate::op::{Recipe, Site};
+use crate::tensor::Tensor;
+
+/// The share of the difference above which a hypothesis gives the bug its name.
+pub const NAMED: f64 = 0.9;
+/// Shares closer than this do not decide between two hypotheses.
+const TIE: f64 = 0.01;
+/// Hypotheses that are kept for the reader.
+const KEPT: usize = 5;
+/// Columns of a wide GEMM on which a hypothesis is tried first; whole blocks of scales.
+const SCREEN: usize = 128;
+/// The share that it must explain there to be computed on all columns.
+const PROMISING: f64 = 0.5;
+/// Weights with more values are not rearranged: it would take longer than the stage.
+const LARGEST_REARRANGED: usize = 1 << 24;
+
+/// One hypothesis about a cause.
+pub struct Fingerprint {
+    /// What it tests, in a few words.
+    pub what: &'static str,
+    /// The causes that it can name.
+    pub causes: &'static [&'static str],
+    /// Tests it.
+    test: Test,
+}
+
+type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
+
+/// All of them; of two that fit equally well, the first one names the bug.
+pub const ALL: [&Fingerprint; 34] = [
+    &non_finite::FINGERPRINT,
+    &other_format::FINGERPRINT,
+    &wrong_row::FINGERPRINT,
+    &rope_geometry::FINGERPRINT,
+    &causal_mask::FINGERPRINT,
+    &gqa_map::FINGERPRINT,
+    &swapped_operands::FINGERPRINT,
+    &residual::FINGERPRINT,
+    &unwritten::FINGERPRINT,
+    &stale_rows::FINGERPRINT,
+    &permuted_outputs::FINGERPRINT,
+    &bias::FINGERPRINT,
+    &other_schedule::FINGERPRINT,
+    &truncating_cast::FINGERPRINT,
+    &subnormals_flushed::FINGERPRINT,
+    &saturated::FINGERPRINT,
+    &f16_overflow::FINGERPRINT,
+    &e5m2_read::FINGERPRINT,
+    &rounded_output::FINGERPRINT,
+    &gain::FINGERPRINT,
+    &scale_granularity::FINGERPRINT,
+    &row_or_column_gain::FINGERPRINT,
+    &k_range::FINGERPRINT,
+    &transposed_weight::FINGERPRINT,
+    &permuted_weight::FINGERPRINT,
+    &swapped_weight::FINGERPRINT,
+    &stale_input::FINGERPRINT,
+    &quantised_activations::FINGERPRINT,
+    &norm_gain::FINGERPRINT,
+    &norm_mean::FINGERPRINT,
+    &epsilon::FINGERPRINT,
+    &softmax_scale::FINGERPRINT,
+    &activation_function::FINGERPRINT,
+    &tile::FINGERPRINT,
+];
+
+/// How well a hypothesis fits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fit {
+    /// The cause's name, as `stale-input`.
+    pub cause: String,
+    /// The cause in words, with the parameters that were found.
+    pub detail: String,
+    /// The share of the difference's energy that it explains: 1 is all of it.
+    pub explained: f64,
+    /// Values whose bits it does not predict.
+    pub mismatches: usize,
+    /// All values.
+    pub elements: usize,
+    /// Numbers that were fitted to the data.
+    pub parameters: usize,
+}
+
+impl Fit {
+    /// Whether it predicts every bit.
+    pub fn is_exact(&self) -> bool {
+        self.mismatches == 0
+    }
+
+    /// Whether it explains enough to give the bug its name.
+    pub fn names_the_bug(&self) -> bool {
+        self.is_exact() || self.explained >= NAMED
+    }
+}
+
+/// One suspicious call, and everything that a fingerprint may look at.
+pub struct Case<'a> {
+    /// Where.
+    pub site: &'a Site,
+    /// The op with the operands that the subject's op had.
+    pub call: &'a Call<'a>,
+    /// What the subject returned.
+    pub subject: &'a Tensor,
+    /// What the recipe prescribes for these operands.
+    pub clean: &'a Tensor,
+    /// What the reference returns for them.
+    pub truth: &'a Tensor,
+    /// The prescribed arithmetic.
+    pub arm: &'a Emulated,
+    /// The recipe.
+    pub recipe: &'a Recipe,
+    /// The model.
+    pub model: &'a Model,
+    /// The subject's other tensors, in the order of the flow.
+    pub recorded: &'a [(Site, Tensor)],
+}
+
+/// The operands of a matmul.
+#[derive(Clone, Copy)]
+pub struct Gemm<'a> {
+    /// The activation.
+    pub x: &'a Tensor,
+    /// The weight.
+    pub weight: Weight<'a>,
+    /// The bias.
+    pub bias: Option<Weight<'a>>,
+}
+
+/// Tests every fingerprint and ranks those that say something, the best first.
+///
+/// # Errors
+/// If the model's file does not give what a hypothesis reads.
+pub fn rank(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let mut fits = Vec::new();
+    for fingerprint in ALL {
+        fits.extend((fingerprint.test)(case)?);
+        if fits.iter().any(Fit::is_exact) {
+            break;
+        }
+    }
+    let mut ranked: Vec<Fit> = Vec::new();
+    while let Some(best) = best_of(&fits) {
+        ranked.push(fits.remove(best));
+        if ranked.len() == KEPT {
+            break;
+        }
+    }
+    Ok(ranked)
+}
+
+/// The best fit: exact ones first, then those that explain most; of near ties the
+/// one with the fewest fitted numbers, then the first.
+fn best_of(fits: &[Fit]) -> Option<usize> {
+    let exact = fits.iter().position(Fit::is_exact);
+    if exact.is_some() {
+        return exact;
+    }
+    let most = fits.iter().map(|fit| fit.explained).max_by(f64::total_cmp)?;
+    let near = fits.iter().enumerate().filter(|(_, fit)| fit.explained >= most - TIE);
+    near.min_by_key(|(_, fit)| fit.parameters).map(|(index, _)| index)
+}
+
+impl<'a> Case<'a> {
+    /// The operands, if the op is a matmul.
+    pub fn gemm(&self) -> Option<Gemm<'a>> {
+        match *self.call {
+            Call::Matmul { x, weight, bias } => Some(Gemm { x, weight, bias }),
+            _ => None,
+        }
+    }
+
+    /// How well a predicted tensor fits.
+    pub fn fit(&self, cause: &str, detail: String, parameters: usize, predicted: &Tensor) -> Fit {
+        let elements = self.subject.data().len();
+        let columns = 0..self.subject.width();
+        let rest = self.energy(predicted, columns.clone());
+        let whole = self.energy(self.clean, columns);
+        // Where the subject is small, anything small is near: it must be explained itself.
+        let size: f64 = self.subject.data().iter().map(|&s| square_of_difference(s, 0.0)).sum();
+        let whole = if size > 0.0 && size < whole { size } else { whole };
+        // Every fitted number explains one element by itself.
+        let freedom = elements as f64 / (elements.saturating_sub(parameters).max(1)) as f64;
+        let explained = if whole > 0.0 { 1.0 - rest / whole * freedom } else { 0.0 };
+        let mismatches = mismatches(self.subject, predicted);
+        // What is finite on one side only is no near miss.
+        let pairs = self.subject.data().iter().zip(predicted.data());
+        let contradicted = pairs.into_iter().any(|(s, p)| s.is_finite() != p.is_finite());
+        let explained = match (mismatches, contradicted) {
+            (0, _) => 1.0,
+            (_, true) => 0.0,
+            _ => explained,
+        };
+        let cause = cause.to_owned();
+        Fit { cause, detail, explained, mismatches, elements, parameters }
+    }
+
+    /// A fit that is worth mentioning.
+    pub fn fit_if_any(
+        &self,
+        cause: &str,
+        detail: String,
+        parameters: usize,
+        predicted: &Tensor,
+    ) -> Option<Fit> {
+        let fit = self.fit(cause, detail, parameters, predicted);
+        (fit.is_exact() || fit.explained > 0.0).then_some(fit)
+    }
+
+    /// Computes a call by the recipe's arithmetic and says how well it fits.
+    ///
+    /// # Errors
+    /// As the call.
+    pub fn fit_call(
+        &self,
+        cause: &str,
+        detail: String,
+        call: &Call<'_>,
+    ) -> Result<Option<Fit>, ComputeError> {
+        if let Call::Matmul { x, weight, bias } = *call {
+            return self.fit_gemm(cause, detail, Gemm { x, weight, bias }, &Steps::of(self.recipe));
+        }
+        let predicted = call.on(self.arm)?;
+        if !same_shape(&predicted, self.subject) {
+            return Ok(None);
+        }
+        Ok(self.fit_if_any(cause, detail, 0, &predicted))
+    }
+
+    /// Computes a GEMM by other steps or operands; on some columns first, and on
+    /// all where it is promising.
+    ///
+    /// # Errors
+    /// As the emulated arm's matmul.
+    pub fn fit_gemm(
+        &self,
+        cause: &str,
+        detail: String,
+        gemm: Gemm<'_>,
+        steps: &Steps<'_>,
+    ) -> Result<Option<Fit>, ComputeError> {
+        let (rows, width) = (self.subject.rows(), self.subject.width());
+        if (gemm.x.rows(), gemm.weight.rows()) != (rows, width)
+            || gemm.x.width() != gemm.weight.width()
+        {
+            return Ok(None);
+        }
+        let compute = |columns| {
+            let operands = (gemm.x, gemm.weight, gemm.bias);
+            matmul_rows(self.arm, self.recipe, operands, columns, steps)
+        };
+        if width > 2 * SCREEN {
+            let columns = self.screen();
+            let tried = compute(columns.clone())?;
+            let (mut rest, mut whole, mut differ) = (0.0, 0.0, 0);
+            for row in 0..rows {
+                let subject = &self.subject.row(row)[columns.clone()];
+                let clean = &self.clean.row(row)[columns.clone()];
+                for ((&s, &c), &t) in subject.iter().zip(clean).zip(tried.row(row)) {
+                    differ += usize::from(s.to_bits() != t.to_bits());
+                    rest += square_of_difference(s, t);
+                    whole += square_of_difference(s, c);
+                }
+            }
+            if differ > 0 && rest > (1.0 - PROMISING) * whole {
+                return Ok(None);
+            }
+        }
+        Ok(self.fit_if_any(cause, detail, 0, &compute(0..width)?))
+    }
+
+    /// The block of columns that differs most.
+    pub fn screen(&self) -> Range<usize> {
+        let width = self.subject.width();
+        let mut best = (0.0, 0..SCREEN.min(width));
+        for first in (0..width).step_by(SCREEN) {
+            let columns = first..(first + SCREEN).min(width);
+            let energy = self.energy(self.clean, columns.clone());
+            if energy > best.0 {
+                best = (energy, columns);
+            }
+        }
+        best.1
+    }
+
+    /// The energy of the subject's difference from another tensor, on some columns.
+    pub fn energy(&self, other: &Tensor, columns: Range<usize>) -> f64 {
+        let rows = 0..self.subject.rows();
+        rows.map(|row| {
+            let pairs = self.subject.row(row)[columns.clone()].iter();
+            let pairs = pairs.zip(&other.row(row)[columns.clone()]);
+            pairs.map(|(&a, &b)| square_of_difference(a, b)).sum::<f64>()
+        })
+        .sum()
+    }
+}
+
+/// `(a - b)^2`, and nothing where one of them is not finite.
+fn square_of_difference(a: f32, b: f32) -> f64 {
+    let difference = f64::from(a) - f64::from(b);
+    if difference.is_finite() { difference * difference } else { 0.0 }
+}
+
+/// Values whose bits differ; any two NaNs are alike.
+fn mismatches(a: &Tensor, b: &Tensor) -> usize {
+    let differ = |(&a, &b): (&f32, &f32)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
+    a.data().iter().zip(b.data()).filter(|&pair| differ(pair)).count()
+}
+
+/// Whether all bits of two rows are the same.
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+fn same_shape(a: &Tensor, b: &Tensor) -> bool {
+    (a.rows(), a.width()) == (b.rows(), b.width())
+}
+
+/// Every value of a tensor changed.
+fn mapped(x: &Tensor, change: impl Fn(f32) -> f32) -> Tensor {
+    Tensor::new(x.width(), x.data().iter().map(|&value| change(value)).collect())
+}

@@ -1,0 +1,58 @@
+//! NaN or infinity, and where it comes from.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "NaN or infinity appears where finite operands came in",
+    causes: &["non-finite-weight", "non-finite-output"],
+    test,
+};
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let bad = case.subject.data().iter().position(|value| !value.is_finite());
+    let Some(index) = bad else { return Ok(Vec::new()) };
+    if !case.clean.data()[index].is_finite() {
+        let weight = match *case.call {
+            Call::Matmul { weight, .. } | Call::Embed { weight, .. } => Some(weight),
+            Call::RmsNorm { gain, .. } => Some(gain),
+            _ => None,
+        };
+        let Some(weight) = weight else { return Ok(Vec::new()) };
+        let values = weight.to_vec()?;
+        let Some(at) = values.iter().position(|value| !value.is_finite()) else {
+            return Ok(Vec::new());
+        };
+        let (row, column) = (at / weight.width(), at % weight.width());
+        let detail = format!("`{}` holds {} at [{row}, {column}]", weight.name(), values[at]);
+        return Ok(vec![case.fit("non-finite-weight", detail, 0, case.clean)]);
+    }
+    let count = case.subject.data().iter().filter(|value| !value.is_finite()).count();
+    let (row, column) = (index / case.subject.width(), index % case.subject.width());
+    // All of the rest is as it must be: the bad values are the whole difference.
+    let rest = case.subject.data().iter().zip(case.clean.data());
+    let rest = rest.filter(|(s, c)| s.is_finite() && s.to_bits() != c.to_bits()).count();
+    let detail = format!(
+        "{count} values are not finite, the first at [{row}, {column}]; every operand was finite"
+    );
+    let mut fit = case.fit("non-finite-output", detail, count, case.clean);
+    fit.explained = if rest == 0 { 1.0 } else { 0.0 };
+    Ok(vec![fit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::*;
+
+    #[test]
+    fn a_nan_out_of_nowhere_is_recognised() {
+        let bench = Bench::default();
+        let (gate, up) = (bench.tensor(4, 256, 1), bench.tensor(4, 256, 2));
+        let call = Call::SwiGlu { gate: &gate, up: &up };
+        let mut wrong = bench.clean(&call);
+        wrong.row_mut(2)[17] = f32::NAN;
+        bench.expect("non-finite-output", &call, &wrong);
+    }
+}

@@ -1,0 +1,81 @@
+//! A residual addition with a term missing, doubled, or of the wrong sign.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+use crate::tensor::Tensor;
+use crate::text::number;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "a residual addition weighs its terms wrongly, or takes another tensor",
+    causes: &["residual-missing", "residual-weighted", "residual-swapped"],
+    test,
+};
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::Add { a, b } = *case.call else { return Ok(Vec::new()) };
+    let mut fits = Vec::new();
+    fits.extend(case.fit_if_any(
+        "residual-missing",
+        "the residual stream is not added".to_owned(),
+        0,
+        b,
+    ));
+    fits.extend(case.fit_if_any(
+        "residual-missing",
+        "the block's output is not added".to_owned(),
+        0,
+        a,
+    ));
+    let (mut aa, mut ab, mut bb, mut sa, mut sb) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    for ((&a, &b), &s) in a.data().iter().zip(b.data()).zip(case.subject.data()) {
+        let (a, b, s) = (f64::from(a), f64::from(b), f64::from(s));
+        if s.is_finite() {
+            aa += a * a;
+            ab += a * b;
+            bb += b * b;
+            sa += s * a;
+            sb += s * b;
+        }
+    }
+    let determinant = aa * bb - ab * ab;
+    if determinant > 0.0 {
+        let of_a = (sa * bb - sb * ab) / determinant;
+        let of_b = (sb * aa - sa * ab) / determinant;
+        let values = a.data().iter().zip(b.data());
+        let values = values.map(|(&a, &b)| (of_a * f64::from(a) + of_b * f64::from(b)) as f32);
+        let detail = format!(
+            "{} of the residual stream and {} of the block's output are added",
+            number(of_a),
+            number(of_b)
+        );
+        let predicted = Tensor::new(a.width(), values.collect());
+        fits.extend(case.fit_if_any("residual-weighted", detail, 2, &predicted));
+    }
+    for (site, other) in case.recorded {
+        let same = (other.rows(), other.width()) == (a.rows(), a.width());
+        if same && site != case.site && other != a && other != b {
+            let detail = format!("`{site}` is added in the residual stream's place");
+            fits.extend(case.fit_call("residual-swapped", detail, &Call::Add { a: other, b })?);
+            let detail = format!("`{site}` is added in the block's place");
+            fits.extend(case.fit_call("residual-swapped", detail, &Call::Add { a, b: other })?);
+        }
+    }
+    Ok(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::*;
+
+    #[test]
+    fn a_missing_and_a_doubled_term_are_recognised() {
+        let bench = Bench::default();
+        let (a, b) = (bench.tensor(4, 256, 1), bench.tensor(4, 256, 2));
+        let call = Call::Add { a: &a, b: &b };
+        bench.expect("residual-missing", &call, &a);
+        let wrong = a.data().iter().zip(b.data()).map(|(a, b)| a + 2.0 * b).collect();
+        bench.expect("residual-weighted", &call, &Tensor::new(256, wrong));
+    }
+}

@@ -1,0 +1,145 @@
+//! RoPE with another layout, base, direction, position or width.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::call::Call;
+use crate::compute::{ComputeError, Ops};
+use crate::model::{Rope, RopeLayout};
+use crate::tensor::Tensor;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "RoPE has another layout, base, direction, position or width",
+    causes: &[
+        "rope-layout",
+        "rope-base",
+        "rope-direction",
+        "rope-position",
+        "rope-missing",
+        "rope-factors",
+    ],
+    test,
+};
+
+/// Bases that models use.
+const BASES: [f64; 8] = [1e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 5e6, 1e7];
+/// Positions by which a row may be off.
+const MOST_OFFSET: usize = 4;
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::Rope { x, rope, head_dim, first_position } = *case.call else {
+        return Ok(Vec::new());
+    };
+    let mut fits = Vec::new();
+    fits.extend(case.fit_if_any("rope-missing", "nothing is rotated".to_owned(), 0, x));
+    let mut attempt = |cause: &str, detail: String, rope: &Rope, first_position: usize| {
+        let call = Call::Rope { x, rope, head_dim, first_position };
+        fits.extend(case.fit_call(cause, detail, &call)?);
+        Ok::<(), ComputeError>(())
+    };
+    let (layout, words) = match rope.layout {
+        RopeLayout::Halves => (RopeLayout::Interleaved, "interleaved pairs instead of halves"),
+        RopeLayout::Interleaved => (RopeLayout::Halves, "halves instead of interleaved pairs"),
+    };
+    attempt("rope-layout", words.to_owned(), &Rope { layout, ..rope.clone() }, first_position)?;
+    for theta in BASES.into_iter().filter(|theta| *theta != rope.theta) {
+        let detail = format!("the base is {theta} instead of {}", rope.theta);
+        attempt("rope-base", detail, &Rope { theta, ..rope.clone() }, first_position)?;
+    }
+    if rope.factors.is_some() {
+        let without = Rope { factors: None, ..rope.clone() };
+        attempt(
+            "rope-factors",
+            "the frequency factors are ignored".to_owned(),
+            &without,
+            first_position,
+        )?;
+    }
+    for factor in [2.0, 4.0, 8.0] {
+        let stretched = Rope { linear_scale: rope.linear_scale * factor, ..rope.clone() };
+        attempt(
+            "rope-factors",
+            format!("positions are divided by {factor}"),
+            &stretched,
+            first_position,
+        )?;
+    }
+    for offset in 1..=MOST_OFFSET {
+        let detail = format!("every row stands {offset} positions later than it must");
+        attempt("rope-position", detail, rope, first_position + offset)?;
+    }
+    let rows = |position: &dyn Fn(usize) -> usize| {
+        let mut data = Vec::with_capacity(x.data().len());
+        for row in 0..x.rows() {
+            let one = Tensor::new(x.width(), x.row(row).to_vec());
+            data.extend(case.arm.rope(&one, rope, head_dim, position(row))?.into_data());
+        }
+        Ok::<Tensor, ComputeError>(Tensor::new(x.width(), data))
+    };
+    let all = rows(&|_| first_position)?;
+    fits.extend(case.fit_if_any(
+        "rope-position",
+        "every row stands at the first one's position".to_owned(),
+        0,
+        &all,
+    ));
+    let earlier = rows(&|row| (first_position + row).saturating_sub(1))?;
+    fits.extend(case.fit_if_any(
+        "rope-position",
+        "every row stands one position earlier".to_owned(),
+        0,
+        &earlier,
+    ));
+    // Turning back is turning the first of each pair's signs.
+    let turned = turned_back(case.arm, x, rope, head_dim, first_position)?;
+    fits.extend(case.fit_if_any(
+        "rope-direction",
+        "pairs turn the other way".to_owned(),
+        0,
+        &turned,
+    ));
+    Ok(fits)
+}
+
+/// The rotation by the negative angles: `R(-a) x = S R(a) S x` with S negating second values.
+fn turned_back(
+    arm: &dyn Ops,
+    x: &Tensor,
+    rope: &Rope,
+    head_dim: usize,
+    first_position: usize,
+) -> Result<Tensor, ComputeError> {
+    let negated = |x: &Tensor| {
+        let mut y = x.clone();
+        for head in y.data_mut().chunks_exact_mut(head_dim) {
+            for pair in 0..rope.dimensions / 2 {
+                let (_, second) = crate::compute::rope::pair(rope, pair);
+                head[second] = -head[second];
+            }
+        }
+        y
+    };
+    Ok(negated(&arm.rope(&negated(x), rope, head_dim, first_position)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::*;
+
+    #[test]
+    fn each_departure_of_the_geometry_is_recognised() {
+        let bench = Bench::default();
+        let x = bench.tensor(5, 256, 1);
+        let rope = bench.model.config().rope.clone();
+        let call = Call::Rope { x: &x, rope: &rope, head_dim: 64, first_position: 0 };
+        let other = |rope: &Rope, first_position| {
+            bench.clean(&Call::Rope { x: &x, rope, head_dim: 64, first_position })
+        };
+        let layout = Rope { layout: RopeLayout::Interleaved, ..rope.clone() };
+        bench.expect("rope-layout", &call, &other(&layout, 0));
+        bench.expect("rope-base", &call, &other(&Rope { theta: 1e4, ..rope.clone() }, 0));
+        bench.expect("rope-position", &call, &other(&rope, 1));
+        bench.expect("rope-missing", &call, &x);
+        let back = turned_back(&bench.arm, &x, &rope, 64, 0).expect("a rotation");
+        bench.expect("rope-direction", &call, &back);
+    }
+}

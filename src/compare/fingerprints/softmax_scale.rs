@@ -1,0 +1,48 @@
+//! Attention scores with another scale than `1 / sqrt(head_dim)`.
+
+use super::{Case, Fingerprint, Fit, mapped};
+use crate::compute::ComputeError;
+use crate::compute::call::Call;
+
+pub(super) const FINGERPRINT: Fingerprint =
+    Fingerprint { what: "attention scores carry another scale", causes: &["softmax-scale"], test };
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
+    let root = (shape.head_dim as f32).sqrt();
+    let hidden = ((shape.heads * shape.head_dim) as f32).sqrt();
+    let factors = [
+        ("the scale is not applied", root),
+        ("the scale is applied twice", 1.0 / root),
+        ("scores are divided by sqrt(hidden)", root / hidden),
+        ("the scale is half of what it must be", 0.5),
+        ("the scale is twice what it must be", 2.0),
+        ("the exponential has base 2", std::f32::consts::LN_2),
+        ("scores are multiplied by log2(e) once too often", std::f32::consts::LOG2_E),
+        ("scores are zero: a plain mean", 0.0),
+    ];
+    let mut fits = Vec::new();
+    for (detail, factor) in factors {
+        let q = mapped(q, |q| q * factor);
+        let call = Call::Attention { q: &q, k, v, shape };
+        fits.extend(case.fit_call("softmax-scale", detail.to_owned(), &call)?);
+    }
+    Ok(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::*;
+    use crate::compute::AttentionShape;
+
+    #[test]
+    fn a_missing_scale_is_recognised() {
+        let bench = Bench::default();
+        let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let large = mapped(&q, |q| q * 8.0);
+        let wrong = bench.clean(&Call::Attention { q: &large, k: &k, v: &v, shape });
+        bench.expect("softmax-scale", &Call::Attention { q: &q, k: &k, v: &v, shape }, &wrong);
+    }
+}

@@ -1,0 +1,370 @@
+//! The bugs that are planted, as data: what it is, where it lives, and the cause
+//! that a reader must be told.
+//!
+//! Those marked public stood in bug reports of inference engines. How each is
+//! planted is `plant.rs`.
+
+use super::plant::Plant;
+use crate::dtype::Format;
+
+/// One bug.
+#[derive(Clone, Copy, Debug)]
+pub struct Bug {
+    /// Its name.
+    pub name: &'static str,
+    /// The causes that name it rightly, the best first.
+    pub causes: &'static [&'static str],
+    /// The sites whose op it spoils, by their names within a layer.
+    pub at: &'static [&'static str],
+    /// How it is planted.
+    pub plant: Plant,
+    /// Whether it exists with FP8 operands only.
+    pub fp8: bool,
+    /// Whether it needs an earlier layer.
+    pub after_layer_0: bool,
+    /// Whether it was reported in public.
+    pub public: bool,
+}
+
+const fn bug(
+    name: &'static str,
+    causes: &'static [&'static str],
+    at: &'static [&'static str],
+    plant: Plant,
+) -> Bug {
+    Bug { name, causes, at, plant, fp8: false, after_layer_0: false, public: false }
+}
+
+impl Bug {
+    const fn fp8(self) -> Bug {
+        Bug { fp8: true, ..self }
+    }
+
+    const fn after_layer_0(self) -> Bug {
+        Bug { after_layer_0: true, ..self }
+    }
+
+    const fn public(self) -> Bug {
+        Bug { public: true, ..self }
+    }
+}
+
+const GEMMS: &[&str] = &["q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down"];
+const LONG: &[&str] = &["ffn_down"];
+const ANY_GEMM: &[&str] = &["q", "attn_out", "ffn_up", "ffn_down", "logits"];
+const NORMS: &[&str] = &["attn_norm", "ffn_norm", "output_norm"];
+const ROPES: &[&str] = &["q_rope", "k_rope"];
+const Q_ROPE: &[&str] = &["q_rope"];
+const ADDS: &[&str] = &["attn_residual", "ffn_residual"];
+const BIASED: &[&str] = &["q", "k", "v"];
+
+/// All bugs.
+pub const CATALOGUE: &[Bug] = &[
+    // Scales.
+    bug("activation scale 2 % too large", &["scale-wrong"], GEMMS, Plant::XScale(1.02)).fp8(),
+    bug("weight scale 10 % too small", &["scale-wrong"], GEMMS, Plant::WScale(0.9)).fp8(),
+    bug("output times 0.72", &["scale-wrong"], ANY_GEMM, Plant::Times(0.72)).public(),
+    bug("output with the wrong sign", &["scale-wrong"], ANY_GEMM, Plant::Times(-1.0)).public(),
+    bug("activation scale not applied", &["scale-missing"], GEMMS, Plant::XScaleMissing).fp8(),
+    bug("weight scale not applied", &["scale-missing"], GEMMS, Plant::WScaleMissing).fp8(),
+    bug("activation scale applied twice", &["scale-twice"], GEMMS, Plant::XScaleTwice).fp8(),
+    bug("activation scale halved: codes saturate", &["saturated"], GEMMS, Plant::XSaturated(0.5))
+        .fp8(),
+    bug("weight scale quartered: codes saturate", &["saturated"], GEMMS, Plant::WSaturated(0.25))
+        .fp8(),
+    bug(
+        "activation scale 16 times too large",
+        &["scale-too-large"],
+        GEMMS,
+        Plant::XSaturated(16.0),
+    )
+    .fp8(),
+    bug(
+        "weight scaled per channel, declared per tensor",
+        &["scale-granularity"],
+        GEMMS,
+        Plant::PerChannel,
+    )
+    .fp8(),
+    bug(
+        "activation scaled per token, declared per tensor",
+        &["scale-granularity"],
+        GEMMS,
+        Plant::PerToken,
+    )
+    .fp8(),
+    bug("one column times 1.2", &["column-scale"], GEMMS, Plant::Column(1.2)),
+    bug("one row times 0.5", &["row-scale"], GEMMS, Plant::Row(0.5)),
+    // Conversions.
+    bug("activation cast truncates", &["truncating-cast"], GEMMS, Plant::TruncateX),
+    bug("weight cast truncates", &["truncating-cast"], GEMMS, Plant::TruncateW),
+    bug("both casts truncate", &["truncating-cast"], GEMMS, Plant::TruncateBoth),
+    bug("activation subnormals flushed", &["subnormals-flushed"], GEMMS, Plant::FlushX)
+        .fp8()
+        .public(),
+    bug("weight subnormals flushed", &["subnormals-flushed"], GEMMS, Plant::FlushW).fp8(),
+    bug("weight codes read as the other FP8 format", &["wrong-fp8-format"], GEMMS, Plant::ReadW)
+        .fp8(),
+    bug(
+        "activation codes read as the other FP8 format",
+        &["wrong-fp8-format"],
+        GEMMS,
+        Plant::ReadX,
+    )
+    .fp8(),
+    bug("activations rounded to Q8 blocks of 32", &["quantised-activations"], GEMMS, Plant::Q8(32))
+        .public(),
+    bug(
+        "activations rounded to Q8 blocks of 256",
+        &["quantised-activations"],
+        GEMMS,
+        Plant::Q8(256),
+    )
+    .public(),
+    bug(
+        "f16 computed instead of the recipe",
+        &["other-format"],
+        GEMMS,
+        Plant::Computed(Format::F16),
+    )
+    .public(),
+    bug(
+        "f32 computed instead of the recipe",
+        &["other-format", "not-engaged"],
+        GEMMS,
+        Plant::Computed(Format::F32),
+    ),
+    bug(
+        "the knob is not engaged: the reference's result",
+        &["not-engaged"],
+        GEMMS,
+        Plant::NotEngaged,
+    )
+    .public(),
+    // Accumulation and outputs.
+    bug("the other accumulation", &["other-schedule"], LONG, Plant::OtherAccumulation).fp8(),
+    bug("split-K 3", &["other-schedule"], LONG, Plant::SplitK(3)),
+    bug("split-K 4, order undeclared", &["other-schedule"], LONG, Plant::SplitK(4)),
+    bug(
+        "schedule changes from call to call",
+        &["non-determinism", "other-schedule"],
+        LONG,
+        Plant::Alternating,
+    )
+    .public(),
+    bug("output truncated", &["output-truncated"], GEMMS, Plant::OutputTruncated),
+    bug("output in f16", &["output-rounded"], GEMMS, Plant::Output(Format::F16)),
+    bug("output in f32", &["output-rounded"], GEMMS, Plant::Output(Format::F32)),
+    bug(
+        "f16 output overflows to infinity",
+        &["f16-overflow", "f16-intermediate"],
+        LONG,
+        Plant::F16Overflow(false),
+    )
+    .fp8()
+    .public(),
+    bug(
+        "f16 output clips at 65504",
+        &["f16-overflow", "f16-intermediate"],
+        LONG,
+        Plant::F16Overflow(true),
+    )
+    .fp8()
+    .public(),
+    // Shapes and indices of GEMMs.
+    bug("last 8 of K dropped", &["k-tail-dropped"], GEMMS, Plant::Tail(8)),
+    bug("last 32 of K dropped", &["k-tail-dropped"], GEMMS, Plant::Tail(32)),
+    bug(
+        "one block of 64 of K lost",
+        &["k-block-lost", "k-tail-dropped"],
+        GEMMS,
+        Plant::BlockLost(64),
+    ),
+    bug("one block of 32 of K counted twice", &["k-block-twice"], GEMMS, Plant::BlockTwice(32)),
+    bug("two columns swapped", &["columns-permuted"], GEMMS, Plant::ColumnsSwapped),
+    bug("rows shifted by one", &["rows-shifted"], GEMMS, Plant::RowsShifted),
+    bug(
+        "first and last row swapped",
+        &["rows-permuted", "rows-shifted"],
+        GEMMS,
+        Plant::RowsSwapped,
+    ),
+    bug("one row written, the rest stale", &["stale-rows"], GEMMS, Plant::StaleRows)
+        .after_layer_0()
+        .public(),
+    bug("a tile of 32 outputs not written", &["unwritten"], GEMMS, Plant::TileUnwritten),
+    bug("one lane of every tile of 16 spoilt", &["tile-periodic"], GEMMS, Plant::LaneSpoilt(16)),
+    bug("a tile of 64 outputs spoilt", &["one-tile"], GEMMS, Plant::TileSpoilt(64)),
+    bug("weight read along the wrong axis", &["transposed-weight"], GEMMS, Plant::Transposed),
+    bug("halves of the inner index swapped", &["weight-permuted"], GEMMS, Plant::HalvesSwapped),
+    bug(
+        "neighbours of the inner index swapped",
+        &["weight-permuted"],
+        GEMMS,
+        Plant::NeighboursSwapped,
+    ),
+    bug("nibbles of blocks of 32 interleaved", &["weight-permuted"], GEMMS, Plant::Interleaved),
+    bug("the previous layer's weight", &["swapped-weight"], GEMMS, Plant::PreviousLayersWeight)
+        .after_layer_0(),
+    bug(
+        "k's weight for v, up's for gate",
+        &["swapped-weight"],
+        &["v", "ffn_gate"],
+        Plant::SistersWeight,
+    ),
+    // Stale buffers.
+    bug("layer 0's converted activation reused", &["stale-input"], GEMMS, Plant::Layer0sInput)
+        .after_layer_0()
+        .public(),
+    bug(
+        "the previous layer's activation reused",
+        &["stale-input"],
+        GEMMS,
+        Plant::PreviousLayersInput,
+    )
+    .after_layer_0()
+    .public(),
+    bug(
+        "the previous layer's output returned",
+        &["stale-output"],
+        GEMMS,
+        Plant::PreviousLayersOutput,
+    )
+    .after_layer_0(),
+    // Biases.
+    bug("bias missing", &["bias-missing"], BIASED, Plant::BiasMissing),
+    bug("bias added twice", &["bias-twice"], BIASED, Plant::BiasTwice),
+    bug("the previous layer's bias", &["bias-swapped"], BIASED, Plant::PreviousLayersBias)
+        .after_layer_0(),
+    // NaN and infinity.
+    bug("one output is NaN", &["non-finite-output"], GEMMS, Plant::Single(f32::NAN)),
+    bug(
+        "one value of the embedding is NaN",
+        &["non-finite-output"],
+        &["embed"],
+        Plant::Single(f32::NAN),
+    ),
+    bug(
+        "one value of the first norm is NaN",
+        &["non-finite-output"],
+        &["blk.0.attn_norm"],
+        Plant::Single(f32::NAN),
+    ),
+    bug(
+        "one value of the first query is NaN",
+        &["non-finite-output"],
+        &["blk.0.q"],
+        Plant::Single(f32::NAN),
+    ),
+    bug(
+        "one value of the attention is NaN",
+        &["non-finite-output"],
+        &["attn"],
+        Plant::Single(f32::NAN),
+    ),
+    bug(
+        "the largest logit exchanged with another",
+        &["columns-permuted"],
+        &["logits"],
+        Plant::TopSwapped,
+    ),
+    bug("one value changes from call to call", &["non-determinism"], &["ffn_down"], Plant::Flicker),
+    bug("one output is infinite", &["non-finite-output"], GEMMS, Plant::Single(f32::INFINITY)),
+    // RMSNorm.
+    bug("epsilon 1e-5 for 1e-6 and back", &["epsilon"], NORMS, Plant::OtherEpsilon).public(),
+    bug("epsilon 1e-3", &["epsilon"], NORMS, Plant::Epsilon(1e-3)),
+    bug("epsilon left out", &["epsilon"], NORMS, Plant::Epsilon(0.0)),
+    bug("gain offset by one", &["weight-offset"], NORMS, Plant::GainOffset),
+    bug("gain not applied", &["gain-ignored"], NORMS, Plant::GainIgnored),
+    bug("the other norm's gain", &["gain-swapped"], &["attn_norm", "ffn_norm"], Plant::OtherGain),
+    bug("mean subtracted", &["mean-subtracted"], NORMS, Plant::MeanSubtracted),
+    bug("sum for mean", &["sum-for-mean", "scale-wrong"], NORMS, Plant::SumForMean),
+    bug("norm rounded to bf16", &["output-rounded"], NORMS, Plant::Rounded(Format::Bf16)),
+    bug(
+        "norm of the previous layer's stream",
+        &["stale-input", "stale-output"],
+        &["attn_norm", "ffn_norm"],
+        Plant::PreviousLayersOutput,
+    )
+    .after_layer_0(),
+    // RoPE.
+    bug("RoPE in the other layout", &["rope-layout"], ROPES, Plant::RopeLayout),
+    bug("RoPE base 10000", &["rope-base"], ROPES, Plant::RopeBase(1e4)),
+    bug("RoPE turns the other way", &["rope-direction"], ROPES, Plant::RopeBack),
+    bug("RoPE one position late", &["rope-position"], ROPES, Plant::RopeOffset(1)),
+    bug(
+        "RoPE at the first position only",
+        &["rope-position", "rope-missing"],
+        Q_ROPE,
+        Plant::RopeFirst,
+    ),
+    bug("RoPE left out", &["rope-missing", "stale-output"], ROPES, Plant::RopeMissing),
+    bug("RoPE factors ignored", &["rope-factors"], ROPES, Plant::RopeFactorsIgnored),
+    // Attention.
+    bug("softmax scale not applied", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(0)),
+    bug("softmax scale applied twice", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(1)),
+    bug("softmax with base 2", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(2)),
+    bug("causal mask missing", &["causal-mask"], &["attn"], Plant::MaskMissing),
+    bug("a row does not see itself", &["causal-mask"], &["attn"], Plant::MaskStrict),
+    bug("a window of 2 positions", &["causal-mask"], &["attn"], Plant::Window(2)),
+    bug("GQA heads taken modulo", &["gqa-head-map"], &["attn"], Plant::HeadsModulo),
+    bug("GQA: every head reads the first", &["gqa-head-map"], &["attn"], Plant::HeadsFirst),
+    bug("keys and values exchanged", &["swapped-operands"], &["attn"], Plant::KeysForValues),
+    bug("attention rounded to bf16", &["output-rounded"], &["attn"], Plant::Rounded(Format::Bf16)),
+    // SwiGLU.
+    bug("gate and up exchanged", &["swapped-operands"], &["ffn_swiglu"], Plant::GateForUp),
+    bug("GELU for SiLU", &["activation-function"], &["ffn_swiglu"], Plant::Gelu),
+    bug("ReLU for SiLU", &["activation-function"], &["ffn_swiglu"], Plant::Relu),
+    bug("up projection ignored", &["activation-function"], &["ffn_swiglu"], Plant::UpIgnored),
+    bug("SwiGLU rounded to f16", &["output-rounded"], &["ffn_swiglu"], Plant::Rounded(Format::F16)),
+    // Residuals.
+    bug(
+        "residual stream not added",
+        &["residual-missing", "stale-output"],
+        ADDS,
+        Plant::StreamMissing,
+    ),
+    bug(
+        "block's output not added",
+        &["residual-missing", "stale-output"],
+        ADDS,
+        Plant::BlockMissing,
+    ),
+    bug("block's output added twice", &["residual-weighted"], ADDS, Plant::BlockTwiceAdded),
+    bug("block's output subtracted", &["residual-weighted"], ADDS, Plant::BlockSubtracted),
+    bug("the embedding added for the stream", &["residual-swapped"], ADDS, Plant::EmbeddingAdded)
+        .after_layer_0(),
+    bug("residual rounded to bf16", &["output-rounded"], ADDS, Plant::Rounded(Format::Bf16)),
+    // Embedding.
+    bug("embedding row off by one", &["wrong-row"], &["embed"], Plant::RowOffByOne),
+    bug(
+        "embedding halves of blocks interleaved",
+        &["block-order"],
+        &["embed"],
+        Plant::EmbedInterleaved,
+    ),
+    bug("embedding times sqrt(hidden)", &["scale-wrong"], &["embed"], Plant::TimesRootHidden),
+    bug("embedding rounded to bf16", &["output-rounded"], &["embed"], Plant::Rounded(Format::Bf16)),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::compare::fingerprints::ALL;
+
+    #[test]
+    fn names_are_unique_and_every_cause_has_a_fingerprint() {
+        assert!(CATALOGUE.len() >= 60, "{}", CATALOGUE.len());
+        let names: BTreeSet<&str> = CATALOGUE.iter().map(|bug| bug.name).collect();
+        assert_eq!(names.len(), CATALOGUE.len());
+        let mut causes: BTreeSet<&str> = ALL.iter().flat_map(|f| f.causes).copied().collect();
+        causes.insert("non-determinism");
+        for bug in CATALOGUE {
+            for cause in bug.causes {
+                assert!(causes.contains(cause), "{}: {cause}", bug.name);
+            }
+        }
+    }
+}

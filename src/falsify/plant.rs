@@ -1,0 +1,709 @@
+//! How each bug of the catalogue changes one call.
+//!
+//! Everything else of the arm stays as it is. A bug that does not apply to the
+//! call (a missing bias where there is none) plants nothing.
+
+use std::collections::BTreeMap;
+
+use super::chosen;
+use crate::compute::call::{Call, MadeWeight};
+use crate::compute::departure::{
+    Converted, Edit, Steps, flushed, keep, matmul_rows, only_inner, read_as, requantised, scaled,
+    truncated,
+};
+use crate::compute::emulated::arm::Emulated;
+use crate::compute::emulated::gemm::Scales;
+use crate::compute::emulated::schedule::Schedule;
+use crate::compute::forward::top_1;
+use crate::compute::reference::Reference;
+use crate::compute::{AttentionShape, ComputeError, Ops, rope};
+use crate::dtype::Format;
+use crate::model::{Model, Rope, RopeLayout, Weight};
+use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
+use crate::tensor::Tensor;
+
+/// What is done to a call.
+#[expect(missing_docs, reason = "the catalogue's names say what each of them is")]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Plant {
+    XScale(f32),
+    WScale(f32),
+    Times(f32),
+    XScaleMissing,
+    WScaleMissing,
+    XScaleTwice,
+    XSaturated(f32),
+    WSaturated(f32),
+    PerChannel,
+    PerToken,
+    Column(f32),
+    Row(f32),
+    TruncateX,
+    TruncateW,
+    TruncateBoth,
+    FlushX,
+    FlushW,
+    ReadW,
+    ReadX,
+    Q8(usize),
+    Computed(Format),
+    NotEngaged,
+    OtherAccumulation,
+    SplitK(u32),
+    Alternating,
+    OutputTruncated,
+    Output(Format),
+    F16Overflow(bool),
+    Tail(usize),
+    BlockLost(usize),
+    BlockTwice(usize),
+    ColumnsSwapped,
+    RowsShifted,
+    RowsSwapped,
+    StaleRows,
+    TileUnwritten,
+    LaneSpoilt(usize),
+    TileSpoilt(usize),
+    Transposed,
+    HalvesSwapped,
+    NeighboursSwapped,
+    Interleaved,
+    PreviousLayersWeight,
+    SistersWeight,
+    Layer0sInput,
+    PreviousLayersInput,
+    PreviousLayersOutput,
+    BiasMissing,
+    BiasTwice,
+    PreviousLayersBias,
+    Single(f32),
+    TopSwapped,
+    Flicker,
+    OtherEpsilon,
+    Epsilon(f32),
+    GainOffset,
+    GainIgnored,
+    OtherGain,
+    MeanSubtracted,
+    SumForMean,
+    Rounded(Format),
+    RopeLayout,
+    RopeBase(f64),
+    RopeBack,
+    RopeOffset(usize),
+    RopeFirst,
+    RopeMissing,
+    RopeFactorsIgnored,
+    SoftmaxScale(u8),
+    MaskMissing,
+    MaskStrict,
+    Window(usize),
+    HeadsModulo,
+    HeadsFirst,
+    KeysForValues,
+    GateForUp,
+    Gelu,
+    Relu,
+    UpIgnored,
+    StreamMissing,
+    BlockMissing,
+    BlockTwiceAdded,
+    BlockSubtracted,
+    EmbeddingAdded,
+    RowOffByOne,
+    EmbedInterleaved,
+    TimesRootHidden,
+}
+
+/// What a bug has at hand.
+pub struct Ground<'a> {
+    /// The clean arm.
+    pub arm: &'a Emulated,
+    /// Its recipe.
+    pub recipe: &'a Recipe,
+    /// The model.
+    pub model: &'a Model,
+    /// Decides columns, blocks and the like.
+    pub seed: u64,
+    /// How often this site was computed, this time included.
+    pub call_number: u64,
+    /// The last tensor of each site so far.
+    pub made: &'a BTreeMap<Site, Tensor>,
+    /// The last activation of each GEMM so far.
+    pub inputs: &'a BTreeMap<Site, Tensor>,
+}
+
+type Made = Result<Option<Tensor>, ComputeError>;
+
+/// What the call returns with the bug; nothing where the bug does not apply.
+pub fn planted(
+    plant: Plant,
+    site: &Site,
+    call: &Call<'_>,
+    clean: &Tensor,
+    ground: &Ground<'_>,
+) -> Made {
+    match plant {
+        Plant::Times(factor) => return Ok(Some(mapped(clean, |y| y * factor))),
+        Plant::TimesRootHidden => {
+            let factor = (clean.width() as f32).sqrt();
+            return Ok(Some(mapped(clean, |y| y * factor)));
+        }
+        Plant::Rounded(format) => return Ok(Some(mapped(clean, |y| format.round(y)))),
+        Plant::Single(value) => {
+            let mut y = clean.clone();
+            let row = chosen(ground.seed, y.rows());
+            let column = chosen(ground.seed + 1, y.width());
+            y.row_mut(row)[column] = value;
+            return Ok(Some(y));
+        }
+        Plant::Flicker => {
+            let mut y = clean.clone();
+            let column = chosen(ground.seed, y.width());
+            y.row_mut(0)[column] += ground.call_number as f32;
+            return Ok(Some(y));
+        }
+        Plant::PreviousLayersOutput => return Ok(earlier(ground.made, site, 1, clean)),
+        _ => {}
+    }
+    match *call {
+        Call::Matmul { x, weight, bias } => {
+            let gemm = Gemm { x, weight, bias, ground };
+            match gemm.by_steps(plant)? {
+                Some(spoilt) => Ok(Some(spoilt)),
+                None => match gemm.by_operands(plant, site)? {
+                    Some(spoilt) => Ok(Some(spoilt)),
+                    None => gemm.by_result(plant, site, clean),
+                },
+            }
+        }
+        Call::RmsNorm { x, gain, eps } => norm(plant, (x, gain, eps), ground),
+        Call::Rope { x, rope, head_dim, first_position } => {
+            rotation(plant, (x, rope, head_dim, first_position), ground)
+        }
+        Call::Attention { q, k, v, shape } => attention(plant, (q, k, v, shape), ground),
+        Call::SwiGlu { gate, up } => swiglu(plant, gate, up, ground),
+        Call::Add { a, b } => addition(plant, a, b, ground),
+        Call::Embed { weight, tokens } => embedding(plant, weight, tokens, clean, ground),
+    }
+}
+
+fn mapped(x: &Tensor, change: impl Fn(f32) -> f32) -> Tensor {
+    Tensor::new(x.width(), x.data().iter().map(|&value| change(value)).collect())
+}
+
+/// The same site's tensor some layers before, if it has the shape.
+fn earlier(
+    known: &BTreeMap<Site, Tensor>,
+    site: &Site,
+    layers: u32,
+    shape: &Tensor,
+) -> Option<Tensor> {
+    let (layer, name) = in_layer(&site.0)?;
+    let site = Site(format!("blk.{}.{name}", layer.checked_sub(layers)?));
+    let tensor = known.get(&site)?;
+    let fits = (tensor.rows(), tensor.width()) == (shape.rows(), shape.width());
+    fits.then(|| tensor.clone())
+}
+
+struct Gemm<'a> {
+    x: &'a Tensor,
+    weight: Weight<'a>,
+    bias: Option<Weight<'a>>,
+    ground: &'a Ground<'a>,
+}
+
+fn as_e5m2(operand: Converted<'_>) -> Converted<'_> {
+    let other = if operand.codes.format() == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
+    read_as(operand, other)
+}
+
+impl Gemm<'_> {
+    fn run(&self, steps: &Steps<'_>) -> Made {
+        let Ground { arm, recipe, .. } = self.ground;
+        let operands = (self.x, self.weight, self.bias);
+        Ok(Some(matmul_rows(arm, recipe, operands, 0..self.weight.rows(), steps)?))
+    }
+
+    fn with(&self, x: &Edit<'_>, w: &Edit<'_>) -> Made {
+        self.run(&Steps { x, w, ..Steps::of(self.ground.recipe) })
+    }
+
+    fn with_schedule(&self, schedule: Schedule) -> Made {
+        let format = self.ground.recipe.gemm;
+        let inner = self.x.width();
+        let prescribed = Schedule::of(self.ground.recipe);
+        if schedule.steps(inner, format) == prescribed.steps(inner, format) {
+            return Ok(None);
+        }
+        self.run(&Steps { schedule, ..Steps::of(self.ground.recipe) })
+    }
+
+    /// Bugs of the conversion, the accumulation and the epilogue.
+    fn by_steps(&self, plant: Plant) -> Made {
+        let recipe = self.ground.recipe;
+        let inner = self.x.width();
+        let scheduled = Schedule::of(recipe);
+        match plant {
+            Plant::XScale(factor) => self.with(&|o| scaled(o, |scale| scale * factor), &keep),
+            Plant::WScale(factor) => self.with(&keep, &|o| scaled(o, |scale| scale * factor)),
+            Plant::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
+            Plant::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
+            Plant::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
+            Plant::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
+            Plant::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
+            Plant::TruncateX => self.with(&truncated, &keep),
+            Plant::TruncateW => self.with(&keep, &truncated),
+            Plant::TruncateBoth => self.with(&truncated, &truncated),
+            Plant::FlushX => self.with(&flushed, &keep),
+            Plant::FlushW => self.with(&keep, &flushed),
+            Plant::ReadX => self.with(&as_e5m2, &keep),
+            Plant::ReadW => self.with(&keep, &as_e5m2),
+            Plant::Tail(tail) if tail < inner => {
+                self.with(&|o| only_inner(o, |k| k < inner - tail), &keep)
+            }
+            Plant::BlockLost(width) if width < inner => {
+                let block = chosen(self.ground.seed, inner / width);
+                self.with(&|o| only_inner(o, |k| k / width != block), &keep)
+            }
+            Plant::BlockTwice(width) if width < inner => {
+                let block = chosen(self.ground.seed, inner / width);
+                let Ground { arm, recipe, .. } = self.ground;
+                let x: &Edit = &|o| only_inner(o, |k| k / width == block);
+                let steps = Steps { x, output: Format::F32, ..Steps::of(recipe) };
+                let rows = 0..self.weight.rows();
+                let part =
+                    matmul_rows(arm, recipe, (self.x, self.weight, None), rows.clone(), &steps)?;
+                let steps = Steps { output: Format::F32, ..Steps::of(recipe) };
+                let mut y = matmul_rows(arm, recipe, (self.x, self.weight, None), rows, &steps)?;
+                for (y, part) in y.data_mut().iter_mut().zip(part.data()) {
+                    *y = recipe.output.round(*y + part);
+                }
+                self.biased(y)
+            }
+            Plant::OtherAccumulation => {
+                let other = match scheduled.accumulate {
+                    Accumulate::Fast => Schedule::PROMOTED,
+                    Accumulate::Promoted => Schedule::FAST,
+                };
+                self.with_schedule(other)
+            }
+            Plant::SplitK(parts) => self.with_schedule(scheduled.with_split_k(parts)),
+            Plant::Alternating if self.ground.call_number.is_multiple_of(2) => Ok(None),
+            Plant::Alternating => self.with_schedule(scheduled.with_split_k(2)),
+            Plant::Output(format) if format != recipe.output => {
+                self.run(&Steps { output: format, ..Steps::of(recipe) })
+            }
+            Plant::OutputTruncated => {
+                let Ground { arm, .. } = self.ground;
+                let steps = Steps { output: Format::F32, ..Steps::of(recipe) };
+                let rows = 0..self.weight.rows();
+                let y = matmul_rows(arm, recipe, (self.x, self.weight, None), rows, &steps)?;
+                let format = recipe.output;
+                self.biased(mapped(&y, |y| {
+                    let code = format.encode(y);
+                    let rounded = format.decode(code);
+                    if rounded.abs() > y.abs() { format.decode(code - 1) } else { rounded }
+                }))
+            }
+            Plant::F16Overflow(clipped) => self.f16_overflow(clipped),
+            _ => Ok(None),
+        }
+    }
+
+    /// The accumulator is written as f16, and both scales are applied afterwards.
+    fn f16_overflow(&self, clipped: bool) -> Made {
+        let Ground { arm, recipe, .. } = self.ground;
+        let (_, Scales::Tensor(x_scale)) = arm.quantise_activation(self.x) else {
+            return Ok(None);
+        };
+        let absmax = arm.absmax_of(self.weight)?;
+        let (_, Scales::Tensor(w_scale)) = arm.quantise_weight_rows(&[], 1, absmax) else {
+            return Ok(None);
+        };
+        let one: &Edit = &|o| scaled(o, |_| 1.0);
+        let steps = Steps { x: one, w: one, output: Format::F32, ..Steps::of(recipe) };
+        let rows = 0..self.weight.rows();
+        let y = matmul_rows(arm, recipe, (self.x, self.weight, None), rows, &steps)?;
+        let limit = if clipped { Format::F16.max_finite() } else { f32::INFINITY };
+        let scale = x_scale * w_scale;
+        self.biased(mapped(&y, |y| {
+            recipe.output.round(Format::F16.round(y.clamp(-limit, limit)) * scale)
+        }))
+    }
+
+    fn biased(&self, mut y: Tensor) -> Made {
+        if let Some(bias) = self.bias {
+            let bias = bias.to_vec()?;
+            for row in 0..y.rows() {
+                y.row_mut(row).iter_mut().zip(&bias).for_each(|(y, bias)| *y += bias);
+            }
+        }
+        Ok(Some(y))
+    }
+
+    fn on(&self, arm: &dyn Ops, x: &Tensor, weight: Weight<'_>, bias: Option<Weight<'_>>) -> Made {
+        Ok(Some(arm.matmul(x, weight, bias)?))
+    }
+
+    fn rearranged(&self, order: impl Fn(usize) -> usize) -> Made {
+        let width = self.weight.width();
+        let values = self.weight.to_vec()?;
+        let rows = values.chunks_exact(width);
+        let moved: Vec<f32> = rows.flat_map(|row| (0..width).map(|k| row[order(k)])).collect();
+        let name = format!("{} rearranged", self.weight.name());
+        let made = MadeWeight::new(name, self.weight.rows(), &moved);
+        self.on(self.ground.arm, self.x, made.weight()?, self.bias)
+    }
+
+    /// Bugs that multiply other tensors, or in another arithmetic.
+    fn by_operands(&self, plant: Plant, site: &Site) -> Made {
+        let Ground { arm, recipe, model, inputs, .. } = self.ground;
+        let (x, weight, bias) = (self.x, self.weight, self.bias);
+        let width = weight.width();
+        let other_scale = |scale: Scale| {
+            let arm = Emulated::new(&Recipe { scale, ..**recipe })?;
+            self.on(&arm, x, weight, bias)
+        };
+        let layers_name = |name: &str, back: u32| {
+            let (layer, inner) = in_layer(name)?;
+            Some(format!("blk.{}.{inner}", layer.checked_sub(back)?))
+        };
+        match plant {
+            Plant::PerChannel => {
+                other_scale(Scale { weight: WeightScale::Channel, ..recipe.scale })
+            }
+            Plant::PerToken if x.rows() > 1 => {
+                other_scale(Scale { activation: ActivationScale::Token, ..recipe.scale })
+            }
+            Plant::Computed(format) if format != recipe.gemm => {
+                let arm = Emulated::new(&Recipe { gemm: format, ..**recipe })?;
+                self.on(&arm, x, weight, bias)
+            }
+            Plant::NotEngaged => self.on(&Reference, x, weight, bias),
+            Plant::Q8(block) => {
+                let mut rounded = x.clone();
+                for row in 0..rounded.rows() {
+                    for block in rounded.row_mut(row).chunks_mut(block) {
+                        let most = block.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                        let step = if most > 0.0 { most / 127.0 } else { 1.0 };
+                        block.iter_mut().for_each(|x| *x = (*x / step).round() * step);
+                    }
+                }
+                self.on(&Reference, &rounded, weight, bias)
+            }
+            Plant::Transposed => {
+                let (rows, values) = (weight.rows(), weight.to_vec()?);
+                let at = |index: usize| values[index % width * rows + index / width];
+                let moved: Vec<f32> = (0..rows * width).map(at).collect();
+                let made = MadeWeight::new(format!("{} transposed", weight.name()), rows, &moved);
+                self.on(*arm, x, made.weight()?, bias)
+            }
+            Plant::HalvesSwapped => self.rearranged(|k| (k + width / 2) % width),
+            Plant::NeighboursSwapped => self.rearranged(|k| k ^ 1),
+            Plant::Interleaved if width.is_multiple_of(32) => {
+                self.rearranged(|k| k / 32 * 32 + k % 2 * 16 + k % 32 / 2)
+            }
+            Plant::PreviousLayersWeight => match layers_name(weight.name(), 1) {
+                Some(name) => self.on(*arm, x, model.tensor(&name)?, bias),
+                None => Ok(None),
+            },
+            Plant::SistersWeight => {
+                let name = weight.name().replace("attn_v", "attn_k").replace("ffn_gate", "ffn_up");
+                let sister = model.tensor(&name)?;
+                // K and V may be stored alike, never be alike.
+                self.on(*arm, x, sister, bias)
+            }
+            Plant::Layer0sInput => {
+                let back = in_layer(&site.0).map_or(0, |(layer, _)| layer);
+                match earlier(inputs, site, back, x) {
+                    Some(stale) => self.on(*arm, &stale, weight, bias),
+                    None => Ok(None),
+                }
+            }
+            Plant::PreviousLayersInput => match earlier(inputs, site, 1, x) {
+                Some(stale) => self.on(*arm, &stale, weight, bias),
+                None => Ok(None),
+            },
+            Plant::BiasMissing if bias.is_some() => self.on(*arm, x, weight, None),
+            Plant::PreviousLayersBias => match bias.and_then(|bias| layers_name(bias.name(), 1)) {
+                Some(name) => self.on(*arm, x, weight, Some(model.tensor(&name)?)),
+                None => Ok(None),
+            },
+            _ => Ok(None),
+        }
+    }
+
+    /// Bugs of what is done with the result.
+    fn by_result(&self, plant: Plant, site: &Site, clean: &Tensor) -> Made {
+        let seed = self.ground.seed;
+        let (rows, width) = (clean.rows(), clean.width());
+        let mut y = clean.clone();
+        match plant {
+            Plant::Column(factor) => {
+                let column = chosen(seed, width);
+                (0..rows).for_each(|row| y.row_mut(row)[column] *= factor);
+            }
+            Plant::Row(factor) => {
+                y.row_mut(chosen(seed, rows)).iter_mut().for_each(|y| *y *= factor);
+            }
+            Plant::ColumnsSwapped => {
+                let first = chosen(seed, width);
+                let second = (first + 1 + chosen(seed + 1, width - 1)) % width;
+                (0..rows).for_each(|row| y.row_mut(row).swap(first, second));
+            }
+            Plant::RowsShifted if rows > 1 => {
+                (1..rows).for_each(|row| y.row_mut(row).copy_from_slice(clean.row(row - 1)));
+            }
+            Plant::RowsSwapped if rows > 1 => {
+                y.row_mut(0).copy_from_slice(clean.row(rows - 1));
+                y.row_mut(rows - 1).copy_from_slice(clean.row(0));
+            }
+            Plant::StaleRows if rows > 1 => {
+                let Some(stale) = earlier(self.ground.made, site, 1, clean) else {
+                    return Ok(None);
+                };
+                (1..rows).for_each(|row| y.row_mut(row).copy_from_slice(stale.row(row)));
+            }
+            Plant::TileUnwritten => {
+                let first = chosen(seed, width / 32) * 32;
+                (0..rows).for_each(|row| y.row_mut(row)[first..first + 32].fill(0.0));
+            }
+            Plant::LaneSpoilt(tile) => {
+                let lane = chosen(seed, tile);
+                for row in 0..rows {
+                    for column in (lane..width).step_by(tile) {
+                        y.row_mut(row)[column] += noise(seed, row * width + column, clean);
+                    }
+                }
+            }
+            Plant::TileSpoilt(tile) if 2 * tile <= width => {
+                let first = chosen(seed, width / tile) * tile;
+                for row in 0..rows {
+                    for column in first..first + tile {
+                        y.row_mut(row)[column] += noise(seed, row * width + column, clean);
+                    }
+                }
+            }
+            Plant::BiasTwice => {
+                let Some(bias) = self.bias else { return Ok(None) };
+                let bias = bias.to_vec()?;
+                for row in 0..rows {
+                    y.row_mut(row).iter_mut().zip(&bias).for_each(|(y, bias)| *y += bias);
+                }
+            }
+            Plant::TopSwapped => {
+                let (top, _) = top_1(clean.row(0));
+                let other = (top as usize + 1 + chosen(seed, width - 1)) % width;
+                (0..rows).for_each(|row| y.row_mut(row).swap(top as usize, other));
+            }
+            _ => return Ok(None),
+        }
+        Ok(Some(y))
+    }
+}
+
+/// A seeded value of the result's own size.
+fn noise(seed: u64, index: usize, like: &Tensor) -> f32 {
+    let values = like.data();
+    let pick = chosen(seed.wrapping_add(index as u64), values.len());
+    if pick.is_multiple_of(2) { values[pick] } else { -values[pick] }
+}
+
+fn norm(plant: Plant, (x, gain, eps): (&Tensor, Weight<'_>, f32), ground: &Ground<'_>) -> Made {
+    let arm = ground.arm;
+    let values = gain.to_vec()?;
+    let with_gain = |change: &dyn Fn(f32) -> f32| {
+        let changed: Vec<f32> = values.iter().map(|&g| change(g)).collect();
+        let made = MadeWeight::new(format!("{} changed", gain.name()), 1, &changed);
+        Ok(Some(arm.rms_norm(x, made.weight()?, eps)?))
+    };
+    match plant {
+        Plant::OtherEpsilon => {
+            let other = if eps == 1e-6 { 1e-5 } else { 1e-6 };
+            Ok(Some(arm.rms_norm(x, gain, other)?))
+        }
+        Plant::Epsilon(other) if other != eps => Ok(Some(arm.rms_norm(x, gain, other)?)),
+        Plant::GainOffset => with_gain(&|g| 1.0 + g),
+        Plant::GainIgnored => with_gain(&|_| 1.0),
+        Plant::OtherGain => {
+            let name = gain.name();
+            let other = if name.contains("attn_norm") {
+                name.replace("attn_norm", "ffn_norm")
+            } else {
+                name.replace("ffn_norm", "attn_norm")
+            };
+            Ok(Some(arm.rms_norm(x, ground.model.tensor(&other)?, eps)?))
+        }
+        Plant::MeanSubtracted => {
+            let mut centred = x.clone();
+            for group in centred.data_mut().chunks_exact_mut(values.len()) {
+                let mean = group.iter().sum::<f32>() / group.len() as f32;
+                group.iter_mut().for_each(|x| *x -= mean);
+            }
+            Ok(Some(arm.rms_norm(&centred, gain, eps)?))
+        }
+        Plant::SumForMean => {
+            let root = (values.len() as f32).sqrt();
+            Ok(Some(mapped(&arm.rms_norm(x, gain, eps / values.len() as f32)?, |y| y / root)))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn rotation(
+    plant: Plant,
+    (x, geometry, head_dim, first): (&Tensor, &Rope, usize, usize),
+    ground: &Ground<'_>,
+) -> Made {
+    let turned = |geometry: &Rope, first| Ok(Some(ground.arm.rope(x, geometry, head_dim, first)?));
+    match plant {
+        Plant::RopeLayout => {
+            let layout = match geometry.layout {
+                RopeLayout::Halves => RopeLayout::Interleaved,
+                RopeLayout::Interleaved => RopeLayout::Halves,
+            };
+            turned(&Rope { layout, ..geometry.clone() }, first)
+        }
+        Plant::RopeBase(theta) if theta != geometry.theta => {
+            turned(&Rope { theta, ..geometry.clone() }, first)
+        }
+        Plant::RopeOffset(offset) => turned(geometry, first + offset),
+        Plant::RopeFirst if x.rows() > 1 => {
+            let mut data = Vec::with_capacity(x.data().len());
+            for row in 0..x.rows() {
+                let one = Tensor::new(x.width(), x.row(row).to_vec());
+                data.extend(ground.arm.rope(&one, geometry, head_dim, first)?.into_data());
+            }
+            Ok(Some(Tensor::new(x.width(), data)))
+        }
+        Plant::RopeMissing => Ok(Some(x.clone())),
+        Plant::RopeFactorsIgnored if geometry.factors.is_some() => {
+            turned(&Rope { factors: None, ..geometry.clone() }, first)
+        }
+        Plant::RopeBack => {
+            let mirrored = |x: &Tensor| {
+                let mut y = x.clone();
+                for head in y.data_mut().chunks_exact_mut(head_dim) {
+                    for pair in 0..geometry.dimensions / 2 {
+                        let (_, second) = rope::pair(geometry, pair);
+                        head[second] = -head[second];
+                    }
+                }
+                y
+            };
+            let back = ground.arm.rope(&mirrored(x), geometry, head_dim, first)?;
+            Ok(Some(mirrored(&back)))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn attention(
+    plant: Plant,
+    (q, k, v, shape): (&Tensor, &Tensor, &Tensor, AttentionShape),
+    ground: &Ground<'_>,
+) -> Made {
+    let arm = ground.arm;
+    let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+    let scaled = |factor: f32| Ok(Some(arm.attention(&mapped(q, |q| q * factor), k, v, shape)?));
+    let seen = |range: &dyn Fn(usize) -> std::ops::Range<usize>| {
+        let mut data = Vec::with_capacity(q.data().len());
+        for row in 0..q.rows() {
+            let positions = range(first_position + row);
+            let some = |x: &Tensor| {
+                let range = positions.start * x.width()..positions.end * x.width();
+                Tensor::new(x.width(), x.data()[range].to_vec())
+            };
+            let one = Tensor::new(q.width(), q.row(row).to_vec());
+            let shape = AttentionShape { first_position: positions.len() - 1, ..shape };
+            data.extend(arm.attention(&one, &some(k), &some(v), shape)?.into_data());
+        }
+        Ok(Some(Tensor::new(heads * head_dim, data)))
+    };
+    let mapped_heads = |kv_of: &dyn Fn(usize) -> usize| {
+        let wide = |x: &Tensor| {
+            let rows = (0..x.rows()).flat_map(|row| {
+                let row = x.row(row);
+                (0..heads).flat_map(move |head| {
+                    let kv = kv_of(head);
+                    row[kv * head_dim..(kv + 1) * head_dim].iter().copied()
+                })
+            });
+            Tensor::new(heads * head_dim, rows.collect())
+        };
+        let every = AttentionShape { kv_heads: heads, ..shape };
+        Ok(Some(arm.attention(q, &wide(k), &wide(v), every)?))
+    };
+    let root = (head_dim as f32).sqrt();
+    match plant {
+        Plant::SoftmaxScale(0) => scaled(root),
+        Plant::SoftmaxScale(1) => scaled(1.0 / root),
+        Plant::SoftmaxScale(_) => scaled(std::f32::consts::LN_2),
+        Plant::MaskMissing if k.rows() > 1 => seen(&|_| 0..k.rows()),
+        Plant::MaskStrict if k.rows() > 1 => seen(&|own| 0..own.max(1)),
+        Plant::Window(window) if k.rows() > window => {
+            seen(&|own| (own + 1).saturating_sub(window)..own + 1)
+        }
+        Plant::HeadsModulo if kv_heads > 1 && kv_heads < heads => {
+            mapped_heads(&|head| head % kv_heads)
+        }
+        Plant::HeadsFirst if kv_heads > 1 => mapped_heads(&|_| 0),
+        Plant::KeysForValues => Ok(Some(arm.attention(q, v, k, shape)?)),
+        _ => Ok(None),
+    }
+}
+
+fn swiglu(plant: Plant, gate: &Tensor, up: &Tensor, ground: &Ground<'_>) -> Made {
+    let each = |function: &dyn Fn(f64, f64) -> f64| {
+        let pairs = gate.data().iter().zip(up.data());
+        let values = pairs.map(|(&g, &u)| function(f64::from(g), f64::from(u)) as f32);
+        Ok(Some(Tensor::new(gate.width(), values.collect())))
+    };
+    match plant {
+        Plant::GateForUp => Ok(Some(ground.arm.swiglu(up, gate)?)),
+        Plant::Gelu => each(&|g, u| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2)) * u),
+        Plant::Relu => each(&|g, u| if g > 0.0 { g * u } else { 0.0 }),
+        Plant::UpIgnored => each(&|g, _| g / (1.0 + libm::exp(-g))),
+        _ => Ok(None),
+    }
+}
+
+fn addition(plant: Plant, a: &Tensor, b: &Tensor, ground: &Ground<'_>) -> Made {
+    let arm = ground.arm;
+    match plant {
+        Plant::StreamMissing => Ok(Some(b.clone())),
+        Plant::BlockMissing => Ok(Some(a.clone())),
+        Plant::BlockTwiceAdded => Ok(Some(arm.add(&arm.add(a, b)?, b)?)),
+        Plant::BlockSubtracted => Ok(Some(arm.add(a, &mapped(b, |b| -b))?)),
+        Plant::EmbeddingAdded => match ground.made.get(&Site("embed".to_owned())) {
+            Some(embedded) if embedded.rows() == b.rows() => Ok(Some(arm.add(embedded, b)?)),
+            _ => Ok(None),
+        },
+        _ => Ok(None),
+    }
+}
+
+fn embedding(
+    plant: Plant,
+    weight: Weight<'_>,
+    tokens: &[u32],
+    clean: &Tensor,
+    ground: &Ground<'_>,
+) -> Made {
+    match plant {
+        Plant::RowOffByOne => {
+            let rows = weight.rows() as u32;
+            let next: Vec<u32> = tokens.iter().map(|&token| (token + 1) % rows).collect();
+            Ok(Some(ground.arm.embed(weight, &next)?))
+        }
+        Plant::EmbedInterleaved if clean.width().is_multiple_of(32) => {
+            let width = clean.width();
+            let order = |k: usize| k / 32 * 32 + k % 2 * 16 + k % 32 / 2;
+            let rows = (0..clean.rows()).map(|row| clean.row(row));
+            let moved = rows.flat_map(|row| (0..width).map(move |k| row[order(k)]));
+            Ok(Some(Tensor::new(width, moved.collect())))
+        }
+        _ => Ok(None),
+    }
+}
