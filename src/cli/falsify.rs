@@ -55,6 +55,10 @@ pub(super) struct FalsifyArgs {
     /// Arms that carry the bugs.
     #[arg(long, value_delimiter = ',', default_value = "emulated,device")]
     roles: Vec<Arm>,
+    /// Let this machine's GPU compute the device arm beside a planted emulated one,
+    /// so that a change on one side stands against real hardware.
+    #[arg(long)]
+    gpu: bool,
     /// Clean runs, each with another prompt, recipe and model.
     #[arg(long, default_value_t = 0)]
     clean: u64,
@@ -93,7 +97,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
     }
     let folder = tempfile::tempdir().map_err(|error| format!("cannot make a folder: {error}"))?;
     let store = Store::new(folder.path());
-    let beside = Beside::new(&store)?;
+    let beside = Beside::new(&store, args.gpu)?;
     let mut trials = Vec::new();
     let mut silent: Option<BTreeSet<String>> = None;
     for model in &args.models {

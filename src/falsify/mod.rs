@@ -127,6 +127,8 @@ pub struct Setting<'a> {
 
 /// What the engine needs beside a store: digests of files, programs, attempts.
 pub struct Beside {
+    /// Whether a GPU of this machine computes the device arm where no bug takes its place.
+    pub gpu: bool,
     /// Digests of files.
     pub stamps: Stamps,
     /// What jobs of this machine share.
@@ -142,11 +144,11 @@ impl Beside {
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn new(store: &Store) -> Result<Beside, String> {
+    pub fn new(store: &Store, gpu: bool) -> Result<Beside, String> {
         let (attempts, _) = Attempts::open(&store.attempts(), "falsify")
             .map_err(|error| format!("cannot make a folder for attempts: {error}"))?;
         let (stamps, processes) = (Stamps::forgetful(), Processes::of_this_program());
-        Ok(Beside { stamps, slots: Slots::here(), processes, attempts })
+        Ok(Beside { gpu, stamps, slots: Slots::here(), processes, attempts })
     }
 }
 
@@ -197,7 +199,9 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
     let model = model.ok_or("no selected stage has a model")?;
     let rows = plan.stages.iter().map(|prepared| prepared.tokens.len()).max().unwrap_or(0);
     let (bug, site, role) = (plot.bug, plot.site.clone(), plot.role);
-    let workshop = Planted(Arc::new(Secret { plot, model, rows, effect: Mutex::default() }));
+    let clean = Clean { gpu: setting.beside.gpu };
+    let effect = Mutex::default();
+    let workshop = Planted(Arc::new(Secret { plot, model, rows, clean, effect }));
     let stages = run_quietly(setting, &plan, &workshop);
     let effect = workshop.effect();
     for stage in &stages {
@@ -280,7 +284,7 @@ pub struct Alarm {
 /// If the plan cannot be made.
 pub fn try_clean(setting: &Setting<'_>) -> Result<Vec<Alarm>, String> {
     let plan = plan_of(setting)?;
-    let stages = run_quietly(setting, &plan, &NoDevice);
+    let stages = run_quietly(setting, &plan, &Clean { gpu: setting.beside.gpu });
     for object in
         stages.iter().flat_map(|stage| stage.arms.values()).filter_map(|a| a.object.as_ref())
     {
@@ -347,10 +351,13 @@ fn run_quietly(
     run(plan, setting.store, &options, &mut Quiet).stages
 }
 
-/// The shipped arms of the CPU: a real device would make the outcome depend on the machine.
-struct NoDevice;
+/// The shipped arms; a GPU only where it was asked for, since the outcome then depends
+/// on the machine.
+struct Clean {
+    gpu: bool,
+}
 
-impl Workshop for NoDevice {
+impl Workshop for Clean {
     fn name(&self, arm: Arm) -> String {
         Shipped::default().name(arm)
     }
@@ -361,7 +368,7 @@ impl Workshop for NoDevice {
 
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
         match arm {
-            Arm::Device => Some("falsify runs without one".to_owned()),
+            Arm::Device if !self.gpu => Some("falsify runs without one".to_owned()),
             _ => Shipped::default().unavailable(arm, recipe),
         }
     }
@@ -375,6 +382,7 @@ struct Secret {
     model: Arc<OpenModel>,
     /// Tokens of the prompt: calls with fewer rows are decoding, and not measured.
     rows: usize,
+    clean: Clean,
     effect: Mutex<Effect>,
 }
 
@@ -390,13 +398,13 @@ impl Workshop for Planted {
         if arm == *role {
             format!("planted: {} at {site}, seed {seed}", bug.name)
         } else {
-            NoDevice.name(arm)
+            self.0.clean.name(arm)
         }
     }
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
         if arm != self.0.plot.role {
-            return NoDevice.ops(arm, recipe);
+            return self.0.clean.ops(arm, recipe);
         }
         let emulated = Emulated::new(recipe)?;
         let reference = arm == Arm::Reference;
@@ -446,7 +454,7 @@ impl Workshop for Planted {
     }
 
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
-        if arm == self.0.plot.role { None } else { NoDevice.unavailable(arm, recipe) }
+        if arm == self.0.plot.role { None } else { self.0.clean.unavailable(arm, recipe) }
     }
 }
 
