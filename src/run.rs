@@ -1,7 +1,7 @@
 //! The heart: a plan becomes verdicts.
 //!
-//! Every (stage, arm) and every stage's measuring is a job with a [`State`].
-//! [`Engine::settle`] makes every transition; [`Engine::run`] is the loop. Jobs
+//! Every (stage, arm) and every stage's measuring is a job with a `State`.
+//! `Engine::settle` makes every transition; `Engine::run` is the loop. Jobs
 //! run beside each other where nothing holds them back. It draws nothing: it
 //! emits events.
 
