@@ -3,10 +3,12 @@
 //!
 //! The modules stand in the order in which a run flows through them.
 
-// Vocabulary: formats and their codecs, host tensors, what a stage computes, what is measured.
+// Vocabulary: formats and their codecs, host tensors, what a stage computes, what is measured,
+// seeded numbers.
 pub mod dtype;
 pub mod metric;
 pub mod op;
+pub mod random;
 pub mod tensor;
 pub mod text;
 

@@ -49,17 +49,25 @@ pub enum Metric {
     /// KL over half the variance of the logits' difference, of the token where it is
     /// furthest from 1; both with the noise of rounding, 1e-8 nats, added.
     KlRatio,
+    /// A token's deviation of `a - b` over the largest of reference passes whose
+    /// roundings were drawn anew, or over the smallest where it lies below all, else 1;
+    /// of the median token.
+    DriftRatio,
     /// Share of tokens whose largest logit is the same one.
     Top1Agreement,
     /// Mean share of the five largest logits that both have.
     TopKAgreement,
-    /// Tokens whose top-1 changes although its margin exceeds what the difference explains.
+    /// Tokens whose top-1 changes although its margin exceeds what drift explains: the
+    /// predicted one, or the seen one where there is no prediction.
     UnexplainedFlips,
     /// Elements of `logits_in_batch` whose bits are not those of `logits`: the same
     /// tokens alone and among others.
     BatchMismatches,
     /// NMSE of `logits_in_batch` against `logits`.
     BatchNmse,
+    /// A token's deviation of `logits_in_batch - logits` over the largest that two passes
+    /// with drawn roundings have; of the median token.
+    BatchRatio,
     /// A command's exit status, at `exit`.
     ExitStatus,
     /// Matches of a pattern in a command's output, at `match.<name>`.
@@ -70,7 +78,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order in which they are reported.
-    pub const ALL: [Metric; 26] = [
+    pub const ALL: [Metric; 28] = [
         Metric::BitMismatches,
         Metric::NonFinite,
         Metric::MaxAbs,
@@ -89,11 +97,13 @@ impl Metric {
         Metric::ZColumn,
         Metric::Kl,
         Metric::KlRatio,
+        Metric::DriftRatio,
         Metric::Top1Agreement,
         Metric::TopKAgreement,
         Metric::UnexplainedFlips,
         Metric::BatchMismatches,
         Metric::BatchNmse,
+        Metric::BatchRatio,
         Metric::ExitStatus,
         Metric::Matches,
         Metric::DigestMismatch,
@@ -120,11 +130,13 @@ impl Metric {
             Metric::ZColumn => "z_column",
             Metric::Kl => "kl",
             Metric::KlRatio => "kl_ratio",
+            Metric::DriftRatio => "drift_ratio",
             Metric::Top1Agreement => "top1_agreement",
             Metric::TopKAgreement => "top_k_agreement",
             Metric::UnexplainedFlips => "unexplained_flips",
             Metric::BatchMismatches => "batch_mismatches",
             Metric::BatchNmse => "batch_nmse",
+            Metric::BatchRatio => "batch_ratio",
             Metric::ExitStatus => "exit_status",
             Metric::Matches => "matches",
             Metric::DigestMismatch => "digest_mismatch",
@@ -156,15 +168,21 @@ impl Metric {
             Metric::KlRatio => {
                 "KL over half the variance of a - b, where it is furthest from 1; both plus 1e-8 nats"
             }
+            Metric::DriftRatio => {
+                "the median token's drift over those of passes with drawn roundings; 1 among them"
+            }
             Metric::Top1Agreement => "share of tokens with the same largest logit",
             Metric::TopKAgreement => "mean share of the five largest logits that both have",
             Metric::UnexplainedFlips => {
-                "tokens whose top-1 flips at a margin that the difference does not explain"
+                "tokens whose top-1 flips at a margin that the predicted drift does not explain"
             }
             Metric::BatchMismatches => {
                 "elements of `logits_in_batch` whose bits are not those of `logits`"
             }
             Metric::BatchNmse => "NMSE of `logits_in_batch` against `logits`",
+            Metric::BatchRatio => {
+                "`logits_in_batch - logits` over what drawn roundings predict, of the median token"
+            }
             Metric::ExitStatus => "a command's exit status, at `exit`",
             Metric::Matches => "matches of a pattern in a command's output, at `match.<name>`",
             Metric::DigestMismatch => {
@@ -194,7 +212,7 @@ impl Metric {
 
     /// Whether the metric compares an arm with itself, alone and in a batch.
     pub fn of_batches_only(self) -> bool {
-        matches!(self, Metric::BatchMismatches | Metric::BatchNmse)
+        matches!(self, Metric::BatchMismatches | Metric::BatchNmse | Metric::BatchRatio)
     }
 
     /// Whether the metric only makes sense at the `logits`.
@@ -203,6 +221,7 @@ impl Metric {
             self,
             Metric::Kl
                 | Metric::KlRatio
+                | Metric::DriftRatio
                 | Metric::Top1Agreement
                 | Metric::TopKAgreement
                 | Metric::UnexplainedFlips

@@ -948,7 +948,8 @@ impl Bench<'_> {
         let stage = self.prepared.stage;
         let measures = if stage.op.reads_model() {
             let inputs = self.input_tensors(inputs)?;
-            measure_stage(&self.task(&inputs)?, &stage.recipe, &outputs)?
+            let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
+            measure_stage(&self.task(&inputs)?, &stage.recipe, engine, &outputs)?
         } else {
             measure_arms(&outputs)
         };

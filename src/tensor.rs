@@ -51,6 +51,13 @@ impl Tensor {
         &mut self.data[row * self.width..(row + 1) * self.width]
     }
 
+    /// Replaces the columns from `first` on by those of a tensor with as many rows.
+    pub fn set_columns(&mut self, first: usize, columns: &Tensor) {
+        for row in 0..self.rows {
+            self.row_mut(row)[first..first + columns.width].copy_from_slice(columns.row(row));
+        }
+    }
+
     /// All values, row by row.
     pub fn data(&self) -> &[f32] {
         &self.data

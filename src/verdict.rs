@@ -356,7 +356,11 @@ fn why(
             }
         }
         Verdict::Unmeasured => {
-            let open = judgements.iter().find(|j| j.outcome == Outcome::Unmeasured);
+            // What an absent arm could not give is told below, and comes last here.
+            let open = judgements
+                .iter()
+                .filter(|j| j.outcome == Outcome::Unmeasured)
+                .min_by_key(|j| missing_arm(j.compare, absent).is_some());
             parts.extend(open.map(|j| {
                 format!("{}: {}", j.falsifier, j.reason.as_deref().unwrap_or("no value"))
             }));

@@ -175,18 +175,17 @@ fn line_of(trial: &Trial) -> String {
     )
 }
 
-/// Clean runs over three small models, all kinds of recipes and seeded prompts.
+/// Clean runs over the models, all kinds of recipes and seeded prompts.
 fn clean_runs(args: &FalsifyArgs, store: &Store, beside: &Beside) -> Result<Vec<Alarm>, String> {
-    const MODELS: [&str; 3] =
-        ["synthetic:qwen2-tiny", "synthetic:llama-tiny", "synthetic:qwen3-tiny"];
     /// Models are made anew for each of their seeds.
     const MODEL_SEEDS: u64 = 7;
+    let models = args.models.len() as u64;
     let mut alarms = Vec::new();
     for run in 0..args.clean {
-        let model = MODELS[(run % 3) as usize];
+        let model = &args.models[(run % models) as usize];
         let pipeline = load(&args.folder, model, None)?;
         let base = pipeline.stages.first().ok_or("the folder has no stage")?;
-        let recipe = clean_recipe(base.recipe, run / 3);
+        let recipe = clean_recipe(base.recipe, run / models);
         let seed = 1 + run % MODEL_SEEDS;
         let tokens = some_tokens(args.seed.wrapping_mul(7919).wrapping_add(run), 2048);
         let pipeline = on_tokens(&with_recipe(&pipeline, recipe), &tokens, seed);
@@ -282,7 +281,8 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
         }
     }
     let group = |role: Arm, above: bool| {
-        Score::of(real.iter().copied().filter(move |t| t.role == role && t.above_floor() == above))
+        let of_group = move |t: &&Trial| !t.of_passes && t.role == role && t.above_floor() == above;
+        Score::of(real.iter().copied().filter(of_group))
     };
     text += &format!(
         "{:44} {:>6} {:>15} {:>15} {:>15}\n",
@@ -294,8 +294,8 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     text += &group(Arm::Emulated, false).row("without a device, below the floor");
     text += &with_device[0].row("with a device, above the floor");
     text += &with_device[1].row("with a device, below the floor");
-    let in_reference = real.iter().copied().filter(|trial| trial.role == Arm::Reference);
-    text += &Score::of(in_reference).row("in the reference (only its repeats tell)");
+    let of_passes = Score::of(real.iter().copied().filter(|trial| trial.of_passes));
+    text += &of_passes.row("told by repeats or batches of a whole pass");
     text += &confusion(&real);
     text += &misses(&real);
     if !idle.is_empty() {
@@ -309,16 +309,19 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     if !silent.is_empty() {
         let _ = writeln!(text, "\nfalsifiers that fired on nothing: {}", silent.join(", "));
     }
-    let false_alarms = alarms.iter().filter(|alarm| alarm.verdict != Verdict::Drift).count();
+    let count = |verdict| alarms.iter().filter(|alarm| alarm.verdict == verdict).count();
+    let (drift, unmeasured) = (count(Verdict::Drift), count(Verdict::Unmeasured));
+    let false_alarms = alarms.len() - drift - unmeasured;
     if clean > 0 {
         let _ = writeln!(
             text,
-            "\nclean runs: {clean}; false alarms: {false_alarms}; drift beyond a budget: {}",
-            alarms.len() - false_alarms
+            "\nclean runs: {clean}; false alarms: {false_alarms}; stages with drift beyond a budget: \
+             {drift}; stages with too few values to measure: {unmeasured}"
         );
     }
     let whole = |score: &Score| score.detected == score.trials && score.located == score.trials;
-    let good = whole(&above) && with_device.iter().all(whole) && false_alarms == 0;
+    let told = of_passes.detected == of_passes.trials;
+    let good = whole(&above) && with_device.iter().all(whole) && told && false_alarms == 0;
     (text, good)
 }
 
@@ -350,13 +353,12 @@ fn confusion(trials: &[&Trial]) -> String {
 fn misses(trials: &[&Trial]) -> String {
     let mut text = String::new();
     for trial in trials {
-        let in_reference = trial.role == Arm::Reference;
-        let must = !in_reference && (trial.above_floor() || trial.role == Arm::Device);
+        let must = trial.above_floor() || trial.role == Arm::Device;
         let problem = if !must {
             continue;
         } else if !trial.detected {
             "not detected".to_owned()
-        } else if !trial.located() {
+        } else if !trial.of_passes && !trial.located() {
             let found: Vec<&str> = trial.found.iter().map(|site| site.0.as_str()).collect();
             format!(
                 "located at {}",

@@ -17,7 +17,7 @@ use crate::compute::arms::{Output, Task, is_gemm, on_recorded};
 use crate::compute::call::Watched;
 use crate::compute::emulated::arm::Emulated;
 use crate::metric::Metric;
-use crate::op::{Arm, Op, Recipe, Site, Stream, in_layer};
+use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, in_layer};
 use crate::tensor::Tensor;
 use crate::text::{grouped, number};
 
@@ -99,9 +99,10 @@ impl Diagnosis {
             None => String::new(),
         };
         let what = match self.judge {
-            Stream::Arm(arm) if self.subject == Stream::Arm(arm) => {
-                "first site that does not repeat itself".to_owned()
+            judge if judge == self.subject && self.site.0 == LOGITS_IN_BATCH => {
+                "first site that depends on its batch".to_owned()
             }
+            judge if judge == self.subject => "first site that does not repeat itself".to_owned(),
             Stream::Arm(_) => format!("first site where {} is not {}", self.subject, self.judge),
             Stream::Anchored(_) => "first site outside its floor".to_owned(),
         };
@@ -273,23 +274,45 @@ pub fn not_deterministic(measure: &Measure) -> Option<Diagnosis> {
         grouped(differing as usize),
         grouped(elements)
     );
-    Some(Diagnosis {
+    Some(of_passes(measure, "the repeats of a whole pass", "non-determinism", detail))
+}
+
+/// How far a batch may move the logits, over what drawn roundings predict: as the
+/// contract reproducer.
+const MOST_OF_BATCH: f64 = 3.0;
+
+/// An arm whose logits depend on what stands beside the prompt.
+pub fn batch_dependent(measure: &Measure) -> Option<Diagnosis> {
+    let ratio = *measure.metrics.get(&Metric::BatchRatio)?;
+    let detail = format!(
+        "when other tokens follow the prompt in the batch, its logits move {} times as far as \
+         rounding carries them",
+        number(ratio)
+    );
+    let within = ratio <= MOST_OF_BATCH;
+    (!within).then(|| of_passes(measure, "a whole pass over a batch", "batch-dependence", detail))
+}
+
+/// What whole passes alone tell: the cause, not the op.
+fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagnosis {
+    let fit = Fit {
+        cause: cause.to_owned(),
+        detail: detail.clone(),
+        explained: 1.0,
+        mismatches: 0,
+        elements: measure.shape[0] * measure.shape[1],
+        parameters: 0,
+    };
+    Diagnosis {
         subject: measure.subject,
         judge: measure.judge,
         site: measure.site.clone(),
-        op: "the repeats of a whole pass".to_owned(),
-        evidence: detail.clone(),
+        op: op.to_owned(),
+        evidence: detail,
         ratio: None,
         later_layers: 0,
         also: Vec::new(),
         prescribed: false,
-        fits: vec![Fit {
-            cause: "non-determinism".to_owned(),
-            detail,
-            explained: 1.0,
-            mismatches: 0,
-            elements,
-            parameters: 0,
-        }],
-    })
+        fits: vec![fit],
+    }
 }

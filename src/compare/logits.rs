@@ -15,11 +15,14 @@ const NOISE: f64 = 1e-8;
 /// the union bound over a vocabulary of 150,000 at a risk of 1e-3 is 6.1.
 pub const EXPLAINED_DEVIATIONS: f64 = 6.1;
 
-/// KL, its ratio to half the variance, agreement and flips.
-pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
+/// KL, its ratio to half the variance, agreement and flips; and the drift over the
+/// predicted one, where the judge's logits were drawn with other roundings.
+pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<(Metric, f64)> {
     let rows = subject.rows();
+    let drawn = of_shape(judge, drawn);
     let mut kl_sum = 0.0;
-    let mut ratio: Option<f64> = None;
+    let mut kl_ratio: Option<f64> = None;
+    let mut drift_ratios = Vec::new();
     let (mut same_top, mut shared_top, mut unexplained) = (0usize, 0.0, 0usize);
     for row in 0..rows {
         let (a, b) = (subject.row(row), judge.row(row));
@@ -27,14 +30,18 @@ pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
         kl_sum += token.kl;
         let this = (token.kl + NOISE) / (token.half_variance + NOISE);
         // The one furthest from 1, on a scale of ratios.
-        let further = ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
-        ratio = if further { Some(this) } else { ratio };
+        let further = kl_ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
+        kl_ratio = if further { Some(this) } else { kl_ratio };
+        let drifts: Vec<f64> =
+            drawn.iter().map(|drawn| Token::compare(drawn.row(row), b).deviation).collect();
+        drift_ratios.extend(beyond(token.deviation, &drifts));
         let ((top_a, _), (top_b, _)) = (top_1(a), top_1(b));
         if top_a == top_b {
             same_top += 1;
         } else {
             let margin = f64::from(b[top_b as usize]) - f64::from(b[top_a as usize]);
-            let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * token.deviation;
+            let deviation = root_mean_square(&drifts).unwrap_or(token.deviation);
+            let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * deviation;
             unexplained += usize::from(margin > explained);
         }
         shared_top += shared_top_k(a, b);
@@ -46,22 +53,74 @@ pub fn distributions(subject: &Tensor, judge: &Tensor) -> Vec<(Metric, f64)> {
         (Metric::TopKAgreement, shared_top / count),
         (Metric::UnexplainedFlips, unexplained as f64),
     ];
-    metrics.extend(ratio.map(|ratio| (Metric::KlRatio, ratio)));
+    metrics.extend(kl_ratio.map(|ratio| (Metric::KlRatio, ratio)));
+    metrics.extend(median(drift_ratios).map(|ratio| (Metric::DriftRatio, ratio)));
     metrics
 }
 
-/// The deviation of the difference of two logits' errors, over all tokens.
-pub fn flip_deviation(subject: &Tensor, judge: &Tensor) -> Option<f64> {
-    let same = (subject.rows(), subject.width()) == (judge.rows(), judge.width());
-    if !same || subject.rows() == 0 {
-        return None;
-    }
-    let each = (0..subject.rows()).map(|row| {
-        let deviation = Token::compare(subject.row(row), judge.row(row)).deviation;
-        2.0 * deviation * deviation
+/// How far the same tokens' logits move in a batch, over the largest difference that
+/// two passes with drawn roundings have; of the median token.
+pub fn batch_ratio(batch: &Tensor, alone: &Tensor, drawn: &[Tensor]) -> Option<f64> {
+    let drawn = of_shape(alone, drawn);
+    of_shape(alone, std::slice::from_ref(batch)).first()?;
+    let ratio = |row: usize| {
+        let moved = Token::compare(batch.row(row), alone.row(row)).deviation;
+        let between = |i: usize, j: usize| Token::compare(drawn[i].row(row), drawn[j].row(row));
+        let pairs = (0..drawn.len()).flat_map(|i| (0..i).map(move |j| (i, j)));
+        let drifts: Vec<f64> = pairs.map(|(i, j)| between(i, j).deviation).collect();
+        let largest = largest(&drifts).filter(|largest| *largest > 0.0)?;
+        Some(moved / largest)
+    };
+    median((0..alone.rows()).filter_map(ratio).collect())
+}
+
+/// The median by distance from 1, on a scale of ratios; of two the nearer one.
+fn median(mut ratios: Vec<f64>) -> Option<f64> {
+    ratios.sort_by(|a, b| a.ln().abs().total_cmp(&b.ln().abs()));
+    ratios.get(ratios.len().checked_sub(1)? / 2).copied()
+}
+
+fn largest(values: &[f64]) -> Option<f64> {
+    values.iter().copied().reduce(|a, b| if b > a { b } else { a })
+}
+
+fn smallest(values: &[f64]) -> Option<f64> {
+    values.iter().copied().reduce(|a, b| if b < a { b } else { a })
+}
+
+/// How far a drift lies beyond all predicted ones: its ratio to the largest or to the
+/// smallest, and 1 between them. Nothing where none is predicted.
+fn beyond(drift: f64, predicted: &[f64]) -> Option<f64> {
+    let largest = largest(predicted).filter(|largest| *largest > 0.0)?;
+    let smallest = smallest(predicted)?;
+    Some(match drift {
+        drift if drift > largest => drift / largest,
+        drift if drift < smallest => drift / smallest,
+        _ => 1.0,
+    })
+}
+
+fn root_mean_square(values: &[f64]) -> Option<f64> {
+    let square = values.iter().map(|value| value * value).sum::<f64>() / values.len() as f64;
+    (!values.is_empty()).then(|| square.sqrt())
+}
+
+fn of_shape<'a>(shape: &Tensor, tensors: &'a [Tensor]) -> Vec<&'a Tensor> {
+    let same = |t: &&Tensor| (t.rows(), t.width()) == (shape.rows(), shape.width());
+    tensors.iter().filter(same).collect()
+}
+
+/// The deviation of the difference of two logits' errors, over all tokens: the drawn
+/// one, or the seen one where none was drawn.
+pub fn flip_deviation(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Option<f64> {
+    let drawn = of_shape(judge, drawn);
+    let seen = of_shape(judge, std::slice::from_ref(subject));
+    let from = if drawn.is_empty() { seen } else { drawn };
+    let rows = from.iter().flat_map(|from| (0..judge.rows()).map(move |row| (from.row(row), row)));
+    let each = rows.map(|(row_of, row)| {
+        std::f64::consts::SQRT_2 * Token::compare(row_of, judge.row(row)).deviation
     });
-    let sigma = (each.sum::<f64>() / subject.rows() as f64).sqrt();
-    sigma.is_finite().then_some(sigma)
+    root_mean_square(&each.collect::<Vec<f64>>()).filter(|sigma| sigma.is_finite())
 }
 
 /// One token's two distributions.
@@ -137,7 +196,7 @@ mod tests {
         let b: Vec<f32> = (0..1000).map(|i| (i as f32 * 1.7).sin() * 3.0).collect();
         let a: Vec<f32> =
             b.iter().enumerate().map(|(i, b)| b + 0.01 * (i as f32 * 0.9).cos()).collect();
-        let measured = distributions(&Tensor::new(1000, a), &Tensor::new(1000, b));
+        let measured = distributions(&Tensor::new(1000, a), &Tensor::new(1000, b), &[]);
         assert!((metric(&measured, Metric::KlRatio) - 1.0).abs() < 0.01);
         assert_eq!(metric(&measured, Metric::UnexplainedFlips), 0.0);
     }
@@ -146,14 +205,14 @@ mod tests {
     fn equal_logits_have_a_kl_ratio_of_one() {
         let b: Vec<f32> = (0..1000).map(|i| (i as f32 * 1.7).sin() * 3.0).collect();
         let (a, b) = (Tensor::new(1000, b.clone()), Tensor::new(1000, b));
-        assert!((metric(&distributions(&a, &b), Metric::KlRatio) - 1.0).abs() < 1e-6);
+        assert!((metric(&distributions(&a, &b, &[]), Metric::KlRatio) - 1.0).abs() < 1e-6);
     }
 
     #[test]
     fn a_shift_of_all_logits_changes_no_distribution() {
         let b: Vec<f32> = (0..64).map(|i| i as f32 * 0.125).collect();
         let a: Vec<f32> = b.iter().map(|b| b + 2.0).collect();
-        let measured = distributions(&Tensor::new(64, a), &Tensor::new(64, b));
+        let measured = distributions(&Tensor::new(64, a), &Tensor::new(64, b), &[]);
         assert!(metric(&measured, Metric::Kl) < 1e-12);
         assert_eq!(metric(&measured, Metric::Top1Agreement), 1.0);
     }
@@ -164,7 +223,7 @@ mod tests {
         (b[7], b[9]) = (5.0, 1.0);
         let mut a = b.clone();
         a[9] = 6.0;
-        let measured = distributions(&Tensor::new(10_000, a), &Tensor::new(10_000, b));
+        let measured = distributions(&Tensor::new(10_000, a), &Tensor::new(10_000, b), &[]);
         assert_eq!(metric(&measured, Metric::UnexplainedFlips), 1.0);
         assert_eq!(metric(&measured, Metric::Top1Agreement), 0.0);
     }

@@ -135,13 +135,21 @@ pub fn greedy(
     GreedyComparison { subject: subject.0, judge: judge.0, first_difference, margin, sigma }
 }
 
-/// Measures `subject` against `judge` at `site`; `floor` is the predicted
-/// deviation of each element, where there is a prediction.
+/// What was predicted of a site, where something was.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Predicted<'a> {
+    /// The deviation of each element.
+    pub floor: Option<&'a Tensor>,
+    /// The reference's logits with all roundings drawn anew, some times over.
+    pub drawn: &'a [Tensor],
+}
+
+/// Measures `subject` against `judge` at `site`, and both against what was predicted.
 pub fn measure(
     site: &Site,
     (subject_stream, subject): (Stream, &Tensor),
     (judge_stream, judge): (Stream, &Tensor),
-    floor: Option<&Tensor>,
+    predicted: Predicted<'_>,
 ) -> Measure {
     let mut measure = Measure {
         subject: subject_stream,
@@ -188,11 +196,11 @@ pub fn measure(
     measure.worst = numbers::worst(subject, judge).map(|i| Element::of(i, subject, judge));
     measure.metrics.extend(numbers::differences(subject, judge));
     measure.metrics.extend(numbers::likeness(subject, judge));
-    if let Some(floor) = floor {
+    if let Some(floor) = predicted.floor {
         measure.metrics.extend(numbers::against_floor(subject, judge, floor));
     }
     if site.0 == "logits" {
-        measure.metrics.extend(logits::distributions(subject, judge));
+        measure.metrics.extend(logits::distributions(subject, judge, predicted.drawn));
     }
     measure
 }
@@ -207,7 +215,7 @@ mod tests {
             &Site("embed".to_owned()),
             (Stream::Arm(Arm::Emulated), &Tensor::new(width, a)),
             (Stream::Arm(Arm::Reference), &Tensor::new(width, b)),
-            None,
+            Predicted::default(),
         )
     }
 

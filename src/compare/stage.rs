@@ -9,12 +9,14 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 
 use super::account::{Account, accounts};
-use super::diagnosis::{Diagnosis, Scene, diagnose, not_deterministic, suspicious};
+use super::diagnosis::{
+    Diagnosis, Scene, batch_dependent, diagnose, not_deterministic, suspicious,
+};
 use super::growth::{Growth, growth};
-use super::logits::flip_deviation;
-use super::{GreedyComparison, Measure, greedy, measure};
+use super::logits::{batch_ratio, flip_deviation};
+use super::{GreedyComparison, Measure, Predicted, greedy, measure};
 use crate::compute::ComputeError;
-use crate::compute::arms::{Local, Output, Task, anchored_by_layer, local};
+use crate::compute::arms::{Local, Output, Task, anchored_by_layer, drawn, local};
 use crate::compute::shares::Shares;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
@@ -41,23 +43,31 @@ pub struct StageMeasures {
     pub diagnoses: Vec<Diagnosis>,
 }
 
-/// Measures what the arms made of a stage.
+/// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
+/// the recipe's place (`emulated_engine`), the recipe predicts no drift.
 ///
 /// # Errors
 /// If an anchored stream or a floor cannot be computed.
 pub fn measure_stage(
     task: &Task<'_>,
     recipe: &Recipe,
+    emulated_engine: bool,
     outputs: &BTreeMap<Arm, Output>,
 ) -> Result<StageMeasures, ComputeError> {
     let mut all = StageMeasures::default();
-    for (&arm, output) in outputs {
-        all.measures.extend(repeats(arm, output));
-        all.measures.extend(batch(arm, output));
-    }
-    all.diagnoses.extend(all.measures.iter().filter_map(not_deterministic));
     let reference = outputs.get(&Arm::Reference);
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    // Where every site is known, drift is predicted layer by layer instead.
+    let drawn = match reference {
+        Some(_) if outputs.len() > 1 && !emulated_engine => drawn(task, recipe)?,
+        _ => Vec::new(),
+    };
+    for (&arm, output) in outputs {
+        all.measures.extend(repeats(arm, output));
+        all.measures.extend(batch(arm, output, &drawn));
+    }
+    let of_passes = |measure| not_deterministic(measure).or_else(|| batch_dependent(measure));
+    all.diagnoses.extend(all.measures.iter().filter_map(of_passes));
     let scene = Scene { task, recipe, outputs };
     let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
@@ -82,6 +92,7 @@ pub fn measure_stage(
                 (subject, &output.sites),
                 (anchor, &own.truths),
                 &own.sigmas,
+                &[],
             ));
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
@@ -89,12 +100,13 @@ pub fn measure_stage(
             // The floor of a forward pass is local; it says nothing of what was inherited.
             let local = judge == Arm::Reference && !every_site;
             let floors = if local { own.sigmas.as_slice() } else { &[] };
+            let drawn = if judge == Arm::Reference { drawn.as_slice() } else { &[] };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
-            all.measures.extend(pairs((subject, &output.sites), judge, floors));
+            all.measures.extend(pairs((subject, &output.sites), judge, floors, drawn));
             if let (Some(a), Some(b)) = (&output.greedy, &judged_by.greedy) {
                 let logits = Site("logits".to_owned());
                 let both = output.site(&logits).zip(judged_by.site(&logits));
-                let sigma = both.and_then(|(a, b)| flip_deviation(a, b));
+                let sigma = both.and_then(|(a, b)| flip_deviation(a, b, drawn));
                 all.greedy.push(greedy((subject, a), (judge.0, b), sigma));
             }
         }
@@ -151,7 +163,7 @@ pub fn measure_arms(outputs: &BTreeMap<Arm, Output>) -> StageMeasures {
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
-            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, &[]));
+            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, &[], &[]));
         }
     }
     all
@@ -164,12 +176,14 @@ fn same_sites(a: &Output, b: &Output) -> bool {
         && a.sites.iter().zip(&b.sites).all(|((a, x), (b, y))| a == b && shape(x) == shape(y))
 }
 
-/// A subject's sites against the judge's, in the subject's order. A site that
+/// A subject's sites against the judge's, in the subject's order, with the floors of
+/// the sites and the drawn logits where there are any. A site that
 /// the judge lacks is measured as missing, never left out.
 fn pairs(
     (subject_stream, subject): (Stream, &[(Site, Tensor)]),
     (judge_stream, judge): (Stream, &[(Site, Tensor)]),
     floors: &[(Site, Tensor)],
+    drawn: &[Tensor],
 ) -> Vec<Measure> {
     let judge: BTreeMap<&Site, &Tensor> = judge.iter().map(|(site, t)| (site, t)).collect();
     let floors: BTreeMap<&Site, &Tensor> = floors.iter().map(|(site, t)| (site, t)).collect();
@@ -177,8 +191,8 @@ fn pairs(
         .iter()
         .map(|(site, tensor)| match judge.get(site) {
             Some(judged) => {
-                let floor = floors.get(site).copied();
-                measure(site, (subject_stream, tensor), (judge_stream, judged), floor)
+                let predicted = Predicted { floor: floors.get(site).copied(), drawn };
+                measure(site, (subject_stream, tensor), (judge_stream, judged), predicted)
             }
             None => Measure {
                 subject: subject_stream,
@@ -195,17 +209,21 @@ fn pairs(
 }
 
 /// An arm against itself: the same tokens alone and within a batch.
-fn batch(arm: Arm, output: &Output) -> Option<Measure> {
+fn batch(arm: Arm, output: &Output, drawn: &[Tensor]) -> Option<Measure> {
     let site = Site(LOGITS_IN_BATCH.to_owned());
     let (batch, alone) = (output.site(&site)?, output.site(&Site("logits".to_owned()))?);
     let stream = Stream::Arm(arm);
-    let whole = measure(&site, (stream, batch), (stream, alone), None);
+    let whole = measure(&site, (stream, batch), (stream, alone), Predicted::default());
     let renamed =
         [(Metric::BitMismatches, Metric::BatchMismatches), (Metric::Nmse, Metric::BatchNmse)];
     let metrics = renamed
         .into_iter()
         .filter_map(|(plain, of_batch)| whole.metrics.get(&plain).map(|value| (of_batch, *value)));
-    Some(Measure { metrics: metrics.collect(), ..whole.clone() })
+    let mut metrics: BTreeMap<Metric, f64> = metrics.collect();
+    let finite = whole.unmeasured.is_none();
+    let ratio = batch_ratio(batch, alone, drawn).filter(|_| finite);
+    metrics.extend(ratio.map(|ratio| (Metric::BatchRatio, ratio)));
+    Some(Measure { metrics, ..whole.clone() })
 }
 
 /// An arm against its own repeats.

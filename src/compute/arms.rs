@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use super::call::Watched;
+use super::drawn::Drawn;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::floor::Floor;
@@ -216,6 +217,24 @@ fn in_batch(
     let mut same = batch.into_data();
     same.truncate(logits.data().len());
     Ok(Some((Site(LOGITS_IN_BATCH.to_owned()), Tensor::new(logits.width(), same))))
+}
+
+/// Passes whose roundings are drawn: enough to see whether a token's drift can be
+/// told beforehand at all.
+const DRAWS: u64 = 4;
+
+/// The reference's logits with the recipe's roundings drawn anew, some times over,
+/// where a forward pass keeps nothing but its logits; else none.
+///
+/// # Errors
+/// As [`Drawn::new`] and the ops.
+pub fn drawn(task: &Task<'_>, recipe: &Recipe) -> Result<Vec<Tensor>, ComputeError> {
+    let Op::Forward { capture: Capture::Logits, .. } = task.op else { return Ok(Vec::new()) };
+    let draw = |number| {
+        let mut cache = KvCache::new(task.model.config());
+        forward(task.model, &Drawn::new(recipe, number)?, task.tokens, &mut cache, &mut Discard)
+    };
+    (0..DRAWS).map(draw).collect()
 }
 
 /// The reference computed op by op on a subject's own inputs: the local truth

@@ -100,15 +100,11 @@ pub fn matmul_rows(
         .collect::<Result<_, ComputeError>>()?;
     let mut y = Tensor::zeros(x.rows(), rows.len());
     for (start, chunk) in chunks {
-        let first = start - rows.start;
-        for row in 0..x.rows() {
-            let target = &mut y.row_mut(row)[first..first + chunk.width()];
-            target.copy_from_slice(chunk.row(row));
-            if let Some(bias) = &bias {
-                for (y, bias) in target.iter_mut().zip(&bias[start..]) {
-                    *y += bias;
-                }
-            }
+        y.set_columns(start - rows.start, &chunk);
+    }
+    if let Some(bias) = bias {
+        for row in 0..y.rows() {
+            y.row_mut(row).iter_mut().zip(&bias[rows.clone()]).for_each(|(y, bias)| *y += bias);
         }
     }
     Ok(y)

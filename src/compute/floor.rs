@@ -62,6 +62,18 @@ impl Floor {
         self.sigmas.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// The deviations of the last call, which are then forgotten.
+    pub fn take_sigma(&self) -> Option<Tensor> {
+        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop()
+    }
+
+    /// The variance of what a GEMM's result meets after its operands' conversion:
+    /// accumulation and output rounding. `terms` is `sum_k (x w)^2`.
+    pub fn after_operands(&self, inner: usize, dot: f64, terms: f64) -> f64 {
+        let (of_terms, of_sum) = self.accumulation(inner);
+        of_terms * terms + of_sum * dot * dot + self.output(dot.abs())
+    }
+
     fn note(&self, sigma: Tensor) {
         self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(sigma);
     }
@@ -130,28 +142,35 @@ fn rounded(value: f64) -> f64 {
     (value * F32_UNIT).powi(2) / 3.0
 }
 
-/// An operand's squares, and its rounding errors' squares, row-major.
-///
-/// f32 is enough: a floor of seven digits is far better than its own model.
-fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32>) {
+/// Each value of an operand with its rounding error, row-major.
+pub(super) fn roundings<'a>(
+    values: &'a [f32],
+    codes: &'a Codes,
+    scales: &'a Scales,
+) -> impl Iterator<Item = (f32, f32)> + 'a {
     let format = codes.format();
     let width = codes.width();
     let table: Vec<f32> = match format.bytes() {
         1 => (0..256).map(|code| format.decode(code)).collect(),
         _ => Vec::new(),
     };
-    let mut square = Vec::with_capacity(values.len());
-    let mut error = Vec::with_capacity(values.len());
-    for (row, values) in values.chunks_exact(width).enumerate() {
-        for (column, (&value, code)) in values.iter().zip(codes.row(row).iter()).enumerate() {
-            let decoded = table.get(code as usize).copied();
-            let decoded = decoded.unwrap_or_else(|| format.decode(code));
-            let rounding = decoded * scale_at(scales, width, row, column) - value;
-            square.push(value * value);
-            error.push(rounding * rounding);
-        }
-    }
-    (square, error)
+    let decode =
+        move |code: u32| table.get(code as usize).copied().unwrap_or_else(|| format.decode(code));
+    let decode = std::rc::Rc::new(decode);
+    values.chunks_exact(width).enumerate().flat_map(move |(row, values)| {
+        let decode = std::rc::Rc::clone(&decode);
+        let pairs = values.iter().zip(codes.row(row).iter()).enumerate();
+        pairs.map(move |(column, (&value, code))| {
+            (value, decode(code) * scale_at(scales, width, row, column) - value)
+        })
+    })
+}
+
+/// An operand's squares, and its rounding errors' squares, row-major.
+///
+/// f32 is enough: a floor of seven digits is far better than its own model.
+fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32>) {
+    roundings(values, codes, scales).map(|(value, error)| (value * value, error * error)).unzip()
 }
 
 /// All dot products of rows of positive values, `[x rows, w rows]`.
@@ -253,11 +272,8 @@ impl Ops for Floor {
         let mut truth = Tensor::zeros(x.rows(), weight.rows());
         let mut sigma = Tensor::zeros(x.rows(), weight.rows());
         for (first, truths, sigmas) in chunks {
-            for row in 0..x.rows() {
-                let columns = first..first + truths.width();
-                truth.row_mut(row)[columns.clone()].copy_from_slice(truths.row(row));
-                sigma.row_mut(row)[columns].copy_from_slice(sigmas.row(row));
-            }
+            truth.set_columns(first, &truths);
+            sigma.set_columns(first, &sigmas);
         }
         self.note(sigma);
         Ok(truth)

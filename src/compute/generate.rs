@@ -5,6 +5,7 @@
 //! nothing of models.
 
 use crate::op::{Distribution, Generated};
+use crate::random::Random;
 use crate::tensor::Tensor;
 
 /// Every so many columns one is an outlier.
@@ -15,7 +16,8 @@ const OUTLIER_GAIN: f64 = 60.0;
 /// The tensor, `[rows, width]`. `place` tells an op's inputs apart: its queries
 /// are not its keys.
 pub fn generate(wanted: &Generated, place: usize, width: usize) -> Tensor {
-    let mut random = Random::new(wanted.seed, place as u64);
+    let mut random = Random::at(wanted.seed ^ (place as u64).wrapping_mul(0xd6e8_feb8_6659_fd93));
+    random.bits();
     let values = (0..wanted.rows * width).map(|index| {
         let value = match wanted.generate {
             Distribution::Normal => random.normal(),
@@ -38,36 +40,6 @@ pub fn generate(wanted: &Generated, place: usize, width: usize) -> Tensor {
         value as f32
     });
     Tensor::new(width, values.collect())
-}
-
-/// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64, stream: u64) -> Random {
-        let mut random = Random(seed ^ stream.wrapping_mul(0xd6e8_feb8_6659_fd93));
-        random.next();
-        random
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in (0, 1).
-    fn unit(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-    }
-
-    /// Box and Muller's transform, its first half. `libm` has the same bits everywhere.
-    fn normal(&mut self) -> f64 {
-        let (radius, angle) = (self.unit(), self.unit());
-        (-2.0 * libm::log(radius)).sqrt() * libm::cos(2.0 * std::f64::consts::PI * angle)
-    }
 }
 
 #[cfg(test)]

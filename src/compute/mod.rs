@@ -8,6 +8,7 @@ pub mod arms;
 pub mod call;
 pub mod cuda;
 pub mod departure;
+pub mod drawn;
 pub mod eight_bit;
 pub mod emulated;
 pub mod floor;

@@ -22,6 +22,8 @@ pub struct Bug {
     pub fp8: bool,
     /// Whether it needs an earlier layer.
     pub after_layer_0: bool,
+    /// Whether it shows only where the prompt stands in a longer batch.
+    pub in_batch: bool,
     /// Whether it was reported in public.
     pub public: bool,
 }
@@ -32,7 +34,16 @@ const fn bug(
     at: &'static [&'static str],
     plant: Plant,
 ) -> Bug {
-    Bug { name, causes, at, plant, fp8: false, after_layer_0: false, public: false }
+    Bug {
+        name,
+        causes,
+        at,
+        plant,
+        fp8: false,
+        after_layer_0: false,
+        in_batch: false,
+        public: false,
+    }
 }
 
 impl Bug {
@@ -42,6 +53,10 @@ impl Bug {
 
     const fn after_layer_0(self) -> Bug {
         Bug { after_layer_0: true, ..self }
+    }
+
+    const fn in_batch(self) -> Bug {
+        Bug { in_batch: true, ..self }
     }
 
     const fn public(self) -> Bug {
@@ -231,6 +246,14 @@ pub const CATALOGUE: &[Bug] = &[
         Plant::PreviousLayersOutput,
     )
     .after_layer_0(),
+    bug(
+        "in a longer batch each token gets its neighbour's logits",
+        &["batch-dependence"],
+        &["logits"],
+        Plant::ShiftedInBatch,
+    )
+    .in_batch()
+    .public(),
     // Biases.
     bug("bias missing", &["bias-missing"], BIASED, Plant::BiasMissing),
     bug("bias added twice", &["bias-twice"], BIASED, Plant::BiasTwice),
@@ -273,6 +296,7 @@ pub const CATALOGUE: &[Bug] = &[
     // RMSNorm.
     bug("epsilon 1e-5 for 1e-6 and back", &["epsilon"], NORMS, Plant::OtherEpsilon).public(),
     bug("epsilon 1e-3", &["epsilon"], NORMS, Plant::Epsilon(1e-3)),
+    bug("epsilon 1e-3 in the first norm", &["epsilon"], &["blk.0.attn_norm"], Plant::Epsilon(1e-3)),
     bug("epsilon left out", &["epsilon"], NORMS, Plant::Epsilon(0.0)),
     bug("gain offset by one", &["weight-offset"], NORMS, Plant::GainOffset),
     bug("gain not applied", &["gain-ignored"], NORMS, Plant::GainIgnored),
@@ -360,7 +384,7 @@ mod tests {
         let names: BTreeSet<&str> = CATALOGUE.iter().map(|bug| bug.name).collect();
         assert_eq!(names.len(), CATALOGUE.len());
         let mut causes: BTreeSet<&str> = ALL.iter().flat_map(|f| f.causes).copied().collect();
-        causes.insert("non-determinism");
+        causes.extend(["non-determinism", "batch-dependence"]);
         for bug in CATALOGUE {
             for cause in bug.causes {
                 assert!(causes.contains(cause), "{}: {cause}", bug.name);

@@ -30,6 +30,7 @@ use crate::manifest::{Overrides, Pipeline, Prompt};
 use crate::model::Model;
 use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
 use crate::plan::{OpenModel, Plan};
+use crate::random::Random;
 use crate::record::StageRecord;
 use crate::run::{Options, run};
 use crate::tensor::Tensor;
@@ -74,6 +75,8 @@ pub struct Trial {
     pub role: Arm,
     /// The site.
     pub site: Site,
+    /// Whether only repeats or batches of whole passes can tell, so that no op is named.
+    pub of_passes: bool,
     /// What it did.
     pub effect: Effect,
     /// Whether a stage became structural.
@@ -217,6 +220,7 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
         setting: setting.name.clone(),
         role,
         site,
+        of_passes: role == Arm::Reference || bug.in_batch,
         effect,
         detected: stages.iter().any(|stage| stage.verdict == Verdict::Structural),
         found: Vec::new(),
@@ -247,7 +251,7 @@ fn note_places<'s>(stages: &'s [StageRecord], trial: &mut Trial) -> Option<&'s D
         .flat_map(|stage| &stage.diagnoses)
         .filter(|diagnosis| diagnosis.subject == subject)
         .collect();
-    // Repeats that differ say what, but of a whole pass; a site says where.
+    // Repeats and batches that differ say what, but of a whole pass; a site says where.
     let placed = of_role.iter().filter(|diagnosis| diagnosis.judge != diagnosis.subject);
     let places: BTreeSet<Site> = placed.map(|diagnosis| diagnosis.site.clone()).collect();
     trial.found = places.into_iter().collect();
@@ -432,6 +436,7 @@ impl Workshop for Planted {
                     recipe: &recipe,
                     model: &secret.model.model,
                     seed: secret.plot.seed,
+                    in_batch: call.shape()[0] > secret.rows,
                     call_number: number,
                     made: &made,
                     inputs: &inputs,
@@ -459,7 +464,8 @@ impl Workshop for Planted {
 }
 
 impl Secret {
-    /// Notes how far the bug moved the values of the prompt's pass.
+    /// Notes how far the bug moved the values of the prompt's pass, or of the longer
+    /// one where it shows only there.
     fn note(
         &self,
         call: &Call<'_>,
@@ -467,7 +473,9 @@ impl Secret {
         clean: &Tensor,
         spoilt: &Tensor,
     ) -> Result<(), ComputeError> {
-        if call.shape()[0] != self.rows {
+        let rows = call.shape()[0];
+        let measured = if self.plot.bug.in_batch { rows > self.rows } else { rows == self.rows };
+        if !measured {
             return Ok(());
         }
         let floor = Floor::new(recipe)?;
@@ -495,11 +503,7 @@ impl Secret {
 
 /// A seeded choice below `count`.
 pub fn chosen(seed: u64, count: usize) -> usize {
-    // SplitMix64 (Steele, Lea, Flood 2014).
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) % count.max(1) as u64) as usize
+    (Random::at(seed).bits() % count.max(1) as u64) as usize
 }
 
 /// The prompt of a clean run: between 1 and 24 tokens, seeded.

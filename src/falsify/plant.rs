@@ -60,6 +60,7 @@ pub enum Plant {
     ColumnsSwapped,
     RowsShifted,
     RowsSwapped,
+    ShiftedInBatch,
     StaleRows,
     TileUnwritten,
     LaneSpoilt(usize),
@@ -125,6 +126,8 @@ pub struct Ground<'a> {
     pub model: &'a Model,
     /// Decides columns, blocks and the like.
     pub seed: u64,
+    /// Whether the prompt stands in a longer batch.
+    pub in_batch: bool,
     /// How often this site was computed, this time included.
     pub call_number: u64,
     /// The last tensor of each site so far.
@@ -161,6 +164,12 @@ pub fn planted(
             let mut y = clean.clone();
             let column = chosen(ground.seed, y.width());
             y.row_mut(0)[column] += ground.call_number as f32;
+            return Ok(Some(y));
+        }
+        Plant::ShiftedInBatch if !ground.in_batch => return Ok(None),
+        Plant::ShiftedInBatch => {
+            let mut y = clean.clone();
+            y.data_mut().rotate_left(clean.width());
             return Ok(Some(y));
         }
         Plant::PreviousLayersOutput => return Ok(earlier(ground.made, site, 1, clean)),

@@ -247,7 +247,7 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
             Metric::ExitStatus => made.includes("exit"),
             Metric::Matches => made.starts_with("match."),
             Metric::DigestMismatch => made.starts_with("output."),
-            Metric::BatchMismatches | Metric::BatchNmse => made.includes(LOGITS_IN_BATCH),
+            metric if metric.of_batches_only() => made.includes(LOGITS_IN_BATCH),
             _ => true,
         };
         let logits = made.includes("logits");

@@ -2,7 +2,7 @@
 //! of which common tolerances fail the clean one or pass a broken one.
 
 use runner::compare::fingerprints::{Case, rank};
-use runner::compare::measure;
+use runner::compare::{Predicted, measure};
 use runner::compute::Ops;
 use runner::compute::call::{Call, MadeWeight};
 use runner::compute::departure::{
@@ -76,7 +76,8 @@ fn every_row_of_the_peers_table_is_separated() {
     );
     for (name, cause, subject) in rows {
         let streams = (Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference));
-        let m = measure(&site, (streams.0, &subject), (streams.1, &truth), Some(&sigma)).metrics;
+        let predicted = Predicted { floor: Some(&sigma), ..Predicted::default() };
+        let m = measure(&site, (streams.0, &subject), (streams.1, &truth), predicted).metrics;
         let differ = subject.data().iter().zip(clean.data());
         let differ = differ.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
         let (rms, most, column) = (m[&Metric::ZRms], m[&Metric::ZMax], m[&Metric::ZColumn]);

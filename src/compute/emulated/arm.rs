@@ -230,10 +230,7 @@ impl Ops for Emulated {
         })?;
         let mut y = Tensor::zeros(x.rows(), weight.rows());
         for (first, chunk) in chunks {
-            for row in 0..x.rows() {
-                let columns = first..first + chunk.width();
-                y.row_mut(row)[columns].copy_from_slice(chunk.row(row));
-            }
+            y.set_columns(first, &chunk);
         }
         if let Some(bias) = bias {
             for row in 0..y.rows() {

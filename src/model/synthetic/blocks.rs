@@ -7,6 +7,7 @@
 use half::f16;
 
 use crate::model::weights::WeightType;
+use crate::random::Random;
 
 /// What happens to outlier channels, which are columns of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,41 +20,10 @@ pub(super) enum Columns {
     Amplified,
 }
 
-/// A counter-based generator (SplitMix64): the same numbers for any thread count.
-pub(super) struct Random {
-    state: u64,
-}
-
-impl Random {
-    /// The stream of one row of one tensor.
-    pub fn new(seed: u64, tensor: &str, row: u64) -> Random {
-        let mut hasher = blake3::Hasher::new_derive_key("runner 2026 synthetic model v1");
-        hasher.update(&seed.to_le_bytes());
-        hasher.update(&row.to_le_bytes());
-        hasher.update(tensor.as_bytes());
-        let hash = hasher.finalize();
-        let first = hash.as_bytes().first_chunk().expect("a digest has 32 bytes");
-        Random { state: u64::from_le_bytes(*first) }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// An integer below `bound`, which is small.
-    pub fn below(&mut self, bound: usize) -> usize {
-        (((self.next() >> 32) * bound as u64) >> 32) as usize
-    }
-
-    /// Uniform in (-1, 1).
-    pub fn symmetric(&mut self) -> f32 {
-        let bits = (self.next() >> 40) as i32;
-        (2 * bits + 1 - (1 << 24)) as f32 / (1 << 24) as f32
-    }
+/// The stream of one row of one tensor.
+pub(super) fn stream(seed: u64, tensor: &str, row: u64) -> Random {
+    let parts: [&[u8]; 3] = [&seed.to_le_bytes(), &row.to_le_bytes(), tensor.as_bytes()];
+    Random::named("runner 2026 synthetic model v1", &parts)
 }
 
 /// Relative sizes of a row's groups; their mean square is near 1. Groups of different
@@ -111,7 +81,7 @@ impl<'a> RowWriter<'a> {
         let largest = deviation / self.deviation * GROUP_SIZES[random.below(16)];
         let mut shares = [0; LARGEST_GROUP];
         for shares in shares[..size].as_chunks_mut::<8>().0 {
-            for (share, byte) in shares.iter_mut().zip(random.next().to_le_bytes()) {
+            for (share, byte) in shares.iter_mut().zip(random.bits().to_le_bytes()) {
                 *share = self.bell[usize::from(byte)];
             }
         }

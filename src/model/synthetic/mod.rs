@@ -24,7 +24,7 @@ use super::config::Architecture;
 use super::gguf_writer::{ALIGNMENT, HeaderWriter};
 use super::weights::WeightType;
 use super::{Model, ModelError, io as io_error};
-use blocks::{Columns, Random, RowWriter};
+use blocks::{Columns, RowWriter, stream};
 
 /// Part of the file's name. It grows when the same preset and seed give other bytes.
 ///
@@ -239,7 +239,7 @@ impl Shape {
     fn outliers(&self, seed: u64) -> Vec<usize> {
         let count = 2 + self.hidden / 896;
         let share = self.hidden / count;
-        let mut random = Random::new(seed, "outlier channels", 0);
+        let mut random = stream(seed, "outlier channels", 0);
         (0..count).map(|n| n * share + random.below(share)).collect()
     }
 
@@ -391,7 +391,7 @@ impl Planned {
                 let writer = RowWriter::new(self.kind, columns, outliers);
                 bytes.par_chunks_mut(row_bytes).enumerate().for_each(|(n, bytes)| {
                     let row = first + n;
-                    let random = Random::new(seed, &self.name, row as u64);
+                    let random = stream(seed, &self.name, row as u64);
                     writer.write(random, deviation * rows.scale(row, outliers), bytes);
                 });
             }
@@ -410,7 +410,7 @@ impl Planned {
     }
 
     fn vector(&self, seed: u64, outliers: &[usize]) -> Vec<f32> {
-        let mut random = Random::new(seed, &self.name, 0);
+        let mut random = stream(seed, &self.name, 0);
         let value = |index: usize| match self.values {
             Values::Gain { mean, outlier, signed } => {
                 let size = if outliers.contains(&index) { outlier } else { 1.0 };

@@ -1,0 +1,143 @@
+//! A reference pass whose roundings are drawn anew: how far rounding alone carries
+//! a whole pass.
+//!
+//! A floor is local; what becomes of it over the layers depends on the model. So
+//! the reference's pass is computed once more with every operand off by its own
+//! rounding error, `x + s dx` and `w + s dw`, where each sign s is a fair coin:
+//! errors of the recipe's sizes at the recipe's places, shared between columns and
+//! tokens as they are in the arm, but not the arm's. What follows the operands
+//! (accumulation, output rounding, the f32 roundings of the other ops) is drawn by
+//! its deviation. The signs are named by the values that they belong to, so the
+//! draw is a function of the recipe, the model and the prompt. It does not know
+//! what an arm made.
+
+use super::emulated::gemm::Scales;
+use super::emulated::quantize::Codes;
+use super::floor::{Floor, roundings};
+use super::reference::{Reference, Widened, dot_rows};
+use super::{AttentionShape, ComputeError, Ops, check_matmul};
+use crate::model::{Rope, Weight};
+use crate::op::Recipe;
+use crate::random::Random;
+use crate::tensor::Tensor;
+
+/// The reference with the recipe's roundings, drawn.
+pub struct Drawn {
+    floor: Floor,
+    /// Which draw it is.
+    number: u64,
+}
+
+impl Drawn {
+    /// The draw of a recipe.
+    ///
+    /// # Errors
+    /// As [`Floor::new`].
+    pub fn new(recipe: &Recipe, number: u64) -> Result<Drawn, ComputeError> {
+        Ok(Drawn { floor: Floor::new(recipe)?, number })
+    }
+
+    /// The result of one of the floor's ops, each value moved by its deviation to
+    /// one side or the other.
+    fn moved(&self, mut y: Tensor) -> Tensor {
+        if let Some(sigma) = self.floor.take_sigma() {
+            let signs = stream_of(self.number, y.data()).signs();
+            let values = y.data_mut().iter_mut().zip(sigma.data());
+            values.zip(signs).for_each(|((y, sigma), sign)| *y += sign * sigma);
+        }
+        y
+    }
+}
+
+/// The stream that some values name.
+fn stream_of(number: u64, values: &[f32]) -> Random {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Random::named("runner 2026 drawn roundings v1", &[&number.to_le_bytes(), &bytes])
+}
+
+/// An operand, each value off by its rounding error with a sign of its own.
+fn redrawn(number: u64, values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
+    let drawn = roundings(values, codes, scales).zip(stream_of(number, values).signs());
+    drawn.map(|((value, error), sign)| value + sign * error).collect()
+}
+
+fn energies(rows: &[f32], width: usize) -> Vec<f64> {
+    let energy = |row: &[f32]| row.iter().map(|&x| f64::from(x).powi(2)).sum();
+    rows.chunks_exact(width).map(energy).collect()
+}
+
+impl Ops for Drawn {
+    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+        Reference.embed(weight, tokens)
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+        Ok(self.moved(self.floor.rms_norm(x, gain, eps)?))
+    }
+
+    fn matmul(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        check_matmul(x, &weight, bias.as_ref())?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let width = x.width();
+        let emulated = self.floor.emulated();
+        let (codes, scales) = emulated.quantise_activation(x);
+        let x = redrawn(self.number, x.data(), &codes, &scales);
+        let x_energies = energies(&x, width);
+        let x = Widened::of(&x, width);
+        let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
+            let w = redrawn(self.number, rows, codes, &scales);
+            let w_energies = energies(&w, width);
+            let dots = dot_rows(&x, &Widened::of(&w, width));
+            let mut y: Vec<f32> = Vec::with_capacity(dots.len());
+            let signs = stream_of(self.number, &w[..width]).signs();
+            let each = x_energies.iter().flat_map(|x| w_energies.iter().map(move |w| x * w));
+            for (index, ((&dot, energies), sign)) in dots.iter().zip(each).zip(signs).enumerate() {
+                // sum (x w)^2, as if it did not matter which x meets which w.
+                let terms = energies / width as f64;
+                let moved = self.floor.after_operands(width, dot, terms).sqrt();
+                let bias =
+                    bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % codes.rows()]));
+                y.push((dot + f64::from(sign) * moved + bias) as f32);
+            }
+            Ok((first, Tensor::new(codes.rows(), y)))
+        })?;
+        let mut y = Tensor::zeros(x_energies.len(), weight.rows());
+        for (first, chunk) in chunks {
+            y.set_columns(first, &chunk);
+        }
+        Ok(y)
+    }
+
+    fn rope(
+        &self,
+        x: &Tensor,
+        geometry: &Rope,
+        head_dim: usize,
+        first_position: usize,
+    ) -> Result<Tensor, ComputeError> {
+        Ok(self.moved(self.floor.rope(x, geometry, head_dim, first_position)?))
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+    ) -> Result<Tensor, ComputeError> {
+        Ok(self.moved(self.floor.attention(q, k, v, shape)?))
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
+        Ok(self.moved(self.floor.swiglu(gate, up)?))
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+        Ok(self.moved(self.floor.add(a, b)?))
+    }
+}
