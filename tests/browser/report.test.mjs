@@ -72,6 +72,18 @@ async function checkFigures(page, run) {
   return figures.length;
 }
 
+// On paper nothing can be scrolled: what is wider than a sheet of A4 is lost.
+async function checkPaper(page) {
+  await page.setViewportSize({ width: 718, height: 1000 });
+  await page.emulateMedia({ media: "print" });
+  await page.evaluate(() => dispatchEvent(new Event("beforeprint")));
+  assert.equal(await page.locator("details:not([open])").count(), 0);
+  const wide = await page.$$eval("table, svg, p, dl", (all) => all
+    .filter((part) => part.getBoundingClientRect().right > innerWidth)
+    .map((part) => `${part.tagName} ${part.getAttribute("class")}: ${part.textContent.slice(0, 40)}`));
+  assert.deepEqual(wide, []);
+}
+
 // The cells of every map say what run.json has at their place.
 async function checkCells(page, run) {
   const cells = await page.$$eval("svg.heat rect[data-m]", (all) => all.map((cell) => {
@@ -239,8 +251,7 @@ test("light, dark, narrow and paper", async () => {
   await light.setViewportSize({ width: 420, height: 900 });
   const wide = await light.evaluate(() => document.documentElement.scrollWidth);
   assert(wide <= 420, `the page is ${wide} wide on a screen of 420`);
-  await light.evaluate(() => dispatchEvent(new Event("beforeprint")));
-  assert.equal(await light.locator("details:not([open])").count(), 0);
+  await checkPaper(light);
   const paper = await light.pdf({ format: "A4" });
   assert(paper.length > 50_000);
   await close(light);
@@ -272,6 +283,10 @@ for (const [layers, megabytes] of [[28, 3], [80, 9]]) {
     await checkCharts(page);
     assert((await checkBars(page, deep)) >= layers * 7 * 2);
     assert((await checkHistograms(page, deep)) >= layers * 7 * 2);
+    // Maps and charts are as wide as the page, or nearly.
+    const widest = await page.$$eval(".scroll > svg", (all) => Math.max(...all.map((svg) => svg.width.baseVal.value)));
+    assert(widest <= 1160, `a picture is ${widest} wide`);
+    await checkPaper(page);
     await close(page);
   });
 }
@@ -394,6 +409,9 @@ test("a planted bug is the first thing that a reader sees", async () => {
   assert.match(await first.innerText(), /stage B at blk\.2\.ffn_down/);
   const [diagnosis] = planted.stages[place].diagnoses;
   assert((await section.locator(".finding").first().innerText()).startsWith(diagnosis.fits[0].cause));
+  const paper = await open(folder);
+  await checkPaper(paper);
+  await close(paper);
   if (process.env.SCREENSHOTS) {
     await picture(page, "header", 560, "report-planted");
     await picture(page, `#stage-${place}`, 940, "report-diagnosis");

@@ -73,7 +73,7 @@ pub(super) fn chart(chart: &Chart<'_>) -> Markup {
     let step = column_width(layers.len());
     let x = |column: usize| GUTTER + column * step + step / 2;
     let plot = step * layers.len();
-    let width = GUTTER + plot + 140;
+    let width = GUTTER + plot + 96;
     html! {
         figure {
             figcaption { (title) }

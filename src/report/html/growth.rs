@@ -19,7 +19,7 @@ const PARTS: [Part; 5] = [
     ("inherited", "inherited", |layer| layer.gain.map(|_| layer.inherited)),
     ("local", "local", |layer| Some(layer.local)),
     ("floor", "floor", |layer| layer.floor),
-    ("predicted", "predicted total", |layer| Some(layer.predicted)),
+    ("predicted", "predicted", |layer| Some(layer.predicted)),
 ];
 const GAIN: [Part; 1] = [("gain", "gain", |layer| layer.gain)];
 
@@ -28,7 +28,14 @@ pub(super) fn growth(page: &Page<'_>, stage: &StageRecord, place: usize) -> Mark
         @for (number, growth) in stage.growth.iter().enumerate() {
             (one(growth, &format!("/stages/{place}/growth/{number}")))
         }
-        @if !stage.growth.is_empty() { (command(&commands::explain(page.run, stage, page.runs))) }
+        @if !stage.growth.is_empty() {
+            p class="note" {
+                "Local is what a layer itself adds, inherited what it makes of the error that comes in; the \
+                 floor is what rounding of the two products that enter the stream must cost; predicted \
+                 takes local errors as independent of what is inherited."
+            }
+            (command(&commands::explain(page.run, stage, page.runs)))
+        }
     }
 }
 
@@ -62,11 +69,6 @@ fn one(growth: &Growth, at: &str) -> Markup {
     });
     html! {
         div class="charts" { (drift) (gain) }
-        p class="note" {
-            "Local is what a layer itself adds, inherited what it makes of the error that comes in; the \
-             floor is what rounding of the two products that enter the stream must cost; the predicted \
-             total takes local errors as independent of what is inherited."
-        }
         @if !growth.laws.is_empty() { (laws(growth, at)) }
     }
 }

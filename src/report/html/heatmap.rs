@@ -20,7 +20,7 @@ const SHADES: usize = 8;
 
 /// The width of a layer's column: few layers are easy to read, many still fit.
 pub(super) fn column_width(layers: usize) -> usize {
-    (900 / layers.max(1)).clamp(12, 48)
+    (900 / layers.max(1)).clamp(11, 48)
 }
 
 /// Every heatmap of one pair of streams, one shown at a time.
