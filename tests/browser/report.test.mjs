@@ -217,6 +217,24 @@ test("a clean run says so, with every stage, claim and figure", async () => {
   await close(page);
 });
 
+test("a figure that is not run.json's is noticed", async () => {
+  const page = await open(clean);
+  const wrong = structuredClone(run);
+  for (const stage of wrong.stages) {
+    for (const { shares } of stage.accounts.filter((account) => account.shares)) {
+      [shares.weight, shares.activation] = [shares.activation, shares.weight * 1.1];
+    }
+    for (const measure of stage.measures) {
+      for (const metric of Object.keys(measure.metrics)) measure.metrics[metric] *= 1.02;
+      measure.z_histogram?.unshift(measure.z_histogram.pop());
+    }
+  }
+  for (const check of [checkFigures, checkCells, checkBars, checkHistograms]) {
+    await assert.rejects(check(page, wrong), assert.AssertionError, check.name);
+  }
+  await close(page);
+});
+
 test("the keyboard reaches a cell's words, another map and a stage", async () => {
   const page = await open(clean);
   const bars = page.locator("svg.stacks").first();
