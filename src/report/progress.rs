@@ -24,7 +24,7 @@ impl Bars {
     fn add(&self, message: String, length: Option<u64>) -> ProgressBar {
         let bar = self.all.add(length.map_or_else(ProgressBar::new_spinner, ProgressBar::new));
         let template = match length {
-            Some(_) => "{msg:24} {bar:24} {prefix}",
+            Some(_) => "{msg:24} {wide_bar} {prefix}",
             None => "{msg:30} {spinner}  {elapsed}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -92,10 +92,8 @@ impl Sink for Lines {
                 };
                 if told.elapsed() >= BETWEEN_LINES {
                     *told = Instant::now();
-                    eprintln!(
-                        "{stage}  {arm:9}  {}",
-                        pace((*done, *total), *bytes, began.elapsed())
-                    );
+                    let pace = pace((*done, *total), *bytes, began.elapsed());
+                    eprintln!("{stage}  {:9}  {pace}", arm.name());
                 }
             }
             Event::ArmFinished { stage, arm, .. } => {
@@ -141,7 +139,7 @@ fn reason(event: &Event) -> Option<String> {
         ArmState::Error => format!("error: {why}"),
         ArmState::Blocked => format!("blocked: {why}"),
     };
-    Some(format!("{stage}  {arm:9}  {what}"))
+    Some(format!("{stage}  {:9}  {what}", arm.name()))
 }
 
 #[cfg(test)]

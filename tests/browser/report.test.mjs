@@ -382,6 +382,16 @@ test("a family is one block, with its members in it", async () => {
   await close(page);
 });
 
+test("tokens that part say at which margin", async () => {
+  const parted = structuredClone(run);
+  Object.assign(parted.stages[0].greedy[0], { first_difference: 3, margin: 0.1, sigma: 0.05 });
+  const page = await open(variant("parted", parted));
+  const words = await page.locator("#stage-0 p", { hasText: "part at step" }).innerText();
+  assert.match(words, /flip at margin 2\.0 sigma: explained by drift\. Step 3, the judge leads by 0\.1, sigma 0\.05/);
+  await checkFigures(page, parted);
+  await close(page);
+});
+
 test("measures that are not finite are shown as such", async () => {
   const broken = structuredClone(run);
   const values = ["NaN", "inf", "-inf", null];

@@ -494,16 +494,24 @@ fn greedy(stage: &StageRecord, place: usize) -> Markup {
                 }
             }
             @for (number, compared) in stage.greedy.iter().enumerate() {
+                @let at = format!("/stages/{place}/greedy/{number}");
                 p {
-                    (pair([compared.subject, compared.judge])) ": "
+                    (compared.sentence()) "."
                     @if let Some(step) = compared.first_difference {
-                        "the first token that differs is at step "
-                        (figure(step as f64, &format!("/stages/{place}/greedy/{number}/first_difference")))
-                        @if let Some(margin) = compared.margin {
-                            ", where the judge's lead was " (shown(f64::from(margin)))
+                        " " small {
+                            "Step " (figure(step as f64, &format!("{at}/first_difference")))
+                            @if let Some(margin) = compared.margin {
+                                ", the judge leads by "
+                                // An f32: run.json has its digits, not those of an f64.
+                                data value=(format!("{margin:?}")) data-at=(format!("{at}/margin")) {
+                                    (shown(f64::from(margin)))
+                                }
+                            }
+                            @if let Some(sigma) = compared.sigma {
+                                ", sigma " (figure(sigma, &format!("{at}/sigma")))
+                            }
                         }
-                        "."
-                    } @else { "the same tokens." }
+                    }
                 }
             }
         }
