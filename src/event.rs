@@ -35,6 +35,8 @@ pub enum Event {
         done: u64,
         /// Sites that will be made.
         total: u64,
+        /// Bytes of the tensors made so far.
+        bytes: u64,
     },
     /// An arm ended.
     ArmFinished {

@@ -103,9 +103,17 @@ struct Stored {
     output: Option<Arc<Output>>,
 }
 
+/// How far an arm is.
+#[derive(Clone, Copy, Default)]
+struct Made {
+    sites: u64,
+    /// Of the sites' tensors.
+    bytes: u64,
+}
+
 /// What a job's thread reports.
 enum Message {
-    Progress { job: usize, done: u64 },
+    Progress { job: usize, made: Made },
     Done { job: usize, outcome: Result<Outcome, Failure>, seconds: f64 },
 }
 
@@ -260,7 +268,7 @@ impl<'a> Engine<'a> {
                     break;
                 }
                 match receiver.recv() {
-                    Ok(Message::Progress { job, done }) => self.show_progress(job, done, sink),
+                    Ok(Message::Progress { job, made }) => self.show_progress(job, made, sink),
                     Ok(Message::Done { job, outcome, seconds }) => {
                         running -= 1;
                         self.settle(job, outcome, seconds, sink);
@@ -551,13 +559,14 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn show_progress(&self, job: usize, done: u64, sink: &mut dyn Sink) {
+    fn show_progress(&self, job: usize, made: Made, sink: &mut dyn Sink) {
         let Job { stage, work, .. } = self.jobs[job];
         let prepared = &self.plan.stages[stage];
         if let Work::Arm(arm) = work {
             let total = expected_sites(prepared);
             let stage = prepared.stage.id.clone();
-            sink.event(&Event::Progress { stage, arm, done, total });
+            let Made { sites: done, bytes } = made;
+            sink.event(&Event::Progress { stage, arm, done, total, bytes });
         }
     }
 }
@@ -608,9 +617,9 @@ fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
     let attempt = AssertUnwindSafe(|| {
         let attempt = || match order {
-            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |done| {
+            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |made| {
                 // Nobody listens any more only when the run is over.
-                let _ = sender.send(Message::Progress { job, done });
+                let _ = sender.send(Message::Progress { job, made });
             }),
             Order::Measure { inputs, results } => bench.measure(&inputs, results),
         };
@@ -652,7 +661,7 @@ impl Bench<'_> {
         &self,
         arm: Arm,
         inputs: &Supplies,
-        progress: &mut (dyn FnMut(u64) + Send),
+        progress: &mut (dyn FnMut(Made) + Send),
     ) -> Result<Outcome, Failure> {
         if let Op::Command(op) = &self.prepared.stage.op {
             return self.command(op);
@@ -697,10 +706,11 @@ impl Bench<'_> {
                     }
                     _ => workshop.ops(arm, &stage.recipe)?,
                 };
-                let mut done = 0;
-                compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |_| {
-                    done += 1;
-                    progress(done);
+                let mut made = Made::default();
+                compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |tensor| {
+                    made.sites += 1;
+                    made.bytes += size_of_val(tensor.data()) as u64;
+                    progress(made);
                 })?
             }
         };

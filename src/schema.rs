@@ -19,47 +19,32 @@ const NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$";
 pub fn stage() -> Value {
     let ops = [
         ("forward", forward()),
-        ("embed", closed(&[], json!({ "weight": weight() }))),
-        ("rms_norm", closed(&["input", "weight"], json!({ "input": input(), "weight": weight() }))),
+        ("embed", embed()),
+        ("rms_norm", rms_norm()),
         ("matmul", matmul()),
-        ("rope", closed(&["input", "site"], json!({ "input": input(), "site": text() }))),
-        (
-            "attention",
-            closed(
-                &["q", "k", "v", "site"],
-                json!({ "q": input(), "k": input(), "v": input(), "site": text() }),
-            ),
-        ),
-        (
-            "swiglu",
-            closed(
-                &["gate", "up", "site"],
-                json!({ "gate": input(), "up": input(), "site": text() }),
-            ),
-        ),
+        ("rope", rope()),
+        ("attention", attention()),
+        ("swiglu", swiglu()),
         ("compare", compare()),
         ("command", command()),
     ];
-    let mut properties = settings();
     let one_of: Vec<Value> = ops.iter().map(|(name, _)| json!({ "required": [name] })).collect();
-    add(
-        &mut properties,
-        json!({
-            "id": { "type": "string", "pattern": NAME, "description": "Unique in the folder" },
-            "title": { "type": "string", "pattern": "\\S", "description": "The question, for people" },
-            "needs": list(text(), 0),
-            "contract": { "type": "string", "description": "The contract that judges the stage" },
-            "tags": list(json!({ "type": "string", "pattern": NAME }), 0),
-            "recorded": recorded(),
-            "external": external(),
-            "for": {
-                "type": "object",
-                "minProperties": 1,
-                "description": "One stage for each combination of these values",
-                "additionalProperties": { "type": "array", "minItems": 1 }
-            },
-        }),
-    );
+    let mut properties = json!({
+        "id": says("unique in the folder; what selections and other stages name", name()),
+        "title": says("the question, for people", said()),
+        "needs": says("stages that must have a result first", list(text(), 0)),
+        "contract": says("the contract that judges the stage", text()),
+        "tags": says("words by which `--select tag:WORD` finds the stage", list(name(), 0)),
+        "for": {
+            "type": "object",
+            "minProperties": 1,
+            "description": "one stage for each combination of these values, which stand in the \
+                            manifest as `{key}`",
+            "additionalProperties": { "type": "array", "minItems": 1 }
+        },
+    });
+    add(&mut properties, settings());
+    add(&mut properties, json!({ "recorded": recorded(), "external": external() }));
     for (name, schema) in ops {
         add(&mut properties, json!({ name: schema }));
     }
@@ -93,7 +78,13 @@ pub fn stage() -> Value {
 /// The schema of `pipeline.toml`.
 pub fn pipeline() -> Value {
     let mut properties = settings();
-    add(&mut properties, json!({ "contracts": text(), "profile": profiles() }));
+    add(
+        &mut properties,
+        json!({
+            "contracts": says("the folder of contracts, seen from this file", text()),
+            "profile": profiles(),
+        }),
+    );
     json!({
         "$schema": DRAFT,
         "title": "runner: what the stages of a folder inherit",
@@ -108,29 +99,38 @@ pub fn contract() -> Value {
     let streams: Vec<String> = Stream::ALL.iter().map(Stream::to_string).collect();
     let streams: Vec<String> = streams.into_iter().chain(["command".to_owned()]).collect();
     let metrics: Vec<&str> = Metric::ALL.iter().map(|metric| metric.name()).collect();
-    let id = json!({ "type": "string", "pattern": NAME });
-    let said = json!({ "type": "string", "pattern": "\\S" });
-    let equation =
-        closed(&["id", "formula", "why"], json!({ "id": id, "formula": said, "why": said }));
+    let equation = closed(
+        &["id", "formula", "why"],
+        json!({
+            "id": says("its name, unique in the contract", name()),
+            "formula": says("what the arithmetic must satisfy", said()),
+            "why": says("its derivation or source", said()),
+        }),
+    );
     let mut falsifier = closed(
         &["id", "equation", "prediction", "metric", "if_fails", "why"],
         json!({
-            "id": id,
-            "equation": { "type": "string", "description": "The equation that falls with it" },
-            "prediction": said,
-            "compare": {
+            "id": says("its name, unique in the contract", name()),
+            "equation": says("the equation that falls with it", text()),
+            "prediction": says("what must be seen, for people", said()),
+            "compare": says("the subject, and what it is judged against", json!({
                 "type": "array",
                 "minItems": 2,
                 "maxItems": 2,
                 "items": { "enum": streams },
-                "description": "The subject, and what it is judged against"
-            },
-            "metric": { "enum": metrics },
-            "sites": list(text(), 1),
-            "min": { "type": "number" },
-            "max": { "type": "number" },
-            "if_fails": { "enum": ["structural", "drift"] },
-            "why": said,
+            })),
+            "metric": says("what is measured", json!({ "title": "a metric", "enum": metrics })),
+            "sites": says(
+                "patterns of the sites that it judges; every site where none is written",
+                list(text(), 1),
+            ),
+            "min": says("the smallest value that passes; this or `max`, or both", number()),
+            "max": says("the largest value that passes", number()),
+            "if_fails": says(
+                "the verdict if it falls",
+                json!({ "enum": ["structural", "drift"] }),
+            ),
+            "why": says("the bound's derivation", said()),
         }),
     );
     // A command's outcome stands against the bound alone.
@@ -145,123 +145,252 @@ pub fn contract() -> Value {
         "type": "object",
         "required": ["name", "version", "falsifier"],
         "properties": {
-            "name": { "type": "string", "pattern": NAME },
-            "version": {
+            "name": says("what manifests call it", name()),
+            "version": says("three numbers; raise it when a bound changes", json!({
                 "type": "string",
-                "pattern": "^(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})$"
-            },
-            "equation": { "type": "array", "items": equation },
-            "falsifier": { "type": "array", "minItems": 1, "items": falsifier },
+                "pattern": "^(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})$",
+            })),
+            "equation": says(
+                "what the arithmetic must satisfy",
+                json!({ "type": "array", "items": equation }),
+            ),
+            "falsifier": says(
+                "what would show that it does not",
+                json!({ "type": "array", "minItems": 1, "items": falsifier }),
+            ),
         },
         "additionalProperties": false,
     })
 }
 
+/// The schema of what an op reads: another stage's tensor, a file's, or a generated one.
+pub fn input() -> Value {
+    json!({ "title": "an input", "oneOf": [site(), file(), generated()] })
+}
+
 fn settings() -> Value {
     let arms: Vec<&str> = Arm::ALL.iter().map(|arm| arm.name()).collect();
-    let chips: Vec<&str> = ChipName::ALL.iter().map(|chip| chip.name()).collect();
+    let arms =
+        json!({ "type": "array", "minItems": 1, "uniqueItems": true, "items": { "enum": arms } });
+    let tokens = list(json!({ "type": "integer", "minimum": 0, "maximum": u32::MAX }), 1);
     json!({
-        "model": {
-            "type": "string",
-            "pattern": "\\S",
-            "description": "`synthetic:<preset>`, a GGUF file or a safetensors folder"
-        },
-        "tokens": list(json!({ "type": "integer", "minimum": 0, "maximum": u32::MAX }), 1),
-        "prompt": { "type": "string", "minLength": 1 },
-        "seed": { "type": "integer", "minimum": 0 },
-        "arms": { "type": "array", "minItems": 1, "uniqueItems": true, "items": { "enum": arms } },
-        "recipe": closed(&[], json!({
-            "gemm": formats(),
-            "scale": closed(&[], json!({
-                "weight": { "enum": ["tensor", "channel", "block128"] },
-                "activation": { "enum": ["tensor", "token", "block128"] },
-            })),
-            "accumulate": { "enum": ["fast", "promoted"] },
-            "output": { "enum": ["f32", "bf16", "f16"] },
-            "chip": { "enum": chips },
-            "pin": closed(&[], json!({
-                "algorithm": { "type": "integer", "minimum": 0 },
-                "tile": { "type": "integer", "minimum": 0 },
-                "stages": { "type": "integer", "minimum": 0 },
-                "split_k": { "type": "integer", "minimum": 1 },
-            })),
-        })),
-        "resources": closed(&[], json!({ "threads": { "type": "integer", "minimum": 1 } })),
+        "model": says("`synthetic:PRESET`, a GGUF file or a safetensors folder", said()),
+        "tokens": says("the prompt as token ids; this or `prompt`", tokens),
+        "prompt": says(
+            "the prompt as text, for the model's tokenizer",
+            json!({ "type": "string", "minLength": 1 }),
+        ),
+        "seed": says("where generated values start", whole(0)),
+        "arms": says("who computes the stage", arms),
+        "recipe": recipe(),
+        "resources": says("what the stage takes of the machine", closed(&[], json!({
+            "threads": says("threads that compute; all where none is written", whole(1)),
+        }))),
     })
+}
+
+fn recipe() -> Value {
+    let chips: Vec<&str> = ChipName::ALL.iter().map(|chip| chip.name()).collect();
+    let scale = closed(
+        &[],
+        json!({
+            "weight": says(
+                "what shares a weight's scale",
+                json!({ "enum": ["tensor", "channel", "block128"] }),
+            ),
+            "activation": says(
+                "what shares an activation's scale",
+                json!({ "enum": ["tensor", "token", "block128"] }),
+            ),
+        }),
+    );
+    let pin = closed(
+        &[],
+        json!({
+            "algorithm": says("cuBLASLt's id of the algorithm", whole(0)),
+            "tile": says("its id of the tile", whole(0)),
+            "stages": says("its id of the stages", whole(0)),
+            "split_k": says("parts that K is cut into; 1 where none is written", whole(1)),
+        }),
+    );
+    says(
+        "the arithmetic under test",
+        closed(
+            &[],
+            json!({
+                "gemm": says("the operands' format in every GEMM", formats()),
+                "scale": says("how operands are scaled before they are rounded", scale),
+                "accumulate": says(
+                    "`promoted`: every 128 products the sum is added to one in f32 and starts again",
+                    json!({ "enum": ["fast", "promoted"] }),
+                ),
+                "output": says("the format that a GEMM's result is rounded to", json!({ "enum": ["f32", "bf16", "f16"] })),
+                "chip": says("whose tensor cores; `auto` is the device's, where there is one", json!({ "enum": chips })),
+                "pin": says("the library's algorithm, instead of the one that the rule picks", pin),
+            }),
+        ),
+    )
 }
 
 fn profiles() -> Value {
-    json!({
-        "type": "object",
-        "additionalProperties": closed(&[], json!({
-            "select": text(),
-            "require": list(json!({ "enum": ["device", "recorded", "external"] }), 0),
-            "repeats": { "type": "integer", "minimum": 1 },
-            "keep": { "type": "integer", "minimum": 1 },
-        })),
-    })
+    let profile = closed(
+        &[],
+        json!({
+            "select": says("the stages, as `--select` names them", text()),
+            "require": says(
+                "arms without which a stage is an error",
+                list(json!({ "enum": ["device", "recorded", "external"] }), 0),
+            ),
+            "repeats": says("the least number of times that forward passes are repeated", whole(1)),
+            "keep": says("finished runs to keep", whole(1)),
+        }),
+    );
+    says(
+        "how a run of `--profile NAME` differs from a typed one, by name",
+        json!({ "type": "object", "additionalProperties": profile }),
+    )
 }
 
 fn forward() -> Value {
-    closed(
-        &[],
-        json!({
-            "capture": { "enum": ["logits", "every-site"] },
-            "repeats": { "type": "integer", "minimum": 1 },
-            "decode": { "type": "integer", "minimum": 0 },
-        }),
+    says(
+        "op: the whole transformer on the prompt",
+        closed(
+            &[],
+            json!({
+                "capture": says("what is kept and compared", json!({ "enum": ["logits", "every-site"] })),
+                "repeats": says("how often each arm computes it, to see whether it repeats itself", whole(1)),
+                "decode": says("tokens that are decoded greedily after the prompt", whole(0)),
+            }),
+        ),
+    )
+}
+
+fn embed() -> Value {
+    let keys = json!({ "weight": says("the table; `token_embd` where none is written", weight()) });
+    says("op: the prompt's rows of the embedding", closed(&[], keys))
+}
+
+fn rms_norm() -> Value {
+    says(
+        "op: one norm",
+        closed(
+            &["input", "weight"],
+            json!({
+                "input": says("what is normed", input()),
+                "weight": says("the norm's gain", weight()),
+            }),
+        ),
     )
 }
 
 fn matmul() -> Value {
-    let of_model =
-        closed(&["input", "weights"], json!({ "input": input(), "weights": list(weight(), 1) }));
-    let coded = closed(&["x", "w"], json!({ "x": file(), "w": file() }));
-    json!({ "oneOf": [of_model, coded] })
+    let of_model = closed(
+        &["input", "weights"],
+        json!({
+            "input": says("what is projected", input()),
+            "weights": says("the projections' weights", list(weight(), 1)),
+        }),
+    );
+    let coded = closed(
+        &["x", "w"],
+        json!({
+            "x": says("codes of the left operand, instead of `input`", codes()),
+            "w": says("codes of the right one, instead of `weights`", codes()),
+        }),
+    );
+    says("op: projections, or a product of codes from files", json!({ "oneOf": [of_model, coded] }))
+}
+
+fn rope() -> Value {
+    says(
+        "op: one rotation, positions from 0",
+        closed(
+            &["input", "site"],
+            json!({
+                "input": says("what is rotated", input()),
+                "site": says("`blk.N.q_rope` or `blk.N.k_rope`", text()),
+            }),
+        ),
+    )
+}
+
+fn attention() -> Value {
+    says(
+        "op: causal attention",
+        closed(
+            &["q", "k", "v", "site"],
+            json!({
+                "q": says("the queries", input()),
+                "k": says("the keys", input()),
+                "v": says("the values", input()),
+                "site": says("`blk.N.attn`", text()),
+            }),
+        ),
+    )
+}
+
+fn swiglu() -> Value {
+    says(
+        "op: `silu(gate) * up`",
+        closed(
+            &["gate", "up", "site"],
+            json!({
+                "gate": says("what passes through SiLU", input()),
+                "up": says("what it is multiplied with", input()),
+                "site": says("`blk.N.ffn_swiglu`", text()),
+            }),
+        ),
+    )
 }
 
 fn compare() -> Value {
-    let mut sides = json!({ "site": { "type": "string", "pattern": NAME } });
-    let side = json!({ "oneOf": [site(), file()] });
+    let mut sides = json!({
+        "site": says("what the tensor is called; `compared` where none is written", name()),
+    });
     for arm in Arm::ALL {
-        add(&mut sides, json!({ arm.name(): side }));
+        let side = json!({ "title": "a stage's site, or a file", "oneOf": [site(), file()] });
+        add(&mut sides, json!({ arm.name(): says("where this arm's tensor is read", side) }));
     }
     let mut table = closed(&["reference"], sides);
     table["minProperties"] = json!(2);
-    table
+    says("op: nothing is computed, both sides are read", table)
 }
 
+/// What a program of the user's is, whatever it is for.
 fn program() -> Value {
     json!({
-        "argv": list(text(), 1),
-        "shell": { "type": "string", "pattern": "\\S" },
-        "inputs": list(text(), 0),
-        "env": list(text(), 0),
-        "set": texts(),
-        "timeout": { "type": "integer", "minimum": 1, "description": "Seconds" },
+        "argv": says("the program and its arguments; nothing expands them", list(text(), 1)),
+        "shell": says("instead of `argv`: a text for `/bin/sh -c`", said()),
+        "inputs": says("files and folders that it reads", list(text(), 0)),
+        "env": says("names of variables that it sees as the runner does", list(text(), 0)),
+        "set": says("variables with values", texts()),
+        "timeout": says("seconds after which it is killed", whole(1)),
     })
 }
 
 fn command() -> Value {
     let mut properties = program();
+    let pattern = closed(
+        &["name", "pattern"],
+        json!({
+            "name": says("its site is `match.<name>`", text()),
+            "of": says("`stdout`, `stderr` or an output; `stdout` where none is written", text()),
+            "pattern": says("a regular expression; `^` and `$` are a line's ends", text()),
+        }),
+    );
+    let status = json!({ "type": "integer", "minimum": 0, "maximum": 255 });
     add(
         &mut properties,
         json!({
-            "outputs": list(text(), 0),
-            "accepts": list(json!({ "type": "integer", "minimum": 0, "maximum": 255 }), 1),
-            "patterns": list(
-                closed(
-                    &["name", "pattern"],
-                    json!({ "name": text(), "of": text(), "pattern": text() }),
-                ),
-                0
-            ),
-            "digests": texts(),
+            "outputs": says("files that it must write", list(text(), 0)),
+            "accepts": says("exit statuses that count as a result; 0 where none is written", list(status, 1)),
+            "patterns": says("what is counted in its output", list(pattern, 0)),
+            "digests": says("the blake3 hash that an output must have, by path", texts()),
         }),
     );
     let mut table = closed(&[], properties);
     table["oneOf"] = json!([{ "required": ["argv"] }, { "required": ["shell"] }]);
-    table
+    says("op: a program with its inputs, outputs and variables", table)
 }
 
 fn external() -> Value {
@@ -270,49 +399,66 @@ fn external() -> Value {
     add(
         &mut properties,
         json!({
-            "retries": { "type": "integer", "minimum": 0, "maximum": 10 },
-            "version": { "type": "string", "description": "What the engine is; part of the key" },
-            "names": texts(),
-            "emulate": { "enum": engines },
+            "retries": says(
+                "how often it is started again after a failure",
+                json!({ "type": "integer", "minimum": 0, "maximum": 10 }),
+            ),
+            "version": says("what the engine is; part of the key", text()),
+            "names": says("the engine's name of a tensor, by site", texts()),
+            "emulate": says("the engine whose arithmetic the emulated arm has", json!({ "enum": engines })),
         }),
     );
     let mut table = closed(&["version"], properties);
     table["oneOf"] = json!([{ "required": ["argv"] }, { "required": ["shell"] }]);
-    table
+    says("the arm `external`: a program that is asked for tensors", table)
 }
 
 fn recorded() -> Value {
-    closed(
-        &["file"],
-        json!({
-            "file": text(),
-            "tensor": text(),
-            "names": texts(),
-            "dtype": formats(),
-            "shape": shape(),
-        }),
+    says(
+        "the arm `recorded`: a file that holds what a device made",
+        closed(
+            &["file"],
+            json!({
+                "file": says("its path, seen from the manifest", text()),
+                "tensor": says("its tensor, where it has several and the op makes one", text()),
+                "names": says("the file's name of a tensor, by site", texts()),
+                "dtype": says("the values' format, where the file does not say it", formats()),
+                "shape": says("the tensor's shape, where the file does not say it", shape()),
+            }),
+        ),
     )
 }
 
-fn input() -> Value {
-    json!({ "oneOf": [site(), file(), generated()] })
-}
-
 fn site() -> Value {
-    closed(&["stage", "site"], json!({ "stage": text(), "site": text() }))
+    closed(
+        &["stage", "site"],
+        json!({
+            "stage": says("the stage whose reference arm made it", text()),
+            "site": says("its site", text()),
+        }),
+    )
 }
 
 fn file() -> Value {
     closed(
         &["file"],
         json!({
-            "file": text(),
-            "tensor": text(),
-            "dtype": formats(),
-            "shape": shape(),
-            "scale": { "oneOf": [text(), { "type": "number", "exclusiveMinimum": 0 }] },
+            "file": says("its path, seen from the manifest: safetensors, npy, npz, GGUF or raw", text()),
+            "tensor": says("the tensor's name in it", text()),
+            "dtype": says("the values' format, where the file does not say it", formats()),
+            "shape": says("the tensor's shape, where the file does not say it", shape()),
+            "scale": says(
+                "what the values are multiplied with: a number or a tensor of the file",
+                json!({ "oneOf": [text(), { "type": "number", "exclusiveMinimum": 0 }] }),
+            ),
         }),
     )
+}
+
+fn codes() -> Value {
+    let mut codes = file();
+    codes["title"] = json!("a file");
+    codes
 }
 
 fn generated() -> Value {
@@ -320,8 +466,11 @@ fn generated() -> Value {
     closed(
         &["generate", "rows"],
         json!({
-            "generate": { "enum": names },
-            "rows": { "type": "integer", "minimum": 1, "maximum": 1 << 20 },
+            "generate": says("how the values are distributed, from the stage's `seed`", json!({ "enum": names })),
+            "rows": says(
+                "tokens",
+                json!({ "type": "integer", "minimum": 1, "maximum": 1 << 20 }),
+            ),
         }),
     )
 }
@@ -332,7 +481,7 @@ fn formats() -> Value {
 }
 
 fn shape() -> Value {
-    list(json!({ "type": "integer", "minimum": 1 }), 1)
+    list(whole(1), 1)
 }
 
 fn weight() -> Value {
@@ -343,12 +492,36 @@ fn text() -> Value {
     json!({ "type": "string" })
 }
 
+/// A text that says something.
+fn said() -> Value {
+    json!({ "type": "string", "pattern": "\\S" })
+}
+
+fn name() -> Value {
+    json!({ "type": "string", "pattern": NAME })
+}
+
+fn number() -> Value {
+    json!({ "type": "number" })
+}
+
+/// A whole number from `least` on.
+fn whole(least: u32) -> Value {
+    json!({ "type": "integer", "minimum": least })
+}
+
 fn texts() -> Value {
     json!({ "type": "object", "additionalProperties": text() })
 }
 
 fn list(items: Value, least: usize) -> Value {
     json!({ "type": "array", "minItems": least, "items": items })
+}
+
+/// What a key means, for editors and the reference.
+fn says(words: &str, mut schema: Value) -> Value {
+    schema["description"] = json!(words);
+    schema
 }
 
 /// A table with these keys and no others.

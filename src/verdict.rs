@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{Measure, StageMeasures};
+use crate::compare::{Measure, StageMeasures, sharpest};
 use crate::compute::arms::is_gemm;
 use crate::manifest::{Contract, Falsifier, IfFails, names_site};
 use crate::metric::Metric;
@@ -175,10 +175,7 @@ pub fn judge(
 pub fn reason(judged: &mut StageVerdict, measures: &StageMeasures) {
     match judged.verdict {
         Verdict::Structural => {
-            // Bits are sharper than floors.
-            let sharpest = |stream: Stream| matches!(stream, Stream::Arm(Arm::Emulated));
-            let exact = measures.diagnoses.iter().find(|diagnosis| sharpest(diagnosis.judge));
-            if let Some(diagnosis) = exact.or(measures.diagnoses.first()) {
+            if let Some(diagnosis) = sharpest(&measures.diagnoses) {
                 let mut parts = vec![diagnosis.place(), diagnosis.sentence()];
                 parts.extend(diagnosis.aftermath());
                 parts.push(std::mem::take(&mut judged.why));

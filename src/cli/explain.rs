@@ -155,15 +155,16 @@ fn grown(growth: &Growth) -> Vec<String> {
             "How {}'s drift grows (relative to the reference's residual stream)",
             growth.subject
         ),
-        "   layer     local  inherited      gain     total  predicted".to_owned(),
+        "   layer     local     floor  inherited      gain     total  predicted".to_owned(),
     ];
     let step = growth.layers.len().div_ceil(SHOWN_LAYERS).max(1);
     let last = growth.layers.len().saturating_sub(1);
     for (index, layer) in growth.layers.iter().enumerate() {
         if index % step == 0 || index == last {
             let gain = layer.gain.map_or("-".to_owned(), |gain| format!("{gain:.3}"));
+            let floor = layer.floor.map_or("-".to_owned(), percent);
             lines.push(format!(
-                "  {:>6} {:>9} {:>10} {:>9} {:>9} {:>10}",
+                "  {:>6} {:>9} {floor:>9} {:>10} {:>9} {:>9} {:>10}",
                 layer.layer,
                 percent(layer.local),
                 percent(layer.inherited),

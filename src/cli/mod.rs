@@ -312,7 +312,11 @@ fn carry_out(command: Command) -> Result<u8, String> {
 
 /// Prints to stdout; a reader who has gone away is no error.
 fn print(text: &str) -> Result<u8, String> {
-    match std::io::stdout().write_all(text.as_bytes()) {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<u8, String> {
+    match std::io::stdout().write_all(bytes) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(format!("cannot write to stdout: {error}"))
         }

@@ -19,6 +19,7 @@ pub(super) fn receipt(run: &str, out: &Path, runs: &Path) -> Result<u8, String> 
         for measure in &mut stage.measures {
             measure.metrics.retain(|metric, _| *metric == Metric::BitMismatches);
             measure.worst = None;
+            measure.z_histogram = None;
         }
         stage.measures.retain(|measure| {
             !measure.metrics.is_empty() && matches!(measure.judge, Stream::Arm(Arm::Emulated))

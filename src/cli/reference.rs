@@ -1,4 +1,5 @@
-//! `runner reference`: commands, verdicts, metrics and exit codes, as the code has them.
+//! `runner reference`: verdicts, exit codes, metrics, the keys of manifests and
+//! contracts, and commands, as the code has them.
 //!
 //! `docs/reference.md` is its output; a test holds it to that.
 
@@ -6,8 +7,11 @@ use std::fmt::Write;
 
 use clap::CommandFactory;
 
+use serde_json::Value;
+
 use super::{Cli, print};
 use crate::metric::Metric;
+use crate::schema;
 use crate::verdict::Verdict;
 
 pub(super) fn reference() -> Result<u8, String> {
@@ -15,14 +19,11 @@ pub(super) fn reference() -> Result<u8, String> {
 }
 
 fn text() -> String {
-    let mut text = String::from(
-        "# Reference\nMade by `runner reference`; do not edit. Keys of manifests and contracts: \
-         see the manifests in `stages/` and `contracts/`, and `runner check`, which names every \
-         key that it does not know with the nearest that it does.\n\n",
-    );
+    let mut text = String::from("# Reference\nMade by `runner reference`; do not edit.\n\n");
     verdicts(&mut text);
     exit_codes(&mut text);
     metrics(&mut text);
+    keys(&mut text);
     text.push_str("## Commands\n");
     let mut cli = Cli::command().term_width(96);
     cli.build();
@@ -85,4 +86,126 @@ fn metrics(text: &mut String) {
         let _ = writeln!(text, "| `{metric}` | {meaning} | {low} | {high} |");
     }
     text.push('\n');
+}
+
+/// The keys of everything that people write, from the schemas that editors read.
+fn keys(text: &mut String) {
+    text.push_str(
+        "## Keys\n`runner check` names every key that it does not know, with the nearest that it \
+         does; `runner schema` prints these tables for editors.\n",
+    );
+    let stage = keys_of(&schema::stage()["anyOf"][0], "");
+    let mut pipeline = keys_of(&schema::pipeline(), "");
+    pipeline.retain(|key| !stage.iter().any(|known| known.path == key.path));
+    let tables = [
+        ("A stage's manifest", stage),
+        ("An input of an op", keys_of(&schema::input(), "")),
+        ("`pipeline.toml`, besides `model` to `resources`, which its stages inherit", pipeline),
+        ("A contract", keys_of(&schema::contract(), "")),
+    ];
+    for (title, keys) in tables {
+        let _ = write!(text, "\n### {title}\n| key | value | meaning |\n|---|---|---|\n");
+        for Key { path, value, meaning, needed } in keys {
+            let needed = if needed { "; needed" } else { "" };
+            let _ = writeln!(text, "| `{path}` | {value} | {meaning}{needed} |");
+        }
+    }
+    text.push('\n');
+}
+
+/// One key of a table.
+struct Key {
+    path: String,
+    value: String,
+    meaning: String,
+    needed: bool,
+}
+
+/// All keys below a schema, tables within tables included; each once.
+fn keys_of(schema: &Value, path: &str) -> Vec<Key> {
+    let mut all: Vec<Key> = Vec::new();
+    let here =
+        |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    let empty = serde_json::Map::new();
+    for (name, value) in schema["properties"].as_object().unwrap_or(&empty) {
+        let required = schema["required"].as_array();
+        all.push(Key {
+            path: here(name),
+            value: value_of(value).replace('|', "\\|"),
+            meaning: value["description"].as_str().unwrap_or_default().to_owned(),
+            needed: required.is_some_and(|all| all.contains(&name.as_str().into())),
+        });
+        // What an op reads has a table of its own.
+        if value["title"].is_null() {
+            all.extend(keys_of(value, &here(name)));
+        }
+    }
+    for choice in schema["oneOf"].as_array().unwrap_or(&Vec::new()) {
+        for key in keys_of(choice, path) {
+            // Of alternatives none is needed by itself.
+            if !all.iter().any(|known| known.path == key.path) {
+                all.push(Key { needed: false, ..key });
+            }
+        }
+    }
+    all.extend(keys_of_items(&schema["items"], &format!("{path}[]")));
+    all.extend(keys_of_items(&schema["additionalProperties"], &format!("{path}.NAME")));
+    all
+}
+
+fn keys_of_items(schema: &Value, path: &str) -> Vec<Key> {
+    if schema.is_object() { keys_of(schema, path) } else { Vec::new() }
+}
+
+/// What can be written for a key, in words.
+fn value_of(schema: &Value) -> String {
+    if let Some(title) = schema["title"].as_str() {
+        return title.to_owned();
+    }
+    if let Some(known) = schema["enum"].as_array() {
+        let words: Vec<String> =
+            known.iter().filter_map(|word| Some(format!("`{}`", word.as_str()?))).collect();
+        return words.join(", ");
+    }
+    if let Some(choices) = schema["oneOf"].as_array().filter(|_| schema["type"].is_null()) {
+        let mut words: Vec<String> = choices.iter().map(value_of).collect();
+        words.dedup();
+        return words.join(" or ");
+    }
+    let kind = schema["type"].as_str().unwrap_or("anything");
+    match kind {
+        "string" => "text".to_owned(),
+        "array" => match value_of(&schema["items"]) {
+            items if items == "anything" => "list".to_owned(),
+            items => format!("list of {items}"),
+        },
+        "object" => "table".to_owned(),
+        "integer" => match (schema["minimum"].as_u64(), schema["maximum"].as_u64()) {
+            (Some(least), Some(most)) => format!("integer from {least} to {most}"),
+            (Some(least), None) => format!("integer from {least} on"),
+            _ => "integer".to_owned(),
+        },
+        other => other.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_a_value_and_a_meaning() {
+        let schemas = [
+            schema::stage()["anyOf"][0].clone(),
+            schema::input(),
+            schema::pipeline(),
+            schema::contract(),
+        ];
+        let keys: Vec<Key> = schemas.iter().flat_map(|schema| keys_of(schema, "")).collect();
+        assert!(keys.len() > 100, "{} keys", keys.len());
+        for Key { path, value, meaning, .. } in keys {
+            assert!(!meaning.is_empty(), "`{path}` has no meaning");
+            assert!(!value.contains("anything"), "`{path}` has no value: {value}");
+        }
+    }
 }

@@ -4,15 +4,16 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::{print, record_of};
+use super::{print, print_bytes, record_of};
 use crate::record::RunRecord;
-use crate::report::{annotations, csv, junit, markdown, page, sarif};
+use crate::report::{annotations, arrow, csv, junit, markdown, page, sarif};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   runner report                              the page of the youngest run, in its folder
   runner report latest --format sarif > run.sarif
-  runner report RUN --format csv --out measures.csv")]
+  runner report RUN --format csv --out measures.csv
+  runner report RUN --format arrow --out measures.arrow")]
 pub(super) struct ReportArgs {
     /// The run's name, or `latest`.
     #[arg(default_value = "latest")]
@@ -38,6 +39,8 @@ enum ReportFormat {
     Sarif,
     /// Every measure, a row per pair of streams and site.
     Csv,
+    /// The same as an Arrow IPC file (Feather), for pandas and polars.
+    Arrow,
     /// A table, as GitHub's step summary takes it.
     Markdown,
     /// GitHub's annotations at the manifests' lines.
@@ -53,7 +56,7 @@ pub(super) fn report(args: &ReportArgs) -> Result<u8, String> {
             crate::cache::write_whole(&out, &bytes).map_err(|error| error.to_string())?;
             print(&format!("{}\n", out.display()))
         }
-        None => print(&String::from_utf8_lossy(&bytes)),
+        None => print_bytes(&bytes),
     }
 }
 
@@ -66,6 +69,7 @@ fn written(args: &ReportArgs, record: &RunRecord) -> Result<Vec<u8>, String> {
             serde_json::to_vec_pretty(&sarif(record)).map_err(|error| cannot(&error))?
         }
         ReportFormat::Csv => csv(record).map_err(|error| cannot(&error))?,
+        ReportFormat::Arrow => arrow(record).map_err(|error| cannot(&error))?,
         ReportFormat::Markdown => markdown(record).into_bytes(),
         ReportFormat::Github => annotations(record).into_bytes(),
     })

@@ -241,7 +241,7 @@ fn sinks(args: &RunArgs, folder: &Path) -> Result<Sinks, String> {
     if bars && !args.quiet {
         sinks.push(Box::new(Bars::default()));
     } else if !args.quiet {
-        sinks.push(Box::new(Lines));
+        sinks.push(Box::new(Lines::default()));
     }
     Ok(Sinks(sinks))
 }

@@ -133,6 +133,12 @@ impl Diagnosis {
     }
 }
 
+/// The diagnosis that says most about a stage: bits are sharper than floors.
+pub fn sharpest(all: &[Diagnosis]) -> Option<&Diagnosis> {
+    let exact = all.iter().find(|diagnosis| diagnosis.judge == Stream::Arm(Arm::Emulated));
+    exact.or(all.first())
+}
+
 /// What is suspicious about a site, measured against the reference on its own inputs.
 pub fn outside_floor(measure: &Measure) -> Option<String> {
     let value = |metric| measure.metrics.get(&metric).copied();

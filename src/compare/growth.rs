@@ -18,6 +18,10 @@ pub struct LayerGrowth {
     pub layer: u32,
     /// What the layer itself added.
     pub local: f64,
+    /// The least of it that rounding must cost: the predicted deviation of the two
+    /// products that enter the residual stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor: Option<f64>,
     /// What the layer made of the error that came in.
     pub inherited: f64,
     /// Norm of the inherited error over the norm of the error that came in.
@@ -61,11 +65,13 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 /// The growth over the layers' ends; `local` holds the reference computed layer
-/// by layer on the subject's stream. Nothing where a value is not finite.
+/// by layer on the subject's stream, `floors` each site's predicted deviation.
+/// Nothing where a value is not finite.
 pub fn growth(
     subject: (Stream, &[(Site, Tensor)]),
     reference: &[(Site, Tensor)],
     local: &[(Site, Tensor)],
+    floors: &[(Site, Tensor)],
 ) -> Option<Growth> {
     let find =
         |sites: &[(Site, Tensor)], site: &Site| sites.iter().position(|(name, _)| name == site);
@@ -91,6 +97,7 @@ pub fn growth(
         layers.push(LayerGrowth {
             layer,
             local: own / size,
+            floor: floor_of(layer, floors).map(|floor| floor / size),
             inherited: inherited / size,
             gain,
             total: total / size,
@@ -100,6 +107,16 @@ pub fn growth(
     }
     let laws = laws(&layers.iter().map(|layer| layer.total).collect::<Vec<f64>>());
     (!layers.is_empty()).then_some(Growth { subject: subject.0, layers, laws })
+}
+
+/// The norm of what rounding must leave of the products that enter the residual
+/// stream in one layer, as far as both are predicted.
+fn floor_of(layer: u32, floors: &[(Site, Tensor)]) -> Option<f64> {
+    let of = |name: &str| {
+        let wanted = format!("blk.{layer}.{name}");
+        floors.iter().find(|(site, _)| site.0 == wanted).map(|(_, floor)| norm(floor))
+    };
+    Some(of("attn_out")?.hypot(of("ffn_down")?)).filter(|floor| floor.is_finite())
 }
 
 /// The three laws, the one that leaves least first.
@@ -169,11 +186,13 @@ mod tests {
     fn local_and_inherited_errors_add_up() {
         let site = |layer: u32| Site(format!("blk.{layer}.ffn_residual"));
         let end = |layer, value| (site(layer), Tensor::new(2, vec![value, 1.0]));
+        let into = |name, value| (Site(format!("blk.1.{name}")), Tensor::new(2, vec![value, 0.0]));
         let subject = Stream::Arm(Arm::Emulated);
         let found = growth(
             (subject, &[end(0, 1.1), end(1, 1.4)]),
             &[end(0, 1.0), end(1, 1.0)],
             &[end(0, 1.0), end(1, 1.2)],
+            &[into("attn_out", 0.03), into("ffn_down", 0.04)],
         );
         let found = found.expect("two layers");
         let size = 2f64.sqrt();
@@ -182,6 +201,8 @@ mod tests {
         assert!((second.local - 0.2 / size).abs() < 1e-6);
         assert!((second.gain.expect("an error came in") - 2.0).abs() < 1e-5);
         assert!((second.total - 0.4 / size).abs() < 1e-6);
+        assert!((second.floor.expect("both are predicted") - 0.05 / size).abs() < 1e-6);
+        assert_eq!(found.layers[0].floor, None);
         assert!((second.predicted - 0.2f64.hypot(0.2) / size).abs() < 1e-6);
     }
 }

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use account::Account;
-pub use diagnosis::{Diagnosis, MOST_DEVIATIONS};
+pub use diagnosis::{Diagnosis, MOST_DEVIATIONS, sharpest};
 pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
 pub use stage::{StageMeasures, measure_arms, measure_stage};
@@ -55,7 +55,19 @@ pub struct Measure {
     /// The first elements whose bits differ.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub first_mismatches: Vec<Element>,
+    /// How the errors over their floors are distributed, where there are enough of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub z_histogram: Option<ZHistogram>,
 }
+
+/// Counts of z: below -4, in 16 bins of half a deviation each from -4 to 4, and
+/// from 4 on. A standard normal variable has 6 of 100,000 outside.
+pub type ZHistogram = [u64; 18];
+
+/// The least z of the first bin between the tails of a [`ZHistogram`].
+pub const Z_FROM: f64 = -4.0;
+/// The width of those bins.
+pub const Z_STEP: f64 = 0.5;
 
 /// One element on both sides. Values are text, so that NaN and infinity survive JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,6 +172,7 @@ pub fn measure(
         unmeasured: None,
         worst: None,
         first_mismatches: Vec::new(),
+        z_histogram: None,
     };
     if (subject.rows(), subject.width()) != (judge.rows(), judge.width()) {
         measure.unmeasured = Some(format!(
@@ -197,7 +210,9 @@ pub fn measure(
     measure.metrics.extend(numbers::differences(subject, judge));
     measure.metrics.extend(numbers::likeness(subject, judge));
     if let Some(floor) = predicted.floor {
-        measure.metrics.extend(numbers::against_floor(subject, judge, floor));
+        let (metrics, histogram) = numbers::against_floor(subject, judge, floor);
+        measure.metrics.extend(metrics);
+        measure.z_histogram = histogram;
     }
     if site.0 == "logits" {
         measure.metrics.extend(logits::distributions(subject, judge, predicted.drawn));

@@ -2,6 +2,7 @@
 //!
 //! All sums are f64 over rows in order. It knows nothing of sites or streams.
 
+use super::{Z_FROM, Z_STEP, ZHistogram};
 use crate::metric::Metric;
 use crate::tensor::Tensor;
 
@@ -113,10 +114,15 @@ pub fn likeness(a: &Tensor, b: &Tensor) -> Vec<(Metric, f64)> {
     metrics
 }
 
-/// `z = (a - b) / floor`. Where the floor is zero, only equality is allowed.
-pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Tensor) -> Vec<(Metric, f64)> {
+/// `z = (a - b) / floor`: its metrics and its distribution. Where the floor is
+/// zero, only equality is allowed.
+pub fn against_floor(
+    a: &Tensor,
+    b: &Tensor,
+    floor: &Tensor,
+) -> (Vec<(Metric, f64)>, Option<ZHistogram>) {
     if (floor.rows(), floor.width()) != (a.rows(), a.width()) {
-        return Vec::new();
+        return (Vec::new(), None);
     }
     let each =
         pairs(a, b).zip(floor.data()).map(|((a, b), &floor)| match (a - b, f64::from(floor)) {
@@ -137,7 +143,21 @@ pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Tensor) -> Vec<(Metric, f64
     if z.len() >= LEAST_OUTPUTS {
         metrics.push((Metric::ZRms, (squares / z.len() as f64).sqrt()));
     }
-    metrics
+    // Of few values, or where nothing differs, the counts say nothing.
+    let told = z.len() >= LEAST_OUTPUTS && most > 0.0;
+    (metrics, told.then(|| histogram(&z)))
+}
+
+/// How often z falls into each bin; both tails are bins too.
+fn histogram(z: &[f64]) -> ZHistogram {
+    let mut counts = [0; 18];
+    let last = counts.len() - 1;
+    for z in z {
+        // A cast of what is below zero saturates there: that is the lower tail.
+        let bin = ((z - Z_FROM) / Z_STEP + 1.0).floor() as usize;
+        counts[bin.min(last)] += 1;
+    }
+    counts
 }
 
 /// Lines from which the correlation within a line can be told.
@@ -181,4 +201,28 @@ fn worst_line(lines: usize, length: usize, z: impl Fn(usize, usize) -> f64) -> f
     };
     let spread = 2.0 / (9.0 * freedom);
     (most.cbrt() - (1.0 - spread)) / spread.sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_z_falls_into_one_bin() {
+        let counts = histogram(&[-1e30, -4.1, -4.0, -3.51, -0.1, 0.0, 0.49, 3.99, 4.0, 1e77]);
+        assert_eq!(counts, [2, 2, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2]);
+    }
+
+    #[test]
+    fn a_histogram_counts_every_element_or_is_not_there() {
+        let wave = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
+        let (zeros, floor) = (Tensor::zeros(64, 16), Tensor::new(16, vec![0.5; 1024]));
+        let (_, counts) = against_floor(&Tensor::new(16, wave(1024)), &zeros, &floor);
+        assert_eq!(counts.expect("enough values").iter().sum::<u64>(), 1024);
+        let (_, counts) = against_floor(&zeros, &zeros, &floor);
+        assert_eq!(counts, None);
+        let few = Tensor::new(16, wave(256));
+        let floor = Tensor::new(16, vec![0.5; 256]);
+        assert_eq!(against_floor(&few, &Tensor::zeros(16, 16), &floor).1, None);
+    }
 }

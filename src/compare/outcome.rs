@@ -61,5 +61,6 @@ fn outcome(site: Site, metric: Metric, value: Result<f64, String>) -> Measure {
         unmeasured,
         worst: None,
         first_mismatches: Vec::new(),
+        z_histogram: None,
     }
 }

@@ -112,7 +112,8 @@ pub fn measure_stage(
         }
         if let Some(reference) = reference.filter(|_| every_site && whole) {
             let by_layer = anchored_by_layer(task, output)?;
-            all.growth.extend(growth((subject, &output.sites), &reference.sites, &by_layer));
+            let sites = (subject, output.sites.as_slice());
+            all.growth.extend(growth(sites, &reference.sites, &by_layer, &own.sigmas));
         }
         // A single op's input is everybody's, so there the reference itself is local.
         let judge = if every_site { anchor } else { Stream::Arm(Arm::Reference) };
@@ -203,6 +204,7 @@ fn pairs(
                 unmeasured: Some(format!("{judge_stream} has no such site")),
                 worst: None,
                 first_mismatches: Vec::new(),
+                z_histogram: None,
             },
         })
         .collect()
@@ -240,6 +242,7 @@ fn repeats(arm: Arm, output: &Output) -> Vec<Measure> {
             unmeasured: None,
             worst: None,
             first_mismatches: Vec::new(),
+            z_histogram: None,
         })
     });
     repeated.collect()

@@ -147,7 +147,7 @@ pub fn compute(
     task: &Task<'_>,
     ops: &dyn Ops,
     arithmetic: String,
-    progress: &mut dyn FnMut(&Site),
+    progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
     let mut output = once(task, ops, progress)?;
     output.arithmetic = arithmetic;
@@ -166,7 +166,7 @@ pub fn compute(
 fn once(
     task: &Task<'_>,
     ops: &dyn Ops,
-    progress: &mut dyn FnMut(&Site),
+    progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
     match task.op {
         Op::Forward { capture, decode, .. } => {
@@ -191,7 +191,7 @@ fn once(
             let mut sites = Vec::new();
             for unit in units(op) {
                 let tensor = single(task, ops, &unit)?;
-                progress(&unit.site);
+                progress(&tensor);
                 sites.push((unit.site, tensor));
             }
             Ok(Output { sites, ..Output::default() })
@@ -482,12 +482,12 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
 struct Recorder<'a> {
     capture: Capture,
     sites: Vec<(Site, Tensor)>,
-    progress: &'a mut dyn FnMut(&Site),
+    progress: &'a mut dyn FnMut(&Tensor),
 }
 
 impl Sites for Recorder<'_> {
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
-        (self.progress)(&site);
+        (self.progress)(&tensor);
         if self.capture == Capture::EverySite || site.0 == "logits" {
             self.sites.push((site, tensor.clone()));
         }

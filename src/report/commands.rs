@@ -1,5 +1,6 @@
 //! The commands that show more, as a reader would type them.
 
+use crate::op::Arm;
 use crate::record::{RunRecord, StageRecord};
 
 /// A command and what it is for.
@@ -32,20 +33,43 @@ pub fn of_run(run: &RunRecord, runs: &str) -> Vec<Suggestion> {
 
 /// What shows more about a stage.
 pub fn of_stage(run: &RunRecord, stage: &StageRecord, runs: &str) -> Vec<Suggestion> {
-    let Place { id, runs } = Place::of(run, runs);
-    let name = word(&stage.id.0);
-    let mut all = Vec::new();
-    for arm in stage.arms.iter().filter(|(_, arm)| arm.object.is_some()).map(|(arm, _)| arm) {
-        all.push(Suggestion {
-            command: format!("runner export {id} {name} {arm} {arm}.safetensors{runs}"),
-            purpose: "every tensor of the arm, for a look with NumPy",
-        });
-    }
+    let arms = stage.arms.iter().filter(|(_, arm)| arm.object.is_some());
+    let mut all = vec![explain(run, stage, runs)];
+    all.extend(arms.map(|(arm, _)| export(run, stage, *arm, runs)));
+    let Place { runs, .. } = Place::of(run, runs);
     all.push(Suggestion {
-        command: format!("runner plan {} --select {name}{runs}", word(&run.folder)),
+        command: format!("runner plan {} --select {}{runs}", word(&run.folder), word(&stage.id.0)),
         purpose: "what would run again, and why",
     });
     all
+}
+
+/// How a stage came to its verdict, in words.
+pub fn explain(run: &RunRecord, stage: &StageRecord, runs: &str) -> Suggestion {
+    let Place { id, runs } = Place::of(run, runs);
+    Suggestion {
+        command: format!("runner explain {} {id}{runs}", word(&stage.id.0)),
+        purpose: "the whole reasoning, in words",
+    }
+}
+
+/// The tensors behind a stage's numbers.
+pub fn export(run: &RunRecord, stage: &StageRecord, arm: Arm, runs: &str) -> Suggestion {
+    let Place { id, runs } = Place::of(run, runs);
+    let name = word(&stage.id.0);
+    Suggestion {
+        command: format!("runner export {id} {name} {arm} {arm}.safetensors{runs}"),
+        purpose: "every tensor of the arm, for a look with NumPy",
+    }
+}
+
+/// All measures as a table.
+pub fn measures(run: &RunRecord, runs: &str) -> Suggestion {
+    let Place { id, runs } = Place::of(run, runs);
+    Suggestion {
+        command: format!("runner report {id} --format csv --out measures.csv{runs}"),
+        purpose: "every measure of every stage, for pandas",
+    }
 }
 
 struct Place {

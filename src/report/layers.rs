@@ -106,6 +106,7 @@ mod tests {
             unmeasured: None,
             worst: None,
             first_mismatches: Vec::new(),
+            z_histogram: None,
         }
     }
 

@@ -3,6 +3,7 @@
 //! They read events and the run's record; they compute nothing. Stdout is data
 //! (the table, or run.json); progress goes to stderr.
 
+mod arrow;
 mod commands;
 mod csv;
 mod diff;
@@ -13,10 +14,12 @@ mod layers;
 mod log;
 mod places;
 mod progress;
+mod rows;
 mod sarif;
 mod sparkline;
 mod table;
 
+pub use arrow::arrow;
 pub use csv::csv;
 pub use diff::{Change, diff, diff_text};
 pub use github::{annotations, markdown};

@@ -1,12 +1,16 @@
 //! Progress on stderr: bars on a terminal, plain lines elsewhere.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::event::{Event, Sink};
 use crate::op::{Arm, StageId};
 use crate::record::ArmState;
+
+/// Between two lines about an arm that goes on, where there are no bars.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 /// A bar for each arm that runs.
 #[derive(Default)]
@@ -20,7 +24,7 @@ impl Bars {
     fn add(&self, message: String, length: Option<u64>) -> ProgressBar {
         let bar = self.all.add(length.map_or_else(ProgressBar::new_spinner, ProgressBar::new));
         let template = match length {
-            Some(_) => "{msg:30} {bar:30} {pos}/{len} sites  {elapsed}",
+            Some(_) => "{msg:24} {wide_bar} {prefix}",
             None => "{msg:30} {spinner}  {elapsed}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -34,13 +38,15 @@ impl Bars {
 impl Sink for Bars {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::Progress { stage, arm, done, total } => {
+            Event::Progress { stage, arm, done, total, bytes } => {
                 let key = (stage.clone(), *arm);
                 if !self.arms.contains_key(&key) {
                     let bar = self.add(format!("{stage}  {arm}"), Some(*total));
                     self.arms.insert(key.clone(), bar);
                 }
-                self.arms[&key].set_position(*done);
+                let bar = &self.arms[&key];
+                bar.set_position(*done);
+                bar.set_prefix(pace((*done, *total), *bytes, bar.elapsed()));
             }
             Event::ArmFinished { stage, arm, .. } => {
                 if let Some(bar) = self.arms.remove(&(stage.clone(), *arm)) {
@@ -53,7 +59,7 @@ impl Sink for Bars {
             }
             Event::Measuring { stage } => {
                 let bar = self.add(format!("{stage}  measuring"), None);
-                bar.enable_steady_tick(std::time::Duration::from_millis(100));
+                bar.enable_steady_tick(Duration::from_millis(100));
                 self.measuring.insert(stage.clone(), bar);
             }
             Event::StageJudged { stage, .. } => {
@@ -66,14 +72,32 @@ impl Sink for Bars {
     }
 }
 
-/// A line for everything that ends.
+/// A line for everything that ends, and now and then one for what takes long.
 #[derive(Default)]
-pub struct Lines;
+pub struct Lines {
+    /// When each arm that runs began, and when a line last told of it.
+    running: BTreeMap<(StageId, Arm), (Instant, Instant)>,
+}
 
 impl Sink for Lines {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::ArmFinished { .. } => {
+            Event::ArmStarted { stage, arm } => {
+                let now = Instant::now();
+                self.running.insert((stage.clone(), *arm), (now, now));
+            }
+            Event::Progress { stage, arm, done, total, bytes } => {
+                let Some((began, told)) = self.running.get_mut(&(stage.clone(), *arm)) else {
+                    return;
+                };
+                if told.elapsed() >= BETWEEN_LINES {
+                    *told = Instant::now();
+                    let pace = pace((*done, *total), *bytes, began.elapsed());
+                    eprintln!("{stage}  {:9}  {pace}", arm.name());
+                }
+            }
+            Event::ArmFinished { stage, arm, .. } => {
+                self.running.remove(&(stage.clone(), *arm));
                 if let Some(line) = reason(event) {
                     eprintln!("{line}");
                 }
@@ -81,6 +105,27 @@ impl Sink for Lines {
             Event::StageJudged { stage, verdict, .. } => eprintln!("{stage}  judged     {verdict}"),
             _ => {}
         }
+    }
+}
+
+/// How far an arm is, how fast, and how long the rest takes if it goes on like this.
+fn pace((done, total): (u64, u64), bytes: u64, elapsed: Duration) -> String {
+    let seconds = elapsed.as_secs_f64();
+    let mut text = format!("{done}/{total} sites  {}", HumanBytes(bytes));
+    if seconds > 0.0 && done > 0 {
+        let rate = HumanBytes((bytes as f64 / seconds) as u64);
+        // Repeats and steps that were not foreseen leave nothing to wait for.
+        let left = seconds * total.saturating_sub(done) as f64 / done as f64;
+        text += &format!("  {rate}/s  {} left", duration(left));
+    }
+    text
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds.round() as u64 {
+        s if s < 100 => format!("{s} s"),
+        s if s < 6000 => format!("{} min", s.div_ceil(60)),
+        s => format!("{:.1} h", s as f64 / 3600.0),
     }
 }
 
@@ -94,5 +139,20 @@ fn reason(event: &Event) -> Option<String> {
         ArmState::Error => format!("error: {why}"),
         ArmState::Blocked => format!("blocked: {why}"),
     };
-    Some(format!("{stage}  {arm:9}  {what}"))
+    Some(format!("{stage}  {:9}  {what}", arm.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_takes_as_long_as_what_was_done() {
+        let text = pace((10, 40), 10 << 20, Duration::from_secs(5));
+        assert_eq!(text, "10/40 sites  10.00 MiB  2.00 MiB/s  15 s left");
+        assert_eq!(pace((0, 40), 0, Duration::ZERO), "0/40 sites  0 B");
+        assert!(pace((50, 40), 1024, Duration::from_secs(1)).ends_with("0 s left"));
+        let slow = pace((1, 91), 1 << 30, Duration::from_secs(60));
+        assert!(slow.ends_with("90 min left"), "{slow}");
+    }
 }

@@ -42,10 +42,20 @@ async function close(page) {
   await page.context().close();
 }
 
+// Milliseconds until something is seen.
+const firstPaint = (page) => page.evaluate(() => new Promise((resolve) => {
+  new PerformanceObserver((list) => resolve(list.getEntriesByName("first-contentful-paint")[0].startTime))
+    .observe({ type: "paint", buffered: true });
+}));
+
 // Resolves a JSON pointer.
 function at(json, pointer) {
   return pointer.split("/").slice(1).reduce((value, key) => value[key.replaceAll("~1", "/").replaceAll("~0", "~")], json);
 }
+
+// What a figure's unit is worth; a share has three significant digits, a time is
+// rounded to its last one.
+const UNITS = { ms: 1e-3, s: 1, min: 60, "%": 0.01 };
 
 // Every figure of the page: its value is run.json's to the last bit, and its
 // digits are that value, rounded.
@@ -56,13 +66,28 @@ async function checkFigures(page, run) {
     const truth = at(run, pointer);
     assert.equal(Number(value), typeof truth === "string" ? NaN : truth, pointer);
     if (text === "not finite") { assert(!Number.isFinite(Number(truth)), pointer); continue; }
-    const unit = { ms: 1e-3, s: 1, min: 60 }[text.split(" ")[1]] ?? 1;
-    const shown = Number(text.split(" ")[0].replaceAll(",", ""));
-    const digits = text.split(" ")[1] ? 0.6 : 0;
-    const tolerance = digits ? 0.5 * unit * (text.includes(".") ? 0.01 : 1) * 1.01 : Math.abs(truth) * 6e-3;
+    const [digits, name] = text.split(" ");
+    const unit = name ? UNITS[name] : 1;
+    assert(unit !== undefined, `${pointer}: ${text}`);
+    const shown = Number(digits.replaceAll(",", ""));
+    const timed = name && name !== "%";
+    const relative = name === "%" && Math.abs(truth) < 1e-5 ? 6e-2 : 6e-3;
+    const tolerance = timed ? 0.505 * unit * (text.includes(".") ? 0.01 : 1) : Math.abs(truth) * relative;
     assert(Math.abs(shown * unit - truth) <= tolerance, `${pointer}: ${text} is not ${truth}`);
   }
   return figures.length;
+}
+
+// On paper nothing can be scrolled: what is wider than a sheet of A4 is lost.
+async function checkPaper(page) {
+  await page.setViewportSize({ width: 718, height: 1000 });
+  await page.emulateMedia({ media: "print" });
+  await page.evaluate(() => dispatchEvent(new Event("beforeprint")));
+  assert.equal(await page.locator("details:not([open])").count(), 0);
+  const wide = await page.$$eval("table, svg, p, dl", (all) => all
+    .filter((part) => part.getBoundingClientRect().right > innerWidth)
+    .map((part) => `${part.tagName} ${part.getAttribute("class")}: ${part.textContent.slice(0, 40)}`));
+  assert.deepEqual(wide, []);
 }
 
 // The cells of every map say what run.json has at their place.
@@ -92,6 +117,91 @@ async function checkCells(page, run) {
   return cells.length;
 }
 
+// The marks of a chart are the figures of its table, one each.
+async function checkCharts(page) {
+  const charts = await page.$$eval("svg.chart", (all) => all.map((chart) => ({
+    title: chart.getAttribute("aria-label"),
+    marks: [...chart.querySelectorAll("circle title")].map((title) => title.textContent.split(" ").at(-1)),
+    figures: [...chart.closest("figure").querySelectorAll("data")].map((figure) => figure.textContent),
+  })));
+  for (const { title, marks, figures } of charts) {
+    const finite = figures.filter((text) => text !== "not finite");
+    assert.deepEqual(marks.sort(), finite.sort(), title);
+  }
+  return charts.length;
+}
+
+const CAUSES = ["weight", "activation", "accumulation", "output", "unexplained"];
+
+// The parts of every stacked bar are as long as the shares of run.json, and its
+// words say the same.
+async function checkBars(page, run) {
+  const maps = await page.$$eval("svg.stacks", (all) => all.map((map) => ({
+    stage: map.dataset.stage,
+    cells: [...map.querySelectorAll("rect[data-a]")].map((cell) => ({
+      account: cell.dataset.a, x: Number(cell.getAttribute("x")), y: Number(cell.getAttribute("y")),
+      title: cell.querySelector("title").textContent })),
+    paths: [...map.querySelectorAll("path")].map((path) => [path.className.baseVal, path.getAttribute("d")]),
+  })));
+  let count = 0;
+  for (const { stage, cells, paths } of maps) {
+    const parts = new Map();
+    for (const [cause, path] of paths) {
+      for (const [, x, y, height] of path.matchAll(/M(\d+) ([\d.]+)h\d+v([\d.]+)h-\d+z/g)) {
+        const cell = cells.find((cell) => cell.x === Number(x) && cell.y <= Number(y) + 0.1 && Number(y) < cell.y + 26.1);
+        parts.set(`${cell.account} ${cause}`, Number(height));
+      }
+    }
+    for (const { account: number, title } of cells) {
+      const account = run.stages[stage].accounts[number];
+      const lengths = CAUSES.map((cause) => Math.max(account.shares[cause], 0));
+      const whole = lengths.reduce((a, b) => a + b);
+      CAUSES.forEach((cause, index) => {
+        const expected = 26 * lengths[index] / whole;
+        const drawn = parts.get(`${number} c${index}`) ?? 0;
+        assert(Math.abs(drawn - expected) < 0.11, `${title}: ${cause} is ${drawn} high, not ${expected}`);
+      });
+      const said = [...title.matchAll(/(-?[\d.e-]+) %/g)].map((found) => Number(found[1]) / 100);
+      const truths = [...CAUSES.map((cause) => account.shares[cause]), account.floor, account.observed];
+      assert.equal(said.length, truths.length, title);
+      truths.forEach((truth, index) => assert(Math.abs(said[index] - truth) <= Math.abs(truth) * 6e-2, title));
+      count += 1;
+    }
+  }
+  return count;
+}
+
+// Every line of a histogram has the heights of its counts.
+async function checkHistograms(page, run) {
+  const lines = await page.$$eval("svg.z path[data-m]", (all) => all.map((path) => ({
+    stage: path.closest("svg").dataset.stage, measure: path.dataset.m, d: path.getAttribute("d") })));
+  for (const { stage, measure, d } of lines) {
+    const counts = run.stages[stage].measures[measure].z_histogram;
+    const whole = counts.reduce((a, b) => a + b);
+    const heights = [...d.matchAll(/[ V]\s*([\d.]+)H/g)].map((found) => Number(found[1]));
+    assert.equal(heights.length, counts.length, d);
+    counts.forEach((count, bin) => {
+      const expected = 84 * (1 - Math.min(count / whole, 0.26) / 0.26);
+      assert(Math.abs(heights[bin] - expected) < 0.06, `${measure} bin ${bin}: ${heights[bin]}, not ${expected}`);
+    });
+  }
+  return lines.length;
+}
+
+// How much each hypothesis explains is as long as it says.
+async function checkFits(page, run) {
+  const fits = await page.$$eval(".fits tbody tr", (all) => all.map((row) => ({
+    at: row.querySelector("data[data-at$=explained]").dataset.at, cause: row.querySelector("th").textContent,
+    width: row.querySelector(".bar > span").style.width })));
+  for (const { at: pointer, cause, width } of fits) {
+    const fit = at(run, pointer.replace(/\/explained$/, ""));
+    assert(cause.startsWith(fit.cause), cause);
+    const expected = 100 * Math.min(Math.max(fit.explained, 0), 1);
+    assert(Math.abs(Number.parseFloat(width) - expected) < 0.06, `${cause}: ${width}`);
+  }
+  return fits.length;
+}
+
 test("a clean run says so, with every stage, claim and figure", async () => {
   const page = await open(clean);
   assert.match(await page.locator("header h1").innerText(), /✓ pass/);
@@ -104,14 +214,41 @@ test("a clean run says so, with every stage, claim and figure", async () => {
     const claims = await section.locator(".claims > tbody > tr > th code").allTextContents();
     assert.deepEqual(claims.sort(), stage.judgements.map((judgement) => judgement.falsifier).sort());
   }
-  assert((await checkFigures(page, run)) > 100);
+  assert((await checkFigures(page, run)) > 400);
   assert((await checkCells(page, run)) > 200);
+  assert((await checkCharts(page)) >= 4);
+  assert((await checkBars(page, run)) >= 28);
+  assert((await checkHistograms(page, run)) >= 28);
+  assert.match(await page.locator(".first").innerText(), /nearest to a bound\s+stage B/);
+  await close(page);
+});
+
+test("a figure that is not run.json's is noticed", async () => {
+  const page = await open(clean);
+  const wrong = structuredClone(run);
+  for (const stage of wrong.stages) {
+    for (const { shares } of stage.accounts.filter((account) => account.shares)) {
+      [shares.weight, shares.activation] = [shares.activation, shares.weight * 1.1];
+    }
+    for (const measure of stage.measures) {
+      for (const metric of Object.keys(measure.metrics)) measure.metrics[metric] *= 1.02;
+      measure.z_histogram?.unshift(measure.z_histogram.pop());
+    }
+  }
+  for (const check of [checkFigures, checkCells, checkBars, checkHistograms]) {
+    await assert.rejects(check(page, wrong), assert.AssertionError, check.name);
+  }
   await close(page);
 });
 
 test("the keyboard reaches a cell's words, another map and a stage", async () => {
   const page = await open(clean);
-  const map = page.locator("svg.heat").first();
+  const bars = page.locator("svg.stacks").first();
+  await bars.focus();
+  await page.keyboard.press("ArrowRight");
+  await page.keyboard.press("ArrowRight");
+  assert.match(await page.locator(".mapped .readout").first().innerText(), /^blk\.1\.q: weight rounding .* observed /);
+  const map = page.locator("svg.heat:not(.stacks)").first();
   const readout = map.locator("xpath=ancestor::div[contains(@class,'tab')][1]").locator(".readout");
   await map.focus();
   await page.keyboard.press("ArrowRight");
@@ -138,8 +275,7 @@ test("light, dark, narrow and paper", async () => {
   await light.setViewportSize({ width: 420, height: 900 });
   const wide = await light.evaluate(() => document.documentElement.scrollWidth);
   assert(wide <= 420, `the page is ${wide} wide on a screen of 420`);
-  await light.evaluate(() => dispatchEvent(new Event("beforeprint")));
-  assert.equal(await light.locator("details:not([open])").count(), 0);
+  await checkPaper(light);
   const paper = await light.pdf({ format: "A4" });
   assert(paper.length > 50_000);
   await close(light);
@@ -160,13 +296,18 @@ for (const [layers, megabytes] of [[28, 3], [80, 9]]) {
     const size = statSync(join(folder, "report.html")).size;
     assert(size < megabytes * 1e6, `${size} bytes`);
     const page = await open(folder);
-    const paint = await page.evaluate(() => new Promise((resolve) => {
-      new PerformanceObserver((list) => resolve(list.getEntriesByName("first-contentful-paint")[0].startTime))
-        .observe({ type: "paint", buffered: true });
-    }));
+    const paint = await firstPaint(page);
     console.log(`${layers} layers: ${(size / 1e6).toFixed(2)} MB, first paint after ${paint.toFixed(0)} ms`);
     assert(paint < 1000, `first paint after ${paint} ms`);
     assert((await checkCells(page, deep)) > layers * 17 * 5);
+    await checkFigures(page, deep);
+    await checkCharts(page);
+    assert((await checkBars(page, deep)) >= layers * 7 * 2);
+    assert((await checkHistograms(page, deep)) >= layers * 7 * 2);
+    // Maps and charts are as wide as the page, or nearly.
+    const widest = await page.$$eval(".scroll > svg", (all) => Math.max(...all.map((svg) => svg.width.baseVal.value)));
+    assert(widest <= 1160, `a picture is ${widest} wide`);
+    await checkPaper(page);
     await close(page);
   });
 }
@@ -178,6 +319,8 @@ test("300 stages can be found by name", async () => {
     return { ...stage, id: `stage-${number}`, needs: number % 7 ? [`stage-${number - 1}`] : [] };
   });
   const page = await open(variant("many", many));
+  const paint = await firstPaint(page);
+  assert(paint < 1000, `first paint after ${paint} ms`);
   await page.locator("#filter").fill("stage-27");
   assert.match(await page.locator("#filter-count").innerText(), /11 of 300/);
   assert.equal(await page.locator(".stages tbody tr:visible").count(), 11);
@@ -204,8 +347,17 @@ test("names that hold HTML are names", async () => {
       if (measure.worst) measure.worst.subject = text;
     }
     for (const arm of Object.values(stage.arms)) Object.assign(arm, { why: text, arithmetic: text, key: text });
+    for (const account of stage.accounts) account.site += text;
+    for (const growth of stage.growth) for (const law of growth.laws) Object.assign(law, { name: text, formula: text });
+    stage.family = text;
+    stage.diagnoses = [{ subject: "emulated", judge: "reference", site: text, op: text, evidence: text, ratio: 2,
+      later_layers: 1, also: [text], prescribed: false,
+      fits: [{ cause: text, detail: text, explained: 0.95, mismatches: 1, elements: 2, parameters: 0 }] }];
   }
   evil.provenance.command = ["runner", text];
+  evil.verdict = "structural";
+  evil.stages[0].verdict = "structural";
+  evil.families = [{ id: text, stages: evil.stages.map((stage) => stage.id), verdict: "structural", why: text }];
   const page = await open(variant("evil", evil));
   assert.equal(await page.locator("img").count(), 0);
   assert.equal(await page.locator("script").count(), 1);
@@ -213,9 +365,44 @@ test("names that hold HTML are names", async () => {
   await close(page);
 });
 
+test("a family is one block, with its members in it", async () => {
+  const many = structuredClone(run);
+  many.stages = Array.from({ length: 30 }, (_, number) => {
+    const stage = structuredClone(run.stages[2]);
+    const verdict = number === 17 ? "structural" : "pass";
+    return { ...stage, id: `rope.${number}`, needs: [], ...(number < 28 ? { family: "rope", verdict } : {}) };
+  });
+  many.families = [{ id: "rope", stages: many.stages.slice(0, 28).map((stage) => stage.id),
+    verdict: "structural", why: "27 of 28 pass; rope.17: why" }];
+  const page = await open(variant("family", many));
+  const family = page.locator("details.family");
+  assert.match(await family.locator("summary").innerText(), /rope\s+x 28\s+.*structural\s+27 of 28 pass/s);
+  assert.equal(await family.locator("tbody tr").count(), 28);
+  assert.equal(await page.locator("section > .scroll .stages tbody tr").count(), 2);
+  assert.equal(await family.locator(".marks .v-structural").count(), 1);
+  await page.locator("#filter").fill("rope.29");
+  assert(!(await family.isVisible()), "a family without a match goes");
+  await page.locator("#filter").fill("rope.17");
+  assert.equal(await page.locator(".stages tbody tr:visible").count(), 1);
+  await close(page);
+});
+
+test("tokens that part say at which margin", async () => {
+  const parted = structuredClone(run);
+  Object.assign(parted.stages[0].greedy[0], { first_difference: 3, margin: 0.1, sigma: 0.05 });
+  const page = await open(variant("parted", parted));
+  const words = await page.locator("#stage-0 p", { hasText: "part at step" }).innerText();
+  assert.match(words, /flip at margin 2\.0 sigma: explained by drift\. Step 3, the judge leads by 0\.1, sigma 0\.05/);
+  await checkFigures(page, parted);
+  await close(page);
+});
+
 test("measures that are not finite are shown as such", async () => {
   const broken = structuredClone(run);
   const values = ["NaN", "inf", "-inf", null];
+  for (const stage of broken.stages) {
+    for (const growth of stage.growth) growth.layers.forEach((layer) => { layer.gain = null; layer.floor = null; });
+  }
   broken.stages.forEach((stage) => stage.measures.forEach((measure, number) => {
     for (const metric of ["nmse", "z_rms", "max_abs"]) {
       if (metric in measure.metrics) measure.metrics[metric] = values[number % values.length];
@@ -235,7 +422,7 @@ test("a planted bug is the first thing that a reader sees", async () => {
   const folder = variant("planted", planted);
   const page = await open(folder);
   assert.match(await page.locator("header h1").innerText(), /✕ structural/);
-  assert.match(await page.locator(".lead").innerText(), /A bug: .* at blk\.2\.ffn_down/s);
+  assert.match(await page.locator(".lead").innerText(), /A bug: /);
   const place = planted.stages.findIndex((stage) => stage.id === "B");
   const section = page.locator(`#stage-${place}`);
   await section.scrollIntoViewIfNeeded();
@@ -245,22 +432,42 @@ test("a planted bug is the first thing that a reader sees", async () => {
   assert.deepEqual(new Set(out.map((title) => title.split(":")[0])), new Set(["blk.2.ffn_down"]));
   await checkFigures(page, planted);
   await checkCells(page, planted);
-  if (process.env.SCREENSHOTS) await picture(page, `#stage-${place}`, "report-planted");
+  await checkCharts(page);
+  await checkHistograms(page, planted);
+  assert((await checkFits(page, planted)) >= 1);
+  // Ten seconds: the top says where and what, before anything must be scrolled to.
+  const first = page.locator(".first");
+  const below = await first.evaluate((list) => list.getBoundingClientRect().bottom + scrollY);
+  assert(below < 450, `the finding ends ${below} below the top`);
+  assert.match(await first.innerText(), /stage B at blk\.2\.ffn_down/);
+  const [diagnosis] = planted.stages[place].diagnoses;
+  assert((await section.locator(".finding").first().innerText()).startsWith(diagnosis.fits[0].cause));
+  const paper = await open(folder);
+  await checkPaper(paper);
+  await close(paper);
+  if (process.env.SCREENSHOTS) {
+    await picture(page, "header", 560, "report-planted");
+    await picture(page, `#stage-${place}`, 940, "report-diagnosis");
+  }
   await close(page);
 });
 
-// The pictures in docs/, made here so that they show what the page is.
-async function picture(page, selector, name) {
+// The pictures in docs/, made here so that they show what the page is: from the
+// top of a part of the page, `height` pixels.
+async function picture(page, selector, height, name) {
   mkdirSync(process.env.SCREENSHOTS, { recursive: true });
-  await page.setViewportSize({ width: 1180, height: 1500 });
-  const part = page.locator(selector).first();
-  await part.scrollIntoViewIfNeeded();
-  await part.screenshot({ path: join(process.env.SCREENSHOTS, `${name}.png`) });
+  await page.setViewportSize({ width: 1180, height });
+  await page.locator(selector).first().evaluate((part) => scrollTo(0, part.getBoundingClientRect().top + scrollY - 12));
+  // What was out of sight is drawn a frame later.
+  await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
+  await page.screenshot({ path: join(process.env.SCREENSHOTS, `${name}.png`) });
 }
 
 test("pictures for docs/", { skip: !process.env.SCREENSHOTS }, async () => {
-  const page = await open(clean, { colorScheme: "light" });
-  await page.setViewportSize({ width: 1180, height: 1000 });
-  await page.screenshot({ path: join(process.env.SCREENSHOTS, "report-clean.png") });
+  const provenance = { ...run.provenance, command: ["runner", "run", "stages/"] };
+  const page = await open(variant("clean", { ...run, provenance }), { colorScheme: "light" });
+  await picture(page, "header", 1000, "report-clean");
+  const place = run.stages.findIndex((stage) => stage.id === "B");
+  await picture(page, `#stage-${place} h3:has-text("Where the error comes from")`, 1240, "report-layers");
   await close(page);
 });

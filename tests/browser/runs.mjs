@@ -8,10 +8,12 @@ import { join } from "node:path";
 
 const root = new URL("../..", import.meta.url).pathname;
 export const runner = process.env.RUNNER ?? join(root, "target/debug/runner");
-export const runs = mkdtempSync(join(tmpdir(), "runner-browser-"));
+const place = mkdtempSync(join(tmpdir(), "runner-browser-"));
+export const runs = join(place, "runs");
 
 // Runs the shipped stages once; gives the folder of the run.
 export function realRun(extra = [], command = ["run", "stages/"]) {
+  mkdirSync(runs, { recursive: true });
   const before = new Set(readdirSync(runs));
   try {
     execFileSync(runner, [...command, "--runs", runs, ...extra], { cwd: root, stdio: "pipe" });
@@ -25,12 +27,12 @@ export function realRun(extra = [], command = ["run", "stages/"]) {
 
 export const record = (folder) => JSON.parse(readFileSync(join(folder, "run.json"), "utf8"));
 
-// Writes a changed run and renders it.
+// Writes a changed run and renders it, as one does beside a folder `runs`.
 export function variant(name, run) {
   const folder = join(runs, name);
   mkdirSync(folder, { recursive: true });
   writeFileSync(join(folder, "run.json"), JSON.stringify({ ...run, id: name }));
-  execFileSync(runner, ["report", name, "--runs", runs], { stdio: "pipe" });
+  execFileSync(runner, ["report", name], { cwd: place, stdio: "pipe" });
   return folder;
 }
 
@@ -55,6 +57,20 @@ export function deepened(run, layers) {
     }
   }
   stage.measures = many;
+  stage.accounts = ["emulated", "device"].flatMap((subject) => stage.accounts.flatMap((account) => {
+    const found = inLayer(account.site);
+    if (!found) return [{ ...account, subject }];
+    const repeated = [];
+    for (let layer = Number(found[1]); layer < layers; layer += has) {
+      repeated.push({ ...account, subject, site: `blk.${layer}.${found[2]}` });
+    }
+    return repeated;
+  }));
+  stage.growth = ["emulated", "device"].flatMap((subject) => stage.growth.map((growth) => ({
+    ...growth, subject,
+    layers: Array.from({ length: layers }, (_, layer) => ({ ...growth.layers[layer % has], layer })),
+  })));
+  stage.shares = [stage.shares[0], ["device", stage.shares[0][1]]];
   for (const name of ["q_norm", "k_norm"]) {
     for (const measure of many.filter((m) => m.site.endsWith(".q"))) {
       many.push({ ...measure, site: measure.site.replace(/\.q$/, `.${name}`) });

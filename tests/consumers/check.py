@@ -12,15 +12,20 @@ import sys
 import jsonschema
 import junitparser
 import pandas
+import pyarrow.ipc
 
 runner, runs, name = sys.argv[1:]
 folder = pathlib.Path(runs) / name
 run = json.loads((folder / "run.json").read_text())
 
 
-def report(kind):
+def report_bytes(kind):
     command = [runner, "report", name, "--runs", runs, "--format", kind]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def report(kind):
+    return report_bytes(kind).decode()
 
 
 # run.json against its published schema; the schema can say no.
@@ -44,8 +49,23 @@ for suite, stage in zip(suites, run["stages"]):
     passed = not cases[-1].result
     assert passed == (stage["verdict"] == "pass"), stage["id"]
 
-# SARIF: a result per falsified claim, at a line of a manifest that is there.
+# SARIF against the standard's own schema, which a package for Node ships; it can say no.
 sarif = json.loads(report("sarif"))
+package = pathlib.Path(__file__).parent / "node_modules/@microsoft/jest-sarif"
+sarif_schema = json.loads((package / "lib/schemas/sarif-2.1.0-rtm.5.json").read_text())
+sarif_validator = jsonschema.Draft4Validator(sarif_schema)
+jsonschema.Draft4Validator.check_schema(sarif_schema)
+sarif_validator.validate(sarif)
+tool = sarif["runs"][0]["tool"]
+for broken in [
+    {**sarif, "version": "2.0"},
+    {**sarif, "runs": [{"tool": tool, "results": [{"ruleId": "x"}]}]},
+    {**sarif, "runs": [{"tool": tool, "results": [{"message": {"text": "x"}, "level": "bad"}]}]},
+    {**sarif, "runs": [{"results": []}]},
+]:
+    assert not sarif_validator.is_valid(broken), broken
+
+# A result per falsified claim, at a line of a manifest that is there.
 fallen = [
     judgement["falsifier"]
     for stage in run["stages"]
@@ -76,5 +96,31 @@ for row, (stage, measure) in zip(rows, measures):
     for metric in schema["$defs"]["metric"]["enum"]:
         value = measure["metrics"].get(metric)
         assert math.isnan(row[metric]) if value is None else row[metric] == value, (row, metric)
+
+# Arrow: the columns of the CSV with their types; what is not there is null, not NaN.
+(folder / "measures.arrow").write_bytes(report_bytes("arrow"))
+arrow = pyarrow.ipc.open_file(folder / "measures.arrow").read_all()
+arrow.validate(full=True)
+assert arrow.column_names == list(table.columns)
+kinds = {"layer": "uint32", "rows": "uint64", "width": "uint64", "worst_row": "uint64"}
+kinds |= {metric: "double" for metric in schema["$defs"]["metric"]["enum"]}
+for column in arrow.schema:
+    assert str(column.type) == kinds.get(column.name, str(column.type)), column
+numeric = {"uint32", "uint64", "double"}
+columns = zip(arrow.to_pylist(), rows)
+for row, in_csv in columns:
+    for column in arrow.schema:
+        value, text = row[column.name], in_csv[column.name]
+        if value is None or value != value:
+            assert text != text, (column.name, value, text)
+        elif str(column.type) in numeric:
+            assert value == float(text), (column.name, value, text)
+        else:
+            assert value == str(text), (column.name, value, text)
+for row, (stage, measure) in zip(arrow.to_pylist(), measures):
+    for metric in schema["$defs"]["metric"]["enum"]:
+        assert (row[metric] is None) == (metric not in measure["metrics"]), (metric, row[metric])
+frame = pandas.read_feather(folder / "measures.arrow")
+assert frame.shape == table.shape
 
 print(f"{len(measures)} measures, {len(suites)} suites, {len(results)} findings read back")

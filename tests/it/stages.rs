@@ -19,6 +19,8 @@ use runner::run::{Options, run};
 use runner::tensor::Tensor;
 use runner::verdict::Verdict;
 
+use crate::records::unknown_places;
+
 /// What is wrong with the emulated arm.
 #[derive(Clone, Copy)]
 enum Fault {
@@ -266,6 +268,8 @@ fn a_planted_bug_stands_in_a_record_for_the_browser() {
     };
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planted");
     std::fs::create_dir_all(&folder).expect("a folder");
+    let places = unknown_places(&serde_json::to_value(&record).expect("a record is JSON"));
+    assert_eq!(places, BTreeSet::new(), "docs/run.schema.json describes a diagnosis");
     let json = serde_json::to_string(&record).expect("a record is JSON");
     std::fs::write(folder.join("run.json"), json).expect("it can be written");
     assert_eq!(RunRecord::read(&folder).expect("it can be read"), record);

@@ -7,44 +7,61 @@ use maud::{Markup, html};
 
 use super::figure::{figure, shown};
 use super::heatmap::{GUTTER, axis, column_width};
-use crate::compare::Measure;
-use crate::metric::Metric;
-use crate::report::layers::Grid;
 
 const HEIGHT: usize = 190;
 const TOP: f64 = 10.0;
 
 /// One line.
-pub(super) struct Line<'a> {
+pub(super) struct Line {
     /// What it shows.
     pub name: String,
-    /// The metric of its values.
-    pub metric: Metric,
-    /// Column, place among the stage's measures, measure.
-    pub points: Vec<(usize, usize, &'a Measure)>,
+    /// What its values are, in a word; empty where the name says it.
+    pub unit: &'static str,
+    /// From layer to layer.
+    pub points: Vec<Point>,
+}
+
+/// One value of run.json.
+pub(super) struct Point {
+    /// The layer's column.
+    pub column: usize,
+    /// The value.
+    pub value: f64,
+    /// What the mark says, before the value.
+    pub label: String,
+    /// Where it stands, as a JSON pointer.
+    pub at: String,
+}
+
+/// What a chart shows.
+pub(super) struct Chart<'a> {
+    /// Its caption.
+    pub title: &'a str,
+    /// The layers of its columns.
+    pub layers: &'a [u32],
+    /// Its lines.
+    pub lines: &'a [Line],
+    /// The bounds that a contract sets to all values.
+    pub band: (Option<f64>, Option<f64>),
+    /// A value that all others are seen against.
+    pub rule: Option<f64>,
 }
 
 /// A chart on a logarithmic scale; zeros have no place on it and lie on the floor.
-pub(super) fn chart(
-    stage: usize,
-    grid: &Grid<'_>,
-    title: &str,
-    lines: &[Line<'_>],
-    band: (Option<f64>, Option<f64>),
-) -> Markup {
-    let value = |line: &Line<'_>, measure: &Measure| {
-        measure.metrics.get(&line.metric).copied().filter(|value| value.is_finite())
+pub(super) fn chart(chart: &Chart<'_>) -> Markup {
+    let &Chart { title, layers, lines, band, rule } = chart;
+    let finite = |line: &'_ Line| -> Vec<f64> {
+        line.points.iter().map(|point| point.value).filter(|value| value.is_finite()).collect()
     };
-    let all =
-        || lines.iter().flat_map(|line| line.points.iter().filter_map(|(.., m)| value(line, m)));
-    let bounds = [band.0, band.1].into_iter().flatten();
-    let sizes = all().chain(bounds).filter(|size| *size > 0.0);
+    let all: Vec<f64> = lines.iter().flat_map(finite).collect();
+    let bounds = [band.0, band.1, rule].into_iter().flatten();
+    let sizes = all.iter().copied().chain(bounds).filter(|size| *size > 0.0);
     let (low, high) = sizes.fold((f64::INFINITY, 0.0_f64), |(low, high), size| {
         (if size < low { size } else { low }, if size > high { size } else { high })
     });
-    if high == 0.0 {
+    if high == 0.0 || all.is_empty() {
         return html! {
-            p { (title) ": " @if all().next().is_some() { "0 at every layer." } @else { "no value." } }
+            p { (title) ": " @if all.is_empty() { "no value." } @else { "0 at every layer." } }
         };
     }
     let (low, high) = (low / 1.15, high * 1.15);
@@ -53,10 +70,10 @@ pub(super) fn chart(
         size if size > 0.0 => TOP + usable * (1.0 - (size / low).ln() / (high / low).ln()),
         _ => TOP + usable,
     };
-    let step = column_width(grid.layers.len());
+    let step = column_width(layers.len());
     let x = |column: usize| GUTTER + column * step + step / 2;
-    let plot = step * grid.layers.len();
-    let width = GUTTER + plot + 140;
+    let plot = step * layers.len();
+    let width = GUTTER + plot + 96;
     html! {
         figure {
             figcaption { (title) }
@@ -74,29 +91,30 @@ pub(super) fn chart(
                             y2=(round(y(tick))) {}
                         text class="name" x=(GUTTER - 8) y=(round(y(tick) + 4.0)) { (shown(tick)) }
                     }
+                    @if let Some(rule) = rule {
+                        line class="rule" x1=(GUTTER) x2=(GUTTER + plot) y1=(round(y(rule)))
+                            y2=(round(y(rule))) {}
+                    }
                     @for (number, line) in lines.iter().enumerate() {
-                        @let path = path(line.points.iter().filter_map(|(column, _, measure)| {
-                            Some((x(*column), y(value(line, measure)?)))
-                        }));
+                        @let drawn = || line.points.iter().filter(|point| point.value.is_finite());
+                        @let path = path(drawn().map(|point| (x(point.column), y(point.value))));
                         path class=(format!("line l{}", number % 8)) d=(path) {}
-                        @for (column, _, measure) in &line.points {
-                            @if let Some(size) = value(line, measure) {
-                                circle class=(format!("point l{}", number % 8)) cx=(x(*column))
-                                    cy=(round(y(size))) r="2.4" {
-                                    title { (measure.site) ": " (line.metric) " " (shown(size)) }
-                                }
+                        @for point in drawn() {
+                            circle class=(format!("point l{}", number % 8)) cx=(x(point.column))
+                                cy=(round(y(point.value))) r="2.4" {
+                                title { (point.label) " " (shown(point.value)) }
                             }
                         }
                     }
-                    @for (name, class, at) in ends(lines, &|line, measure| value(line, measure).map(&y)) {
+                    @for (name, class, at) in ends(lines, &y) {
                         text class=(class) x=(GUTTER + plot + 6) y=(round(at + 4.0)) { (name) }
                     }
-                    (axis(grid, HEIGHT - 6))
+                    (axis(layers, HEIGHT - 6))
                 }
             }
             details {
                 summary { "The numbers" }
-                (numbers(stage, grid, lines))
+                (numbers(layers, lines))
             }
         }
     }
@@ -137,16 +155,13 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
 }
 
 /// The lines' names at their ends, kept apart.
-fn ends<'l>(
-    lines: &'l [Line<'_>],
-    y: &dyn Fn(&Line<'_>, &Measure) -> Option<f64>,
-) -> Vec<(&'l str, String, f64)> {
+fn ends<'l>(lines: &'l [Line], y: &dyn Fn(f64) -> f64) -> Vec<(&'l str, String, f64)> {
     let mut names: Vec<(&str, String, f64)> = lines
         .iter()
         .enumerate()
         .filter_map(|(number, line)| {
-            let last = line.points.iter().rev().find_map(|(.., measure)| y(line, measure))?;
-            Some((line.name.as_str(), format!("end l{}", number % 8), last))
+            let last = line.points.iter().rev().find(|point| point.value.is_finite())?;
+            Some((line.name.as_str(), format!("end l{}", number % 8), y(last.value)))
         })
         .collect();
     names.sort_by(|a, b| a.2.total_cmp(&b.2));
@@ -167,27 +182,22 @@ fn ends<'l>(
     names
 }
 
-fn numbers(stage: usize, grid: &Grid<'_>, lines: &[Line<'_>]) -> Markup {
+fn numbers(layers: &[u32], lines: &[Line]) -> Markup {
     html! {
         div class="scroll" {
             table class="numbers" {
                 thead { tr {
                     th scope="col" { "layer" }
-                    @for line in lines { th scope="col" { (line.name) " " small { (line.metric) } } }
+                    @for line in lines { th scope="col" { (line.name) " " small { (line.unit) } } }
                 } }
                 tbody {
-                    @for (column, layer) in grid.layers.iter().enumerate() {
+                    @for (column, layer) in layers.iter().enumerate() {
                         tr {
                             th scope="row" { (layer) }
                             @for line in lines {
                                 td {
-                                    @let found = line.points.iter().find(|(at, ..)| *at == column);
-                                    @if let Some((_, place, measure)) = found {
-                                        @if let Some(value) = measure.metrics.get(&line.metric) {
-                                            (figure(*value, &format!(
-                                                "/stages/{stage}/measures/{place}/metrics/{}", line.metric
-                                            )))
-                                        }
+                                    @if let Some(point) = line.points.iter().find(|p| p.column == column) {
+                                        (figure(point.value, &point.at))
                                     }
                                 }
                             }

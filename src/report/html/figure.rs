@@ -5,11 +5,21 @@
 
 use maud::{Markup, html};
 
-use crate::text::{grouped, number};
+use crate::text::{grouped, number, percent};
 
 /// A number of run.json.
 pub(super) fn figure(value: f64, at: &str) -> Markup {
     html! { data value=(format!("{value:?}")) data-at=(at) { (shown(value)) } }
+}
+
+/// A share of run.json, in per cent.
+pub(super) fn figure_share(value: f64, at: &str) -> Markup {
+    html! { data value=(format!("{value:?}")) data-at=(at) { (shown_share(value)) } }
+}
+
+/// A share as the page shows it.
+pub(super) fn shown_share(value: f64) -> String {
+    if value.is_finite() { percent(value) } else { "not finite".to_owned() }
 }
 
 /// A number as the page shows it.

@@ -20,7 +20,7 @@ const SHADES: usize = 8;
 
 /// The width of a layer's column: few layers are easy to read, many still fit.
 pub(super) fn column_width(layers: usize) -> usize {
-    (900 / layers.max(1)).clamp(12, 34)
+    (900 / layers.max(1)).clamp(11, 48)
 }
 
 /// Every heatmap of one pair of streams, one shown at a time.
@@ -241,7 +241,7 @@ fn map<'g>(
                         }
                     }
                 }
-                (axis(grid, CELL_HEIGHT * grid.sites.len() + 14))
+                (axis(&grid.layers, CELL_HEIGHT * grid.sites.len() + 14))
             }
         }
         p class="legend" { (legend) }
@@ -254,13 +254,13 @@ fn cross(x: usize, y: usize, step: usize) -> String {
 }
 
 /// The layers' numbers below a map or a chart, as many as there is room for.
-pub(super) fn axis(grid: &Grid<'_>, y: usize) -> Markup {
-    let step = column_width(grid.layers.len());
+pub(super) fn axis(layers: &[u32], y: usize) -> Markup {
+    let step = column_width(layers.len());
     let every = (26 / step).max(1);
     html! {
-        @if !grid.layers.is_empty() {
+        @if !layers.is_empty() {
             text class="name" x=(GUTTER - 8) y=(y) { "layer" }
-            @for (column, layer) in grid.layers.iter().enumerate() {
+            @for (column, layer) in layers.iter().enumerate() {
                 @if column % every == 0 {
                     text class="tick" x=(GUTTER + column * step + step / 2) y=(y) { (layer) }
                 }

@@ -4,9 +4,13 @@
 //! it; scripts carry a nonce that depends on the whole record, so that no name
 //! in a manifest can know it.
 
+mod causes;
 mod chart;
+mod diagnosis;
 mod figure;
+mod growth;
 mod heatmap;
+mod histogram;
 mod overview;
 mod stage;
 
@@ -30,6 +34,7 @@ pub fn page(run: &RunRecord, runs: &str) -> String {
         (overview::header(&page))
         main {
             (overview::stages(&page))
+            (overview::families(&page))
             @if run.stages.iter().any(|stage| !stage.needs.is_empty()) { (overview::graph(run)) }
             @for place in 0..run.stages.len() { (stage::section(&page, place)) }
         }
@@ -108,6 +113,13 @@ fn outcome(outcome: Outcome) -> Markup {
     };
     html! {
         span class=(format!("verdict v-{class}")) { span aria-hidden="true" { (mark) } " " (word) }
+    }
+}
+
+/// The command that shows more of what stands above it.
+fn command(Suggestion { command, purpose }: &Suggestion) -> Markup {
+    html! {
+        p class="more" { code class="command" { (command) } " " small { (purpose) } }
     }
 }
 

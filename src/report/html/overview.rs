@@ -1,19 +1,23 @@
-//! The top of the page: the verdict, every stage in a line, and the graph.
+//! The top of the page: the verdict and where it comes from, every stage in a line,
+//! families together, and the graph.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use maud::{Markup, html};
 
 use super::figure::seconds;
 use super::{Page, commands, symbol, verdict};
-use crate::op::StageId;
-use crate::record::{ArmState, RunRecord, StageRecord};
+use crate::compare::sharpest;
+use crate::op::{Arm, StageId};
+use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::commands::of_run;
 use crate::text::share;
 use crate::verdict::Verdict;
 
 /// Stages from which a filter is worth its place.
 const FILTER_FROM: usize = 15;
+/// Arithmetics of one arm that the top of the page names.
+const SHOWN_ARITHMETICS: usize = 3;
 
 pub(super) fn header(page: &Page<'_>) -> Markup {
     let run = page.run;
@@ -21,6 +25,7 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
         header class=(format!("v-{}", run.verdict)) {
             h1 { (verdict(run.verdict)) " " bdi { (run.folder) } }
             p class="lead" { (lead(run)) }
+            (first(run))
             @for missing in absent(run) { p class="absent-arm" { (missing) } }
             dl class="facts" {
                 dt { "started" } dd { (run.started) }
@@ -39,6 +44,9 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
                     (run.provenance.threads) " threads, " (run.provenance.platform)
                 }
                 dt { "runner" } dd { (run.provenance.runner) }
+                @for (arm, arithmetic) in arithmetics(run) {
+                    dt { (arm) " arm" } dd { (arithmetic) }
+                }
             }
             (commands(&of_run(run, page.runs)))
         }
@@ -54,11 +62,11 @@ fn lead(run: &RunRecord) -> Markup {
         @if run.interrupted { strong { "Stopped on request. " } }
         @match (run.verdict, gravest) {
             (_, None) => "No stage was judged.",
-            (Verdict::Pass, _) => {
+            (Verdict::Pass, Some(_)) => {
                 "All " (run.stages.len()) " stages pass: whatever was measured is explained by the "
                 "arithmetic of the recipe, within every bound."
             }
-            (_, Some(stage)) => {
+            (_, Some(_)) => {
                 @let meaning = match run.verdict {
                     Verdict::Structural => "A bug: a difference that the arithmetic does not explain.",
                     Verdict::Drift => "Explained by the arithmetic, but over the budget.",
@@ -66,11 +74,71 @@ fn lead(run: &RunRecord) -> Markup {
                     Verdict::Blocked => "A stage could not start.",
                     _ => "A stage could not run.",
                 };
-                strong { (meaning) } " Stage " bdi { (stage.id) } ": " (stage.why) ". "
+                strong { (meaning) } " "
                 (passed) " of " (run.stages.len()) " stages pass."
             }
         }
     }
+}
+
+/// Where to look first: the gravest stage's site and cause, or what is nearest to a bound.
+fn first(run: &RunRecord) -> Markup {
+    let link = |stage: &StageRecord| {
+        let place = run.stages.iter().position(|other| other.id == stage.id).unwrap_or(0);
+        html! { a href=(format!("#stage-{place}")) { "stage " bdi { (stage.id) } } }
+    };
+    let used = |stage: &StageRecord| stage.decisive().and_then(|j| j.used).unwrap_or(0.0);
+    let gravest = run.stages.iter().find(|stage| stage.verdict == run.verdict);
+    let tightest = run.stages.iter().max_by(|a, b| used(a).total_cmp(&used(b)));
+    let diagnosis = gravest.and_then(|stage| sharpest(&stage.diagnoses));
+    html! {
+        dl class="first" {
+            @match (run.verdict, gravest, tightest) {
+                (Verdict::Pass, _, Some(stage)) => {
+                    @if let Some(judgement) = stage.decisive() {
+                        dt { "nearest to a bound" }
+                        dd {
+                            (link(stage)) ": " (judgement.metric)
+                            @if let Some(site) = &judgement.site { " at " code { (site) } }
+                            " uses " strong { (share(used(stage))) } " of it"
+                        }
+                    }
+                }
+                (Verdict::Structural, Some(stage), _) => {
+                    @if let Some(diagnosis) = diagnosis {
+                        dt { "where first" }
+                        dd {
+                            (link(stage)) " at " code { (diagnosis.site) } ", op " (diagnosis.op) ": "
+                            (diagnosis.place())
+                            @if let Some(aftermath) = diagnosis.aftermath() { "; " (aftermath) }
+                        }
+                        dt { "what it is" } dd { strong { (diagnosis.sentence()) } }
+                    } @else {
+                        dt { "why" } dd { (link(stage)) ": " (stage.why) }
+                    }
+                }
+                (_, Some(stage), _) => { dt { "why" } dd { (link(stage)) ": " (stage.why) } }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What each arm computed with, the device's name and library among it.
+fn arithmetics(run: &RunRecord) -> Vec<(Arm, String)> {
+    let mut all: BTreeMap<Arm, BTreeSet<&str>> = BTreeMap::new();
+    for (arm, record) in run.stages.iter().flat_map(|stage| &stage.arms) {
+        if let Some(arithmetic) = &record.arithmetic {
+            all.entry(*arm).or_default().insert(arithmetic);
+        }
+    }
+    let words = |(arm, words): (Arm, BTreeSet<&str>)| {
+        let shown: Vec<&str> = words.iter().copied().take(SHOWN_ARITHMETICS).collect();
+        let more = words.len() - shown.len();
+        let more = if more > 0 { format!(" | and {more} more") } else { String::new() };
+        (arm, format!("{}{more}", shown.join(" | ")))
+    };
+    all.into_iter().map(words).collect()
 }
 
 /// Arms that did not run, with the reason, once for all stages.
@@ -104,17 +172,59 @@ pub(super) fn stages(page: &Page<'_>) -> Markup {
                     span id="filter-count" aria-live="polite" {}
                 }
             }
-            div class="scroll" {
-                table class="stages" {
-                    thead { tr {
-                        th scope="col" { "stage" } th scope="col" { "verdict" }
-                        th scope="col" { "why" } th scope="col" { "first or tightest site" }
-                        th scope="col" { "bound used" } th scope="col" { "time" }
-                    } }
-                    tbody {
-                        @for (place, stage) in run.stages.iter().enumerate() { (row(stage, place)) }
+            @let alone: Vec<(usize, &StageRecord)> =
+                run.stages.iter().enumerate().filter(|(_, stage)| family_of(run, stage).is_none()).collect();
+            @if !alone.is_empty() { (table(&alone)) }
+        }
+    }
+}
+
+fn table(stages: &[(usize, &StageRecord)]) -> Markup {
+    html! {
+        div class="scroll" {
+            table class="stages" {
+                thead { tr {
+                    th scope="col" { "stage" } th scope="col" { "verdict" }
+                    th scope="col" { "why" } th scope="col" { "first or tightest site" }
+                    th scope="col" { "bound used" } th scope="col" { "time" }
+                } }
+                tbody {
+                    @for (place, stage) in stages { (row(stage, *place)) }
+                }
+            }
+        }
+    }
+}
+
+fn family_of<'r>(run: &'r RunRecord, stage: &StageRecord) -> Option<&'r FamilyRecord> {
+    run.families.iter().find(|family| stage.family.as_ref() == Some(&family.id))
+}
+
+/// Each `[for]` as one block: what its members came to together, and the members.
+pub(super) fn families(page: &Page<'_>) -> Markup {
+    let run = page.run;
+    html! {
+        @for family in &run.families {
+            @let members: Vec<(usize, &StageRecord)> = run
+                .stages
+                .iter()
+                .enumerate()
+                .filter(|(_, stage)| stage.family.as_ref() == Some(&family.id))
+                .collect();
+            details class=(format!("family v-{}", family.verdict))
+                open[family.verdict != Verdict::Pass || members.len() < FILTER_FROM] {
+                summary {
+                    h3 { bdi { (family.id) } " " span class="op" { "x " (members.len()) } }
+                    (verdict(family.verdict))
+                    span class="title" { (family.why) }
+                }
+                p class="marks" {
+                    @for (place, stage) in &members {
+                        a href=(format!("#stage-{place}")) class=(format!("verdict v-{}", stage.verdict))
+                            title=(format!("{}: {}", stage.id, stage.verdict)) { (symbol(stage.verdict)) }
                     }
                 }
+                (table(&members))
             }
         }
     }
@@ -123,7 +233,7 @@ pub(super) fn stages(page: &Page<'_>) -> Markup {
 fn row(stage: &StageRecord, place: usize) -> Markup {
     let decisive = stage.decisive();
     html! {
-        tr class=(format!("v-{}", stage.verdict)) {
+        tr class=(format!("v-{}", stage.verdict)) data-stage=(place) {
             th scope="row" {
                 a href=(format!("#stage-{place}")) { bdi { (stage.id) } } " "
                 small { (stage.op.name()) }

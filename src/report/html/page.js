@@ -3,8 +3,8 @@
 
 // A cell's words below its map, by mouse or by arrow keys.
 for (const map of document.querySelectorAll("svg.heat")) {
-  const readout = map.closest(".tab").querySelector(".readout");
-  const cells = [...map.querySelectorAll("rect[data-m]")];
+  const readout = map.closest(".tab, .mapped").querySelector(".readout");
+  const cells = [...map.querySelectorAll("rect[data-m], rect[data-a]")];
   const cursor = document.createElementNS("http://www.w3.org/2000/svg", "rect");
   cursor.setAttribute("class", "cursor");
   let at = null;
@@ -17,7 +17,7 @@ for (const map of document.querySelectorAll("svg.heat")) {
   };
   const place = (cell) => [Number(cell.getAttribute("x")), Number(cell.getAttribute("y"))];
   map.addEventListener("mouseover", (event) => {
-    const cell = event.target.closest("rect[data-m]");
+    const cell = event.target.closest("rect[data-m], rect[data-a]");
     if (cell) show(cell);
   });
   map.addEventListener("keydown", (event) => {
@@ -54,7 +54,6 @@ addEventListener("beforeprint", () => {
 const filter = document.getElementById("filter");
 if (filter) {
   const rows = [...document.querySelectorAll(".stages tbody tr")];
-  const sections = [...document.querySelectorAll("details.stage")];
   const words = rows.map((row) => row.textContent.toLowerCase());
   filter.addEventListener("input", () => {
     const wanted = filter.value.trim().toLowerCase();
@@ -62,16 +61,21 @@ if (filter) {
     rows.forEach((row, index) => {
       const fits = words[index].includes(wanted);
       row.hidden = !fits;
-      sections[index].hidden = !fits;
+      document.getElementById(`stage-${row.dataset.stage}`).hidden = !fits;
       shown += fits;
     });
+    for (const family of document.querySelectorAll("details.family")) {
+      const fits = family.querySelector("tbody tr:not([hidden])") !== null;
+      family.hidden = !fits;
+      if (fits && wanted) family.open = true;
+    }
     document.getElementById("filter-count").textContent = ` ${shown} of ${rows.length}`;
   });
 }
 
 // Commands can be copied where the browser allows it.
 if (navigator.clipboard) {
-  for (const command of document.querySelectorAll(".commands .command")) {
+  for (const command of document.querySelectorAll(".command")) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = "copy";

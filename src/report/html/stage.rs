@@ -1,15 +1,23 @@
-//! One stage's section: verdict, arms, claims, drift, maps, worst elements.
+//! One stage's section: verdict and diagnosis first, then claims, causes, drift and
+//! maps, then what stands behind them.
+
+use std::collections::BTreeSet;
 
 use maud::{Markup, html};
 
-use super::chart::{Line, chart};
+use super::causes::causes;
+use super::chart::{Chart, Line, Point, chart};
+use super::diagnosis::diagnoses;
 use super::figure::{figure, seconds, shown};
+use super::growth::growth;
 use super::heatmap::heatmaps;
-use super::{Page, commands, outcome, verdict};
+use super::histogram::histograms;
+use super::{Page, command, commands, outcome, verdict};
+use crate::compare::Measure;
 use crate::metric::Metric;
-use crate::op::{LAYER_PROJECTIONS, Stream};
+use crate::op::{Arm, LAYER_PROJECTIONS, Stream};
 use crate::record::{ArmState, StageRecord};
-use crate::report::commands::of_stage;
+use crate::report::commands::{explain, export, measures, of_stage};
 use crate::report::layers::Grid;
 use crate::text::share;
 use crate::verdict::{Judgement, Outcome, Verdict};
@@ -35,14 +43,17 @@ pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
                 span class="title" { bdi { (stage.title) } }
             }
             p class="why" { (stage.why) }
-            (claims(stage, place))
+            (diagnoses(page, stage, place))
+            (claims(page, stage, place))
+            (causes(page, stage, place))
+            (drift(page, stage, place))
+            (histograms(page, stage, place))
+            (tables(page, stage, place))
+            (worst(page, stage))
+            (greedy(stage, place))
             (arms(stage, place))
             (schedules(stage))
             (programs(stage))
-            (drift(stage, place))
-            (tables(stage, place))
-            (worst(stage))
-            (greedy(stage, place))
             (arithmetic(stage))
             h3 { "More" }
             (commands(&of_stage(page.run, stage, page.runs)))
@@ -50,7 +61,7 @@ pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
     }
 }
 
-fn claims(stage: &StageRecord, place: usize) -> Markup {
+fn claims(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
     // What fell stands first; the rest in the contract's order.
     let mut claims: Vec<(usize, &Judgement)> = stage.judgements.iter().enumerate().collect();
     claims.sort_by_key(|(_, judgement)| judgement.outcome != Outcome::Falsified);
@@ -73,6 +84,7 @@ fn claims(stage: &StageRecord, place: usize) -> Markup {
                 }
             }
         }
+        (command(&explain(page.run, stage, page.runs)))
     }
 }
 
@@ -278,51 +290,69 @@ fn programs(stage: &StageRecord) -> Markup {
 }
 
 /// Charts and maps, where there are layers.
-fn drift(stage: &StageRecord, place: usize) -> Markup {
+fn drift(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
     let grids = Grid::of(&stage.measures);
     let deep: Vec<(usize, &Grid<'_>)> =
         grids.iter().enumerate().filter(|(_, grid)| grid.layers.len() >= MAP_FROM).collect();
     html! {
         @if !deep.is_empty() {
             h3 { "Layer by layer" }
-            @for (_, grid) in &deep { (charts(stage, place, grid)) }
+            (growth(page, stage, place))
+            div class="charts" { @for (_, grid) in &deep { (charts(stage, place, grid)) } }
             @for (pair, grid) in &deep {
                 h4 { "Layers and sites: " (grid.pair()) }
                 (heatmaps(stage, place, grid, *pair))
             }
+            (command(&measures(page.run, page.runs)))
         }
     }
 }
 
 fn charts(stage: &StageRecord, place: usize, grid: &Grid<'_>) -> Markup {
-    let line = |site: &str, metric| Line { name: site.to_owned(), metric, points: grid.row(site) };
-    let lines = |sites: &[&str], metric: Metric| -> Vec<Line<'_>> {
-        sites
-            .iter()
-            .filter(|site| grid.sites.contains(site))
-            .map(|site| line(site, metric))
+    let point = |(column, number, measure): (usize, usize, &Measure), metric: Metric| {
+        Some(Point {
+            column,
+            value: *measure.metrics.get(&metric)?,
+            label: format!("{}: {metric}", measure.site),
+            at: format!("/stages/{place}/measures/{number}/metrics/{metric}"),
+        })
+    };
+    let lines = |sites: &[&str], metric: Metric| -> Vec<Line> {
+        let there = sites.iter().filter(|site| grid.sites.contains(site));
+        there
+            .map(|site| Line {
+                name: (*site).to_owned(),
+                unit: metric.name(),
+                points: grid.row(site).into_iter().filter_map(|at| point(at, metric)).collect(),
+            })
             .collect()
     };
     let projections: Vec<&str> = LAYER_PROJECTIONS.iter().map(|(_, site)| *site).collect();
     html! {
         @match grid.judge {
             Stream::Anchored(_) if grid.has(Metric::ZRms) => {
-                (chart(
-                    place,
-                    grid,
-                    &format!("Local error over its floor, {}: 1 is what rounding must cost", grid.pair()),
-                    &lines(&projections, Metric::ZRms),
-                    band(stage, grid, Metric::ZRms),
-                ))
+                (chart(&Chart {
+                    title: &format!(
+                        "Local error over its floor, {}: 1 is what rounding must cost",
+                        grid.pair()
+                    ),
+                    layers: &grid.layers,
+                    lines: &lines(&projections, Metric::ZRms),
+                    band: band(stage, grid, Metric::ZRms),
+                    rule: Some(1.0),
+                }))
             }
             Stream::Arm(_) if grid.subject != grid.judge && grid.has(Metric::Nmse) => {
-                (chart(
-                    place,
-                    grid,
-                    &format!("Total drift (nmse) of {}, all that came before included", grid.pair()),
-                    &lines(&["attn_out", "ffn_down", "ffn_residual"], Metric::Nmse),
-                    (None, None),
-                ))
+                (chart(&Chart {
+                    title: &format!(
+                        "Total drift (nmse) of {}, all that came before included",
+                        grid.pair()
+                    ),
+                    layers: &grid.layers,
+                    lines: &lines(&["attn_out", "ffn_down", "ffn_residual"], Metric::Nmse),
+                    band: (None, None),
+                    rule: None,
+                }))
             }
             _ => {}
         }
@@ -337,11 +367,12 @@ fn band(stage: &StageRecord, grid: &Grid<'_>, metric: Metric) -> (Option<f64>, O
 }
 
 /// All measures of the pairs that have no map.
-fn tables(stage: &StageRecord, place: usize) -> Markup {
+fn tables(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
     let grids = Grid::of(&stage.measures);
     let shallow = grids.iter().filter(|grid| grid.layers.len() < MAP_FROM);
+    let shown: Vec<&Grid<'_>> = shallow.filter(|grid| grid.cells.len() <= SHOWN_MEASURES).collect();
     html! {
-        @for grid in shallow.filter(|grid| grid.cells.len() <= SHOWN_MEASURES) {
+        @for grid in &shown {
             @let metrics: Vec<Metric> =
                 Metric::ALL.into_iter().filter(|metric| grid.has(*metric)).collect();
             h4 { "Measures: " (grid.pair()) }
@@ -375,11 +406,12 @@ fn tables(stage: &StageRecord, place: usize) -> Markup {
                 }
             }
         }
+        @if !shown.is_empty() { (command(&measures(page.run, page.runs))) }
     }
 }
 
 /// The elements that are furthest off, of the sites that use most of a bound.
-fn worst(stage: &StageRecord) -> Markup {
+fn worst(page: &Page<'_>, stage: &StageRecord) -> Markup {
     let mut ranked: Vec<(f64, usize)> = Vec::new();
     for (number, measure) in stage.measures.iter().enumerate() {
         let judging = stage.judgements.iter().filter(|judgement| judgement.judges(measure));
@@ -425,8 +457,18 @@ fn worst(stage: &StageRecord) -> Markup {
                     }
                 }
             }
+            @for arm in arms_behind(stage, &ranked) { (command(&export(page.run, stage, arm, page.runs))) }
         }
     }
+}
+
+/// The arms whose own tensors hold these elements, where they are still kept.
+fn arms_behind(stage: &StageRecord, ranked: &[(f64, usize)]) -> BTreeSet<Arm> {
+    let subjects = ranked.iter().filter_map(|(_, number)| match stage.measures[*number].subject {
+        Stream::Arm(arm) => Some(arm),
+        Stream::Anchored(_) => None,
+    });
+    subjects.filter(|arm| stage.arms.get(arm).is_some_and(|arm| arm.object.is_some())).collect()
 }
 
 fn greedy(stage: &StageRecord, place: usize) -> Markup {
@@ -452,16 +494,24 @@ fn greedy(stage: &StageRecord, place: usize) -> Markup {
                 }
             }
             @for (number, compared) in stage.greedy.iter().enumerate() {
+                @let at = format!("/stages/{place}/greedy/{number}");
                 p {
-                    (pair([compared.subject, compared.judge])) ": "
+                    (compared.sentence()) "."
                     @if let Some(step) = compared.first_difference {
-                        "the first token that differs is at step "
-                        (figure(step as f64, &format!("/stages/{place}/greedy/{number}/first_difference")))
-                        @if let Some(margin) = compared.margin {
-                            ", where the judge's lead was " (shown(f64::from(margin)))
+                        " " small {
+                            "Step " (figure(step as f64, &format!("{at}/first_difference")))
+                            @if let Some(margin) = compared.margin {
+                                ", the judge leads by "
+                                // An f32: run.json has its digits, not those of an f64.
+                                data value=(format!("{margin:?}")) data-at=(format!("{at}/margin")) {
+                                    (shown(f64::from(margin)))
+                                }
+                            }
+                            @if let Some(sigma) = compared.sigma {
+                                ", sigma " (figure(sigma, &format!("{at}/sigma")))
+                            }
                         }
-                        "."
-                    } @else { "the same tokens." }
+                    }
                 }
             }
         }
