@@ -6,11 +6,18 @@ asking for one is an error.
 
     pip install llama-cpp-python==0.3.16
 
+The package compiles llama.cpp, which takes minutes. Where a llama.cpp of the same
+version is there already, its folder of shared libraries does as well, in
+`LLAMA_CPP_LIB_PATH` (listed in the manifest's `env`), and nothing is compiled:
+
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.16
+
 The key/value cache is kept in f32, so that what is left to explain is the GEMMs.
 """
 
 import ctypes
 import json
+import os
 import struct
 import sys
 
@@ -22,6 +29,7 @@ def main():
         request = json.load(file)
     if request["sites"] != ["logits"]:
         sys.exit("this adapter gives `logits` alone: write `capture = \"logits\"` in [forward]")
+    load_backends()
     f32 = llama_cpp.GGML_TYPE_F32 if hasattr(llama_cpp, "GGML_TYPE_F32") else 0
     tokens = request["tokens"]
     model = llama_cpp.Llama(
@@ -39,6 +47,16 @@ def main():
     pointer = llama_cpp.llama_get_logits(model.ctx)
     data = ctypes.string_at(pointer, 4 * width * len(tokens))
     write("tensors.safetensors", {"logits": ([len(tokens), width], data)})
+
+
+def load_backends():
+    """A llama.cpp that was built elsewhere may keep its kernels in libraries of their own,
+    one for each kind of processor, and looks for them beside the program that started it,
+    which is Python. They are where its other libraries are."""
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if folder:
+        ggml = ctypes.CDLL(os.path.join(folder, "libggml.so"))
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
 
 
 def write(path, tensors):
