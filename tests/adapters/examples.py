@@ -1,19 +1,20 @@
 """Runs every folder of examples/ with the real engines and holds each verdict to what is
 written here. A folder that is not written here fails.
 
-Usage: examples.py RUNNER SHARED, with `python3` in PATH as the examples shall find it;
-SHARED is the folder beside the repository that holds the captures of an H200.
+Usage: examples.py RUNNER SHARED [--torch], with `python3` in PATH as the examples shall find
+it; SHARED is the folder beside the repository that holds the captures of an H200. Without
+`--torch` this Python has no PyTorch, and the examples that need it must say so.
 """
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 
-RUNNER, SHARED = (pathlib.Path(path).resolve() for path in sys.argv[1:])
+RUNNER, SHARED = (pathlib.Path(path).resolve() for path in sys.argv[1:3])
+TORCH = sys.argv[3:] == ["--torch"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Each example's exit status, and of each of its stages or families the verdict and words
@@ -36,6 +37,11 @@ EXPECTED = {
         {"L": ("pass", "the engine's activations are quantised to 8 bits: that must cost an NMSE")},
     ),
 }
+# What PyTorch's examples come to with it, and without it.
+KERNELS = ["attention", "embed", "matmul", "rms-norm", "rope", "swiglu"]
+PYTORCH = (0, ("pass", "")) if TORCH else (4, ("error", "No module named 'torch': pip install"))
+EXPECTED["pytorch-ops"] = (PYTORCH[0], dict.fromkeys(KERNELS, PYTORCH[1]))
+EXPECTED["transformers"] = (PYTORCH[0], {"T": PYTORCH[1]})
 FITS = "is taken into account: the difference fits"
 
 
