@@ -151,6 +151,18 @@ fn every_kernel_runs_on_generated_values_of_every_distribution() {
     assert_eq!(rows, lines + 1, "the run has a line too: {}", ran.out);
 }
 
+#[test]
+fn a_claim_of_equal_bits_at_one_site_is_told_of_that_site_alone() {
+    let claim = claim("emulated", "reference", "bit_mismatches", "0");
+    let claim = claim.replace("max  ", "sites = [\"embed\"]\nmax  ");
+    let every_site = "[forward]\ncapture = \"every-site\"\n";
+    let project = project()
+        .file("stages/b.toml", &stage("B", "claim", every_site))
+        .file("contracts/claim.toml", &claim);
+    // Four tokens, 256 wide.
+    project.run().expect(0, "emulated = reference, 0 of 1,024 values differ");
+}
+
 /// A safetensors file of f32 matrices.
 pub fn tensors(project: &Project, name: &str, tensors: &[(&str, [usize; 2], Vec<f32>)]) {
     let bytes: Vec<Vec<u8>> =
