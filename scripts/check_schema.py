@@ -37,6 +37,11 @@ MISTAKES = [
     ("embedding", "[embed]\n[resources]\nthreads = 2\n", "[embed]\n[resources]\nthreads = 0\n"),
     ("embedding", "[embed]\nweight = \"token_embd\"\n", "[embed]\nweight = \"token_embd.weight\"\n"),
     ("reproducer", "[forward]\nrepeats = 2\n", "[forward]\nrepeats = 0\n"),
+    (
+        "embedding",
+        "[embed]\n[external]\nargv = [\"a\"]\nversion = \"1\"\n",
+        "[command]\nargv = [\"a\"]\n[external]\nargv = [\"a\"]\nversion = \"1\"\n",
+    ),
     ("rope", "[rope]\ninput = { generate = \"normal\", rows = 4 }\nsite = \"blk.0.q_rope\"\n",
      "[rope]\ninput = { generate = \"gaussian\", rows = 4 }\nsite = \"blk.0.q_rope\"\n"),
     ("rope", "[rope]\ninput = { generate = \"normal\", rows = 4 }\nsite = \"blk.0.q_rope\"\n",

@@ -291,6 +291,12 @@ pub struct External {
 impl External {
     /// Seconds until a program is killed whose manifest says nothing.
     pub const DEFAULT_TIMEOUT: u64 = 3600;
+    /// The file in which a program finds what is wanted.
+    pub const REQUEST: &str = "request.json";
+    /// The file of the tensors that a single op reads.
+    pub const INPUTS: &str = "inputs.safetensors";
+    /// The file that a program leaves.
+    pub const TENSORS: &str = "tensors.safetensors";
 }
 
 /// An engine whose arithmetic is known.

@@ -15,16 +15,19 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
 use crate::compare::{StageMeasures, fit, measure_arms, measure_outcome, measure_stage};
-use crate::compute::arms::{Output, Task, Workshop, compute, input_width, site_names};
+use crate::compute::arms::{
+    Output, Task, Workshop, compute, input_width, site_names, tensors_read,
+};
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
 use crate::compute::recorded::{check_written, recorded};
 use crate::compute::{ComputeError, Ops, product};
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandError, CommandRecord, Tools};
-use crate::executor::external::{self, ExternalError};
+use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Attempts, Held, Processes, SlotError, Slots};
 use crate::interrupt;
+use crate::model::Model;
 use crate::op::{self, Arm, Input, InputRef, LAYER_SITES, Op, Site, StageId};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
 use crate::record::{ArmRecord, ArmState, StageRecord};
@@ -141,7 +144,7 @@ enum Failure {
     External(#[from] ExternalError),
     #[error(transparent)]
     Source(#[from] SourceError),
-    #[error("what the program wrote is unusable: {0}")]
+    #[error("what the program wrote is unusable: {0}; correct the program, nothing of it was kept")]
     Written(String),
     #[error("a bug of ours: {0}")]
     Bug(String),
@@ -612,6 +615,20 @@ fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
     }
 }
 
+/// A safetensors file of f32 tensors with their little-endian bytes.
+fn encoded<'t>(
+    tensors: impl Iterator<Item = (&'t str, &'t Tensor, &'t Vec<u8>)>,
+) -> Result<Vec<u8>, Failure> {
+    let views = tensors.map(|(name, tensor, bytes)| {
+        let shape = vec![tensor.rows(), tensor.width()];
+        TensorView::new(Dtype::F32, shape, bytes).map(|view| (name, view))
+    });
+    views
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|views| safetensors::serialize(views, None))
+        .map_err(|error| Failure::Bug(format!("tensors cannot be encoded: {error}")))
+}
+
 /// A job's thread.
 fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
@@ -692,9 +709,9 @@ impl Bench<'_> {
         if let Some(action) = self.reusable(&walk) {
             return reuse(action);
         }
-        let _slots = self.take_slots(arm)?;
+        let slots = self.take_slots(arm)?;
         let started = Instant::now();
-        let output = match self.output_at_hand(arm, inputs)? {
+        let output = match self.output_at_hand(arm, inputs, &slots)? {
             Some(output) => output,
             None => {
                 let inputs = self.input_tensors(inputs)?;
@@ -726,7 +743,12 @@ impl Bench<'_> {
 
     /// What an arm makes without a model: tensors that are read, and products of
     /// coded operands. `None` where the arm has to compute the op.
-    fn output_at_hand(&self, arm: Arm, inputs: &Supplies) -> Result<Option<Output>, Failure> {
+    fn output_at_hand(
+        &self,
+        arm: Arm,
+        inputs: &Supplies,
+        slots: &Held,
+    ) -> Result<Option<Output>, Failure> {
         let stage = self.prepared.stage;
         let one = |site: &Site, tensor: Tensor, arithmetic: String| {
             let sites = vec![(site.clone(), tensor)];
@@ -740,7 +762,7 @@ impl Bench<'_> {
                 one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
             }
             (op, Arm::Recorded, Some(from)) => Ok(Some(recorded(op, from, model)?)),
-            (Op::Forward { .. }, Arm::External, _) => self.asked().map(Some),
+            (_, Arm::External, _) => self.asked(inputs, slots).map(Some),
             (Op::Gemm { x, w }, arm, from) => {
                 let site = Site("y".to_owned());
                 let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
@@ -760,39 +782,50 @@ impl Bench<'_> {
     }
 
     /// What the stage's program writes when it is asked.
-    fn asked(&self) -> Result<Output, Failure> {
+    fn asked(&self, inputs: &Supplies, slots: &Held) -> Result<Output, Failure> {
         let PreparedStage { stage, model, tokens, .. } = self.prepared;
         let bug = || Failure::Bug("an external arm without its program or model".into());
         let external = stage.external.as_ref().ok_or_else(bug)?;
-        let model = model.as_ref().ok_or_else(bug)?;
+        let model = &model.as_ref().ok_or_else(bug)?.model;
+        let config = model.config();
         let tools = self.tools();
         let seen = command::look(&external.program, tools.project, tools.stamps)?;
-        let sites = site_names(&stage.op, Some(&model.model));
+        let sites = site_names(&stage.op, Some(model));
+        let read = self.input_tensors(inputs)?;
+        let rows = read.first().map_or(tokens.len(), Tensor::rows);
+        let handed = self.handed_over(&read, model)?;
         let request = serde_json::json!({
             "schema": 1,
             "stage": stage.id,
             "op": stage.op,
-            "model": std::path::absolute(model.model.path()).unwrap_or_default(),
+            "model": std::path::absolute(model.path()).unwrap_or_default(),
             "tokens": tokens,
+            "inputs": handed.as_ref().map(|_| op::External::INPUTS),
             "sites": sites,
+            "parameters": config.parameters(),
             "recipe": stage.recipe,
-            "output": "tensors.safetensors",
+            "output": op::External::TENSORS,
         });
         // Twice what f32 needs, and room for names and logs.
-        let widest = model.model.config().vocabulary.max(8 * model.model.config().hidden);
+        let widest = config.vocabulary.max(8 * config.hidden);
         let logits = sites.iter().any(|site| site.0 == "logits");
-        let widths = sites.len() * 8 * model.model.config().hidden + usize::from(logits) * widest;
-        let largest = (64 << 20) + 8 * (tokens.len() * widths) as u64;
-        let left = external::ask(external, &seen, &request, largest, &tools)?;
+        let widths = sites.len() * 8 * config.hidden + usize::from(logits) * widest;
+        let asked = Asked {
+            request: &request,
+            inputs: handed.as_deref(),
+            gpus: &slots.gpus,
+            largest: (64 << 20) + 8 * (rows * widths) as u64,
+        };
+        let left = external::ask(external, &seen, &asked, &tools)?;
         let from = op::Recorded {
             file: left.tensors.clone(),
             names: external.names.clone(),
             format: None,
             shape: None,
         };
-        let read = recorded(&stage.op, &from, Some(&model.model));
-        let mut output = read.map_err(|error| Failure::Written(error.to_string()))?;
-        check_written(&output, tokens.len(), model.model.config().vocabulary)?;
+        let unusable = |error: ComputeError| Failure::Written(error.to_string());
+        let mut output = recorded(&stage.op, &from, Some(model)).map_err(unusable)?;
+        check_written(&output, rows, config.vocabulary).map_err(unusable)?;
         output.arithmetic = match (left.tries, left.earlier) {
             (tries, Some(earlier)) => {
                 format!(
@@ -803,6 +836,25 @@ impl Bench<'_> {
             _ => external.version.clone(),
         };
         Ok(output)
+    }
+
+    /// Everything that a single op reads, as a file of f32 tensors: its inputs by their
+    /// keys and the model's weights by their names. A forward pass reads the model.
+    fn handed_over(&self, read: &[Tensor], model: &Model) -> Result<Option<Vec<u8>>, Failure> {
+        let op = &self.prepared.stage.op;
+        if matches!(op, Op::Forward { .. }) {
+            return Ok(None);
+        }
+        let keys = op.inputs().into_iter().map(|(key, _)| key.to_owned());
+        let mut tensors: Vec<(String, Tensor)> = keys.zip(read.iter().cloned()).collect();
+        for name in tensors_read(op, model) {
+            let weight = model.tensor(&name).map_err(ComputeError::from)?;
+            let values = weight.to_vec().map_err(ComputeError::from)?;
+            tensors.push((name, Tensor::new(weight.width(), values)));
+        }
+        let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, tensor)| tensor.to_le_bytes()).collect();
+        let tensors = tensors.iter().zip(&bytes);
+        encoded(tensors.map(|((name, tensor), bytes)| (name.as_str(), tensor, bytes))).map(Some)
     }
 
     fn tools(&self) -> Tools<'_> {
@@ -906,14 +958,8 @@ impl Bench<'_> {
             seconds,
             command: None,
         };
-        let views = bytes.iter().map(|(site, tensor, bytes)| {
-            let view = TensorView::new(Dtype::F32, vec![tensor.rows(), tensor.width()], bytes);
-            view.map(|view| (site.0.as_str(), view))
-        });
-        let encoded = views
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(|views| safetensors::serialize(views, None))
-            .map_err(|error| Failure::Bug(format!("tensors cannot be encoded: {error}")))?;
+        let sites = bytes.iter().map(|(site, tensor, bytes)| (site.0.as_str(), *tensor, bytes));
+        let encoded = encoded(sites)?;
         let json = serde_json::to_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;

@@ -54,6 +54,14 @@ pub fn stage() -> Value {
         "properties": properties,
         "additionalProperties": false,
         "oneOf": one_of,
+        // A program is asked for what a model's tensors make.
+        "dependentSchemas": {
+            "external": { "not": { "anyOf": [
+                { "required": ["compare"] },
+                { "required": ["command"] },
+                { "properties": { "matmul": { "required": ["x"] } }, "required": ["matmul"] },
+            ] } },
+        },
     });
     // What a `[for]` puts in stands there as `"{name}"`: such manifests are held to
     // their keys alone.
@@ -83,8 +91,14 @@ pub fn pipeline() -> Value {
         json!({
             "contracts": says("the folder of contracts, seen from this file", text()),
             "profile": profiles(),
+            "recorded": recorded(),
+            "external": external(),
         }),
     );
+    // One name cannot stand for the sites of every stage.
+    if let Some(table) = properties["recorded"]["properties"].as_object_mut() {
+        table.remove("tensor");
+    }
     json!({
         "$schema": DRAFT,
         "title": "runner: what the stages of a folder inherit",

@@ -388,11 +388,9 @@ fn exactness(judgements: &[Judgement], measures: &[Measure]) -> Option<String> {
         .filter(|j| j.max == Some(0.0))
         .max_by_key(|j| j.compare[0])?;
     let [subject, judge] = exact.compare;
-    let elements: usize = measures
-        .iter()
-        .filter(|m| m.subject == subject && m.judge == judge)
-        .map(|m| m.shape[0] * m.shape[1])
-        .sum();
+    // Of a stage with many sites a claim may judge one.
+    let elements: usize =
+        measures.iter().filter(|m| exact.judges(m)).map(|m| m.shape[0] * m.shape[1]).sum();
     let what = if subject == judge {
         format!("{subject} repeats itself")
     } else {

@@ -60,16 +60,12 @@ fn wanted(recorded: &Recorded, site: &Site) -> FileTensor {
     }
 }
 
-/// Refuses what a program cannot have meant: rows that are not the prompt's, logits
+/// Refuses what a program cannot have meant: rows that are not its input's, logits
 /// that are not the vocabulary's, and values that are no numbers.
 ///
 /// # Errors
 /// In words, with the site.
-pub fn check_written(
-    output: &Output,
-    tokens: usize,
-    vocabulary: usize,
-) -> Result<(), ComputeError> {
+pub fn check_written(output: &Output, rows: usize, vocabulary: usize) -> Result<(), ComputeError> {
     for (site, tensor) in &output.sites {
         if site.0 == "logits" && tensor.width() != vocabulary {
             return Err(ComputeError::Shape {
@@ -78,11 +74,11 @@ pub fn check_written(
                 right: format!("a vocabulary of {vocabulary} tokens"),
             });
         }
-        if tensor.rows() != tokens {
+        if tensor.rows() != rows {
             return Err(ComputeError::Shape {
                 what: format!("site `{site}` as the program wrote it"),
                 left: format!("[{}, {}]", tensor.rows(), tensor.width()),
-                right: format!("a prompt of {tokens} tokens"),
+                right: format!("the {rows} rows that were asked for"),
             });
         }
         let strange = tensor.data().iter().filter(|value| !value.is_finite()).count();

@@ -90,7 +90,7 @@ pub enum CommandError {
     #[error("the output `{0}` leads out of the project's folder by a link; write to another path")]
     Escapes(String),
     /// It did not end by itself.
-    #[error("it ran into its timeout of {0} s and was killed")]
+    #[error("it ran into its timeout of {0} s and was killed; if it needs longer, write `timeout`")]
     TimedOut(u64),
     /// It did not end by itself.
     #[error("it was killed by signal {signal}{hint}")]
@@ -214,9 +214,15 @@ impl Seen {
         &self.program
     }
 
-    /// All variables that it sees.
-    pub(super) fn env(&self) -> &BTreeMap<String, String> {
-        &self.env
+    /// All variables that it sees. Of the machine's GPUs it sees `gpus`, if any were
+    /// handed out to it.
+    pub(super) fn env_with(&self, gpus: &[usize]) -> BTreeMap<String, String> {
+        let mut env = self.env.clone();
+        if !gpus.is_empty() {
+            let numbers: Vec<String> = gpus.iter().map(usize::to_string).collect();
+            env.insert("CUDA_VISIBLE_DEVICES".to_owned(), numbers.join(","));
+        }
+        env
     }
 
     /// Names everything that the result depends on. The timeout is not among it,
@@ -257,15 +263,10 @@ pub fn carry_out(
         std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
     }
     lay_out(command, tools.project, &work)?;
-    let mut env = seen.env.clone();
-    if !gpus.is_empty() {
-        let numbers: Vec<String> = gpus.iter().map(usize::to_string).collect();
-        env.insert("CUDA_VISIBLE_DEVICES".to_owned(), numbers.join(","));
-    }
     let ended = tools.processes.run(&Request {
         file: seen.program.clone(),
         argv: command.argv.clone(),
-        env,
+        env: seen.env_with(gpus),
         folder: work.clone(),
         temporary,
         stdout: folder("stdout"),

@@ -1,7 +1,8 @@
 //! The external arm: a program is asked for tensors and writes them to a file.
 //!
-//! It starts in a folder of its own, where `request.json` says what is wanted and
-//! its listed inputs stand as links; what it is to leave is `tensors.safetensors`.
+//! It starts in a folder of its own, where `request.json` says what is wanted,
+//! `inputs.safetensors` holds what a single op reads and its listed inputs stand as
+//! links; what it is to leave is `tensors.safetensors`.
 //! It is killed at its timeout, and may not write more than the tensors can need.
 //! It knows programs and files, not arms or stages.
 
@@ -12,10 +13,6 @@ use super::command::{CommandError, Seen, Tools, lay_out, take_log};
 use super::{Attempt, Request, Status};
 use crate::op::External;
 
-/// The request's file.
-const REQUEST: &str = "request.json";
-/// What the program leaves.
-const TENSORS: &str = "tensors.safetensors";
 /// Characters of a program's last words.
 const LAST_WORDS: usize = 400;
 
@@ -26,7 +23,7 @@ pub enum ExternalError {
     #[error(transparent)]
     Command(#[from] CommandError),
     /// It ended badly.
-    #[error("it ended with status {status}{said}")]
+    #[error("it ended with status {status}{said}; correct the program, nothing of this was kept")]
     Status {
         /// Its exit status.
         status: i32,
@@ -35,11 +32,17 @@ pub enum ExternalError {
     },
     /// It wrote more than it may.
     #[error(
-        "it wrote more than {0} bytes to a file, beyond what the tensors can need, and was stopped"
+        "it wrote more than {0} bytes to a file, beyond what the tensors can need, and was \
+         stopped; write the sites of `{name}` alone",
+        name = External::REQUEST
     )]
     TooLarge(u64),
     /// It ended well without a result.
-    #[error("it ended with status 0 and left no `{TENSORS}`{0}")]
+    #[error(
+        "it ended with status 0 and left no `{name}`{0}; it must be a file, in the folder where \
+         the program starts",
+        name = External::TENSORS
+    )]
     Nothing(String),
 }
 
@@ -59,6 +62,18 @@ pub struct Left {
     pub stderr: Option<String>,
 }
 
+/// What a program is asked.
+pub struct Asked<'a> {
+    /// What is wanted.
+    pub request: &'a serde_json::Value,
+    /// The file of what the op reads, where it is a single one.
+    pub inputs: Option<&'a [u8]>,
+    /// The GPUs that were handed out to it.
+    pub gpus: &'a [usize],
+    /// The most bytes that a file of its may have.
+    pub largest: u64,
+}
+
 /// Asks a program, again if it fails, as often as it may.
 ///
 /// # Errors
@@ -66,14 +81,13 @@ pub struct Left {
 pub fn ask(
     external: &External,
     seen: &Seen,
-    request: &serde_json::Value,
-    largest: u64,
+    asked: &Asked<'_>,
     tools: &Tools<'_>,
 ) -> Result<Left, ExternalError> {
     let mut earlier = None;
     let mut tries = 1;
     loop {
-        match once(external, seen, request, largest, tools) {
+        match once(external, seen, asked, tools) {
             Ok(left) => return Ok(Left { tries, earlier, ..left }),
             Err(error @ ExternalError::Command(CommandError::Stopped)) => return Err(error),
             Err(error) if tries > external.retries => return Err(error),
@@ -88,8 +102,7 @@ pub fn ask(
 fn once(
     external: &External,
     seen: &Seen,
-    request: &serde_json::Value,
-    largest: u64,
+    asked: &Asked<'_>,
     tools: &Tools<'_>,
 ) -> Result<Left, ExternalError> {
     let attempt = tools.attempts.attempt().map_err(|source| CommandError::Io {
@@ -103,22 +116,27 @@ fn once(
         std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
     }
     lay_out(&external.program, tools.project, &work)?;
-    let text = serde_json::to_vec_pretty(request).unwrap_or_default();
-    let path = work.join(REQUEST);
-    std::fs::write(&path, text).map_err(|source| io("write", &path, source))?;
+    let text = serde_json::to_vec_pretty(asked.request).unwrap_or_default();
+    for (name, bytes) in
+        [(External::REQUEST, Some(text.as_slice())), (External::INPUTS, asked.inputs)]
+    {
+        let Some(bytes) = bytes else { continue };
+        let path = work.join(name);
+        std::fs::write(&path, bytes).map_err(|source| io("write", &path, source))?;
+    }
     let timeout = external.program.timeout.unwrap_or(External::DEFAULT_TIMEOUT);
     let ended = tools
         .processes
         .run(&Request {
             file: seen.program().to_owned(),
             argv: external.program.argv.clone(),
-            env: seen.env().clone(),
+            env: seen.env_with(asked.gpus),
             folder: work.clone(),
             temporary,
             stdout: folder("stdout"),
             stderr: folder("stderr"),
             timeout: Some(Duration::from_secs(timeout)),
-            largest_file: Some(largest),
+            largest_file: Some(asked.largest),
         })
         .map_err(CommandError::from)?;
     let said = || {
@@ -128,15 +146,15 @@ fn once(
     match ended.status {
         Status::Exited(0) => {}
         // What a shell says of a child that SIGXFSZ ended.
-        Status::Exited(153) => return Err(ExternalError::TooLarge(largest)),
+        Status::Exited(153) => return Err(ExternalError::TooLarge(asked.largest)),
         Status::Exited(status) => return Err(ExternalError::Status { status, said: said() }),
         Status::TimedOut => return Err(CommandError::TimedOut(timeout).into()),
         Status::Stopped => return Err(CommandError::Stopped.into()),
         // SIGXFSZ: the limit on a file's size.
-        Status::Killed(25) => return Err(ExternalError::TooLarge(largest)),
+        Status::Killed(25) => return Err(ExternalError::TooLarge(asked.largest)),
         Status::Killed(signal) => return Err(CommandError::Killed { signal, hint: "" }.into()),
     }
-    let tensors = work.join(TENSORS);
+    let tensors = work.join(External::TENSORS);
     // A link could lead to a file that somebody else still writes.
     if !std::fs::symlink_metadata(&tensors).is_ok_and(|facts| facts.is_file()) {
         return Err(ExternalError::Nothing(said()));

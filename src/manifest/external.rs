@@ -4,10 +4,18 @@ use super::command::{check_variables, read_argv, read_paths};
 use super::fields::Fields;
 use super::inputs::read_names;
 use super::problem::{Findings, Problem};
-use crate::op::{Command, Engine, External};
+use crate::op::{Command, Engine, External, Op};
+
+/// Files that the runner puts where the program starts, or looks for there.
+const OWN_FILES: [&str; 3] = [External::REQUEST, External::INPUTS, External::TENSORS];
 
 /// The most that a program is started again.
 const MOST_RETRIES: u32 = 10;
+
+/// Whether a program can be asked for what an op makes: an op over a model's tensors.
+pub(super) fn can_make(op: &Op) -> bool {
+    op.reads_model()
+}
 
 /// Reads and checks the table, if there is one.
 pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<External> {
@@ -23,6 +31,17 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<E
     let emulate = table.choice("emulate", &Engine::ALL, findings);
     table.finish(findings);
     let (env, set) = check_variables(env, set, findings)?;
+    let inputs = inputs?;
+    // What the runner puts there would be written through the link to the user's file.
+    for path in inputs.iter().filter(|path| OWN_FILES.contains(&&*path.value)) {
+        findings.push(
+            Problem::new(
+                format!("the input `{}` has a name of the runner's own", path.value),
+                "give your file another name: the program finds the request and its tensors there",
+            )
+            .at_if(path.at.as_ref(), "this input"),
+        );
+    }
     let mut refuse = |key: &str, help: String, at: &Option<super::problem::At>| {
         findings.push(
             Problem::new(format!("`{key}` is out of range"), help)
@@ -37,7 +56,7 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<E
         refuse("retries", format!("write at most {MOST_RETRIES}"), &retries.at);
         return None;
     }
-    let mut inputs: Vec<String> = inputs?.into_iter().map(|path| path.value).collect();
+    let mut inputs: Vec<String> = inputs.into_iter().map(|path| path.value).collect();
     inputs.sort();
     let program = Command {
         argv: argv?,

@@ -359,34 +359,46 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
     Some(files)
 }
 
+/// What a stage has unless it says otherwise.
+#[derive(Default)]
+struct Defaults {
+    settings: RawSettings,
+    recorded: Option<Recorded>,
+    external: Option<External>,
+}
+
 /// `pipeline.toml`'s settings, the folder of contracts, and profiles.
 fn read_defaults(
     folder: &Path,
     files: &[PathBuf],
     findings: &mut Findings,
-) -> (RawSettings, PathBuf, BTreeMap<String, Profile>) {
+) -> (Defaults, PathBuf, BTreeMap<String, Profile>) {
     let beside = match (folder.file_name(), folder.parent()) {
         (Some(_), Some(parent)) => parent.join("contracts"),
         _ => folder.join("..").join("contracts"),
     };
     let path = folder.join(DEFAULTS);
     if !files.contains(&path) {
-        return (RawSettings::default(), beside, BTreeMap::new());
+        return (Defaults::default(), beside, BTreeMap::new());
     }
     let Some(text) = fields::read_text(&path, findings) else {
-        return (RawSettings::default(), beside, BTreeMap::new());
+        return (Defaults::default(), beside, BTreeMap::new());
     };
     let source = findings.add_source(path, text.clone());
     let (table, sound) = fields::parse(&text, source, findings);
     if !sound {
-        return (RawSettings::default(), beside, BTreeMap::new());
+        return (Defaults::default(), beside, BTreeMap::new());
     }
     let mut table = Fields::of_file(table, source, "`pipeline.toml`");
     let settings = RawSettings::read(&mut table, folder, findings);
+    let recorded = table.table("recorded", findings);
+    let recorded = recorded.and_then(|table| inputs::read_recorded(table, folder, None, findings));
+    let external = external::read(&mut table, findings);
+    let defaults = Defaults { settings, recorded, external };
     let contracts = table.take::<String>("contracts", findings);
     let profiles = profile::read(&mut table, findings);
     table.finish(findings);
-    (settings, contracts.map_or(beside, |written| folder.join(written.value)), profiles)
+    (defaults, contracts.map_or(beside, |written| folder.join(written.value)), profiles)
 }
 
 /// The stages, and what files that could not be parsed may be called.
@@ -490,23 +502,33 @@ fn read_file<T>(
 /// The stage as it is used, from its own settings, the folder's and the command line's.
 fn finish_stage(
     raw: RawStage,
-    defaults: &RawSettings,
+    defaults: &Defaults,
     typed: &RawSettings,
     findings: &mut Findings,
 ) -> Option<Stage> {
     let named = raw.settings.names_arms() || typed.names_arms();
-    let settings = typed.clone().or(&raw.settings.or(defaults)).check(findings);
+    let settings = typed.clone().or(&raw.settings.or(&defaults.settings)).check(findings);
     let mut op = raw.op?.op;
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
     needs.extend(op.input_refs().into_iter().map(|input| input.stage.clone()));
     let settings = settings?;
     op.seed_with(settings.seed);
-    let foreign = [
-        raw.recorded.is_some().then_some(Arm::Recorded),
-        raw.external.is_some().then_some(Arm::External),
-    ];
-    let arms = arms_of(&op, settings.arms, named, &foreign);
     let computes = !matches!(op, Op::Compare { .. } | Op::Command(_));
+    let askable = external::can_make(&op);
+    if raw.external.is_some() && !askable {
+        let problem = Problem::new(
+            format!("`[external]` has no use beside this `[{}]`", op.name()),
+            "a program is asked for what a model's tensors make; record what else it makes",
+        );
+        let problem = problem.in_path(findings.path(raw.source));
+        findings.push(problem);
+    }
+    // A stage's own table stands in place of the folder's, as a whole.
+    let recorded = raw.recorded.or_else(|| defaults.recorded.clone().filter(|_| computes));
+    let external = raw.external.or_else(|| defaults.external.clone().filter(|_| askable));
+    let foreign =
+        [recorded.is_some().then_some(Arm::Recorded), external.is_some().then_some(Arm::External)];
+    let arms = arms_of(&op, settings.arms, named, &foreign);
     for (arm, table) in [(Arm::Recorded, "recorded"), (Arm::External, "external")] {
         if computes && arms.contains(&arm) && !foreign.contains(&Some(arm)) {
             let problem = Problem::new(
@@ -516,14 +538,6 @@ fn finish_stage(
             let problem = problem.in_path(findings.path(raw.source));
             findings.push(problem);
         }
-    }
-    if raw.external.is_some() && !matches!(op, Op::Forward { .. }) {
-        let problem = Problem::new(
-            "`[external]` goes with `[forward]` alone",
-            "a program is asked for the sites of a forward pass; record what else it makes",
-        );
-        let problem = problem.in_path(findings.path(raw.source));
-        findings.push(problem);
     }
     Some(Stage {
         id: raw.id?.value,
@@ -539,8 +553,8 @@ fn finish_stage(
         recipe: settings.recipe,
         resources: settings.resources,
         op,
-        recorded: raw.recorded,
-        external: raw.external,
+        recorded,
+        external,
         family: raw.family,
     })
 }

@@ -59,6 +59,16 @@ pub enum RopeLayout {
     Halves,
 }
 
+impl RopeLayout {
+    /// The name that requests to programs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            RopeLayout::Interleaved => "interleaved",
+            RopeLayout::Halves => "halves",
+        }
+    }
+}
+
 /// Rotary position embedding: the angle of pair `i` at position `p` is
 /// `p / linear_scale * theta^(-2i / dimensions) / factors[i]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,6 +123,25 @@ pub(super) struct Expected {
 }
 
 impl Config {
+    /// What the ops of a forward pass need besides tensors, for other programs.
+    pub fn parameters(&self) -> serde_json::Value {
+        let Rope { theta, layout, dimensions, factors, linear_scale } = &self.rope;
+        serde_json::json!({
+            "architecture": self.architecture.name(),
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope": {
+                "theta": theta,
+                "layout": layout.name(),
+                "dimensions": dimensions,
+                "factors": factors,
+                "linear_scale": linear_scale,
+            },
+        })
+    }
+
     /// The tensors that stand outside the blocks.
     pub(super) fn expected_globals(&self) -> Vec<Expected> {
         vec![

@@ -1,8 +1,8 @@
 //! NumPy's `.npy`, and `.npz`, which is a zip archive of them.
 //!
 //! Format: NumPy Enhancement Proposal 1. Only little-endian C order is read;
-//! another order is refused, not converted. Archives of `numpy.savez` are read,
-//! compressed ones are not.
+//! another order is refused, not converted. Archives of `numpy.savez` and of
+//! `numpy.savez_compressed` are read.
 
 use std::io::{Cursor, Read};
 use std::ops::Range;
@@ -52,7 +52,11 @@ fn parse_header(header: &str) -> Result<(Element, Vec<usize>), String> {
         "|u1" | "|i1" | "|V1" => Element::Words(1),
         "<u2" | "<i2" | "|V2" | "<V2" => Element::Words(2),
         "<u4" | "<i4" => Element::Words(4),
-        other => return Err(format!("its type `{other}` is not little-endian numbers")),
+        other => {
+            return Err(format!(
+                "its type `{other}` is not little-endian numbers; save it as `<f4`, `<f2` or `<f8`"
+            ));
+        }
     };
     if !value("fortran_order")?.starts_with("False") {
         return Err("it is in Fortran order; save it with numpy.ascontiguousarray".to_owned());
@@ -70,7 +74,7 @@ pub(super) fn archive_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
     let mut entries = Vec::new();
     for index in 0..archive.len() {
         let mut member = archive.by_index(index).map_err(|error| {
-            format!("{error}; save it with numpy.savez, which does not compress")
+            format!("{error}; save it with numpy.savez or numpy.savez_compressed")
         })?;
         let name = member.name().map_err(|error| error.to_string())?;
         let Some(name) = name.strip_suffix(".npy").map(str::to_owned) else { continue };

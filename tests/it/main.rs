@@ -12,6 +12,7 @@ mod manifest;
 mod model;
 mod nightly;
 mod peers;
+mod readers;
 mod receipts;
 mod recorded;
 mod records;

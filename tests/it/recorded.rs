@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::command::Project;
-use crate::single::{project, short, tensors};
+use crate::single::{claim, project, short, stage, tensors};
 
 /// The example as it ships, beside a link to the captures.
 fn captures() -> Option<Project> {
@@ -74,38 +74,18 @@ fn a_wrong_scale_or_operand_of_a_capture_is_structural() {
     project.run().expect(1, "no schedule of");
 }
 
-const LOGITS: &str = r#"
-id       = "R"
-title    = "recorded logits"
-contract = "logits"
-[forward]
-[recorded]
-file  = "../r.safetensors"
-names = { "logits" = "lm_head" }
-"#;
-
-const CONTRACT: &str = r#"
-name    = "logits"
-version = "1.0.0"
-[[equation]]
-id      = "same"
-formula = "recorded = reference"
-why     = "the same model"
-[[falsifier]]
-id         = "R-1"
-equation   = "same"
-prediction = "close"
-compare    = ["recorded", "reference"]
-metric     = "nmse"
-max        = 1e-6
-if_fails   = "structural"
-why        = "f32 rounding"
-"#;
+/// A forward pass over one model, recorded elsewhere.
+fn with_recording(lines: &str) -> Project {
+    project()
+        .file("stages/r.toml", &stage("R", "claim", lines))
+        .file("contracts/claim.toml", &claim("recorded", "reference", "nmse", "1e-6"))
+}
 
 #[test]
 fn recordings_that_are_wrong_are_unmeasured_and_say_what_is_there() {
-    let project =
-        project().file("stages/r.toml", short(LOGITS)).file("contracts/logits.toml", CONTRACT);
+    let project = with_recording(
+        "[forward]\n[recorded]\nfile = \"../r.safetensors\"\nnames = { \"logits\" = \"lm_head\" }\n",
+    );
     project.run().expect(3, "cannot read");
     fs::write(project.path("r.safetensors"), b"half a file").expect("written");
     project.run().expect(3, "r.safetensors` cannot be read");
@@ -116,34 +96,42 @@ fn recordings_that_are_wrong_are_unmeasured_and_say_what_is_there() {
     tensors(&project, "r.safetensors", &[("lm_head", [4, 2048], vec![f32::NAN; 8192])]);
     project.run().expect(3, "NaN");
     tensors(&project, "r.safetensors", &[("lm_head", [4, 2048], vec![0.5; 8192])]);
-    project.run().expect(1, "R-1 at logits: nmse of recorded against reference");
+    project.run().expect(1, "C-1 at logits: nmse of recorded against reference");
 }
 
 #[test]
 fn exported_tensors_come_back_as_a_recording_by_pattern() {
-    let every = r#"
-id       = "B"
-title    = "all sites"
-contract = "logits"
-arms     = ["reference", "emulated", "recorded"]
-[forward]
-capture = "every-site"
-[recorded]
-file = "../r.safetensors"
-[recorded.names]
-"blk.*.q" = "blk.*.q"
-"#;
-    let plain = every.split("[recorded]").next().expect("a part").replace(", \"recorded\"", "");
-    let project = project()
-        .file(
-            "contracts/logits.toml",
-            &CONTRACT.replace("recorded", "emulated").replace("1e-6", "0.5"),
-        )
-        .file("stages/b.toml", &plain);
+    let every = "[forward]\ncapture = \"every-site\"\n";
+    let project = with_recording(every)
+        .file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
     project.run().expect(0, "run: pass");
     let out = project.path("r.safetensors").display().to_string();
-    project.runner(&["export", "latest", "B", "reference", &out]).expect(0, "");
-    project.write("stages/b.toml", short(every));
-    project.write("contracts/logits.toml", CONTRACT);
+    project.runner(&["export", "latest", "R", "reference", &out]).expect(0, "");
+    let recorded = "[recorded]\nfile = \"../r.safetensors\"\n[recorded.names]\n\
+                    \"blk.*.q\" = \"blk.*.q\"\n";
+    project.write("stages/r.toml", &stage("R", "claim", &format!("{every}{recorded}")));
+    project.write("contracts/claim.toml", &claim("recorded", "reference", "nmse", "1e-6"));
     project.run().expect(0, "run: pass");
+}
+
+#[test]
+fn what_pipeline_toml_says_of_recordings_holds_for_every_stage_without_its_own() {
+    let project = with_recording("[embed]\n")
+        .file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
+    project.run().expect(0, "run: pass");
+    let out = project.path("r.safetensors").display().to_string();
+    project.runner(&["export", "latest", "R", "reference", &out]).expect(0, "");
+    let defaults = project.read("stages/pipeline.toml");
+    let recorded = "[recorded]\nfile = \"../r.safetensors\"\n";
+    // The arms that a folder names are all that its stages have.
+    let defaults = defaults.replace("arms", "# arms") + recorded;
+    project.write("stages/pipeline.toml", &defaults);
+    project.write("contracts/claim.toml", &claim("recorded", "reference", "bit_mismatches", "0"));
+    project.run().expect(0, "run: pass");
+    let own = "[embed]\n[recorded]\nfile = \"../other.safetensors\"\n";
+    project.write("stages/r.toml", &stage("R", "claim", own));
+    project.run().expect(3, "other.safetensors");
+    let ambiguous = defaults + "tensor = \"x\"\n";
+    project.write("stages/pipeline.toml", &ambiguous);
+    project.runner(&["check", "stages"]).expect(2, "`tensor` names one tensor");
 }

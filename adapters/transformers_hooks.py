@@ -1,0 +1,159 @@
+"""Every site of a model as PyTorch computes it, for the runner's external arm.
+
+Loads the model with transformers, hooks its modules, runs the prompt once and writes
+`tensors.safetensors`: a tensor for each site of `request.json`, f32 [tokens, width].
+
+    pip install torch "transformers>=4.56" accelerate gguf
+
+The model is a GGUF file, which transformers dequantises, or a Hugging Face folder. The
+options stand in the manifest's `argv`, so that they are part of the result's key: a device
+that was found by itself would not be.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+try:
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+except ImportError as error:
+    sys.exit(f'{error}: pip install torch "transformers>=4.56" accelerate gguf')
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main():
+    options = read_options()
+    with open("request.json") as file:
+        request = json.load(file)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch sees no GPU here; list what it needs in `env`, or use cpu")
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    model = load(request["model"], options)
+    hooks = Hooks(model, set(request["sites"]), request["parameters"]["rope"]["layout"])
+    tokens = torch.tensor([request["tokens"]], device=options.device)
+    with torch.inference_mode():
+        model(input_ids=tokens, use_cache=False)
+    save_file(hooks.tensors(request["sites"]), "tensors.safetensors")
+    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}, {name_of(options.device)}, {options.dtype}, {options.attention}")
+
+
+def read_options():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"])
+    parser.add_argument("--tf32", action="store_true", help="f32 products on tensor cores")
+    return parser.parse_args()
+
+
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def load(path, options):
+    """The model of a GGUF file or of a Hugging Face folder; nothing is fetched."""
+    place, gguf = (path, {}) if os.path.isdir(path) else (
+        os.path.dirname(path),
+        {"gguf_file": os.path.basename(path)},
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        place,
+        dtype=DTYPES[options.dtype],
+        attn_implementation=options.attention,
+        local_files_only=True,
+        **gguf,
+    )
+    return model.to(options.device).eval()
+
+
+class Hooks:
+    """Keeps what the modules of a llama, qwen2 or qwen3 read and write, by the site's name."""
+
+    def __init__(self, model, wanted, layout):
+        self.kept = {}
+        self.wanted = wanted
+        # transformers rotates the halves of a head, and permutes the queries and keys of a
+        # llama's GGUF to fit; the runner keeps the file's order, in which neighbours turn.
+        self.interleaved = layout == "interleaved"
+        self.head_dim = model.model.layers[0].self_attn.head_dim
+        self.layer = None
+        self.output_of(model.model.embed_tokens, "embed")
+        for number, layer in enumerate(model.model.layers):
+            self.hook_layer(layer, f"blk.{number}")
+        self.output_of(model.model.norm, "output_norm")
+        self.output_of(model.lm_head, "logits")
+        self.hook_rope(model.model.layers[0].self_attn)
+
+    def hook_layer(self, layer, block):
+        attention, mlp = layer.self_attn, layer.mlp
+        # The rotation is a function, not a module: it is called within this layer's attention.
+        attention.register_forward_pre_hook(lambda *_: setattr(self, "layer", block))
+        self.output_of(layer.input_layernorm, f"{block}.attn_norm")
+        self.output_of(attention.q_proj, f"{block}.q", self.in_file_order)
+        self.output_of(attention.k_proj, f"{block}.k", self.in_file_order)
+        self.output_of(attention.v_proj, f"{block}.v")
+        for name in ["q_norm", "k_norm"]:
+            if hasattr(attention, name):
+                self.output_of(getattr(attention, name), f"{block}.{name}", self.in_file_order)
+        self.input_of(attention.o_proj, f"{block}.attn")
+        self.output_of(attention.o_proj, f"{block}.attn_out")
+        self.input_of(layer.post_attention_layernorm, f"{block}.attn_residual")
+        self.output_of(layer.post_attention_layernorm, f"{block}.ffn_norm")
+        self.output_of(mlp.gate_proj, f"{block}.ffn_gate")
+        self.output_of(mlp.up_proj, f"{block}.ffn_up")
+        self.input_of(mlp.down_proj, f"{block}.ffn_swiglu")
+        self.output_of(mlp.down_proj, f"{block}.ffn_down")
+        self.output_of(layer, f"{block}.ffn_residual")
+
+    def hook_rope(self, attention):
+        """The attention looks its rotation up in its module at every call."""
+        module = sys.modules[type(attention).__module__]
+        rotate = getattr(module, "apply_rotary_pos_emb", None)
+        if rotate is None:
+            return
+
+        def recorded(*arguments, **named):
+            q, k = rotate(*arguments, **named)
+            for name, heads in [("q_rope", q), ("k_rope", k)]:
+                # [batch, heads, tokens, head_dim], and a row of ours holds all its heads.
+                self.keep(f"{self.layer}.{name}", self.in_file_order(heads.transpose(1, 2)))
+            return q, k
+
+        module.apply_rotary_pos_emb = recorded
+
+    def output_of(self, module, site, order=lambda tensor: tensor):
+        def hook(_, __, output):
+            self.keep(site, order(output[0] if isinstance(output, tuple) else output))
+
+        module.register_forward_hook(hook)
+
+    def input_of(self, module, site):
+        module.register_forward_pre_hook(lambda _, inputs: self.keep(site, inputs[0]))
+
+    def in_file_order(self, tensor):
+        """Heads whose halves turn against each other as heads whose neighbours do."""
+        if not self.interleaved:
+            return tensor
+        halves = tensor.reshape(1, tensor.shape[1], -1, 2, self.head_dim // 2)
+        return halves.transpose(-1, -2)
+
+    def keep(self, site, tensor):
+        if site in self.wanted:
+            rows = tensor.shape[1]
+            # A copy: the model may go on to write where it stands.
+            self.kept[site] = tensor.detach().float().cpu().reshape(rows, -1).clone()
+
+    def tensors(self, sites):
+        missing = [site for site in sites if site not in self.kept]
+        if missing:
+            shown = ", ".join(missing[:5])
+            sys.exit(f"this model's modules do not make {len(missing)} of the sites: {shown}")
+        return {site: self.kept[site].contiguous() for site in sites}
+
+
+main()

@@ -1,0 +1,1 @@
+../../adapters/torch_ops.py

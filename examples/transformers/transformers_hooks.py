@@ -1,0 +1,1 @@
+../../adapters/transformers_hooks.py

@@ -1,0 +1,85 @@
+"""Runs every folder of examples/ with the real engines and holds each verdict to what is
+written here. A folder that is not written here fails.
+
+Usage: examples.py RUNNER SHARED [--torch], with `python3` in PATH as the examples shall find
+it; SHARED is the folder beside the repository that holds the captures of an H200. Without
+`--torch` this Python has no PyTorch, and the examples that need it must say so.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+RUNNER, SHARED = (pathlib.Path(path).resolve() for path in sys.argv[1:3])
+TORCH = sys.argv[3:] == ["--torch"]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Each example's exit status, and of each of its stages or families the verdict and words
+# of the reason.
+EXPECTED = {
+    "single-ops": (0, {"attention": ("pass", ""), "down": ("pass", ""), "rope": ("pass", "")}),
+    "golden-output": (0, {"F": ("pass", "status 0; wrote text.txt")}),
+    "h200-captures": (
+        0,
+        {
+            "fp8": ("pass", "recorded = emulated, 0 of "),
+            "fp8-unit": ("pass", "recorded = emulated, 0 of "),
+            "half": ("pass", "recorded = emulated, 0 of "),
+            "mixed": ("pass", "recorded = emulated, 0 of "),
+            "mixed-unit": ("pass", "recorded = emulated, 0 of "),
+        },
+    ),
+    "llama-cpp": (
+        0,
+        {
+            "L": ("pass", "the engine's activations are quantised to 8 bits: that must cost"),
+            "S": ("pass", "the engine's activations are quantised to 8 bits: that must cost"),
+        },
+    ),
+}
+# What PyTorch's examples come to with it, and without it.
+KERNELS = ["attention", "embed", "matmul", "rms-norm", "rope", "swiglu"]
+PYTORCH = (0, ("pass", "")) if TORCH else (4, ("error", "No module named 'torch': pip install"))
+EXPECTED["pytorch-ops"] = (PYTORCH[0], dict.fromkeys(KERNELS, PYTORCH[1]))
+EXPECTED["transformers"] = (PYTORCH[0], {"T": PYTORCH[1]})
+FITS = "is taken into account: the difference fits"
+
+
+def main():
+    folders = {path.name for path in (ROOT / "examples").iterdir() if path.is_dir()}
+    assert folders == set(EXPECTED), f"not expected, or not there: {folders ^ set(EXPECTED)}"
+    with tempfile.TemporaryDirectory() as work:
+        work = pathlib.Path(work)
+        # The captures lie beside an example's stages, so a copy of it is run.
+        shutil.copytree(ROOT / "examples", work / "examples", symlinks=True)
+        for name in ["contracts", "adapters", "models"]:
+            (work / name).symlink_to(ROOT / name)
+        captures = SHARED / "h200/gemm-captures.safetensors"
+        (work / "examples/h200-captures/captures.safetensors").symlink_to(captures)
+        for name, (status, stages) in EXPECTED.items():
+            check(work, name, status, stages)
+    print(f"{len(EXPECTED)} examples have their verdicts")
+
+
+def check(work, name, status, stages):
+    command = [RUNNER, "run", f"examples/{name}/stages", "--runs", "runs", "--format", "json"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert done.returncode == status, f"{name}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    run = json.loads(done.stdout)
+    seen = {}
+    for stage in run["stages"]:
+        seen.setdefault(stage.get("family") or stage["id"], []).append(stage)
+    assert set(seen) == set(stages), f"{name}: stages {sorted(seen)}"
+    for stage, (verdict, words) in stages.items():
+        for member in seen[stage]:
+            why = member.get("why") or ""
+            assert member["verdict"] == verdict and words in why, f"{name}: {member['id']}: {why}"
+    if name == "llama-cpp":
+        assert all(FITS in stage["why"] for stage in run["stages"]), run["stages"]
+    print(f"{name}: {', '.join(f'{stage} {verdict}' for stage, (verdict, _) in stages.items())}")
+
+
+main()
