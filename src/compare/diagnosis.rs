@@ -285,7 +285,7 @@ pub fn not_deterministic(measure: &Measure) -> Option<Diagnosis> {
 
 /// How far a batch may move the logits, over what drawn roundings predict: as the
 /// contract reproducer.
-const MOST_OF_BATCH: f64 = 3.0;
+const MOST_OF_BATCH: f64 = 1.5;
 
 /// An arm whose logits depend on what stands beside the prompt.
 pub fn batch_dependent(measure: &Measure) -> Option<Diagnosis> {
