@@ -7,13 +7,13 @@
 //! errors of the recipe's sizes at the recipe's places, shared between columns and
 //! tokens as they are in the arm, but not the arm's. What follows the operands
 //! (accumulation, output rounding, the f32 roundings of the other ops) is drawn by
-//! its deviation. The signs are named by the values that they belong to, so the
+//! its deviation. The signs are named by the values or the weight that they belong to, so the
 //! draw is a function of the recipe, the model and the prompt. It does not know
 //! what an arm made.
 
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::Codes;
-use super::floor::{Floor, roundings};
+use super::floor::{Floor, rounding_errors};
 use super::reference::{Reference, Widened, dot_rows};
 use super::{AttentionShape, ComputeError, Ops, check_matmul};
 use crate::model::{Rope, Weight};
@@ -56,9 +56,17 @@ fn stream_of(number: u64, values: &[f32]) -> Random {
 }
 
 /// An operand, each value off by its rounding error with a sign of its own.
-fn redrawn(number: u64, values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
-    let drawn = roundings(values, codes, scales).zip(stream_of(number, values).signs());
-    drawn.map(|((value, error), sign)| value + sign * error).collect()
+fn redrawn(mut stream: Random, values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
+    let mut drawn = rounding_errors(values, codes, scales);
+    for (errors, values) in drawn.chunks_mut(64).zip(values.chunks(64)) {
+        let mut signs = stream.bits();
+        for (error, value) in errors.iter_mut().zip(values) {
+            let sign = ((signs & 1) as u32) << 31;
+            *error = value + f32::from_bits(error.to_bits() ^ sign);
+            signs >>= 1;
+        }
+    }
+    drawn
 }
 
 fn energies(rows: &[f32], width: usize) -> Vec<f64> {
@@ -86,15 +94,22 @@ impl Ops for Drawn {
         let width = x.width();
         let emulated = self.floor.emulated();
         let (codes, scales) = emulated.quantise_activation(x);
-        let x = redrawn(self.number, x.data(), &codes, &scales);
+        let x = redrawn(stream_of(self.number, x.data()), x.data(), &codes, &scales);
         let x_energies = energies(&x, width);
         let x = Widened::of(&x, width);
         let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
-            let w = redrawn(self.number, rows, codes, &scales);
+            // A weight is large, and its name says as much as its values.
+            let parts: [&[u8]; 3] = [
+                &self.number.to_le_bytes(),
+                &(first as u64).to_le_bytes(),
+                weight.name().as_bytes(),
+            ];
+            let mut stream = Random::named("runner 2026 drawn roundings of weights v1", &parts);
+            let w = redrawn(stream, rows, codes, &scales);
             let w_energies = energies(&w, width);
             let dots = dot_rows(&x, &Widened::of(&w, width));
             let mut y: Vec<f32> = Vec::with_capacity(dots.len());
-            let signs = stream_of(self.number, &w[..width]).signs();
+            let signs = Random::at(!stream.bits()).signs();
             let each = x_energies.iter().flat_map(|x| w_energies.iter().map(move |w| x * w));
             for (index, ((&dot, energies), sign)) in dots.iter().zip(each).zip(signs).enumerate() {
                 // sum (x w)^2, as if it did not matter which x meets which w.

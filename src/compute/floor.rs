@@ -16,7 +16,7 @@ use super::departure::scale_at;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
-use super::emulated::quantize::Codes;
+use super::emulated::quantize::{Codes, CodesRow};
 use super::reference::{Reference, Widened, dot_rows};
 use super::rope;
 use super::vector::{Kernel, dispatch};
@@ -142,35 +142,47 @@ fn rounded(value: f64) -> f64 {
     (value * F32_UNIT).powi(2) / 3.0
 }
 
-/// Each value of an operand with its rounding error, row-major.
-pub(super) fn roundings<'a>(
-    values: &'a [f32],
-    codes: &'a Codes,
-    scales: &'a Scales,
-) -> impl Iterator<Item = (f32, f32)> + 'a {
-    let format = codes.format();
-    let width = codes.width();
+/// The rounding error of each value of an operand, row-major.
+pub(super) fn rounding_errors(values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
+    /// Columns that share a scale, at least.
+    const SPAN: usize = 128;
+    let (format, width) = (codes.format(), codes.width());
     let table: Vec<f32> = match format.bytes() {
         1 => (0..256).map(|code| format.decode(code)).collect(),
         _ => Vec::new(),
     };
-    let decode =
-        move |code: u32| table.get(code as usize).copied().unwrap_or_else(|| format.decode(code));
-    let decode = std::rc::Rc::new(decode);
-    values.chunks_exact(width).enumerate().flat_map(move |(row, values)| {
-        let decode = std::rc::Rc::clone(&decode);
-        let pairs = values.iter().zip(codes.row(row).iter()).enumerate();
-        pairs.map(move |(column, (&value, code))| {
-            (value, decode(code) * scale_at(scales, width, row, column) - value)
-        })
-    })
+    let mut errors = vec![0.0; values.len()];
+    let rows = values.chunks_exact(width).zip(errors.chunks_exact_mut(width));
+    for (row, (values, errors)) in rows.enumerate() {
+        let spans = values.chunks(SPAN).zip(errors.chunks_mut(SPAN));
+        for (span, (values, errors)) in spans.enumerate() {
+            let first = span * SPAN;
+            let scale = scale_at(scales, width, row, first);
+            let pairs = errors.iter_mut().zip(values);
+            let range = first..first + values.len();
+            match codes.row(row) {
+                CodesRow::Bits8(codes) => pairs
+                    .zip(&codes[range])
+                    .for_each(|((e, &x), &code)| *e = table[usize::from(code)] * scale - x),
+                CodesRow::Bits16(codes) => pairs
+                    .zip(&codes[range])
+                    .for_each(|((e, &x), &code)| *e = format.decode(u32::from(code)) * scale - x),
+                CodesRow::Bits32(codes) => pairs
+                    .zip(&codes[range])
+                    .for_each(|((e, &x), &code)| *e = format.decode(code) * scale - x),
+            }
+        }
+    }
+    errors
 }
 
 /// An operand's squares, and its rounding errors' squares, row-major.
 ///
 /// f32 is enough: a floor of seven digits is far better than its own model.
 fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32>) {
-    roundings(values, codes, scales).map(|(value, error)| (value * value, error * error)).unzip()
+    let mut errors = rounding_errors(values, codes, scales);
+    errors.iter_mut().for_each(|error| *error *= *error);
+    (values.iter().map(|value| value * value).collect(), errors)
 }
 
 /// All dot products of rows of positive values, `[x rows, w rows]`.

@@ -28,7 +28,7 @@ use crate::executor::{Attempts, Processes, Slots};
 use crate::graph::Graph;
 use crate::manifest::{Overrides, Pipeline, Prompt};
 use crate::model::Model;
-use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
+use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream};
 use crate::plan::{OpenModel, Plan};
 use crate::random::Random;
 use crate::record::StageRecord;
@@ -256,9 +256,15 @@ fn note_places<'s>(stages: &'s [StageRecord], trial: &mut Trial) -> Option<&'s D
     let places: BTreeSet<Site> = placed.map(|diagnosis| diagnosis.site.clone()).collect();
     trial.found = places.into_iter().collect();
     let says_most = |diagnosis: &&&Diagnosis| {
-        let repeats = diagnosis.judge == diagnosis.subject;
+        let of_passes = diagnosis.judge == diagnosis.subject;
+        // What does not repeat itself explains all else; a batch differs for any reason.
+        let rank = match diagnosis.site.0 == LOGITS_IN_BATCH {
+            false if of_passes => 2,
+            false => 1,
+            true => 0,
+        };
         let explained = diagnosis.cause().map_or(0.0, |fit| fit.explained);
-        (repeats, explained > 0.0, (explained * 1e6) as u64)
+        (rank, explained > 0.0, (explained * 1e6) as u64)
     };
     of_role.iter().max_by_key(says_most).copied()
 }
