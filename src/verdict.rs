@@ -385,7 +385,7 @@ fn exactness(judgements: &[Judgement], measures: &[Measure]) -> Option<String> {
     let exact = judgements
         .iter()
         .filter(|j| j.metric == Metric::BitMismatches && j.outcome == Outcome::Held)
-        .filter(|j| j.max == Some(0.0))
+        .filter(|j| j.max == Some(0.0) && matches!(j.compare[1], Stream::Arm(_)))
         .max_by_key(|j| j.compare[0])?;
     let [subject, judge] = exact.compare;
     // Of a stage with many sites a claim may judge one.
