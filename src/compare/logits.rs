@@ -54,7 +54,8 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
         (Metric::UnexplainedFlips, unexplained as f64),
     ];
     metrics.extend(kl_ratio.map(|ratio| (Metric::KlRatio, ratio)));
-    metrics.extend(median(drift_ratios).map(|ratio| (Metric::DriftRatio, ratio)));
+    let distance = |ratio: f64| ratio.ln().abs();
+    metrics.extend(median(drift_ratios, distance).map(|ratio| (Metric::DriftRatio, ratio)));
     metrics
 }
 
@@ -71,13 +72,13 @@ pub fn batch_ratio(batch: &Tensor, alone: &Tensor, drawn: &[Tensor]) -> Option<f
         let largest = largest(&drifts).filter(|largest| *largest > 0.0)?;
         Some(moved / largest)
     };
-    median((0..alone.rows()).filter_map(ratio).collect())
+    median((0..alone.rows()).filter_map(ratio).collect(), |ratio| ratio)
 }
 
-/// The median by distance from 1, on a scale of ratios; of two the nearer one.
-fn median(mut ratios: Vec<f64>) -> Option<f64> {
-    ratios.sort_by(|a, b| a.ln().abs().total_cmp(&b.ln().abs()));
-    ratios.get(ratios.len().checked_sub(1)? / 2).copied()
+/// The median in the order of what `by` makes of the values; of two the smaller one.
+fn median(mut values: Vec<f64>, by: fn(f64) -> f64) -> Option<f64> {
+    values.sort_by(|&a, &b| by(a).total_cmp(&by(b)));
+    values.get(values.len().checked_sub(1)? / 2).copied()
 }
 
 fn largest(values: &[f64]) -> Option<f64> {
@@ -206,6 +207,29 @@ mod tests {
         let b: Vec<f32> = (0..1000).map(|i| (i as f32 * 1.7).sin() * 3.0).collect();
         let (a, b) = (Tensor::new(1000, b.clone()), Tensor::new(1000, b));
         assert!((metric(&distributions(&a, &b, &[]), Metric::KlRatio) - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_drift_is_held_against_drawn_ones_token_by_token() {
+        let logits = |size: f32, phase: f32| {
+            let wave = (0..3000).map(|i| size * (i as f32 * 0.7 + phase).sin());
+            Tensor::new(1000, wave.collect())
+        };
+        let judge = logits(0.0, 0.0);
+        let drawn = [logits(0.1, 1.0), logits(0.2, 2.0)];
+        let ratio =
+            |subject: &Tensor| metric(&distributions(subject, &judge, &drawn), Metric::DriftRatio);
+        assert_eq!(ratio(&logits(0.15, 0.0)), 1.0);
+        assert!((ratio(&logits(0.8, 0.0)) - 4.0).abs() < 0.05);
+        assert!((ratio(&logits(0.02, 0.0)) - 0.2).abs() < 0.01);
+        // One token of three that jumps is not the median.
+        let mut jumped = logits(0.15, 0.0);
+        jumped.row_mut(1).iter_mut().for_each(|value| *value *= 100.0);
+        assert_eq!(ratio(&jumped), 1.0);
+        assert_eq!(batch_ratio(&judge, &judge, &drawn), Some(0.0));
+        let moved = batch_ratio(&logits(1.0, 0.0), &judge, &drawn).expect("drawn passes");
+        assert!(moved > 3.0, "{moved}");
+        assert_eq!(batch_ratio(&judge, &judge, &[]), None);
     }
 
     #[test]

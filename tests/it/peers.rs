@@ -8,6 +8,7 @@ use runner::compute::call::{Call, MadeWeight};
 use runner::compute::departure::{
     Edit, Steps, keep, matmul_rows, only_inner, requantised, scaled, truncated,
 };
+use runner::compute::drawn::Drawn;
 use runner::compute::emulated::arm::Emulated;
 use runner::compute::floor::Floor;
 use runner::dtype::Format;
@@ -37,6 +38,35 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
         (state >> 40) as f32 / (1u64 << 24) as f32
     };
     (0..count).map(|_| (0..12).map(|_| draw()).sum::<f32>() - 6.0).collect()
+}
+
+#[test]
+fn a_drawn_product_is_off_by_its_floor_and_no_two_draws_are_alike() {
+    const K: usize = 1024;
+    let x = Tensor::new(K, normal(64 * K, 3));
+    let made = MadeWeight::new("w".to_owned(), 256, &normal(256 * K, 4));
+    let weight = made.weight().expect("a weight");
+    for gemm in [Format::E4m3, Format::Bf16, Format::F32] {
+        let recipe = Recipe { gemm, ..RECIPE };
+        let floor = Floor::new(&recipe).expect("a recipe");
+        let truth = floor.matmul(&x, weight, None).expect("a product");
+        let sigma = floor.into_sigmas().remove(0);
+        let draw = |number| {
+            let drawn = Drawn::new(&recipe, number).expect("a recipe");
+            drawn.matmul(&x, weight, None).expect("a product")
+        };
+        let streams = (Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference));
+        let predicted = Predicted { floor: Some(&sigma), ..Predicted::default() };
+        let site = Site("blk.0.q".to_owned());
+        for number in 0..2 {
+            let drawn = draw(number);
+            let z = measure(&site, (streams.0, &drawn), (streams.1, &truth), predicted).metrics;
+            let rms = z[&Metric::ZRms];
+            assert!((0.85..1.15).contains(&rms), "{gemm}: {rms}");
+        }
+        assert_eq!(draw(1), draw(1));
+        assert_ne!(draw(1), draw(2), "{gemm}");
+    }
 }
 
 #[test]
