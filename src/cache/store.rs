@@ -13,6 +13,7 @@
 //! verified by their names when they are read, records and lines by a check at
 //! their end, so what a power cut leaves behind is found and computed again.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{File, Permissions, TryLockError};
 use std::io::Write;
@@ -208,7 +209,7 @@ impl Store {
         self.root.join("models")
     }
 
-    /// Where compiled GPU programs are kept.
+    /// Where compiled GPU programs, and what this machine has, are kept.
     pub fn programs(&self) -> PathBuf {
         self.root.join("programs")
     }
@@ -378,7 +379,13 @@ impl Store {
         if let Some(folder) = target.parent() {
             std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))?;
         }
-        copy_whole(&path, target, false)
+        match taker(target) {
+            Some(taker) => taker
+                .and_then(|mut taker| std::io::copy(&mut File::open(&path)?, &mut taker))
+                .map(drop)
+                .map_err(|source| io("write", target, source)),
+            None => copy_whole(&path, &followed(target), false),
+        }
     }
 
     /// Remembers somebody's last action, for [`Store::latest`].
@@ -505,12 +512,32 @@ fn copy_whole(source: &Path, target: &Path, executable: bool) -> Result<(), Cach
     write().map(drop).map_err(|source| io("write", target, source))
 }
 
-/// Writes a file so that it is there whole or not at all, also after a power cut.
+/// Writes a file so that it is there whole or not at all, also after a power cut. A device
+/// or a pipe, which is not to be replaced by a file, takes the bytes as they come.
 ///
 /// # Errors
 /// If the folder cannot be written.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
-    write_file(path, bytes, true)
+    match taker(path) {
+        Some(taker) => taker
+            .and_then(|mut taker| taker.write_all(bytes))
+            .map_err(|source| io("write", path, source)),
+        None => write_file(&followed(path), bytes, true),
+    }
+}
+
+/// The device or pipe that a user named as a file, ready to write.
+fn taker(path: &Path) -> Option<std::io::Result<File>> {
+    let special = std::fs::metadata(path).is_ok_and(|facts| !facts.is_file() && !facts.is_dir());
+    special.then(|| File::options().write(true).open(path))
+}
+
+/// The file that a path that a user named leads to: a link stays a link.
+fn followed(path: &Path) -> Cow<'_, Path> {
+    match path.is_symlink() {
+        true => path.canonicalize().map_or(Cow::Borrowed(path), Cow::Owned),
+        false => Cow::Borrowed(path),
+    }
 }
 
 /// As [`write_whole`]; without `flush` a power cut may leave a file of the right
@@ -637,6 +664,26 @@ mod tests {
             }
         });
         assert_eq!(std::fs::read_dir(store.root().join("locks")).expect("a folder").count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_a_user_names_is_written_where_it_leads_and_no_device_becomes_a_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        std::os::unix::fs::symlink(&file, &link).expect("a link");
+        std::fs::write(&file, b"before").expect("written");
+        write_whole(&link, b"after").expect("written");
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read(&file).expect("read"), b"after");
+
+        let device = || std::fs::metadata("/dev/null").expect("it is there").file_type();
+        let before = device();
+        write_whole(Path::new("/dev/null"), b"gone").expect("written");
+        let store = Store::new(folder.path());
+        let action = save(&store, &walk("a"), Some(b"tensors")).expect("saved");
+        let object = action.object.expect("tensors");
+        store.export_object(&object, Path::new("/dev/null")).expect("written");
+        assert_eq!(device(), before);
     }
 
     #[test]
