@@ -58,6 +58,13 @@ impl Tensor {
         }
     }
 
+    /// Adds the same values to each row, as a bias is added.
+    pub fn add_to_rows(&mut self, values: &[f32]) {
+        for row in 0..self.rows {
+            self.row_mut(row).iter_mut().zip(values).for_each(|(own, value)| *own += value);
+        }
+    }
+
     /// All values, row by row.
     pub fn data(&self) -> &[f32] {
         &self.data

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -50,8 +51,8 @@ pub(super) struct FalsifyArgs {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Only every Nth bug.
-    #[arg(long, default_value_t = 1)]
-    every: usize,
+    #[arg(long, default_value_t = NonZeroUsize::MIN)]
+    every: NonZeroUsize,
     /// Arms that carry the bugs.
     #[arg(long, value_delimiter = ',', default_value = "emulated,device")]
     roles: Vec<Arm>,
@@ -88,8 +89,7 @@ impl Gemm {
 
 /// Runs the catalogue and the clean runs, prints the tables.
 pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
-    let wanted: Vec<_> =
-        bugs(args.bugs.as_deref()).into_iter().step_by(args.every.max(1)).collect();
+    let wanted: Vec<_> = bugs(args.bugs.as_deref()).into_iter().step_by(args.every.get()).collect();
     if wanted.is_empty() {
         return Err(
             "no bug of the catalogue has such a name; leave `--bugs` out for all".to_owned()
@@ -150,7 +150,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
         crate::cache::write_whole(path, json.as_bytes()).map_err(|error| error.to_string())?;
     }
     // A part of the catalogue says nothing of the falsifiers that it leaves alone.
-    let whole_catalogue = args.bugs.is_none() && args.every == 1;
+    let whole_catalogue = args.bugs.is_none() && args.every.get() == 1;
     let silent: Vec<String> =
         silent.unwrap_or_default().into_iter().filter(|_| whole_catalogue).collect();
     let (text, good) = report(&trials, &alarms, args.clean, &silent);

@@ -103,9 +103,7 @@ pub fn matmul_rows(
         y.set_columns(start - rows.start, &chunk);
     }
     if let Some(bias) = bias {
-        for row in 0..y.rows() {
-            y.row_mut(row).iter_mut().zip(&bias[rows.clone()]).for_each(|(y, bias)| *y += bias);
-        }
+        y.add_to_rows(&bias[rows]);
     }
     Ok(y)
 }

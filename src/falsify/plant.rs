@@ -343,10 +343,7 @@ impl Gemm<'_> {
 
     fn biased(&self, mut y: Tensor) -> Made {
         if let Some(bias) = self.bias {
-            let bias = bias.to_vec()?;
-            for row in 0..y.rows() {
-                y.row_mut(row).iter_mut().zip(&bias).for_each(|(y, bias)| *y += bias);
-            }
+            y.add_to_rows(&bias.to_vec()?);
         }
         Ok(Some(y))
     }
@@ -496,10 +493,7 @@ impl Gemm<'_> {
             }
             Plant::BiasTwice => {
                 let Some(bias) = self.bias else { return Ok(None) };
-                let bias = bias.to_vec()?;
-                for row in 0..rows {
-                    y.row_mut(row).iter_mut().zip(&bias).for_each(|(y, bias)| *y += bias);
-                }
+                y.add_to_rows(&bias.to_vec()?);
             }
             Plant::TopSwapped => {
                 let (top, _) = top_1(clean.row(0));

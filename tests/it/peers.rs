@@ -17,6 +17,7 @@ use runner::model::synthetic::Preset;
 use runner::op::{
     Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, Site, Stream, WeightScale,
 };
+use runner::random::Random;
 use runner::tensor::Tensor;
 
 use crate::model::{open, synthetic_file};
@@ -30,14 +31,9 @@ const RECIPE: Recipe = Recipe {
     pin: Pin::NONE,
 };
 
-/// Nearly normal values: sums of twelve uniform ones.
 fn normal(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut draw = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 40) as f32 / (1u64 << 24) as f32
-    };
-    (0..count).map(|_| (0..12).map(|_| draw()).sum::<f32>() - 6.0).collect()
+    let mut random = Random::at(seed);
+    (0..count).map(|_| random.normal() as f32).collect()
 }
 
 #[test]

@@ -5,7 +5,6 @@ use crate::compute::ComputeError;
 use crate::compute::departure::{Edit, Steps, keep, matmul_rows, scaled};
 use crate::compute::emulated::gemm::Scales;
 use crate::dtype::Format;
-use crate::tensor::Tensor;
 use crate::text::number;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -41,7 +40,9 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
                 let y = if clipped { y.clamp(-LARGEST, LARGEST) } else { y };
                 case.recipe.output.round(Format::F16.round(y) * scale)
             });
-            add_bias(&mut predicted, gemm.bias.map(|bias| bias.to_vec()).transpose()?);
+            if let Some(bias) = gemm.bias {
+                predicted.add_to_rows(&bias.to_vec()?);
+            }
             let reaches = number(f64::from(most));
             let cause = if most > LARGEST { "f16-overflow" } else { "f16-intermediate" };
             let detail =
@@ -50,15 +51,6 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         }
     }
     Ok(fits)
-}
-
-fn add_bias(y: &mut Tensor, bias: Option<Vec<f32>>) {
-    let Some(bias) = bias else { return };
-    for row in 0..y.rows() {
-        for (y, bias) in y.row_mut(row).iter_mut().zip(&bias) {
-            *y += bias;
-        }
-    }
 }
 
 #[cfg(test)]

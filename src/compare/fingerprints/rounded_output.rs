@@ -31,9 +31,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let finish = |change: &dyn Fn(f32) -> f32| {
             let mut y = mapped(&exact, change);
             if let Some(bias) = &bias {
-                for row in 0..y.rows() {
-                    y.row_mut(row).iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
-                }
+                y.add_to_rows(bias);
             }
             y
         };

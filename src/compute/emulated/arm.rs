@@ -233,11 +233,7 @@ impl Ops for Emulated {
             y.set_columns(first, &chunk);
         }
         if let Some(bias) = bias {
-            for row in 0..y.rows() {
-                for (y, bias) in y.row_mut(row).iter_mut().zip(&bias) {
-                    *y += bias;
-                }
-            }
+            y.add_to_rows(&bias);
         }
         Ok(y)
     }
