@@ -16,6 +16,8 @@ CRATES = [("b3sum", "1.8.7"), ("razel", "0.5.7")]
 
 
 def install(peers):
+    if not shutil.which("protoc"):
+        sys.exit("razel is built with protoc: apt-get install protobuf-compiler")
     subprocess.run([sys.executable, "-m", "venv", peers / "venv"], check=True)
     subprocess.run([peers / "venv/bin/pip", "install", "-q", *PYPI], check=True)
     for name, version in CRATES:

@@ -30,7 +30,7 @@ pub(super) fn examine() -> Result<u8, String> {
     lines.push(String::new());
     lines.push("reference ready".to_owned());
     lines.push("emulated  ready: every chip of `runner chip list`".to_owned());
-    lines.push(match why_unavailable(&Recipe::default()) {
+    lines.push(match why_unavailable(&Recipe::default(), None) {
         None => "device    ready".to_owned(),
         Some(why) => format!("device    off, so its falsifiers are unmeasured: {why}"),
     });

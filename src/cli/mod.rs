@@ -377,9 +377,10 @@ fn stamps_of(runs: &Path, rehash: bool) -> Stamps {
     Stamps::new(&folder, rehash)
 }
 
-/// The arms as they ship; compiled GPU programs are kept beside the results.
+/// The arms as they ship; compiled GPU programs and what this machine has are kept beside the
+/// results.
 fn shipped(runs: &Path) -> Shipped {
-    Shipped { programs: Some(store_of(runs).programs()) }
+    Shipped { kept: Some(store_of(runs).programs()) }
 }
 
 /// Keeps the digests that were made; without them the next run makes them again.

@@ -86,8 +86,8 @@ const NO_TENSORS: &str = "a command makes files, not tensors";
 /// The arms as they ship.
 #[derive(Clone, Debug, Default)]
 pub struct Shipped {
-    /// The folder where compiled GPU programs are kept, if they are.
-    pub programs: Option<PathBuf>,
+    /// The folder where compiled GPU programs and what this machine has are kept, if they are.
+    pub kept: Option<PathBuf>,
 }
 
 impl Workshop for Shipped {
@@ -101,7 +101,7 @@ impl Workshop for Shipped {
                 Ok((Box::new(Reference), "f64 over the dequantised weights".to_owned()))
             }
             Arm::Emulated => {
-                let emulated = Emulated::new(&on_this_machine(recipe))?;
+                let emulated = Emulated::new(&self.on_this_machine(recipe))?;
                 let arithmetic = emulated.describe();
                 Ok((Box::new(emulated), arithmetic))
             }
@@ -109,17 +109,17 @@ impl Workshop for Shipped {
                 Err(ComputeError::Recipe(format!("the {arm} arm reads, it does not compute")))
             }
             Arm::Command => Err(ComputeError::Recipe(NO_TENSORS.to_owned())),
-            Arm::Device => cuda::ops(recipe, self.programs.as_deref()),
+            Arm::Device => cuda::ops(recipe, self.kept.as_deref()),
         }
     }
 
     fn facts(&self, arm: Arm, recipe: &Recipe) -> Vec<(String, String)> {
         match arm {
             Arm::Emulated => {
-                let chip = chip(on_this_machine(recipe).chip).name;
+                let chip = chip(self.on_this_machine(recipe).chip).name;
                 vec![("chip".to_owned(), chip.to_string())]
             }
-            Arm::Device => cuda::facts(),
+            Arm::Device => cuda::facts(self.kept.as_deref()),
             _ => Vec::new(),
         }
     }
@@ -127,16 +127,18 @@ impl Workshop for Shipped {
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
         match arm {
             Arm::Reference | Arm::Emulated | Arm::Recorded | Arm::External | Arm::Command => None,
-            Arm::Device => cuda::why_unavailable(recipe),
+            Arm::Device => cuda::why_unavailable(recipe, self.kept.as_deref()),
         }
     }
 }
 
-/// The recipe with its chip: `auto` is the device's, where there is one.
-fn on_this_machine(recipe: &Recipe) -> Recipe {
-    let auto = recipe.chip == ChipName::Auto;
-    let chip = cuda::chip_here().filter(|_| auto).unwrap_or(recipe.chip);
-    Recipe { chip, ..*recipe }
+impl Shipped {
+    /// The recipe with its chip: `auto` is the device's, where there is one.
+    fn on_this_machine(&self, recipe: &Recipe) -> Recipe {
+        let auto = recipe.chip == ChipName::Auto;
+        let chip = if auto { cuda::chip_here(self.kept.as_deref()) } else { None };
+        Recipe { chip: chip.unwrap_or(recipe.chip), ..*recipe }
+    }
 }
 
 /// Computes a stage on an arm, as often as the op says.

@@ -74,6 +74,9 @@ pub enum ComputeError {
     /// A recipe that this arm or chip cannot compute.
     #[error("the recipe cannot be computed: {0}")]
     Recipe(String),
+    /// A device that is not there, although nothing said so before it was asked.
+    #[error("{0}")]
+    Unavailable(String),
     /// A site that should have been recorded is missing.
     #[error("site `{0}` was not recorded, so nothing can be anchored on it")]
     NotRecorded(String),

@@ -1,6 +1,7 @@
 //! The same questions as in `enabled.rs`, where the runner was built without CUDA.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use super::{Measured, Piece, Survey, Trial};
 use crate::compute::{ComputeError, Ops};
@@ -9,7 +10,7 @@ use crate::op::{ChipName, Recipe};
 const WHY: &str = "built without the feature `cuda`";
 
 /// Why no device arm can compute a recipe here.
-pub fn why_unavailable(_: &Recipe) -> Option<String> {
+pub fn why_unavailable(_: &Recipe, _: Option<&Path>) -> Option<String> {
     Some(WHY.to_owned())
 }
 
@@ -22,12 +23,12 @@ pub fn ops(_: &Recipe, _: Option<&Path>) -> Result<(Box<dyn Ops>, String), Compu
 }
 
 /// The chip of this machine's first GPU.
-pub fn chip_here() -> Option<ChipName> {
+pub fn chip_here(_: Option<&Path>) -> Option<ChipName> {
     None
 }
 
 /// What the device arm's results depend on.
-pub fn facts() -> Vec<(String, String)> {
+pub fn facts(_: Option<&Path>) -> Vec<(String, String)> {
     Vec::new()
 }
 
@@ -40,6 +41,10 @@ pub fn measure(_: &Trial, _: Option<&Path>) -> Result<Vec<Measured>, ComputeErro
 }
 
 /// What this machine has.
-pub fn survey() -> Survey {
-    Survey { pieces: vec![Piece { name: "CUDA", state: Err(WHY.to_owned()) }], gpus: Vec::new() }
+pub fn survey() -> &'static Survey {
+    static SURVEY: OnceLock<Survey> = OnceLock::new();
+    SURVEY.get_or_init(|| {
+        let piece = Piece { name: "CUDA".to_owned(), state: Err(WHY.to_owned()) };
+        Survey { pieces: vec![piece], gpus: Vec::new() }
+    })
 }

@@ -1,7 +1,10 @@
 //! What the door answers where the runner was built with CUDA.
 //!
-//! The GPUs are opened once, when the first arm asks for one; arms take the one
-//! with the fewest users, so that several GPUs work side by side.
+//! Questions about this machine are answered from what is remembered of it, where that
+//! still holds; whoever computes has the driver asked. The GPUs are opened once, when the
+//! first arm computes; arms take the one with the fewest users, so that several GPUs work
+//! side by side. `kept` is the folder where compiled kernels and what this machine has are
+//! kept.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -11,6 +14,7 @@ use cudarc::driver::{result, sys};
 
 use super::arm::Device;
 use super::gpu::Gpu;
+use super::remembered::{self, Machine};
 use super::{GpuFacts, Piece, Survey, program};
 use crate::compute::emulated::chip::{Unit, chip};
 use crate::compute::emulated::schedule::Schedule;
@@ -19,11 +23,15 @@ use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
 
 /// Why no device arm can compute a recipe here.
-pub fn why_unavailable(recipe: &Recipe) -> Option<String> {
-    let survey = survey_once();
+pub fn why_unavailable(recipe: &Recipe, kept: Option<&Path>) -> Option<String> {
+    missing(known(kept), recipe)
+}
+
+/// What a recipe lacks on a machine.
+fn missing(survey: &Survey, recipe: &Recipe) -> Option<String> {
     if let Some((piece, why)) = survey.pieces.iter().find_map(|piece| {
         let why = piece.state.as_ref().err()?;
-        Some((piece.name, why))
+        Some((piece.name.as_str(), why))
     }) {
         let missing = if piece == "driver" { String::new() } else { format!("{piece}: ") };
         return Some(format!("no CUDA device: {missing}{why}"));
@@ -79,24 +87,32 @@ pub(super) fn unit_here(gpu: &GpuFacts, format: Format) -> Option<Unit> {
 }
 
 /// The chip of this machine's first GPU.
-pub fn chip_here() -> Option<ChipName> {
-    survey_once().gpus.iter().find_map(|gpu| gpu.chip)
+pub fn chip_here(kept: Option<&Path>) -> Option<ChipName> {
+    known(kept).gpus.iter().find_map(|gpu| gpu.chip)
 }
 
-/// The device arm of a recipe, and its arithmetic in words. Compiled kernels are
-/// kept in `programs`.
+/// The device arm of a recipe, and its arithmetic in words.
 ///
 /// # Errors
-/// If no GPU can be opened.
-pub fn ops(
-    recipe: &Recipe,
-    programs: Option<&Path>,
-) -> Result<(Box<dyn Ops>, String), ComputeError> {
-    if let Some(why) = why_unavailable(recipe) {
-        return Err(ComputeError::Recipe(why));
+/// If the recipe cannot be computed here, or no GPU can be opened.
+pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    let remembered_wrongly = known(kept) != survey();
+    if remembered_wrongly && let Some(folder) = kept {
+        remembered::forget(folder);
+    }
+    if let Some(why) = missing(survey(), recipe) {
+        return Err(ComputeError::Unavailable(why));
+    }
+    // A result under the facts that were remembered would be somebody else's.
+    if remembered_wrongly {
+        return Err(ComputeError::Recipe(
+            "the driver sees another machine than when it was last asked, though none of its files \
+             has changed; run once more: it is asked anew then"
+                .to_owned(),
+        ));
     }
     let able = |gpu: &&Arc<Gpu>| may_compute(&gpu.facts, recipe).is_ok();
-    let gpus = gpus(programs).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
+    let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
     let gpu = gpus.iter().filter(able).min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
     let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no GPU has the arithmetic".to_owned()))?;
     let arithmetic = format!(
@@ -112,47 +128,57 @@ pub fn ops(
 }
 
 /// The GPUs, opened at the first call.
-pub(super) fn gpus(programs: Option<&Path>) -> Result<&'static [Arc<Gpu>], &'static String> {
+pub(super) fn gpus(kept: Option<&Path>) -> Result<&'static [Arc<Gpu>], &'static String> {
     static GPUS: OnceLock<Result<Vec<Arc<Gpu>>, String>> = OnceLock::new();
     let opened = GPUS.get_or_init(|| {
-        let known = survey_once().gpus.iter().filter(|gpu| gpu.chip.is_some());
-        known.map(|gpu| Gpu::open(gpu.clone(), programs).map(Arc::new)).collect()
+        let known = survey().gpus.iter().filter(|gpu| gpu.chip.is_some());
+        known.map(|gpu| Gpu::open(gpu.clone(), kept).map(Arc::new)).collect()
     });
     opened.as_deref()
 }
 
 /// What the device arm's results depend on.
-pub fn facts() -> Vec<(String, String)> {
-    let survey = survey_once();
+pub fn facts(kept: Option<&Path>) -> Vec<(String, String)> {
+    let survey = known(kept);
     let gpus = survey.gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>();
     let mut facts = vec![("gpu".to_owned(), gpus.join(", "))];
     for piece in &survey.pieces {
         if let Ok(state) = &piece.state {
             let version = state.split(',').next().unwrap_or(state);
-            facts.push((piece.name.to_owned(), version.to_owned()));
+            facts.push((piece.name.clone(), version.to_owned()));
         }
     }
     facts
 }
 
-fn survey_once() -> &'static Survey {
-    static SURVEY: OnceLock<Survey> = OnceLock::new();
-    SURVEY.get_or_init(survey)
+/// What this machine has: as remembered, where that still holds.
+fn known(kept: Option<&Path>) -> &'static Survey {
+    static KNOWN: OnceLock<Survey> = OnceLock::new();
+    KNOWN.get_or_init(|| {
+        let Some(folder) = kept else { return survey().clone() };
+        let here = Machine::here();
+        here.remembered(folder).unwrap_or_else(|| {
+            let survey = survey().clone();
+            here.remember(folder, &survey, remembered::loaded_libraries());
+            survey
+        })
+    })
 }
 
-/// What this machine has.
-pub fn survey() -> Survey {
-    let driver = driver();
-    let gpus = if driver.is_ok() { see_gpus() } else { Ok(Vec::new()) };
-    let driver = driver.and_then(|version| gpus.as_ref().map(|_| version).map_err(Clone::clone));
-    Survey {
-        pieces: vec![
-            Piece { name: "driver", state: driver },
-            Piece { name: "NVRTC", state: nvrtc() },
-            Piece { name: "cuBLASLt", state: cublaslt() },
-        ],
-        gpus: gpus.unwrap_or_default(),
-    }
+/// What this machine has: the driver is asked, once.
+pub fn survey() -> &'static Survey {
+    static SURVEY: OnceLock<Survey> = OnceLock::new();
+    SURVEY.get_or_init(|| {
+        let driver = driver();
+        let gpus = if driver.is_ok() { see_gpus() } else { Ok(Vec::new()) };
+        let driver = driver.and_then(|release| match &gpus {
+            Ok(_) => Ok(release),
+            Err(problem) => Err(problem.clone()),
+        });
+        let pieces = [("driver", driver), ("NVRTC", nvrtc()), ("cuBLASLt", cublaslt())];
+        let piece = |(name, state): (&str, _)| Piece { name: name.to_owned(), state };
+        Survey { pieces: pieces.into_iter().map(piece).collect(), gpus: gpus.unwrap_or_default() }
+    })
 }
 
 fn driver() -> Result<String, String> {
@@ -160,6 +186,10 @@ fn driver() -> Result<String, String> {
     // SAFETY: it opens the driver library by its well-known name and calls nothing in it.
     if !unsafe { sys::is_culib_present() } {
         return Err("the driver library libcuda is not installed".to_owned());
+    }
+    // Starting it takes as long when it is told to show nothing.
+    if std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|value| value.is_empty()) {
+        return Err("CUDA_VISIBLE_DEVICES is empty, so no GPU is visible".to_owned());
     }
     result::init().map_err(|error| format!("the driver does not start ({error})"))?;
     let mut version = 0;

@@ -4,6 +4,8 @@
 //! `cuda` a sibling answers every question with an honest no. Nothing here
 //! panics where a library, a driver or a GPU is missing.
 
+use serde::{Deserialize, Serialize};
+
 use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
 use crate::op::{Accumulate, ChipName};
@@ -21,6 +23,8 @@ mod probe;
 #[cfg(feature = "cuda")]
 pub mod program;
 #[cfg(feature = "cuda")]
+mod remembered;
+#[cfg(feature = "cuda")]
 mod weights;
 
 #[cfg(not(feature = "cuda"))]
@@ -36,7 +40,7 @@ pub use enabled::{chip_here, facts, ops, survey, why_unavailable};
 pub use probe::measure;
 
 /// What this machine has for a device arm, and what each missing piece switches off.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Survey {
     /// The pieces that the device arm stands on, in the order in which it needs them.
     pub pieces: Vec<Piece>,
@@ -45,16 +49,16 @@ pub struct Survey {
 }
 
 /// One piece: the driver, a library.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// Its version and its file, or what is wrong with it.
     pub state: Result<String, String>,
 }
 
 /// One GPU.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GpuFacts {
     /// Its number, as the driver counts.
     pub ordinal: usize,

@@ -1,0 +1,570 @@
+//! The bench: what one job does with its stage, from its key to a result in the cache.
+//!
+//! It knows nothing of other jobs. What it needs of other stages is handed to it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use super::Options;
+use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
+use crate::compare::{StageMeasures, measure_arms, measure_outcome, measure_stage};
+use crate::compute::arms::{Output, Task, compute, input_width, site_names, tensors_read};
+use crate::compute::eight_bit::{self, EightBit};
+use crate::compute::generate::generate;
+use crate::compute::recorded::{check_written, recorded};
+use crate::compute::{ComputeError, Ops, product};
+use crate::executor::command::{self, CommandError, Tools};
+use crate::executor::external::{self, Asked, ExternalError};
+use crate::executor::{Held, SlotError};
+use crate::model::Model;
+use crate::op::{self, Arm, Input, InputRef, Op, Site};
+use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
+use crate::record::ArmState;
+use crate::tensor::Tensor;
+use crate::tensor_file;
+
+/// What a thread is to do.
+pub(super) enum Order {
+    Arm { arm: Arm, inputs: Supplies },
+    Measure { inputs: Supplies, results: BTreeMap<Arm, Stored> },
+}
+
+/// The sites of other stages that an op reads, in the order in which it names them.
+pub(super) type Supplies = Vec<(InputRef, Stored)>;
+
+/// An arm's result: its record in the cache, and the tensors while somebody here needs them.
+#[derive(Clone)]
+pub(super) struct Stored {
+    pub action: Action,
+    pub payload: ArmPayload,
+    pub output: Option<Arc<Output>>,
+}
+
+/// How far an arm is.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Made {
+    pub sites: u64,
+    /// Of the sites' tensors.
+    pub bytes: u64,
+}
+
+/// What a job came to.
+pub(super) enum Outcome {
+    Arm { stored: Box<Stored>, state: ArmState, why: String },
+    Measures(Box<StageMeasures>),
+}
+
+/// Why a job has no result.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error("stage {} has no site `{}`; it has: {known}", input.stage, input.site)]
+    NoSuchSite { input: InputRef, known: String },
+    #[error("`{0}` is not a record of this version: {1}")]
+    Record(String, String),
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error(transparent)]
+    Slots(#[from] SlotError),
+    #[error(transparent)]
+    External(#[from] ExternalError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("what the program wrote is unusable: {0}; correct the program, nothing of it was kept")]
+    Written(String),
+    #[error("a bug of ours: {0}")]
+    Bug(String),
+}
+
+impl Failure {
+    /// Whether somebody else's tensors are missing or unusable: then there was
+    /// nothing to measure, and nothing went wrong here.
+    pub fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Failure::Compute(ComputeError::TensorFile(_))
+                | Failure::Source(SourceError::File { .. })
+        )
+    }
+}
+
+/// Everything that one job needs.
+pub(super) struct Bench<'a> {
+    pub plan: &'a Plan<'a>,
+    pub store: &'a Store,
+    pub options: &'a Options<'a>,
+    pub prepared: &'a PreparedStage<'a>,
+}
+
+impl Bench<'_> {
+    fn task<'t>(&'t self, inputs: &'t [Tensor]) -> Result<Task<'t>, Failure> {
+        let PreparedStage { stage, model, tokens, .. } = self.prepared;
+        let model = model.as_ref().ok_or_else(|| Failure::Bug("a stage without a model".into()))?;
+        Ok(Task { op: &stage.op, model: &model.model, tokens, input: Some(inputs) })
+    }
+
+    /// Finds an arm's result, or computes it.
+    pub fn arm(
+        &self,
+        arm: Arm,
+        inputs: &Supplies,
+        progress: &mut (dyn FnMut(Made) + Send),
+    ) -> Result<Outcome, Failure> {
+        if let Op::Command(op) = &self.prepared.stage.op {
+            return self.command(op);
+        }
+        let Options { workshop, .. } = self.options;
+        for (input, stored) in inputs {
+            site_hash(input, stored)?;
+        }
+        let site = |input: &InputRef| {
+            let (_, stored) = inputs.iter().find(|(supplied, _)| supplied == input)?;
+            site_hash(input, stored).ok()
+        };
+        let stage = self.prepared.stage;
+        let sources = self.plan.sources(stage, arm, &site)?;
+        let walk = self.plan.arm_walk(self.prepared, arm, &sources, *workshop);
+        let reuse = |action: Action| {
+            let payload = payload_of(&action)?;
+            let why = reused(&action, &self.plan.touched_files(self.prepared));
+            let stored = Box::new(Stored { action, payload, output: None });
+            Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
+        };
+        if let Some(action) = self.reusable(&walk) {
+            return reuse(action);
+        }
+        let why = self.plan.why_run(self.store, self.prepared.stage, arm, &walk);
+        let _lock = self.store.lock(&walk.key())?.ok_or(ComputeError::Interrupted)?;
+        // Another runner may just have computed it.
+        if let Some(action) = self.reusable(&walk) {
+            return reuse(action);
+        }
+        let slots = self.take_slots(arm)?;
+        let started = Instant::now();
+        let output = match self.output_at_hand(arm, inputs, &slots)? {
+            Some(output) => output,
+            None => {
+                let inputs = self.input_tensors(inputs)?;
+                let engine = stage.external.as_ref().and_then(|external| external.emulate);
+                let (ops, arithmetic) = match (arm, engine) {
+                    (Arm::Emulated, Some(op::Engine::LlamaCpp)) => {
+                        let ops: Box<dyn Ops> = Box::new(EightBit);
+                        (ops, eight_bit::IN_WORDS.to_owned())
+                    }
+                    _ => workshop.ops(arm, &stage.recipe)?,
+                };
+                let mut made = Made::default();
+                compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |tensor| {
+                    made.sites += 1;
+                    made.bytes += size_of_val(tensor.data()) as u64;
+                    progress(made);
+                })?
+            }
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let earlier = self.store.record(&walk.key());
+        let stored = self.keep(&walk, output, seconds)?;
+        let mut why = why;
+        if earlier.is_some_and(|earlier| earlier.object != stored.action.object) {
+            why += "; the same key gave another result before: the arm is not deterministic";
+        }
+        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    /// What an arm makes without a model: tensors that are read, and products of
+    /// coded operands. `None` where the arm has to compute the op.
+    fn output_at_hand(
+        &self,
+        arm: Arm,
+        inputs: &Supplies,
+        slots: &Held,
+    ) -> Result<Option<Output>, Failure> {
+        let stage = self.prepared.stage;
+        let one = |site: &Site, tensor: Tensor, arithmetic: String| {
+            let sites = vec![(site.clone(), tensor)];
+            Ok(Some(Output { sites, arithmetic, ..Output::default() }))
+        };
+        let model = self.prepared.model.as_ref().map(|open| &open.model);
+        match (&stage.op, arm, &stage.recorded) {
+            (Op::Compare { site, sides }, arm, _) => {
+                let side = sides.get(&arm);
+                let side = side.ok_or_else(|| Failure::Bug(format!("no side for {arm}")))?;
+                one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
+            }
+            (op, Arm::Recorded, Some(from)) => Ok(Some(recorded(op, from, model)?)),
+            (_, Arm::External, _) => self.asked(inputs, slots).map(Some),
+            (Op::Gemm { x, w }, arm, from) => {
+                let site = Site("y".to_owned());
+                let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
+                let (x, w) = (read(x)?, read(w)?);
+                if arm == Arm::Reference {
+                    let arithmetic = "f64 over the operands' codes".to_owned();
+                    return one(&site, product::reference(&x, &w)?, arithmetic);
+                }
+                let observed =
+                    from.as_ref().map(|from| crate::compute::recorded::product(from, &site));
+                let observed = observed.transpose()?;
+                let (y, words) = product::emulated(&x, &w, observed.as_ref(), &stage.recipe)?;
+                one(&site, y, words)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// What the stage's program writes when it is asked.
+    fn asked(&self, inputs: &Supplies, slots: &Held) -> Result<Output, Failure> {
+        let PreparedStage { stage, model, tokens, .. } = self.prepared;
+        let bug = || Failure::Bug("an external arm without its program or model".into());
+        let external = stage.external.as_ref().ok_or_else(bug)?;
+        let model = &model.as_ref().ok_or_else(bug)?.model;
+        let config = model.config();
+        let tools = self.tools();
+        let seen = command::look(&external.program, tools.project, tools.stamps)?;
+        let sites = site_names(&stage.op, Some(model));
+        let read = self.input_tensors(inputs)?;
+        let rows = read.first().map_or(tokens.len(), Tensor::rows);
+        let handed = self.handed_over(&read, model)?;
+        let request = serde_json::json!({
+            "schema": 1,
+            "stage": stage.id,
+            "op": stage.op,
+            "model": std::path::absolute(model.path()).unwrap_or_default(),
+            "tokens": tokens,
+            "inputs": handed.as_ref().map(|_| op::External::INPUTS),
+            "sites": sites,
+            "parameters": config.parameters(),
+            "recipe": stage.recipe,
+            "output": op::External::TENSORS,
+        });
+        // Twice what f32 needs, and room for names and logs.
+        let widest = config.vocabulary.max(8 * config.hidden);
+        let logits = sites.iter().any(|site| site.0 == "logits");
+        let widths = sites.len() * 8 * config.hidden + usize::from(logits) * widest;
+        let asked = Asked {
+            request: &request,
+            inputs: handed.as_deref(),
+            gpus: &slots.gpus,
+            largest: (64 << 20) + 8 * (rows * widths) as u64,
+        };
+        let left = external::ask(external, &seen, &asked, &tools)?;
+        let from = op::Recorded {
+            file: left.tensors.clone(),
+            names: external.names.clone(),
+            format: None,
+            shape: None,
+        };
+        let unusable = |error: ComputeError| Failure::Written(error.to_string());
+        let mut output = recorded(&stage.op, &from, Some(model)).map_err(unusable)?;
+        check_written(&output, rows, config.vocabulary).map_err(unusable)?;
+        output.arithmetic = match (left.tries, left.earlier) {
+            (tries, Some(earlier)) => {
+                format!(
+                    "{}; flaky: attempt {tries} went well, the first failed: {earlier}",
+                    external.version
+                )
+            }
+            _ => external.version.clone(),
+        };
+        Ok(output)
+    }
+
+    /// Everything that a single op reads, as a file of f32 tensors: its inputs by their
+    /// keys and the model's weights by their names. A forward pass reads the model.
+    fn handed_over(&self, read: &[Tensor], model: &Model) -> Result<Option<Vec<u8>>, Failure> {
+        let op = &self.prepared.stage.op;
+        if matches!(op, Op::Forward { .. }) {
+            return Ok(None);
+        }
+        let keys = op.inputs().into_iter().map(|(key, _)| key.to_owned());
+        let mut tensors: Vec<(String, Tensor)> = keys.zip(read.iter().cloned()).collect();
+        for name in tensors_read(op, model) {
+            let weight = model.tensor(&name).map_err(ComputeError::from)?;
+            let values = weight.to_vec().map_err(ComputeError::from)?;
+            tensors.push((name, Tensor::new(weight.width(), values)));
+        }
+        let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, tensor)| tensor.to_le_bytes()).collect();
+        let tensors = tensors.iter().zip(&bytes);
+        encoded(tensors.map(|((name, tensor), bytes)| (name.as_str(), tensor, bytes))).map(Some)
+    }
+
+    fn tools(&self) -> Tools<'_> {
+        Tools {
+            processes: self.options.processes,
+            attempts: self.options.attempts,
+            store: self.store,
+            stamps: self.plan.stamps,
+            project: &self.plan.project,
+        }
+    }
+
+    /// Waits for the resources that an arm of this stage needs. One on the CPU needs
+    /// no GPU.
+    fn take_slots(&self, arm: Arm) -> Result<Held, SlotError> {
+        let mut asked = self.prepared.stage.resources.clone();
+        if matches!(arm, Arm::Reference | Arm::Emulated) {
+            (asked.gpus, asked.gpu_memory) = (0, 0);
+        }
+        self.options.slots.take(&asked)
+    }
+
+    fn reusable(&self, walk: &KeyWalk) -> Option<Action> {
+        self.plan.reusable(self.store, self.prepared.judged, walk)
+    }
+
+    /// A command's earlier result with its outputs in their places, if it is whole.
+    fn reuse_command(
+        &self,
+        walk: &KeyWalk,
+        seen: &command::Seen,
+        tools: &Tools<'_>,
+    ) -> Result<Option<Outcome>, Failure> {
+        let Some(action) = self.reusable(walk) else { return Ok(None) };
+        let payload = payload_of(&action)?;
+        let Some(record) = &payload.command else { return Ok(None) };
+        let Some(restored) = command::restore(record, tools)? else { return Ok(None) };
+        let mut why = reused(&action, &seen.touched(self.plan.stamps));
+        if !restored.is_empty() {
+            why += &format!("; put back: {}", restored.join(", "));
+        }
+        let stored = Box::new(Stored { action, payload, output: None });
+        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why }))
+    }
+
+    /// Runs a command, or finds what it did and puts its outputs in their places.
+    fn command(&self, op: &op::Command) -> Result<Outcome, Failure> {
+        let tools = self.tools();
+        let seen = command::look(op, tools.project, tools.stamps)?;
+        let walk = self.plan.command_walk(op, &seen);
+        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+            return Ok(outcome);
+        }
+        let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
+        let _lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
+        // Another runner may just have run it.
+        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+            return Ok(outcome);
+        }
+        let slots = self.take_slots(Arm::Command)?;
+        let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools)?;
+        let kept = record.accepted;
+        let payload = ArmPayload {
+            sites: Vec::new(),
+            greedy: None,
+            repeats: BTreeMap::new(),
+            arithmetic: String::new(),
+            gemms: Vec::new(),
+            seconds,
+            command: Some(record),
+        };
+        let json = serde_json::to_value(&payload)
+            .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let new = NewAction { walk: &walk, run, created, object: None, payload: json, seconds };
+        let action = match kept {
+            true => self.store.save(new)?,
+            false => Action::unsaved(&walk, run, created, new.payload),
+        };
+        let stored = Box::new(Stored { action, payload, output: None });
+        Ok(Outcome::Arm { stored, state: ArmState::Ran, why })
+    }
+
+    fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {
+        let bytes: Vec<(&Site, &Tensor, Vec<u8>)> = output
+            .sites
+            .iter()
+            .map(|(site, tensor)| (site, tensor, tensor.to_le_bytes()))
+            .collect();
+        let records = bytes.iter().map(|(site, tensor, bytes)| SiteRecord {
+            site: (*site).clone(),
+            shape: [tensor.rows(), tensor.width()],
+            blake3: blake3::hash(bytes).to_hex().to_string(),
+        });
+        let payload = ArmPayload {
+            sites: records.collect(),
+            greedy: output.greedy.clone().map(Into::into),
+            repeats: output.repeats.clone(),
+            arithmetic: output.arithmetic.clone(),
+            gemms: output.gemms.clone(),
+            seconds,
+            command: None,
+        };
+        let sites = bytes.iter().map(|(site, tensor, bytes)| (site.0.as_str(), *tensor, bytes));
+        let encoded = encoded(sites)?;
+        let json = serde_json::to_value(&payload)
+            .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let object = Some(encoded.as_slice());
+        let action =
+            self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
+        Ok(Stored { action, payload, output: Some(Arc::new(output)) })
+    }
+
+    /// Measures a command's outcome; nothing of it is worth keeping.
+    fn measure_command(
+        &self,
+        op: &op::Command,
+        results: &BTreeMap<Arm, Stored>,
+    ) -> Result<Outcome, Failure> {
+        let record = results.get(&Arm::Command).and_then(|s| s.payload.command.as_ref());
+        let record = record.ok_or_else(|| Failure::Bug("a command without a record".into()))?;
+        let read = |digest: &str| self.store.read_blob(digest).map_err(|e| e.to_string());
+        Ok(Outcome::Measures(Box::new(measure_outcome(op, record, &read))))
+    }
+
+    /// Measures the arms of the stage, or finds their measures.
+    pub fn measure(
+        &self,
+        inputs: &Supplies,
+        results: BTreeMap<Arm, Stored>,
+    ) -> Result<Outcome, Failure> {
+        if let Op::Command(op) = &self.prepared.stage.op {
+            return self.measure_command(op, &results);
+        }
+        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
+        let walk = self.plan.measure_walk(self.prepared, &keys.collect());
+        if let Some(action) = self.store.find(&walk.key()) {
+            let measures = serde_json::from_value(action.payload)
+                .map_err(|error| Failure::Record(action.key.0, error.to_string()))?;
+            return Ok(Outcome::Measures(Box::new(measures)));
+        }
+        let started = Instant::now();
+        let mut outputs = BTreeMap::new();
+        for (arm, stored) in results {
+            outputs.insert(arm, self.output_of(&stored)?);
+        }
+        let stage = self.prepared.stage;
+        let measures = if stage.op.reads_model() {
+            let inputs = self.input_tensors(inputs)?;
+            let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
+            measure_stage(&self.task(&inputs)?, &stage.recipe, engine, &outputs)?
+        } else {
+            measure_arms(&outputs)
+        };
+        let json = serde_json::to_value(&measures)
+            .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let seconds = started.elapsed().as_secs_f64();
+        let (walk, object) = (&walk, None);
+        self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
+        Ok(Outcome::Measures(Box::new(measures)))
+    }
+}
+
+impl Bench<'_> {
+    /// The tensors of a result: those at hand, else the cache's.
+    fn output_of(&self, stored: &Stored) -> Result<Output, Failure> {
+        if let Some(output) = &stored.output {
+            return Ok(Output::clone(output));
+        }
+        let payload = &stored.payload;
+        let sites = payload.sites.iter().map(|record| record.site.clone());
+        Ok(Output {
+            sites: self.tensors(stored, sites.collect())?,
+            greedy: payload.greedy.clone().map(Into::into),
+            repeats: payload.repeats.clone(),
+            arithmetic: payload.arithmetic.clone(),
+            gemms: payload.gemms.clone(),
+        })
+    }
+
+    /// The tensors that the op reads, in its order.
+    fn input_tensors(&self, supplies: &Supplies) -> Result<Vec<Tensor>, Failure> {
+        let inputs = self.prepared.stage.op.inputs().into_iter().enumerate();
+        inputs.map(|(place, (_, input))| self.input_tensor_of(input, place, supplies)).collect()
+    }
+
+    fn input_tensor_of(
+        &self,
+        input: &Input,
+        place: usize,
+        supplies: &Supplies,
+    ) -> Result<Tensor, Failure> {
+        match input {
+            Input::Site(wanted) => {
+                let supplied = supplies.iter().find(|(supplied, _)| supplied == wanted);
+                let (wanted, stored) =
+                    supplied.ok_or_else(|| SourceError::NotYet(wanted.clone()))?;
+                self.input_tensor(wanted, stored)
+            }
+            Input::File(tensor) => {
+                Ok(tensor_file::read(tensor).map_err(ComputeError::from)?.values())
+            }
+            Input::Generated(made) => {
+                let model = self.prepared.model.as_ref();
+                let model = model.ok_or_else(|| Failure::Bug("no model gives a width".into()))?;
+                let width = input_width(&self.prepared.stage.op, place, &model.model)?;
+                Ok(generate(made, place, width))
+            }
+        }
+    }
+
+    fn input_tensor(&self, input: &InputRef, stored: &Stored) -> Result<Tensor, Failure> {
+        site_hash(input, stored)?;
+        if let Some(tensor) = stored.output.as_ref().and_then(|output| output.site(&input.site)) {
+            return Ok(tensor.clone());
+        }
+        let mut tensors = self.tensors(stored, vec![input.site.clone()])?;
+        let tensor = tensors.pop().map(|(_, tensor)| tensor);
+        tensor.ok_or_else(|| no_such_site(input, stored))
+    }
+
+    /// Some sites of a stored result, verified.
+    fn tensors(&self, stored: &Stored, sites: Vec<Site>) -> Result<Vec<(Site, Tensor)>, Failure> {
+        let key = &stored.action.key.0;
+        let wrong =
+            |problem: &dyn std::fmt::Display| Failure::Record(key.clone(), problem.to_string());
+        let object = stored.action.object.as_ref().ok_or_else(|| wrong(&"it has no tensors"))?;
+        let bytes = self.store.read_object(object)?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error))?;
+        let read = |site: Site| {
+            let view = file.tensor(&site.0).map_err(|error| wrong(&error))?;
+            let width = view.shape().last().copied().unwrap_or(0);
+            if view.dtype() != Dtype::F32 || width == 0 {
+                return Err(wrong(&format!("`{site}` is not a matrix of f32")));
+            }
+            let values = view.data().chunks_exact(4);
+            let values = values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            Ok((site, Tensor::new(width, values.collect())))
+        };
+        sites.into_iter().map(read).collect()
+    }
+}
+
+/// The hash of the tensor that an input names.
+fn site_hash(input: &InputRef, stored: &Stored) -> Result<String, Failure> {
+    let record = stored.payload.sites.iter().find(|record| record.site == input.site);
+    record.map(|record| record.blake3.clone()).ok_or_else(|| no_such_site(input, stored))
+}
+
+fn no_such_site(input: &InputRef, stored: &Stored) -> Failure {
+    let known: Vec<&str> = stored.payload.sites.iter().map(|r| r.site.0.as_str()).collect();
+    const SHOWN: usize = 20;
+    let more = if known.len() > SHOWN { ", ..." } else { "" };
+    let known = known[..known.len().min(SHOWN)].join(", ") + more;
+    Failure::NoSuchSite { input: input.clone(), known }
+}
+
+fn payload_of(action: &Action) -> Result<ArmPayload, Failure> {
+    serde_json::from_value(action.payload.clone())
+        .map_err(|error| Failure::Record(action.key.0.clone(), error.to_string()))
+}
+
+/// A safetensors file of f32 tensors with their little-endian bytes.
+fn encoded<'t>(
+    tensors: impl Iterator<Item = (&'t str, &'t Tensor, &'t Vec<u8>)>,
+) -> Result<Vec<u8>, Failure> {
+    let views = tensors.map(|(name, tensor, bytes)| {
+        let shape = vec![tensor.rows(), tensor.width()];
+        TensorView::new(Dtype::F32, shape, bytes).map(|view| (name, view))
+    });
+    views
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|views| safetensors::serialize(views, None))
+        .map_err(|error| Failure::Bug(format!("tensors cannot be encoded: {error}")))
+}

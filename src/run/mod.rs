@@ -1,0 +1,574 @@
+//! The heart: a plan becomes verdicts.
+//!
+//! Every (stage, arm) and every stage's measuring is a job with a `State`.
+//! `Engine::settle` makes every transition; `Engine::run` is the loop. Jobs
+//! run beside each other where nothing holds them back. It draws nothing: it
+//! emits events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use crate::cache::Store;
+use crate::compare::{StageMeasures, fit};
+use crate::compute::ComputeError;
+use crate::compute::arms::Workshop;
+use crate::event::{Event, Sink};
+use crate::executor::command::{self, CommandRecord};
+use crate::executor::{Attempts, Processes, Slots};
+use crate::interrupt;
+use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
+use crate::plan::{Plan, PreparedStage};
+use crate::record::{ArmRecord, ArmState, StageRecord};
+use crate::verdict::{Verdict, judge, reason};
+
+mod bench;
+
+use bench::{Bench, Failure, Made, Order, Outcome, Stored, Supplies};
+
+/// How a run is to be done.
+pub struct Options<'a> {
+    /// The run's name, noted with every result.
+    pub run: String,
+    /// The time of its start, noted with every result.
+    pub created: String,
+    /// Jobs that run beside each other.
+    pub jobs: usize,
+    /// Arms without which a stage is no success.
+    pub require: BTreeSet<Arm>,
+    /// Who makes the arms.
+    pub workshop: &'a dyn Workshop,
+    /// Whether nothing is started after the first stage that did not pass.
+    pub fail_fast: bool,
+    /// What jobs of this machine share.
+    pub slots: &'a Slots,
+    /// Where programs start.
+    pub processes: &'a Processes,
+    /// Where attempts have their folders.
+    pub attempts: &'a Attempts,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Finished {
+    /// The judged stages, in order.
+    pub stages: Vec<StageRecord>,
+    /// Whether the user stopped it.
+    pub interrupted: bool,
+    /// What a panic of ours said.
+    pub bug: Option<String>,
+}
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    /// Computes an arm, or finds its result.
+    Arm(Arm),
+    /// Measures the stage's arms.
+    Measure,
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// So many jobs must be done first; never 0.
+    Waiting(usize),
+    /// It may start.
+    Ready,
+    /// A thread is at it.
+    Running,
+    /// It has an end, good or bad.
+    Done,
+}
+
+struct Job {
+    stage: usize,
+    work: Work,
+    state: State,
+    /// The jobs that wait for it.
+    awaited_by: Vec<usize>,
+}
+
+/// What a job's thread reports.
+enum Message {
+    Progress { job: usize, made: Made },
+    Done { job: usize, outcome: Result<Outcome, Failure>, seconds: f64 },
+}
+
+/// A stage while it runs.
+#[derive(Default)]
+struct Progress {
+    started: Option<Instant>,
+    arms: BTreeMap<Arm, ArmRecord>,
+    results: BTreeMap<Arm, Stored>,
+    measures: StageMeasures,
+    failure: Option<String>,
+    /// Why tensors that should have been read were not there.
+    unread: Option<String>,
+    blocked: Option<String>,
+    record: Option<StageRecord>,
+}
+
+/// Runs a plan to its end.
+pub fn run(plan: &Plan<'_>, store: &Store, options: &Options<'_>, sink: &mut dyn Sink) -> Finished {
+    let mut engine = Engine::new(plan, store, options);
+    engine.run(sink);
+    let stages = engine.progress.into_iter().filter_map(|progress| progress.record).collect();
+    Finished { stages, interrupted: interrupt::requested(), bug: engine.bug }
+}
+
+struct Engine<'a> {
+    plan: &'a Plan<'a>,
+    store: &'a Store,
+    options: &'a Options<'a>,
+    jobs: Vec<Job>,
+    /// Those that may start, first things first.
+    ready: BTreeSet<usize>,
+    /// Places in the plan.
+    places: BTreeMap<&'a StageId, usize>,
+    progress: Vec<Progress>,
+    bug: Option<String>,
+    /// The stage after which nothing is started any more.
+    failed_fast: Option<StageId>,
+}
+
+impl<'a> Engine<'a> {
+    fn new(plan: &'a Plan<'a>, store: &'a Store, options: &'a Options<'a>) -> Engine<'a> {
+        let mut engine = Engine {
+            plan,
+            store,
+            options,
+            jobs: Vec::new(),
+            ready: BTreeSet::new(),
+            places: plan.stages.iter().enumerate().map(|(at, p)| (&p.stage.id, at)).collect(),
+            progress: plan.stages.iter().map(|_| Progress::default()).collect(),
+            bug: None,
+            failed_fast: None,
+        };
+        // The plan's stages are in order, so what a job waits for has its number already.
+        let mut ends: BTreeMap<&StageId, usize> = BTreeMap::new();
+        for (stage, prepared) in plan.stages.iter().enumerate() {
+            let needs = prepared.stage.needs.iter().filter_map(|id| ends.get(id).copied());
+            let needs: BTreeSet<usize> = needs.collect();
+            let arms = prepared.stage.arms.iter().copied();
+            let arms: Vec<Arm> =
+                arms.filter(|arm| prepared.judged || *arm == Arm::Reference).collect();
+            let first = engine.jobs.len();
+            for arm in arms {
+                engine.add(stage, Work::Arm(arm), needs.clone());
+            }
+            if prepared.judged {
+                let arms = (first..engine.jobs.len()).collect();
+                engine.add(stage, Work::Measure, arms);
+            }
+            ends.insert(&prepared.stage.id, engine.jobs.len() - 1);
+        }
+        engine
+    }
+
+    fn add(&mut self, stage: usize, work: Work, waits_for: BTreeSet<usize>) {
+        let job = self.jobs.len();
+        for awaited in &waits_for {
+            self.jobs[*awaited].awaited_by.push(job);
+        }
+        let state = match waits_for.len() {
+            0 => State::Ready,
+            count => State::Waiting(count),
+        };
+        if state == State::Ready {
+            self.ready.insert(job);
+        }
+        self.jobs.push(Job { stage, work, state, awaited_by: Vec::new() });
+    }
+
+    fn run(&mut self, sink: &mut dyn Sink) {
+        let judged = self.plan.stages.iter().filter(|prepared| prepared.judged);
+        let stages = judged.map(|prepared| prepared.stage.id.clone()).collect();
+        sink.event(&Event::RunStarted { run: self.options.run.clone(), stages });
+        let (plan, store, options) = (self.plan, self.store, self.options);
+        std::thread::scope(|scope| {
+            let (sender, receiver): (Sender<Message>, Receiver<Message>) = channel();
+            let mut running = 0;
+            loop {
+                while running < options.jobs && !interrupt::requested() {
+                    let Some(job) = self.ready.pop_first() else { break };
+                    if let Some(order) = self.begin(job, sink) {
+                        let prepared = &plan.stages[self.jobs[job].stage];
+                        let bench = Bench { plan, store, options, prepared };
+                        let sender = sender.clone();
+                        scope.spawn(move || work(&bench, job, order, &sender));
+                        running += 1;
+                    }
+                }
+                if running == 0 {
+                    break;
+                }
+                match receiver.recv() {
+                    Ok(Message::Progress { job, made }) => self.show_progress(job, made, sink),
+                    Ok(Message::Done { job, outcome, seconds }) => {
+                        running -= 1;
+                        self.settle(job, outcome, seconds, sink);
+                    }
+                    Err(_) => break,
+                }
+            }
+        });
+        if interrupt::requested() {
+            self.close_open_stages(sink);
+        }
+    }
+
+    /// Starts a job: gives the order for a thread, or settles it at once where
+    /// there is nothing to compute.
+    fn begin(&mut self, job: usize, sink: &mut dyn Sink) -> Option<Order> {
+        let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
+        let prepared = &self.plan.stages[stage];
+        self.jobs[job].state = State::Running;
+        self.progress[stage].started.get_or_insert_with(Instant::now);
+        match work {
+            Work::Arm(arm) => {
+                if let Some(reason) = self.blocked_by(prepared) {
+                    let record = ArmRecord::without(ArmState::Blocked, reason.clone());
+                    self.progress[stage].arms.insert(arm, record);
+                    self.progress[stage].blocked = Some(reason);
+                    self.finish(job);
+                    return None;
+                }
+                let recipe = &prepared.stage.recipe;
+                let computes = !matches!(prepared.stage.op, Op::Compare { .. });
+                let unavailable = self.options.workshop.unavailable(arm, recipe);
+                if let Some(reason) = unavailable.filter(|_| computes) {
+                    self.arm_finished(stage, arm, ArmState::Unmeasured, reason, 0.0, sink);
+                    self.finish(job);
+                    return None;
+                }
+                let inputs = self.inputs_of(prepared);
+                sink.event(&Event::ArmStarted { stage: prepared.stage.id.clone(), arm });
+                Some(Order::Arm { arm, inputs })
+            }
+            Work::Measure => {
+                let progress = &self.progress[stage];
+                let nothing = progress.results.is_empty();
+                if progress.blocked.is_some() || progress.failure.is_some() || nothing {
+                    self.close(stage, sink);
+                    self.finish(job);
+                    return None;
+                }
+                sink.event(&Event::Measuring { stage: prepared.stage.id.clone() });
+                let results = progress.results.clone();
+                let inputs = self.inputs_of(prepared);
+                Some(Order::Measure { inputs, results })
+            }
+        }
+    }
+
+    /// Why a stage cannot start: a stage that it needs has no result. One that
+    /// was falsified has one, and to find out where it starts is what the
+    /// stages after it are for.
+    fn blocked_by(&self, prepared: &PreparedStage<'_>) -> Option<String> {
+        if let Some(failed) = &self.failed_fast {
+            return Some(format!(
+                "not started: stage {failed} did not pass, and --fail-fast is set"
+            ));
+        }
+        for need in &prepared.stage.needs {
+            let Some(&at) = self.places.get(need) else { continue };
+            let progress = &self.progress[at];
+            let verdict = progress.record.as_ref().map(|record| record.verdict);
+            if let Some(verdict @ (Verdict::Error | Verdict::Blocked)) = verdict {
+                return Some(format!("stage {need}, which it needs, ended in {verdict}"));
+            }
+            let inputs = prepared.stage.op.input_refs();
+            let is_input = inputs.iter().any(|input| input.stage == *need);
+            if is_input && !progress.results.contains_key(&Arm::Reference) {
+                return Some(format!("stage {need} made no input for it"));
+            }
+            let command = progress.results.get(&Arm::Command);
+            let command = command.and_then(|stored| stored.payload.command.as_ref());
+            if let Some(CommandRecord { accepted: false, status, .. }) = command {
+                return Some(format!("the command of stage {need} ended with status {status}"));
+            }
+        }
+        None
+    }
+
+    /// The results of other stages that a stage reads.
+    fn inputs_of(&self, prepared: &PreparedStage<'_>) -> Supplies {
+        let supply = |input: &InputRef| {
+            let at = *self.places.get(&input.stage)?;
+            let stored = self.progress[at].results.get(&Arm::Reference)?;
+            Some((input.clone(), stored.clone()))
+        };
+        prepared.stage.op.input_refs().into_iter().filter_map(supply).collect()
+    }
+
+    /// The one place where a job ends and others become ready.
+    fn settle(
+        &mut self,
+        job: usize,
+        outcome: Result<Outcome, Failure>,
+        seconds: f64,
+        sink: &mut dyn Sink,
+    ) {
+        let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
+        match (work, outcome) {
+            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why })) => {
+                let who = self.plan.who(self.plan.stages[stage].stage, arm);
+                let kept = stored.payload.command.as_ref().is_none_or(|command| command.accepted);
+                if kept && let Err(error) = self.store.remember(&who, &stored.action.key) {
+                    tracing::warn!("{error}");
+                }
+                self.progress[stage].results.insert(arm, *stored);
+                self.arm_finished(stage, arm, state, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(Failure::Compute(ComputeError::Unavailable(why)))) => {
+                self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(failure)) if failure.is_absence() => {
+                let why = failure.to_string();
+                self.progress[stage].unread = Some(format!("the {arm} arm has no tensors: {why}"));
+                self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(failure)) => {
+                self.note_bug(&failure);
+                let why = failure.to_string();
+                self.progress[stage].failure = Some(format!("the {arm} arm failed: {why}"));
+                self.arm_finished(stage, arm, ArmState::Error, why, seconds, sink);
+            }
+            (_, Ok(Outcome::Measures(measures))) => {
+                self.progress[stage].measures = *measures;
+                self.close(stage, sink);
+            }
+            (_, Err(failure)) => {
+                self.note_bug(&failure);
+                self.progress[stage].failure = Some(format!("measuring failed: {failure}"));
+                self.close(stage, sink);
+            }
+            (Work::Measure, Ok(Outcome::Arm { .. })) => {}
+        }
+        self.finish(job);
+    }
+
+    fn note_bug(&mut self, failure: &Failure) {
+        if let Failure::Bug(text) = failure {
+            self.bug.get_or_insert_with(|| text.clone());
+        }
+    }
+
+    fn finish(&mut self, done: usize) {
+        self.jobs[done].state = State::Done;
+        for job in std::mem::take(&mut self.jobs[done].awaited_by) {
+            match &mut self.jobs[job].state {
+                State::Waiting(count) if *count > 1 => *count -= 1,
+                state => {
+                    *state = State::Ready;
+                    self.ready.insert(job);
+                }
+            }
+        }
+    }
+
+    fn arm_finished(
+        &mut self,
+        stage: usize,
+        arm: Arm,
+        state: ArmState,
+        why: String,
+        seconds: f64,
+        sink: &mut dyn Sink,
+    ) {
+        let mut record = ArmRecord::without(state, why.clone());
+        if let Some(stored) = self.progress[stage].results.get(&arm) {
+            record.arithmetic = Some(stored.payload.arithmetic.clone());
+            record.gemms = stored.payload.gemms.clone();
+            record.seconds = Some(stored.payload.seconds);
+            record.key = Some(stored.action.key.0.clone());
+            record.object = stored.action.object.clone();
+            record.sites = stored.payload.sites.clone();
+            record.greedy = stored.payload.greedy.clone();
+            record.command = stored.payload.command.clone();
+        }
+        self.progress[stage].arms.insert(arm, record);
+        let stage = self.plan.stages[stage].stage.id.clone();
+        sink.event(&Event::ArmFinished { stage, arm, state, why, seconds });
+    }
+
+    /// Judges a stage and writes its record.
+    fn close(&mut self, stage: usize, sink: &mut dyn Sink) {
+        let prepared = &self.plan.stages[stage];
+        let progress = &mut self.progress[stage];
+        let definition = prepared.stage;
+        let contract = self.plan.pipeline.contracts[&definition.contract].read_by(&definition.arms);
+        let absent: BTreeMap<Arm, String> = progress
+            .arms
+            .iter()
+            .filter(|(_, record)| record.state == ArmState::Unmeasured)
+            .map(|(arm, record)| (*arm, record.why.clone()))
+            .collect();
+        let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
+        let mut judged = judge(&contract, &progress.measures.measures, &absent);
+        reason(&mut judged, &progress.measures);
+        if let Some(unread) = &progress.unread
+            && judged.verdict == Verdict::Pass
+        {
+            (judged.verdict, judged.why) = (Verdict::Unmeasured, unread.clone());
+        }
+        if let Some(reason) = &progress.blocked {
+            (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
+        } else if let Some(reason) = &progress.failure {
+            (judged.verdict, judged.why) = (Verdict::Error, reason.clone());
+        } else if let Some((arm, reason)) = required
+            && !matches!(judged.verdict, Verdict::Structural | Verdict::Drift)
+        {
+            judged.verdict = Verdict::Error;
+            judged.why = format!("the {arm} arm is required and did not run: {reason}");
+        }
+        if let Some(stored) = progress.results.get(&Arm::Command)
+            && let Some(command) = &stored.payload.command
+        {
+            let why = if judged.verdict == Verdict::Pass { "" } else { &judged.why };
+            judged.why = outcome_in_words(command, why, self.store);
+        }
+        let engine = definition.external.as_ref().and_then(|external| external.emulate);
+        let fit = match engine {
+            Some(op::Engine::LlamaCpp) => fit::in_words(
+                &progress.measures.measures,
+                "the engine's activations are quantised to 8 bits",
+            ),
+            None => None,
+        };
+        if let Some(fit) = fit {
+            judged.why = format!("{fit}; {}", judged.why);
+        }
+        // What was identified is the answer, whatever became of it.
+        let emulated = progress.arms.get(&Arm::Emulated).and_then(|arm| arm.arithmetic.as_ref());
+        if let (Op::Gemm { .. }, Some(_), Some(found)) =
+            (&definition.op, &definition.recorded, emulated)
+        {
+            judged.why = format!("{}; {found}", judged.why);
+        }
+        let seconds = progress.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
+        let bad = !matches!(judged.verdict, Verdict::Pass | Verdict::Unmeasured);
+        if bad && self.options.fail_fast {
+            self.failed_fast.get_or_insert_with(|| definition.id.clone());
+        }
+        // The tensors have done their service; whoever needs them later reads the cache.
+        for stored in progress.results.values_mut() {
+            stored.output = None;
+        }
+        sink.event(&Event::StageJudged {
+            stage: definition.id.clone(),
+            verdict: judged.verdict,
+            why: judged.why.clone(),
+            seconds,
+        });
+        progress.record = Some(StageRecord {
+            id: definition.id.clone(),
+            title: definition.title.clone(),
+            file: definition.file.display().to_string(),
+            needs: definition.needs.clone(),
+            family: definition.family.clone(),
+            op: definition.op.clone(),
+            model: prepared.model.as_ref().map_or(String::new(), |model| model.source.clone()),
+            tokens: prepared.tokens.clone(),
+            recipe: definition.recipe,
+            contract: [contract.name.clone(), contract.version.clone()],
+            verdict: judged.verdict,
+            why: judged.why,
+            seconds,
+            arms: progress.arms.clone(),
+            judgements: judged.judgements,
+            measures: std::mem::take(&mut progress.measures.measures),
+            greedy: std::mem::take(&mut progress.measures.greedy),
+            accounts: std::mem::take(&mut progress.measures.accounts),
+            shares: std::mem::take(&mut progress.measures.shares),
+            growth: std::mem::take(&mut progress.measures.growth),
+            diagnoses: std::mem::take(&mut progress.measures.diagnoses),
+        });
+    }
+
+    /// After a stop: what was not judged ends in an error that says so.
+    fn close_open_stages(&mut self, sink: &mut dyn Sink) {
+        for stage in 0..self.progress.len() {
+            if self.progress[stage].record.is_none() && self.plan.stages[stage].judged {
+                self.progress[stage].failure = Some("stopped on request".to_owned());
+                self.progress[stage].blocked = None;
+                self.close(stage, sink);
+            }
+        }
+    }
+
+    fn show_progress(&self, job: usize, made: Made, sink: &mut dyn Sink) {
+        let Job { stage, work, .. } = self.jobs[job];
+        let prepared = &self.plan.stages[stage];
+        if let Work::Arm(arm) = work {
+            let total = expected_sites(prepared);
+            let stage = prepared.stage.id.clone();
+            let Made { sites: done, bytes } = made;
+            sink.event(&Event::Progress { stage, arm, done, total, bytes });
+        }
+    }
+}
+
+/// A command's verdict in one line: its status, and what it said last if that was bad.
+fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String {
+    let mut parts = vec![format!("status {}", record.status)];
+    if !record.outputs.is_empty() {
+        parts.push(match record.outputs.as_slice() {
+            [one] => format!("wrote {}", one.path),
+            many => format!("wrote {} files", many.len()),
+        });
+    }
+    parts.extend(Some(why.to_owned()).filter(|why| !why.is_empty()));
+    if !record.accepted {
+        let said = command::last_words(record, store);
+        parts.extend(said.map(|said| format!("it said: {said}")));
+    }
+    parts.join("; ")
+}
+
+/// Sites that an arm will make, for a progress bar.
+fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
+    match &prepared.stage.op {
+        Op::Forward { repeats, .. } => {
+            let Some(model) = &prepared.model else { return 0 };
+            let config = model.model.config();
+            let norms = if model.model.has("blk.0.attn_q_norm.weight") { 0 } else { 2 };
+            let sites = config.layers * (LAYER_SITES.len() - norms) + 3;
+            sites as u64 * u64::from(*repeats)
+        }
+        Op::Matmul { weights, .. } => weights.len() as u64,
+        _ => 1,
+    }
+}
+
+/// A job's thread.
+fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
+    let started = Instant::now();
+    let attempt = AssertUnwindSafe(|| {
+        let attempt = || match order {
+            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |made| {
+                // Nobody listens any more only when the run is over.
+                let _ = sender.send(Message::Progress { job, made });
+            }),
+            Order::Measure { inputs, results } => bench.measure(&inputs, results),
+        };
+        match bench.prepared.stage.resources.threads {
+            None => attempt(),
+            Some(threads) => {
+                match rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build() {
+                    Ok(pool) => pool.install(attempt),
+                    Err(error) => Err(Failure::Bug(error.to_string())),
+                }
+            }
+        }
+    });
+    let outcome = catch_unwind(attempt).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Err(Failure::Bug(text.unwrap_or_else(|| "a panic without a message".to_owned())))
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let _ = sender.send(Message::Done { job, outcome, seconds });
+}
