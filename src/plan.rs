@@ -515,7 +515,7 @@ impl<'a> Plan<'a> {
                     Some(action) => {
                         line("reuse", reused(&action, &self.touched_files(prepared)), fields);
                         if arm == Arm::Reference {
-                            made = serde_json::from_value(action.payload).ok();
+                            made = action.read().ok();
                         }
                     }
                     None => line("run", self.why_run(store, stage, arm, &walk), fields),

@@ -14,4 +14,4 @@ pub use key::{Key, KeyWalk};
 pub use stamps::{Stamp, Stamps, now};
 pub(crate) use store::write_whole;
 pub use store::{Action, ActionLock, CacheError, NewAction, Store, sealed, unsealed};
-pub use upkeep::{Budget, Cleared, Health, Held};
+pub use upkeep::{Budget, Cleared, Health, Held, Spare};

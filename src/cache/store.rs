@@ -22,7 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use super::key::{Key, KeyWalk};
 use super::stamps::{Stamps, check_of};
@@ -57,7 +59,7 @@ pub enum CacheError {
 }
 
 /// The record of one computation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Action {
     /// Its key.
     pub key: Key,
@@ -69,13 +71,21 @@ pub struct Action {
     pub created: String,
     /// The tensors, by the blake3 hash of their file; absent if it made none.
     pub object: Option<String>,
-    /// What it says besides tensors.
-    pub payload: serde_json::Value,
+    /// What it says besides tensors, as JSON: parsed by who knows what it is.
+    pub payload: Box<RawValue>,
 }
 
 impl Action {
+    /// What it says besides tensors.
+    ///
+    /// # Errors
+    /// If it says something else.
+    pub fn read<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
+        serde_json::from_str(self.payload.get())
+    }
+
     /// The record of a computation whose result is not kept.
-    pub fn unsaved(walk: &KeyWalk, run: &str, created: &str, payload: serde_json::Value) -> Action {
+    pub fn unsaved(walk: &KeyWalk, run: &str, created: &str, payload: Box<RawValue>) -> Action {
         Action {
             key: walk.key(),
             fields: walk.fields().to_vec(),
@@ -126,7 +136,7 @@ pub struct NewAction<'a> {
     /// The tensors' file, if it made any.
     pub object: Option<&'a [u8]>,
     /// What it says besides tensors.
-    pub payload: serde_json::Value,
+    pub payload: Box<RawValue>,
     /// Seconds that it took.
     pub seconds: f64,
 }
@@ -545,7 +555,11 @@ fn followed(path: &Path) -> Cow<'_, Path> {
 fn write_file(path: &Path, bytes: &[u8], flush: bool) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let write = || {
-        let draft = || tempfile::Builder::new().prefix(".writing-").tempfile_in(folder);
+        // For whoever the user's mask lets read it, unlike other temporary files.
+        let readable = Permissions::from_mode(0o666);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".writing-").permissions(readable);
+        let draft = || builder.tempfile_in(folder);
         let mut file = match draft() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 std::fs::create_dir_all(folder)?;
@@ -571,7 +585,7 @@ mod tests {
     use super::*;
 
     fn save(store: &Store, walk: &KeyWalk, object: Option<&[u8]>) -> Result<Action, CacheError> {
-        let payload = 7.into();
+        let payload = RawValue::from_string("7".to_owned()).expect("JSON");
         store.save(NewAction { walk, run: "run", created: "now", object, payload, seconds: 1.0 })
     }
 
@@ -581,13 +595,17 @@ mod tests {
         walk
     }
 
+    fn text(action: &Action) -> String {
+        serde_json::to_string(action).expect("JSON")
+    }
+
     #[test]
     fn what_was_saved_is_found_again_and_nothing_else() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::new(folder.path());
         assert!(store.find(&walk("a").key()).is_none());
         let saved = save(&store, &walk("a"), Some(b"tensors")).expect("saved");
-        assert_eq!(store.find(&walk("a").key()), Some(saved.clone()));
+        assert_eq!(store.find(&walk("a").key()).map(|found| text(&found)), Some(text(&saved)));
         assert!(store.find(&walk("b").key()).is_none());
         let object = saved.object.expect("an object");
         assert_eq!(store.read_object(&object).expect("readable"), b"tensors");
@@ -675,6 +693,10 @@ mod tests {
         write_whole(&link, b"after").expect("written");
         assert!(link.is_symlink());
         assert_eq!(std::fs::read(&file).expect("read"), b"after");
+        let ordinary = folder.path().join("ordinary");
+        File::create(&ordinary).expect("made");
+        let mode = |path| std::fs::metadata(path).expect("it is there").permissions().mode();
+        assert_eq!(mode(&file), mode(&ordinary), "as readable as any other file");
 
         let device = || std::fs::metadata("/dev/null").expect("it is there").file_type();
         let before = device();

@@ -25,6 +25,17 @@ pub struct Held {
     objects: Vec<PathBuf>,
 }
 
+/// A file that a run makes again from nothing.
+#[derive(Debug)]
+pub struct Spare {
+    /// The file.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub size: u64,
+    /// When it was made.
+    pub made: SystemTime,
+}
+
 /// What `verify` found.
 #[derive(Debug, Default)]
 pub struct Health {
@@ -47,7 +58,8 @@ pub struct Cleared {
     pub left: u64,
     /// Actions that were removed.
     pub actions: usize,
-    /// Files that were removed: objects, and what runs that were killed left.
+    /// Files that were removed: objects, generated models, compiled programs, and what runs
+    /// that were killed left.
     pub files: usize,
 }
 
@@ -89,7 +101,8 @@ impl Store {
     /// The files that an action names, there or not.
     fn objects_of(&self, action: &Action) -> Vec<PathBuf> {
         let tensors = action.object.iter().map(|digest| self.object_path(digest));
-        let command = action.payload.get("command");
+        let payload = action.read::<Value>().unwrap_or_default();
+        let command = payload.get("command");
         let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
         let streams = ["stdout", "stderr"].map(|name| text(command.and_then(|c| c.get(name))));
         let outputs = command.and_then(|command| command.get("outputs")?.as_array());
@@ -140,8 +153,9 @@ impl Store {
         Ok(health)
     }
 
-    /// Removes actions that were not used for longest until the rest fits the budget,
-    /// and objects that nothing names any more. `None` if a run uses the store now.
+    /// Removes actions that were not used for longest until the rest fits the budget, and
+    /// objects that nothing names any more. Generated models and compiled programs stay
+    /// where there is room beside the results. `None` if a run uses the store now.
     ///
     /// # Errors
     /// If the folder cannot be read or written.
@@ -189,6 +203,15 @@ impl Store {
             cleared.freed += size;
             self.remove(path, budget)?;
         }
+        for Spare { path, size, .. } in self.spare()? {
+            if cleared.left + size <= budget.bytes {
+                cleared.left += size;
+            } else {
+                cleared.files += 1;
+                cleared.freed += size;
+                self.remove(&path, budget)?;
+            }
+        }
         // Nobody computes now, so these are of runs that were killed.
         for folder in ["locks", "unchanged"] {
             for path in files_below(&self.root().join(folder))? {
@@ -196,6 +219,25 @@ impl Store {
             }
         }
         Ok(Some(cleared))
+    }
+
+    /// What a run makes again from nothing: generated models and compiled programs, the
+    /// last made first.
+    ///
+    /// # Errors
+    /// If a folder cannot be read.
+    pub fn spare(&self) -> Result<Vec<Spare>, CacheError> {
+        let mut all = Vec::new();
+        for folder in [self.models(), self.programs()] {
+            for path in files_below(&folder)? {
+                let facts = std::fs::metadata(&path);
+                let facts = facts.map_err(|source| io("inspect", &path, source))?;
+                let made = facts.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                all.push(Spare { path, size: facts.len(), made });
+            }
+        }
+        all.sort_by(|a, b| b.made.cmp(&a.made).then_with(|| a.path.cmp(&b.path)));
+        Ok(all)
     }
 
     fn remove(&self, path: &Path, budget: &Budget) -> Result<(), CacheError> {
@@ -239,8 +281,8 @@ mod tests {
         let mut walk = KeyWalk::new("test");
         walk.field("name", name);
         let (run, created, object) = ("run", "now", Some(object));
-        let new =
-            NewAction { walk: &walk, run, created, object, payload: Value::Null, seconds: 0.0 };
+        let payload = serde_json::value::RawValue::NULL.to_owned();
+        let new = NewAction { walk: &walk, run, created, object, payload, seconds: 0.0 };
         let action = store.save(new).expect("saved");
         let record = std::fs::File::options().append(true).open(store.action_path(&action.key));
         let used = SystemTime::now() - std::time::Duration::from_secs(age);
@@ -266,6 +308,20 @@ mod tests {
         assert!(store.find(&new.key).is_some() && store.find(&middle.key).is_none());
         assert!(store.find(&old.key).is_some());
         assert!(store.read_object(old.object.as_deref().expect("an object")).is_ok());
+    }
+
+    #[test]
+    fn generated_models_stay_only_where_there_is_room_beside_the_results() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::new(folder.path());
+        let action = save(&store, "a", &[1; 4000], 0);
+        std::fs::create_dir_all(store.models()).expect("made");
+        let model = store.models().join("model.gguf");
+        std::fs::write(&model, [0; 3000]).expect("written");
+        assert!(store.clear(&budget(8000)).expect("cleared").is_some() && model.exists());
+        let cleared = store.clear(&budget(6000)).expect("cleared");
+        assert_eq!(cleared.map(|c| (c.actions, c.files, c.freed)), Some((0, 1, 3000)));
+        assert!(store.find(&action.key).is_some() && !model.exists());
     }
 
     #[test]

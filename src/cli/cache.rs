@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use super::{FALSIFIED, PASS, keep, print, record_of, stamps_of, store_of};
-use crate::cache::{Budget, Held};
+use crate::cache::{Budget, Held, Spare};
 use crate::record::RunRecord;
 
 /// The mark of a run whose results `gc` keeps.
@@ -60,7 +60,10 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
     let store = store_of(runs);
     let failed = |error: crate::cache::CacheError| error.to_string();
     match command {
-        CacheCommand::Ls => print(&list(&store.held().map_err(failed)?)),
+        CacheCommand::Ls => {
+            let (held, spare) = (store.held().map_err(failed)?, store.spare().map_err(failed)?);
+            print(&list(&held, &spare))
+        }
         CacheCommand::Verify => {
             let health = store.verify().map_err(failed)?;
             let mut text = String::new();
@@ -83,7 +86,7 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
                 .ok_or("a run uses the cache now, so nothing was removed; try again after it")?;
             let verb = if *dry_run { "would remove" } else { "removed" };
             print(&format!(
-                "{verb} {} actions and {} objects, {}; {} stay\n",
+                "{verb} {} actions and {} files, {}; {} stay\n",
                 cleared.actions,
                 cleared.files,
                 size(cleared.freed),
@@ -119,7 +122,7 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
     }
 }
 
-fn list(all: &[Held]) -> String {
+fn list(all: &[Held], spare: &[Spare]) -> String {
     let mut text = String::new();
     for Held { action, size: bytes, .. } in all {
         let field = |name: &str| {
@@ -132,7 +135,13 @@ fn list(all: &[Held]) -> String {
         let (key, created) = (&action.key.0[..8], &action.created);
         text += &format!("{key}  {:>10}  {created}  {what}\n", size(*bytes));
     }
-    text + &format!("{} results\n", all.len())
+    text += &format!("{} results\n", all.len());
+    if !spare.is_empty() {
+        let bytes = spare.iter().map(|spare| spare.size).sum();
+        text +=
+            &format!("{} generated models and compiled programs, {}\n", spare.len(), size(bytes));
+    }
+    text
 }
 
 /// Everything that pinned runs name.

@@ -164,26 +164,43 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         stages: finished.stages,
     };
     sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
-    let json = serde_json::to_string_pretty(&record)
-        .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
-    crate::cache::write_whole(&folder.join("run.json"), json.as_bytes())
-        .map_err(|error| error.to_string())?;
-    let page = page(&record, &runs.display().to_string());
-    crate::cache::write_whole(&folder.join("report.html"), page.as_bytes())
-        .map_err(|error| error.to_string())?;
-    let junit = junit(&record).map_err(|error| format!("junit.xml cannot be encoded: {error}"))?;
-    crate::cache::write_whole(&folder.join("junit.xml"), junit.as_bytes())
-        .map_err(|error| error.to_string())?;
+    let (json, page) = rayon::join(
+        || {
+            let json = write_json(&record, &folder)?;
+            if finished.bug.is_none() {
+                unchanged::note(&store, &plan, &record, workshop, began);
+            }
+            Ok::<_, String>(json)
+        },
+        || write_page(&record, runs, &folder),
+    );
+    let (json, ()) = (json?, page?);
     tell_github(&record);
     if let Some(bug) = &finished.bug {
         eprintln!("a bug of ours, please report it: {bug}");
     }
-    if finished.bug.is_none() {
-        unchanged::note(&store, &plan, &record, workshop, began);
-    }
     show(args, &record, record.stages.len(), json, &folder)?;
     args.nightly.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
     Ok(exit_code)
+}
+
+/// Writes run.json, and returns it.
+fn write_json(record: &RunRecord, folder: &Path) -> Result<String, String> {
+    let json = serde_json::to_string_pretty(record)
+        .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
+    crate::cache::write_whole(&folder.join("run.json"), json.as_bytes())
+        .map_err(|error| error.to_string())?;
+    Ok(json)
+}
+
+/// Writes what people and build servers read.
+fn write_page(record: &RunRecord, runs: &Path, folder: &Path) -> Result<(), String> {
+    let page = page(record, &runs.display().to_string());
+    crate::cache::write_whole(&folder.join("report.html"), page.as_bytes())
+        .map_err(|error| error.to_string())?;
+    let junit = junit(record).map_err(|error| format!("junit.xml cannot be encoded: {error}"))?;
+    crate::cache::write_whole(&folder.join("junit.xml"), junit.as_bytes())
+        .map_err(|error| error.to_string())
 }
 
 /// The end of a run that found everything as the last one left it.

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::de::DeserializeOwned;
+use serde_json::value::to_raw_value;
 
 use super::Options;
 use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
@@ -131,7 +133,7 @@ impl Bench<'_> {
         let sources = self.plan.sources(stage, arm, &site)?;
         let walk = self.plan.arm_walk(self.prepared, arm, &sources, *workshop);
         let reuse = |action: Action| {
-            let payload = payload_of(&action)?;
+            let payload: ArmPayload = said_by(&action)?;
             let why = reused(&action, &self.plan.touched_files(self.prepared));
             let stored = Box::new(Stored { action, payload, output: None });
             Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
@@ -325,7 +327,7 @@ impl Bench<'_> {
         tools: &Tools<'_>,
     ) -> Result<Option<Outcome>, Failure> {
         let Some(action) = self.reusable(walk) else { return Ok(None) };
-        let payload = payload_of(&action)?;
+        let payload: ArmPayload = said_by(&action)?;
         let Some(record) = &payload.command else { return Ok(None) };
         let Some(restored) = command::restore(record, tools)? else { return Ok(None) };
         let mut why = reused(&action, &seen.touched(self.plan.stamps));
@@ -362,7 +364,7 @@ impl Bench<'_> {
             seconds,
             command: Some(record),
         };
-        let json = serde_json::to_value(&payload)
+        let json = to_raw_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
         let new = NewAction { walk: &walk, run, created, object: None, payload: json, seconds };
@@ -396,7 +398,7 @@ impl Bench<'_> {
         };
         let sites = bytes.iter().map(|(site, tensor, bytes)| (site.0.as_str(), *tensor, bytes));
         let encoded = encoded(sites)?;
-        let json = serde_json::to_value(&payload)
+        let json = to_raw_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
         let object = Some(encoded.as_slice());
@@ -429,9 +431,7 @@ impl Bench<'_> {
         let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
         let walk = self.plan.measure_walk(self.prepared, &keys.collect());
         if let Some(action) = self.store.find(&walk.key()) {
-            let measures = serde_json::from_value(action.payload)
-                .map_err(|error| Failure::Record(action.key.0, error.to_string()))?;
-            return Ok(Outcome::Measures(Box::new(measures)));
+            return Ok(Outcome::Measures(Box::new(said_by(&action)?)));
         }
         let started = Instant::now();
         let mut outputs = BTreeMap::new();
@@ -446,7 +446,7 @@ impl Bench<'_> {
         } else {
             measure_arms(&outputs)
         };
-        let json = serde_json::to_value(&measures)
+        let json = to_raw_value(&measures)
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
         let seconds = started.elapsed().as_secs_f64();
@@ -550,9 +550,9 @@ fn no_such_site(input: &InputRef, stored: &Stored) -> Failure {
     Failure::NoSuchSite { input: input.clone(), known }
 }
 
-fn payload_of(action: &Action) -> Result<ArmPayload, Failure> {
-    serde_json::from_value(action.payload.clone())
-        .map_err(|error| Failure::Record(action.key.0.clone(), error.to_string()))
+/// What an action says besides tensors.
+fn said_by<T: DeserializeOwned>(action: &Action) -> Result<T, Failure> {
+    action.read().map_err(|error| Failure::Record(action.key.0.clone(), error.to_string()))
 }
 
 /// A safetensors file of f32 tensors with their little-endian bytes.

@@ -1,11 +1,12 @@
 //! What is computed again and what is reused: a table of single edits, runners that
 //! are killed, runners beside each other, and bits that flip.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use candle_core::quantized::gguf_file;
 use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Workshop};
 use runner::compute::{ComputeError, Ops};
@@ -352,6 +353,59 @@ fn edits_of_a_model_and_a_recipe_reach_the_arms_that_read_them() {
 }
 
 /// Twelve stages of a fan and a chain, of which each takes a moment.
+/// A model file with its layers over and over, until there are so many.
+fn deepen(file: &std::path::Path, layers: u32) {
+    let mut reader = std::io::Cursor::new(fs::read(file).expect("read"));
+    let mut content = gguf_file::Content::read(&mut reader).expect("a model");
+    let block_count = content.metadata.get_mut("qwen2.block_count").expect("layers");
+    let there = block_count.to_u32().expect("a number");
+    *block_count = gguf_file::Value::U32(layers);
+    let mut tensors = BTreeMap::new();
+    for name in content.tensor_infos.keys() {
+        let read = || {
+            let mut reader = reader.clone();
+            content.tensor(&mut reader, name, &candle_core::Device::Cpu).expect("a tensor")
+        };
+        match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            None => drop(tensors.insert(name.clone(), read())),
+            Some((layer, part)) => {
+                let layer: u32 = layer.parse().expect("a number");
+                for layer in (layer..layers).step_by(there as usize) {
+                    tensors.insert(format!("blk.{layer}.{part}"), read());
+                }
+            }
+        }
+    }
+    let metadata: Vec<_> = content.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let mut file = fs::File::create(file).expect("made");
+    gguf_file::write(&mut file, &metadata, &tensors).expect("written");
+}
+
+#[test]
+fn a_changed_tensor_of_28_layers_reaches_the_stages_that_read_it_and_no_others() {
+    let project = on_a_model();
+    let model = project.path("model.gguf");
+    deepen(&model, 28);
+    let run = || project.runner(&["run", "stages", "--model", "model.gguf", "--tokens", "5,6"]);
+    assert_eq!(computed(&run()).len(), 10);
+    let cases: [(&str, &[&str]); 4] = [
+        ("blk.13.ffn_up.weight", &["A", "B"]),
+        ("blk.27.attn_norm.weight", &["A", "B"]),
+        ("blk.0.attn_k.weight", &["A", "B", "E"]),
+        ("output.weight", &["A", "B"]),
+    ];
+    for (tensor, stages) in cases {
+        let place = Model::open(&model).expect("opened").origin(tensor).expect("a place").offset;
+        let mut bytes = fs::read(&model).expect("read");
+        bytes[place + 40] ^= 1;
+        fs::write(&model, &bytes).expect("written");
+        let outcome = run();
+        let both = stages.iter().flat_map(|s| [format!("{s} reference"), format!("{s} emulated")]);
+        assert_eq!(computed(&outcome), both.collect(), "{tensor}\n{}", outcome.err);
+    }
+}
+
 fn slow_pipeline() -> Project {
     let mut project = Project::new().file("in", "0\n");
     for i in 0..12 {
@@ -522,7 +576,7 @@ fn gc_keeps_what_a_pinned_run_made() {
     project.run().expect(0, "pass");
     project.runner(&["cache", "ls"]).expect(0, "4 results");
     project.runner(&["cache", "pin", "latest"]).expect(0, "pinned");
-    project.runner(&["cache", "gc", "--budget", "0"]).expect(0, "removed 4 actions and 0 objects");
+    project.runner(&["cache", "gc", "--budget", "0"]).expect(0, "removed 4 actions and 0 files");
     project.runner(&["cache", "unpin", "latest"]).expect(0, "not pinned");
     project.runner(&["cache", "gc", "--budget", "0"]).expect(0, "0 B stay");
     project.run().expect(0, "pass");

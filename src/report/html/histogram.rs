@@ -1,6 +1,8 @@
 //! How the errors over their floors are distributed, beside the normal curve
 //! that rounding must give: a panel for each GEMM, a line for each layer.
 
+use std::sync::LazyLock;
+
 use maud::{Markup, html};
 
 use super::figure::{figure, shown_share};
@@ -18,17 +20,23 @@ const HEIGHT: f64 = 84.0;
 /// The share of all values at the upper edge; a normal variable's fullest bin has 0.19.
 const MOST: f64 = 0.26;
 
+/// Place among the stage's measures, measure, counts.
+type Line<'a> = (usize, &'a Measure, &'a ZHistogram);
+
 /// One site with its layers.
 struct Panel<'a> {
     site: &'a str,
-    /// Place among the stage's measures, measure, counts.
-    lines: Vec<(usize, &'a Measure, &'a ZHistogram)>,
+    lines: Vec<Line<'a>>,
+    /// The layer whose distribution is furthest from the normal one.
+    furthest: Line<'a>,
 }
 
 impl<'a> Panel<'a> {
-    /// The layer whose distribution is furthest from the normal one.
-    fn furthest(&self) -> Option<&(usize, &'a Measure, &'a ZHistogram)> {
-        self.lines.iter().max_by(|a, b| distance(a.2).total_cmp(&distance(b.2)))
+    /// None where nothing was counted.
+    fn new(site: &'a str, lines: Vec<Line<'a>>) -> Option<Panel<'a>> {
+        let apart = lines.iter().map(|line| (distance(line.2), *line));
+        let (_, furthest) = apart.max_by(|a, b| a.0.total_cmp(&b.0))?;
+        Some(Panel { site, lines, furthest })
     }
 }
 
@@ -73,48 +81,40 @@ fn of_tensors(page: &Page<'_>, stage: &StageRecord, arm: Arm) -> Markup {
 /// rounding of one operation, which no normal curve describes.
 fn panels<'a>(stage: &'a StageRecord, grid: &Grid<'a>) -> Vec<Panel<'a>> {
     let suspected = |measure: &Measure| stage.diagnoses.iter().any(|d| d.site == measure.site);
-    let of_site = |site: &&'a str| Panel {
-        site,
-        lines: grid
-            .row(site)
-            .into_iter()
-            .filter(|(.., measure)| is_gemm(&measure.site) || suspected(measure))
-            .filter_map(|(_, number, measure)| {
-                Some((number, measure, measure.z_histogram.as_ref()?))
-            })
-            .collect(),
+    let of_site = |site: &&'a str| {
+        let row = grid.row(site).into_iter();
+        let shown = row.filter(|(.., measure)| is_gemm(&measure.site) || suspected(measure));
+        let lines = shown.filter_map(|(_, number, measure)| {
+            Some((number, measure, measure.z_histogram.as_ref()?))
+        });
+        Panel::new(site, lines.collect())
     };
-    grid.sites.iter().map(of_site).filter(|panel| !panel.lines.is_empty()).collect()
+    grid.sites.iter().filter_map(of_site).collect()
 }
 
 fn drawing(panel: &Panel<'_>, place: usize) -> Markup {
-    let furthest = panel.furthest().map(|(number, ..)| *number);
-    let normal: [f64; 18] = std::array::from_fn(normal_share);
-    let words = panel.furthest().map(|(_, measure, counts)| {
-        let layers = match (in_layer(&measure.site.0), panel.lines.len()) {
-            (Some((layer, _)), 2..) => format!("layer {layer}: "),
-            _ => String::new(),
-        };
-        format!("{layers}{} beyond 4", shown_share(tails(counts)))
-    });
+    let (furthest, measure, counts) = panel.furthest;
+    let layer = match (in_layer(&measure.site.0), panel.lines.len()) {
+        (Some((layer, _)), 2..) => format!("layer {layer}: "),
+        _ => String::new(),
+    };
+    let words = format!("{layer}{} beyond 4", shown_share(tails(counts)));
     html! {
         div class="panel" {
-            p { code { (panel.site) } " " small { (words.unwrap_or_default()) } }
+            p { code { (panel.site) } " " small { (words) } }
             svg class="z" width=(WIDTH) height="100" viewBox=(format!("0 0 {WIDTH} 100"))
                 role="img" aria-label=(format!("z of {}", panel.site)) data-stage=(place) {
                 line class="grid" x1="0" x2=(WIDTH) y1=(HEIGHT) y2=(HEIGHT) {}
                 line class="grid" x1=(WIDTH / 2) x2=(WIDTH / 2) y1="0" y2=(HEIGHT) {}
                 @for (number, _, counts) in &panel.lines {
-                    @if Some(*number) != furthest {
+                    @if *number != furthest {
                         path class="layer" data-m=(number) d=(steps(&shares(counts))) {}
                     }
                 }
-                @if let Some((number, measure, counts)) = panel.furthest() {
-                    path class="layer most" data-m=(number) d=(steps(&shares(counts))) {
-                        title { (measure.site) }
-                    }
+                path class="layer most" data-m=(furthest) d=(steps(&shares(counts))) {
+                    title { (measure.site) }
                 }
-                path class="normal" d=(steps(&normal)) {}
+                path class="normal" d=(steps(&NORMAL)) {}
                 @for (bin, name) in [(1, "-4"), (5, "-2"), (9, "0"), (13, "2"), (17, "4")] {
                     text class="tick" x=(bin * BIN) y="97" { (name) }
                 }
@@ -149,9 +149,13 @@ fn steps(shares: &[f64; 18]) -> String {
 
 /// Half the sum of the differences of all bins: 0 if equal, 1 if apart.
 fn distance(counts: &ZHistogram) -> f64 {
-    let apart = shares(counts).into_iter().enumerate().map(|(b, s)| (s - normal_share(b)).abs());
+    let apart =
+        shares(counts).into_iter().zip(*NORMAL).map(|(share, normal)| (share - normal).abs());
     apart.sum::<f64>() / 2.0
 }
+
+/// What a standard normal variable has in each bin.
+static NORMAL: LazyLock<[f64; 18]> = LazyLock::new(|| std::array::from_fn(normal_share));
 
 /// The probability that a standard normal variable falls into a bin.
 fn normal_share(bin: usize) -> f64 {
@@ -173,9 +177,7 @@ fn numbers(panels: &[Panel<'_>], place: usize) -> Markup {
                     th scope="col" { "z from" }
                     th scope="col" { "normal" }
                     @for panel in panels {
-                        @if let Some((_, measure, _)) = panel.furthest() {
-                            th scope="col" { code { (measure.site) } }
-                        }
+                        th scope="col" { code { (panel.furthest.1.site) } }
                     }
                 } }
                 tbody {
@@ -184,14 +186,12 @@ fn numbers(panels: &[Panel<'_>], place: usize) -> Markup {
                             th scope="row" {
                                 @if bin == 0 { "below" } @else { (Z_FROM + Z_STEP * (bin as f64 - 1.0)) }
                             }
-                            td { (shown_share(normal_share(bin))) }
-                            @for panel in panels {
-                                @if let Some((number, _, counts)) = panel.furthest() {
-                                    td {
-                                        (figure(counts[bin] as f64, &format!(
-                                            "/stages/{place}/measures/{number}/z_histogram/{bin}"
-                                        )))
-                                    }
+                            td { (shown_share(NORMAL[bin])) }
+                            @for &Panel { furthest: (number, _, counts), .. } in panels {
+                                td {
+                                    (figure(counts[bin] as f64, &format!(
+                                        "/stages/{place}/measures/{number}/z_histogram/{bin}"
+                                    )))
                                 }
                             }
                         }
