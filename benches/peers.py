@@ -150,7 +150,8 @@ def model_table(args, env):
     folder.mkdir()
     for part in ["stages", "contracts"]:
         shutil.copytree(ROOT / part, folder / part)
-    line = [args.runner, "run", "stages", "--format", "plain", "--model", args.model]
+    line = [args.runner, "run", "stages", "--format", "plain", "--model", args.model,
+            *(["--tokens", args.tokens] if args.tokens else [])]
     cold = timed(line, folder, env, (0, 1))[0]
     idle = best(10, lambda: timed(line, folder, env, (0, 1))[0])
     contract = folder / "contracts/per-layer.toml"
@@ -176,12 +177,13 @@ def main():
     parser.add_argument("--dvc-stages", type=int, default=100, help="DVC needs 1.5 s for each")
     parser.add_argument("--gigabytes", type=int, default=5)
     parser.add_argument("--model", help="a model for the five shipped stages")
+    parser.add_argument("--tokens", help="their prompt; the manifests' own by default")
     args = parser.parse_args()
     if args.install:
         return install(args.install.resolve())
     args.peers, args.runner, args.work = args.peers.resolve(), args.runner.resolve(), args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, XDG_CACHE_HOME=str(args.work / "home"), CUDA_VISIBLE_DEVICES="")
+    env = dict(os.environ, XDG_CACHE_HOME=str(args.work / "home"))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n")
     stages_table(args, env)
     if args.gigabytes:

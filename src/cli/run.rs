@@ -164,15 +164,14 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         stages: finished.stages,
     };
     sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
-    let (json, page) = rayon::join(
-        || {
-            let json = write_json(&record, &folder)?;
-            if finished.bug.is_none() {
-                unchanged::note(&store, &plan, &record, workshop, began);
-            }
-            Ok::<_, String>(json)
-        },
-        || write_page(&record, runs, &folder),
+    // Written beside each other: all of it is wanted soon after the last verdict.
+    let note = || match finished.bug {
+        None => unchanged::note(&store, &plan, &record, workshop, began),
+        Some(_) => None,
+    };
+    let (json, (page, _)) = rayon::join(
+        || write_json(&record, &folder),
+        || rayon::join(|| write_page(&record, runs, &folder), note),
     );
     let (json, ()) = (json?, page?);
     tell_github(&record);
@@ -208,10 +207,10 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(&args.selection.runs, &started, &unchanged.plan)?;
     let mut sinks = sinks(args, &folder)?;
-    let Unchanged { count, stages, json, verdict, .. } = unchanged;
-    let ids = stages.iter().map(|stage| stage.id.clone()).collect();
+    let Unchanged { count, shown, families, json, verdict, .. } = unchanged;
+    let ids = shown.iter().map(|stage| stage.id.clone()).collect();
     sinks.event(&Event::RunStarted { run: id.clone(), stages: ids });
-    for stage in &stages {
+    for stage in &shown {
         for (arm, record) in &stage.arms {
             let (stage, arm, why) = (stage.id.clone(), *arm, record.why.clone());
             sinks.event(&Event::ArmFinished { stage, arm, state: record.state, why, seconds: 0.0 });
@@ -229,7 +228,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
         seconds: 0.0,
         folder: unchanged.folder,
         provenance: provenance(),
-        families: FamilyRecord::of(&stages),
+        families,
         stages: Vec::new(),
     };
     record.seconds = clock.elapsed().as_secs_f64();
@@ -240,7 +239,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
     // Not flushed to disk: a run that changed nothing has nothing to lose.
     std::fs::write(folder.join("run.json"), &json)
         .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
-    record.stages = stages;
+    record.stages = shown;
     show(args, &record, count, json, &folder)?;
     // Where there are many stages the record holds only some: nothing can be compared.
     if count <= SHOWN_ONE_BY_ONE {

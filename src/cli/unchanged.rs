@@ -22,7 +22,8 @@ use crate::compute::arms::Workshop;
 use crate::executor::command;
 use crate::op::{Arm, Op, Recipe};
 use crate::plan::Plan;
-use crate::record::{ArmState, RunRecord, StageRecord};
+use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
+use crate::report::is_of_drift;
 use crate::verdict::Verdict;
 
 /// Above so many stages only those that did not pass are shown one by one.
@@ -36,8 +37,10 @@ pub(super) struct Unchanged {
     pub folder: String,
     /// How many stages there are.
     pub count: usize,
-    /// The stages, or those worth showing where there are many.
-    pub stages: Vec<StageRecord>,
+    /// The stages with what a table shows of them; where there are many, those worth it.
+    pub shown: Vec<StageRecord>,
+    /// The families, of all stages.
+    pub families: Vec<FamilyRecord>,
     /// All of them, as they stand in run.json.
     pub json: String,
     /// The gravest verdict.
@@ -55,8 +58,8 @@ struct List {
     arms: Vec<ArmFacts>,
     /// The hash of the file with the stages.
     json: String,
-    /// Those worth showing, where there are many.
     shown: Vec<StageRecord>,
+    families: Vec<FamilyRecord>,
     /// Files that must be there, whatever they are.
     present: Vec<PathBuf>,
     /// Paths with their stamps.
@@ -110,12 +113,8 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
         return None;
     }
     let json = String::from_utf8(json).ok()?;
-    let stages = match list.count <= SHOWN_ONE_BY_ONE {
-        true => serde_json::from_str(&json).ok()?,
-        false => list.shown,
-    };
-    let List { plan, folder, count, verdict, .. } = list;
-    Some(Unchanged { plan, folder, count, stages, json, verdict })
+    let List { plan, folder, count, verdict, shown, families, .. } = list;
+    Some(Unchanged { plan, folder, count, shown, families, json, verdict })
 }
 
 /// Writes down what a run looked at, unless something of it is too young to be
@@ -144,8 +143,9 @@ pub(super) fn note(
     let stages: Vec<StageRecord> = record.stages.iter().map(|s| as_reused(s, record)).collect();
     let json = serde_json::to_string(&stages).ok()?;
     let count = stages.len();
-    let mut shown = stages;
-    shown.retain(|stage| count > SHOWN_ONE_BY_ONE && stage.verdict != Verdict::Pass);
+    let families = FamilyRecord::of(&stages);
+    let worth = |stage: &StageRecord| count <= SHOWN_ONE_BY_ONE || stage.verdict != Verdict::Pass;
+    let shown = stages.into_iter().filter(worth).map(as_shown).collect();
     let mut arms: Vec<ArmFacts> = Vec::new();
     for stage in plan.stages.iter().map(|prepared| prepared.stage) {
         for &arm in stage.arms.iter().filter(|arm| **arm != Arm::Command) {
@@ -163,6 +163,7 @@ pub(super) fn note(
         arms,
         json: blake3::hash(json.as_bytes()).to_hex().to_string(),
         shown,
+        families,
         present,
         looked_at,
     };
@@ -201,6 +202,18 @@ fn as_reused(stage: &StageRecord, run: &RunRecord) -> StageRecord {
         }
     }
     stage
+}
+
+/// What a table shows of a stage, which is little of its measures.
+fn as_shown(mut stage: StageRecord) -> StageRecord {
+    stage.measures.retain(is_of_drift);
+    for measure in &mut stage.measures {
+        measure.z_histogram = None;
+    }
+    for arm in stage.arms.values_mut() {
+        arm.sites = Vec::new();
+    }
+    StageRecord { accounts: Vec::new(), ..stage }
 }
 
 fn variables(plan: &Plan<'_>) -> BTreeMap<String, Option<String>> {

@@ -28,7 +28,7 @@ pub use junit::junit;
 pub use log::EventLog;
 pub use progress::{Bars, Lines};
 pub use sarif::sarif;
-pub use sparkline::drift;
+pub use sparkline::{drift, is_of_drift};
 pub use table::table;
 
 use crate::event::{Event, Sink};

@@ -1,8 +1,9 @@
 //! Drift by layer in one line of text.
 
 use super::layers::Grid;
+use crate::compare::Measure;
 use crate::metric::Metric;
-use crate::op::{Arm, Stream};
+use crate::op::{Arm, Stream, in_layer};
 use crate::record::RunRecord;
 use crate::text::number;
 
@@ -18,10 +19,9 @@ const SITE: &str = "ffn_residual";
 pub fn drift(run: &RunRecord, drawn: bool, width: usize) -> String {
     let mut text = String::new();
     for stage in &run.stages {
-        for grid in Grid::of(&stage.measures) {
-            if grid.judge != Stream::Arm(Arm::Reference) || grid.subject == grid.judge {
-                continue;
-            }
+        let measures: Vec<Measure> =
+            stage.measures.iter().filter(|m| is_of_drift(m)).cloned().collect();
+        for grid in Grid::of(&measures) {
             let row = grid.row(SITE);
             let values = row.iter().filter_map(|(.., m)| m.metrics.get(&Metric::Nmse).copied());
             let values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
@@ -54,6 +54,13 @@ pub fn drift(run: &RunRecord, drawn: bool, width: usize) -> String {
         }
     }
     text
+}
+
+/// Whether a measure is of the drift by layer.
+pub fn is_of_drift(measure: &Measure) -> bool {
+    let site = in_layer(&measure.site.0).map(|(_, site)| site);
+    let reference = Stream::Arm(Arm::Reference);
+    site == Some(SITE) && measure.judge == reference && measure.subject != reference
 }
 
 /// A block per value, on a logarithmic scale; what is 0 stands lowest.

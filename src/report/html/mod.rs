@@ -15,6 +15,7 @@ mod overview;
 mod stage;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
+use rayon::prelude::*;
 
 use crate::record::RunRecord;
 use crate::report::commands::Suggestion;
@@ -30,13 +31,15 @@ struct Page<'a> {
 /// A run's page; `runs` is the folder of runs, for the commands on it.
 pub fn page(run: &RunRecord, runs: &str) -> String {
     let page = Page { run, runs };
+    let sections: Vec<Markup> =
+        (0..run.stages.len()).into_par_iter().map(|place| stage::section(&page, place)).collect();
     let body = html! {
         (overview::header(&page))
         main {
             (overview::stages(&page))
             (overview::families(&page))
             @if run.stages.iter().any(|stage| !stage.needs.is_empty()) { (overview::graph(run)) }
-            @for place in 0..run.stages.len() { (stage::section(&page, place)) }
+            @for section in sections { (section) }
         }
         footer {
             p {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use maud::{Markup, html};
+use rayon::prelude::*;
 
 use super::causes::causes;
 use super::chart::{Chart, Line, Point, chart};
@@ -35,6 +36,10 @@ const SHOWN_MEASURES: usize = 60;
 pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
     let stage = &page.run.stages[place];
     let open = page.run.stages.len() <= ALL_OPEN || stage.verdict != Verdict::Pass;
+    let figures: [fn(&Page<'_>, &StageRecord, usize) -> Markup; 4] =
+        [causes, drift, histograms, tables];
+    let figures: Vec<Markup> =
+        figures.into_par_iter().map(|part| part(page, stage, place)).collect();
     html! {
         details class=(format!("stage v-{}", stage.verdict)) id=(format!("stage-{place}")) open[open] {
             summary {
@@ -45,10 +50,7 @@ pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
             p class="why" { (stage.why) }
             (diagnoses(page, stage, place))
             (claims(page, stage, place))
-            (causes(page, stage, place))
-            (drift(page, stage, place))
-            (histograms(page, stage, place))
-            (tables(page, stage, place))
+            @for figure in figures { (figure) }
             (worst(page, stage))
             (greedy(stage, place))
             (arms(stage, place))
