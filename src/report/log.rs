@@ -25,12 +25,12 @@ impl Sink for EventLog {
         if self.failed || matches!(event, Event::Progress { .. }) {
             return;
         }
-        let write = || {
+        let mut write = || {
             let mut json = serde_json::to_value(event)?;
             json["seconds_since_start"] = self.started.elapsed().as_secs_f64().into();
-            writeln!(self.file, "{json}")
+            // In one piece, so that a reader sees whole lines.
+            self.file.write_all(format!("{json}\n").as_bytes())
         };
-        let mut write = write;
         if let Err(error) = write() {
             self.failed = true;
             tracing::warn!("events.jsonl ends here: {error}");

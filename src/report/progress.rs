@@ -93,19 +93,26 @@ impl Sink for Lines {
                 if told.elapsed() >= BETWEEN_LINES {
                     *told = Instant::now();
                     let pace = pace((*done, *total), *bytes, began.elapsed());
-                    eprintln!("{stage}  {:9}  {pace}", arm.name());
+                    tell(format!("{stage}  {:9}  {pace}", arm.name()));
                 }
             }
             Event::ArmFinished { stage, arm, .. } => {
                 self.running.remove(&(stage.clone(), *arm));
                 if let Some(line) = reason(event) {
-                    eprintln!("{line}");
+                    tell(line);
                 }
             }
-            Event::StageJudged { stage, verdict, .. } => eprintln!("{stage}  judged     {verdict}"),
+            Event::StageJudged { stage, verdict, .. } => {
+                tell(format!("{stage}  judged     {verdict}"));
+            }
             _ => {}
         }
     }
+}
+
+/// Writes a line to stderr in one piece.
+fn tell(line: String) {
+    eprint!("{}", line + "\n");
 }
 
 /// How far an arm is, how fast, and how long the rest takes if it goes on like this.
