@@ -183,6 +183,8 @@ def main():
         return install(args.install.resolve())
     args.peers, args.runner, args.work = args.peers.resolve(), args.runner.resolve(), args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
+    # Where razel keeps what it did before, and the runner its digests.
+    shutil.rmtree(args.work / "home", ignore_errors=True)
     env = dict(os.environ, XDG_CACHE_HOME=str(args.work / "home"))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n")
     stages_table(args, env)
