@@ -174,7 +174,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("/tmp/runner-peers"))
     parser.add_argument("--stages", type=lambda s: [int(n) for n in s.split(",") if n], default=[1000, 10000])
     parser.add_argument("--tools", type=lambda s: s.split(","), default="runner,ninja,razel,snakemake,dvc".split(","))
-    parser.add_argument("--dvc-stages", type=int, default=100, help="DVC needs 1.5 s for each")
+    parser.add_argument("--dvc-stages", type=int, default=100, help="DVC needs 0.15 s for each")
     parser.add_argument("--gigabytes", type=int, default=5)
     parser.add_argument("--model", help="a model for the five shipped stages")
     parser.add_argument("--tokens", help="their prompt; the manifests' own by default")

@@ -11,7 +11,7 @@
 //!                                                   .json   the stages, as in run.json
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{KeyWalk, Stamp, Store, sealed, unsealed, write_whole};
 use crate::compute::arms::Workshop;
 use crate::executor::command;
-use crate::op::{Arm, Op, Recipe};
+use crate::op::{Arm, Op, Recipe, Site};
 use crate::plan::Plan;
 use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::is_of_drift;
@@ -134,6 +134,16 @@ pub(super) fn note(
     if plan.stages.iter().any(|prepared| prepared.stage.external.is_some()) {
         return None;
     }
+    // A device that failed only for a moment may be back.
+    let failed_now = |stage: &StageRecord| {
+        stage.arms.iter().any(|(arm, record)| {
+            record.state == ArmState::Unmeasured
+                && workshop.unavailable(*arm, &stage.recipe).is_none()
+        })
+    };
+    if record.stages.iter().any(failed_now) {
+        return None;
+    }
     let place = place(store)?;
     let looked_at = everything_looked_at(plan, started)?;
     let mut present = Vec::new();
@@ -206,7 +216,10 @@ fn as_reused(stage: &StageRecord, run: &RunRecord) -> StageRecord {
 
 /// What a table shows of a stage, which is little of its measures.
 fn as_shown(mut stage: StageRecord) -> StageRecord {
-    stage.measures.retain(is_of_drift);
+    // The sites of what fell say which of it stands first.
+    let fallen: BTreeSet<Site> =
+        stage.judgements.iter().filter_map(|judgement| judgement.site.clone()).collect();
+    stage.measures.retain(|measure| is_of_drift(measure) || fallen.contains(&measure.site));
     for measure in &mut stage.measures {
         measure.z_histogram = None;
     }

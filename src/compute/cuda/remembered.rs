@@ -147,8 +147,12 @@ impl Machine {
 
 /// Forgets what was written down in a folder: it turned out to be wrong.
 pub fn forget(folder: &Path) {
-    if let Err(error) = std::fs::remove_file(folder.join(NAME)) {
-        tracing::warn!("`{}` is wrong and cannot be removed: {error}", folder.display());
+    let file = folder.join(NAME);
+    match std::fs::remove_file(&file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!("`{}` is wrong and cannot be removed: {error}", file.display());
+        }
+        _ => {}
     }
 }
 
