@@ -160,8 +160,8 @@ def model_table(args, env):
         contract.write_text(original.replace("max        = 0.1\n", f"max        = 0.{bound + 2}\n"))
         time.sleep(0.05)
         rejudge.append(timed(line, folder, env, (0, 1))[0])
-    size = Path(args.model).stat().st_size / 1e9 if Path(args.model).exists() else 0
-    print(f"\n| five stages over {args.model} ({size:.2f} GB) | time |\n|---|---|")
+    size = f" ({Path(args.model).stat().st_size / 1e9:.2f} GB)" if Path(args.model).exists() else ""
+    print(f"\n| five stages over {args.model}{size} | time |\n|---|---|")
     print(f"| first run | {cold:.1f} s |\n| nothing to do (best of 10) | {idle * 1000:.1f} ms |\n"
           f"| a contract changed: all judged anew (best of 5) | {min(rejudge) * 1000:.1f} ms |")
 

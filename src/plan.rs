@@ -597,6 +597,8 @@ fn op_without_inputs(op: &Op) -> serde_json::Value {
 /// # Errors
 /// In words, with the remedy.
 pub fn open_model(source: &str, seed: u64, store: &Store) -> Result<OpenModel, String> {
+    // `gc` waits while a model is made. A cache that cannot be written is none of its cares.
+    let _in_use = source.starts_with("synthetic:").then(|| store.in_use());
     let path = match source.strip_prefix("synthetic:") {
         Some(name) => {
             let preset = Preset::from_name(name).ok_or_else(|| {

@@ -13,7 +13,6 @@
 //! verified by their names when they are read, records and lines by a check at
 //! their end, so what a power cut leaves behind is found and computed again.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{File, Permissions, TryLockError};
 use std::io::Write;
@@ -536,18 +535,34 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
     }
 }
 
-/// The device or pipe that a user named as a file, ready to write.
+/// What takes bytes as they come, ready to write: a device, a pipe, or a file that the
+/// process was given open, as `/dev/stdout` names.
 fn taker(path: &Path) -> Option<std::io::Result<File>> {
     let special = std::fs::metadata(path).is_ok_and(|facts| !facts.is_file() && !facts.is_dir());
-    special.then(|| File::options().write(true).open(path))
+    let takes = special || is_given_open(&followed(path));
+    takes.then(|| File::options().append(true).open(path))
 }
 
-/// The file that a path that a user named leads to: a link stays a link.
-fn followed(path: &Path) -> Cow<'_, Path> {
-    match path.is_symlink() {
-        true => path.canonicalize().map_or(Cow::Borrowed(path), Cow::Owned),
-        false => Cow::Borrowed(path),
+/// Whether a path is one of a process's open files.
+fn is_given_open(path: &Path) -> bool {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    folder.is_some_and(|folder| folder.starts_with("/proc") && folder.ends_with("fd"))
+}
+
+/// The file that a path that a user named leads to, there or not: a link stays a link.
+fn followed(path: &Path) -> PathBuf {
+    // As many links as Linux follows.
+    const LINKS: usize = 40;
+    let mut place = path.to_owned();
+    for _ in 0..LINKS {
+        match std::fs::read_link(&place) {
+            Ok(target) if !is_given_open(&place) => {
+                place = place.parent().unwrap_or(Path::new("")).join(target);
+            }
+            _ => break,
+        }
     }
+    place
 }
 
 /// As [`write_whole`]; without `flush` a power cut may leave a file of the right
@@ -582,6 +597,8 @@ pub(super) fn io(action: &'static str, path: &Path, source: std::io::Error) -> C
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     fn save(store: &Store, walk: &KeyWalk, object: Option<&[u8]>) -> Result<Action, CacheError> {
@@ -693,6 +710,17 @@ mod tests {
         write_whole(&link, b"after").expect("written");
         assert!(link.is_symlink());
         assert_eq!(std::fs::read(&file).expect("read"), b"after");
+        let (nothing, dangling) = (folder.path().join("nothing"), folder.path().join("dangling"));
+        std::os::unix::fs::symlink("nothing", &dangling).expect("a link");
+        write_whole(&dangling, b"new").expect("written");
+        assert!(dangling.is_symlink());
+        assert_eq!(std::fs::read(&nothing).expect("read"), b"new");
+        let open = File::options().append(true).open(&file).expect("opened");
+        for (folder, all) in [("/proc/self/fd", &b"after"[..]), ("/dev/fd", b"afterall")] {
+            assert_eq!(std::fs::read(&file).expect("read"), all, "nothing in it is lost");
+            let handed = PathBuf::from(format!("{folder}/{}", open.as_raw_fd()));
+            write_whole(&handed, b"all").expect("written");
+        }
         let ordinary = folder.path().join("ordinary");
         File::create(&ordinary).expect("made");
         let mode = |path| std::fs::metadata(path).expect("it is there").permissions().mode();

@@ -221,8 +221,8 @@ impl Store {
         Ok(Some(cleared))
     }
 
-    /// What a run makes again from nothing: generated models and compiled programs, the
-    /// last made first.
+    /// What a run makes again from nothing: generated models, compiled programs and what
+    /// the driver said; the last made first.
     ///
     /// # Errors
     /// If a folder cannot be read.
@@ -230,8 +230,8 @@ impl Store {
         let mut all = Vec::new();
         for folder in [self.models(), self.programs()] {
             for path in files_below(&folder)? {
-                let facts = std::fs::metadata(&path);
-                let facts = facts.map_err(|source| io("inspect", &path, source))?;
+                // A draft that has just got its name, or was removed by another.
+                let Ok(facts) = std::fs::metadata(&path) else { continue };
                 let made = facts.modified().unwrap_or(SystemTime::UNIX_EPOCH);
                 all.push(Spare { path, size: facts.len(), made });
             }

@@ -138,8 +138,11 @@ fn list(all: &[Held], spare: &[Spare]) -> String {
     text += &format!("{} results\n", all.len());
     if !spare.is_empty() {
         let bytes = spare.iter().map(|spare| spare.size).sum();
-        text +=
-            &format!("{} generated models and compiled programs, {}\n", spare.len(), size(bytes));
+        text += &format!(
+            "{} files that a run makes again, such as generated models, {}\n",
+            spare.len(),
+            size(bytes)
+        );
     }
     text
 }

@@ -173,6 +173,9 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         || write_json(&record, &folder),
         || rayon::join(|| write_page(&record, runs, &folder), note),
     );
+    if json.is_err() || page.is_err() {
+        unchanged::forget(&store);
+    }
     let (json, ()) = (json?, page?);
     tell_github(&record);
     if let Some(bug) = &finished.bug {
@@ -360,7 +363,7 @@ fn make_run_folder(
 fn provenance() -> Provenance {
     Provenance {
         runner: env!("CARGO_PKG_VERSION").to_owned(),
-        command: std::env::args().collect(),
+        command: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
         platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         cpu: cpu_name(),
         threads: rayon::current_num_threads(),

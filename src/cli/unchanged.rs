@@ -108,11 +108,15 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
         return None;
     }
     let json = std::fs::read(place.with_extension("json")).ok()?;
-    if blake3::hash(&json).to_hex().as_str() != list.json {
-        tracing::warn!("`{}` is damaged and is not believed", place.display());
+    let Some(json) = unsealed(&json) else {
+        tracing::warn!("`{}.json` is damaged and is not believed", place.display());
+        return None;
+    };
+    // Else another runner is between its two files.
+    if blake3::hash(json).to_hex().as_str() != list.json {
         return None;
     }
-    let json = String::from_utf8(json).ok()?;
+    let json = String::from_utf8(json.to_vec()).ok()?;
     let List { plan, folder, count, verdict, shown, families, .. } = list;
     Some(Unchanged { plan, folder, count, shown, families, json, verdict })
 }
@@ -134,14 +138,7 @@ pub(super) fn note(
     if plan.stages.iter().any(|prepared| prepared.stage.external.is_some()) {
         return None;
     }
-    // A device that failed only for a moment may be back.
-    let failed_now = |stage: &StageRecord| {
-        stage.arms.iter().any(|(arm, record)| {
-            record.state == ArmState::Unmeasured
-                && workshop.unavailable(*arm, &stage.recipe).is_none()
-        })
-    };
-    if record.stages.iter().any(failed_now) {
+    if record.stages.iter().any(|stage| may_be_back(stage, workshop)) {
         return None;
     }
     let place = place(store)?;
@@ -179,8 +176,24 @@ pub(super) fn note(
     };
     let list = sealed(serde_json::to_vec(&list).ok()?);
     // The stages first: a list without its stages would only cost a look.
-    write_whole(&place.with_extension("json"), json.as_bytes()).ok()?;
+    write_whole(&place.with_extension("json"), &sealed(json.into_bytes())).ok()?;
     write_whole(&place.with_extension("list"), &list).ok()
+}
+
+/// Forgets what was written down for this command line.
+pub(super) fn forget(store: &Store) {
+    if let Some(place) = place(store) {
+        // Not there is as good as removed.
+        let _ = std::fs::remove_file(place.with_extension("list"));
+    }
+}
+
+/// Whether an arm could not run although nothing says that it cannot: a device that
+/// failed for a moment.
+fn may_be_back(stage: &StageRecord, workshop: &dyn Workshop) -> bool {
+    stage.arms.iter().any(|(arm, record)| {
+        record.state == ArmState::Unmeasured && workshop.unavailable(*arm, &stage.recipe).is_none()
+    })
 }
 
 /// The name of what is kept: who asks, where, with which program.
@@ -294,4 +307,61 @@ fn everything_looked_at(plan: &Plan<'_>, started: i64) -> Option<Vec<(PathBuf, [
         }
     }
     Some(seen.into_iter().map(|(path, stamp)| (path, stamp.to_words())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::{ComputeError, Ops};
+    use crate::verdict::Outcome;
+
+    struct Able(bool);
+
+    impl Workshop for Able {
+        fn name(&self, _: Arm) -> String {
+            "a test".to_owned()
+        }
+
+        fn ops(&self, _: Arm, _: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+            Err(ComputeError::Unavailable("it computes nothing".to_owned()))
+        }
+
+        fn unavailable(&self, arm: Arm, _: &Recipe) -> Option<String> {
+            (arm == Arm::Device && !self.0).then(|| "no device".to_owned())
+        }
+    }
+
+    /// Stage B of a run on an H200.
+    fn stage() -> StageRecord {
+        let text = include_str!("../../runs/receipts/h200-qwen2-tiny-e4m3-fast.json");
+        let run: RunRecord = serde_json::from_str(text).expect("a receipt");
+        run.stages.into_iter().find(|stage| stage.id.0 == "B").expect("stage B")
+    }
+
+    #[test]
+    fn an_arm_that_failed_for_a_moment_is_asked_again_and_one_that_is_not_there_is_not() {
+        let mut stage = stage();
+        assert!(!may_be_back(&stage, &Able(true)));
+        stage.arms.get_mut(&Arm::Device).expect("a device").state = ArmState::Unmeasured;
+        assert!(may_be_back(&stage, &Able(true)));
+        assert!(!may_be_back(&stage, &Able(false)));
+    }
+
+    #[test]
+    fn what_is_shown_of_a_stage_names_the_same_fall_as_the_whole_of_it() {
+        let mut stage = stage();
+        let sites: Vec<Site> = ["blk.1.q", "blk.2.ffn_up"].map(|site| Site(site.to_owned())).into();
+        for judgement in &mut stage.judgements {
+            judgement.outcome = Outcome::Held;
+        }
+        // In the contract the later site stands first.
+        for (judgement, site) in stage.judgements.iter_mut().zip(sites.iter().rev()) {
+            judgement.outcome = Outcome::Falsified;
+            judgement.if_fails = crate::manifest::IfFails::Structural;
+            judgement.site = Some(site.clone());
+        }
+        let decisive = |stage: &StageRecord| stage.decisive().expect("a fall").site.clone();
+        assert_eq!(decisive(&stage), Some(sites[0].clone()));
+        assert_eq!(decisive(&as_shown(stage)), Some(sites[0].clone()));
+    }
 }

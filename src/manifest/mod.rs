@@ -336,6 +336,14 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
             return None;
         }
     };
+    let unreadable = |path: &Path| {
+        let title = format!("`{}` has a name that is not UTF-8", path.display());
+        Problem::new(title, "rename it: reports and keys hold names as text").in_path(path)
+    };
+    if folder.to_str().is_none() {
+        findings.push(unreadable(folder));
+        return None;
+    }
     let mut files = Vec::new();
     for entry in entries {
         match entry {
@@ -343,7 +351,10 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
                 let path = entry.path();
                 let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
                 if !hidden && path.extension().is_some_and(|ending| ending == "toml") {
-                    files.push(path);
+                    match path.to_str() {
+                        Some(_) => files.push(path),
+                        None => findings.push(unreadable(&path)),
+                    }
                 }
             }
             Err(error) => findings.push(

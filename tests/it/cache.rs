@@ -17,8 +17,9 @@ use runner::manifest::{Overrides, load};
 use runner::model::Model;
 use runner::op::{Arm, Recipe};
 use runner::plan::Plan;
-use runner::record::ArmState;
+use runner::record::{ArmState, StageRecord};
 use runner::run::Options;
+use runner::verdict::Verdict;
 
 use crate::command::{Outcome, Project};
 
@@ -352,7 +353,6 @@ fn edits_of_a_model_and_a_recipe_reach_the_arms_that_read_them() {
     assert!(!forced.err.contains("not deterministic"), "{}", forced.err);
 }
 
-/// Twelve stages of a fan and a chain, of which each takes a moment.
 /// A model file with its layers over and over, until there are so many.
 fn deepen(file: &std::path::Path, layers: u32) {
     let mut reader = std::io::Cursor::new(fs::read(file).expect("read"));
@@ -406,6 +406,7 @@ fn a_changed_tensor_of_28_layers_reaches_the_stages_that_read_it_and_no_others()
     }
 }
 
+/// Twelve stages of a fan and a chain, of which each takes a moment.
 fn slow_pipeline() -> Project {
     let mut project = Project::new().file("in", "0\n");
     for i in 0..12 {
@@ -631,9 +632,8 @@ impl Workshop for WithDriver {
     }
 }
 
-#[test]
-fn a_new_driver_makes_only_the_arms_run_that_depend_on_it() {
-    let project = on_a_model();
+/// Stage C of a small model, run with these arms.
+fn stage_c(project: &Project, workshop: &dyn Workshop, name: &str) -> StageRecord {
     let model = Some(project.path("model.gguf").display().to_string());
     let overrides = Overrides { model, ..Overrides::default() };
     let pipeline = load(&project.path("stages"), &overrides).expect("sound manifests");
@@ -643,33 +643,66 @@ fn a_new_driver_makes_only_the_arms_run_that_depend_on_it() {
     let store = Store::new(&project.path("cache"));
     let stamps = Stamps::forgetful();
     let plan = Plan::new(&pipeline, &graph, &only_c, &store, &stamps).expect("a plan");
-    let (attempts, _) = Attempts::open(&store.attempts(), "test").expect("a folder");
+    let (attempts, _) = Attempts::open(&store.attempts(), name).expect("a folder");
+    let options = Options {
+        run: name.to_owned(),
+        created: "2026-11-20T00:00:00Z".to_owned(),
+        jobs: 1,
+        require: BTreeSet::new(),
+        workshop,
+        fail_fast: false,
+        slots: &Slots::here(),
+        processes: &Processes::new(env!("CARGO_BIN_EXE_runner").into()),
+        attempts: &attempts,
+    };
+    struct Silent;
+    impl Sink for Silent {
+        fn event(&mut self, _: &Event) {}
+    }
+    runner::run::run(&plan, &store, &options, &mut Silent).stages.remove(0)
+}
+
+#[test]
+fn a_new_driver_makes_only_the_arms_run_that_depend_on_it() {
+    let project = on_a_model();
     let run = |driver: &'static str| {
-        let options = Options {
-            run: driver.to_owned(),
-            created: "2026-11-20T00:00:00Z".to_owned(),
-            jobs: 1,
-            require: BTreeSet::new(),
-            workshop: &WithDriver(driver),
-            fail_fast: false,
-            slots: &Slots::here(),
-            processes: &Processes::new(env!("CARGO_BIN_EXE_runner").into()),
-            attempts: &attempts,
-        };
-        struct Silent;
-        impl Sink for Silent {
-            fn event(&mut self, _: &Event) {}
-        }
-        let finished = runner::run::run(&plan, &store, &options, &mut Silent);
-        let arm = |arm: Arm| {
-            let record = &finished.stages[0].arms[&arm];
+        let stage = stage_c(&project, &WithDriver(driver), driver);
+        [Arm::Reference, Arm::Emulated].map(|arm| {
+            let record = &stage.arms[&arm];
             (record.state, record.why.clone())
-        };
-        [arm(Arm::Reference), arm(Arm::Emulated)]
+        })
     };
     run("580.65");
     let [reference, emulated] = run("585.10");
     let from = "reused from 2026-11-20T00:00:00Z (580.65)".to_owned();
     assert_eq!(reference, (ArmState::Reused, from));
     assert_eq!(emulated, (ArmState::Ran, "driver: 580.65 -> 585.10 (since 580.65)".to_owned()));
+}
+
+/// A device that is said to be there and does not answer.
+struct Gone;
+
+impl Workshop for Gone {
+    fn name(&self, _: Arm) -> String {
+        "gone".to_owned()
+    }
+
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+        match arm {
+            Arm::Device => Err(ComputeError::Unavailable("it does not answer".to_owned())),
+            _ => Shipped::default().ops(arm, recipe),
+        }
+    }
+
+    fn unavailable(&self, _: Arm, _: &Recipe) -> Option<String> {
+        None
+    }
+}
+
+#[test]
+fn a_device_that_does_not_answer_is_unmeasured_and_no_error() {
+    let stage = stage_c(&on_a_model(), &Gone, "gone");
+    let device = &stage.arms[&Arm::Device];
+    assert_eq!((device.state, device.why.as_str()), (ArmState::Unmeasured, "it does not answer"));
+    assert_eq!(stage.verdict, Verdict::Pass);
 }

@@ -189,6 +189,22 @@ fn a_folder_that_does_not_exist() {
 }
 
 #[test]
+fn names_that_are_not_utf8_are_refused_in_words() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = tempfile::tempdir().expect("a folder");
+    let refusal = |folder: &Path| {
+        let problems = manifest::load(folder, &Overrides::default()).expect_err("refused");
+        problems.to_string()
+    };
+    let folder = place.path().join(std::ffi::OsStr::from_bytes(b"st\xffges"));
+    fs::create_dir(&folder).expect("made");
+    assert!(refusal(&folder).contains("is not UTF-8"), "{}", refusal(&folder));
+    let file = place.path().join(std::ffi::OsStr::from_bytes(b"\xff.toml"));
+    fs::write(&file, STAGE).expect("written");
+    assert!(refusal(place.path()).contains("is not UTF-8"), "{}", refusal(place.path()));
+}
+
+#[test]
 fn a_folder_named_like_a_manifest_is_no_manifest() {
     let folder = Folder::new().stage(STAGE);
     fs::create_dir(folder.0.path().join("stages/y.toml")).expect("a folder");

@@ -1,14 +1,14 @@
 //! What the door answers where the runner was built with CUDA.
 //!
 //! Questions about this machine are answered from what is remembered of it, where that
-//! still holds; whoever computes has the driver asked. The GPUs are opened once, when the
+//! still holds; the device arm asks the driver before it computes. The GPUs are opened once, when the
 //! first arm computes; arms take the one with the fewest users, so that several GPUs work
 //! side by side. `kept` is the folder where compiled kernels and what this machine has are
 //! kept.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 
 use cudarc::driver::{result, sys};
 
@@ -96,21 +96,13 @@ pub fn chip_here(kept: Option<&Path>) -> Option<ChipName> {
 /// # Errors
 /// If the recipe cannot be computed here, or no GPU can be opened.
 pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Ops>, String), ComputeError> {
-    let remembered_wrongly = known(kept) != survey();
-    if remembered_wrongly && let Some(folder) = kept {
-        remembered::forget(folder);
+    static FORGET: Once = Once::new();
+    if known(kept) != survey()
+        && let Some(folder) = kept
+    {
+        FORGET.call_once(|| remembered::forget(folder));
     }
-    if let Some(why) = missing(survey(), recipe) {
-        return Err(ComputeError::Unavailable(why));
-    }
-    // A result under the facts that were remembered would be somebody else's.
-    if remembered_wrongly {
-        return Err(ComputeError::Recipe(
-            "the driver sees another machine than when it was last asked, though none of its files \
-             has changed; run once more: it is asked anew then"
-                .to_owned(),
-        ));
-    }
+    may_begin(known(kept), survey(), recipe)?;
     let able = |gpu: &&Arc<Gpu>| may_compute(&gpu.facts, recipe).is_ok();
     let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
     let gpu = gpus.iter().filter(able).min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
@@ -125,6 +117,22 @@ pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Ops>, String
         library_version(gpu.library_version())
     );
     Ok((Box::new(Device::new(gpu.lease(), recipe)), arithmetic))
+}
+
+/// Whether an arm may compute on what the driver sees now, its key being made of what was
+/// known of it: a result under other facts would be somebody else's.
+fn may_begin(known: &Survey, seen: &Survey, recipe: &Recipe) -> Result<(), ComputeError> {
+    if let Some(why) = missing(seen, recipe) {
+        return Err(ComputeError::Unavailable(why));
+    }
+    if known == seen {
+        return Ok(());
+    }
+    Err(ComputeError::Recipe(
+        "the driver sees another machine than when it was last asked, though none of its files \
+         has changed; run once more: it is asked anew then"
+            .to_owned(),
+    ))
 }
 
 /// The GPUs, opened at the first call.
@@ -151,17 +159,15 @@ pub fn facts(kept: Option<&Path>) -> Vec<(String, String)> {
     facts
 }
 
-/// What this machine has: as remembered, where that still holds.
+/// What this machine has: as remembered, where that still holds. A process has one answer,
+/// so that all of its keys agree: that of the folder of the first who asks.
 fn known(kept: Option<&Path>) -> &'static Survey {
     static KNOWN: OnceLock<Survey> = OnceLock::new();
     KNOWN.get_or_init(|| {
         let Some(folder) = kept else { return survey().clone() };
         let here = Machine::here();
-        here.remembered(folder).unwrap_or_else(|| {
-            let survey = survey().clone();
-            here.remember(folder, &survey, remembered::loaded_libraries());
-            survey
-        })
+        let look = || (survey().clone(), remembered::loaded_libraries());
+        here.remembered(folder).unwrap_or_else(|| here.look_and_remember(folder, look))
     })
 }
 
@@ -268,4 +274,31 @@ fn see_gpu(ordinal: i32) -> Result<GpuFacts, cudarc::driver::DriverError> {
         chip: chip_of((major, minor)),
         memory,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn survey(driver: Result<&str, &str>) -> Survey {
+        let state = driver.map(str::to_owned).map_err(str::to_owned);
+        let gpu = GpuFacts {
+            ordinal: 0,
+            name: "a GPU".to_owned(),
+            capability: (9, 0),
+            chip: Some(ChipName::Hopper),
+            memory: 1,
+        };
+        Survey { pieces: vec![Piece { name: "driver".to_owned(), state }], gpus: vec![gpu] }
+    }
+
+    #[test]
+    fn nothing_is_computed_under_facts_that_hold_no_more() {
+        let (known, recipe) = (survey(Ok("580.65")), Recipe::default());
+        assert!(may_begin(&known, &known, &recipe).is_ok());
+        let other = may_begin(&known, &survey(Ok("585.10")), &recipe);
+        assert!(matches!(other, Err(ComputeError::Recipe(_))), "{other:?}");
+        let gone = may_begin(&known, &survey(Err("it does not start")), &recipe);
+        assert!(matches!(gone, Err(ComputeError::Unavailable(_))), "{gone:?}");
+    }
 }

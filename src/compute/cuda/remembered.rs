@@ -22,6 +22,9 @@ const NAME: &str = "machine.json";
 /// Variables by which the driver and the loader are told what to see.
 const PREFIXES: [&str; 3] = ["CUDA_", "NVIDIA_", "LD_"];
 
+/// Lines of a GPU's information that are the same whether or not it is in use.
+const LASTING: [&str; 4] = ["Model", "Bus Location", "Device Minor", "GPU Excluded"];
+
 /// What is written down.
 #[derive(Serialize, Deserialize)]
 struct Note {
@@ -54,27 +57,26 @@ impl Machine {
         same.then_some(note.survey)
     }
 
-    /// Writes down what was seen; `libraries` are the files that were loaded for it.
-    /// A machine that cannot be known again is not written down.
-    pub fn remember(&self, folder: &Path, survey: &Survey, libraries: BTreeSet<PathBuf>) {
+    /// Asks `look`, and writes down what it saw if nothing changed meanwhile. It also gives
+    /// the libraries that were loaded for it. A machine that cannot be known again is not
+    /// written down.
+    pub fn look_and_remember(
+        &self,
+        folder: &Path,
+        look: impl FnOnce() -> (Survey, BTreeSet<PathBuf>),
+    ) -> Survey {
+        let before = self.identity();
+        let (survey, libraries) = look();
         let whole = survey.pieces.iter().all(|piece| piece.state.is_ok());
-        let Some(identity) = self.identity().filter(|_| whole && !survey.gpus.is_empty()) else {
-            return;
-        };
-        let mut stamps = Vec::new();
-        for file in libraries {
-            match std::fs::metadata(&file).map(|facts| Stamp::of(&facts)) {
-                Ok(stamp) if stamp.settled(now()) => stamps.push((file, stamp.to_words())),
-                _ => return,
-            }
+        if let Some(identity) = before
+            && whole
+            && !survey.gpus.is_empty()
+            && self.identity().as_ref() == Some(&identity)
+        {
+            write_down(folder, identity, &survey, libraries);
         }
-        let note = Note { identity, libraries: stamps, survey: survey.clone() };
-        let Ok(text) = serde_json::to_vec(&note) else { return };
-        if let Err(error) = write_whole(&folder.join(NAME), &sealed(text)) {
-            tracing::warn!("what this machine has is not kept: {error}");
-        }
+        survey
     }
-
     /// Everything that decides what the driver says; none where no driver shows itself.
     fn identity(&self) -> Option<String> {
         let mut walk = KeyWalk::new("machine");
@@ -88,8 +90,12 @@ impl Machine {
         }
         walk.field("driver", releases.join("\n"));
         for gpu in self.names("proc/driver/nvidia/gpus") {
-            let information = format!("proc/driver/nvidia/gpus/{gpu}/information");
-            walk.field(&gpu, self.text(&information).unwrap_or_default());
+            let information = self.text(&format!("proc/driver/nvidia/gpus/{gpu}/information"));
+            let information = information.unwrap_or_default();
+            // Other lines are known only while somebody uses the GPU.
+            let lasting =
+                information.lines().filter(|l| LASTING.iter().any(|name| l.starts_with(name)));
+            walk.field(&gpu, lasting.collect::<Vec<_>>().join("\n"));
         }
         // What of a GPU that is cut into parts is handed to this process.
         self.tree("proc/driver/nvidia/capabilities", &mut walk);
@@ -107,13 +113,13 @@ impl Machine {
         for (name, value) in &self.variables {
             let name = name.to_string_lossy();
             if PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
-                walk.field(&name, value.to_string_lossy());
+                walk.field(&name, format!("{value:?}"));
             }
         }
         // A library that is put into one of these folders is found before the others.
         let folders = self.variables.get(&OsString::from("LD_LIBRARY_PATH"));
         for folder in folders.iter().flat_map(std::env::split_paths) {
-            walk.field(&folder.to_string_lossy(), format!("{:?}", stamp_of(&folder)));
+            walk.field(&format!("{folder:?}"), format!("{:?}", stamp_of(&folder)));
         }
         Some(walk.key().0)
     }
@@ -145,6 +151,22 @@ impl Machine {
     }
 }
 
+/// Writes down a machine, unless one of its libraries may still change unseen.
+fn write_down(folder: &Path, identity: String, survey: &Survey, libraries: BTreeSet<PathBuf>) {
+    let mut stamps = Vec::new();
+    for file in libraries {
+        match std::fs::metadata(&file).map(|facts| Stamp::of(&facts)) {
+            Ok(stamp) if stamp.settled(now()) => stamps.push((file, stamp.to_words())),
+            _ => return,
+        }
+    }
+    let note = Note { identity, libraries: stamps, survey: survey.clone() };
+    let Ok(text) = serde_json::to_vec(&note) else { return };
+    if let Err(error) = write_whole(&folder.join(NAME), &sealed(text)) {
+        tracing::warn!("what this machine has is not kept: {error}");
+    }
+}
+
 /// Forgets what was written down in a folder: it turned out to be wrong.
 pub fn forget(folder: &Path) {
     let file = folder.join(NAME);
@@ -158,9 +180,17 @@ pub fn forget(folder: &Path) {
 
 /// The shared libraries that this process has loaded.
 pub fn loaded_libraries() -> BTreeSet<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
-    paths.filter(|path| path.contains(".so")).map(PathBuf::from).collect()
+    libraries_in(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default())
+}
+
+/// The shared libraries in a list of mappings. The path is the rest of a line.
+fn libraries_in(maps: &str) -> BTreeSet<PathBuf> {
+    let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    let is_library = |path: &&Path| {
+        let name = path.file_name().map(|name| name.to_string_lossy());
+        name.is_some_and(|name| name.ends_with(".so") || name.contains(".so."))
+    };
+    paths.filter(is_library).map(Path::to_owned).collect()
 }
 
 fn stamp_of(path: &Path) -> Option<[u64; 5]> {
@@ -177,7 +207,9 @@ mod tests {
         let root = tempfile::tempdir().expect("a folder");
         let files = [
             ("proc/driver/nvidia/version", "NVRM version: 580.65"),
-            ("proc/driver/nvidia/gpus/0000:01:00.0/information", "GPU UUID: GPU-1"),
+            ("proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: one\nVideo BIOS: ??"),
+            ("proc/sys/kernel/random/boot_id", "today"),
+            ("dev/nvidiactl", ""),
             ("proc/driver/nvidia/capabilities/gpu0/mig/config", "DeviceFileMinor: 1"),
             ("dev/nvidia0", ""),
             ("etc/ld.so.cache", "cuda"),
@@ -214,7 +246,7 @@ mod tests {
     #[test]
     fn a_machine_is_known_again_until_anything_that_the_driver_goes_by_changes() {
         type Change = fn(&Path, &mut Machine);
-        let changes: [(&str, Change); 9] = [
+        let changes: [(&str, Change); 11] = [
             ("driver", |root, _| rewrite(root, "proc/driver/nvidia/version")),
             ("gpu", |root, _| rewrite(root, "proc/driver/nvidia/gpus/0000:01:00.0/information")),
             ("another gpu", |root, _| {
@@ -223,6 +255,11 @@ mod tests {
             }),
             ("part", |root, _| rewrite(root, "proc/driver/nvidia/capabilities/gpu0/mig/config")),
             ("node gone", |root, _| std::fs::remove_file(root.join("dev/nvidia0")).expect("gone")),
+            ("node's mode", |root, _| {
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+                std::fs::set_permissions(root.join("dev/nvidia0"), mode).expect("changed")
+            }),
+            ("boot", |root, _| rewrite(root, "proc/sys/kernel/random/boot_id")),
             ("library", |root, _| rewrite(root, LIBRARY)),
             ("loader", |root, _| rewrite(root, "etc/ld.so.cache")),
             ("nearer library", |root, _| rewrite(root, "lib/libnvrtc.so.13")),
@@ -233,7 +270,12 @@ mod tests {
         for (what, change) in changes {
             let (root, mut machine) = machine();
             let kept = tempfile::tempdir().expect("a folder");
-            machine.remember(kept.path(), &survey(), [root.path().join(LIBRARY)].into());
+            let libraries = [root.path().join(LIBRARY)].into();
+            machine.look_and_remember(kept.path(), || (survey(), libraries));
+            // What is only known of a GPU in use.
+            let information = "proc/driver/nvidia/gpus/0000:01:00.0/information";
+            std::fs::write(root.path().join(information), "Model: one\nVideo BIOS: 96")
+                .expect("written");
             assert_eq!(machine.remembered(kept.path()), Some(survey()), "before: {what}");
             change(root.path(), &mut machine);
             assert_eq!(machine.remembered(kept.path()), None, "after: {what}");
@@ -251,21 +293,36 @@ mod tests {
         let kept = tempfile::tempdir().expect("a folder");
         let mut broken = survey();
         broken.pieces[0].state = Err("it does not start".to_owned());
-        machine.remember(kept.path(), &broken, libraries());
+        machine.look_and_remember(kept.path(), || (broken, libraries()));
         assert_eq!(machine.remembered(kept.path()), None, "a driver that did not start");
         let empty = Survey { gpus: Vec::new(), ..survey() };
-        machine.remember(kept.path(), &empty, libraries());
+        machine.look_and_remember(kept.path(), || (empty, libraries()));
         assert_eq!(machine.remembered(kept.path()), None, "no GPU");
+        machine.look_and_remember(kept.path(), || {
+            rewrite(root.path(), "proc/driver/nvidia/version");
+            (survey(), libraries())
+        });
+        assert_eq!(machine.remembered(kept.path()), None, "a driver that changed meanwhile");
         rewrite(root.path(), LIBRARY);
-        machine.remember(kept.path(), &survey(), libraries());
+        machine.look_and_remember(kept.path(), || (survey(), libraries()));
         assert_eq!(machine.remembered(kept.path()), None, "a library that may still change");
 
         let (root, machine) = self::machine();
-        machine.remember(kept.path(), &survey(), [root.path().join(LIBRARY)].into());
+        let libraries = [root.path().join(LIBRARY)].into();
+        machine.look_and_remember(kept.path(), || (survey(), libraries));
+        assert_eq!(machine.remembered(kept.path()), Some(survey()));
         let file = kept.path().join(NAME);
-        let mut bytes = std::fs::read(&file).expect("kept");
-        bytes[20] ^= 1;
-        std::fs::write(&file, bytes).expect("written");
+        let text = std::fs::read_to_string(&file).expect("kept");
+        // Still JSON, still this machine: only the check at the end can tell.
+        std::fs::write(&file, text.replace("a GPU", "b GPU")).expect("written");
         assert_eq!(machine.remembered(kept.path()), None, "a flipped bit");
+    }
+
+    #[test]
+    fn a_library_is_what_is_named_so_wherever_it_lies() {
+        let maps = "7f00-7f01 r-xp 0000 fe:00 12   /a folder/libcuda.so.580.65\n\
+                    7f01-7f02 r--p 0000 fe:00 13   /data/x.source/model.gguf\n\
+                    7f02-7f03 rw-p 0000 00:00 0    [heap]\n";
+        assert_eq!(libraries_in(maps), ["/a folder/libcuda.so.580.65".into()].into());
     }
 }
