@@ -239,14 +239,80 @@ impl std::fmt::Display for Metric {
 /// these are the texts `NaN`, `inf` and `-inf`. A `null`, which other writers
 /// put in their place, is read as NaN, so that nothing of the kind gets lost.
 pub mod json {
+    use serde::de::{Error, MapAccess, Visitor};
+
     use super::{BTreeMap, Deserialize, Deserializer, Metric, Serialize, Serializer};
 
-    #[derive(Serialize, Deserialize)]
-    #[serde(untagged)]
-    enum Value {
-        Number(f64),
-        Text(String),
-        Null(()),
+    /// One value.
+    struct Value(f64);
+
+    impl Serialize for Value {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            if self.0.is_finite() {
+                serializer.serialize_f64(self.0)
+            } else {
+                serializer.collect_str(&self.0)
+            }
+        }
+    }
+
+    impl<'de> Deserialize<'de> for Value {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+            deserializer.deserialize_any(ValueVisitor).map(Value)
+        }
+    }
+
+    struct ValueVisitor;
+
+    impl Visitor<'_> for ValueVisitor {
+        type Value = f64;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a number, `NaN`, `inf` or `-inf`")
+        }
+
+        fn visit_f64<E: Error>(self, value: f64) -> Result<f64, E> {
+            Ok(value)
+        }
+
+        fn visit_u64<E: Error>(self, value: u64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_i64<E: Error>(self, value: i64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<f64, E> {
+            match text {
+                "NaN" => Ok(f64::NAN),
+                "inf" => Ok(f64::INFINITY),
+                "-inf" => Ok(f64::NEG_INFINITY),
+                _ => Err(E::invalid_value(serde::de::Unexpected::Str(text), &self)),
+            }
+        }
+
+        fn visit_unit<E: Error>(self) -> Result<f64, E> {
+            Ok(f64::NAN)
+        }
+    }
+
+    struct MetricsVisitor;
+
+    impl<'de> Visitor<'de> for MetricsVisitor {
+        type Value = BTreeMap<Metric, f64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("metrics with their values")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut metrics = BTreeMap::new();
+            while let Some((metric, Value(value))) = map.next_entry()? {
+                metrics.insert(metric, value);
+            }
+            Ok(metrics)
+        }
     }
 
     /// Writes a map of metrics.
@@ -257,10 +323,7 @@ pub mod json {
         metrics: &BTreeMap<Metric, f64>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(metrics.iter().map(|(metric, &value)| {
-            let text = || Value::Text(value.to_string());
-            (metric, if value.is_finite() { Value::Number(value) } else { text() })
-        }))
+        serializer.collect_map(metrics.iter().map(|(metric, &value)| (metric, Value(value))))
     }
 
     /// Reads a map of metrics.
@@ -270,20 +333,6 @@ pub mod json {
     pub fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<BTreeMap<Metric, f64>, D::Error> {
-        let raw = BTreeMap::<Metric, Value>::deserialize(deserializer)?;
-        raw.into_iter()
-            .map(|(metric, value)| match value {
-                Value::Number(number) => Ok((metric, number)),
-                Value::Null(()) => Ok((metric, f64::NAN)),
-                Value::Text(text) => match text.as_str() {
-                    "NaN" => Ok((metric, f64::NAN)),
-                    "inf" => Ok((metric, f64::INFINITY)),
-                    "-inf" => Ok((metric, f64::NEG_INFINITY)),
-                    _ => Err(serde::de::Error::custom(format!(
-                        "`{text}` is no value of {metric}; write a number, `NaN`, `inf` or `-inf`"
-                    ))),
-                },
-            })
-            .collect()
+        deserializer.deserialize_map(MetricsVisitor)
     }
 }

@@ -278,8 +278,6 @@ impl Recorded {
 pub struct External {
     /// What is started; its inputs and variables are all that it sees.
     pub program: Command,
-    /// How often it may fail before it is given up.
-    pub retries: u32,
     /// What the engine is, as its user declares it.
     pub version: String,
     /// Which tensor a site's is, as for [`Recorded::names`].
@@ -485,6 +483,9 @@ pub struct Command {
     pub set: BTreeMap<String, String>,
     /// Seconds until it is killed.
     pub timeout: Option<u64>,
+    /// How often it is started again after a failure.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub retries: u32,
     /// Exit statuses that count as a result; others are judged, and it runs again.
     pub accepts: Vec<i32>,
     /// What is counted in its output.
@@ -502,6 +503,10 @@ pub struct OutputPattern {
     pub of: String,
     /// The expression; `^` and `$` mean a line's ends.
     pub pattern: String,
+}
+
+fn is_none(count: &u32) -> bool {
+    *count == 0
 }
 
 impl Command {

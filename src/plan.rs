@@ -80,6 +80,22 @@ impl OpenModel {
     }
 }
 
+/// Tensors by the names of the fields that they are in: each layer's together, so that a
+/// reason names the layer that changed; the others first, by themselves.
+fn weights_by_layer(names: Vec<String>) -> Vec<(String, Vec<String>)> {
+    let mut layers: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    let mut fields = Vec::new();
+    for name in names {
+        match in_layer(&name) {
+            Some((layer, _)) => layers.entry(layer).or_default().push(name),
+            None => fields.push((format!("weights of {name}"), vec![name])),
+        }
+    }
+    let layers = layers.into_iter();
+    fields.extend(layers.map(|(layer, names)| (format!("weights of blk.{layer}"), names)));
+    fields
+}
+
 /// A stage that is ready to run.
 pub struct PreparedStage<'a> {
     /// As checked.
@@ -386,8 +402,9 @@ impl<'a> Plan<'a> {
             }
             _ => {}
         }
-        let names = tensors_read(&stage.op, &model.model);
-        walk.field("weights", model.digest(&names, self.stamps).to_hex());
+        for (name, tensors) in weights_by_layer(tensors_read(&stage.op, &model.model)) {
+            walk.field(&name, model.digest(&tensors, self.stamps).to_hex());
+        }
         walk
     }
 

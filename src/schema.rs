@@ -379,6 +379,10 @@ fn program() -> Value {
         "env": says("names of variables that it sees as the runner does", list(text(), 0)),
         "set": says("variables with values", texts()),
         "timeout": says("seconds after which it is killed", whole(1)),
+        "retries": says(
+            "how often it is started again after a failure",
+            json!({ "type": "integer", "minimum": 0, "maximum": 10 }),
+        ),
     })
 }
 
@@ -413,10 +417,6 @@ fn external() -> Value {
     add(
         &mut properties,
         json!({
-            "retries": says(
-                "how often it is started again after a failure",
-                json!({ "type": "integer", "minimum": 0, "maximum": 10 }),
-            ),
             "version": says("what the engine is; part of the key", text()),
             "names": says("the engine's name of a tensor, by site", texts()),
             "emulate": says("the engine whose arithmetic the emulated arm has", json!({ "enum": engines })),

@@ -4,6 +4,8 @@
 //! a rerun cannot differ from what caused it. Fields are framed by their
 //! lengths: `ab, c` and `a, bc` are two keys.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// Bumped when the meaning of a key or a record changes.
@@ -62,21 +64,31 @@ impl KeyWalk {
         &self.fields
     }
 
-    /// The first field that differs from an earlier walk's, in words.
+    /// The first field that differs from an earlier walk's, in words, and how many others do.
     pub fn difference(&self, earlier: &[(String, String)]) -> Option<String> {
-        let before = |name: &str| earlier.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
-        for (name, value) in &self.fields {
-            match before(name) {
-                None => return Some(format!("{name} is new: {}", shown(value))),
-                Some(old) if old != value => {
-                    return Some(format!("{name}: {} -> {}", shown(old), shown(value)));
-                }
-                Some(_) => {}
+        let before: BTreeMap<&str, &str> = pairs(earlier).collect();
+        let now: BTreeMap<&str, &str> = pairs(&self.fields).collect();
+        let changed = pairs(&self.fields).filter_map(|(name, value)| match before.get(name) {
+            None => Some(format!("{name} is new: {}", shown(value))),
+            Some(old) if *old != value => {
+                Some(format!("{name}: {} -> {}", shown(old), shown(value)))
             }
-        }
-        let gone = earlier.iter().find(|(name, _)| !self.fields.iter().any(|(n, _)| n == name));
-        gone.map(|(name, value)| format!("{name} is gone: {}", shown(value)))
+            Some(_) => None,
+        });
+        let gone = pairs(earlier).filter(|(name, _)| !now.contains_key(name));
+        let gone = gone.map(|(name, value)| format!("{name} is gone: {}", shown(value)));
+        let mut differences = changed.chain(gone);
+        let first = differences.next()?;
+        Some(match differences.count() {
+            0 => first,
+            1 => format!("{first}, and another field"),
+            more => format!("{first}, and {more} other fields"),
+        })
     }
+}
+
+fn pairs(fields: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> {
+    fields.iter().map(|(name, value)| (name.as_str(), value.as_str()))
 }
 
 /// A value short enough for one line.
@@ -117,6 +129,12 @@ mod tests {
         new.field("recipe", "bf16");
         assert_eq!(new.difference(old.fields()).as_deref(), Some("recipe: e4m3 -> bf16"));
         assert_eq!(old.difference(old.fields()), None);
+        new.field("tokens", 1);
+        new.field("eps", 2);
+        let words = "recipe: e4m3 -> bf16, and 2 other fields";
+        assert_eq!(new.difference(old.fields()).as_deref(), Some(words));
+        let words = "recipe: bf16 -> e4m3, and 2 other fields";
+        assert_eq!(old.difference(new.fields()).as_deref(), Some(words), "two are gone");
     }
 
     proptest! {

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
+use rayon::prelude::*;
 
 use super::nightly::{self, NightlyArgs};
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
@@ -18,7 +19,7 @@ use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::Arm;
-use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA};
+use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
 use crate::report::{Bars, EventLog, Lines, Sinks};
 use crate::report::{annotations, drift, junit, markdown, page, table};
 use crate::run::{Options, run};
@@ -73,6 +74,9 @@ enum OutputFormat {
     /// run.json on stdout, lines on stderr.
     Json,
 }
+
+/// What stands between two stages in run.json.
+pub(super) const SEPARATOR: &str = ",\n    ";
 
 /// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome.
 pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, String> {
@@ -150,7 +154,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         (None, true) => INTERRUPTED,
         (None, false) => verdict.exit_code(),
     };
-    let record = RunRecord {
+    let mut record = RunRecord {
         schema: SCHEMA,
         id,
         verdict,
@@ -161,18 +165,21 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         folder: pipeline.folder.display().to_string(),
         provenance: provenance(),
         families: FamilyRecord::of(&finished.stages),
-        stages: finished.stages,
+        stages: Vec::new(),
     };
     sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
+    let head = record.clone();
+    record.stages = finished.stages;
     // Written beside each other: all of it is wanted soon after the last verdict.
-    let note = || match finished.bug {
-        None => unchanged::note(&store, &plan, &record, workshop, began),
-        Some(_) => None,
+    let write_down = || {
+        let stages = encoded(&record.stages)?;
+        let note = || match finished.bug {
+            None => unchanged::note(&store, &plan, &record, &stages, workshop, began),
+            Some(_) => None,
+        };
+        rayon::join(|| write_json(&head, &stages.join(SEPARATOR), &folder), note).0
     };
-    let (json, (page, _)) = rayon::join(
-        || write_json(&record, &folder),
-        || rayon::join(|| write_page(&record, runs, &folder), note),
-    );
+    let (json, page) = rayon::join(write_down, || write_page(&record, runs, &folder));
     if json.is_err() || page.is_err() {
         unchanged::forget(&store);
     }
@@ -186,10 +193,31 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     Ok(exit_code)
 }
 
+/// Each stage as it stands in run.json.
+fn encoded(stages: &[StageRecord]) -> Result<Vec<String>, String> {
+    let stages = stages.par_iter().map(serde_json::to_string);
+    stages.collect::<Result<_, _>>().map_err(cannot_encode)
+}
+
+/// The text of run.json: what is said of the run, and a line for each stage.
+fn whole_json(head: &RunRecord, stages: &str) -> Result<String, String> {
+    let head = serde_json::to_string_pretty(head).map_err(cannot_encode)?;
+    Ok(match stages {
+        "" => head,
+        stages => {
+            let stages = format!("\"stages\": [\n    {stages}\n  ]");
+            head.replacen("\"stages\": []", &stages, 1)
+        }
+    })
+}
+
+fn cannot_encode(error: serde_json::Error) -> String {
+    format!("run.json cannot be encoded: {error}")
+}
+
 /// Writes run.json, and returns it.
-fn write_json(record: &RunRecord, folder: &Path) -> Result<String, String> {
-    let json = serde_json::to_string_pretty(record)
-        .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
+fn write_json(head: &RunRecord, stages: &str, folder: &Path) -> Result<String, String> {
+    let json = whole_json(head, stages)?;
     crate::cache::write_whole(&folder.join("run.json"), json.as_bytes())
         .map_err(|error| error.to_string())?;
     Ok(json)
@@ -236,9 +264,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
     };
     record.seconds = clock.elapsed().as_secs_f64();
     sinks.event(&Event::RunFinished { verdict, seconds: record.seconds });
-    let head = serde_json::to_string_pretty(&record)
-        .map_err(|error| format!("run.json cannot be encoded: {error}"))?;
-    let json = head.replacen("\"stages\": []", &format!("\"stages\": {json}"), 1);
+    let json = whole_json(&record, &json)?;
     // Not flushed to disk: a run that changed nothing has nothing to lose.
     std::fs::write(folder.join("run.json"), &json)
         .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;

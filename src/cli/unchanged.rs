@@ -22,7 +22,7 @@ use crate::compute::arms::Workshop;
 use crate::executor::command;
 use crate::op::{Arm, Op, Recipe, Site};
 use crate::plan::Plan;
-use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
+use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::is_of_drift;
 use crate::verdict::Verdict;
 
@@ -41,7 +41,7 @@ pub(super) struct Unchanged {
     pub shown: Vec<StageRecord>,
     /// The families, of all stages.
     pub families: Vec<FamilyRecord>,
-    /// All of them, as they stand in run.json.
+    /// All of them, as they stand in run.json between the brackets.
     pub json: String,
     /// The gravest verdict.
     pub verdict: Verdict,
@@ -121,12 +121,13 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
     Some(Unchanged { plan, folder, count, shown, families, json, verdict })
 }
 
-/// Writes down what a run looked at, unless something of it is too young to be
+/// Writes down what a run looked at, and its stages, of which `encoded` is the JSON, unless something of it is too young to be
 /// known again, or the run did not go well.
 pub(super) fn note(
     store: &Store,
     plan: &Plan<'_>,
     record: &RunRecord,
+    encoded: &[String],
     workshop: &dyn Workshop,
     started: i64,
 ) -> Option<()> {
@@ -147,12 +148,13 @@ pub(super) fn note(
     for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
         present.extend(arm.object.as_ref().map(|object| store.object_path(object)));
     }
-    let stages: Vec<StageRecord> = record.stages.iter().map(|s| as_reused(s, record)).collect();
-    let json = serde_json::to_string(&stages).ok()?;
-    let count = stages.len();
-    let families = FamilyRecord::of(&stages);
-    let worth = |stage: &StageRecord| count <= SHOWN_ONE_BY_ONE || stage.verdict != Verdict::Pass;
-    let shown = stages.into_iter().filter(worth).map(as_shown).collect();
+    let stages = record.stages.iter().zip(encoded);
+    let stages: Option<Vec<String>> =
+        stages.map(|(stage, text)| encoded_as_reused(stage, text, record)).collect();
+    let json = stages?.join(super::run::SEPARATOR);
+    let count = record.stages.len();
+    let worth = |s: &&StageRecord| count <= SHOWN_ONE_BY_ONE || s.verdict != Verdict::Pass;
+    let shown = record.stages.iter().filter(worth).map(|stage| as_shown(stage, record)).collect();
     let mut arms: Vec<ArmFacts> = Vec::new();
     for stage in plan.stages.iter().map(|prepared| prepared.stage) {
         for &arm in stage.arms.iter().filter(|arm| **arm != Arm::Command) {
@@ -170,7 +172,7 @@ pub(super) fn note(
         arms,
         json: blake3::hash(json.as_bytes()).to_hex().to_string(),
         shown,
-        families,
+        families: record.families.clone(),
         present,
         looked_at,
     };
@@ -208,10 +210,10 @@ fn place(store: &Store) -> Option<PathBuf> {
     Some(store.root().join("unchanged").join(&walk.key().0[..32]))
 }
 
-/// A stage as it will be when nothing of it has to be computed.
-fn as_reused(stage: &StageRecord, run: &RunRecord) -> StageRecord {
-    let mut stage = StageRecord { seconds: 0.0, ..stage.clone() };
-    for arm in stage.arms.values_mut() {
+/// A stage's arms as they will be when nothing has to be computed.
+fn as_reused(stage: &StageRecord, run: &RunRecord) -> BTreeMap<Arm, ArmRecord> {
+    let mut arms = stage.arms.clone();
+    for arm in arms.values_mut() {
         match arm.state {
             ArmState::Ran => {
                 arm.state = ArmState::Reused;
@@ -224,11 +226,23 @@ fn as_reused(stage: &StageRecord, run: &RunRecord) -> StageRecord {
             ArmState::Unmeasured | ArmState::Error | ArmState::Blocked => {}
         }
     }
-    stage
+    arms
 }
 
-/// What a table shows of a stage, which is little of its measures.
-fn as_shown(mut stage: StageRecord) -> StageRecord {
+/// The JSON of a stage as it will be when nothing of it has to be computed. Its time and
+/// its arms are other ones; all the rest, which is nearly all, is taken over as text.
+fn encoded_as_reused(stage: &StageRecord, text: &str, run: &RunRecord) -> Option<String> {
+    let part = |seconds: f64, arms: &BTreeMap<Arm, ArmRecord>| {
+        let [seconds, arms] = [serde_json::to_string(&seconds), serde_json::to_string(arms)];
+        Some(format!("\"seconds\":{},\"arms\":{}", seconds.ok()?, arms.ok()?))
+    };
+    let (before, after) = text.split_once(&part(stage.seconds, &stage.arms)?)?;
+    Some([before, &part(0.0, &as_reused(stage, run))?, after].concat())
+}
+
+/// What a table shows of a stage in which nothing has to be computed: little of its measures.
+fn as_shown(stage: &StageRecord, run: &RunRecord) -> StageRecord {
+    let mut stage = StageRecord { seconds: 0.0, arms: as_reused(stage, run), ..stage.clone() };
     // The sites of what fell say which of it stands first.
     let fallen: BTreeSet<Site> =
         stage.judgements.iter().filter_map(|judgement| judgement.site.clone()).collect();
@@ -331,11 +345,29 @@ mod tests {
         }
     }
 
-    /// Stage B of a run on an H200.
-    fn stage() -> StageRecord {
+    /// A run on an H200.
+    fn run() -> RunRecord {
         let text = include_str!("../../runs/receipts/h200-qwen2-tiny-e4m3-fast.json");
-        let run: RunRecord = serde_json::from_str(text).expect("a receipt");
-        run.stages.into_iter().find(|stage| stage.id.0 == "B").expect("stage B")
+        serde_json::from_str(text).expect("a receipt")
+    }
+
+    /// Its stage B.
+    fn stage() -> StageRecord {
+        run().stages.into_iter().find(|stage| stage.id.0 == "B").expect("stage B")
+    }
+
+    #[test]
+    fn a_stage_that_is_reused_keeps_everything_but_its_time_and_its_arms() {
+        let run = run();
+        for stage in &run.stages {
+            let text = serde_json::to_string(stage).expect("JSON");
+            let reused = encoded_as_reused(stage, &text, &run).expect("a stage");
+            let reused: StageRecord = serde_json::from_str(&reused).expect("JSON");
+            let states = reused.arms.values().map(|arm| arm.state);
+            assert!(states.into_iter().all(|state| state == ArmState::Reused), "{}", stage.id);
+            let StageRecord { seconds, arms, .. } = stage.clone();
+            assert_eq!(*stage, StageRecord { seconds, arms, ..reused });
+        }
     }
 
     #[test]
@@ -362,6 +394,6 @@ mod tests {
         }
         let decisive = |stage: &StageRecord| stage.decisive().expect("a fall").site.clone();
         assert_eq!(decisive(&stage), Some(sites[0].clone()));
-        assert_eq!(decisive(&as_shown(stage)), Some(sites[0].clone()));
+        assert_eq!(decisive(&as_shown(&stage, &run())), Some(sites[0].clone()));
     }
 }

@@ -36,6 +36,47 @@ pub struct CommandRecord {
     pub stdout: Option<String>,
     /// As `stdout`.
     pub stderr: Option<String>,
+    /// What went wrong before it went well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flaky: Option<Flaky>,
+}
+
+/// A program that went well only when it was tried again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flaky {
+    /// The attempt that went well, from 2.
+    pub attempt: u32,
+    /// How the first one failed.
+    pub first: String,
+}
+
+impl std::fmt::Display for Flaky {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "flaky: attempt {} went well, the first failed: {}", self.attempt, self.first)
+    }
+}
+
+/// Tries `once`, and again as often as it may fail, while `failed` says why it did. The
+/// last outcome, and whether it came only after another one.
+pub(super) fn tried<T>(
+    retries: u32,
+    mut once: impl FnMut() -> T,
+    failed: impl Fn(&T) -> Option<String>,
+) -> (T, Option<Flaky>) {
+    let mut first: Option<String> = None;
+    let mut attempt = 1;
+    loop {
+        let outcome = once();
+        match failed(&outcome) {
+            Some(why) if attempt <= retries => {
+                tracing::warn!("attempt {attempt} of {} failed: {why}", retries + 1);
+                first.get_or_insert(why);
+                attempt += 1;
+            }
+            Some(_) => return (outcome, None),
+            None => return (outcome, first.map(|first| Flaky { attempt, first })),
+        }
+    }
 }
 
 /// A file by content.
@@ -119,6 +160,25 @@ pub enum CommandError {
         /// Why it failed.
         source: std::io::Error,
     },
+}
+
+impl CommandError {
+    /// Whether another attempt may go well while everything around it stays as it is.
+    pub(super) fn is_the_programs(&self) -> bool {
+        match self {
+            CommandError::NoOutput { .. }
+            | CommandError::TimedOut(_)
+            | CommandError::Killed { .. } => true,
+            CommandError::NoProgram { .. }
+            | CommandError::Input { .. }
+            | CommandError::InputChanged(_)
+            | CommandError::Escapes(_)
+            | CommandError::Stopped
+            | CommandError::Process(_)
+            | CommandError::Cache(_)
+            | CommandError::Io { .. } => false,
+        }
+    }
 }
 
 /// What commands are carried out with.
@@ -244,12 +304,34 @@ impl Seen {
     }
 }
 
-/// Runs a command and takes its files into the store and to their places. Of the
-/// machine's GPUs it sees `gpus`, if any were handed out to it.
+/// Runs a command, again if it fails, as often as it may, and takes its files into the
+/// store and to their places. Of the machine's GPUs it sees `gpus`, if any were handed
+/// out to it.
 ///
 /// # Errors
 /// If it did not end by itself, or did not keep its promises.
 pub fn carry_out(
+    command: &Command,
+    seen: &Seen,
+    gpus: &[usize],
+    tools: &Tools<'_>,
+) -> Result<(CommandRecord, f64), CommandError> {
+    let once = || once(command, seen, gpus, tools);
+    let (outcome, flaky) = tried(command.retries, once, |outcome| match outcome {
+        Ok((record, _)) if record.accepted => None,
+        Ok((record, _)) => {
+            let said = last_words(record, tools.store);
+            let said = said.map_or(String::new(), |said| format!("; it said: {said}"));
+            Some(format!("status {}{said}", record.status))
+        }
+        Err(error) => error.is_the_programs().then(|| error.to_string()),
+    });
+    let (record, seconds) = outcome?;
+    put_in_place(&record, tools)?;
+    Ok((CommandRecord { flaky, ..record }, seconds))
+}
+
+fn once(
     command: &Command,
     seen: &Seen,
     gpus: &[usize],
@@ -305,8 +387,8 @@ pub fn carry_out(
         outputs: outputs.collect::<Result<_, _>>()?,
         stdout: take_log(&folder("stdout"), tools)?,
         stderr: take_log(&folder("stderr"), tools)?,
+        flaky: None,
     };
-    put_in_place(&record, tools)?;
     Ok((record, ended.seconds))
 }
 

@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::command::{CommandError, Seen, Tools, lay_out, take_log};
+use super::command::{CommandError, Flaky, Seen, Tools, lay_out, take_log, tried};
 use super::{Attempt, Request, Status};
 use crate::op::External;
 
@@ -52,10 +52,8 @@ pub struct Left {
     _attempt: Attempt,
     /// The file of tensors.
     pub tensors: PathBuf,
-    /// On which attempt it went well, from 1.
-    pub tries: u32,
-    /// What failed before, if anything.
-    pub earlier: Option<String>,
+    /// What went wrong before it went well.
+    pub flaky: Option<Flaky>,
     /// What it said, by hash in the cache.
     pub stdout: Option<String>,
     /// As `stdout`.
@@ -84,19 +82,13 @@ pub fn ask(
     asked: &Asked<'_>,
     tools: &Tools<'_>,
 ) -> Result<Left, ExternalError> {
-    let mut earlier = None;
-    let mut tries = 1;
-    loop {
-        match once(external, seen, asked, tools) {
-            Ok(left) => return Ok(Left { tries, earlier, ..left }),
-            Err(error @ ExternalError::Command(CommandError::Stopped)) => return Err(error),
-            Err(error) if tries > external.retries => return Err(error),
-            Err(error) => {
-                earlier.get_or_insert_with(|| error.to_string());
-                tries += 1;
-            }
-        }
-    }
+    let once = || once(external, seen, asked, tools);
+    let (outcome, flaky) = tried(external.program.retries, once, |outcome| match outcome {
+        Ok(_) => None,
+        Err(ExternalError::Command(error)) if !error.is_the_programs() => None,
+        Err(error) => Some(error.to_string()),
+    });
+    outcome.map(|left| Left { flaky, ..left })
 }
 
 fn once(
@@ -161,8 +153,7 @@ fn once(
     }
     Ok(Left {
         tensors,
-        tries: 1,
-        earlier: None,
+        flaky: None,
         stdout: take_log(&folder("stdout"), tools)?,
         stderr: take_log(&folder("stderr"), tools)?,
         _attempt: attempt,

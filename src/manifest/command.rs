@@ -15,6 +15,8 @@ use crate::op::{Command, Op, OutputPattern, StageId};
 const SHELL: [&str; 2] = ["/bin/sh", "-c"];
 /// Set for every attempt, so it is nobody's to set.
 const RESERVED: &str = "TMPDIR";
+/// The most that a program is started again.
+const MOST_RETRIES: u32 = 10;
 
 /// Reads and checks `[command]`.
 pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
@@ -24,7 +26,7 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     let outputs = read_paths(&mut table, "outputs", findings);
     let env = table.list::<String>("env", findings);
     let set = table.take::<BTreeMap<String, String>>("set", findings);
-    let timeout = table.take::<u64>("timeout", findings);
+    let effort = read_effort(&mut table, findings);
     let accepts = table.list::<i32>("accepts", findings);
     let patterns: Vec<_> = table
         .tables("patterns", findings)
@@ -43,13 +45,7 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     sound &= check_digests(digests.as_ref(), &outputs_named, findings);
     let variables = check_variables(env, set, findings)?;
     let accepts = check_accepts(accepts, findings)?;
-    if let Some(timeout) = timeout.as_ref().filter(|timeout| timeout.value == 0) {
-        findings.push(
-            Problem::new("`timeout` is 0", "write the seconds after which the command is killed")
-                .at_if(timeout.at.as_ref(), "nothing could run"),
-        );
-        sound = false;
-    }
+    let effort = effort?;
     let names = |list: &[Put<String>]| {
         let names: BTreeSet<String> = list.iter().map(|put| put.value.clone()).collect();
         names.into_iter().collect()
@@ -60,7 +56,8 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
         outputs: names(&outputs),
         env: variables.0,
         set: variables.1,
-        timeout: timeout.map(|timeout| timeout.value),
+        timeout: effort.timeout,
+        retries: effort.retries,
         accepts,
         patterns: patterns.into_iter().map(|(pattern, _)| pattern).collect(),
         digests: digests.map_or(BTreeMap::new(), |digests| digests.value),
@@ -70,6 +67,37 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
         inputs: Vec::new(),
         files: RawFiles { inputs, outputs },
         repeats_at: heading,
+    })
+}
+
+/// How long and how often a program is tried.
+pub(super) struct Effort {
+    pub timeout: Option<u64>,
+    pub retries: u32,
+}
+
+/// `timeout` and `retries`.
+pub(super) fn read_effort(table: &mut Fields<'_>, findings: &mut Findings) -> Option<Effort> {
+    let timeout = table.take::<u64>("timeout", findings);
+    let retries = table.take::<u32>("retries", findings);
+    let mut sound = true;
+    if let Some(timeout) = timeout.as_ref().filter(|timeout| timeout.value == 0) {
+        findings.push(
+            Problem::new("`timeout` is 0", "write the seconds after which the program is killed")
+                .at_if(timeout.at.as_ref(), "nothing could run"),
+        );
+        sound = false;
+    }
+    if let Some(retries) = retries.as_ref().filter(|retries| retries.value > MOST_RETRIES) {
+        findings.push(
+            Problem::new("`retries` is out of range", format!("write at most {MOST_RETRIES}"))
+                .at_if(retries.at.as_ref(), "this number"),
+        );
+        sound = false;
+    }
+    sound.then(|| Effort {
+        timeout: timeout.map(|timeout| timeout.value),
+        retries: retries.map_or(0, |retries| retries.value),
     })
 }
 

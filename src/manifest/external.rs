@@ -1,6 +1,6 @@
 //! `[external]`: a program that is asked for tensors, checked without starting it.
 
-use super::command::{check_variables, read_argv, read_paths};
+use super::command::{check_variables, read_argv, read_effort, read_paths};
 use super::fields::Fields;
 use super::inputs::read_names;
 use super::problem::{Findings, Problem};
@@ -8,9 +8,6 @@ use crate::op::{Command, Engine, External, Op};
 
 /// Files that the runner puts where the program starts, or looks for there.
 const OWN_FILES: [&str; 3] = [External::REQUEST, External::INPUTS, External::TENSORS];
-
-/// The most that a program is started again.
-const MOST_RETRIES: u32 = 10;
 
 /// Whether a program can be asked for what an op makes: an op over a model's tensors.
 pub(super) fn can_make(op: &Op) -> bool {
@@ -24,8 +21,7 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<E
     let inputs = read_paths(&mut table, "inputs", findings);
     let env = table.list::<String>("env", findings);
     let set = table.take("set", findings);
-    let timeout = table.take::<u64>("timeout", findings);
-    let retries = table.take::<u32>("retries", findings);
+    let effort = read_effort(&mut table, findings);
     let version = table.need::<String>("version", "\"llama.cpp b4567\"", findings);
     let names = read_names(&mut table, findings);
     let emulate = table.choice("emulate", &Engine::ALL, findings);
@@ -42,20 +38,7 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<E
             .at_if(path.at.as_ref(), "this input"),
         );
     }
-    let mut refuse = |key: &str, help: String, at: &Option<super::problem::At>| {
-        findings.push(
-            Problem::new(format!("`{key}` is out of range"), help)
-                .at_if(at.as_ref(), "this number"),
-        );
-    };
-    if let Some(timeout) = timeout.as_ref().filter(|timeout| timeout.value == 0) {
-        refuse("timeout", "write the seconds after which it is killed".to_owned(), &timeout.at);
-        return None;
-    }
-    if let Some(retries) = retries.as_ref().filter(|retries| retries.value > MOST_RETRIES) {
-        refuse("retries", format!("write at most {MOST_RETRIES}"), &retries.at);
-        return None;
-    }
+    let effort = effort?;
     let mut inputs: Vec<String> = inputs.into_iter().map(|path| path.value).collect();
     inputs.sort();
     let program = Command {
@@ -64,14 +47,14 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<E
         outputs: Vec::new(),
         env,
         set,
-        timeout: timeout.map(|timeout| timeout.value),
+        timeout: effort.timeout,
+        retries: effort.retries,
         accepts: vec![0],
         patterns: Vec::new(),
         digests: Default::default(),
     };
     Some(External {
         program,
-        retries: retries.map_or(0, |retries| retries.value),
         version: version?.value,
         names,
         emulate: emulate.map(|engine| engine.value),

@@ -65,11 +65,13 @@ impl Made {
 /// Whether a pattern names a site: segment by segment, where `*` is exactly one
 /// whole segment. `blk.1.*` does not name `blk.10.q`, and `q` not `blk.0.q`.
 pub(super) fn names(pattern: &str, site: &str) -> bool {
-    let (mut left, mut right) = (pattern.split('.'), site.split('.'));
+    // Asked for every measure of every falsifier: bytes are split faster than text.
+    let dot = |byte: &u8| *byte == b'.';
+    let (mut left, mut right) = (pattern.as_bytes().split(dot), site.as_bytes().split(dot));
     loop {
         match (left.next(), right.next()) {
             (None, None) => return true,
-            (Some(segment), Some(name)) if segment == "*" || segment == name => {}
+            (Some(segment), Some(name)) if segment == b"*" || segment == name => {}
             _ => return false,
         }
     }

@@ -264,14 +264,9 @@ impl Bench<'_> {
         let unusable = |error: ComputeError| Failure::Written(error.to_string());
         let mut output = recorded(&stage.op, &from, Some(model)).map_err(unusable)?;
         check_written(&output, rows, config.vocabulary).map_err(unusable)?;
-        output.arithmetic = match (left.tries, left.earlier) {
-            (tries, Some(earlier)) => {
-                format!(
-                    "{}; flaky: attempt {tries} went well, the first failed: {earlier}",
-                    external.version
-                )
-            }
-            _ => external.version.clone(),
+        output.arithmetic = match left.flaky {
+            Some(flaky) => format!("{}; {flaky}", external.version),
+            None => external.version.clone(),
         };
         Ok(output)
     }

@@ -520,6 +520,7 @@ fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String 
             many => format!("wrote {} files", many.len()),
         });
     }
+    parts.extend(record.flaky.as_ref().map(ToString::to_string));
     parts.extend(Some(why.to_owned()).filter(|why| !why.is_empty()));
     if !record.accepted {
         let said = command::last_words(record, store);

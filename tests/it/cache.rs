@@ -403,6 +403,10 @@ fn a_changed_tensor_of_28_layers_reaches_the_stages_that_read_it_and_no_others()
         let outcome = run();
         let both = stages.iter().flat_map(|s| [format!("{s} reference"), format!("{s} emulated")]);
         assert_eq!(computed(&outcome), both.collect(), "{tensor}\n{}", outcome.err);
+        let part = tensor.rsplit_once('.').map_or(tensor, |(part, _)| part);
+        let part = part.rsplit_once('.').map_or(tensor, |(layer, _)| layer);
+        let reasons = outcome.err.matches(&format!("weights of {part}: ")).count();
+        assert_eq!(reasons, 2 * stages.len(), "the reason names {part}\n{}", outcome.err);
     }
 }
 

@@ -253,6 +253,39 @@ fn what_is_no_result_is_an_error_in_words_and_is_tried_again() {
 }
 
 #[test]
+fn a_command_that_goes_well_when_it_is_tried_again_is_called_flaky_and_one_that_never_does_failed()
+{
+    let project = Project::new();
+    let mark = project.path("mark").display().to_string();
+    let failures = ["echo no luck >&2; exit 7", "kill -9 $$", "sleep 30", "exit 0"];
+    let lines = |failure: &str, retries: u32| {
+        let first = format!("test -e {mark} || {{ touch {mark}; {failure}; }}");
+        format!(
+            "shell = '{first}; test -e {mark} && echo x > out'\noutputs = [\"out\"]\n\
+             timeout = 1\nretries = {retries}"
+        )
+    };
+    for (failure, words) in failures.iter().zip(["it said: no luck", "signal 9", "timeout", ""]) {
+        let project = Project::new().stage("s", &lines(failure, 1));
+        // Whether or not there was one.
+        let _ = fs::remove_file(&mark);
+        let ran = project.run().expect(0, words);
+        assert_eq!(project.read("out"), "x\n", "{failure}");
+        ran.expect(0, "flaky: attempt 2 went well, the first failed");
+        project.run().expect(0, "flaky: attempt 2 went well");
+        // Nobody is asked again who asks for fewer tries.
+        project.write("stages/s.toml", &project.read("stages/s.toml").replace("retries = 1", ""));
+        project.run().expect(0, "reused");
+    }
+    let marking = marking(&project, "exit 3");
+    let project = project.stage("s", &format!("{marking}\nretries = 2"));
+    project.run().expect(1, "status 3");
+    assert_eq!(marks(&project), 3);
+    project.write("stages/s.toml", &project.read("stages/s.toml").replace("= 2", "= 11"));
+    project.run().expect(2, "`retries` is out of range");
+}
+
+#[test]
 fn an_output_cannot_leave_the_project_by_a_link() {
     let elsewhere = tempfile::tempdir().expect("a folder");
     let project = Project::new().stage("S", "shell = 'echo > d/x'\noutputs = [\"d/x\"]");

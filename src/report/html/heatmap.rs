@@ -4,6 +4,7 @@
 //! that nothing is said by colour alone.
 
 use maud::{Markup, html};
+use rayon::prelude::*;
 
 use super::figure::shown;
 use crate::metric::Metric;
@@ -25,25 +26,29 @@ pub(super) fn column_width(layers: usize) -> usize {
 
 /// Every heatmap of one pair of streams, one shown at a time.
 pub(super) fn heatmaps(stage: &StageRecord, place: usize, grid: &Grid<'_>, pair: usize) -> Markup {
-    let mut maps: Vec<(String, &'static str, Markup)> = Vec::new();
     let judged: Vec<(usize, &Judgement)> = stage
         .judgements
         .iter()
         .enumerate()
         .filter(|(_, j)| j.compare == [grid.subject, grid.judge])
         .collect();
-    if !judged.is_empty() {
-        let meaning = "the largest share of a bound that any falsifier finds used at the site; \
-                       beyond 100 % it is falsified";
-        maps.push(("share of the bound".to_owned(), meaning, share_map(place, grid, &judged)));
-    }
+    let shares = if judged.is_empty() { None } else { Some(Shown::Shares) };
+    let metrics = worth_a_look(grid).into_iter().map(Shown::Metric);
     // Against the reference few sites are bounded, and drift is what one looks for.
     let total = grid.judge == Stream::Arm(Arm::Reference) && grid.subject != grid.judge;
-    let bounded = if total { maps.pop() } else { None };
-    for metric in worth_a_look(grid) {
-        maps.push((metric.to_string(), metric.meaning(), metric_map(place, grid, metric)));
-    }
-    maps.extend(bounded);
+    let order: Vec<Shown> = match total {
+        true => metrics.chain(shares).collect(),
+        false => shares.into_iter().chain(metrics).collect(),
+    };
+    let draw = |shown: Shown| match shown {
+        Shown::Shares => {
+            let meaning = "the largest share of a bound that any falsifier finds used at the site; \
+                           beyond 100 % it is falsified";
+            ("share of the bound", meaning, share_map(place, grid, &judged))
+        }
+        Shown::Metric(metric) => (metric.name(), metric.meaning(), metric_map(place, grid, metric)),
+    };
+    let maps: Vec<(&str, &str, Markup)> = order.into_par_iter().map(draw).collect();
     let group = format!("map-{place}-{pair}");
     html! {
         div class="tabs" {
@@ -62,6 +67,14 @@ pub(super) fn heatmaps(stage: &StageRecord, place: usize, grid: &Grid<'_>, pair:
             }
         }
     }
+}
+
+/// What a map shows.
+enum Shown {
+    /// How much of its bounds a site uses.
+    Shares,
+    /// One metric's values.
+    Metric(Metric),
 }
 
 /// The metrics that tell something between two streams.

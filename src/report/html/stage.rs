@@ -296,14 +296,17 @@ fn drift(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
     let grids = Grid::of(&stage.measures);
     let deep: Vec<(usize, &Grid<'_>)> =
         grids.iter().enumerate().filter(|(_, grid)| grid.layers.len() >= MAP_FROM).collect();
+    // The largest part of a page: each pair's map is drawn beside the others.
+    let maps: Vec<Markup> =
+        deep.par_iter().map(|(pair, grid)| heatmaps(stage, place, grid, *pair)).collect();
     html! {
         @if !deep.is_empty() {
             h3 { "Layer by layer" }
             (growth(page, stage, place))
             div class="charts" { @for (_, grid) in &deep { (charts(stage, place, grid)) } }
-            @for (pair, grid) in &deep {
+            @for ((_, grid), maps) in deep.iter().zip(maps) {
                 h4 { "Layers and sites: " (grid.pair()) }
-                (heatmaps(stage, place, grid, *pair))
+                (maps)
             }
             (command(&measures(page.run, page.runs)))
         }
