@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, Permissions, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -169,7 +169,8 @@ impl Store {
     pub(super) fn in_use_file(&self) -> Result<File, CacheError> {
         std::fs::create_dir_all(&self.root).map_err(|source| io("make", &self.root, source))?;
         let path = self.root.join(IN_USE);
-        let file = File::options().create(true).append(true).open(&path);
+        // Readable too: on a shared file system only such a file can be locked together.
+        let file = File::options().create(true).read(true).append(true).open(&path);
         file.map_err(|source| io("open", &path, source))
     }
 
@@ -184,7 +185,7 @@ impl Store {
         let mut told = false;
         while !interrupt::requested() {
             let file = match File::options().create(true).append(true).open(&path) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(error) if error.kind() == ErrorKind::NotFound => {
                     std::fs::create_dir_all(&folder).map_err(failed)?;
                     continue;
                 }
@@ -192,12 +193,16 @@ impl Store {
             };
             match file.try_lock() {
                 Ok(()) => {
-                    let opened = file.metadata().map_err(failed)?.ino();
                     // Its last owner may have removed it before it was locked.
-                    if std::fs::metadata(&path).is_ok_and(|facts| facts.ino() == opened) {
+                    let opened = file.metadata().map(|facts| facts.ino()).ok();
+                    let there = std::fs::metadata(&path).map(|facts| facts.ino()).ok();
+                    if opened.is_some() && opened == there {
                         return Ok(Some(ActionLock { path, _file: file }));
                     }
                 }
+                // That owner was on another machine.
+                Err(TryLockError::Error(error))
+                    if error.kind() == ErrorKind::StaleNetworkFileHandle => {}
                 Err(TryLockError::WouldBlock) => {
                     if !told {
                         tracing::warn!(
@@ -576,7 +581,7 @@ fn write_file(path: &Path, bytes: &[u8], flush: bool) -> Result<(), CacheError> 
         builder.prefix(".writing-").permissions(readable);
         let draft = || builder.tempfile_in(folder);
         let mut file = match draft() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
                 std::fs::create_dir_all(folder)?;
                 draft()?
             }

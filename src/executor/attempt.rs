@@ -12,7 +12,7 @@ use std::time::Duration;
 pub struct Attempts {
     folder: PathBuf,
     /// Locked while this run lives.
-    _lock: File,
+    lock: Option<File>,
     last: AtomicU64,
 }
 
@@ -46,7 +46,7 @@ impl Attempts {
         let lock = File::create(draft.join(LOCK))?;
         lock.lock()?;
         std::fs::rename(&draft, &folder)?;
-        Ok((Attempts { folder, _lock: lock, last: AtomicU64::new(0) }, left))
+        Ok((Attempts { folder, lock: Some(lock), last: AtomicU64::new(0) }, left))
     }
 
     /// A new folder.
@@ -63,7 +63,7 @@ impl Attempts {
 
 impl Drop for Attempts {
     fn drop(&mut self) {
-        remove_run(&self.folder);
+        remove_run(&self.folder, self.lock.take());
     }
 }
 
@@ -101,14 +101,14 @@ fn remove(folder: &Path) {
 }
 
 /// Removes the folder of a whole run. It goes out of the way first, so that no run
-/// sees it without its lock.
-fn remove_run(folder: &Path) {
+/// sees it without its lock. Then the lock is closed: a shared file system keeps a file
+/// that somebody has open under another name, and no folder with a file is removed.
+fn remove_run(folder: &Path, lock: Option<File>) {
     let name = entry_name(folder);
     let dead = folder.with_file_name(format!("{DEAD}{name}"));
-    match std::fs::rename(folder, &dead) {
-        Ok(()) => remove(&dead),
-        Err(_) => remove(folder),
-    }
+    let moved = std::fs::rename(folder, &dead).is_ok();
+    drop(lock);
+    remove(if moved { &dead } else { folder });
 }
 
 /// Removes the folders of runs that live no more, and gives their names.
@@ -124,22 +124,28 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
             remove(&folder);
             continue;
         }
-        let dead = match File::options().write(true).open(folder.join(LOCK)) {
+        let (dead, lock) = match File::options().write(true).open(folder.join(LOCK)) {
             Ok(lock) => match lock.try_lock() {
-                Ok(()) => true,
-                Err(TryLockError::WouldBlock) => false,
+                Ok(()) => (true, Some(lock)),
+                Err(TryLockError::WouldBlock) => (false, None),
+                Err(TryLockError::Error(error)) if is_stale(&error) => (false, None),
                 Err(TryLockError::Error(error)) => return Err(error),
             },
             // Another run makes it in this moment, or died while it did.
-            Err(_) => is_old(&folder),
+            Err(_) => (is_old(&folder), None),
         };
         if dead {
-            remove_run(&folder);
+            remove_run(&folder, lock);
             let name = name.strip_prefix(DRAFT).unwrap_or(&name);
             cleared.extend(name.split('.').next().map(str::to_owned));
         }
     }
     Ok(cleared)
+}
+
+/// Whether another machine removed the file after it was opened here.
+fn is_stale(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::StaleNetworkFileHandle
 }
 
 fn entry_name(path: &Path) -> String {

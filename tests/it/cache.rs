@@ -501,6 +501,59 @@ fn two_runners_compute_an_action_once() {
     assert_eq!(fs::read_dir(project.path("runs/cache/v1/locks")).expect("a folder").count(), 0);
 }
 
+/// A library that makes of a local file system a shared one, for who loads it before others.
+fn shared_file_system(folder: &std::path::Path) -> PathBuf {
+    let library = folder.join("shared_file_system.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/shared_file_system.c");
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-Wall", "-Werror", "-O1", "-o"]).arg(&library).arg(source);
+    assert!(compiler.status().expect("a C compiler").success());
+    library
+}
+
+#[test]
+fn runners_on_a_shared_file_system_wait_for_each_other_and_leave_nothing() {
+    let project = Project::new();
+    let library = shared_file_system(&project.path(""));
+    let mark = project.path("mark").display().to_string();
+    let line = format!("shell = 'echo x >> {mark}; sleep 0.3; echo 1 > out'\noutputs = [\"out\"]");
+    let project = project.stage("S", &line);
+    let runner = |arguments: &[&str]| {
+        let mut command = project.command(arguments);
+        command.env("LD_PRELOAD", &library).env("SHARED_FILE_SYSTEM_LOG", project.path("locked"));
+        command
+    };
+    let mut killed = runner(&["run", "stages"]).spawn().expect("started");
+    while !project.path("mark").exists() {
+        assert!(killed.try_wait().expect("asked").is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let gc = Outcome::of(runner(&["cache", "gc", "--budget", "0"]).output().expect("started"));
+    gc.expect(2, "a run uses the cache");
+    killed.kill().expect("killed");
+    killed.wait().expect("waited for");
+
+    let runners: Vec<_> = (0..3)
+        .map(|_| {
+            let mut command = runner(&["run", "stages"]);
+            command.stderr(std::process::Stdio::piped()).spawn().expect("started")
+        })
+        .collect();
+    for runner in runners {
+        let outcome = Outcome::of(runner.wait_with_output().expect("waited for"));
+        assert!(!outcome.err.contains("cannot"), "{}", outcome.err);
+        assert_eq!(outcome.code, Some(0), "{}", outcome.err);
+    }
+    assert_eq!(project.read("mark"), "x\nx\n", "once by the one that was killed");
+    for folder in ["locks", "attempts"] {
+        let left = fs::read_dir(project.path("runs/cache/v1").join(folder)).expect("a folder");
+        assert_eq!(left.count(), 0, "in {folder}");
+    }
+    assert!(!project.read("locked").is_empty(), "the library was not loaded");
+    let gc = Outcome::of(runner(&["cache", "gc", "--budget", "0"]).output().expect("started"));
+    gc.expect(0, "");
+}
+
 #[test]
 fn stages_that_ask_for_all_cores_take_turns_across_runners() {
     let place = tempfile::tempdir().expect("a folder");
