@@ -5,7 +5,7 @@
 //! cache/v1/objects/ab/<blake3 of the file>               what programs wrote and said
 //! cache/v1/actions/ab/<key>.json                         what made them
 //! cache/v1/latest.log                                    the last key of each (stage, arm)
-//! cache/v1/locks/<key>                                   held while an action is computed
+//! cache/v1/actions.lock                                  a byte of it is held while an action is computed
 //! cache/v1/in-use                                        shared by runs, exclusive to `gc`
 //! ```
 //! Everything is written to a temporary file and renamed, so a reader sees a whole
@@ -14,13 +14,16 @@
 //! their end, so what a power cut leaves behind is found and computed again.
 
 use std::collections::HashMap;
-use std::fs::{File, Permissions, TryLockError};
+use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc::{F_WRLCK, SEEK_SET, flock};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -31,6 +34,7 @@ use crate::interrupt;
 
 const LATEST: &str = "latest.log";
 const IN_USE: &str = "in-use";
+const LOCKS: &str = "actions.lock";
 /// Files smaller than this are copied without asking for shared blocks.
 const WORTH_SHARING: u64 = 64 << 10;
 
@@ -113,15 +117,7 @@ struct Latest {
 /// The right to compute an action, which no other runner has at the same time.
 #[derive(Debug)]
 pub struct ActionLock {
-    path: PathBuf,
     _file: File,
-}
-
-impl Drop for ActionLock {
-    fn drop(&mut self) {
-        // Whoever waits for the lock sees that the file is another one, and asks again.
-        let _ = std::fs::remove_file(&self.path);
-    }
 }
 
 /// A result to keep.
@@ -179,31 +175,23 @@ impl Store {
     /// # Errors
     /// If the folder cannot be written.
     pub fn lock(&self, key: &Key) -> Result<Option<ActionLock>, CacheError> {
-        let folder = self.root.join("locks");
-        let path = folder.join(&key.0);
+        let path = self.root.join(LOCKS);
         let failed = |source| io("lock", &path, source);
+        let open = || File::options().create(true).read(true).append(true).open(&path);
+        let file = match open() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                std::fs::create_dir_all(&self.root).map_err(failed)?;
+                open()
+            }
+            file => file,
+        };
+        let file = file.map_err(failed)?;
+        let byte = byte_of(key);
         let mut told = false;
         while !interrupt::requested() {
-            let file = match File::options().create(true).append(true).open(&path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    std::fs::create_dir_all(&folder).map_err(failed)?;
-                    continue;
-                }
-                file => file.map_err(failed)?,
-            };
-            match file.try_lock() {
-                Ok(()) => {
-                    // Its last owner may have removed it before it was locked.
-                    let opened = file.metadata().map(|facts| facts.ino()).ok();
-                    let there = std::fs::metadata(&path).map(|facts| facts.ino()).ok();
-                    if opened.is_some() && opened == there {
-                        return Ok(Some(ActionLock { path, _file: file }));
-                    }
-                }
-                // That owner was on another machine.
-                Err(TryLockError::Error(error))
-                    if error.kind() == ErrorKind::StaleNetworkFileHandle => {}
-                Err(TryLockError::WouldBlock) => {
+            match fcntl(&file, FcntlArg::F_OFD_SETLK(&byte)) {
+                Ok(_) => return Ok(Some(ActionLock { _file: file })),
+                Err(Errno::EAGAIN | Errno::EACCES) => {
                     if !told {
                         tracing::warn!(
                             "another runner computes what is needed here; waiting for it"
@@ -212,7 +200,7 @@ impl Store {
                     }
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                Err(TryLockError::Error(error)) => return Err(failed(error)),
+                Err(error) => return Err(failed(error.into())),
             }
         }
         Ok(None)
@@ -448,6 +436,19 @@ impl Store {
         } else {
             tracing::warn!("`{}` was damaged and was moved aside", path.display());
         }
+    }
+}
+
+/// The byte that stands for a key, to be locked: a file for each would have to be made
+/// and removed. Two keys with one byte would wait for each other; there are 2^60.
+fn byte_of(key: &Key) -> flock {
+    let digits = key.0.get(..15).unwrap_or(&key.0);
+    flock {
+        l_type: F_WRLCK as i16,
+        l_whence: SEEK_SET as i16,
+        l_start: i64::from_str_radix(digits, 16).unwrap_or(0),
+        l_len: 1,
+        l_pid: 0,
     }
 }
 
@@ -703,7 +704,8 @@ mod tests {
                 });
             }
         });
-        assert_eq!(std::fs::read_dir(store.root().join("locks")).expect("a folder").count(), 0);
+        let both = [walk("a"), walk("b")].map(|walk| store.lock(&walk.key()).expect("a lock"));
+        assert!(both.iter().all(Option::is_some), "another action waits for nothing");
     }
 
     #[test]

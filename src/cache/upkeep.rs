@@ -212,11 +212,8 @@ impl Store {
                 self.remove(&path, budget)?;
             }
         }
-        // Nobody computes now, so these are of runs that were killed.
-        for folder in ["locks", "unchanged"] {
-            for path in files_below(&self.root().join(folder))? {
-                self.remove(&path, budget)?;
-            }
+        for path in files_below(&self.root().join("unchanged"))? {
+            self.remove(&path, budget)?;
         }
         Ok(Some(cleared))
     }

@@ -10,12 +10,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Attempts, ProcessError, Processes, Request, Status};
+use super::{Attempts, Held, Place, ProcessError, Processes, Request, SlotError, Status};
 use crate::cache::{CacheError, KeyWalk, Stamp, Stamps, Store};
+use crate::interrupt;
 use crate::op::Command;
 
 /// Where commands look for programs when nobody says where.
@@ -147,6 +148,9 @@ pub enum CommandError {
     /// It could not be started.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// This machine never has what it asks for.
+    #[error(transparent)]
+    Slots(#[from] SlotError),
     /// The cache could not take its files.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -175,6 +179,7 @@ impl CommandError {
             | CommandError::Escapes(_)
             | CommandError::Stopped
             | CommandError::Process(_)
+            | CommandError::Slots(_)
             | CommandError::Cache(_)
             | CommandError::Io { .. } => false,
         }
@@ -304,19 +309,37 @@ impl Seen {
     }
 }
 
+/// What a command needs while its program runs, and lets go of then.
+pub struct Granted<'a> {
+    /// Its place in this run.
+    pub place: Place<'a>,
+    /// What it has of the machine; of the GPUs it sees these and no others.
+    pub held: Held,
+}
+
+/// A command that was carried out.
+pub struct CarriedOut {
+    /// What became of it.
+    pub record: CommandRecord,
+    /// When it began, however long it had waited for a place.
+    pub began: Instant,
+    /// How long its program ran, the last time.
+    pub seconds: f64,
+}
+
 /// Runs a command, again if it fails, as often as it may, and takes its files into the
-/// store and to their places. Of the machine's GPUs it sees `gpus`, if any were handed
-/// out to it.
+/// store and to their places. It is made ready before `grant` is asked, which may wait.
 ///
 /// # Errors
 /// If it did not end by itself, or did not keep its promises.
-pub fn carry_out(
+pub fn carry_out<'p>(
     command: &Command,
     seen: &Seen,
-    gpus: &[usize],
     tools: &Tools<'_>,
-) -> Result<(CommandRecord, f64), CommandError> {
-    let once = || once(command, seen, gpus, tools);
+    grant: impl FnMut() -> Result<Granted<'p>, SlotError>,
+) -> Result<CarriedOut, CommandError> {
+    let mut turn = Turn { grant, granted: None, began: None };
+    let once = || once(command, seen, tools, &mut turn);
     let (outcome, flaky) = tried(command.retries, once, |outcome| match outcome {
         Ok((record, _)) if record.accepted => None,
         Ok((record, _)) => {
@@ -328,34 +351,57 @@ pub fn carry_out(
     });
     let (record, seconds) = outcome?;
     put_in_place(&record, tools)?;
-    Ok((CommandRecord { flaky, ..record }, seconds))
+    let record = CommandRecord { flaky, ..record };
+    Ok(CarriedOut { record, began: turn.began.unwrap_or_else(Instant::now), seconds })
 }
 
-fn once(
+/// A command's turn: it is waited for once, whatever has to be tried again.
+struct Turn<'p, F> {
+    grant: F,
+    granted: Option<Granted<'p>>,
+    began: Option<Instant>,
+}
+
+impl<'p, F: FnMut() -> Result<Granted<'p>, SlotError>> Turn<'p, F> {
+    /// What was granted, when it was.
+    fn come(&mut self) -> Result<&Granted<'p>, SlotError> {
+        let granted = match self.granted.take() {
+            Some(granted) => granted,
+            None => (self.grant)()?,
+        };
+        self.began.get_or_insert_with(Instant::now);
+        Ok(self.granted.insert(granted))
+    }
+}
+
+fn once<'p>(
     command: &Command,
     seen: &Seen,
-    gpus: &[usize],
     tools: &Tools<'_>,
+    turn: &mut Turn<'p, impl FnMut() -> Result<Granted<'p>, SlotError>>,
 ) -> Result<(CommandRecord, f64), CommandError> {
     let attempt = tools.attempts.attempt();
     let attempt = attempt.map_err(|source| io("make a folder in", tools.project, source))?;
-    let folder = |name: &str| attempt.folder().join(name);
-    let (work, temporary) = (folder("work"), folder("tmp"));
-    for made in [&work, &temporary] {
-        std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
-    }
+    let work = attempt.work();
     lay_out(command, tools.project, &work)?;
+    let granted = turn.come()?;
+    if interrupt::requested() {
+        return Err(CommandError::Stopped);
+    }
     let ended = tools.processes.run(&Request {
         file: seen.program.clone(),
         argv: command.argv.clone(),
-        env: seen.env_with(gpus),
+        env: seen.env_with(&granted.held.gpus),
         folder: work.clone(),
-        temporary,
-        stdout: folder("stdout"),
-        stderr: folder("stderr"),
+        temporary: attempt.temporary(),
+        stdout: attempt.stdout(),
+        stderr: attempt.stderr(),
         timeout: command.timeout.map(Duration::from_secs),
         largest_file: None,
     })?;
+    if command.retries == 0 {
+        turn.granted = None;
+    }
     let status = match ended.status {
         Status::Exited(status) => status,
         Status::TimedOut => {
@@ -385,10 +431,11 @@ fn once(
         status,
         accepted,
         outputs: outputs.collect::<Result<_, _>>()?,
-        stdout: take_log(&folder("stdout"), tools)?,
-        stderr: take_log(&folder("stderr"), tools)?,
+        stdout: take_log(&attempt.stdout(), tools)?,
+        stderr: take_log(&attempt.stderr(), tools)?,
         flaky: None,
     };
+    tools.attempts.take_back(attempt);
     Ok((record, ended.seconds))
 }
 

@@ -102,11 +102,7 @@ fn once(
         path: tools.project.to_owned(),
         source,
     })?;
-    let folder = |name: &str| attempt.folder().join(name);
-    let (work, temporary) = (folder("work"), folder("tmp"));
-    for made in [&work, &temporary] {
-        std::fs::create_dir(made).map_err(|source| io("make", made, source))?;
-    }
+    let work = attempt.work();
     lay_out(&external.program, tools.project, &work)?;
     let text = serde_json::to_vec_pretty(asked.request).unwrap_or_default();
     for (name, bytes) in
@@ -124,15 +120,15 @@ fn once(
             argv: external.program.argv.clone(),
             env: seen.env_with(asked.gpus),
             folder: work.clone(),
-            temporary,
-            stdout: folder("stdout"),
-            stderr: folder("stderr"),
+            temporary: attempt.temporary(),
+            stdout: attempt.stdout(),
+            stderr: attempt.stderr(),
             timeout: Some(Duration::from_secs(timeout)),
             largest_file: Some(asked.largest),
         })
         .map_err(CommandError::from)?;
     let said = || {
-        let words = last_words(&folder("stderr"));
+        let words = last_words(&attempt.stderr());
         words.map_or(String::new(), |words| format!("; it said: {words}"))
     };
     match ended.status {
@@ -154,8 +150,8 @@ fn once(
     Ok(Left {
         tensors,
         flaky: None,
-        stdout: take_log(&folder("stdout"), tools)?,
-        stderr: take_log(&folder("stderr"), tools)?,
+        stdout: take_log(&attempt.stdout(), tools)?,
+        stderr: take_log(&attempt.stderr(), tools)?,
         _attempt: attempt,
     })
 }

@@ -18,9 +18,9 @@ use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
 use crate::compute::recorded::{check_written, recorded};
 use crate::compute::{ComputeError, Ops, product};
-use crate::executor::command::{self, CommandError, Tools};
+use crate::executor::command::{self, CommandError, Granted, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
-use crate::executor::{Held, SlotError};
+use crate::executor::{Held, Places, SlotError};
 use crate::model::Model;
 use crate::op::{self, Arm, Input, InputRef, Op, Site};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
@@ -55,7 +55,13 @@ pub(super) struct Made {
 
 /// What a job came to.
 pub(super) enum Outcome {
-    Arm { stored: Box<Stored>, state: ArmState, why: String },
+    /// `began` where it had waited for a place before.
+    Arm {
+        stored: Box<Stored>,
+        state: ArmState,
+        why: String,
+        began: Option<Instant>,
+    },
     Measures(Box<StageMeasures>),
 }
 
@@ -102,6 +108,8 @@ pub(super) struct Bench<'a> {
     pub store: &'a Store,
     pub options: &'a Options<'a>,
     pub prepared: &'a PreparedStage<'a>,
+    /// Where commands run; all else has its place from the start.
+    pub places: &'a Places,
 }
 
 impl Bench<'_> {
@@ -136,7 +144,7 @@ impl Bench<'_> {
             let payload: ArmPayload = said_by(&action)?;
             let why = reused(&action, &self.plan.touched_files(self.prepared));
             let stored = Box::new(Stored { action, payload, output: None });
-            Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
+            Ok(Outcome::Arm { stored, state: ArmState::Reused, why, began: None })
         };
         if let Some(action) = self.reusable(&walk) {
             return reuse(action);
@@ -176,7 +184,7 @@ impl Bench<'_> {
         if earlier.is_some_and(|earlier| earlier.object != stored.action.object) {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
-        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why, began: None })
     }
 
     /// What an arm makes without a model: tensors that are read, and products of
@@ -330,7 +338,7 @@ impl Bench<'_> {
             why += &format!("; put back: {}", restored.join(", "));
         }
         let stored = Box::new(Stored { action, payload, output: None });
-        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why }))
+        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why, began: None }))
     }
 
     /// Runs a command, or finds what it did and puts its outputs in their places.
@@ -347,8 +355,14 @@ impl Bench<'_> {
         if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
             return Ok(outcome);
         }
-        let slots = self.take_slots(Arm::Command)?;
-        let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools)?;
+        // The place first, as every job has it: who holds one waits only for slots, and who
+        // holds slots for nothing.
+        let grant = || {
+            let place = self.places.take();
+            Ok(Granted { place, held: self.take_slots(Arm::Command)? })
+        };
+        let carried_out = command::carry_out(op, &seen, &tools, grant)?;
+        let command::CarriedOut { record, began, seconds } = carried_out;
         let kept = record.accepted;
         let payload = ArmPayload {
             sites: Vec::new(),
@@ -368,7 +382,7 @@ impl Bench<'_> {
             false => Action::unsaved(&walk, run, created, new.payload),
         };
         let stored = Box::new(Stored { action, payload, output: None });
-        Ok(Outcome::Arm { stored, state: ArmState::Ran, why })
+        Ok(Outcome::Arm { stored, state: ArmState::Ran, why, began: Some(began) })
     }
 
     fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::cache::Store;
@@ -16,7 +17,7 @@ use crate::compute::ComputeError;
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandRecord};
-use crate::executor::{Attempts, Processes, Slots};
+use crate::executor::{Attempts, Place, Places, Processes, Slots};
 use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
 use crate::plan::{Plan, PreparedStage};
@@ -187,18 +188,32 @@ impl<'a> Engine<'a> {
         let stages = judged.map(|prepared| prepared.stage.id.clone()).collect();
         sink.event(&Event::RunStarted { run: self.options.run.clone(), stages });
         let (plan, store, options) = (self.plan, self.store, self.options);
+        let places = Places::new(options.jobs);
+        let (give, orders) = channel();
+        let orders = Mutex::new(orders);
         std::thread::scope(|scope| {
             let (sender, receiver): (Sender<Message>, Receiver<Message>) = channel();
-            let mut running = 0;
+            // Dropped at the end, which ends the threads.
+            let give: Sender<Handed<'_>> = give;
+            let (mut running, mut threads) = (0, 0);
             loop {
-                while running < options.jobs && !interrupt::requested() {
-                    let Some(job) = self.ready.pop_first() else { break };
-                    if let Some(order) = self.begin(job, sink) {
-                        let prepared = &plan.stages[self.jobs[job].stage];
-                        let bench = Bench { plan, store, options, prepared };
-                        let sender = sender.clone();
-                        scope.spawn(move || work(&bench, job, order, &sender));
-                        running += 1;
+                while !interrupt::requested()
+                    && let Some(&job) = self.ready.first()
+                    && running < self.most_beside(job)
+                {
+                    self.ready.remove(&job);
+                    let Some(order) = self.begin(job, sink) else { continue };
+                    let prepared = &plan.stages[self.jobs[job].stage];
+                    let bench = Bench { plan, store, options, prepared, places: &places };
+                    // As many places are free as `most_beside` leaves.
+                    let place = (!self.is_of_command(job)).then(|| places.take());
+                    // Nobody listens only if every thread is gone, and none goes before the end.
+                    let _ = give.send(Handed { bench, job, order, place });
+                    running += 1;
+                    if threads < running {
+                        let (orders, sender) = (&orders, sender.clone());
+                        scope.spawn(move || serve(orders, &sender));
+                        threads += 1;
                     }
                 }
                 if running == 0 {
@@ -217,6 +232,17 @@ impl<'a> Engine<'a> {
         if interrupt::requested() {
             self.close_open_stages(sink);
         }
+    }
+
+    /// How many jobs may be at hand when this one starts. While some commands run,
+    /// others are made ready and tidied up after: each waits for a place of its own.
+    fn most_beside(&self, job: usize) -> usize {
+        let ahead = self.is_of_command(job) && !self.options.fail_fast;
+        if ahead { 2 * self.options.jobs } else { self.options.jobs }
+    }
+
+    fn is_of_command(&self, job: usize) -> bool {
+        matches!(self.plan.stages[self.jobs[job].stage].stage.op, Op::Command(_))
     }
 
     /// Starts a job: gives the order for a thread, or settles it at once where
@@ -313,7 +339,10 @@ impl<'a> Engine<'a> {
     ) {
         let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
         match (work, outcome) {
-            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why })) => {
+            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why, began })) => {
+                let waited = self.progress[stage].started;
+                self.progress[stage].started = began.or(waited);
+                let seconds = began.map_or(seconds, |began| began.elapsed().as_secs_f64());
                 let who = self.plan.who(self.plan.stages[stage].stage, arm);
                 let kept = stored.payload.command.as_ref().is_none_or(|command| command.accepted);
                 if kept && let Err(error) = self.store.remember(&who, &stored.action.key) {
@@ -544,8 +573,30 @@ fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
     }
 }
 
-/// A job's thread.
-fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
+/// What a thread is handed.
+struct Handed<'a> {
+    bench: Bench<'a>,
+    job: usize,
+    order: Order,
+    place: Option<Place<'a>>,
+}
+
+/// A thread: one job after the other, until there are none.
+fn serve(orders: &Mutex<Receiver<Handed<'_>>>, sender: &Sender<Message>) {
+    loop {
+        let handed = orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Handed { bench, job, order, place }) = handed else { return };
+        work(&bench, job, order, place, sender);
+    }
+}
+
+fn work(
+    bench: &Bench<'_>,
+    job: usize,
+    order: Order,
+    place: Option<Place<'_>>,
+    sender: &Sender<Message>,
+) {
     let started = Instant::now();
     let attempt = AssertUnwindSafe(|| {
         let attempt = || match order {
@@ -571,5 +622,7 @@ fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
         Err(Failure::Bug(text.unwrap_or_else(|| "a panic without a message".to_owned())))
     });
     let seconds = started.elapsed().as_secs_f64();
+    // Free before anybody hears that the job is done, and starts another.
+    drop(place);
     let _ = sender.send(Message::Done { job, outcome, seconds });
 }

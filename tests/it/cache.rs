@@ -498,7 +498,6 @@ fn two_runners_compute_an_action_once() {
         assert!(runner.wait().expect("waited for").success());
     }
     assert_eq!(project.read("mark"), "x\n");
-    assert_eq!(fs::read_dir(project.path("runs/cache/v1/locks")).expect("a folder").count(), 0);
 }
 
 /// A library that makes of a local file system a shared one, for who loads it before others.
@@ -545,10 +544,8 @@ fn runners_on_a_shared_file_system_wait_for_each_other_and_leave_nothing() {
         assert_eq!(outcome.code, Some(0), "{}", outcome.err);
     }
     assert_eq!(project.read("mark"), "x\nx\n", "once by the one that was killed");
-    for folder in ["locks", "attempts"] {
-        let left = fs::read_dir(project.path("runs/cache/v1").join(folder)).expect("a folder");
-        assert_eq!(left.count(), 0, "in {folder}");
-    }
+    let left = fs::read_dir(project.path("runs/cache/v1/attempts")).expect("a folder");
+    assert_eq!(left.count(), 0);
     assert!(!project.read("locked").is_empty(), "the library was not loaded");
     let gc = Outcome::of(runner(&["cache", "gc", "--budget", "0"]).output().expect("started"));
     gc.expect(0, "");
@@ -576,6 +573,20 @@ fn stages_that_ask_for_all_cores_take_turns_across_runners() {
     let project =
         Project::new().file("stages/pipeline.toml", "[resources]\ngpu_memory = 1000000\n");
     project.stage("a", &line).run().expect(4, "asks for 1000000 GiB of one GPU's memory");
+}
+
+#[test]
+fn no_more_commands_run_beside_each_other_than_there_are_jobs() {
+    let place = tempfile::tempdir().expect("a folder");
+    let held = place.path().join("held").display().to_string();
+    let mut project = Project::new();
+    for stage in ["a", "b", "c", "d", "e", "f"] {
+        // The name in the line makes six actions of it.
+        let line = format!("shell = 'mkdir {held} && sleep 0.03 && rmdir {held} # {stage}'");
+        project = project.stage(stage, &line);
+    }
+    let one = project.runner(&["run", "stages", "--jobs", "1"]).expect(0, "run: pass");
+    assert_eq!(computed(&one).len(), 6);
 }
 
 /// All files below a folder.
