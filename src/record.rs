@@ -137,6 +137,7 @@ pub struct StageRecord {
     /// Every falsifier.
     pub judgements: Vec<Judgement>,
     /// Every measure.
+    #[serde(serialize_with = "crate::compare::measures_json::serialize")]
     pub measures: Vec<Measure>,
     /// Decoded tokens, pair by pair.
     pub greedy: Vec<GreedyComparison>,

@@ -495,6 +495,12 @@ pub fn sealed(mut text: Vec<u8>) -> Vec<u8> {
     text
 }
 
+/// The check at the end of a sealed text.
+pub fn seal_of(sealed: &[u8]) -> String {
+    let end = sealed.strip_suffix(b"\n").unwrap_or(sealed);
+    String::from_utf8_lossy(end.rsplit(|byte| *byte == b'\n').next().unwrap_or_default()).into()
+}
+
 /// The text that was sealed, if it is what it was.
 pub fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
     let text = bytes.strip_suffix(b"\n")?;

@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{KeyWalk, Stamp, Store, sealed, unsealed, write_whole};
+use super::run::SEPARATOR;
+use crate::cache::{KeyWalk, Stamp, Store, seal_of, sealed, unsealed, write_whole};
 use crate::compute::arms::Workshop;
 use crate::executor::command;
 use crate::op::{Arm, Op, Recipe, Site};
@@ -56,7 +57,7 @@ struct List {
     verdict: Verdict,
     variables: BTreeMap<String, Option<String>>,
     arms: Vec<ArmFacts>,
-    /// The hash of the file with the stages.
+    /// The check at the end of the file with the stages.
     json: String,
     shown: Vec<StageRecord>,
     families: Vec<FamilyRecord>,
@@ -108,12 +109,13 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
         return None;
     }
     let json = std::fs::read(place.with_extension("json")).ok()?;
+    let seal = seal_of(&json);
     let Some(json) = unsealed(&json) else {
         tracing::warn!("`{}.json` is damaged and is not believed", place.display());
         return None;
     };
     // Else another runner is between its two files.
-    if blake3::hash(json).to_hex().as_str() != list.json {
+    if seal != list.json {
         return None;
     }
     let json = String::from_utf8(json.to_vec()).ok()?;
@@ -148,13 +150,17 @@ pub(super) fn note(
     for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
         present.extend(arm.object.as_ref().map(|object| store.object_path(object)));
     }
-    let stages = record.stages.iter().zip(encoded);
-    let stages: Option<Vec<String>> =
-        stages.map(|(stage, text)| encoded_as_reused(stage, text, record)).collect();
-    let json = stages?.join(super::run::SEPARATOR);
     let count = record.stages.len();
     let worth = |s: &&StageRecord| count <= SHOWN_ONE_BY_ONE || s.verdict != Verdict::Pass;
-    let shown = record.stages.iter().filter(worth).map(|stage| as_shown(stage, record)).collect();
+    let (json, shown) = rayon::join(
+        || {
+            let stages = record.stages.iter().zip(encoded);
+            let stages = stages.map(|(stage, text)| encoded_as_reused(stage, text, record));
+            Some(sealed(stages.collect::<Option<Vec<_>>>()?.join(SEPARATOR).into_bytes()))
+        },
+        || record.stages.par_iter().filter(worth).map(|s| as_shown(s, record)).collect(),
+    );
+    let json = json?;
     let mut arms: Vec<ArmFacts> = Vec::new();
     for stage in plan.stages.iter().map(|prepared| prepared.stage) {
         for &arm in stage.arms.iter().filter(|arm| **arm != Arm::Command) {
@@ -170,7 +176,7 @@ pub(super) fn note(
         verdict: record.verdict,
         variables: variables(plan),
         arms,
-        json: blake3::hash(json.as_bytes()).to_hex().to_string(),
+        json: seal_of(&json),
         shown,
         families: record.families.clone(),
         present,
@@ -178,7 +184,7 @@ pub(super) fn note(
     };
     let list = sealed(serde_json::to_vec(&list).ok()?);
     // The stages first: a list without its stages would only cost a look.
-    write_whole(&place.with_extension("json"), &sealed(json.into_bytes())).ok()?;
+    write_whole(&place.with_extension("json"), &json).ok()?;
     write_whole(&place.with_extension("list"), &list).ok()
 }
 

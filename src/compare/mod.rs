@@ -60,6 +60,42 @@ pub struct Measure {
     pub z_histogram: Option<ZHistogram>,
 }
 
+/// Measures as JSON, some of them on each thread: they are most of what is read and
+/// written where a stage is judged anew.
+pub mod measures_json {
+    use rayon::prelude::*;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde_json::value::{RawValue, to_raw_value};
+
+    use super::Measure;
+
+    const ON_ONE_THREAD: usize = 32;
+
+    /// Writes measures, as JSON alone.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(all: &[Measure], serializer: S) -> Result<S::Ok, S::Error> {
+        let texts = all.par_iter().with_min_len(ON_ONE_THREAD).map(to_raw_value);
+        let texts: Vec<Box<RawValue>> =
+            texts.collect::<Result<_, _>>().map_err(serde::ser::Error::custom)?;
+        texts.serialize(serializer)
+    }
+
+    /// Reads measures, from a text of JSON.
+    ///
+    /// # Errors
+    /// If one of them is something else.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Measure>, D::Error> {
+        let texts = Vec::<&RawValue>::deserialize(deserializer)?;
+        let measures = texts.par_iter().with_min_len(ON_ONE_THREAD);
+        let measures = measures.map(|text| serde_json::from_str(text.get()));
+        measures.collect::<Result<_, _>>().map_err(serde::de::Error::custom)
+    }
+}
+
 /// Counts of z: below -4, in 16 bins of half a deviation each from -4 to 4, and
 /// from 4 on. A standard normal variable has 6 of 100,000 outside.
 pub type ZHistogram = [u64; 18];

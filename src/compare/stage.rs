@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use rayon::prelude::*;
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
+use serde::{Deserialize, Serialize};
 
 use super::account::{Account, accounts};
 use super::diagnosis::{
@@ -28,7 +26,7 @@ use crate::tensor::Tensor;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageMeasures {
     /// In the order of the flow, within each pair of streams.
-    #[serde(deserialize_with = "beside_each_other")]
+    #[serde(with = "super::measures_json")]
     pub measures: Vec<Measure>,
     /// Of arms that decoded.
     pub greedy: Vec<GreedyComparison>,
@@ -44,16 +42,6 @@ pub struct StageMeasures {
     /// What was found where something is suspicious.
     #[serde(default)]
     pub diagnoses: Vec<Diagnosis>,
-}
-
-/// Reads many values, some of them on each thread: most of what is done where a stage is
-/// judged anew. For JSON from a text.
-fn beside_each_other<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Measure>, D::Error> {
-    const ON_ONE_THREAD: usize = 32;
-    let texts = Vec::<&RawValue>::deserialize(deserializer)?;
-    let values = texts.par_iter().with_min_len(ON_ONE_THREAD);
-    let values = values.map(|text| serde_json::from_str(text.get()));
-    values.collect::<Result<_, _>>().map_err(serde::de::Error::custom)
 }
 
 /// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
