@@ -212,8 +212,11 @@ impl Store {
                 self.remove(&path, budget)?;
             }
         }
-        for path in files_below(&self.root().join("unchanged"))? {
-            self.remove(&path, budget)?;
+        // Older runners kept their locks in a folder.
+        for folder in ["unchanged", "locks"] {
+            for path in files_below(&self.root().join(folder))? {
+                self.remove(&path, budget)?;
+            }
         }
         Ok(Some(cleared))
     }

@@ -10,13 +10,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Attempts, Held, Place, ProcessError, Processes, Request, SlotError, Status};
+use super::{Attempts, ProcessError, Processes, Request, Status};
 use crate::cache::{CacheError, KeyWalk, Stamp, Stamps, Store};
-use crate::interrupt;
 use crate::op::Command;
 
 /// Where commands look for programs when nobody says where.
@@ -57,10 +56,10 @@ impl std::fmt::Display for Flaky {
     }
 }
 
-/// Tries `once`, and again as often as it may fail, while `failed` says why it did. The
-/// last outcome, and whether it came only after another one.
+/// Tries `once`, and again as often as the command may fail, while `failed` says why it
+/// did. The last outcome, and whether it came only after another one.
 pub(super) fn tried<T>(
-    retries: u32,
+    command: &Command,
     mut once: impl FnMut() -> T,
     failed: impl Fn(&T) -> Option<String>,
 ) -> (T, Option<Flaky>) {
@@ -69,8 +68,9 @@ pub(super) fn tried<T>(
     loop {
         let outcome = once();
         match failed(&outcome) {
-            Some(why) if attempt <= retries => {
-                tracing::warn!("attempt {attempt} of {} failed: {why}", retries + 1);
+            Some(why) if attempt <= command.retries => {
+                let (what, all) = (command.argv.join(" "), command.retries + 1);
+                tracing::warn!("attempt {attempt} of {all} at `{what}` failed: {why}");
                 first.get_or_insert(why);
                 attempt += 1;
             }
@@ -115,9 +115,9 @@ pub enum CommandError {
         /// The project's folder.
         project: PathBuf,
     },
-    /// Somebody wrote an input while it was read.
-    #[error("the input `{0}` changed while the command ran; run again when nobody writes it")]
-    InputChanged(String),
+    /// Somebody wrote its program, or an input, after it was looked at.
+    #[error("`{0}` changed while the command waited or ran; run again when nobody writes it")]
+    Changed(String),
     /// It ended well and left something out.
     #[error("it ended with status {status} and did not write `{path}`{but}")]
     NoOutput {
@@ -148,9 +148,6 @@ pub enum CommandError {
     /// It could not be started.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// This machine never has what it asks for.
-    #[error(transparent)]
-    Slots(#[from] SlotError),
     /// The cache could not take its files.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -175,11 +172,10 @@ impl CommandError {
             | CommandError::Killed { .. } => true,
             CommandError::NoProgram { .. }
             | CommandError::Input { .. }
-            | CommandError::InputChanged(_)
+            | CommandError::Changed(_)
             | CommandError::Escapes(_)
             | CommandError::Stopped
             | CommandError::Process(_)
-            | CommandError::Slots(_)
             | CommandError::Cache(_)
             | CommandError::Io { .. } => false,
         }
@@ -203,6 +199,8 @@ pub struct Tools<'a> {
 /// Everything that a command would see if it ran now.
 pub struct Seen {
     program: PathBuf,
+    /// Of the program, before it was read.
+    program_stamp: Stamp,
     /// Folders in which it was looked for, where another could appear.
     searched: Vec<PathBuf>,
     program_digest: String,
@@ -236,7 +234,9 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
 
     let name = command.argv.first().map(String::as_str).unwrap_or_default();
     let (program, searched) = find_program(name, &path, project)?;
-    let digest = stamps.digest(&program).map_err(|source| io("read", &program, source))?;
+    let unreadable = |source| io("read", &program, source);
+    let program_stamp = Stamp::of(&std::fs::metadata(&program).map_err(unreadable)?);
+    let digest = stamps.digest(&program).map_err(unreadable)?;
     let inputs = command.inputs.iter().map(|path| {
         look_at_input(path, project, stamps).map_err(|source| CommandError::Input {
             path: path.clone(),
@@ -248,6 +248,7 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
         inputs: inputs.collect::<Result<_, _>>()?,
         program_digest: digest.to_hex().to_string(),
         program,
+        program_stamp,
         searched,
         env,
         listed,
@@ -272,6 +273,22 @@ impl Seen {
     pub fn touched(&self, stamps: &Stamps) -> Vec<String> {
         let touched = |input: &&Input| input.files.iter().any(|(_, stamp)| stamps.touched(stamp));
         self.inputs.iter().filter(touched).map(|input| input.path.clone()).collect()
+    }
+
+    /// What is not what was looked at any more: the program, or an input.
+    pub fn changed(&self) -> Option<String> {
+        let changed = |path: &Path, stamp: &Stamp| {
+            let now = std::fs::metadata(path).map(|facts| Stamp::of(&facts));
+            now.ok().as_ref() != Some(stamp)
+        };
+        if changed(&self.program, &self.program_stamp) {
+            return Some(self.program.display().to_string());
+        }
+        let input = self.inputs.iter().find(|input| {
+            let mut all = input.files.iter().chain(&input.folders);
+            all.any(|(path, stamp)| changed(path, stamp))
+        });
+        input.map(|input| input.path.clone())
     }
 
     /// The program's file.
@@ -309,38 +326,22 @@ impl Seen {
     }
 }
 
-/// What a command needs while its program runs, and lets go of then.
-pub struct Granted<'a> {
-    /// Its place in this run.
-    pub place: Place<'a>,
-    /// What it has of the machine; of the GPUs it sees these and no others.
-    pub held: Held,
-}
-
-/// A command that was carried out.
-pub struct CarriedOut {
-    /// What became of it.
-    pub record: CommandRecord,
-    /// When it began, however long it had waited for a place.
-    pub began: Instant,
-    /// How long its program ran, the last time.
-    pub seconds: f64,
-}
-
 /// Runs a command, again if it fails, as often as it may, and takes its files into the
-/// store and to their places. It is made ready before `grant` is asked, which may wait.
+/// store and to their places. Of the machine's GPUs it sees `gpus`, if any were handed
+/// out to it. `ended` is told when no program will run any more and the rest is to be
+/// tidied up.
 ///
 /// # Errors
-/// If it did not end by itself, or did not keep its promises.
-pub fn carry_out<'p>(
+/// If it did not end by itself, did not keep its promises, or what it had seen changed.
+pub fn carry_out(
     command: &Command,
     seen: &Seen,
+    gpus: &[usize],
     tools: &Tools<'_>,
-    grant: impl FnMut() -> Result<Granted<'p>, SlotError>,
-) -> Result<CarriedOut, CommandError> {
-    let mut turn = Turn { grant, granted: None, began: None };
-    let once = || once(command, seen, tools, &mut turn);
-    let (outcome, flaky) = tried(command.retries, once, |outcome| match outcome {
+    ended: &mut dyn FnMut(),
+) -> Result<(CommandRecord, f64), CommandError> {
+    let once = || once(command, seen, gpus, tools, ended);
+    let (outcome, flaky) = tried(command, once, |outcome| match outcome {
         Ok((record, _)) if record.accepted => None,
         Ok((record, _)) => {
             let said = last_words(record, tools.store);
@@ -351,47 +352,24 @@ pub fn carry_out<'p>(
     });
     let (record, seconds) = outcome?;
     put_in_place(&record, tools)?;
-    let record = CommandRecord { flaky, ..record };
-    Ok(CarriedOut { record, began: turn.began.unwrap_or_else(Instant::now), seconds })
+    Ok((CommandRecord { flaky, ..record }, seconds))
 }
 
-/// A command's turn: it is waited for once, whatever has to be tried again.
-struct Turn<'p, F> {
-    grant: F,
-    granted: Option<Granted<'p>>,
-    began: Option<Instant>,
-}
-
-impl<'p, F: FnMut() -> Result<Granted<'p>, SlotError>> Turn<'p, F> {
-    /// What was granted, when it was.
-    fn come(&mut self) -> Result<&Granted<'p>, SlotError> {
-        let granted = match self.granted.take() {
-            Some(granted) => granted,
-            None => (self.grant)()?,
-        };
-        self.began.get_or_insert_with(Instant::now);
-        Ok(self.granted.insert(granted))
-    }
-}
-
-fn once<'p>(
+fn once(
     command: &Command,
     seen: &Seen,
+    gpus: &[usize],
     tools: &Tools<'_>,
-    turn: &mut Turn<'p, impl FnMut() -> Result<Granted<'p>, SlotError>>,
+    ended: &mut dyn FnMut(),
 ) -> Result<(CommandRecord, f64), CommandError> {
     let attempt = tools.attempts.attempt();
     let attempt = attempt.map_err(|source| io("make a folder in", tools.project, source))?;
     let work = attempt.work();
     lay_out(command, tools.project, &work)?;
-    let granted = turn.come()?;
-    if interrupt::requested() {
-        return Err(CommandError::Stopped);
-    }
-    let ended = tools.processes.run(&Request {
+    let outcome = tools.processes.run(&Request {
         file: seen.program.clone(),
         argv: command.argv.clone(),
-        env: seen.env_with(&granted.held.gpus),
+        env: seen.env_with(gpus),
         folder: work.clone(),
         temporary: attempt.temporary(),
         stdout: attempt.stdout(),
@@ -399,10 +377,11 @@ fn once<'p>(
         timeout: command.timeout.map(Duration::from_secs),
         largest_file: None,
     })?;
+    // Whatever may be tried again is not over.
     if command.retries == 0 {
-        turn.granted = None;
+        ended();
     }
-    let status = match ended.status {
+    let status = match outcome.status {
         Status::Exited(status) => status,
         Status::TimedOut => {
             return Err(CommandError::TimedOut(command.timeout.unwrap_or_default()));
@@ -417,12 +396,8 @@ fn once<'p>(
             return Err(CommandError::Killed { signal, hint });
         }
     };
-    let changed = seen.inputs.iter().find(|input| {
-        let now = |path: &PathBuf| std::fs::metadata(path).map(|facts| Stamp::of(&facts));
-        input.files.iter().any(|(path, stamp)| now(path).ok().as_ref() != Some(stamp))
-    });
-    if let Some(input) = changed {
-        return Err(CommandError::InputChanged(input.path.clone()));
+    if let Some(changed) = seen.changed() {
+        return Err(CommandError::Changed(changed));
     }
     let accepted = command.accepts.contains(&status);
     let paths: &[String] = if accepted { &command.outputs } else { &[] };
@@ -435,8 +410,7 @@ fn once<'p>(
         stderr: take_log(&attempt.stderr(), tools)?,
         flaky: None,
     };
-    tools.attempts.take_back(attempt);
-    Ok((record, ended.seconds))
+    Ok((record, outcome.seconds))
 }
 
 /// Puts the outputs of a record where they belong, unless they stand there. Gives

@@ -83,7 +83,7 @@ pub fn ask(
     tools: &Tools<'_>,
 ) -> Result<Left, ExternalError> {
     let once = || once(external, seen, asked, tools);
-    let (outcome, flaky) = tried(external.program.retries, once, |outcome| match outcome {
+    let (outcome, flaky) = tried(&external.program, once, |outcome| match outcome {
         Ok(_) => None,
         Err(ExternalError::Command(error)) if !error.is_the_programs() => None,
         Err(error) => Some(error.to_string()),

@@ -6,20 +6,18 @@
 //! kills what is left. [`Attempt`] is a folder that is gone when its item is done.
 //! [`command`] carries out the op `command` with both, [`external`] asks a program
 //! for tensors. [`Slots`] shares the machine's cores, memory and GPUs among the jobs
-//! of all runners on it, [`Places`] bounds how many jobs of one run compute beside each other.
+//! of all runners on it.
 
 pub mod command;
 pub mod external;
 
 mod attempt;
-mod places;
 mod processes;
 mod protocol;
 mod server;
 mod slots;
 
 pub use attempt::{Attempt, Attempts};
-pub use places::{Place, Places};
 pub use processes::{Ended, ProcessError, Processes, Request, Status};
 pub use server::{SERVER_ARGUMENT, serve};
 pub use slots::{Held, Machine, SlotError, Slots};

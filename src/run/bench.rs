@@ -18,9 +18,9 @@ use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
 use crate::compute::recorded::{check_written, recorded};
 use crate::compute::{ComputeError, Ops, product};
-use crate::executor::command::{self, CommandError, Granted, Tools};
+use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
-use crate::executor::{Held, Places, SlotError};
+use crate::executor::{Held, SlotError};
 use crate::model::Model;
 use crate::op::{self, Arm, Input, InputRef, Op, Site};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
@@ -53,15 +53,17 @@ pub(super) struct Made {
     pub bytes: u64,
 }
 
+/// What is told of a job while it is at work.
+pub(super) enum News {
+    /// How far an arm is.
+    Made(Made),
+    /// The command's program has ended, and only its files are to be put away.
+    ProgramEnded,
+}
+
 /// What a job came to.
 pub(super) enum Outcome {
-    /// `began` where it had waited for a place before.
-    Arm {
-        stored: Box<Stored>,
-        state: ArmState,
-        why: String,
-        began: Option<Instant>,
-    },
+    Arm { stored: Box<Stored>, state: ArmState, why: String },
     Measures(Box<StageMeasures>),
 }
 
@@ -108,8 +110,6 @@ pub(super) struct Bench<'a> {
     pub store: &'a Store,
     pub options: &'a Options<'a>,
     pub prepared: &'a PreparedStage<'a>,
-    /// Where commands run; all else has its place from the start.
-    pub places: &'a Places,
 }
 
 impl Bench<'_> {
@@ -124,10 +124,10 @@ impl Bench<'_> {
         &self,
         arm: Arm,
         inputs: &Supplies,
-        progress: &mut (dyn FnMut(Made) + Send),
+        tell: &mut (dyn FnMut(News) + Send),
     ) -> Result<Outcome, Failure> {
         if let Op::Command(op) = &self.prepared.stage.op {
-            return self.command(op);
+            return self.command(op, tell);
         }
         let Options { workshop, .. } = self.options;
         for (input, stored) in inputs {
@@ -144,7 +144,7 @@ impl Bench<'_> {
             let payload: ArmPayload = said_by(&action)?;
             let why = reused(&action, &self.plan.touched_files(self.prepared));
             let stored = Box::new(Stored { action, payload, output: None });
-            Ok(Outcome::Arm { stored, state: ArmState::Reused, why, began: None })
+            Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
         };
         if let Some(action) = self.reusable(&walk) {
             return reuse(action);
@@ -173,18 +173,26 @@ impl Bench<'_> {
                 compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |tensor| {
                     made.sites += 1;
                     made.bytes += size_of_val(tensor.data()) as u64;
-                    progress(made);
+                    tell(News::Made(made));
                 })?
             }
         };
         let seconds = started.elapsed().as_secs_f64();
+        // A program sees its files itself, later than they were looked at for the key.
+        if arm == Arm::External {
+            let now = self.plan.sources(stage, arm, &site)?;
+            let other = now.iter().zip(&sources).find(|(now, before)| now != before);
+            if let Some(((name, _), _)) = other {
+                return Err(CommandError::Changed(name.clone()).into());
+            }
+        }
         let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
         let mut why = why;
         if earlier.is_some_and(|earlier| earlier.object != stored.action.object) {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
-        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why, began: None })
+        Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
     }
 
     /// What an arm makes without a model: tensors that are read, and products of
@@ -338,31 +346,51 @@ impl Bench<'_> {
             why += &format!("; put back: {}", restored.join(", "));
         }
         let stored = Box::new(Stored { action, payload, output: None });
-        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why, began: None }))
+        Ok(Some(Outcome::Arm { stored, state: ArmState::Reused, why }))
     }
 
     /// Runs a command, or finds what it did and puts its outputs in their places.
-    fn command(&self, op: &op::Command) -> Result<Outcome, Failure> {
+    fn command(
+        &self,
+        op: &op::Command,
+        tell: &mut (dyn FnMut(News) + Send),
+    ) -> Result<Outcome, Failure> {
+        const LOOKS: usize = 3;
+        let mut look = 1;
+        loop {
+            match self.command_as_seen(op, tell)? {
+                Ok(outcome) => return Ok(outcome),
+                Err(changed) if look == LOOKS => return Err(CommandError::Changed(changed).into()),
+                Err(_) => look += 1,
+            }
+        }
+    }
+
+    /// The same, or what of that which it would see changed while it waited for its turn.
+    fn command_as_seen(
+        &self,
+        op: &op::Command,
+        tell: &mut (dyn FnMut(News) + Send),
+    ) -> Result<Result<Outcome, String>, Failure> {
         let tools = self.tools();
         let seen = command::look(op, tools.project, tools.stamps)?;
         let walk = self.plan.command_walk(op, &seen);
         if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
-            return Ok(outcome);
+            return Ok(Ok(outcome));
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
         let _lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
         // Another runner may just have run it.
         if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
-            return Ok(outcome);
+            return Ok(Ok(outcome));
         }
-        // The place first, as every job has it: who holds one waits only for slots, and who
-        // holds slots for nothing.
-        let grant = || {
-            let place = self.places.take();
-            Ok(Granted { place, held: self.take_slots(Arm::Command)? })
-        };
-        let carried_out = command::carry_out(op, &seen, &tools, grant)?;
-        let command::CarriedOut { record, began, seconds } = carried_out;
+        // Held until its outputs are in their places: all of this is its work.
+        let slots = self.take_slots(Arm::Command)?;
+        if let Some(changed) = seen.changed() {
+            return Ok(Err(changed));
+        }
+        let mut ended = || tell(News::ProgramEnded);
+        let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools, &mut ended)?;
         let kept = record.accepted;
         let payload = ArmPayload {
             sites: Vec::new(),
@@ -382,7 +410,7 @@ impl Bench<'_> {
             false => Action::unsaved(&walk, run, created, new.payload),
         };
         let stored = Box::new(Stored { action, payload, output: None });
-        Ok(Outcome::Arm { stored, state: ArmState::Ran, why, began: Some(began) })
+        Ok(Ok(Outcome::Arm { stored, state: ArmState::Ran, why }))
     }
 
     fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {

@@ -17,7 +17,7 @@ use crate::compute::ComputeError;
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandRecord};
-use crate::executor::{Attempts, Place, Places, Processes, Slots};
+use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
 use crate::plan::{Plan, PreparedStage};
@@ -26,7 +26,7 @@ use crate::verdict::{Verdict, judge, reason};
 
 mod bench;
 
-use bench::{Bench, Failure, Made, Order, Outcome, Stored, Supplies};
+use bench::{Bench, Failure, Made, News, Order, Outcome, Stored, Supplies};
 
 /// How a run is to be done.
 pub struct Options<'a> {
@@ -79,6 +79,8 @@ enum State {
     Ready,
     /// A thread is at it.
     Running,
+    /// Its program has ended; what it left is being put away.
+    PuttingAway,
     /// It has an end, good or bad.
     Done,
 }
@@ -93,7 +95,7 @@ struct Job {
 
 /// What a job's thread reports.
 enum Message {
-    Progress { job: usize, made: Made },
+    News { job: usize, news: News },
     Done { job: usize, outcome: Result<Outcome, Failure>, seconds: f64 },
 }
 
@@ -126,6 +128,8 @@ struct Engine<'a> {
     jobs: Vec<Job>,
     /// Those that may start, first things first.
     ready: BTreeSet<usize>,
+    /// How many are in [`State::Running`].
+    running: usize,
     /// Places in the plan.
     places: BTreeMap<&'a StageId, usize>,
     progress: Vec<Progress>,
@@ -142,6 +146,7 @@ impl<'a> Engine<'a> {
             options,
             jobs: Vec::new(),
             ready: BTreeSet::new(),
+            running: 0,
             places: plan.stages.iter().enumerate().map(|(at, p)| (&p.stage.id, at)).collect(),
             progress: plan.stages.iter().map(|_| Progress::default()).collect(),
             bug: None,
@@ -188,41 +193,40 @@ impl<'a> Engine<'a> {
         let stages = judged.map(|prepared| prepared.stage.id.clone()).collect();
         sink.event(&Event::RunStarted { run: self.options.run.clone(), stages });
         let (plan, store, options) = (self.plan, self.store, self.options);
-        let places = Places::new(options.jobs);
         let (give, orders) = channel();
         let orders = Mutex::new(orders);
         std::thread::scope(|scope| {
             let (sender, receiver): (Sender<Message>, Receiver<Message>) = channel();
             // Dropped at the end, which ends the threads.
             let give: Sender<Handed<'_>> = give;
-            let (mut running, mut threads) = (0, 0);
+            let (mut at_hand, mut threads) = (0, 0);
             loop {
-                while !interrupt::requested()
-                    && let Some(&job) = self.ready.first()
-                    && running < self.most_beside(job)
-                {
-                    self.ready.remove(&job);
+                while self.may_start(at_hand) {
+                    let Some(job) = self.ready.pop_first() else { break };
                     let Some(order) = self.begin(job, sink) else { continue };
                     let prepared = &plan.stages[self.jobs[job].stage];
-                    let bench = Bench { plan, store, options, prepared, places: &places };
-                    // As many places are free as `most_beside` leaves.
-                    let place = (!self.is_of_command(job)).then(|| places.take());
+                    let bench = Bench { plan, store, options, prepared };
                     // Nobody listens only if every thread is gone, and none goes before the end.
-                    let _ = give.send(Handed { bench, job, order, place });
-                    running += 1;
-                    if threads < running {
+                    let _ = give.send(Handed { bench, job, order });
+                    at_hand += 1;
+                    if threads < at_hand {
                         let (orders, sender) = (&orders, sender.clone());
                         scope.spawn(move || serve(orders, &sender));
                         threads += 1;
                     }
                 }
-                if running == 0 {
+                if at_hand == 0 {
                     break;
                 }
                 match receiver.recv() {
-                    Ok(Message::Progress { job, made }) => self.show_progress(job, made, sink),
+                    Ok(Message::News { job, news: News::Made(made) }) => {
+                        self.show_progress(job, made, sink);
+                    }
+                    Ok(Message::News { job, news: News::ProgramEnded }) => {
+                        self.stop_running(job, State::PuttingAway);
+                    }
                     Ok(Message::Done { job, outcome, seconds }) => {
-                        running -= 1;
+                        at_hand -= 1;
                         self.settle(job, outcome, seconds, sink);
                     }
                     Err(_) => break,
@@ -234,15 +238,21 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// How many jobs may be at hand when this one starts. While some commands run,
-    /// others are made ready and tidied up after: each waits for a place of its own.
-    fn most_beside(&self, job: usize) -> usize {
-        let ahead = self.is_of_command(job) && !self.options.fail_fast;
-        if ahead { 2 * self.options.jobs } else { self.options.jobs }
+    /// Whether another job may start beside those at hand. While a command's files are
+    /// put away another one may run, but not where jobs are to follow each other, or to be
+    /// judged before the next one starts.
+    fn may_start(&self, at_hand: usize) -> bool {
+        let jobs = self.options.jobs;
+        let beside = jobs > 1 && !self.options.fail_fast;
+        let most_at_hand = if beside { 2 * jobs } else { jobs };
+        !interrupt::requested() && self.running < jobs && at_hand < most_at_hand
     }
 
-    fn is_of_command(&self, job: usize) -> bool {
-        matches!(self.plan.stages[self.jobs[job].stage].stage.op, Op::Command(_))
+    fn stop_running(&mut self, job: usize, next: State) {
+        if self.jobs[job].state == State::Running {
+            self.running -= 1;
+        }
+        self.jobs[job].state = next;
     }
 
     /// Starts a job: gives the order for a thread, or settles it at once where
@@ -251,6 +261,7 @@ impl<'a> Engine<'a> {
         let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
         let prepared = &self.plan.stages[stage];
         self.jobs[job].state = State::Running;
+        self.running += 1;
         self.progress[stage].started.get_or_insert_with(Instant::now);
         match work {
             Work::Arm(arm) => {
@@ -339,10 +350,7 @@ impl<'a> Engine<'a> {
     ) {
         let (stage, work) = (self.jobs[job].stage, self.jobs[job].work);
         match (work, outcome) {
-            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why, began })) => {
-                let waited = self.progress[stage].started;
-                self.progress[stage].started = began.or(waited);
-                let seconds = began.map_or(seconds, |began| began.elapsed().as_secs_f64());
+            (Work::Arm(arm), Ok(Outcome::Arm { stored, state, why })) => {
                 let who = self.plan.who(self.plan.stages[stage].stage, arm);
                 let kept = stored.payload.command.as_ref().is_none_or(|command| command.accepted);
                 if kept && let Err(error) = self.store.remember(&who, &stored.action.key) {
@@ -386,7 +394,7 @@ impl<'a> Engine<'a> {
     }
 
     fn finish(&mut self, done: usize) {
-        self.jobs[done].state = State::Done;
+        self.stop_running(done, State::Done);
         for job in std::mem::take(&mut self.jobs[done].awaited_by) {
             match &mut self.jobs[job].state {
                 State::Waiting(count) if *count > 1 => *count -= 1,
@@ -578,31 +586,24 @@ struct Handed<'a> {
     bench: Bench<'a>,
     job: usize,
     order: Order,
-    place: Option<Place<'a>>,
 }
 
 /// A thread: one job after the other, until there are none.
 fn serve(orders: &Mutex<Receiver<Handed<'_>>>, sender: &Sender<Message>) {
     loop {
         let handed = orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Handed { bench, job, order, place }) = handed else { return };
-        work(&bench, job, order, place, sender);
+        let Ok(Handed { bench, job, order }) = handed else { return };
+        work(&bench, job, order, sender);
     }
 }
 
-fn work(
-    bench: &Bench<'_>,
-    job: usize,
-    order: Order,
-    place: Option<Place<'_>>,
-    sender: &Sender<Message>,
-) {
+fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
     let attempt = AssertUnwindSafe(|| {
         let attempt = || match order {
-            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |made| {
+            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |news| {
                 // Nobody listens any more only when the run is over.
-                let _ = sender.send(Message::Progress { job, made });
+                let _ = sender.send(Message::News { job, news });
             }),
             Order::Measure { inputs, results } => bench.measure(&inputs, results),
         };
@@ -622,7 +623,5 @@ fn work(
         Err(Failure::Bug(text.unwrap_or_else(|| "a panic without a message".to_owned())))
     });
     let seconds = started.elapsed().as_secs_f64();
-    // Free before anybody hears that the job is done, and starts another.
-    drop(place);
     let _ = sender.send(Message::Done { job, outcome, seconds });
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A project in a place of its own, with the contract that asks for status 0.
@@ -250,6 +251,96 @@ fn what_is_no_result_is_an_error_in_words_and_is_tried_again() {
         assert!(!project.path("out").exists());
         project.run().expect(4, words);
     }
+}
+
+#[test]
+fn what_changed_while_a_command_ran_leaves_no_result_under_the_old_name() {
+    let tool = |line: &str| format!("#!/bin/sh\n{line}\ncp in/a out\n");
+    let lines = "argv = [\"./tool\"]\ninputs = [\"in\"]\noutputs = [\"out\"]";
+    for (line, words) in [("mv ROOT/new ROOT/tool", "tool` changed"), ("> in/b", "`in` changed")] {
+        let project = Project::new().file("in/a", "1").file("new", &tool("true")).stage("S", lines);
+        let old = tool(&line.replace("ROOT", &project.path("").display().to_string()));
+        for (name, text) in [("tool", old.as_str()), ("new", &tool("true"))] {
+            project.write(name, text);
+            project.executable(name);
+        }
+        project.run().expect(4, words);
+        assert!(!project.path("out").exists(), "{line}");
+        // As it was: the same key.
+        project.write("tool", &old.replace("mv ", "true ").replace("> in/b", "true"));
+        let _ = fs::remove_file(project.path("in/b"));
+        let again = project.run().expect(0, "run: pass");
+        assert!(again.err.contains("ran in"), "{}", again.err);
+    }
+}
+
+#[test]
+fn a_command_that_waits_runs_what_is_there_when_it_starts() {
+    let tool = |word: &str| format!("#!/bin/sh\necho {word} > out\n");
+    let with_tools = |project: Project| {
+        let project = project.file("tool", &tool("old")).file("new", &tool("new"));
+        project.executable("tool");
+        project.executable("new");
+        project.stage("b", "argv = [\"./tool\"]\noutputs = [\"out\"]")
+    };
+    let reruns_the_old_one = |project: &Project| {
+        assert_eq!(project.read("out"), "new\n");
+        project.write("tool", &tool("old"));
+        project.run().expect(0, "run: pass");
+        assert_eq!(project.read("out"), "old\n");
+    };
+
+    // For want of a job.
+    let project = with_tools(Project::new());
+    let root = project.path("").display().to_string();
+    let project = project.stage("a", &format!("shell = 'cp {root}new {root}tool'"));
+    project.runner(&["run", "stages", "--jobs", "1"]).expect(0, "run: pass");
+    reruns_the_old_one(&project);
+
+    // For what another runner has of the machine.
+    let place = tempfile::tempdir().expect("a folder");
+    let cores = std::thread::available_parallelism().expect("cores");
+    let asked = format!("[resources]\ncores = {cores}\n");
+    let [begun, go] = ["begun", "go"].map(|name| place.path().join(name).display().to_string());
+    let holds = format!("shell = 'touch {begun}; until test -e {go}; do sleep 0.01; done'");
+    let holder = Project::new().file("stages/pipeline.toml", &asked).stage("a", &holds);
+    let project = with_tools(Project::new().file("stages/pipeline.toml", &asked));
+    let start = |project: &Project| {
+        let mut command = project.command(&["run", "stages"]);
+        command.env("XDG_RUNTIME_DIR", place.path()).spawn().expect("started")
+    };
+    let mut first = start(&holder);
+    wait_until("the first one runs", || Path::new(&begun).exists());
+    let mut second = start(&project);
+    // It has looked, and waits.
+    let actions = project.path("runs/cache/v1/actions.lock");
+    wait_until("the second one waits", || actions.exists());
+    std::thread::sleep(Duration::from_millis(200));
+    fs::copy(project.path("new"), project.path("tool")).expect("copied");
+    fs::write(&go, "").expect("written");
+    for runner in [&mut first, &mut second] {
+        assert!(runner.wait().expect("waited for").success());
+    }
+    reruns_the_old_one(&project);
+}
+
+#[test]
+fn an_input_that_somebody_writes_all_the_time_is_an_error_and_not_waited_for_for_ever() {
+    let project = Project::new().file("in", "0").stage("S", "shell = 'cat in'\ninputs = [\"in\"]");
+    let (input, over) = (project.path("in"), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for count in 0.. {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                fs::write(&input, count.to_string()).expect("written");
+            }
+        });
+        let outcome = project.run();
+        over.store(true, Ordering::Relaxed);
+        outcome.expect(4, "`in` changed while the command waited or ran");
+    });
 }
 
 #[test]
