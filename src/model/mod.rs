@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -50,8 +51,14 @@ pub struct Model {
 struct MappedFile {
     path: PathBuf,
     map: Mmap,
-    /// What the file system said of it when it was opened; none for bytes in memory.
-    facts: Option<Metadata>,
+    /// None for bytes in memory.
+    opened: Option<OpenedFile>,
+}
+
+/// A file as it was when it was opened.
+pub(crate) struct OpenedFile {
+    file: File,
+    facts: Metadata,
 }
 
 /// Where a tensor's bytes come from.
@@ -91,14 +98,15 @@ impl Model {
     /// safetensors.
     ///
     /// The files are mapped. Somebody who changes one while it is open changes the
-    /// tensors under the program, and one who truncates it ends the program.
+    /// tensors under the program, see [`Model::written_since_opened`], and one who
+    /// truncates it ends the program.
     pub fn open(path: &Path) -> Result<Model, ModelError> {
         let metadata = std::fs::metadata(path).map_err(|source| io("open", path, source))?;
         if metadata.is_dir() {
             Model::open_folder(path)
         } else {
-            let (file, facts) = map(path)?;
-            Model::open_gguf(path, file, Some(facts))
+            let (file, opened) = map(path)?;
+            Model::open_gguf(path, file, Some(opened))
         }
     }
 
@@ -111,7 +119,7 @@ impl Model {
         Model::open_gguf(path, file, None)
     }
 
-    fn open_gguf(path: &Path, file: Mmap, facts: Option<Metadata>) -> Result<Model, ModelError> {
+    fn open_gguf(path: &Path, file: Mmap, opened: Option<OpenedFile>) -> Result<Model, ModelError> {
         if !gguf::is_gguf(&file) {
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
@@ -135,7 +143,7 @@ impl Model {
         let mut model = Model {
             path: path.to_owned(),
             config: config.map_err(|fault| fault.at(path))?,
-            files: vec![MappedFile { path: path.to_owned(), map: file, facts }],
+            files: vec![MappedFile { path: path.to_owned(), map: file, opened }],
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
@@ -151,7 +159,7 @@ impl Model {
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
-            let (file, facts) = map(&path)?;
+            let (file, opened) = map(&path)?;
             let infos = safetensors::parse(&file).map_err(|fault| fault.at(&path))?;
             check_promise(&infos, promised.as_ref()).map_err(|fault| fault.at(&path))?;
             for info in infos {
@@ -166,7 +174,7 @@ impl Model {
                     }
                 }
             }
-            files.push(MappedFile { path, map: file, facts: Some(facts) });
+            files.push(MappedFile { path, map: file, opened: Some(opened) });
         }
         if config.tied_embeddings {
             // Transformers overwrites a saved copy with the embedding.
@@ -288,14 +296,33 @@ impl Model {
 
     /// The files that hold the weights, with what the file system said of them.
     pub fn file_facts(&self) -> impl Iterator<Item = (&Path, &Metadata)> {
-        self.files.iter().filter_map(|file| Some((file.path.as_path(), file.facts.as_ref()?)))
+        self.files
+            .iter()
+            .filter_map(|file| Some((file.path.as_path(), &file.opened.as_ref()?.facts)))
+    }
+
+    /// A file of weights that was written since it was opened, or is gone. With `by_name`
+    /// also one whose name means another file now, which others see who open it.
+    pub fn written_since_opened(&self, by_name: bool) -> Option<&Path> {
+        let written = |MappedFile { path, opened, .. }: &MappedFile| {
+            let Some(OpenedFile { file, facts }) = opened else { return false };
+            let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
+            let content = |facts: &Metadata| {
+                [facts.dev(), facts.ino(), facts.size()]
+                    .map(u64::cast_signed)
+                    .into_iter()
+                    .chain([facts.mtime(), facts.mtime_nsec()])
+            };
+            !now.is_ok_and(|now| content(&now).eq(content(facts)))
+        };
+        self.files.iter().find(|file| written(file)).map(|file| file.path.as_path())
     }
 
     /// Where the tensor of this canonical name comes from, if it comes from a file.
     pub fn origin(&self, name: &str) -> Option<Origin<'_>> {
         let place = self.tensors.get(name)?;
         let file = self.files.get(place.file)?;
-        let facts = file.facts.as_ref()?;
+        let facts = &file.opened.as_ref()?.facts;
         Some(Origin { path: &file.path, facts, offset: place.bytes.start })
     }
 
@@ -404,10 +431,10 @@ pub(crate) fn gguf_tensors(path: &Path, file: &[u8]) -> Result<Vec<GgufTensor>, 
 ///
 /// # Errors
 /// If it cannot be opened or is no file.
-pub(crate) fn map(path: &Path) -> Result<(Mmap, Metadata), ModelError> {
+pub(crate) fn map(path: &Path) -> Result<(Mmap, OpenedFile), ModelError> {
     let file = File::open(path).map_err(|source| io("open", path, source))?;
-    let metadata = file.metadata().map_err(|source| io("inspect", path, source))?;
-    if !metadata.is_file() {
+    let facts = file.metadata().map_err(|source| io("inspect", path, source))?;
+    if !facts.is_file() {
         return Err(Fault::malformed(
             "it is not a regular file",
             "give a GGUF file or a folder with config.json and safetensors",
@@ -415,7 +442,7 @@ pub(crate) fn map(path: &Path) -> Result<(Mmap, Metadata), ModelError> {
         .at(path));
     }
     let map = map_file(&file).map_err(|source| io("map", path, source))?;
-    Ok((map, metadata))
+    Ok((map, OpenedFile { file, facts }))
 }
 
 fn map_file(file: &File) -> std::io::Result<Mmap> {

@@ -86,6 +86,8 @@ pub(super) enum Failure {
     External(#[from] ExternalError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error("`{0}` changed while it was used; run again when nobody writes it")]
+    Changed(String),
     #[error("what the program wrote is unusable: {0}; correct the program, nothing of it was kept")]
     Written(String),
     #[error("a bug of ours: {0}")]
@@ -133,12 +135,8 @@ impl Bench<'_> {
         for (input, stored) in inputs {
             site_hash(input, stored)?;
         }
-        let site = |input: &InputRef| {
-            let (_, stored) = inputs.iter().find(|(supplied, _)| supplied == input)?;
-            site_hash(input, stored).ok()
-        };
         let stage = self.prepared.stage;
-        let sources = self.plan.sources(stage, arm, &site)?;
+        let sources = self.sources(arm, inputs)?;
         let walk = self.plan.arm_walk(self.prepared, arm, &sources, *workshop);
         let reuse = |action: Action| {
             let payload: ArmPayload = said_by(&action)?;
@@ -178,14 +176,7 @@ impl Bench<'_> {
             }
         };
         let seconds = started.elapsed().as_secs_f64();
-        // A program sees its files itself, later than they were looked at for the key.
-        if arm == Arm::External {
-            let now = self.plan.sources(stage, arm, &site)?;
-            let other = now.iter().zip(&sources).find(|(now, before)| now != before);
-            if let Some(((name, _), _)) = other {
-                return Err(CommandError::Changed(name.clone()).into());
-            }
-        }
+        self.check_unchanged(arm, inputs, walk.fields())?;
         let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
         let mut why = why;
@@ -193,6 +184,36 @@ impl Bench<'_> {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Vec<(String, String)>, SourceError> {
+        let site = |input: &InputRef| {
+            let (_, stored) = inputs.iter().find(|(supplied, _)| supplied == input)?;
+            site_hash(input, stored).ok()
+        };
+        self.plan.sources(self.prepared.stage, arm, &site)
+    }
+
+    /// Refuses what an arm, or a measure of it, was made of if that is not any more what
+    /// the fields of its key say: files are read later than they are looked at.
+    fn check_unchanged(
+        &self,
+        arm: Arm,
+        inputs: &Supplies,
+        fields: &[(String, String)],
+    ) -> Result<(), Failure> {
+        let model = self.prepared.model.as_ref().map(|open| &open.model);
+        // A program opens the model's files itself.
+        let written = model.and_then(|model| model.written_since_opened(arm == Arm::External));
+        let written = written.map(|path| path.display().to_string());
+        let changed = match written {
+            Some(file) => Some(file),
+            None => {
+                let mut now = self.sources(arm, inputs)?.into_iter();
+                now.find(|source| !fields.contains(source)).map(|(name, _)| name)
+            }
+        };
+        changed.map_or(Ok(()), |changed| Err(Failure::Changed(changed)))
     }
 
     /// What an arm makes without a model: tensors that are read, and products of
@@ -471,15 +492,21 @@ impl Bench<'_> {
             return Ok(Outcome::Measures(Box::new(said_by(&action)?)));
         }
         let started = Instant::now();
-        let mut outputs = BTreeMap::new();
+        let (mut outputs, mut keyed) = (BTreeMap::new(), Vec::new());
         for (arm, stored) in results {
             outputs.insert(arm, self.output_of(&stored)?);
+            keyed.push((arm, stored.action.fields));
         }
         let stage = self.prepared.stage;
         let measures = if stage.op.reads_model() {
-            let inputs = self.input_tensors(inputs)?;
+            let read = self.input_tensors(inputs)?;
             let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
-            measure_stage(&self.task(&inputs)?, &stage.recipe, engine, &outputs)?
+            let measures = measure_stage(&self.task(&read)?, &stage.recipe, engine, &outputs)?;
+            // It reads what every arm but a program reads.
+            for (arm, fields) in keyed.iter().filter(|(arm, _)| *arm != Arm::External) {
+                self.check_unchanged(*arm, inputs, fields)?;
+            }
+            measures
         } else {
             measure_arms(&outputs)
         };

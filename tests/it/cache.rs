@@ -3,7 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::quantized::gguf_file;
@@ -311,6 +313,34 @@ fn on_a_model() -> Project {
     let model = runner::model::synthetic::ensure(tiny, 1, &store).expect("a model");
     fs::rename(model, project.path("model.gguf")).expect("moved");
     project
+}
+
+#[test]
+fn nothing_is_kept_of_a_model_that_is_written_while_arms_read_it() {
+    let project = on_a_model();
+    let run = || project.runner(&["run", "stages", "--select", "D", "--model", "model.gguf"]);
+    let (model, over) = (project.path("model.gguf"), AtomicBool::new(false));
+    let file = fs::OpenOptions::new().write(true).open(&model).expect("opened");
+    let magic = fs::read(&model).expect("read")[..4].to_vec();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                file.write_all_at(&magic, 0).expect("written");
+            }
+        });
+        let outcome = run();
+        over.store(true, Ordering::Relaxed);
+        outcome.expect(4, "model.gguf` changed while it was used; run again when nobody writes");
+    });
+    assert_eq!(computed(&run()), set(&["C reference", "D reference", "D emulated"]));
+
+    // Another file of its name is no change of what was opened.
+    let copy = project.path("copy.gguf");
+    fs::copy(&model, &copy).expect("copied");
+    let opened = Model::open(&model).expect("opened");
+    fs::rename(&copy, &model).expect("renamed");
+    assert_eq!(opened.written_since_opened(false), None);
+    assert_eq!(opened.written_since_opened(true), Some(model.as_path()));
 }
 
 #[test]

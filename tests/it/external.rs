@@ -123,7 +123,7 @@ fn a_program_that_fails_is_bounded_reported_and_not_kept() {
     fails("mkdir tensors.safetensors\n", "left no `tensors.safetensors`");
     fails("mkfifo tensors.safetensors\n", "left no `tensors.safetensors`");
     let rewrites = format!("{COPY}echo >> adapter.sh\n");
-    fails(&rewrites, "adapter.sh` changed while the command waited or ran");
+    fails(&rewrites, "adapter.sh` changed while it was used");
     tensors(&project, "good.safetensors", &[("logits", [4, 2048], vec![f32::NAN; 8192])]);
     fails(COPY, "NaN or infinite; correct the program, nothing of it was kept");
     tensors(&project, "good.safetensors", &[("logits", [3, 2048], vec![0.5; 6144])]);
