@@ -1,0 +1,420 @@
+//! Hugging Face folders: they hold the model that a GGUF file of the same weights holds,
+//! or are refused in words.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::Value;
+use proptest::prelude::*;
+use runner::model::{Model, ModelError, RopeLayout};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use crate::model::{TINY, draft, open, synthetic_file};
+
+/// The Hugging Face name of a canonical one.
+fn hf_name(name: &str) -> String {
+    match name {
+        "token_embd.weight" => return "model.embed_tokens.weight".to_owned(),
+        "output_norm.weight" => return "model.norm.weight".to_owned(),
+        "output.weight" => return "lm_head.weight".to_owned(),
+        _ => {}
+    }
+    let (layer, part) = name.strip_prefix("blk.").unwrap().split_once('.').unwrap();
+    let (stem, suffix) = part.rsplit_once('.').unwrap();
+    let stem = match stem {
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        other => panic!("{other}"),
+    };
+    format!("model.layers.{layer}.{stem}.{suffix}")
+}
+
+/// Every tensor of a model as F32 under its Hugging Face name.
+fn hf_tensors(model: &Model) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let tensor = |name: &str| {
+        let weight = model.tensor(name).unwrap();
+        let bytes = weight.to_vec().unwrap().iter().flat_map(|v| v.to_le_bytes()).collect();
+        let vector = name.contains("norm") || name.ends_with("bias");
+        let shape = if vector { vec![weight.width()] } else { vec![weight.rows(), weight.width()] };
+        (hf_name(name), (shape, bytes))
+    };
+    model.names().map(tensor).collect()
+}
+
+fn write_safetensors(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<u8>)>) {
+    let views = tensors.iter().map(|(name, (shape, bytes))| {
+        (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+fn hf_config(model: &Model) -> serde_json::Value {
+    let config = model.config();
+    json!({
+        "model_type": config.architecture.name(),
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": f64::from(config.rms_norm_eps),
+        "rope_theta": config.rope.theta,
+        "rope_scaling": null,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    })
+}
+
+fn write_folder(model: &Model, folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut config = hf_config(model);
+    change(&mut config);
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    write_safetensors(&folder.join("model.safetensors"), &hf_tensors(model));
+}
+
+fn assert_same_tensors(one: &Model, other: &Model) {
+    assert!(one.names().eq(other.names()));
+    for name in one.names() {
+        let (one, other) = (one.tensor(name).unwrap(), other.tensor(name).unwrap());
+        assert_eq!((one.rows(), one.width()), (other.rows(), other.width()), "{name}");
+        assert!(one.to_vec().unwrap() == other.to_vec().unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn a_hugging_face_folder_equals_the_gguf_of_the_same_weights() {
+    for preset in TINY {
+        let gguf = open(&synthetic_file(preset)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&gguf, folder.path(), |_| {});
+        let hf = Model::open(folder.path()).unwrap();
+        let mut config = gguf.config().clone();
+        // Hugging Face keeps llama's heads unpermuted, and its factors in the config.
+        config.rope.layout = RopeLayout::Halves;
+        config.rope.factors = None;
+        assert_eq!(hf.config(), &config, "{preset}");
+        assert_same_tensors(&gguf, &hf);
+    }
+}
+
+/// A folder whose tensors are spread over two files by layer.
+fn write_shards(model: &Model, folder: &Path) -> BTreeMap<String, String> {
+    fs::write(folder.join("config.json"), hf_config(model).to_string()).unwrap();
+    let (odd, even): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        hf_tensors(model).into_iter().partition(|(name, _)| name.contains("mlp"));
+    let mut index = BTreeMap::new();
+    for (file, tensors) in [("a.safetensors", odd), ("b.safetensors", even)] {
+        write_safetensors(&folder.join(file), &tensors);
+        index.extend(tensors.into_keys().map(|name| (name, file.to_owned())));
+    }
+    write_index(folder, &index);
+    index
+}
+
+fn write_index(folder: &Path, index: &BTreeMap<String, String>) {
+    let json = json!({ "metadata": { "total_size": 1 }, "weight_map": index });
+    fs::write(folder.join("model.safetensors.index.json"), json.to_string()).unwrap();
+}
+
+#[test]
+fn shards_are_joined_and_may_not_leave_the_folder() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let outer = tempfile::tempdir().unwrap();
+    let folder = outer.path().join("model");
+    fs::create_dir(&folder).unwrap();
+    let index = write_shards(&gguf, &folder);
+    assert_same_tensors(&gguf, &Model::open(&folder).unwrap());
+
+    fs::copy(folder.join("a.safetensors"), outer.path().join("a.safetensors")).unwrap();
+    let absolute = outer.path().join("a.safetensors").display().to_string();
+    std::os::unix::fs::symlink("../a.safetensors", folder.join("link.safetensors")).unwrap();
+    for path in ["../a.safetensors", &absolute, "link.safetensors", ".", "..", ""] {
+        let moved = index.iter().map(|(name, file)| {
+            (name.clone(), if file == "a.safetensors" { path.to_owned() } else { file.clone() })
+        });
+        write_index(&folder, &moved.collect());
+        let error = Model::open(&folder).unwrap_err().to_string();
+        assert!(error.contains("outside the folder"), "{path}: {error}");
+    }
+
+    let mut missing = index.clone();
+    missing.insert("model.layers.0.self_attn.q_proj.bias".into(), "a.safetensors".into());
+    write_index(&folder, &missing);
+    let error = Model::open(&folder).unwrap_err().to_string();
+    assert!(error.contains("`blk.0.attn_q.bias`: the index places it"), "{error}");
+    let mut hidden = index.clone();
+    hidden.remove("model.layers.0.mlp.up_proj.weight");
+    write_index(&folder, &hidden);
+    let error = Model::open(&folder).unwrap_err().to_string();
+    assert!(error.contains("`blk.0.ffn_up.weight`: the index does not place it"), "{error}");
+}
+
+#[test]
+fn the_cache_of_the_hub_is_read_through_its_links() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let hub = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) = (hub.path().join("blobs"), hub.path().join("snapshots/abc"));
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot).unwrap();
+    write_folder(&gguf, &snapshot, |_| {});
+    fs::rename(snapshot.join("model.safetensors"), blobs.join("5f3a")).unwrap();
+    std::os::unix::fs::symlink("../../blobs/5f3a", snapshot.join("model.safetensors")).unwrap();
+    assert_same_tensors(&gguf, &Model::open(&snapshot).unwrap());
+}
+
+#[test]
+fn a_folders_tensor_names_are_parsed_and_not_searched() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    for (name, wrong) in [
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.00.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.10.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "x.model.layers.0.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight.x"),
+        ("model.norm.weight", "model.norm.weight2"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&gguf, folder.path(), |_| {});
+        let mut tensors = hf_tensors(&gguf);
+        let tensor = tensors.remove(name).unwrap();
+        tensors.insert(wrong.to_owned(), tensor);
+        write_safetensors(&folder.path().join("model.safetensors"), &tensors);
+        Model::open(folder.path()).expect_err(wrong);
+    }
+}
+
+#[test]
+fn half_precision_folders_decode_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = open(&draft("llama").write()).unwrap();
+    write_folder(&gguf, folder.path(), |_| {});
+    // The draft's values are small integers, which both formats hold exactly.
+    let half: Vec<(String, Vec<usize>, Vec<u8>, Dtype)> = hf_tensors(&gguf)
+        .into_iter()
+        .enumerate()
+        .map(|(n, (name, (shape, bytes)))| {
+            let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+            if n % 2 == 0 {
+                let bytes = values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect();
+                (name, shape, bytes, Dtype::BF16)
+            } else {
+                let bytes = values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect();
+                (name, shape, bytes, Dtype::F16)
+            }
+        })
+        .collect();
+    let views = half.iter().map(|(name, shape, bytes, dtype)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    let path = folder.path().join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    assert_same_tensors(&gguf, &Model::open(folder.path()).unwrap());
+}
+
+fn folder_with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Model, ModelError> {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), change);
+    Model::open(folder.path())
+}
+
+#[test]
+fn rope_scaling_follows_transformers() {
+    let scaling = json!({
+        "rope_type": "llama3", "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    });
+    // Shapes that give heads of 128, as in Llama 3.1.
+    let wide = draft("llama")
+        .with("llama.attention.key_length", Value::U32(128))
+        .tensor("blk.0.attn_q.weight", &[256, 8])
+        .tensor("blk.0.attn_k.weight", &[128, 8])
+        .tensor("blk.0.attn_v.weight", &[128, 8])
+        .tensor("blk.0.attn_output.weight", &[8, 256]);
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&wide.write()).unwrap(), folder.path(), |config| {
+        config["rope_scaling"] = scaling;
+        config["rope_theta"] = json!(500_000.0);
+    });
+    let model = Model::open(folder.path()).unwrap();
+    let factors = model.config().rope.factors.clone().unwrap();
+    assert_eq!(factors.len(), 64);
+    // `_compute_llama3_parameters` of transformers, in double.
+    let known = [(0, 1.0), (28, 1.0), (29, 1.207484), (31, 2.026313), (34, 5.257327), (35, 8.0)];
+    for (pair, expected) in known {
+        assert!((factors[pair] - expected).abs() < 2e-6, "{pair}: {}", factors[pair]);
+    }
+
+    let linear = folder_with(|c| c["rope_scaling"] = json!({ "type": "linear", "factor": 2.0 }));
+    assert_eq!(linear.unwrap().config().rope.linear_scale, 2.0);
+    let newer = folder_with(|c| {
+        c["rope_theta"] = json!(null);
+        c["rope_parameters"] = json!({ "rope_type": "default", "rope_theta": 7e4 });
+    });
+    assert_eq!(newer.unwrap().config().rope.theta, 7e4);
+}
+
+#[test]
+fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
+    type Change = fn(&mut serde_json::Value);
+    let cases: [(Change, &str); 12] = [
+        (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
+        (|c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4.0 }), "`yarn`"),
+        (|c| c["rope_parameters"] = json!({ "full_attention": {} }), ""),
+        (|c| c["hidden_act"] = json!("gelu"), "`gelu`"),
+        (|c| c["sliding_window"] = json!(16), "slides over 16"),
+        (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
+        (|c| c["quantization_config"] = json!({ "quant_method": "fp8" }), "quantized"),
+        (|c| c["partial_rotary_factor"] = json!(0.5), "0.5 of each head"),
+        (|c| c["num_attention_heads"] = json!(-1), "config.json"),
+        (|c| c["hidden_size"] = json!("8"), "config.json"),
+        (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
+        (|c| c["tie_word_embeddings"] = json!(false), "`output.weight`: it is missing"),
+    ];
+    for (change, expected) in cases {
+        let error = folder_with(change);
+        if expected.is_empty() {
+            error.expect("an old-style theta still stands beside it");
+            continue;
+        }
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn hostile_safetensors_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+    let path = folder.path().join("model.safetensors");
+    let refusal = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        Model::open(folder.path()).unwrap_err().to_string()
+    };
+    let file = |header: &str, data: usize| {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    };
+    assert!(refusal(b"").contains("shorter"));
+    assert!(refusal(&[0xff; 16]).contains("does not fit"));
+    assert!(refusal(&file("[]", 0)).contains("header"));
+    let one = r#""model.norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#;
+    assert!(refusal(&file(&format!("{{{one}}}"), 4)).contains("need 8 bytes, but 4"));
+    assert!(refusal(&file(&format!("{{{one},{one}}}"), 8)).contains("occurs twice"));
+    let int = one.replace("F32", "I32");
+    assert!(refusal(&file(&format!("{{{int}}}"), 8)).contains("its type is I32"));
+    // Eight tensors whose sizes add up to just below 2^64.
+    let huge: Vec<String> = (0..8_u64)
+        .map(|n| {
+            let size = (1_u64 << 61) - 1;
+            let place = [n * size, (n + 1) * size];
+            format!(r#""t{n}":{{"dtype":"U8","shape":[{size}],"data_offsets":{place:?}}}"#)
+        })
+        .collect();
+    assert!(refusal(&file(&format!("{{{}}}", huge.join(",")), 0)).contains("need"));
+    let overflow = one.replace("[2]", "[9223372036854775807,9223372036854775807]");
+    assert!(refusal(&file(&format!("{{{overflow}}}"), 8)).contains("header"));
+}
+
+#[test]
+fn a_folders_tokenizer_is_its_tokenizer_json() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+    let model = Model::open(folder.path()).unwrap();
+    let error = model.encode("x").unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("`--tokens`"), "{error}");
+    let write = |change: &dyn Fn(&mut serde_json::Value)| {
+        let byte_level = json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+        });
+        let mut json = json!({
+            "version": "1.0",
+            "truncation": { "direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0 },
+            "padding": null,
+            "added_tokens": [{
+                "id": 4, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            }],
+            "normalizer": null,
+            "pre_tokenizer": byte_level,
+            "post_processor": null,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": null,
+                "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+                "byte_fallback": false, "ignore_merges": false,
+                "vocab": { "a": 0, "b": 1, "ab": 2, "\u{120}": 3, "<s>": 4 },
+                "merges": [["a", "b"]],
+            },
+        });
+        change(&mut json);
+        fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        Model::open(folder.path()).unwrap()
+    };
+    assert_eq!(write(&|_| {}).encode("<s>aab b").unwrap(), [4, 0, 2, 3, 1]);
+    assert_eq!(write(&|j| j["model"]["merges"] = json!(["a b"])).encode("ab").unwrap(), [2]);
+    assert_eq!(write(&|_| {}).decode(&[4, 0, 2, 3, 1]).unwrap(), "<s>aab b");
+    type Change = fn(&mut serde_json::Value);
+    let refused: [Change; 6] = [
+        |j| j["model"]["merges"] = json!([["a", "zzzzzz"]]),
+        |j| j["model"]["merges"] = json!([["b", "a"]]),
+        |j| j["model"]["continuing_subword_prefix"] = json!("##"),
+        |j| j["model"]["vocab"]["b"] = json!(0),
+        |j| j["model"]["type"] = json!("WordPiece"),
+        |j| j["model"] = json!(3),
+    ];
+    // Malformed where only the library looks, which the library answers with a panic.
+    let model = write(&|_| {});
+    let path = folder.path().join("tokenizer.json");
+    let json = fs::read_to_string(&path).unwrap();
+    let decoder = json.find(r#""decoder":{"#).unwrap() + 11;
+    fs::write(&path, format!(r#"{}"x":1e999,{}"#, &json[..decoder], &json[decoder..])).unwrap();
+    assert!(model.encode("ab").unwrap_err().to_string().contains("`--tokens`"));
+    for change in refused {
+        let error = write(&change).encode("ab").unwrap_err().to_string();
+        assert!(error.contains("`--tokens`"), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever a few bytes of its safetensors header or its config become, a folder is
+    /// refused or usable.
+    #[test]
+    fn a_damaged_folder_is_refused_or_harmless(
+        changes in prop::collection::vec((0_usize..1 << 20, any::<u8>()), 1..6),
+        in_config in any::<bool>(),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+        let name = if in_config { "config.json" } else { "model.safetensors" };
+        let path = folder.path().join(name);
+        let mut file = fs::read(&path).unwrap();
+        let header = if in_config { file.len() } else { 1200 };
+        for (at, byte) in changes {
+            file[at % header] = byte;
+        }
+        fs::write(&path, file).unwrap();
+        if let Ok(model) = Model::open(folder.path()) {
+            for name in model.names() {
+                model.tensor(name).unwrap().to_vec().unwrap();
+            }
+        }
+    }
+}
