@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -298,30 +298,78 @@ fn a_command_that_waits_runs_what_is_there_when_it_starts() {
     reruns_the_old_one(&project);
 
     // For what another runner has of the machine.
-    let place = tempfile::tempdir().expect("a folder");
-    let cores = std::thread::available_parallelism().expect("cores");
-    let asked = format!("[resources]\ncores = {cores}\n");
-    let [begun, go] = ["begun", "go"].map(|name| place.path().join(name).display().to_string());
-    let holds = format!("shell = 'touch {begun}; until test -e {go}; do sleep 0.01; done'");
-    let holder = Project::new().file("stages/pipeline.toml", &asked).stage("a", &holds);
-    let project = with_tools(Project::new().file("stages/pipeline.toml", &asked));
-    let start = |project: &Project| {
-        let mut command = project.command(&["run", "stages"]);
-        command.env("XDG_RUNTIME_DIR", place.path()).spawn().expect("started")
-    };
-    let mut first = start(&holder);
-    wait_until("the first one runs", || Path::new(&begun).exists());
-    let mut second = start(&project);
-    // It has looked, and waits.
-    let actions = project.path("runs/cache/v1/actions.lock");
-    wait_until("the second one waits", || actions.exists());
-    std::thread::sleep(Duration::from_millis(200));
+    let mut holder = HasAllCores::new();
+    let project = with_tools(Project::new());
+    let mut waiting = holder.makes_wait(&project);
     fs::copy(project.path("new"), project.path("tool")).expect("copied");
-    fs::write(&go, "").expect("written");
-    for runner in [&mut first, &mut second] {
-        assert!(runner.wait().expect("waited for").success());
-    }
+    holder.lets_go();
+    assert!(waiting.wait().expect("waited for").success());
     reruns_the_old_one(&project);
+}
+
+#[test]
+fn a_run_that_is_stopped_while_it_waits_ends_at_once_and_the_next_one_goes_well() {
+    let mut holder = HasAllCores::new();
+    let project = Project::new().stage("S", "shell = 'echo x > out'\noutputs = [\"out\"]");
+    let mut waiting = holder.makes_wait(&project);
+    let id = waiting.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().expect("started").success());
+    assert_eq!(waiting.wait().expect("waited for").code(), Some(130));
+    assert!(!project.path("out").exists());
+    holder.lets_go();
+    project.run().expect(0, "wrote out");
+}
+
+/// A runner that has all cores of a machine that others share with it.
+struct HasAllCores {
+    place: tempfile::TempDir,
+    _project: Project,
+    runner: Child,
+}
+
+impl HasAllCores {
+    fn new() -> HasAllCores {
+        let place = tempfile::tempdir().expect("a folder");
+        let [begun, go] = ["begun", "go"].map(|name| place.path().join(name));
+        let shell = format!(
+            "shell = 'touch {}; until test -e {}; do sleep 0.01; done'",
+            begun.display(),
+            go.display()
+        );
+        let project = Project::new().stage("a", &shell);
+        let runner = Self::start(&project, place.path());
+        wait_until("it has the cores", || begun.exists());
+        HasAllCores { place, _project: project, runner }
+    }
+
+    fn start(project: &Project, place: &Path) -> Child {
+        let cores = std::thread::available_parallelism().expect("cores");
+        project.write("stages/pipeline.toml", &format!("[resources]\ncores = {cores}\n"));
+        let mut command = project.command(&["run", "stages"]);
+        command.env("XDG_RUNTIME_DIR", place).spawn().expect("started")
+    }
+
+    /// A run of a project that has looked at its command and waits for the cores.
+    fn makes_wait(&self, project: &Project) -> Child {
+        let runner = Self::start(project, self.place.path());
+        let locked = project.path("runs/cache/v1/actions.lock");
+        wait_until("the command is known", || locked.exists());
+        std::thread::sleep(Duration::from_millis(200));
+        runner
+    }
+
+    fn lets_go(&mut self) {
+        fs::write(self.place.path().join("go"), "").expect("written");
+        assert!(self.runner.wait().expect("waited for").success());
+    }
+}
+
+impl Drop for HasAllCores {
+    fn drop(&mut self) {
+        // A test that failed has not let go.
+        let _ = self.runner.kill();
+        let _ = self.runner.wait();
+    }
 }
 
 #[test]
