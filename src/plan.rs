@@ -36,6 +36,32 @@ pub struct OpenModel {
 }
 
 impl OpenModel {
+    /// A file of weights that was written since it was opened. With `by_name` also one
+    /// whose name means another file now: whoever opens it sees that one.
+    pub fn written(&self, by_name: bool) -> Option<String> {
+        let mut files = self.model.opened_files();
+        let written = files.find(|(path, file, facts)| {
+            let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
+            now.map_or(true, |now| Stamp::of(&now).is_written_since(&Stamp::of(facts)))
+        });
+        written.map(|(path, ..)| path.display().to_string())
+    }
+
+    /// What lies in the model's folder beside its weights.
+    fn files_beside(&self) -> Result<Vec<PathBuf>, SourceError> {
+        let folder = self.model.path();
+        if !folder.is_dir() {
+            return Ok(Vec::new());
+        }
+        let unreadable = |source| SourceError::File { path: folder.to_owned(), source };
+        let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let entries = entries.map_err(unreadable)?.into_iter();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.retain(|path| path.is_file() && !self.model.files().any(|weights| weights == path));
+        paths.sort();
+        Ok(paths)
+    }
+
     /// One digest over the names and contents of some tensors.
     fn digest(&self, names: &[String], stamps: &Stamps) -> blake3::Hash {
         let each: Vec<(&String, Option<blake3::Hash>)> =
@@ -289,47 +315,33 @@ impl<'a> Plan<'a> {
         Ok(Plan { pipeline, stages, id, project, stamps, force: false, folder })
     }
 
-    /// What an arm reads besides its model, as fields of its key: sites by their
-    /// hash, which `site` knows, files by their digest, generated tensors by their seed.
+    /// What an arm reads besides its model's weights: sites by their hash, which `site`
+    /// knows, files by their digest, generated tensors by their seed.
     ///
     /// # Errors
     /// What cannot be had: a site that is not made yet, or a file that is not there.
     pub fn sources(
         &self,
-        stage: &Stage,
+        prepared: &PreparedStage<'_>,
         arm: Arm,
         site: &dyn Fn(&InputRef) -> Option<String>,
-    ) -> Result<Vec<(String, String)>, SourceError> {
-        let stamps = self.stamps;
-        let digest = |path: &Path| match stamps.digest(path) {
-            Ok(digest) => Ok(digest.to_hex().to_string()),
-            Err(source) => Err(SourceError::File { path: path.to_owned(), source }),
-        };
-        let mut fields: Vec<(String, String)> = Vec::new();
-        let of_file = |name: &str, tensor: &FileTensor| {
-            let mut read = serde_json::json!(tensor);
-            // The content counts, wherever it lies.
-            read.as_object_mut().map(|read| read.remove("file"));
-            let digest = (name.to_owned(), digest(&tensor.file)?);
-            Ok::<_, SourceError>([digest, (format!("{name} tensor"), read.to_string())])
-        };
+    ) -> Result<Sources, SourceError> {
+        let (stage, stamps) = (prepared.stage, self.stamps);
+        let mut sources = Sources::default();
         if let Op::Gemm { x, w } = &stage.op {
-            fields.extend(of_file("x", x)?);
-            fields.extend(of_file("w", w)?);
+            sources.tensor("x", x, stamps)?;
+            sources.tensor("w", w, stamps)?;
         }
         for (name, input) in stage.op.inputs() {
             if matches!(stage.op, Op::Compare { .. }) && name != arm.name() {
                 continue;
             }
             match input {
-                Input::File(tensor) => fields.extend(of_file(name, tensor)?),
-                Input::Generated(made) => {
-                    fields.push((name.to_owned(), serde_json::json!(made).to_string()));
-                    continue;
-                }
+                Input::File(tensor) => sources.tensor(name, tensor, stamps)?,
+                Input::Generated(made) => sources.field(name, serde_json::json!(made)),
                 Input::Site(input) => {
                     let hash = site(input).ok_or_else(|| SourceError::NotYet(input.clone()))?;
-                    fields.push((name.to_owned(), hash));
+                    sources.field(name, hash);
                 }
             }
         }
@@ -339,16 +351,20 @@ impl<'a> Plan<'a> {
                 let seen = seen.map_err(|error| SourceError::Program(error.to_string()))?;
                 let mut walk = KeyWalk::new("external");
                 seen.describe(&external.program, &mut walk);
-                fields.extend(walk.fields().iter().skip(2).cloned());
-                fields.push(("version".to_owned(), external.version.clone()));
-                fields.push(("names".to_owned(), serde_json::json!(external.names).to_string()));
+                sources.fields.extend(walk.fields().iter().skip(2).cloned());
+                // It opens the model itself, and reads there what it likes.
+                let model = prepared.model.as_ref();
+                for file in model.map_or(Ok(Vec::new()), |model| model.files_beside())? {
+                    let name = file.file_name().unwrap_or_default().to_string_lossy();
+                    sources.file(&format!("model file {name}"), &file, stamps)?;
+                }
+                sources.field("version", &external.version);
+                sources.field("names", serde_json::json!(external.names));
             }
-            if arm == Arm::Emulated {
-                fields.extend(
-                    external
-                        .emulate
-                        .map(|engine| ("engine".to_owned(), serde_json::json!(engine).to_string())),
-                );
+            if arm == Arm::Emulated
+                && let Some(engine) = external.emulate
+            {
+                sources.field("engine", serde_json::json!(engine));
             }
         }
         // A product's emulated arm takes its schedule from what was recorded.
@@ -356,12 +372,11 @@ impl<'a> Plan<'a> {
         if let Some(recorded) = &stage.recorded
             && (arm == Arm::Recorded || identifies)
         {
-            fields.push(("recorded".to_owned(), digest(&recorded.file)?));
+            sources.file("recorded", &recorded.file, stamps)?;
             let Recorded { names, format, shape, .. } = recorded;
-            let read = serde_json::json!([names, format, shape]);
-            fields.push(("recorded tensors".to_owned(), read.to_string()));
+            sources.field("recorded tensors", serde_json::json!([names, format, shape]));
         }
-        Ok(fields)
+        Ok(sources)
     }
 
     /// The fields of an arm's action; `sources` are those of [`Plan::sources`].
@@ -369,7 +384,7 @@ impl<'a> Plan<'a> {
         &self,
         prepared: &PreparedStage<'_>,
         arm: Arm,
-        sources: &[(String, String)],
+        sources: &Sources,
         workshop: &dyn Workshop,
     ) -> KeyWalk {
         let PreparedStage { stage, model, tokens, .. } = prepared;
@@ -381,7 +396,7 @@ impl<'a> Plan<'a> {
             walk.field(&name, value);
         }
         walk.field("op", op_without_inputs(&stage.op));
-        for (name, value) in sources {
+        for (name, value) in &sources.fields {
             walk.field(name, value);
         }
         if matches!(stage.op, Op::Forward { .. } | Op::Embed { .. }) {
@@ -471,9 +486,9 @@ impl<'a> Plan<'a> {
 
     /// What was touched and has the same content, for the reason of a reuse.
     pub fn touched_files(&self, prepared: &PreparedStage<'_>) -> Vec<String> {
-        let model = prepared.model.iter().flat_map(|model| model.model.file_facts());
-        let touched = model.filter(|(_, facts)| self.stamps.touched(&Stamp::of(facts)));
-        touched.map(|(path, _)| path.display().to_string()).collect()
+        let model = prepared.model.iter().flat_map(|model| model.model.opened_files());
+        let touched = model.filter(|(_, _, facts)| self.stamps.touched(&Stamp::of(facts)));
+        touched.map(|(path, ..)| path.display().to_string()).collect()
     }
 
     /// What a run would do, item by item.
@@ -515,7 +530,7 @@ impl<'a> Plan<'a> {
                     line("unmeasured", reason, Vec::new());
                     continue;
                 }
-                let sources = match self.sources(stage, arm, &site) {
+                let sources = match self.sources(prepared, arm, &site) {
                     Ok(sources) => sources,
                     Err(error @ SourceError::NotYet(_)) => {
                         line("run", error.to_string(), Vec::new());
@@ -572,6 +587,52 @@ pub fn reused(action: &Action, touched: &[String]) -> String {
     match touched {
         [] => from,
         files => format!("{from}; touched, content same: {}", files.join(", ")),
+    }
+}
+
+/// What an arm reads besides its model's weights.
+#[derive(Default)]
+pub struct Sources {
+    /// As fields of its key.
+    pub fields: Vec<(String, String)>,
+    /// The files, each with its stamp from before it was read.
+    files: Vec<(PathBuf, Stamp)>,
+}
+
+impl Sources {
+    fn field(&mut self, name: &str, value: impl std::fmt::Display) {
+        self.fields.push((name.to_owned(), value.to_string()));
+    }
+
+    fn file(&mut self, name: &str, path: &Path, stamps: &Stamps) -> Result<(), SourceError> {
+        let unreadable = |source| SourceError::File { path: path.to_owned(), source };
+        let stamp = Stamp::of(&std::fs::metadata(path).map_err(unreadable)?);
+        self.field(name, stamps.digest(path).map_err(unreadable)?.to_hex());
+        self.files.push((path.to_owned(), stamp));
+        Ok(())
+    }
+
+    fn tensor(
+        &mut self,
+        name: &str,
+        tensor: &FileTensor,
+        stamps: &Stamps,
+    ) -> Result<(), SourceError> {
+        self.file(name, &tensor.file, stamps)?;
+        let mut read = serde_json::json!(tensor);
+        // The content counts, wherever it lies.
+        read.as_object_mut().map(|read| read.remove("file"));
+        self.field(&format!("{name} tensor"), read);
+        Ok(())
+    }
+
+    /// A file that was written since these were looked at, or is gone.
+    pub fn written(&self) -> Option<&Path> {
+        let written = |(path, stamp): &&(PathBuf, Stamp)| {
+            let now = std::fs::metadata(path);
+            now.map_or(true, |now| Stamp::of(&now).is_written_since(stamp))
+        };
+        self.files.iter().find(written).map(|(path, _)| path.as_path())
     }
 }
 
@@ -682,4 +743,24 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_was_written_back_is_seen_and_one_that_was_touched_otherwise_is_not() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("x");
+        std::fs::write(&path, "1").expect("written");
+        let mut sources = Sources::default();
+        sources.file("x", &path, &Stamps::forgetful()).expect("read");
+        assert_eq!(sources.written(), None);
+        std::fs::hard_link(&path, folder.path().join("y")).expect("linked");
+        assert_eq!(sources.written(), None);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&path, "1").expect("written");
+        assert_eq!(sources.written(), Some(path.as_path()));
+    }
 }

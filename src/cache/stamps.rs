@@ -61,13 +61,24 @@ impl Stamp {
         [device, inode, size, modified as u64, changed as u64]
     }
 
-    /// Whether a change after `now` would show in the time of modification.
+    /// Whether a change after `now` would show in the times.
     pub fn settled(&self, now: i64) -> bool {
         const SECOND: i64 = 1_000_000_000;
+        // Who gives a file the times of another cannot choose when it was changed.
+        let last = self.modified.max(self.changed);
         // A whole second is what a coarse file system writes. Kernels count time in
         // ticks of at most 10 ms.
-        let grain = if self.modified % SECOND == 0 { 2 * SECOND } else { 20_000_000 };
-        now.saturating_sub(self.modified) > grain
+        let grain = if last % SECOND == 0 { 2 * SECOND } else { 20_000_000 };
+        now.saturating_sub(last) > grain
+    }
+
+    /// Whether the file was written, or is another one, since it had the earlier stamp.
+    /// Its name, its mode and the number of its links may have changed.
+    pub fn is_written_since(&self, earlier: &Stamp) -> bool {
+        let written = |Stamp { device, inode, size, modified, .. }: &Stamp| {
+            (*device, *inode, *size, *modified)
+        };
+        written(self) != written(earlier)
     }
 }
 
@@ -352,13 +363,11 @@ fn parse(line: &str) -> Option<(Part, Entry)> {
 mod tests {
     use super::*;
 
-    /// A file that was last changed long ago.
+    /// A file that was last changed long enough ago.
     fn old_file(folder: &Path, name: &str, content: &[u8]) -> PathBuf {
         let path = folder.join(name);
         std::fs::write(&path, content).expect("written");
-        let file = File::options().write(true).open(&path).expect("opened");
-        let earlier = SystemTime::now() - std::time::Duration::from_secs(100);
-        file.set_modified(earlier).expect("set");
+        std::thread::sleep(std::time::Duration::from_millis(30));
         path
     }
 

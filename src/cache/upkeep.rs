@@ -212,7 +212,7 @@ impl Store {
                 self.remove(&path, budget)?;
             }
         }
-        // Older runners kept their locks in a folder.
+        // Nobody reads them now. In `locks` older runners kept theirs.
         for folder in ["unchanged", "locks"] {
             for path in files_below(&self.root().join(folder))? {
                 self.remove(&path, budget)?;

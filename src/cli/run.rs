@@ -174,7 +174,9 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     let write_down = || {
         let stages = encoded(&record.stages)?;
         let note = || match finished.bug {
-            None => unchanged::note(&store, &plan, &record, &stages, workshop, began),
+            None => {
+                unchanged::note(&store, &plan, &record, &stages, &finished.made, workshop, began)
+            }
             Some(_) => None,
         };
         rayon::join(|| write_json(&head, &stages.join(SEPARATOR), &folder), note).0

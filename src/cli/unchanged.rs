@@ -21,10 +21,11 @@ use super::run::SEPARATOR;
 use crate::cache::{KeyWalk, Stamp, Store, seal_of, sealed, unsealed, write_whole};
 use crate::compute::arms::Workshop;
 use crate::executor::command;
-use crate::op::{Arm, Op, Recipe, Site};
+use crate::op::{Arm, InputRef, Op, Recipe, Site, StageId};
 use crate::plan::Plan;
 use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::is_of_drift;
+use crate::run::MadeByArm;
 use crate::verdict::Verdict;
 
 /// Above so many stages only those that did not pass are shown one by one.
@@ -123,13 +124,15 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
     Some(Unchanged { plan, folder, count, shown, families, json, verdict })
 }
 
-/// Writes down what a run looked at, and its stages, of which `encoded` is the JSON, unless something of it is too young to be
-/// known again, or the run did not go well.
+/// Writes down what a run looked at, and its stages, of which `encoded` is the JSON, unless
+/// something of it is too young to be known again or is not what `made` what it made any
+/// more, or the run did not go well.
 pub(super) fn note(
     store: &Store,
     plan: &Plan<'_>,
     record: &RunRecord,
     encoded: &[String],
+    made: &[BTreeMap<Arm, MadeByArm>],
     workshop: &dyn Workshop,
     started: i64,
 ) -> Option<()> {
@@ -145,7 +148,7 @@ pub(super) fn note(
         return None;
     }
     let place = place(store)?;
-    let looked_at = everything_looked_at(plan, started)?;
+    let looked_at = everything_looked_at(plan, made, workshop, started)?;
     let mut present = Vec::new();
     for arm in record.stages.iter().flat_map(|stage| stage.arms.values()) {
         present.extend(arm.object.as_ref().map(|object| store.object_path(object)));
@@ -269,8 +272,14 @@ fn variables(plan: &Plan<'_>) -> BTreeMap<String, Option<String>> {
 }
 
 /// All paths that decided what the run did, or nothing if one of them changed while
-/// it ran or so shortly before that it may have changed unseen.
-fn everything_looked_at(plan: &Plan<'_>, started: i64) -> Option<Vec<(PathBuf, [u64; 5])>> {
+/// it ran or so shortly before that it may have changed unseen. What the run read must
+/// still make the keys that it had: a link, or a folder above it, may lead elsewhere now.
+fn everything_looked_at(
+    plan: &Plan<'_>,
+    made: &[BTreeMap<Arm, MadeByArm>],
+    workshop: &dyn Workshop,
+    started: i64,
+) -> Option<Vec<(PathBuf, [u64; 5])>> {
     let mut seen: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
     let mut look = |path: &Path, known: &dyn Fn(&Stamp) -> bool| -> Option<()> {
         let path = std::path::absolute(path).ok()?;
@@ -303,17 +312,32 @@ fn everything_looked_at(plan: &Plan<'_>, started: i64) -> Option<Vec<(PathBuf, [
             look(&plan.project.join(output), &kept)?;
         }
     }
-    for prepared in &plan.stages {
+    let mut by_stage: BTreeMap<&StageId, &BTreeMap<Arm, MadeByArm>> = BTreeMap::new();
+    for (prepared, made) in plan.stages.iter().zip(made) {
         if let Op::Command(op) = &prepared.stage.op {
             let seen = command::look(op, &plan.project, plan.stamps).ok()?;
+            (made.get(&Arm::Command)?.key == plan.command_walk(op, &seen).key()).then_some(())?;
             for path in seen.looked_at() {
                 look(path, &young)?;
             }
+            continue;
         }
+        let site = |input: &InputRef| {
+            let sites = &by_stage.get(&input.stage)?.get(&Arm::Reference)?.sites;
+            let record = sites.iter().find(|record| record.site == input.site)?;
+            Some(record.blake3.clone())
+        };
+        for (arm, made) in made {
+            let sources = plan.sources(prepared, *arm, &site).ok()?;
+            let walk = plan.arm_walk(prepared, *arm, &sources, workshop);
+            (made.key == walk.key()).then_some(())?;
+        }
+        by_stage.insert(&prepared.stage.id, made);
         for file in prepared.stage.files() {
             look(file, &young)?;
         }
         let Some(model) = &prepared.model else { continue };
+        model.written(true).is_none().then_some(())?;
         let folder = model.model.path();
         look(folder, &young)?;
         for file in model.model.files() {

@@ -122,15 +122,16 @@ fn remove(folder: &Path) {
     }
 }
 
-/// Removes the folder of a whole run. It goes out of the way first, so that no run
-/// sees it without its lock. Then the lock is closed: a shared file system keeps a file
+/// Removes the folder of a whole run; whether it was there. It goes out of the way first,
+/// so that no run sees it without its lock. Then the lock is closed: a shared file system keeps a file
 /// that somebody has open under another name, and no folder with a file is removed.
-fn remove_run(folder: &Path, lock: Option<File>) {
+fn remove_run(folder: &Path, lock: Option<File>) -> bool {
     let name = entry_name(folder);
     let dead = folder.with_file_name(format!("{DEAD}{name}"));
     let moved = std::fs::rename(folder, &dead).is_ok();
     drop(lock);
     remove(if moved { &dead } else { folder });
+    moved
 }
 
 /// Removes the folders of runs that live no more, and gives their names.
@@ -148,7 +149,8 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
         }
         let (dead, lock) = match File::options().write(true).open(folder.join(LOCK)) {
             Ok(lock) => match lock.try_lock() {
-                Ok(()) => (true, Some(lock)),
+                // Between its making and its locking it is nobody's for a moment.
+                Ok(()) => (!name.starts_with(DRAFT) || is_old(&folder), Some(lock)),
                 Err(TryLockError::WouldBlock) => (false, None),
                 Err(TryLockError::Error(error)) if is_stale(&error) => (false, None),
                 Err(TryLockError::Error(error)) => return Err(error),
@@ -156,8 +158,8 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
             // Another run makes it in this moment, or died while it did.
             Err(_) => (is_old(&folder), None),
         };
-        if dead {
-            remove_run(&folder, lock);
+        // A run that ended meanwhile has taken it away itself.
+        if dead && remove_run(&folder, lock) {
             let name = name.strip_prefix(DRAFT).unwrap_or(&name);
             cleared.extend(name.split('.').next().map(str::to_owned));
         }
@@ -178,4 +180,45 @@ fn is_old(folder: &Path) -> bool {
     let changed = std::fs::metadata(folder).and_then(|facts| facts.modified());
     let age = changed.ok().and_then(|changed| changed.elapsed().ok());
     age.is_some_and(|age| age.as_secs() > 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_begin_at_once_do_not_take_each_other_for_dead() {
+        let root = tempfile::tempdir().expect("a folder");
+        let root = root.path();
+        std::thread::scope(|scope| {
+            for runner in 0..4 {
+                scope.spawn(move || {
+                    for run in 0..100 {
+                        let opened = Attempts::open(root, &format!("{runner}-{run}"));
+                        let (attempts, left) = opened.expect("a folder");
+                        assert_eq!(left, Vec::<String>::new());
+                        attempts.attempt().expect("a folder");
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(root).expect("a folder").count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_cleared_away_and_named() {
+        let root = tempfile::tempdir().expect("a folder");
+        for name in ["a.1", ".new-b.2", ".dead-c.3"] {
+            std::fs::create_dir(root.path().join(name)).expect("made");
+            let lock = root.path().join(name).join(LOCK);
+            File::create(lock).expect("made");
+            let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+            let folder = File::open(root.path().join(name)).expect("opened");
+            folder.set_modified(hour_ago).expect("set");
+        }
+        let (_attempts, mut left) = Attempts::open(root.path(), "d").expect("a folder");
+        left.sort();
+        assert_eq!(left, ["a", "b"]);
+        assert_eq!(std::fs::read_dir(root.path()).expect("a folder").count(), 1);
+    }
 }

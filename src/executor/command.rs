@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Attempts, ProcessError, Processes, Request, Status};
-use crate::cache::{CacheError, KeyWalk, Stamp, Stamps, Store};
+use crate::cache::{self, CacheError, KeyWalk, Stamp, Stamps, Store};
 use crate::op::Command;
 
 /// Where commands look for programs when nobody says where.
@@ -116,7 +116,10 @@ pub enum CommandError {
         project: PathBuf,
     },
     /// Somebody wrote its program, or an input, after it was looked at.
-    #[error("`{0}` changed while the command waited or ran; run again when nobody writes it")]
+    #[error(
+        "`{0}` changed while the command waited or ran; run again when nobody writes it, or, if the \
+         command writes into a folder that it reads, list the files that it reads"
+    )]
     Changed(String),
     /// It ended well and left something out.
     #[error("it ended with status {status} and did not write `{path}`{but}")]
@@ -201,6 +204,8 @@ pub struct Seen {
     program: PathBuf,
     /// Of the program, before it was read.
     program_stamp: Stamp,
+    /// When the look began.
+    began: i64,
     /// Folders in which it was looked for, where another could appear.
     searched: Vec<PathBuf>,
     program_digest: String,
@@ -219,11 +224,21 @@ struct Input {
     folders: Vec<(PathBuf, Stamp)>,
 }
 
+/// What became of a file since it was looked at.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Since {
+    Same,
+    /// Its content may be another one.
+    Touched,
+    Written,
+}
+
 /// Looks at everything that a command would see; runs nothing.
 ///
 /// # Errors
 /// If the program or an input is not there.
 pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, CommandError> {
+    let began = cache::now();
     let variable = |name: &str| std::env::var(name).ok();
     let listed: BTreeMap<String, Option<String>> =
         command.env.iter().map(|name| (name.clone(), variable(name))).collect();
@@ -249,6 +264,7 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
         program_digest: digest.to_hex().to_string(),
         program,
         program_stamp,
+        began,
         searched,
         env,
         listed,
@@ -275,20 +291,41 @@ impl Seen {
         self.inputs.iter().filter(touched).map(|input| input.path.clone()).collect()
     }
 
-    /// What is not what was looked at any more: the program, or an input.
-    pub fn changed(&self) -> Option<String> {
-        let changed = |path: &Path, stamp: &Stamp| {
-            let now = std::fs::metadata(path).map(|facts| Stamp::of(&facts));
-            now.ok().as_ref() != Some(stamp)
+    /// What is not what was looked at any more: the program, or an input. A file that was
+    /// written is, whatever stands in it now; one that was only touched, linked or looked at
+    /// when it was young is read again, and so is a folder in which something came or went.
+    pub fn changed(&self, tools: &Tools<'_>) -> Option<String> {
+        let since = |(path, stamp): &(PathBuf, Stamp)| match std::fs::metadata(path) {
+            Err(_) => Since::Written,
+            Ok(facts) if Stamp::of(&facts).is_written_since(stamp) => Since::Written,
+            Ok(facts) if Stamp::of(&facts) == *stamp && stamp.settled(self.began) => Since::Same,
+            Ok(_) => Since::Touched,
         };
-        if changed(&self.program, &self.program_stamp) {
+        let program = (self.program.clone(), self.program_stamp);
+        let same = match since(&program) {
+            Since::Same => true,
+            Since::Written => false,
+            Since::Touched => {
+                let digest = tools.stamps.digest(&self.program);
+                digest.is_ok_and(|digest| digest.to_hex().as_str() == self.program_digest)
+            }
+        };
+        if !same {
             return Some(self.program.display().to_string());
         }
-        let input = self.inputs.iter().find(|input| {
-            let mut all = input.files.iter().chain(&input.folders);
-            all.any(|(path, stamp)| changed(path, stamp))
-        });
-        input.map(|input| input.path.clone())
+        let is_another = |input: &&Input| {
+            let files = input.files.iter().map(since).max().unwrap_or(Since::Same);
+            let folders = input.folders.iter().map(since).any(|since| since != Since::Same);
+            match files {
+                Since::Same if !folders => false,
+                Since::Written => true,
+                Since::Same | Since::Touched => {
+                    let now = look_at_input(&input.path, tools.project, tools.stamps);
+                    !now.is_ok_and(|now| now.digest == input.digest)
+                }
+            }
+        };
+        self.inputs.iter().find(is_another).map(|input| input.path.clone())
     }
 
     /// The program's file.
@@ -327,9 +364,8 @@ impl Seen {
 }
 
 /// Runs a command, again if it fails, as often as it may, and takes its files into the
-/// store and to their places. Of the machine's GPUs it sees `gpus`, if any were handed
-/// out to it. `ended` is told when no program will run any more and the rest is to be
-/// tidied up.
+/// store. Of the machine's GPUs it sees `gpus`, if any were handed out to it. `ended` is
+/// told when its program has ended, unless that may be tried again.
 ///
 /// # Errors
 /// If it did not end by itself, did not keep its promises, or what it had seen changed.
@@ -351,7 +387,6 @@ pub fn carry_out(
         Err(error) => error.is_the_programs().then(|| error.to_string()),
     });
     let (record, seconds) = outcome?;
-    put_in_place(&record, tools)?;
     Ok((CommandRecord { flaky, ..record }, seconds))
 }
 
@@ -396,7 +431,7 @@ fn once(
             return Err(CommandError::Killed { signal, hint });
         }
     };
-    if let Some(changed) = seen.changed() {
+    if let Some(changed) = seen.changed(tools) {
         return Err(CommandError::Changed(changed));
     }
     let accepted = command.accepts.contains(&status);
@@ -433,7 +468,11 @@ pub fn restore(
     Ok(Some(wrong.into_iter().map(|output| output.path.clone()).collect()))
 }
 
-fn put_in_place(record: &CommandRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
+/// The same for a record whose files the store has taken just now.
+///
+/// # Errors
+/// If a place cannot be written.
+pub fn put_in_place(record: &CommandRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
     // What has the right content is left alone: whoever watches it sees no change.
     let mut wrong = record.outputs.iter().filter(|output| !stands(output, tools));
     wrong.try_for_each(|output| put_one_in_place(output, tools))
@@ -505,7 +544,7 @@ fn take_output(
     Ok(FileRecord { path: path.to_owned(), size: facts.len(), blake3: digest, executable })
 }
 
-pub(super) fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
+fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
     let size = std::fs::metadata(file).map_err(|source| io("read", file, source))?.len();
     if size == 0 { Ok(None) } else { Ok(Some(tools.store.adopt(file)?)) }
 }

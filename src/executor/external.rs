@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::command::{CommandError, Flaky, Seen, Tools, lay_out, take_log, tried};
+use super::command::{CommandError, Flaky, Seen, Tools, lay_out, tried};
 use super::{Attempt, Request, Status};
 use crate::op::External;
 
@@ -54,10 +54,6 @@ pub struct Left {
     pub tensors: PathBuf,
     /// What went wrong before it went well.
     pub flaky: Option<Flaky>,
-    /// What it said, by hash in the cache.
-    pub stdout: Option<String>,
-    /// As `stdout`.
-    pub stderr: Option<String>,
 }
 
 /// What a program is asked.
@@ -147,13 +143,7 @@ fn once(
     if !std::fs::symlink_metadata(&tensors).is_ok_and(|facts| facts.is_file()) {
         return Err(ExternalError::Nothing(said()));
     }
-    Ok(Left {
-        tensors,
-        flaky: None,
-        stdout: take_log(&attempt.stdout(), tools)?,
-        stderr: take_log(&attempt.stderr(), tools)?,
-        _attempt: attempt,
-    })
+    Ok(Left { tensors, flaky: None, _attempt: attempt })
 }
 
 /// The last line of a log.

@@ -19,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
 use std::io::Read;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -98,8 +97,7 @@ impl Model {
     /// safetensors.
     ///
     /// The files are mapped. Somebody who changes one while it is open changes the
-    /// tensors under the program, see [`Model::written_since_opened`], and one who
-    /// truncates it ends the program.
+    /// tensors under the program, and one who truncates it ends the program.
     pub fn open(path: &Path) -> Result<Model, ModelError> {
         let metadata = std::fs::metadata(path).map_err(|source| io("open", path, source))?;
         if metadata.is_dir() {
@@ -294,28 +292,10 @@ impl Model {
         Weight::new(name, place.kind, place.rows, place.width, bytes)
     }
 
-    /// The files that hold the weights, with what the file system said of them.
-    pub fn file_facts(&self) -> impl Iterator<Item = (&Path, &Metadata)> {
-        self.files
-            .iter()
-            .filter_map(|file| Some((file.path.as_path(), &file.opened.as_ref()?.facts)))
-    }
-
-    /// A file of weights that was written since it was opened, or is gone. With `by_name`
-    /// also one whose name means another file now, which others see who open it.
-    pub fn written_since_opened(&self, by_name: bool) -> Option<&Path> {
-        let written = |MappedFile { path, opened, .. }: &MappedFile| {
-            let Some(OpenedFile { file, facts }) = opened else { return false };
-            let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
-            let content = |facts: &Metadata| {
-                [facts.dev(), facts.ino(), facts.size()]
-                    .map(u64::cast_signed)
-                    .into_iter()
-                    .chain([facts.mtime(), facts.mtime_nsec()])
-            };
-            !now.is_ok_and(|now| content(&now).eq(content(facts)))
-        };
-        self.files.iter().find(|file| written(file)).map(|file| file.path.as_path())
+    /// The opened files of the weights, with what the file system said of them then.
+    pub fn opened_files(&self) -> impl Iterator<Item = (&Path, &File, &Metadata)> {
+        let opened = self.files.iter().filter_map(|file| Some((&file.path, file.opened.as_ref()?)));
+        opened.map(|(path, OpenedFile { file, facts })| (path.as_path(), file, facts))
     }
 
     /// Where the tensor of this canonical name comes from, if it comes from a file.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::de::DeserializeOwned;
@@ -23,7 +23,7 @@ use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
 use crate::model::Model;
 use crate::op::{self, Arm, Input, InputRef, Op, Site};
-use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, reused};
+use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
 use crate::record::ArmState;
 use crate::tensor::Tensor;
 use crate::tensor_file;
@@ -154,6 +154,8 @@ impl Bench<'_> {
             return reuse(action);
         }
         let slots = self.take_slots(arm)?;
+        // Now rather than after all the work, if that waited long.
+        self.check_unchanged(arm, inputs, walk.fields(), &sources)?;
         let started = Instant::now();
         let output = match self.output_at_hand(arm, inputs, &slots)? {
             Some(output) => output,
@@ -176,7 +178,7 @@ impl Bench<'_> {
             }
         };
         let seconds = started.elapsed().as_secs_f64();
-        self.check_unchanged(arm, inputs, walk.fields())?;
+        self.check_unchanged(arm, inputs, walk.fields(), &sources)?;
         let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
         let mut why = why;
@@ -186,34 +188,42 @@ impl Bench<'_> {
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
     }
 
-    fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Vec<(String, String)>, SourceError> {
+    fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Sources, SourceError> {
         let site = |input: &InputRef| {
             let (_, stored) = inputs.iter().find(|(supplied, _)| supplied == input)?;
             site_hash(input, stored).ok()
         };
-        self.plan.sources(self.prepared.stage, arm, &site)
+        self.plan.sources(self.prepared, arm, &site)
     }
 
-    /// Refuses what an arm, or a measure of it, was made of if that is not any more what
-    /// the fields of its key say: files are read later than they are looked at.
+    /// Refuses what an arm, or a measure of it, is made of if that is not what the fields
+    /// of its key say, or was written since `sources` were looked at: files are read later
+    /// than that.
     fn check_unchanged(
         &self,
         arm: Arm,
         inputs: &Supplies,
         fields: &[(String, String)],
+        sources: &Sources,
     ) -> Result<(), Failure> {
-        let model = self.prepared.model.as_ref().map(|open| &open.model);
         // A program opens the model's files itself.
-        let written = model.and_then(|model| model.written_since_opened(arm == Arm::External));
-        let written = written.map(|path| path.display().to_string());
-        let changed = match written {
-            Some(file) => Some(file),
-            None => {
-                let mut now = self.sources(arm, inputs)?.into_iter();
-                now.find(|source| !fields.contains(source)).map(|(name, _)| name)
+        let by_name = arm == Arm::External;
+        let written = self.prepared.model.as_ref().and_then(|model| model.written(by_name));
+        let written = written.or_else(|| sources.written().map(|path| path.display().to_string()));
+        if let Some(file) = written {
+            return Err(Failure::Changed(file));
+        }
+        let now = match self.sources(arm, inputs) {
+            // It was there before.
+            Err(SourceError::File { path, .. }) => {
+                return Err(Failure::Changed(path.display().to_string()));
             }
+            now => now?.fields,
         };
-        changed.map_or(Ok(()), |changed| Err(Failure::Changed(changed)))
+        match now.into_iter().find(|source| !fields.contains(source)) {
+            Some((name, _)) => Err(Failure::Changed(name)),
+            None => Ok(()),
+        }
     }
 
     /// What an arm makes without a model: tensors that are read, and products of
@@ -292,6 +302,9 @@ impl Bench<'_> {
             largest: (64 << 20) + 8 * (rows * widths) as u64,
         };
         let left = external::ask(external, &seen, &asked, &tools)?;
+        if let Some(changed) = seen.changed(&tools) {
+            return Err(Failure::Changed(changed));
+        }
         let from = op::Recorded {
             file: left.tensors.clone(),
             names: external.names.clone(),
@@ -376,13 +389,19 @@ impl Bench<'_> {
         op: &op::Command,
         tell: &mut (dyn FnMut(News) + Send),
     ) -> Result<Outcome, Failure> {
-        const LOOKS: usize = 3;
-        let mut look = 1;
+        // Somebody who writes it all the time does not let it start.
+        const QUICK_LOOKS: usize = 3;
+        const QUICK: Duration = Duration::from_secs(1);
+        let mut quick = 0;
         loop {
-            match self.command_as_seen(op, tell)? {
+            let began = Instant::now();
+            let changed = match self.command_as_seen(op, tell)? {
                 Ok(outcome) => return Ok(outcome),
-                Err(changed) if look == LOOKS => return Err(CommandError::Changed(changed).into()),
-                Err(_) => look += 1,
+                Err(changed) => changed,
+            };
+            quick += usize::from(began.elapsed() < QUICK);
+            if quick == QUICK_LOOKS {
+                return Err(CommandError::Changed(changed).into());
             }
         }
     }
@@ -407,7 +426,7 @@ impl Bench<'_> {
         }
         // Held until its outputs are in their places: all of this is its work.
         let slots = self.take_slots(Arm::Command)?;
-        if let Some(changed) = seen.changed() {
+        if let Some(changed) = seen.changed(&tools) {
             return Ok(Err(changed));
         }
         let mut ended = || tell(News::ProgramEnded);
@@ -430,6 +449,10 @@ impl Bench<'_> {
             true => self.store.save(new)?,
             false => Action::unsaved(&walk, run, created, new.payload),
         };
+        // Kept first: where a place cannot be written now, the next run only puts them there.
+        if let Some(record) = &payload.command {
+            command::put_in_place(record, &tools)?;
+        }
         let stored = Box::new(Stored { action, payload, output: None });
         Ok(Ok(Outcome::Arm { stored, state: ArmState::Ran, why }))
     }
@@ -492,19 +515,21 @@ impl Bench<'_> {
             return Ok(Outcome::Measures(Box::new(said_by(&action)?)));
         }
         let started = Instant::now();
+        let stage = self.prepared.stage;
         let (mut outputs, mut keyed) = (BTreeMap::new(), Vec::new());
         for (arm, stored) in results {
+            // Measuring reads the model and the op's inputs, not what others made of them.
+            if stage.op.reads_model() && !matches!(arm, Arm::External | Arm::Recorded) {
+                keyed.push((arm, stored.action.fields.clone(), self.sources(arm, inputs)?));
+            }
             outputs.insert(arm, self.output_of(&stored)?);
-            keyed.push((arm, stored.action.fields));
         }
-        let stage = self.prepared.stage;
         let measures = if stage.op.reads_model() {
             let read = self.input_tensors(inputs)?;
             let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
             let measures = measure_stage(&self.task(&read)?, &stage.recipe, engine, &outputs)?;
-            // It reads what every arm but a program reads.
-            for (arm, fields) in keyed.iter().filter(|(arm, _)| *arm != Arm::External) {
-                self.check_unchanged(*arm, inputs, fields)?;
+            for (arm, fields, sources) in &keyed {
+                self.check_unchanged(*arm, inputs, fields, sources)?;
             }
             measures
         } else {

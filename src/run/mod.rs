@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::cache::Store;
+use crate::cache::{Key, Store};
 use crate::compare::{StageMeasures, fit};
 use crate::compute::ComputeError;
 use crate::compute::arms::Workshop;
@@ -20,7 +20,7 @@ use crate::executor::command::{self, CommandRecord};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
-use crate::plan::{Plan, PreparedStage};
+use crate::plan::{Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::verdict::{Verdict, judge, reason};
 
@@ -55,10 +55,21 @@ pub struct Options<'a> {
 pub struct Finished {
     /// The judged stages, in order.
     pub stages: Vec<StageRecord>,
+    /// What the arms of each stage of the plan made, judged or not.
+    pub made: Vec<BTreeMap<Arm, MadeByArm>>,
     /// Whether the user stopped it.
     pub interrupted: bool,
     /// What a panic of ours said.
     pub bug: Option<String>,
+}
+
+/// What an arm made.
+#[derive(Debug)]
+pub struct MadeByArm {
+    /// Its action's key.
+    pub key: Key,
+    /// Its tensors.
+    pub sites: Vec<SiteRecord>,
 }
 
 /// What a job does.
@@ -117,8 +128,15 @@ struct Progress {
 pub fn run(plan: &Plan<'_>, store: &Store, options: &Options<'_>, sink: &mut dyn Sink) -> Finished {
     let mut engine = Engine::new(plan, store, options);
     engine.run(sink);
-    let stages = engine.progress.into_iter().filter_map(|progress| progress.record).collect();
-    Finished { stages, interrupted: interrupt::requested(), bug: engine.bug }
+    let of_stage = |Progress { record, results, .. }: Progress| {
+        let made = results.into_iter().map(|(arm, Stored { action, payload, .. })| {
+            (arm, MadeByArm { key: action.key, sites: payload.sites })
+        });
+        (record, made.collect())
+    };
+    let (records, made): (Vec<_>, _) = engine.progress.into_iter().map(of_stage).unzip();
+    let stages = records.into_iter().flatten().collect();
+    Finished { stages, made, interrupted: interrupt::requested(), bug: engine.bug }
 }
 
 struct Engine<'a> {
@@ -244,7 +262,7 @@ impl<'a> Engine<'a> {
     fn may_start(&self, at_hand: usize) -> bool {
         let jobs = self.options.jobs;
         let beside = jobs > 1 && !self.options.fail_fast;
-        let most_at_hand = if beside { 2 * jobs } else { jobs };
+        let most_at_hand = if beside { jobs.saturating_mul(2) } else { jobs };
         !interrupt::requested() && self.running < jobs && at_hand < most_at_hand
     }
 

@@ -255,23 +255,54 @@ fn what_is_no_result_is_an_error_in_words_and_is_tried_again() {
 
 #[test]
 fn what_changed_while_a_command_ran_leaves_no_result_under_the_old_name() {
-    let tool = |line: &str| format!("#!/bin/sh\n{line}\ncp in/a out\n");
     let lines = "argv = [\"./tool\"]\ninputs = [\"in\"]\noutputs = [\"out\"]";
-    for (line, words) in [("mv ROOT/new ROOT/tool", "tool` changed"), ("> in/b", "`in` changed")] {
-        let project = Project::new().file("in/a", "1").file("new", &tool("true")).stage("S", lines);
-        let old = tool(&line.replace("ROOT", &project.path("").display().to_string()));
-        for (name, text) in [("tool", old.as_str()), ("new", &tool("true"))] {
-            project.write(name, text);
-            project.executable(name);
-        }
+    let project = || {
+        let project = Project::new().file("in/a", "1").file("new", "#!/bin/sh\n");
+        let root = project.path("").display().to_string();
+        // What it does beside its work is not in its key.
+        let tool = format!("#!/bin/sh\ncd {root}; . ./aside; cp in/a $OLDPWD/out\n");
+        project.write("tool", &tool);
+        ["tool", "new"].iter().for_each(|name| project.executable(name));
+        project.stage("S", lines)
+    };
+    let writes = [
+        ("mv new tool", "tool` changed"),
+        ("> in/b", "`in` changed"),
+        ("cp in/a keep; echo 2 > in/a; cp keep in/a", "`in` changed"),
+        ("cp in/a b; mv b in/a", "`in` changed"),
+    ];
+    for (aside, words) in writes {
+        let project = project();
+        let old = project.read("tool");
+        project.write("aside", aside);
         project.run().expect(4, words);
-        assert!(!project.path("out").exists(), "{line}");
-        // As it was: the same key.
-        project.write("tool", &old.replace("mv ", "true ").replace("> in/b", "true"));
+        assert!(!project.path("out").exists(), "{aside}");
+        project.write("aside", "");
+        project.write("tool", &old);
         let _ = fs::remove_file(project.path("in/b"));
         let again = project.run().expect(0, "run: pass");
-        assert!(again.err.contains("ran in"), "{}", again.err);
+        assert!(again.err.contains("ran in"), "{aside}: {}", again.err);
     }
+    let harmless =
+        ["ln tool another; cp -al in links", "touch in/lock; rm in/lock", "chmod 600 in/a"];
+    for aside in harmless {
+        let project = project();
+        project.write("aside", aside);
+        project.run().expect(0, "wrote out");
+        project.run().expect(0, "everything was reused");
+    }
+}
+
+#[test]
+fn a_result_is_kept_although_its_file_cannot_be_put_in_its_place() {
+    let project = Project::new();
+    let lines = format!("{}\noutputs = [\"out\"]", marking(&project, "echo 1 > out"));
+    let project = project.stage("S", &lines);
+    fs::create_dir(project.path("out")).expect("made");
+    project.run().expect(4, "out");
+    fs::remove_dir(project.path("out")).expect("removed");
+    project.run().expect(0, "put back: out");
+    assert_eq!((project.read("out").as_str(), marks(&project)), ("1\n", 1));
 }
 
 #[test]
@@ -374,7 +405,8 @@ impl Drop for HasAllCores {
 
 #[test]
 fn an_input_that_somebody_writes_all_the_time_is_an_error_and_not_waited_for_for_ever() {
-    let project = Project::new().file("in", "0").stage("S", "shell = 'cat in'\ninputs = [\"in\"]");
+    let project =
+        Project::new().file("in", "0").stage("S", "shell = 'sleep 0.3; cat in'\ninputs = [\"in\"]");
     let (input, over) = (project.path("in"), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -3,7 +3,11 @@
 
 use std::fs;
 
+use runner::model::synthetic::Preset;
+
 use crate::command::Project;
+use crate::hugging_face::write_folder;
+use crate::model::{open, synthetic_file};
 use crate::single::{claim, project, stage, tensors};
 
 const PROGRAM: &str = r#"
@@ -133,6 +137,35 @@ fn a_program_that_fails_is_bounded_reported_and_not_kept() {
     tensors(&project, "good.safetensors", &[("other", [4, 1024], vec![0.5; 4096])]);
     fails(COPY, "has no tensor `logits`; it has `other` f32 [4, 1024]");
     project.runner(&["plan", "stages"]).expect(0, "X external run no result of it is known here");
+}
+
+#[test]
+fn what_was_written_back_before_a_program_ended_is_no_input_of_its() {
+    let script = format!("cat data > saved; echo 2 > data; cat saved > data; {COPY}");
+    let project = with_adapter(FORWARD, &script).file("data", "1");
+    let text = project.read("stages/x.toml").replace("\"good", "\"data\", \"good");
+    project.write("stages/x.toml", &text);
+    project.run().expect(4, "data` changed while it was used");
+    assert_eq!(project.read("data"), "1");
+}
+
+#[test]
+fn what_lies_beside_a_models_weights_is_in_the_key_of_a_program_that_opens_the_model() {
+    let project = with_adapter(FORWARD, COPY);
+    let folder = project.path("folder");
+    fs::create_dir(&folder).expect("made");
+    write_folder(&open(&synthetic_file(Preset::Qwen2Tiny)).expect("a model"), &folder, |_| {});
+    let run = |arguments: &[&str]| {
+        project.runner(&[arguments, &["stages", "--model", "folder"]].concat())
+    };
+    run(&["run"]).expect(0, "run: pass");
+    run(&["run"]).expect(0, "everything was reused");
+    let config = fs::read_to_string(folder.join("config.json")).expect("read");
+    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    config["torch_dtype"] = "bfloat16".into();
+    fs::write(folder.join("config.json"), config.to_string()).expect("written");
+    let plan = run(&["plan"]).expect(0, "X external run model file config.json");
+    plan.expect(0, "X emulated reuse");
 }
 
 #[test]

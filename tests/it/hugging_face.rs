@@ -80,7 +80,7 @@ fn hf_config(model: &Model) -> serde_json::Value {
     })
 }
 
-fn write_folder(model: &Model, folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+pub fn write_folder(model: &Model, folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
     let mut config = hf_config(model);
     change(&mut config);
     fs::write(folder.join("config.json"), config.to_string()).unwrap();

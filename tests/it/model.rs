@@ -1,9 +1,11 @@
 //! Models: files become checked hyperparameters, tensors and tokens, or a clear error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Cursor;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Barrier;
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -141,6 +143,22 @@ fn a_cached_synthetic_model_is_reused_and_a_broken_one_replaced() {
     synthetic::ensure(Preset::Qwen2Tiny, 1, folder.path()).unwrap();
     assert!(fs::read(&path).unwrap() == synthetic_file(Preset::Qwen2Tiny));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+}
+
+#[test]
+fn runners_that_make_one_synthetic_model_at_once_read_one_file() {
+    let store = tempfile::tempdir().unwrap();
+    let start = Barrier::new(8);
+    let make = || {
+        start.wait();
+        let path = synthetic::ensure(Preset::Qwen2Tiny, 1, store.path()).unwrap();
+        fs::metadata(path).unwrap().ino()
+    };
+    let inodes: BTreeSet<u64> = std::thread::scope(|scope| {
+        let runners: Vec<_> = (0..8).map(|_| scope.spawn(make)).collect();
+        runners.into_iter().map(|runner| runner.join().unwrap()).collect()
+    });
+    assert_eq!(inodes.len(), 1);
 }
 
 #[test]

@@ -133,14 +133,20 @@ impl fmt::Display for Preset {
 pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, ModelError> {
     let path = cache_dir.join(format!("{preset}-seed{seed}-v{GENERATOR_VERSION}.gguf"));
     // Opening checks every tensor's place against the file's length.
-    if path.exists() && Model::open(&path).is_ok() {
+    let is_whole = || path.exists() && Model::open(&path).is_ok();
+    if is_whole() {
         return Ok(path);
     }
     let failed = |error| io_error("make the synthetic model", &path, error);
     std::fs::create_dir_all(cache_dir).map_err(failed)?;
     let mut file = temporary_file(cache_dir).map_err(failed)?;
     write(preset, seed, file.as_file_mut()).map_err(failed)?;
-    file.persist(&path).map_err(|error| failed(error.error))?;
+    // Another runner may have made it meanwhile, and read it already.
+    if let Err(unmoved) = file.persist_noclobber(&path)
+        && !is_whole()
+    {
+        unmoved.file.persist(&path).map_err(|error| failed(error.error))?;
+    }
     Ok(path)
 }
 
