@@ -1,8 +1,8 @@
 //! Folders of attempts: one for each item while it is worked at, gone afterwards.
 //!
 //! ```text
-//! attempts/<run>.<pid>/lock       held while the run lives
-//!                     /<number>/work, tmp, stdout, stderr
+//! attempts/<run>.<pid>/lock                                held while the run lives
+//!                     /<number>.work, .tmp, .stdout, .stderr
 //! ```
 //! A run holds the lock of its own folder for as long as it lives; a folder whose
 //! lock is free was left behind by a run that was killed.
@@ -20,9 +20,11 @@ pub struct Attempts {
     last: AtomicU64,
 }
 
-/// The folder of one attempt; removed when it goes out of scope.
+/// The places of one attempt, side by side: a folder around them would be one more to make
+/// and to remove, which costs as much as a short program. They go when this goes out of scope.
 pub struct Attempt {
-    folder: PathBuf,
+    /// What stands before the dot of their names.
+    stem: PathBuf,
 }
 
 /// The file that a run keeps locked.
@@ -53,15 +55,13 @@ impl Attempts {
         Ok((Attempts { folder, lock: Some(lock), last: AtomicU64::new(0) }, left))
     }
 
-    /// A folder with nothing in it but places to work.
+    /// New places to work, with nothing in them.
     ///
     /// # Errors
-    /// If it cannot be made.
+    /// If they cannot be made.
     pub fn attempt(&self) -> std::io::Result<Attempt> {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        let folder = self.folder.join(number.to_string());
-        std::fs::create_dir(&folder)?;
-        let attempt = Attempt { folder };
+        let attempt = Attempt { stem: self.folder.join(number.to_string()) };
         std::fs::create_dir(attempt.work())?;
         std::fs::create_dir(attempt.temporary())?;
         Ok(attempt)
@@ -77,28 +77,37 @@ impl Drop for Attempts {
 impl Attempt {
     /// Where its program works, with an absolute path.
     pub fn work(&self) -> PathBuf {
-        self.folder.join("work")
+        self.stem.with_extension("work")
     }
 
     /// Where its program has its temporary files.
     pub fn temporary(&self) -> PathBuf {
-        self.folder.join("tmp")
+        self.stem.with_extension("tmp")
     }
 
     /// What its program says.
     pub fn stdout(&self) -> PathBuf {
-        self.folder.join("stdout")
+        self.stem.with_extension("stdout")
     }
 
     /// What its program says of itself.
     pub fn stderr(&self) -> PathBuf {
-        self.folder.join("stderr")
+        self.stem.with_extension("stderr")
     }
 }
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        remove(&self.folder);
+        for file in [self.stdout(), self.stderr()] {
+            // The store may have taken it, or no program have been started.
+            let _ = std::fs::remove_file(file);
+        }
+        for folder in [self.work(), self.temporary()] {
+            // What is not empty is cleared first.
+            if std::fs::remove_dir(&folder).is_err() {
+                remove(&folder);
+            }
+        }
     }
 }
 
