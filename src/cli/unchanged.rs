@@ -125,8 +125,8 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
 }
 
 /// Writes down what a run looked at, and its stages, of which `encoded` is the JSON, unless
-/// something of it is too young to be known again or is not what `made` what it made any
-/// more, or the run did not go well.
+/// something of it is too young to be known again or no longer makes the keys that are in
+/// `made`, or the run did not go well.
 pub(super) fn note(
     store: &Store,
     plan: &Plan<'_>,

@@ -389,31 +389,33 @@ impl Bench<'_> {
         op: &op::Command,
         tell: &mut (dyn FnMut(News) + Send),
     ) -> Result<Outcome, Failure> {
-        // Somebody who writes it all the time does not let it start.
-        const QUICK_LOOKS: usize = 3;
-        const QUICK: Duration = Duration::from_secs(1);
-        let mut quick = 0;
+        // What changed although nothing was waited for is written all the time, and would
+        // never let it start.
+        const LOOKS: usize = 3;
+        const NO_WAIT: Duration = Duration::from_secs(1);
+        let mut without_wait = 0;
         loop {
-            let began = Instant::now();
-            let changed = match self.command_as_seen(op, tell)? {
+            let (changed, waited) = match self.command_as_seen(op, tell)? {
                 Ok(outcome) => return Ok(outcome),
                 Err(changed) => changed,
             };
-            quick += usize::from(began.elapsed() < QUICK);
-            if quick == QUICK_LOOKS {
+            without_wait += usize::from(waited < NO_WAIT);
+            if without_wait == LOOKS {
                 return Err(CommandError::Changed(changed).into());
             }
         }
     }
 
-    /// The same, or what of that which it would see changed while it waited for its turn.
+    /// The same, or what of that which it would see changed while it waited for its turn,
+    /// and for how long it did.
     fn command_as_seen(
         &self,
         op: &op::Command,
         tell: &mut (dyn FnMut(News) + Send),
-    ) -> Result<Result<Outcome, String>, Failure> {
+    ) -> Result<Result<Outcome, (String, Duration)>, Failure> {
         let tools = self.tools();
         let seen = command::look(op, tools.project, tools.stamps)?;
+        let looked = Instant::now();
         let walk = self.plan.command_walk(op, &seen);
         if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
             return Ok(Ok(outcome));
@@ -427,7 +429,7 @@ impl Bench<'_> {
         // Held until its outputs are in their places: all of this is its work.
         let slots = self.take_slots(Arm::Command)?;
         if let Some(changed) = seen.changed(&tools) {
-            return Ok(Err(changed));
+            return Ok(Err((changed, looked.elapsed())));
         }
         let mut ended = || tell(News::ProgramEnded);
         let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools, &mut ended)?;
