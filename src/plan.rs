@@ -358,6 +358,11 @@ impl<'a> Plan<'a> {
                     let name = file.file_name().unwrap_or_default().to_string_lossy();
                     sources.file(&format!("model file {name}"), &file, stamps)?;
                 }
+                // It is told both whatever it is asked for.
+                sources.field("prompt", serde_json::json!(prepared.tokens));
+                if let Some(model) = model {
+                    sources.field("parameters", model.model.config().parameters());
+                }
                 sources.field("version", &external.version);
                 sources.field("names", serde_json::json!(external.names));
             }

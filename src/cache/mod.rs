@@ -13,5 +13,7 @@ mod upkeep;
 pub use key::{Key, KeyWalk};
 pub use stamps::{Stamp, Stamps, now};
 pub(crate) use store::write_whole;
-pub use store::{Action, ActionLock, CacheError, NewAction, Store, seal_of, sealed, unsealed};
+pub use store::{
+    Action, ActionLock, CacheError, NewAction, Store, is_draft, seal_of, sealed, unsealed,
+};
 pub use upkeep::{Budget, Cleared, Health, Held, Spare};

@@ -14,6 +14,7 @@
 //! their end, so what a power cut leaves behind is found and computed again.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -35,6 +36,8 @@ use crate::interrupt;
 const LATEST: &str = "latest.log";
 const IN_USE: &str = "in-use";
 const LOCKS: &str = "actions.lock";
+/// How the name of a file begins that is being written.
+const DRAFT: &str = ".writing-";
 /// Files smaller than this are copied without asking for shared blocks.
 const WORTH_SHARING: u64 = 64 << 10;
 
@@ -439,6 +442,11 @@ impl Store {
     }
 }
 
+/// Whether this is the name of a file that a runner is writing, and will give another name.
+pub fn is_draft(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(DRAFT.as_bytes())
+}
+
 /// The byte that stands for a key, to be locked: a file for each would have to be made
 /// and removed. Two keys with one byte would wait for each other; there are 2^60.
 fn byte_of(key: &Key) -> flock {
@@ -520,7 +528,7 @@ fn copy_whole(source: &Path, target: &Path, executable: bool) -> Result<(), Cach
     let folder = folder.unwrap_or(Path::new("."));
     let write = || {
         let mut from = File::open(source)?;
-        let mut draft = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
+        let mut draft = tempfile::Builder::new().prefix(DRAFT).tempfile_in(folder)?;
         let shared = from.metadata()?.len() >= WORTH_SHARING
             && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
         if !shared {
@@ -585,7 +593,7 @@ fn write_file(path: &Path, bytes: &[u8], flush: bool) -> Result<(), CacheError> 
         // For whoever the user's mask lets read it, unlike other temporary files.
         let readable = Permissions::from_mode(0o666);
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".writing-").permissions(readable);
+        builder.prefix(DRAFT).permissions(readable);
         let draft = || builder.tempfile_in(folder);
         let mut file = match draft() {
             Err(error) if error.kind() == ErrorKind::NotFound => {

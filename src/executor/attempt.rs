@@ -8,6 +8,7 @@
 //! lock is free was left behind by a run that was killed.
 
 use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -117,7 +118,7 @@ fn remove(folder: &Path) {
     for tried in 1.. {
         match std::fs::remove_dir_all(folder) {
             // Another run may be at it too.
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
                 // A process that is being killed may have made a file in this moment.
                 if tried < TRIES {
                     std::thread::sleep(Duration::from_millis(5));
@@ -165,7 +166,9 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
                 Err(TryLockError::Error(error)) => return Err(error),
             },
             // Another run makes it in this moment, or died while it did.
-            Err(_) => (is_old(&folder), None),
+            Err(error) if error.kind() == ErrorKind::NotFound => (is_old(&folder), None),
+            // Somebody else's, or out of reach for now.
+            Err(_) => (false, None),
         };
         // A run that ended meanwhile has taken it away itself.
         if dead && remove_run(&folder, lock) {
@@ -178,7 +181,7 @@ fn clear_dead(root: &Path) -> std::io::Result<Vec<String>> {
 
 /// Whether another machine removed the file after it was opened here.
 fn is_stale(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::StaleNetworkFileHandle
+    error.kind() == ErrorKind::StaleNetworkFileHandle
 }
 
 fn entry_name(path: &Path) -> String {

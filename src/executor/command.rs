@@ -448,6 +448,11 @@ fn once(
     Ok((record, outcome.seconds))
 }
 
+/// Whether all outputs of a record stand where they belong.
+pub fn is_in_place(record: &CommandRecord, project: &Path, stamps: &Stamps) -> bool {
+    record.outputs.iter().all(|output| stands(output, project, stamps))
+}
+
 /// Puts the outputs of a record where they belong, unless they stand there. Gives
 /// the paths of those that it put, or nothing if the store has lost one.
 ///
@@ -457,8 +462,11 @@ pub fn restore(
     record: &CommandRecord,
     tools: &Tools<'_>,
 ) -> Result<Option<Vec<String>>, CommandError> {
-    let wrong: Vec<&FileRecord> =
-        record.outputs.iter().filter(|output| !stands(output, tools)).collect();
+    let wrong: Vec<&FileRecord> = record
+        .outputs
+        .iter()
+        .filter(|output| !stands(output, tools.project, tools.stamps))
+        .collect();
     if !wrong.iter().all(|output| tools.store.has_blob(&output.blake3, tools.stamps)) {
         return Ok(None);
     }
@@ -474,18 +482,18 @@ pub fn restore(
 /// If a place cannot be written.
 pub fn put_in_place(record: &CommandRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
     // What has the right content is left alone: whoever watches it sees no change.
-    let mut wrong = record.outputs.iter().filter(|output| !stands(output, tools));
+    let mut wrong =
+        record.outputs.iter().filter(|output| !stands(output, tools.project, tools.stamps));
     wrong.try_for_each(|output| put_one_in_place(output, tools))
 }
 
-fn stands(output: &FileRecord, tools: &Tools<'_>) -> bool {
-    let path = tools.project.join(&output.path);
+fn stands(output: &FileRecord, project: &Path, stamps: &Stamps) -> bool {
+    let path = project.join(&output.path);
     let plain = std::fs::symlink_metadata(&path).is_ok_and(|facts| {
         let executable = facts.permissions().mode() & 0o100 != 0;
         facts.is_file() && facts.len() == output.size && executable == output.executable
     });
-    plain
-        && tools.stamps.digest(&path).is_ok_and(|digest| digest.to_hex().as_str() == output.blake3)
+    plain && stamps.digest(&path).is_ok_and(|digest| digest.to_hex().as_str() == output.blake3)
 }
 
 fn put_one_in_place(output: &FileRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
@@ -612,6 +620,8 @@ fn list_files(
     let entries: std::io::Result<Vec<_>> = std::fs::read_dir(folder)?.collect();
     let mut paths: Vec<PathBuf> = entries?.into_iter().map(|entry| entry.path()).collect();
     paths.sort();
+    // What a runner is writing there has no name yet.
+    paths.retain(|path| !path.file_name().is_some_and(cache::is_draft));
     for path in paths {
         let facts = std::fs::metadata(&path)?;
         if facts.is_dir() {

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::to_raw_value;
 
 use super::Options;
-use crate::cache::{Action, CacheError, KeyWalk, NewAction, Store};
+use crate::cache::{Action, ActionLock, CacheError, KeyWalk, NewAction, Store};
 use crate::compare::{StageMeasures, measure_arms, measure_outcome, measure_stage};
 use crate::compute::arms::{Output, Task, compute, input_width, site_names, tensors_read};
 use crate::compute::eight_bit::{self, EightBit};
@@ -364,9 +364,12 @@ impl Bench<'_> {
         self.plan.reusable(self.store, self.prepared.judged, walk)
     }
 
-    /// A command's earlier result with its outputs in their places, if it is whole.
+    /// A command's earlier result with its outputs in their places, if it is whole. Who
+    /// does not hold the action's lock leaves the places alone: another runner may be
+    /// putting the outputs there.
     fn reuse_command(
         &self,
+        lock: Option<&ActionLock>,
         walk: &KeyWalk,
         seen: &command::Seen,
         tools: &Tools<'_>,
@@ -374,6 +377,9 @@ impl Bench<'_> {
         let Some(action) = self.reusable(walk) else { return Ok(None) };
         let payload: ArmPayload = said_by(&action)?;
         let Some(record) = &payload.command else { return Ok(None) };
+        if lock.is_none() && !command::is_in_place(record, tools.project, tools.stamps) {
+            return Ok(None);
+        }
         let Some(restored) = command::restore(record, tools)? else { return Ok(None) };
         let mut why = reused(&action, &seen.touched(self.plan.stamps));
         if !restored.is_empty() {
@@ -415,21 +421,24 @@ impl Bench<'_> {
     ) -> Result<Result<Outcome, (String, Duration)>, Failure> {
         let tools = self.tools();
         let seen = command::look(op, tools.project, tools.stamps)?;
-        let looked = Instant::now();
         let walk = self.plan.command_walk(op, &seen);
-        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+        if let Some(outcome) = self.reuse_command(None, &walk, &seen, &tools)? {
             return Ok(Ok(outcome));
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
-        let _lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
+        let mut waits = Instant::now();
+        let lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
+        let mut waited = waits.elapsed();
         // Another runner may just have run it.
-        if let Some(outcome) = self.reuse_command(&walk, &seen, &tools)? {
+        if let Some(outcome) = self.reuse_command(Some(&lock), &walk, &seen, &tools)? {
             return Ok(Ok(outcome));
         }
         // Held until its outputs are in their places: all of this is its work.
+        waits = Instant::now();
         let slots = self.take_slots(Arm::Command)?;
+        waited += waits.elapsed();
         if let Some(changed) = seen.changed(&tools) {
-            return Ok(Err((changed, looked.elapsed())));
+            return Ok(Err((changed, waited)));
         }
         let mut ended = || tell(News::ProgramEnded);
         let (record, seconds) = command::carry_out(op, &seen, &slots.gpus, &tools, &mut ended)?;

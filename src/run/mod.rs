@@ -70,6 +70,8 @@ pub struct MadeByArm {
     pub key: Key,
     /// Its tensors.
     pub sites: Vec<SiteRecord>,
+    /// What became of it, if it is a command.
+    pub command: Option<CommandRecord>,
 }
 
 /// What a job does.
@@ -130,7 +132,7 @@ pub fn run(plan: &Plan<'_>, store: &Store, options: &Options<'_>, sink: &mut dyn
     engine.run(sink);
     let of_stage = |Progress { record, results, .. }: Progress| {
         let made = results.into_iter().map(|(arm, Stored { action, payload, .. })| {
-            (arm, MadeByArm { key: action.key, sites: payload.sites })
+            (arm, MadeByArm { key: action.key, sites: payload.sites, command: payload.command })
         });
         (record, made.collect())
     };

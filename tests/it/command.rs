@@ -205,6 +205,12 @@ fn a_status_is_judged_and_a_bad_one_is_no_result() {
         .expect(1, "the command of stage S ended with status 3");
     project.run().expect(1, "status 3");
     assert_eq!(marks(&project), 2, "a bad status is not replayed");
+    // Nor where no stage needs it and its files are old enough to be known again.
+    fs::remove_file(project.path("stages/T.toml")).expect("removed");
+    std::thread::sleep(Duration::from_millis(50));
+    project.run().expect(1, "status 3");
+    project.run().expect(1, "status 3");
+    assert_eq!(marks(&project), 4);
 }
 
 #[test]
@@ -275,6 +281,7 @@ fn what_changed_while_a_command_ran_leaves_no_result_under_the_old_name() {
         let project = project();
         let old = project.read("tool");
         project.write("aside", aside);
+        std::thread::sleep(Duration::from_millis(30));
         project.run().expect(4, words);
         assert!(!project.path("out").exists(), "{aside}");
         project.write("aside", "");

@@ -214,6 +214,19 @@ fn what_another_file_stands_for_when_the_run_ends_is_not_taken_for_what_it_read(
         assert_eq!(project.read("out"), "2\n", "{swap}");
     }
 
+    // The same for an output that somebody writes before the run ends.
+    let project = Project::new();
+    let root = project.path("").display().to_string();
+    let edits = format!("shell = 'cd {root} && echo 2 > out'\ninputs = [\"made\"]");
+    let project = project
+        .stage("a", "shell = 'echo 1 > out; echo 1 > made'\noutputs = [\"out\", \"made\"]")
+        .stage("b", &edits);
+    std::thread::sleep(Duration::from_millis(50));
+    project.run().expect(0, "run: pass");
+    assert_eq!(project.read("out"), "2\n");
+    project.run().expect(0, "put back: out");
+    assert_eq!(project.read("out"), "1\n");
+
     let project = on_a_model();
     let root = project.path("").display().to_string();
     let other = runner::model::synthetic::ensure(Preset::Qwen2Tiny, 2, &project.path("store"));
