@@ -103,6 +103,24 @@ fn two_runners_compute_an_action_once() {
     assert_eq!(project.read("mark"), "x\n");
 }
 
+#[test]
+fn an_output_that_one_runner_is_putting_in_its_place_is_left_to_it() {
+    let large = "shell = 'head -c 400000000 /dev/zero > out'\noutputs = [\"out\"]";
+    let project =
+        Project::new().stage("a", large).stage("b", "shell = 'sleep 0.5'\ninputs = [\"out\"]");
+    let start = || project.command(&["run", "stages"]).spawn().expect("started");
+    let mut first = start();
+    while files(project.path("runs/cache/v1/actions")).is_empty() {
+        assert!(first.try_wait().expect("asked").is_none());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // The result is known, and its copy is being made.
+    let mut second = start();
+    for runner in [&mut first, &mut second] {
+        assert!(runner.wait().expect("waited for").success());
+    }
+}
+
 /// A library that makes of a local file system a shared one, for who loads it before others.
 fn shared_file_system(folder: &std::path::Path) -> PathBuf {
     let library = folder.join("shared_file_system.so");
