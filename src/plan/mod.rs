@@ -7,10 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{self, Action, KeyWalk, Stamp, Stamps, Store};
+use crate::cache::{Action, KeyWalk, Stamp, Stamps, Store};
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, tensors_read};
 use crate::compute::forward::Greedy;
@@ -19,92 +18,16 @@ use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
 use crate::model::synthetic::{Preset, ensure};
-use crate::op::{self, Arm, FileTensor, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
+use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
+
+mod sources;
+
+pub use sources::{OpenModel, SourceError, Sources};
 
 /// The sources of the arms, digested by the build script.
 const ARMS_CODE: &str = env!("RUNNER_ARMS_CODE");
 /// The sources of the measures.
 const MEASURES_CODE: &str = env!("RUNNER_MEASURES_CODE");
-
-/// A model with the digests of the tensors that were asked for.
-pub struct OpenModel {
-    /// As the manifest names it.
-    pub source: String,
-    /// The model.
-    pub model: Model,
-    digests: Mutex<BTreeMap<String, blake3::Hash>>,
-}
-
-impl OpenModel {
-    /// A file of weights that was written since it was opened. With `by_name` also one
-    /// whose name means another file now: whoever opens it sees that one.
-    pub fn written(&self, by_name: bool) -> Option<String> {
-        let mut files = self.model.opened_files();
-        let written = files.find(|(path, file, facts)| {
-            let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
-            now.map_or(true, |now| Stamp::of(&now).is_written_since(&Stamp::of(facts)))
-        });
-        written.map(|(path, ..)| path.display().to_string())
-    }
-
-    /// What lies in the model's folder beside its weights.
-    fn files_beside(&self) -> Result<Vec<PathBuf>, SourceError> {
-        let folder = self.model.path();
-        if !folder.is_dir() {
-            return Ok(Vec::new());
-        }
-        let unreadable = |source| SourceError::File { path: folder.to_owned(), source };
-        let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let entries = entries.map_err(unreadable)?.into_iter();
-        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-        paths.retain(|path| path.is_file() && !self.model.files().any(|weights| weights == path));
-        paths.sort();
-        Ok(paths)
-    }
-
-    /// One digest over the names and contents of some tensors.
-    fn digest(&self, names: &[String], stamps: &Stamps) -> blake3::Hash {
-        let each: Vec<(&String, Option<blake3::Hash>)> =
-            names.par_iter().map(|name| (name, self.tensor_digest(name, stamps))).collect();
-        let mut walk = KeyWalk::new("weights");
-        for (name, digest) in each {
-            let digest = digest.map_or("absent".to_owned(), |digest| digest.to_hex().to_string());
-            walk.field(name, digest);
-        }
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(walk.key().0.as_bytes());
-        hasher.finalize()
-    }
-
-    /// A tensor's digest: of this process, else by the file's stamp, else by reading it.
-    fn tensor_digest(&self, name: &str, stamps: &Stamps) -> Option<blake3::Hash> {
-        let digests = || self.digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(digest) = digests().get(name) {
-            return Some(*digest);
-        }
-        let tensor = self.model.tensor(name).ok()?;
-        let origin = self.model.origin(name);
-        // The stamp is that of the file that was opened, whatever its name means now.
-        let known = origin.map(|origin| {
-            let (kind, rows, width) = (tensor.kind(), tensor.rows(), tensor.width());
-            let part = format!("{kind} {rows}x{width} @{}", origin.offset);
-            (Stamp::of(origin.facts), part, origin.path)
-        });
-        let found = known.as_ref().and_then(|(stamp, part, _)| stamps.known(stamp, part));
-        let digest = found.unwrap_or_else(|| {
-            let started = cache::now();
-            let digest = tensor.digest();
-            if let Some((stamp, part, path)) = &known
-                && std::fs::metadata(path).is_ok_and(|facts| Stamp::of(&facts) == *stamp)
-            {
-                stamps.note(*stamp, part, digest, (tensor.bytes().len() as u64, started));
-            }
-            digest
-        });
-        digests().insert(name.to_owned(), digest);
-        Some(digest)
-    }
-}
 
 /// Tensors by the names of the fields that they are in: each layer's together, so that a
 /// reason names the layer that changed; the others first, by themselves.
@@ -595,71 +518,6 @@ pub fn reused(action: &Action, touched: &[String]) -> String {
     }
 }
 
-/// What an arm reads besides its model's weights.
-#[derive(Default)]
-pub struct Sources {
-    /// As fields of its key.
-    pub fields: Vec<(String, String)>,
-    /// The files, each with its stamp from before it was read.
-    files: Vec<(PathBuf, Stamp)>,
-}
-
-impl Sources {
-    fn field(&mut self, name: &str, value: impl std::fmt::Display) {
-        self.fields.push((name.to_owned(), value.to_string()));
-    }
-
-    fn file(&mut self, name: &str, path: &Path, stamps: &Stamps) -> Result<(), SourceError> {
-        let unreadable = |source| SourceError::File { path: path.to_owned(), source };
-        let stamp = Stamp::of(&std::fs::metadata(path).map_err(unreadable)?);
-        self.field(name, stamps.digest(path).map_err(unreadable)?.to_hex());
-        self.files.push((path.to_owned(), stamp));
-        Ok(())
-    }
-
-    fn tensor(
-        &mut self,
-        name: &str,
-        tensor: &FileTensor,
-        stamps: &Stamps,
-    ) -> Result<(), SourceError> {
-        self.file(name, &tensor.file, stamps)?;
-        let mut read = serde_json::json!(tensor);
-        // The content counts, wherever it lies.
-        read.as_object_mut().map(|read| read.remove("file"));
-        self.field(&format!("{name} tensor"), read);
-        Ok(())
-    }
-
-    /// A file that was written since these were looked at, or is gone.
-    pub fn written(&self) -> Option<&Path> {
-        let written = |(path, stamp): &&(PathBuf, Stamp)| {
-            let now = std::fs::metadata(path);
-            now.map_or(true, |now| Stamp::of(&now).is_written_since(stamp))
-        };
-        self.files.iter().find(written).map(|(path, _)| path.as_path())
-    }
-}
-
-/// Why what an arm reads is not known.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// Another stage makes it, and has not.
-    #[error("its input `{}` of stage {} runs first", .0.site, .0.stage)]
-    NotYet(InputRef),
-    /// The program of the external arm, or one of its inputs.
-    #[error("{0}")]
-    Program(String),
-    /// A file.
-    #[error("cannot read `{}`: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-}
-
 /// The op as the key sees it: what it reads is known by content, not by stage.
 fn op_without_inputs(op: &Op) -> serde_json::Value {
     let mut json = serde_json::json!(op);
@@ -748,24 +606,4 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_source_that_was_written_back_is_seen_and_one_that_was_touched_otherwise_is_not() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("x");
-        std::fs::write(&path, "1").expect("written");
-        let mut sources = Sources::default();
-        sources.file("x", &path, &Stamps::forgetful()).expect("read");
-        assert_eq!(sources.written(), None);
-        std::fs::hard_link(&path, folder.path().join("y")).expect("linked");
-        assert_eq!(sources.written(), None);
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        std::fs::write(&path, "1").expect("written");
-        assert_eq!(sources.written(), Some(path.as_path()));
-    }
 }
