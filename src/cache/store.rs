@@ -442,9 +442,11 @@ impl Store {
     }
 }
 
-/// Whether this is the name of a file that a runner is writing, and will give another name.
+/// Whether this is the name of a file that a runner is writing, and will give another name:
+/// as `tempfile` makes it, with six letters and digits.
 pub fn is_draft(name: &OsStr) -> bool {
-    name.as_encoded_bytes().starts_with(DRAFT.as_bytes())
+    let drawn = name.as_encoded_bytes().strip_prefix(DRAFT.as_bytes());
+    drawn.is_some_and(|drawn| drawn.len() == 6 && drawn.iter().all(u8::is_ascii_alphanumeric))
 }
 
 /// The byte that stands for a key, to be locked: a file for each would have to be made

@@ -316,9 +316,10 @@ fn everything_looked_at(
     for (prepared, made) in plan.stages.iter().zip(made) {
         if let Op::Command(op) = &prepared.stage.op {
             let seen = command::look(op, &plan.project, plan.stamps).ok()?;
-            (made.get(&Arm::Command)?.key == plan.command_walk(op, &seen).key()).then_some(())?;
+            let made = made.get(&Arm::Command)?;
+            (made.key == plan.command_walk(op, &seen).key()).then_some(())?;
             // What is no result runs again, and an output that is another one is put back.
-            let record = made.get(&Arm::Command)?.command.as_ref()?;
+            let record = made.command.as_ref()?;
             let stand = record.accepted && command::is_in_place(record, &plan.project, plan.stamps);
             stand.then_some(())?;
             for path in seen.looked_at() {

@@ -22,7 +22,7 @@ pub struct Attempts {
 }
 
 /// The places of one attempt, side by side: a folder around them would be one more to make
-/// and to remove, which costs as much as a short program. They go when this goes out of scope.
+/// and to remove (what that costs: benches/README.md). They go when this goes out of scope.
 pub struct Attempt {
     /// What stands before the dot of their names.
     stem: PathBuf,
@@ -133,8 +133,9 @@ fn remove(folder: &Path) {
 }
 
 /// Removes the folder of a whole run; whether it was there. It goes out of the way first,
-/// so that no run sees it without its lock. Then the lock is closed: a shared file system keeps a file
-/// that somebody has open under another name, and no folder with a file is removed.
+/// so that no run sees it without its lock. Then the lock is closed: a shared file system
+/// keeps a file that somebody has open under another name, and no folder with a file is
+/// removed.
 fn remove_run(folder: &Path, lock: Option<File>) -> bool {
     let name = entry_name(folder);
     let dead = folder.with_file_name(format!("{DEAD}{name}"));

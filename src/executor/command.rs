@@ -134,6 +134,11 @@ pub enum CommandError {
     /// The output's place leads out of the project.
     #[error("the output `{0}` leads out of the project's folder by a link; write to another path")]
     Escapes(String),
+    /// Something stands in the output's place that no file can replace.
+    #[error(
+        "the output `{0}` cannot be put in its place: a folder of that name is there; move it away and run again, the result is kept"
+    )]
+    Occupied(String),
     /// It did not end by itself.
     #[error("it ran into its timeout of {0} s and was killed; if it needs longer, write `timeout`")]
     TimedOut(u64),
@@ -177,6 +182,7 @@ impl CommandError {
             | CommandError::Input { .. }
             | CommandError::Changed(_)
             | CommandError::Escapes(_)
+            | CommandError::Occupied(_)
             | CommandError::Stopped
             | CommandError::Process(_)
             | CommandError::Cache(_)
@@ -503,6 +509,10 @@ fn put_one_in_place(output: &FileRecord, tools: &Tools<'_>) -> Result<(), Comman
     let real = parent.canonicalize().map_err(|source| io("find", parent, source))?;
     if !real.starts_with(tools.project) {
         return Err(CommandError::Escapes(output.path.clone()));
+    }
+    // A link to a folder is replaced as any file.
+    if std::fs::symlink_metadata(&target).is_ok_and(|facts| facts.is_dir()) {
+        return Err(CommandError::Occupied(output.path.clone()));
     }
     tools.store.publish(&output.blake3, &target, output.executable)?;
     let digest = blake3::Hash::from_hex(&output.blake3).ok();

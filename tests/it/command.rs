@@ -306,7 +306,9 @@ fn a_result_is_kept_although_its_file_cannot_be_put_in_its_place() {
     let lines = format!("{}\noutputs = [\"out\"]", marking(&project, "echo 1 > out"));
     let project = project.stage("S", &lines);
     fs::create_dir(project.path("out")).expect("made");
-    project.run().expect(4, "out");
+    let refused =
+        project.run().expect(4, "a folder of that name is there; move it away and run again");
+    assert_eq!(marks(&project), 1, "{}", refused.err);
     fs::remove_dir(project.path("out")).expect("removed");
     project.run().expect(0, "put back: out");
     assert_eq!((project.read("out").as_str(), marks(&project)), ("1\n", 1));

@@ -121,6 +121,19 @@ fn an_output_that_one_runner_is_putting_in_its_place_is_left_to_it() {
     }
 }
 
+#[test]
+fn what_a_runner_left_half_written_is_no_part_of_an_input_folder() {
+    let project = Project::new().file("in/a", "1");
+    let project =
+        project.stage("S", "shell = 'ls in > out'\ninputs = [\"in\"]\noutputs = [\"out\"]");
+    project.run().expect(0, "run: pass");
+    project.write("in/.writing-aB3xY9", "half");
+    project.run().expect(0, "reused");
+    // What only begins like it is the user's.
+    project.write("in/.writing-desk", "his");
+    assert_eq!(computed(&project.run().expect(0, "run: pass")), set(&["S"]));
+}
+
 /// A library that makes of a local file system a shared one, for who loads it before others.
 fn shared_file_system(folder: &std::path::Path) -> PathBuf {
     let library = folder.join("shared_file_system.so");
