@@ -21,6 +21,7 @@ const E4M3: Recipe = Recipe {
     accumulate: Accumulate::Promoted,
     output: Format::Bf16,
     chip: ChipName::Hopper,
+    stream: None,
     pin: runner::op::Pin::NONE,
 };
 

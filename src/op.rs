@@ -135,6 +135,12 @@ pub struct Recipe {
     pub output: Format,
     /// The chip.
     pub chip: ChipName,
+    /// The type of every tensor that passes from one op to the next: f32, bf16 or f16.
+    /// Where it is given, the arm under test is a foreign engine: it may round to this
+    /// type wherever such engines do, and add in any order. `None` means the project's
+    /// own kernels, whose f32 operations are known one by one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Format>,
     /// The library's algorithm, where the recipe insists on one.
     #[serde(default, skip_serializing_if = "Pin::is_empty")]
     pub pin: Pin,
@@ -149,6 +155,7 @@ impl Default for Recipe {
             accumulate: Accumulate::Promoted,
             output: Format::Bf16,
             chip: ChipName::Auto,
+            stream: None,
             pin: Pin::NONE,
         }
     }
@@ -595,6 +602,13 @@ impl Stream {
         Stream::Arm(Arm::External),
     ];
 
+    /// The arm whose tensors these are, or on whose inputs they were computed.
+    pub fn arm(self) -> Arm {
+        match self {
+            Stream::Arm(arm) | Stream::Anchored(arm) => arm,
+        }
+    }
+
     /// The same stream where `device` is read as `arm`: what a file or a program
     /// holds stands for the device that made it.
     pub fn with_device_as(self, arm: Arm) -> Stream {
@@ -667,6 +681,57 @@ pub const LAYER_SITES: [&str; 17] = [
     "ffn_down",
     "ffn_residual",
 ];
+
+/// Where a site stands in the flow of a forward pass: a number per layer, and one within
+/// it. Sites that no forward pass makes stand at its beginning.
+pub fn flow(site: &Site) -> (u64, usize) {
+    let end = u64::MAX - 1;
+    match (in_layer(&site.0), site.0.as_str()) {
+        (Some((layer, inner)), _) => {
+            let place = LAYER_SITES.iter().position(|name| *name == inner);
+            (u64::from(layer) + 1, place.unwrap_or(LAYER_SITES.len()))
+        }
+        (None, "output_norm") => (end, 0),
+        (None, "logits") => (end, 1),
+        (None, LOGITS_IN_BATCH) => (end, 2),
+        (None, _) => (0, 0),
+    }
+}
+
+/// The sites that the op of a forward pass reads to make a site; none for the embedding
+/// and for sites that no forward pass makes. Where a model has no QK norms, RoPE reads the
+/// projection itself.
+pub fn read_by_site(site: &Site, qk_norms: bool) -> Vec<Site> {
+    let named = |name: &str| vec![Site(name.to_owned())];
+    let Some((layer, inner)) = in_layer(&site.0) else {
+        return match site.0.as_str() {
+            "logits" => named("output_norm"),
+            _ => Vec::new(),
+        };
+    };
+    let here = |name: &str| Site(format!("blk.{layer}.{name}"));
+    let stream = match layer.checked_sub(1) {
+        Some(before) => Site(format!("blk.{before}.ffn_residual")),
+        None => Site("embed".to_owned()),
+    };
+    match inner {
+        "attn_norm" => vec![stream],
+        "q" | "k" | "v" => vec![here("attn_norm")],
+        "q_norm" => vec![here("q")],
+        "k_norm" => vec![here("k")],
+        "q_rope" => vec![here(if qk_norms { "q_norm" } else { "q" })],
+        "k_rope" => vec![here(if qk_norms { "k_norm" } else { "k" })],
+        "attn" => vec![here("q_rope"), here("k_rope"), here("v")],
+        "attn_out" => vec![here("attn")],
+        "attn_residual" => vec![stream, here("attn_out")],
+        "ffn_norm" => vec![here("attn_residual")],
+        "ffn_gate" | "ffn_up" => vec![here("ffn_norm")],
+        "ffn_swiglu" => vec![here("ffn_gate"), here("ffn_up")],
+        "ffn_down" => vec![here("ffn_swiglu")],
+        "ffn_residual" => vec![here("attn_residual"), here("ffn_down")],
+        _ => Vec::new(),
+    }
+}
 
 /// Which projection's output a layer's weight makes: weight, site.
 pub const LAYER_PROJECTIONS: [(&str, &str); 7] = [

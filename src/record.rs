@@ -12,9 +12,9 @@ use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure};
 use crate::compute::GemmRecord;
 use crate::compute::shares::Shares;
 use crate::executor::command::CommandRecord;
-use crate::op::{Arm, Op, Recipe, Site, StageId, Stream};
+use crate::op::{Arm, Op, Recipe, StageId, Stream};
 use crate::plan::{GreedyRecord, SiteRecord};
-use crate::verdict::{Judgement, Outcome, Verdict};
+use crate::verdict::{First, Judgement, Outcome, Verdict, first_falsified};
 
 /// The version of [`RunRecord`].
 /// 1: the first format.
@@ -130,6 +130,9 @@ pub struct StageRecord {
     pub verdict: Verdict,
     /// The reason, in one line.
     pub why: String,
+    /// Where it stops being what the contract claims; absent where nothing is falsified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<First>,
     /// From its first action to its verdict.
     pub seconds: f64,
     /// Each arm.
@@ -150,7 +153,7 @@ pub struct StageRecord {
     /// How each arm's drift grows over the layers.
     #[serde(default)]
     pub growth: Vec<Growth>,
-    /// What was found where something is suspicious.
+    /// What was found at the first site that the contract falsifies.
     #[serde(default)]
     pub diagnoses: Vec<Diagnosis>,
 }
@@ -159,12 +162,7 @@ impl StageRecord {
     /// The judgement that decided the verdict: the first that fell, else the
     /// one that uses most of its bound.
     pub fn decisive(&self) -> Option<&Judgement> {
-        let order = |site: &Option<Site>| {
-            self.measures.iter().position(|m| Some(&m.site) == site.as_ref()).unwrap_or(usize::MAX)
-        };
-        let fallen = self.judgements.iter().filter(|j| j.outcome == Outcome::Falsified);
-        let gravest = fallen.min_by_key(|j| (j.if_fails, order(&j.site)));
-        gravest.or_else(|| {
+        first_falsified(&self.judgements, &self.measures).or_else(|| {
             let held = self.judgements.iter().filter(|j| j.outcome == Outcome::Held);
             held.max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)))
         })

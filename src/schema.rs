@@ -239,6 +239,10 @@ fn recipe() -> Value {
                     json!({ "enum": ["fast", "promoted"] }),
                 ),
                 "output": says("the format that a GEMM's result is rounded to", json!({ "enum": ["f32", "bf16", "f16"] })),
+                "stream": says(
+                    "the type in which a foreign engine passes tensors from op to op",
+                    json!({ "enum": ["f32", "bf16", "f16"] }),
+                ),
                 "chip": says("whose tensor cores; `auto` is the device's, where there is one", json!({ "enum": chips })),
                 "pin": says("the library's algorithm, instead of the one that the rule picks", pin),
             }),

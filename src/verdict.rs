@@ -4,15 +4,15 @@
 //! stored measures. A bound holds only if the value is there, is finite and
 //! lies within it; nothing passes by being absent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{Measure, StageMeasures, sharpest};
+use crate::compare::{Diagnosis, Measure, StageMeasures};
 use crate::compute::arms::is_gemm;
 use crate::manifest::{Contract, Falsifier, IfFails, names_site};
 use crate::metric::Metric;
-use crate::op::{Arm, Site, Stream};
+use crate::op::{Arm, Site, Stream, flow};
 use crate::text::{grouped, number, percent};
 
 /// The answer to a stage's question.
@@ -124,6 +124,12 @@ pub struct Judgement {
     pub value: Option<f64>,
     /// The share of the bound that the value uses; above 1 outside.
     pub used: Option<f64>,
+    /// The site furthest outside the bounds, where a value lies outside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst_site: Option<Site>,
+    /// The value there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst_value: Option<f64>,
     /// Sites that were judged.
     pub sites_judged: usize,
     /// Sites outside the bounds.
@@ -144,6 +150,65 @@ impl Judgement {
     pub fn share_of_bound(&self, value: f64) -> f64 {
         share_of_bound(self.metric, (self.min, self.max), value)
     }
+
+    /// The sites that it falsifies, in the order of the measures.
+    pub fn falsified_sites<'m>(&self, measures: &'m [Measure]) -> Vec<&'m Site> {
+        let of_claim = measures.iter().filter(|measure| self.judges(measure));
+        let outside = of_claim.filter(|measure| {
+            let value = measure.metrics.get(&self.metric).copied().filter(|v| v.is_finite());
+            value.map_or(not_finite(measure).is_some(), |value| !self.within(value))
+        });
+        outside.map(|measure| &measure.site).collect()
+    }
+
+    fn within(&self, value: f64) -> bool {
+        self.min.is_none_or(|min| value >= min) && self.max.is_none_or(|max| value <= max)
+    }
+}
+
+/// Where a stage stops being what its contract claims: the first site, in the order of
+/// the flow, that a claim of the gravest kind falsifies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct First {
+    /// The arm whose values are in question.
+    pub arm: Arm,
+    /// The site.
+    pub site: Site,
+    /// The falsifier that says so.
+    pub claim: String,
+    /// The name of what is wrong there, if it was recognised.
+    pub cause: Option<String>,
+}
+
+impl First {
+    /// The first falsified site; nothing where no claim is falsified.
+    pub fn of(judgements: &[Judgement], measures: &[Measure]) -> Option<First> {
+        let judgement = first_falsified(judgements, measures)?;
+        Some(First {
+            arm: judgement.compare[0].arm(),
+            site: judgement.site.clone()?,
+            claim: judgement.falsifier.clone(),
+            cause: None,
+        })
+    }
+}
+
+/// The judgement that stands first: of the gravest that are falsified the one whose first
+/// site comes first in the flow.
+pub fn first_falsified<'j>(
+    judgements: &'j [Judgement],
+    measures: &[Measure],
+) -> Option<&'j Judgement> {
+    let fallen = judgements.iter().filter(|j| j.outcome == Outcome::Falsified);
+    let place = |j: &&Judgement| {
+        let site = j.site.as_ref();
+        let listed = measures.iter().position(|m| Some(&m.site) == site).unwrap_or(usize::MAX);
+        // What an arm does from its own input, or against itself, says more about a site
+        // than a distance that it may have inherited.
+        let inherited = j.compare[0] != j.compare[1] && j.compare[1] == Stream::Arm(Arm::Reference);
+        (j.if_fails, site.map_or((u64::MAX, 0), flow), inherited, listed)
+    };
+    fallen.min_by_key(place)
 }
 
 /// A stage's verdict with all that led to it.
@@ -172,13 +237,14 @@ pub fn judge(
 
 /// Adds to a verdict's reason what is known beyond its contract: of a bug where
 /// it starts and what it is, of a clean GEMM its floor.
-pub fn reason(judged: &mut StageVerdict, measures: &StageMeasures) {
+pub fn reason(judged: &mut StageVerdict, measures: &StageMeasures, diagnosis: Option<&Diagnosis>) {
     match judged.verdict {
         Verdict::Structural => {
-            if let Some(diagnosis) = sharpest(&measures.diagnoses) {
+            if let Some(diagnosis) = diagnosis {
                 let mut parts = vec![diagnosis.place(), diagnosis.sentence()];
                 parts.extend(diagnosis.aftermath());
                 parts.push(std::mem::take(&mut judged.why));
+                parts.extend(bits_before(&measures.measures, diagnosis));
                 judged.why = parts.join("; ");
             }
         }
@@ -209,15 +275,30 @@ fn floor_line(measures: &StageMeasures) -> Option<String> {
     ))
 }
 
-fn arms_of(stream: Stream) -> Arm {
-    match stream {
-        Stream::Arm(arm) | Stream::Anchored(arm) => arm,
-    }
+/// A line on bits that differ from the prediction before the first falsified site: they
+/// are no part of the headline, since no claim is falsified by them.
+fn bits_before(measures: &[Measure], diagnosis: &Diagnosis) -> Option<String> {
+    let emulated = Stream::Arm(Arm::Emulated);
+    let differing = |measure: &&Measure| {
+        measure.subject == diagnosis.subject
+            && measure.judge == emulated
+            && flow(&measure.site) < flow(&diagnosis.site)
+            && measure.metrics.get(&Metric::BitMismatches).is_some_and(|count| *count > 0.0)
+    };
+    let first = measures.iter().filter(differing).min_by_key(|measure| flow(&measure.site))?;
+    let count = first.metrics.get(&Metric::BitMismatches).copied().unwrap_or(0.0);
+    Some(format!(
+        "before it, {} of {} values at {} differ from the prediction in their bits, within what \
+         the contract allows",
+        grouped(count as usize),
+        grouped(first.shape[0] * first.shape[1]),
+        first.site
+    ))
 }
 
 /// Why a falsifier's streams are not there, if an arm did not run.
 fn missing_arm(compare: [Stream; 2], absent: &BTreeMap<Arm, String>) -> Option<String> {
-    compare.into_iter().map(arms_of).find_map(|arm| {
+    compare.into_iter().map(Stream::arm).find_map(|arm| {
         absent.get(&arm).map(|reason| format!("the {arm} arm did not run: {reason}"))
     })
 }
@@ -243,16 +324,30 @@ fn judge_one(
         site: None,
         value: None,
         used: None,
+        worst_site: None,
+        worst_value: None,
         sites_judged: 0,
         sites_falsified: 0,
         sites_unmeasured: 0,
     };
     let [subject, judge] = falsifier.compare;
+    let mut worst: Option<f64> = None;
     let relevant = measures.iter().filter(|measure| {
         measure.subject == subject && measure.judge == judge && falsifier.applies_to(&measure.site)
     });
     for measure in relevant {
         let value = measure.metrics.get(&falsifier.metric).copied().filter(|v| v.is_finite());
+        // NaN passes no bound: a claim about such a site is falsified, whatever it measures.
+        if let (None, Some(count)) = (value, not_finite(measure)) {
+            judgement.sites_judged += 1;
+            judgement.sites_falsified += 1;
+            if judgement.sites_falsified == 1 {
+                judgement.site = Some(measure.site.clone());
+                (judgement.value, judgement.used) = (None, Some(f64::MAX));
+                judgement.reason = Some(format!("at `{}`: {count}", measure.site));
+            }
+            continue;
+        }
         let Some(value) = value else {
             judgement.sites_unmeasured += 1;
             if judgement.reason.is_none() {
@@ -264,11 +359,15 @@ fn judge_one(
         judgement.sites_judged += 1;
         let bounds = (falsifier.min, falsifier.max);
         let used = share_of_bound(falsifier.metric, bounds, value);
-        let within = falsifier.min.is_none_or(|min| value >= min)
-            && falsifier.max.is_none_or(|max| value <= max);
+        let within = judgement.within(value);
         let first_outside = !within && judgement.sites_falsified == 0;
         let nearest = judgement.sites_falsified == 0 && judgement.used.is_none_or(|u| used > u);
         judgement.sites_falsified += usize::from(!within);
+        if !within && worst.is_none_or(|worst| used > worst) {
+            worst = Some(used);
+            judgement.worst_site = Some(measure.site.clone());
+            judgement.worst_value = Some(value);
+        }
         if first_outside || nearest {
             judgement.site = Some(measure.site.clone());
             judgement.value = Some(value);
@@ -339,18 +438,9 @@ fn why(
     let mut parts = Vec::new();
     match verdict {
         Verdict::Structural | Verdict::Drift => {
-            let gravest =
-                if verdict == Verdict::Structural { IfFails::Structural } else { IfFails::Drift };
-            let fallen = judgements
-                .iter()
-                .filter(|j| j.outcome == Outcome::Falsified && j.if_fails == gravest);
-            // What comes first in the flow is where it starts.
-            let place = |j: &&Judgement| {
-                measures.iter().position(|m| Some(&m.site) == j.site.as_ref()).unwrap_or(usize::MAX)
-            };
-            if let Some(first) = fallen.min_by_key(place) {
-                parts.push(describe_fall(first));
-            }
+            parts.extend(
+                first_falsified(judgements, measures).map(|first| describe_fall(first, measures)),
+            );
         }
         Verdict::Unmeasured => {
             // What an absent arm could not give is told below, and comes last here.
@@ -399,7 +489,47 @@ fn exactness(judgements: &[Judgement], measures: &[Measure]) -> Option<String> {
     Some(format!("{what}, 0 of {} values differ", grouped(elements)))
 }
 
-fn describe_fall(j: &Judgement) -> String {
+/// What a falsified claim saw at its first site, in words.
+pub fn in_words(judgement: &Judgement, measures: &[Measure]) -> String {
+    let at = |m: &&Measure| judgement.judges(m) && Some(&m.site) == judgement.site.as_ref();
+    let measure = measures.iter().find(at);
+    if let Some(count) = measure.and_then(not_finite) {
+        return count;
+    }
+    let bound = match (judgement.min, judgement.max, judgement.value) {
+        (Some(min), _, Some(value)) if value < min => format!("at least {}", number(min)),
+        (_, Some(max), _) => format!("at most {}", number(max)),
+        (Some(min), None, _) => format!("at least {}", number(min)),
+        (None, None, _) => "no bound".to_owned(),
+    };
+    let value = judgement.value.map_or("no value".to_owned(), number);
+    format!("{} is {value}, and {} allows {bound}", judgement.metric, judgement.falsifier)
+}
+
+/// Values that are NaN or infinite, in words: nothing else about such a site has meaning.
+fn not_finite(measure: &Measure) -> Option<String> {
+    let count = measure.metrics.get(&Metric::NonFinite).copied().filter(|count| *count > 0.0)?;
+    let all = measure.shape[0] * measure.shape[1];
+    Some(format!("{} of {} values are NaN or infinite", grouped(count as usize), grouped(all)))
+}
+
+/// The sites of an arm that claims on its own input falsify.
+pub fn falsified_locally(
+    judgements: &[Judgement],
+    measures: &[Measure],
+    arm: Arm,
+) -> BTreeSet<Site> {
+    let local = judgements.iter().filter(|j| {
+        j.outcome == Outcome::Falsified
+            && j.if_fails == IfFails::Structural
+            && j.compare == [Stream::Arm(arm), Stream::Anchored(arm)]
+    });
+    local.flat_map(|j| j.falsified_sites(measures)).cloned().collect()
+}
+
+fn describe_fall(j: &Judgement, measures: &[Measure]) -> String {
+    let at = |m: &&Measure| j.judges(m) && Some(&m.site) == j.site.as_ref();
+    let not_finite = measures.iter().find(at).and_then(not_finite);
     let site = j.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
     let value = j.value.map_or("no value".to_owned(), number);
     let bound = match (j.min, j.max, j.value) {
@@ -407,9 +537,15 @@ fn describe_fall(j: &Judgement) -> String {
         (_, Some(max), _) => format!("above {}", number(max)),
         _ => "outside its bound".to_owned(),
     };
+    let worst = match (&j.worst_site, j.worst_value) {
+        (Some(worst), Some(value)) if j.site.as_ref() != Some(worst) => {
+            format!(", the worst {} at {worst}", number(value))
+        }
+        _ => String::new(),
+    };
     let more = match j.sites_falsified {
         0 | 1 => String::new(),
-        many => format!(", and at {} more of {} sites", many - 1, j.sites_judged),
+        many => format!(", and at {} more of {} sites{worst}", many - 1, j.sites_judged),
     };
     let [subject, judge] = j.compare;
     let pair = if subject == Stream::OUTCOME {
@@ -419,7 +555,10 @@ fn describe_fall(j: &Judgement) -> String {
     } else {
         format!("{subject} against {judge}")
     };
-    format!("{}{site}: {} of {pair} is {value}, {bound}{more}", j.falsifier, j.metric)
+    match not_finite {
+        Some(count) => format!("{}{site}: {count}{more}", j.falsifier),
+        None => format!("{}{site}: {} of {pair} is {value}, {bound}{more}", j.falsifier, j.metric),
+    }
 }
 
 fn describe_headroom(j: &Judgement) -> String {

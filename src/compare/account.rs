@@ -32,7 +32,7 @@ pub fn accounts<'a>(
     let mut all = Vec::new();
     let mut together = Energies::default();
     for Local { site, truth, sigma, energies } in local {
-        let Some(tensor) = find(site) else { continue };
+        let (Some(tensor), Some(sigma)) = (find(site), sigma) else { continue };
         if (tensor.rows(), tensor.width()) != (truth.rows(), truth.width()) {
             continue;
         }

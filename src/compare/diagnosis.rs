@@ -1,57 +1,59 @@
-//! Where something starts, and what it is: the first suspicious site of an arm,
-//! and the fingerprints' answer to it.
+//! Where something starts, and what it is: the first site that a claim falsifies, and the
+//! fingerprints' answer to it.
 //!
-//! A site is suspicious by itself, whatever a contract allows: it lies outside
-//! its predicted floor, or the device's bits are not the emulated arm's. It
-//! gives no verdict.
+//! The op of that site is computed again from the arm's own input, under every hypothesis.
+//! It knows no contract and gives no verdict: which site comes first is handed to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use super::Measure;
-use super::fingerprints::{Case, Fit, rank};
+use super::fingerprints::{Case, Fit, Null, describe, rank};
+use super::{Growth, Measure, StageMeasures};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, is_gemm, on_recorded};
 use crate::compute::call::Watched;
 use crate::compute::emulated::arm::Emulated;
 use crate::metric::Metric;
-use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, in_layer};
-use crate::tensor::Tensor;
+use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, flow, in_layer, read_by_site};
 use crate::text::{grouped, number};
 
 /// Deviations that no value exceeds: the union bound over 17 million values at a
 /// risk of 2e-5, `sqrt(2 ln(2 n / risk))`.
 pub const MOST_DEVIATIONS: f64 = 7.5;
-/// A GEMM's root mean square of z; 1 is expected, and several hundred values
-/// shift it by a few per cent.
-pub const Z_RMS: (f64, f64) = (0.8, 1.25);
 
-/// What was found at the first suspicious site of an arm.
+/// What was found at the first site that a claim falsifies.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Diagnosis {
     /// Whose result is in question.
     pub subject: Stream,
     /// What it was held against.
     pub judge: Stream,
-    /// The first suspicious site.
+    /// The first falsified site.
     pub site: Site,
     /// The op that makes it.
     pub op: String,
-    /// What is suspicious about it, in words.
+    /// What the claim saw there, in words.
     pub evidence: String,
     /// The local error over its floor, where both are known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
-    /// Layers after it, which inherit the error.
+    /// Later layers that add nothing of their own and carry the error on, as computing them
+    /// from the arm's own input shows.
     pub later_layers: usize,
-    /// Other sites that are suspicious by themselves.
+    /// Later sites that claims falsify by themselves.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<Site>,
-    /// Whether the result is the prescribed one to the bit, so that the recipe
-    /// itself leaves its floor on these operands.
+    /// Whether the result is the prescribed one to the bit.
     pub prescribed: bool,
+    /// Whether the op is right but for rounding: what is off came in with its input.
+    #[serde(default)]
+    pub within_rounding: bool,
+    /// What is known of the difference where nothing names it: how many values, where, how
+    /// large.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<String>,
     /// Hypotheses, the best first.
     pub fits: Vec<Fit>,
 }
@@ -65,10 +67,9 @@ impl Diagnosis {
     /// What is wrong, in a sentence.
     pub fn sentence(&self) -> String {
         match (self.cause(), self.fits.first()) {
-            _ if self.prescribed => {
-                "it is what the recipe prescribes, bit for bit: these operands leave its floor"
-                    .to_owned()
-            }
+            _ if self.prescribed => "identical to the prediction from the same input: these \
+                                     inputs exceed the estimated rounding error"
+                .to_owned(),
             (Some(fit), _) if fit.is_exact() => {
                 format!(
                     "{}: {} (explains all {} values to the bit)",
@@ -83,12 +84,25 @@ impl Diagnosis {
                 fit.detail,
                 100.0 * fit.explained
             ),
-            (None, Some(fit)) => format!(
-                "no fingerprint fits; nearest is {} with {:.0} %",
-                fit.cause,
-                100.0 * fit.explained.clamp(0.0, 1.0)
-            ),
-            (None, None) => "no fingerprint applies".to_owned(),
+            _ if self.within_rounding => {
+                "the op itself is right within rounding, from the arm's own input: what is off \
+                 came in with that input"
+                    .to_owned()
+            }
+            (None, nearest) => {
+                let mut text = "not recognised".to_owned();
+                if let Some(known) = &self.known {
+                    text += &format!(": {known}");
+                }
+                if let Some(fit) = nearest.filter(|fit| fit.explained >= MENTIONED) {
+                    text += &format!(
+                        "; nearest is {} with {:.0} %",
+                        fit.cause,
+                        100.0 * fit.explained.clamp(0.0, 1.0)
+                    );
+                }
+                text
+            }
         }
     }
 
@@ -103,7 +117,10 @@ impl Diagnosis {
                 "first site that depends on its batch".to_owned()
             }
             judge if judge == self.subject => "first site that does not repeat itself".to_owned(),
-            Stream::Arm(_) => format!("first site where {} is not {}", self.subject, self.judge),
+            Stream::Arm(Arm::Emulated) => {
+                format!("first site where {} differs from the prediction", self.subject)
+            }
+            Stream::Arm(judge) => format!("first site too far from {judge}"),
             Stream::Anchored(_) => "first site outside its floor".to_owned(),
         };
         match in_layer(&self.site.0) {
@@ -117,14 +134,17 @@ impl Diagnosis {
         let mut parts = Vec::new();
         match self.later_layers {
             0 => {}
-            1 => parts.push("1 later layer inherits it".to_owned()),
-            many => parts.push(format!("{many} later layers inherit it")),
+            1 => parts.push("1 later layer inherits it and adds nothing of its own".to_owned()),
+            many => {
+                parts.push(format!("{many} later layers inherit it and add nothing of their own"))
+            }
         }
         if !self.also.is_empty() {
             let shown: Vec<&str> = self.also.iter().take(3).map(|site| site.0.as_str()).collect();
             let more = if self.also.len() > 3 { ", ..." } else { "" };
+            let sites = if self.also.len() == 1 { "site is" } else { "sites are" };
             parts.push(format!(
-                "{} more sites are suspicious by themselves ({}{more})",
+                "{} more {sites} falsified from their own input ({}{more})",
                 self.also.len(),
                 shown.join(", ")
             ));
@@ -133,49 +153,22 @@ impl Diagnosis {
     }
 }
 
-/// The diagnosis that says most about a stage: bits are sharper than floors.
-pub fn sharpest(all: &[Diagnosis]) -> Option<&Diagnosis> {
-    let exact = all.iter().find(|diagnosis| diagnosis.judge == Stream::Arm(Arm::Emulated));
-    exact.or(all.first())
-}
+/// The share from which a hypothesis is worth a mention beside "not recognised".
+const MENTIONED: f64 = 0.3;
 
-/// What is suspicious about a site, measured against the reference on its own inputs.
-pub fn outside_floor(measure: &Measure) -> Option<String> {
-    let value = |metric| measure.metrics.get(&metric).copied();
-    if let Some(count) = value(Metric::NonFinite)
-        && count > 0.0
-    {
-        return Some(format!("{} values are NaN or infinite", number(count)));
-    }
-    for (metric, what) in
-        [(Metric::ZMax, "a value"), (Metric::ZRow, "a row"), (Metric::ZColumn, "a column")]
-    {
-        if let Some(z) = value(metric)
-            && z > MOST_DEVIATIONS
-        {
-            return Some(format!("{what} lies {} deviations off", number(z)));
-        }
-    }
-    let rms = value(Metric::ZRms).filter(|_| is_gemm(&measure.site))?;
-    let within = rms >= Z_RMS.0 && rms <= Z_RMS.1;
-    (!within).then(|| format!("the local error is {} times its floor", number(rms)))
-}
-
-/// The measures of one pair of streams whose site is suspicious.
-pub fn suspicious(measures: &[Measure], subject: Stream, judge: Stream) -> Vec<(&Measure, String)> {
-    let of_pair = measures.iter().filter(|m| m.subject == subject && m.judge == judge);
-    of_pair
-        .filter_map(|measure| {
-            let differing = measure.metrics.get(&Metric::BitMismatches).copied().unwrap_or(0.0);
-            let evidence = match judge {
-                Stream::Arm(Arm::Emulated) => (differing > 0.0).then(|| {
-                    format!("{} values differ in their bits", grouped(differing as usize))
-                }),
-                _ => outside_floor(measure),
-            };
-            Some((measure, evidence?))
-        })
-        .collect()
+/// The site to look at, as a contract found it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Suspect {
+    /// Whose result is in question.
+    pub subject: Stream,
+    /// What it was held against.
+    pub judge: Stream,
+    /// The site.
+    pub site: Site,
+    /// What the claim saw there, in words.
+    pub evidence: String,
+    /// All sites that claims on the arm's own input falsify.
+    pub falsified: BTreeSet<Site>,
 }
 
 /// What a diagnosis reads.
@@ -186,84 +179,152 @@ pub struct Scene<'a> {
     pub recipe: &'a Recipe,
     /// The arms' results.
     pub outputs: &'a BTreeMap<Arm, Output>,
+    /// What was measured between them.
+    pub measures: &'a StageMeasures,
 }
 
-/// Diagnoses the first suspicious site of an arm.
+/// Looks at the first falsified site of an arm.
 ///
 /// # Errors
 /// If its op cannot be computed again.
-pub fn diagnose(
-    scene: &Scene<'_>,
-    arm: Arm,
-    judge: Stream,
-    found: &[(&Measure, String)],
-) -> Result<Option<Diagnosis>, ComputeError> {
-    let (Some((measure, evidence)), Some(output)) = (found.first(), scene.outputs.get(&arm)) else {
-        return Ok(None);
-    };
-    let site = &measure.site;
-    let exact = matches!(judge, Stream::Arm(_));
-    let layers = scene.task.model.config().layers;
-    let later_layers = match (in_layer(&site.0), scene.task.op) {
-        (Some((layer, _)), Op::Forward { .. }) => layers.saturating_sub(layer as usize + 1),
-        (None, Op::Forward { .. }) if site.0 == "embed" => layers,
-        _ => 0,
-    };
-    // What follows a differing bit differs because of it; a floor is local.
-    let also = if exact { &[] } else { &found[1..] };
-    let mut diagnosis = Diagnosis {
-        subject: Stream::Arm(arm),
-        judge,
-        site: site.clone(),
-        op: "logits of a whole pass".to_owned(),
-        evidence: evidence.clone(),
-        ratio: measure.metrics.get(&Metric::ZRms).copied().filter(|_| !exact && is_gemm(site)),
-        later_layers,
-        also: also.iter().map(|(measure, _)| measure.site.clone()).collect(),
-        prescribed: false,
-        fits: Vec::new(),
-    };
-    let examined = examine(scene, output, site)?;
-    if let Some((op, prescribed, fits)) = examined {
-        (diagnosis.op, diagnosis.prescribed, diagnosis.fits) = (op, prescribed, fits);
+pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, ComputeError> {
+    let Suspect { subject, judge, site, .. } = suspect;
+    let of_suspect = |m: &&Measure| m.subject == *subject && m.judge == *judge && m.site == *site;
+    let measure = scene.measures.measures.iter().find(of_suspect);
+    if subject == judge {
+        let of_passes = measure.and_then(|m| not_deterministic(m).or_else(|| batch_dependent(m)));
+        return Ok(of_passes.unwrap_or_else(|| plain(suspect)));
     }
-    Ok(Some(diagnosis))
+    let Some(output) = scene.outputs.get(&subject.arm()) else { return Ok(plain(suspect)) };
+    let local = !matches!(judge, Stream::Arm(Arm::Emulated)) && is_gemm(site);
+    let ratio = measure.and_then(|m| m.metrics.get(&Metric::ZRms).copied()).filter(|_| local);
+    let mut diagnosis = Diagnosis { ratio, ..plain(suspect) };
+    diagnosis.also = suspect.falsified.iter().filter(|s| flow(s) > flow(site)).cloned().collect();
+    diagnosis.also.sort_by_key(flow);
+    diagnosis.later_layers = inheriting(scene, suspect);
+    if let Some(examined) = examine(scene, output, site)? {
+        diagnosis.op = examined.op;
+        diagnosis.prescribed = examined.prescribed;
+        diagnosis.within_rounding = examined.within_rounding;
+        diagnosis.known = examined.known;
+        diagnosis.fits = examined.fits;
+    }
+    Ok(diagnosis)
 }
 
-type Examined = (String, bool, Vec<Fit>);
+/// A diagnosis that knows no more than the claim.
+fn plain(suspect: &Suspect) -> Diagnosis {
+    Diagnosis {
+        subject: suspect.subject,
+        judge: suspect.judge,
+        site: suspect.site.clone(),
+        op: "logits of a whole pass".to_owned(),
+        evidence: suspect.evidence.clone(),
+        ratio: None,
+        later_layers: 0,
+        also: Vec::new(),
+        prescribed: false,
+        within_rounding: false,
+        known: None,
+        fits: Vec::new(),
+    }
+}
 
-/// Computes one site's op again, under every hypothesis.
+/// The layers after the suspect that only carry its error on: no claim falsifies them from
+/// their own input, what reads the suspect read its result, and most of their drift was
+/// there when they began.
+fn inheriting(scene: &Scene<'_>, suspect: &Suspect) -> usize {
+    /// The share of a layer's drift that must have come in.
+    const MOST: f64 = 0.5;
+    let Op::Forward { .. } = scene.task.op else { return 0 };
+    let of_arm = |growth: &&Growth| growth.subject == suspect.subject;
+    let Some(growth) = scene.measures.growth.iter().find(of_arm) else { return 0 };
+    let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
+    let dropped =
+        suspect.falsified.iter().any(|later| read_by_site(later, qk_norms).contains(&suspect.site));
+    let first = match in_layer(&suspect.site.0) {
+        Some((layer, _)) => layer + 1,
+        None if suspect.site.0 == "embed" => 0,
+        None => return 0,
+    };
+    let falsified: BTreeSet<u32> =
+        suspect.falsified.iter().filter_map(|site| Some(in_layer(&site.0)?.0)).collect();
+    let carried = growth.layers.iter().filter(|layer| {
+        layer.layer >= first
+            && !falsified.contains(&layer.layer)
+            && layer.inherited >= MOST * layer.total
+    });
+    if dropped { 0 } else { carried.count() }
+}
+
+/// What computing one site's op again says.
+struct Examined {
+    op: String,
+    prescribed: bool,
+    within_rounding: bool,
+    known: Option<String>,
+    fits: Vec<Fit>,
+}
+
+/// Computes one site's op again from the arm's own input, under every hypothesis.
 fn examine(
     scene: &Scene<'_>,
     output: &Output,
     wanted: &Site,
 ) -> Result<Option<Examined>, ComputeError> {
     let Some(subject) = output.site(wanted) else { return Ok(None) };
+    // Of a forward pass the op's input must be the arm's own, or nothing is said of it.
+    if let Op::Forward { .. } = scene.task.op {
+        let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
+        let read = read_by_site(wanted, qk_norms);
+        if read.iter().any(|site| output.site(site).is_none()) {
+            return Ok(None);
+        }
+    }
     let arm = Emulated::new(scene.recipe)?;
     let found: Mutex<Option<Examined>> = Mutex::new(None);
+    let units = Mutex::new(0usize);
+    let position = output.sites.iter().position(|(site, _)| site == wanted);
+    let single = !matches!(scene.task.op, Op::Forward { .. });
     let watched = Watched::new(|site, call| {
         let [rows, width] = call.shape();
-        if site != wanted || (rows, width) != (subject.rows(), subject.width()) {
-            return Ok(Tensor::zeros(rows, width));
+        let number = {
+            let mut units = units.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            *units += 1;
+            *units - 1
+        };
+        // The sites of single ops have the stage's own names, in the stage's order.
+        let here = if single { Some(number) == position } else { site == wanted };
+        if !here || (rows, width) != (subject.rows(), subject.width()) {
+            return Ok(crate::tensor::Tensor::zeros(rows, width));
         }
         let clean = call.on(&arm)?;
         let truth = call.on(&crate::compute::reference::Reference)?;
+        let same = subject.data().iter().zip(clean.data());
+        let prescribed = same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits());
+        let null = Null::of(call, &clean, &arm, scene.recipe)?;
         let case = Case {
-            site,
+            site: wanted,
             call,
             subject,
             clean: &clean,
             truth: &truth,
+            null: &null,
             arm: &arm,
             recipe: scene.recipe,
-            model: scene.task.model,
+            model: Some(scene.task.model),
             recorded: &output.sites,
         };
-        let same = subject.data().iter().zip(clean.data());
-        let prescribed = same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits());
         let fits = if prescribed { Vec::new() } else { rank(&case)? };
+        let examined = Examined {
+            op: call.op().to_owned(),
+            prescribed,
+            within_rounding: !prescribed && null.explains(subject, &clean),
+            known: (!prescribed).then(|| describe(&case)).flatten(),
+            fits,
+        };
         let mut found = found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *found = Some((call.op().to_owned(), prescribed, fits));
+        *found = Some(examined);
         Ok(clean)
     });
     on_recorded(scene.task, &watched, output)?;
@@ -272,7 +333,7 @@ fn examine(
 }
 
 /// An arm that does not repeat itself.
-pub fn not_deterministic(measure: &Measure) -> Option<Diagnosis> {
+fn not_deterministic(measure: &Measure) -> Option<Diagnosis> {
     let differing = measure.metrics.get(&Metric::BitMismatches).copied().filter(|n| *n > 0.0)?;
     let elements = measure.shape[0] * measure.shape[1];
     let detail = format!(
@@ -288,7 +349,7 @@ pub fn not_deterministic(measure: &Measure) -> Option<Diagnosis> {
 const MOST_OF_BATCH: f64 = 1.5;
 
 /// An arm whose logits depend on what stands beside the prompt.
-pub fn batch_dependent(measure: &Measure) -> Option<Diagnosis> {
+fn batch_dependent(measure: &Measure) -> Option<Diagnosis> {
     let ratio = *measure.metrics.get(&Metric::BatchRatio)?;
     let detail = format!(
         "when other tokens follow the prompt in the batch, its logits move {} times as far as \
@@ -308,6 +369,7 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         mismatches: 0,
         elements: measure.shape[0] * measure.shape[1],
         parameters: 0,
+        significant: true,
     };
     Diagnosis {
         subject: measure.subject,
@@ -319,6 +381,8 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         later_layers: 0,
         also: Vec::new(),
         prescribed: false,
+        within_rounding: false,
+        known: None,
         fits: vec![fit],
     }
 }

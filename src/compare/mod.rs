@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use account::Account;
-pub use diagnosis::{Diagnosis, MOST_DEVIATIONS, sharpest};
+pub use diagnosis::{Diagnosis, MOST_DEVIATIONS, Scene, Suspect, diagnose};
 pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
 pub use stage::{StageMeasures, measure_arms, measure_stage};

@@ -9,9 +9,7 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 
 use super::account::{Account, accounts};
-use super::diagnosis::{
-    Diagnosis, Scene, batch_dependent, diagnose, not_deterministic, suspicious,
-};
+use super::diagnosis::Diagnosis;
 use super::growth::{Growth, growth};
 use super::logits::{batch_ratio, flip_deviation};
 use super::{GreedyComparison, Measure, Predicted, greedy, measure};
@@ -39,7 +37,7 @@ pub struct StageMeasures {
     /// How each arm's drift grows over the layers.
     #[serde(default)]
     pub growth: Vec<Growth>,
-    /// What was found where something is suspicious.
+    /// What was found at the first site that the contract falsifies.
     #[serde(default)]
     pub diagnoses: Vec<Diagnosis>,
 }
@@ -67,34 +65,43 @@ pub fn measure_stage(
         all.measures.extend(repeats(arm, output));
         all.measures.extend(batch(arm, output, &drawn));
     }
-    let of_passes = |measure| not_deterministic(measure).or_else(|| batch_dependent(measure));
-    all.diagnoses.extend(all.measures.iter().filter_map(of_passes));
-    let scene = Scene { task, recipe, outputs };
     let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
         let anchor = Stream::Anchored(arm);
-        // What a file holds only in part, or in another shape, nothing can be anchored on.
+        // Growth needs every layer's end; the rest is measured where the arm holds it.
         let whole = reference.is_some_and(|reference| same_sites(output, reference));
         // Equal tensors have equal inputs: what was computed for one arm holds for the other.
         let own = match &known {
             Some((twin, own)) if same_bits(twin, output) => Rc::clone(own),
-            _ if whole => Rc::new(Own::of(task, recipe, output)?),
+            _ if reference.is_some() => Rc::new(Own::of(task, recipe, output)?),
             _ => Rc::new(Own::default()),
         };
         known = Some((output, Rc::clone(&own)));
         let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
         all.accounts.extend(accounts);
         all.shares.extend(shares.map(|shares| (subject, shares)));
-        let first = all.measures.len();
-        if every_site && whole {
+        if every_site && !own.truths.is_empty() {
             // Local errors first: they tell where something starts.
-            all.measures.extend(pairs(
-                (subject, &output.sites),
-                (anchor, &own.truths),
-                &own.sigmas,
-                &[],
-            ));
+            let mut local =
+                pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas, &[]);
+            // What has another shape than the model's has no truth; the shapes say why.
+            for measure in local.iter_mut().filter(|measure| measure.metrics.is_empty()) {
+                if let Some(expected) = reference.and_then(|r| r.site(&measure.site)) {
+                    let of_pair = (anchor, expected);
+                    let found = output.site(&measure.site);
+                    let found = found.map(|found| {
+                        super::measure(
+                            &measure.site,
+                            (subject, found),
+                            of_pair,
+                            Predicted::default(),
+                        )
+                    });
+                    measure.unmeasured = found.and_then(|found| found.unmeasured);
+                }
+            }
+            all.measures.extend(local);
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
@@ -115,14 +122,6 @@ pub fn measure_stage(
             let by_layer = anchored_by_layer(task, output)?;
             let sites = (subject, output.sites.as_slice());
             all.growth.extend(growth(sites, &reference.sites, &by_layer, &own.sigmas));
-        }
-        // A single op's input is everybody's, so there the reference itself is local.
-        let judge = if every_site { anchor } else { Stream::Arm(Arm::Reference) };
-        if !own.truths.is_empty() {
-            for judge in [judge, Stream::Arm(Arm::Emulated)] {
-                let found = suspicious(&all.measures[first..], subject, judge);
-                all.diagnoses.extend(diagnose(&scene, arm, judge, &found)?);
-            }
         }
     }
     Ok(all)
@@ -152,7 +151,8 @@ impl Own {
     fn of(task: &Task<'_>, recipe: &Recipe, output: &Output) -> Result<Own, ComputeError> {
         let local = local(task, recipe, output)?;
         let truths = local.iter().map(|l| (l.site.clone(), l.truth.clone())).collect();
-        let sigmas = local.iter().map(|l| (l.site.clone(), l.sigma.clone())).collect();
+        let sigmas = local.iter().filter_map(|l| Some((l.site.clone(), l.sigma.clone()?)));
+        let sigmas = sigmas.collect();
         Ok(Own { local, truths, sigmas })
     }
 }

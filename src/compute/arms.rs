@@ -3,7 +3,7 @@
 //! It knows ops and models; why somebody wants the result, and where it is
 //! kept, is not its concern.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -127,6 +127,11 @@ impl Workshop for Shipped {
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String> {
         match arm {
             Arm::Reference | Arm::Emulated | Arm::Recorded | Arm::External | Arm::Command => None,
+            Arm::Device if recipe.stream.is_some() => Some(
+                "the device arm runs the project's own kernels, and `stream` describes a foreign \
+                 engine: record that engine, or leave `stream` out"
+                    .to_owned(),
+            ),
             Arm::Device => cuda::why_unavailable(recipe, self.kept.as_deref()),
         }
     }
@@ -240,10 +245,11 @@ pub fn drawn(task: &Task<'_>, recipe: &Recipe) -> Result<Vec<Tensor>, ComputeErr
 }
 
 /// The reference computed op by op on a subject's own inputs: the local truth
-/// at each site, from which the subject's local error follows.
+/// at each site, from which the subject's local error follows. Where the subject lacks a
+/// site, the pass goes on with what it computed: the next truth then spans several ops.
 ///
 /// # Errors
-/// If a site that an op would read was not recorded.
+/// As the ops.
 pub fn anchored(task: &Task<'_>, subject: &Output) -> Result<Vec<(Site, Tensor)>, ComputeError> {
     on_recorded(task, &Reference, subject)
 }
@@ -272,8 +278,9 @@ pub struct Local {
     pub site: Site,
     /// The reference on the subject's inputs.
     pub truth: Tensor,
-    /// The deviation that the recipe's rounding gives each value.
-    pub sigma: Tensor,
+    /// The deviation that the recipe's rounding gives each value, where the subject holds
+    /// all that the op read.
+    pub sigma: Option<Tensor>,
     /// Where the subject's error comes from, at a GEMM.
     pub energies: Option<Energies>,
 }
@@ -290,20 +297,32 @@ pub fn local(
     let floor = Floor::new(recipe)?;
     let followed = Mutex::new(Vec::new());
     let watched = Watched::new(|site, call| {
-        let energies = match subject.site(site) {
+        let [rows, width] = call.shape();
+        let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
+        let energies = match subject.site(site).filter(fits) {
             Some(tensor) => energies(floor.emulated(), recipe, call, tensor)?,
             None => None,
         };
         followed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(energies);
         call.on(&floor)
     });
-    let truths = on_recorded(task, &watched, subject)?;
+    let visited = visit_recorded(task, &watched, subject)?;
     drop(watched);
     let followed = followed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let all = truths.into_iter().zip(floor.into_sigmas()).zip(followed);
-    Ok(all
-        .map(|(((site, truth), sigma), energies)| Local { site, truth, sigma, energies })
-        .collect())
+    let held: BTreeSet<Site> =
+        visited.iter().filter(|visit| visit.held).map(|visit| visit.site.clone()).collect();
+    let forward = matches!(task.op, Op::Forward { .. });
+    let qk_norms = task.model.has("blk.0.attn_q_norm.weight");
+    let whole = |site: &Site| {
+        !forward || crate::op::read_by_site(site, qk_norms).iter().all(|read| held.contains(read))
+    };
+    let all = visited.into_iter().zip(floor.into_sigmas()).zip(followed);
+    let locals = all.filter(|((visit, _), _)| visit.held).map(|((visit, sigma), energies)| {
+        let whole = whole(&visit.site);
+        let (sigma, energies) = (Some(sigma).filter(|_| whole), energies.filter(|_| whole));
+        Local { site: visit.site, truth: visit.truth, sigma, energies }
+    });
+    Ok(locals.collect())
 }
 
 /// Whether a GEMM makes this site.
@@ -316,28 +335,50 @@ pub fn is_gemm(site: &Site) -> bool {
 }
 
 /// Runs the ops of a task on the subject's recorded tensors: each op of `ops`
-/// sees what the subject's op saw. Nothing is computed where only logits are known.
+/// sees what the subject's op saw, and computes the sites that the subject holds.
+/// Nothing is computed where only logits are known.
 ///
 /// # Errors
-/// If a site that an op would read was not recorded.
+/// As the ops.
 pub fn on_recorded(
     task: &Task<'_>,
     ops: &dyn Ops,
     subject: &Output,
 ) -> Result<Vec<(Site, Tensor)>, ComputeError> {
+    let held = visit_recorded(task, ops, subject)?.into_iter().filter(|visit| visit.held);
+    Ok(held.map(|visit| (visit.site, visit.truth)).collect())
+}
+
+/// One site of a pass that goes on with what a subject recorded.
+struct Visit {
+    site: Site,
+    /// What the ops computed there.
+    truth: Tensor,
+    /// Whether the subject holds this site, in this shape.
+    held: bool,
+}
+
+fn visit_recorded(
+    task: &Task<'_>,
+    ops: &dyn Ops,
+    subject: &Output,
+) -> Result<Vec<Visit>, ComputeError> {
     match task.op {
         Op::Forward { capture: Capture::EverySite, .. } => {
             let recorded = subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
-            let mut anchor = Anchor { recorded, local: Vec::new() };
+            let mut anchor = Anchor { recorded, visits: Vec::new() };
             let mut cache = KvCache::new(task.model.config());
             forward(task.model, ops, task.tokens, &mut cache, &mut anchor)?;
-            Ok(anchor.local)
+            Ok(anchor.visits)
         }
         // Only the logits are known: there is nothing to anchor on.
         Op::Forward { capture: Capture::Logits, .. } => Ok(Vec::new()),
         op => units(op)
             .into_iter()
-            .map(|unit| Ok((unit.site.clone(), single(task, ops, &unit)?)))
+            .map(|unit| {
+                let truth = single(task, ops, &unit)?;
+                Ok(Visit { site: unit.site, truth, held: true })
+            })
             .collect(),
     }
 }
@@ -520,15 +561,18 @@ impl Sites for LayerAnchor<'_> {
 /// Keeps what was computed, and lets the pass go on with what was recorded.
 struct Anchor<'a> {
     recorded: BTreeMap<&'a Site, &'a Tensor>,
-    local: Vec<(Site, Tensor)>,
+    visits: Vec<Visit>,
 }
 
 impl Sites for Anchor<'_> {
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
-        let recorded = self.recorded.get(&site);
-        let recorded = recorded.ok_or_else(|| ComputeError::NotRecorded(site.0.clone()))?;
-        let next = Tensor::clone(recorded);
-        self.local.push((site, tensor));
+        let fits = |recorded: &&&Tensor| {
+            (recorded.rows(), recorded.width()) == (tensor.rows(), tensor.width())
+        };
+        let recorded = self.recorded.get(&site).filter(fits);
+        let held = recorded.is_some();
+        let next = recorded.map_or_else(|| tensor.clone(), |recorded| Tensor::clone(recorded));
+        self.visits.push(Visit { site, truth: tensor, held });
         Ok(next)
     }
 }

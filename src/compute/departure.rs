@@ -79,6 +79,7 @@ pub fn matmul_rows(
     let (codes, scales) = arm.quantise_activation(x);
     let edited = (steps.x)(Converted { values: x.data(), codes, scales });
     let width = weight.width();
+    let output = arm.before_bias(steps.output, bias.is_some());
     let starts: Vec<usize> = rows.clone().step_by(CHUNK_ROWS).collect();
     let chunks: Vec<(usize, Tensor)> = starts
         .into_par_iter()
@@ -95,7 +96,7 @@ pub fn matmul_rows(
             let x =
                 prepare(unit, &Operand { codes: &edited.codes, scales: edited.scales.clone() })?;
             let w = Operand { codes: &w.codes, scales: w.scales };
-            Ok((start, gemm_prepared(&steps.schedule, &x, &w, steps.output)?))
+            Ok((start, gemm_prepared(&steps.schedule, &x, &w, output)?))
         })
         .collect::<Result<_, ComputeError>>()?;
     let mut y = Tensor::zeros(x.rows(), rows.len());
@@ -105,7 +106,7 @@ pub fn matmul_rows(
     if let Some(bias) = bias {
         y.add_to_rows(&bias[rows]);
     }
-    Ok(y)
+    Ok(arm.streamed(y))
 }
 
 /// The scale of one element.
@@ -213,6 +214,7 @@ mod tests {
         accumulate: Accumulate::Promoted,
         output: Format::Bf16,
         chip: ChipName::Hopper,
+        stream: None,
         pin: Pin::NONE,
     };
 

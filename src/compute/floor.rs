@@ -115,6 +115,21 @@ impl Floor {
         }
     }
 
+    /// The variance of rounding a value of about `size` to the stream's type; nothing
+    /// where the project's own kernels pass f32.
+    fn passed(&self, size: f64) -> f64 {
+        match self.recipe.stream {
+            Some(stream) => rounding(stream, size.abs()),
+            None => 0.0,
+        }
+    }
+
+    /// What a foreign engine may add to a value of about `size` that `roundings` f32
+    /// operations of unknown order made.
+    fn foreign(&self, roundings: f64, size: f64) -> f64 {
+        if self.recipe.stream.is_some() { roundings * rounded(size) } else { 0.0 }
+    }
+
     /// The variance of rounding a value of about `size` to the output type, and
     /// of one more rounding to f32: the reference's own, or the scale's.
     fn output(&self, size: f64) -> f64 {
@@ -230,16 +245,24 @@ impl Ops for Floor {
     fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
         let y = Reference.embed(weight, tokens)?;
-        // A copy rounds nothing.
-        self.note(Tensor::zeros(y.rows(), y.width()));
+        // A copy rounds nothing but to the stream's type.
+        self.note_each(&y, |_, y| self.passed(f64::from(y)).sqrt());
         Ok(y)
     }
 
     fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
         let y = Reference.rms_norm(x, gain, eps)?;
-        // The kernel carries two f32 throughout and is within one place.
-        self.note_each(&y, |_, y| quarter_place(y));
+        // The kernel carries two f32 throughout and is within one place. A foreign one sums
+        // the squares in f32, in the worst case in order: a random walk of K roundings of
+        // partial sums, halved by the root, and some eight roundings beside. It may round
+        // to the stream's type before the gain and after it.
+        let sum = gain.width() as f64 / 36.0 + 8.0;
+        self.note_each(&y, |_, y| {
+            let size = f64::from(y);
+            let variance = self.foreign(sum, size) + 2.0 * self.passed(size);
+            variance.sqrt() + quarter_place(y)
+        });
         Ok(y)
     }
 
@@ -275,7 +298,12 @@ impl Ops for Floor {
                 let inner =
                     f64::from(from_x[index]) + f64::from(from_dx[index]) + of_sum * dot * dot;
                 let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
-                let variance = inner + self.output(size) + (bias * F32_UNIT).powi(2);
+                let mut variance = inner + self.output(size) + (bias * F32_UNIT).powi(2);
+                // The product may be rounded to the stream's type before its bias is added.
+                variance += self.passed(dot + bias);
+                if bias != 0.0 {
+                    variance += self.passed(dot);
+                }
                 truth.push((dot + bias) as f32);
                 sigma.push(variance.sqrt() as f32);
             }
@@ -308,11 +336,19 @@ impl Ops for Floor {
                 for (pair, &(sin, cos)) in angles.iter().enumerate() {
                     let (first, second) = rope::pair(geometry, pair);
                     let (a, b) = (f64::from(x[first]), f64::from(x[second]));
+                    // A foreign engine computes the angle in f32, a frequency times a
+                    // position, and may round table, products and sum to the stream's type.
+                    let angle = rope::angle(geometry, pair, first_position + row);
+                    let of_engine = |fused: f64, product: f64, y: f64| {
+                        let turned = self.foreign(4.0, angle * a.hypot(b));
+                        turned + 2.0 * (self.passed(fused) + self.passed(product)) + self.passed(y)
+                    };
                     // The table's entries round, the second product does, the sum does,
                     // and so does the reference.
                     let of = |fused: f64, product: f64, y: f32| {
                         let y = f64::from(y);
                         let variance = rounded(fused) + 2.0 * rounded(product) + 2.0 * rounded(y);
+                        let variance = variance + of_engine(fused, product, y);
                         (variance.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32
                     };
                     sigma[first] = of(a * cos, b * sin, y[first]);
@@ -346,7 +382,7 @@ impl Ops for Floor {
                 let keys = (0..seen).map(|position| &k.row(position)[group.clone()]);
                 let values: Vec<&[f32]> =
                     (0..seen).map(|position| &v.row(position)[group.clone()]).collect();
-                let spread = attention_spread(query, keys, &values, out);
+                let spread = attention_spread(query, keys, &values, out, self.recipe.stream);
                 for (sigma, spread) in sigma.iter_mut().zip(spread) {
                     *sigma = (spread.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32;
                 }
@@ -366,7 +402,9 @@ impl Ops for Floor {
             let share = if power.is_finite() { power / (1.0 + power) } else { 1.0 };
             let exponential = (2.0 * F32_UNIT * share).powi(2);
             let size = f64::from(y);
-            (size * size * exponential + 5.0 * rounded(size)).sqrt() + quarter_place(y)
+            // A foreign engine may round SiLU and the product to the stream's type.
+            let engine = self.foreign(8.0, size) + 2.0 * self.passed(size);
+            (size * size * exponential + 5.0 * rounded(size) + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
     }
@@ -374,7 +412,7 @@ impl Ops for Floor {
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
         let y = Reference.add(a, b)?;
         // One correctly rounded sum, the same as the reference's or its neighbour.
-        self.note_each(&y, |_, y| quarter_place(y));
+        self.note_each(&y, |_, y| self.passed(f64::from(y)).sqrt() + quarter_place(y));
         Ok(y)
     }
 }
@@ -385,12 +423,14 @@ impl Ops for Floor {
 /// `A = sum |q k|`. The exponential adds two places, and the difference that it
 /// is taken of one rounding. A relative error of weight j moves the output by
 /// `p_j (v_j - out)`. The chain over the values rounds each partial sum, the
-/// total, the quotient and the reference once each.
+/// total, the quotient and the reference once each. `stream` is the type to which a
+/// foreign engine may round between its steps.
 fn attention_spread<'k>(
     query: &[f32],
     keys: impl Iterator<Item = &'k [f32]>,
     values: &[&[f32]],
     out: &[f32],
+    stream: Option<Format>,
 ) -> Vec<f64> {
     let scale = 1.0 / (query.len() as f64).sqrt();
     let scores: Vec<(f64, f64)> = keys
@@ -410,6 +450,14 @@ fn attention_spread<'k>(
         let share = weight / total;
         let of_score = 2.0 * rounded(size) + rounded(score) + rounded(score - largest);
         let relative = of_score + (2.0 * F32_UNIT).powi(2);
+        // A foreign engine may round a score before and after its scale, and the weight.
+        let relative = match stream {
+            Some(stream) => {
+                let of_score = 2.0 * rounding(stream, score.abs()) + rounding(stream, 1.0);
+                relative + of_score + (8.0 * F32_UNIT).powi(2)
+            }
+            None => relative,
+        };
         for (index, &value) in value.iter().enumerate() {
             let value = f64::from(value);
             partial[index] += share * value;
@@ -420,6 +468,9 @@ fn attention_spread<'k>(
     let chain = (values.len() as f64 / 32.0).ceil() + 7.0;
     for (spread, &out) in spread.iter_mut().zip(out) {
         *spread += chain * rounded(f64::from(out));
+        if let Some(stream) = stream {
+            *spread += rounding(stream, f64::from(out).abs());
+        }
     }
     spread
 }

@@ -5,20 +5,21 @@
 
 use crate::model::{Rope, RopeLayout};
 
-/// `sin` and `cos` of each pair's angle at `position`:
+/// `sin` and `cos` of each pair's [`angle`] at `position`.
+pub fn angles(rope: &Rope, position: usize) -> Vec<(f64, f64)> {
+    (0..rope.dimensions / 2).map(|pair| libm::sincos(angle(rope, pair, position))).collect()
+}
+
+/// By how many radians a pair turns at `position`:
 /// `position / linear_scale * theta^(-2 pair / dimensions) / factor`.
 ///
 /// Source: Su et al., RoFormer (arXiv 2104.09864); the factors are llama.cpp's
 /// `rope_freqs.weight`.
-pub fn angles(rope: &Rope, position: usize) -> Vec<(f64, f64)> {
-    (0..rope.dimensions / 2)
-        .map(|pair| {
-            let exponent = -2.0 * pair as f64 / rope.dimensions as f64;
-            let factor = rope.factors.as_ref().map_or(1.0, |factors| f64::from(factors[pair]));
-            let frequency = libm::pow(rope.theta, exponent) / factor / rope.linear_scale;
-            libm::sincos(position as f64 * frequency)
-        })
-        .collect()
+pub fn angle(rope: &Rope, pair: usize, position: usize) -> f64 {
+    let exponent = -2.0 * pair as f64 / rope.dimensions as f64;
+    let factor = rope.factors.as_ref().map_or(1.0, |factors| f64::from(factors[pair]));
+    let frequency = libm::pow(rope.theta, exponent) / factor / rope.linear_scale;
+    position as f64 * frequency
 }
 
 /// The two elements of a head that pair number `pair` rotates.

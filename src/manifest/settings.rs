@@ -42,6 +42,7 @@ struct RawRecipe {
     activation: Option<Put<ActivationScale>>,
     accumulate: Option<Put<Accumulate>>,
     output: Option<Put<Format>>,
+    stream: Option<Put<Format>>,
     chip: Option<Put<ChipName>>,
     algorithm: Option<Put<u32>>,
     tile: Option<Put<u32>>,
@@ -351,6 +352,7 @@ impl RawRecipe {
             gemm: table.choice("gemm", &FORMATS, findings),
             accumulate: table.choice("accumulate", &ACCUMULATIONS, findings),
             output: table.choice("output", &FORMATS, findings),
+            stream: table.choice("stream", &FORMATS, findings),
             chip: table.choice("chip", &CHIPS, findings),
             ..RawRecipe::default()
         };
@@ -377,6 +379,7 @@ impl RawRecipe {
             activation: self.activation.or_else(|| inherited.activation.clone()),
             accumulate: self.accumulate.or_else(|| inherited.accumulate.clone()),
             output: self.output.or_else(|| inherited.output.clone()),
+            stream: self.stream.or_else(|| inherited.stream.clone()),
             chip: self.chip.or_else(|| inherited.chip.clone()),
             algorithm: self.algorithm.or_else(|| inherited.algorithm.clone()),
             tile: self.tile.or_else(|| inherited.tile.clone()),
@@ -456,6 +459,18 @@ impl RawRecipe {
                 .at_if(output.at.as_ref(), "an operand format"),
             );
         }
+        if let Some(stream) = &self.stream
+            && !matches!(stream.value, Format::F32 | Format::Bf16 | Format::F16)
+        {
+            problems.push(
+                Problem::new(
+                    format!("a stream cannot be `{}`", name_of(stream.value, &FORMATS)),
+                    "`stream` is the type in which an engine passes tensors from op to op: `f32`, \
+                     `bf16` or `f16`",
+                )
+                .at_if(stream.at.as_ref(), "an operand format"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if missing.contains(&gemm.value) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
@@ -477,6 +492,7 @@ impl RawRecipe {
             accumulate: accumulate.value,
             output: output.value,
             chip: chip.value,
+            stream: value_of(&self.stream),
             pin: Pin {
                 algorithm: value_of(&self.algorithm),
                 tile: value_of(&self.tile),

@@ -12,7 +12,10 @@ use serde_json::value::to_raw_value;
 
 use super::Options;
 use crate::cache::{Action, ActionLock, CacheError, KeyWalk, NewAction, Store};
-use crate::compare::{StageMeasures, measure_arms, measure_outcome, measure_stage};
+use crate::compare::{
+    Diagnosis, Scene, StageMeasures, Suspect, diagnose, measure_arms, measure_outcome,
+    measure_stage,
+};
 use crate::compute::arms::{Output, Task, compute, input_width, site_names, tensors_read};
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
@@ -21,12 +24,14 @@ use crate::compute::{ComputeError, Ops, product};
 use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
+use crate::manifest::IfFails;
 use crate::model::Model;
-use crate::op::{self, Arm, Input, InputRef, Op, Site};
+use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
 use crate::record::ArmState;
 use crate::tensor::Tensor;
 use crate::tensor_file;
+use crate::verdict::{self, first_falsified, judge};
 
 /// What a thread is to do.
 pub(super) enum Order {
@@ -522,9 +527,73 @@ impl Bench<'_> {
         }
         let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
         let walk = self.plan.measure_walk(self.prepared, &keys.collect());
-        if let Some(action) = self.store.find(&walk.key()) {
-            return Ok(Outcome::Measures(Box::new(said_by(&action)?)));
+        let mut measures = match self.store.find(&walk.key()) {
+            Some(action) => said_by(&action)?,
+            None => self.measure_anew(inputs, results.clone(), &walk)?,
+        };
+        measures.diagnoses = self.diagnosis(inputs, results, &walk, &measures)?;
+        Ok(Outcome::Measures(Box::new(measures)))
+    }
+
+    /// Looks at the first site that the stage's contract falsifies, or finds what was seen
+    /// there before. A stage that passes, or is beyond a budget only, has nothing to look at.
+    fn diagnosis(
+        &self,
+        inputs: &Supplies,
+        results: BTreeMap<Arm, Stored>,
+        measured: &KeyWalk,
+        measures: &StageMeasures,
+    ) -> Result<Vec<Diagnosis>, Failure> {
+        let stage = self.prepared.stage;
+        let whole_pass_only = matches!(stage.op, Op::Forward { capture: Capture::Logits, .. });
+        let contract = self.plan.pipeline.contracts[&stage.contract].read_by(&stage.arms);
+        let judgements = judge(&contract, &measures.measures, &BTreeMap::new()).judgements;
+        let Some(first) = first_falsified(&judgements, &measures.measures) else {
+            return Ok(Vec::new());
+        };
+        let Some(site) = first.site.clone().filter(|_| first.if_fails == IfFails::Structural)
+        else {
+            return Ok(Vec::new());
+        };
+        let [subject, judge] = first.compare;
+        // Of a whole pass nothing is known but its logits: only an arm against itself says more.
+        if !stage.op.reads_model() || (whole_pass_only && subject != judge) {
+            return Ok(Vec::new());
         }
+        let evidence = verdict::in_words(first, &measures.measures);
+        let falsified = verdict::falsified_locally(&judgements, &measures.measures, subject.arm());
+        let suspect = Suspect { subject, judge, site, evidence, falsified };
+        let mut walk = KeyWalk::new("diagnosis");
+        walk.field("measures", &measured.key().0);
+        walk.field("suspect", serde_json::json!(suspect));
+        if let Some(action) = self.store.find(&walk.key()) {
+            return said_by(&action);
+        }
+        let started = Instant::now();
+        let mut outputs = BTreeMap::new();
+        for (arm, stored) in results {
+            outputs.insert(arm, self.output_of(&stored)?);
+        }
+        let read = self.input_tensors(inputs)?;
+        let task = self.task(&read)?;
+        let (recipe, outputs) = (&stage.recipe, &outputs);
+        let scene = Scene { task: &task, recipe, outputs, measures };
+        let diagnoses = vec![diagnose(&scene, &suspect)?];
+        let json = to_raw_value(&diagnoses)
+            .map_err(|error| Failure::Bug(format!("a diagnosis cannot be encoded: {error}")))?;
+        let Options { run, created, .. } = self.options;
+        let seconds = started.elapsed().as_secs_f64();
+        let (walk, object) = (&walk, None);
+        self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
+        Ok(diagnoses)
+    }
+
+    fn measure_anew(
+        &self,
+        inputs: &Supplies,
+        results: BTreeMap<Arm, Stored>,
+        walk: &KeyWalk,
+    ) -> Result<StageMeasures, Failure> {
         let started = Instant::now();
         let stage = self.prepared.stage;
         let (mut outputs, mut keyed) = (BTreeMap::new(), Vec::new());
@@ -550,9 +619,9 @@ impl Bench<'_> {
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
         let seconds = started.elapsed().as_secs_f64();
-        let (walk, object) = (&walk, None);
+        let object = None;
         self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
-        Ok(Outcome::Measures(Box::new(measures)))
+        Ok(measures)
     }
 }
 

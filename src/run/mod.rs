@@ -22,7 +22,7 @@ use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
 use crate::plan::{Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
-use crate::verdict::{Verdict, judge, reason};
+use crate::verdict::{First, Verdict, judge, reason};
 
 mod bench;
 
@@ -465,7 +465,12 @@ impl<'a> Engine<'a> {
             .collect();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
         let mut judged = judge(&contract, &progress.measures.measures, &absent);
-        reason(&mut judged, &progress.measures);
+        let diagnosis = progress.measures.diagnoses.first();
+        let first = First::of(&judged.judgements, &progress.measures.measures).map(|first| {
+            let cause = diagnosis.and_then(|d| d.cause()).map(|fit| fit.cause.clone());
+            First { cause, ..first }
+        });
+        reason(&mut judged, &progress.measures, diagnosis);
         if let Some(unread) = &progress.unread
             && judged.verdict == Verdict::Pass
         {
@@ -533,6 +538,7 @@ impl<'a> Engine<'a> {
             contract: [contract.name.clone(), contract.version.clone()],
             verdict: judged.verdict,
             why: judged.why,
+            first: first.filter(|_| matches!(judged.verdict, Verdict::Structural | Verdict::Drift)),
             seconds,
             arms: progress.arms.clone(),
             judgements: judged.judgements,

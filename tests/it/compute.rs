@@ -37,6 +37,7 @@ const E4M3: Recipe = Recipe {
     accumulate: Accumulate::Promoted,
     output: Format::Bf16,
     chip: ChipName::Hopper,
+    stream: None,
     pin: runner::op::Pin::NONE,
 };
 
@@ -343,6 +344,7 @@ fn measure_floors(
     let mut gemms = Vec::new();
     for arms::Local { site, truth, sigma, energies } in &locals {
         let tensor = subject.site(site).expect("a recorded site");
+        let sigma = sigma.as_ref().expect("all that the op read");
         if arms::is_gemm(site) {
             let shares = energies.and_then(|energies| energies.shares()).expect("an error");
             let sum: f64 = shares.named().iter().map(|(_, share)| share).sum();

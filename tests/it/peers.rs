@@ -1,7 +1,7 @@
 //! The peers' table: a clean FP8 GEMM of 256 x 4096 x 256 and six planted bugs,
 //! of which common tolerances fail the clean one or pass a broken one.
 
-use runner::compare::fingerprints::{Case, rank};
+use runner::compare::fingerprints::{Case, Null, rank};
 use runner::compare::{Predicted, measure};
 use runner::compute::Ops;
 use runner::compute::call::{Call, MadeWeight};
@@ -28,6 +28,7 @@ const RECIPE: Recipe = Recipe {
     accumulate: Accumulate::Promoted,
     output: Format::F32,
     chip: ChipName::Hopper,
+    stream: None,
     pin: Pin::NONE,
 };
 
@@ -111,15 +112,17 @@ fn every_row_of_the_peers_table_is_separated() {
         let named = if differ == 0 {
             String::new()
         } else {
+            let null = Null::of(&call, &clean, &arm, &RECIPE).expect("a null model");
             let case = Case {
                 site: &site,
                 call: &call,
                 subject: &subject,
                 clean: &clean,
                 truth: &truth,
+                null: &null,
                 arm: &arm,
                 recipe: &RECIPE,
-                model: &model,
+                model: Some(&model),
                 recorded: &[],
             };
             rank(&case).expect("fingerprints").remove(0).cause

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::{Case, Fit, rank};
+use super::{Case, Fit, Null, rank};
 use crate::compute::call::Call;
 use crate::compute::departure::{Steps, matmul_rows};
 use crate::compute::emulated::arm::Emulated;
@@ -30,6 +30,7 @@ impl Default for Bench {
             accumulate: Accumulate::Promoted,
             output: Format::Bf16,
             chip: ChipName::Hopper,
+            stream: None,
             pin: Pin::NONE,
         };
         let mut file = Vec::new();
@@ -70,15 +71,17 @@ impl Bench {
     pub fn fits(&self, call: &Call<'_>, wrong: &Tensor) -> Vec<Fit> {
         let clean = self.clean(call);
         let truth = call.on(&Reference).expect("a call that the reference can compute");
+        let null = Null::of(call, &clean, &self.arm, &self.recipe).expect("a null model");
         let case = Case {
             site: &Site("blk.1.q".to_owned()),
             call,
             subject: wrong,
             clean: &clean,
             truth: &truth,
+            null: &null,
             arm: &self.arm,
             recipe: &self.recipe,
-            model: &self.model,
+            model: Some(&self.model),
             recorded: &self.recorded,
         };
         rank(&case).expect("fingerprints")

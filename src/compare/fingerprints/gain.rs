@@ -24,9 +24,9 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let (mut sc, mut cc) = (0.0, 0.0);
     for row in 0..case.subject.rows() {
         let pairs = case.subject.row(row).iter().zip(case.clean.row(row));
-        for ((&s, &c), &bias) in pairs.zip(&bias) {
+        for (column, ((&s, &c), &bias)) in pairs.zip(&bias).enumerate() {
             let (s, c) = (f64::from(s) - f64::from(bias), f64::from(c) - f64::from(bias));
-            if s.is_finite() && c.is_finite() {
+            if s.is_finite() && c.is_finite() && case.trains(row, column) {
                 sc += s * c;
                 cc += c * c;
             }
@@ -48,10 +48,20 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     Ok(case.fit_if_any(cause, detail, 1, &predicted).into_iter().collect())
 }
 
+/// A factor in words: small ones as what they add.
+pub(super) fn factor_of(factor: f64) -> String {
+    let added = 100.0 * (factor - 1.0);
+    match added.abs() < 0.5 {
+        true if added < 0.0 => format!("{} % too small", number(-added)),
+        true => format!("{} % too large", number(added)),
+        false => format!("{} times what it must be", number(factor)),
+    }
+}
+
 /// Whether the factor is one of the operands' scales.
 fn name(case: &Case<'_>, factor: f64) -> Result<(&'static str, String), ComputeError> {
     let near = |value: f64| (factor / value - 1.0).abs() < NEAR;
-    let times = format!("every output is {} times what it must be", number(factor));
+    let times = format!("every output is {}", factor_of(factor));
     let Call::Matmul { x, weight, .. } = *case.call else {
         return Ok(("scale-wrong", times));
     };

@@ -16,6 +16,7 @@ mod gain;
 mod gqa_map;
 mod k_range;
 mod non_finite;
+mod null;
 mod norm_gain;
 mod norm_mean;
 mod other_format;
@@ -55,6 +56,8 @@ use crate::compute::emulated::arm::Emulated;
 use crate::model::{Model, Weight};
 use crate::op::{Recipe, Site};
 use crate::tensor::Tensor;
+
+pub use null::{Null, describe};
 
 /// The share of the difference above which a hypothesis gives the bug its name.
 pub const NAMED: f64 = 0.9;
@@ -134,6 +137,14 @@ pub struct Fit {
     pub elements: usize,
     /// Numbers that were fitted to the data.
     pub parameters: usize,
+    /// Whether it says clearly more than rounding and another order of additions do. What
+    /// older runs recorded did not ask for that.
+    #[serde(default = "always")]
+    pub significant: bool,
+}
+
+fn always() -> bool {
+    true
 }
 
 impl Fit {
@@ -144,7 +155,7 @@ impl Fit {
 
     /// Whether it explains enough to give the bug its name.
     pub fn names_the_bug(&self) -> bool {
-        self.is_exact() || self.explained >= NAMED
+        self.significant && (self.is_exact() || self.explained >= NAMED)
     }
 }
 
@@ -160,12 +171,14 @@ pub struct Case<'a> {
     pub clean: &'a Tensor,
     /// What the reference returns for them.
     pub truth: &'a Tensor,
+    /// What rounding alone explains.
+    pub null: &'a Null,
     /// The prescribed arithmetic.
     pub arm: &'a Emulated,
     /// The recipe.
     pub recipe: &'a Recipe,
-    /// The model.
-    pub model: &'a Model,
+    /// The model, where there is one.
+    pub model: Option<&'a Model>,
     /// The subject's other tensors, in the order of the flow.
     pub recorded: &'a [(Site, Tensor)],
 }
@@ -189,7 +202,7 @@ pub fn rank(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let mut fits = Vec::new();
     for fingerprint in ALL {
         fits.extend((fingerprint.test)(case)?);
-        if fits.iter().any(Fit::is_exact) {
+        if fits.iter().any(|fit| fit.is_exact() && fit.significant) {
             break;
         }
     }
@@ -206,12 +219,16 @@ pub fn rank(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 /// The best fit: exact ones first, then those that explain most; of near ties the
 /// one with the fewest fitted numbers, then the first.
 fn best_of(fits: &[Fit]) -> Option<usize> {
-    let exact = fits.iter().position(Fit::is_exact);
+    let exact = fits.iter().position(|fit| fit.is_exact() && fit.significant);
     if exact.is_some() {
         return exact;
     }
-    let most = fits.iter().map(|fit| fit.explained).max_by(f64::total_cmp)?;
-    let near = fits.iter().enumerate().filter(|(_, fit)| fit.explained >= most - TIE);
+    // What no null model rivals stands before what one does.
+    let clear = fits.iter().any(|fit| fit.significant);
+    let worth = |fit: &&Fit| fit.significant == clear;
+    let most = fits.iter().filter(worth).map(|fit| fit.explained).max_by(f64::total_cmp)?;
+    let near = fits.iter().enumerate().filter(|(_, fit)| worth(fit));
+    let near = near.filter(|(_, fit)| fit.explained >= most - TIE);
     near.min_by_key(|(_, fit)| fit.parameters).map(|(index, _)| index)
 }
 
@@ -224,29 +241,39 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// How well a predicted tensor fits.
+    /// How well a predicted tensor fits, held against the best null model: its share of
+    /// the energy that rounding leaves, over the values that no number was fitted to
+    /// ([`Case::trains`]), and whether that is clearly more than the null models say.
     pub fn fit(&self, cause: &str, detail: String, parameters: usize, predicted: &Tensor) -> Fit {
+        let passed = self.arm.streamed(predicted.clone());
+        let plain = self.null.score(self, parameters, predicted);
+        let rounded = self.null.score(self, parameters, &passed);
+        let best = if rounded.rest < plain.rest { rounded } else { plain };
         let elements = self.subject.data().len();
-        let columns = 0..self.subject.width();
-        let rest = self.energy(predicted, columns.clone());
-        let whole = self.energy(self.clean, columns);
-        // Where the subject is small, anything small is near: it must be explained itself.
-        let size: f64 = self.subject.data().iter().map(|&s| square_of_difference(s, 0.0)).sum();
-        let whole = if size > 0.0 && size < whole { size } else { whole };
-        // Every fitted number explains one element by itself.
-        let freedom = elements as f64 / (elements.saturating_sub(parameters).max(1)) as f64;
-        let explained = if whole > 0.0 { 1.0 - rest / whole * freedom } else { 0.0 };
-        let mismatches = mismatches(self.subject, predicted);
-        // What is finite on one side only is no near miss.
-        let pairs = self.subject.data().iter().zip(predicted.data());
-        let contradicted = pairs.into_iter().any(|(s, p)| s.is_finite() != p.is_finite());
-        let explained = match (mismatches, contradicted) {
-            (0, _) => 1.0,
-            (_, true) => 0.0,
-            _ => explained,
-        };
         let cause = cause.to_owned();
-        Fit { cause, detail, explained, mismatches, elements, parameters }
+        let (explained, mismatches) = (best.explained, best.mismatches);
+        let significant = best.significant;
+        Fit { cause, detail, explained, mismatches, elements, parameters, significant }
+    }
+
+    /// Whether numbers may be fitted to this value. The other half of the values is held
+    /// out: a fitted hypothesis must predict them.
+    pub fn trains(&self, row: usize, column: usize) -> bool {
+        // Every second row of each column; which of them, the column decides.
+        let phase = (column as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63;
+        (row as u64 ^ phase) & 1 == 0
+    }
+
+    /// The rows with values that are no noise.
+    pub fn rows_beyond_noise(&self) -> Vec<usize> {
+        let width = self.subject.width();
+        let off = |&row: &usize| {
+            let pairs = self.subject.row(row).iter().zip(self.clean.row(row));
+            pairs.enumerate().any(|(column, (&s, &c))| {
+                self.null.beyond(row * width + column, f64::from(s) - f64::from(c))
+            })
+        };
+        (0..self.subject.rows()).filter(off).collect()
     }
 
     /// A fit that is worth mentioning.
@@ -353,12 +380,6 @@ impl<'a> Case<'a> {
 fn square_of_difference(a: f32, b: f32) -> f64 {
     let difference = f64::from(a) - f64::from(b);
     if difference.is_finite() { difference * difference } else { 0.0 }
-}
-
-/// Values whose bits differ; any two NaNs are alike.
-fn mismatches(a: &Tensor, b: &Tensor) -> usize {
-    let differ = |(&a, &b): (&f32, &f32)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
-    a.data().iter().zip(b.data()).filter(|&pair| differ(pair)).count()
 }
 
 /// Whether all bits of two rows are the same.

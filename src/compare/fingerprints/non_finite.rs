@@ -26,19 +26,24 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         };
         let (row, column) = (at / weight.width(), at % weight.width());
         let detail = format!("`{}` holds {} at [{row}, {column}]", weight.name(), values[at]);
-        return Ok(vec![case.fit("non-finite-weight", detail, 0, case.clean)]);
+        let fit = case.fit("non-finite-weight", detail, 0, case.clean);
+        return Ok(vec![Fit { significant: true, ..fit }]);
     }
     let count = case.subject.data().iter().filter(|value| !value.is_finite()).count();
     let (row, column) = (index / case.subject.width(), index % case.subject.width());
     // All of the rest is as it must be: the bad values are the whole difference.
-    let rest = case.subject.data().iter().zip(case.clean.data());
-    let rest = rest.filter(|(s, c)| s.is_finite() && s.to_bits() != c.to_bits()).count();
+    let rest = case.subject.data().iter().zip(case.clean.data()).enumerate();
+    let off = |(index, (s, c)): &(usize, (&f32, &f32))| {
+        s.is_finite() && case.null.beyond(*index, f64::from(**s) - f64::from(**c))
+    };
+    let rest = rest.filter(off).count();
     let detail = format!(
         "{count} values are not finite, the first at [{row}, {column}]; every operand was finite"
     );
-    let mut fit = case.fit("non-finite-output", detail, count, case.clean);
-    fit.explained = if rest == 0 { 1.0 } else { 0.0 };
-    Ok(vec![fit])
+    let fit = case.fit("non-finite-output", detail, 0, case.clean);
+    // What is seen is no fit: the values are not finite.
+    let explained = if rest == 0 { 1.0 } else { 0.0 };
+    Ok(vec![Fit { explained, significant: true, ..fit }])
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Some rows or columns carry a factor of their own: one scale of many is wrong.
 
+use super::gain::factor_of;
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::tensor::Tensor;
-use crate::text::number;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "single rows or columns carry a factor: one scale of many is wrong",
@@ -46,9 +46,13 @@ fn lines(
             let c = f64::from(case.clean.row(row)[column]) - bias;
             if s.is_finite() && c.is_finite() {
                 let line = line_of(row, column);
-                sc[line] += s * c;
-                cc[line] += c * c;
-                energy[line] += (s - c) * (s - c);
+                if case.trains(row, column) {
+                    sc[line] += s * c;
+                    cc[line] += c * c;
+                }
+                if case.null.beyond(row * width + column, s - c) {
+                    energy[line] += (s - c) * (s - c);
+                }
             }
         }
     }
@@ -65,6 +69,11 @@ fn lines(
         chosen.push(line);
     }
     let mut is_chosen = vec![false; count];
+    // A line without a value to fit on has no factor.
+    chosen.retain(|&line| cc[line] > 0.0);
+    if chosen.is_empty() {
+        return None;
+    }
     chosen.iter().for_each(|&line| is_chosen[line] = true);
     let mut predicted = Tensor::clone(case.clean);
     for row in 0..rows {
@@ -77,9 +86,7 @@ fn lines(
             }
         }
     }
-    let factor = |line: &usize| {
-        format!("{noun} {line} is {} times what it must be", number(sc[*line] / cc[*line]))
-    };
+    let factor = |line: &usize| format!("{noun} {line} is {}", factor_of(sc[*line] / cc[*line]));
     let shown: Vec<String> = chosen.iter().take(SHOWN).map(factor).collect();
     let more = match chosen.len().saturating_sub(SHOWN) {
         0 => String::new(),

@@ -1,6 +1,6 @@
 //! Some rows hold another tensor's rows: a buffer that was not written whole.
 
-use super::{Case, Fingerprint, Fit, same_bits};
+use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -10,9 +10,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 };
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
-    let rows = 0..case.subject.rows();
-    let wrong: Vec<usize> =
-        rows.filter(|&row| !same_bits(case.subject.row(row), case.clean.row(row))).collect();
+    let wrong = case.rows_beyond_noise();
     if wrong.is_empty() || wrong.len() == case.subject.rows() {
         return Ok(Vec::new());
     }
@@ -28,7 +26,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let (first, last) = (wrong[0], wrong[wrong.len() - 1]);
         let detail = format!("{} rows from {first} to {last} are those of `{site}`", wrong.len());
         let fit = case.fit("stale-rows", detail, 0, &predicted);
-        fits.extend(fit.is_exact().then_some(fit));
+        fits.extend(fit.names_the_bug().then_some(fit));
     }
     Ok(fits)
 }

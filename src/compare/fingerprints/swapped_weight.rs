@@ -11,13 +11,11 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 };
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
-    let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
+    let (Some(gemm), Some(model)) = (case.gemm(), case.model) else { return Ok(Vec::new()) };
     let (weight, x, bias) = (gemm.weight, gemm.x, gemm.bias);
     let mut fits = Vec::new();
-    for name in
-        case.model.names().filter(|name| name.ends_with(".weight") && *name != weight.name())
-    {
-        let other = case.model.tensor(name)?;
+    for name in model.names().filter(|name| name.ends_with(".weight") && *name != weight.name()) {
+        let other = model.tensor(name)?;
         if (other.rows(), other.width()) != (weight.rows(), weight.width()) {
             continue;
         }

@@ -59,7 +59,23 @@ impl Emulated {
 
     /// What a report says of the arithmetic.
     pub fn describe(&self) -> String {
-        format!("{} {}, {}", self.chip.name, self.recipe.gemm, self.schedule)
+        let stream = self.recipe.stream.map(|stream| format!(", {stream} between ops"));
+        let stream = stream.unwrap_or_default();
+        format!("{} {}, {}{stream}", self.chip.name, self.recipe.gemm, self.schedule)
+    }
+
+    /// A result as the next op reads it: rounded to the stream's type.
+    pub fn streamed(&self, mut y: Tensor) -> Tensor {
+        if let Some(stream) = self.recipe.stream.filter(|stream| *stream != Format::F32) {
+            y.data_mut().iter_mut().for_each(|y| *y = stream.round(*y));
+        }
+        y
+    }
+
+    /// The type of a product before its bias is added. Engines that pass narrow tensors
+    /// add the bias in f32 and round once.
+    pub fn before_bias(&self, output: Format, biased: bool) -> Format {
+        if biased && self.recipe.stream.is_some() { Format::F32 } else { output }
     }
 
     /// Whether operands carry scales.
@@ -198,7 +214,7 @@ impl Ops for Emulated {
             let bytes = weight.row_bytes(token..token + 1);
             dequant::dequantise_row(weight.kind(), bytes, rows.row_mut(index));
         }
-        Ok(rows)
+        Ok(self.streamed(rows))
     }
 
     fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
@@ -210,7 +226,7 @@ impl Ops for Emulated {
             .par_chunks_exact_mut(width)
             .zip(x.data().par_chunks_exact(width))
             .for_each(|(y, x)| dispatch(RmsNorm { x, gain: &gain, eps, y }));
-        Ok(y)
+        Ok(self.streamed(y))
     }
 
     fn matmul(
@@ -223,9 +239,10 @@ impl Ops for Emulated {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);
         let prepared = prepare(&self.unit, &Operand { codes: &codes, scales })?;
+        let output = self.before_bias(self.recipe.output, bias.is_some());
         let chunks = self.by_quantised_chunk(weight, |first, _, codes, scales| {
             let operand = Operand { codes, scales };
-            let y = gemm_prepared(&self.schedule, &prepared, &operand, self.recipe.output)?;
+            let y = gemm_prepared(&self.schedule, &prepared, &operand, output)?;
             Ok((first, y))
         })?;
         let mut y = Tensor::zeros(x.rows(), weight.rows());
@@ -235,7 +252,7 @@ impl Ops for Emulated {
         if let Some(bias) = bias {
             y.add_to_rows(&bias);
         }
-        Ok(y)
+        Ok(self.streamed(y))
     }
 
     fn rope(
@@ -256,7 +273,7 @@ impl Ops for Emulated {
                 }
             }
         }
-        Ok(y)
+        Ok(self.streamed(y))
     }
 
     fn attention(
@@ -282,20 +299,20 @@ impl Ops for Emulated {
             });
             Ok::<(), ComputeError>(())
         })?;
-        Ok(y)
+        Ok(self.streamed(y))
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
         check_same_shape("swiglu", gate, up)?;
         let mut y = Tensor::zeros(gate.rows(), gate.width());
         dispatch(SwiGlu { gate: gate.data(), up: up.data(), y: y.data_mut() });
-        Ok(y)
+        Ok(self.streamed(y))
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
         check_same_shape("a residual addition", a, b)?;
         let data = a.data().iter().zip(b.data()).map(|(a, b)| a + b);
-        Ok(Tensor::new(a.width(), data.collect()))
+        Ok(self.streamed(Tensor::new(a.width(), data.collect())))
     }
 }
 

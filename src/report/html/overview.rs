@@ -7,7 +7,6 @@ use maud::{Markup, html};
 
 use super::figure::seconds;
 use super::{Page, commands, symbol, verdict};
-use crate::compare::sharpest;
 use crate::op::{Arm, StageId};
 use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::commands::of_run;
@@ -90,7 +89,7 @@ fn first(run: &RunRecord) -> Markup {
     let used = |stage: &StageRecord| stage.decisive().and_then(|j| j.used).unwrap_or(0.0);
     let gravest = run.stages.iter().find(|stage| stage.verdict == run.verdict);
     let tightest = run.stages.iter().max_by(|a, b| used(a).total_cmp(&used(b)));
-    let diagnosis = gravest.and_then(|stage| sharpest(&stage.diagnoses));
+    let diagnosis = gravest.and_then(|stage| stage.diagnoses.first());
     html! {
         dl class="first" {
             @match (run.verdict, gravest, tightest) {
