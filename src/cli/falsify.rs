@@ -11,8 +11,8 @@ use super::{FALSIFIED, PASS, graph_of, print};
 use crate::cache::Store;
 use crate::dtype::Format;
 use crate::falsify::{
-    Alarm, Beside, Plant, Plot, Setting, Trial, bugs, chosen, load, on_tokens, sites_of,
-    some_tokens, try_bug, try_clean, vacuous, with_recipe,
+    Alarm, Beside, Noise, Plant, Plot, Setting, Trial, bugs, chosen, load, on_tokens, sites_of,
+    some_tokens, try_bug, try_clean, vacuous, with_noise, with_recipe,
 };
 use crate::graph::select;
 use crate::op::{Accumulate, ActivationScale, Arm, Recipe, Scale, WeightScale};
@@ -60,6 +60,10 @@ pub(super) struct FalsifyArgs {
     /// so that a change on one side stands against real hardware.
     #[arg(long)]
     gpu: bool,
+    /// Plant into an engine whose every op carries this noise besides; with commas. Such an
+    /// engine is judged by the contract `engine`, at the stages that capture every site.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "none")]
+    noise: Vec<Noise>,
     /// Clean runs, each with another prompt, recipe and model.
     #[arg(long, default_value_t = 0)]
     clean: u64,
@@ -101,43 +105,62 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
     let mut trials = Vec::new();
     let mut silent: Option<BTreeSet<String>> = None;
     for model in &args.models {
-        let pipeline = load(&args.folder, model, Some(args.tokens.clone()))?;
-        let graph = graph_of(&pipeline)?;
-        let stages = match &args.select {
-            None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
-            Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
-        };
-        let base = pipeline.stages.first().ok_or("the folder has no stage")?;
-        let open = open_model(&base.model, base.seed, &store)?;
+        let whole = load(&args.folder, model, Some(args.tokens.clone()))?;
         let mut of_model = Vec::new();
-        for gemm in &args.recipes {
-            let recipe = Recipe { gemm: gemm.format(), ..base.recipe };
-            for (number, bug) in wanted.iter().enumerate() {
-                if bug.fp8 && !recipe.gemm.is_fp8() {
-                    continue;
-                }
-                let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
-                let sites = sites_of(bug, &open.model);
-                let site = sites[chosen(seed, sites.len())].clone();
-                let reference = (bug.plant == Plant::Flicker).then_some(Arm::Reference);
-                for &role in args.roles.iter().chain(&reference) {
-                    let pipeline = with_recipe(&pipeline, recipe);
-                    let setting = Setting {
-                        name: format!("{} {}", short(model), recipe.gemm),
-                        pipeline: &pipeline,
-                        graph: &graph,
-                        stages: &stages,
-                        store: &store,
-                        beside: &beside,
-                    };
-                    let plot = Plot { bug, site: site.clone(), seed, role };
-                    let trial = try_bug(&setting, plot)?;
-                    eprintln!("{}", line_of(&trial));
-                    of_model.push(trial);
+        for &noise in &args.noise {
+            let pipeline = with_noise(&whole, noise)?;
+            let graph = graph_of(&pipeline)?;
+            let stages = match &args.select {
+                None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
+                Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
+            };
+            let base = pipeline.stages.first().ok_or("the folder has no stage")?;
+            let open = open_model(&base.model, base.seed, &store)?;
+            for gemm in &args.recipes {
+                let recipe = Recipe { gemm: gemm.format(), ..base.recipe };
+                for (number, bug) in wanted.iter().enumerate() {
+                    if bug.fp8 && !recipe.gemm.is_fp8() {
+                        continue;
+                    }
+                    let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
+                    let sites = sites_of(bug, &open.model);
+                    let site = sites[chosen(seed, sites.len())].clone();
+                    // An engine of somebody else's stands for the device, and repeats and batches of
+                    // it are not at hand.
+                    if noise != Noise::None && (bug.plant == Plant::Flicker || bug.in_batch) {
+                        continue;
+                    }
+                    let reference = (bug.plant == Plant::Flicker).then_some(Arm::Reference);
+                    let roles = if noise == Noise::None { &*args.roles } else { &[Arm::Device] };
+                    for &role in roles.iter().chain(&reference) {
+                        let pipeline = with_recipe(&pipeline, recipe);
+                        let setting = Setting {
+                            name: match noise {
+                                Noise::None => format!("{} {}", short(model), recipe.gemm),
+                                noise => format!(
+                                    "{} {}, {}",
+                                    short(model),
+                                    recipe.gemm,
+                                    noise.in_words()
+                                ),
+                            },
+                            pipeline: &pipeline,
+                            graph: &graph,
+                            stages: &stages,
+                            store: &store,
+                            beside: &beside,
+                        };
+                        let plot = Plot { bug, site: site.clone(), seed, role, noise };
+                        let trial = try_bug(&setting, plot)?;
+                        eprintln!("{}", line_of(&trial));
+                        of_model.push(trial);
+                    }
                 }
             }
         }
-        let never: BTreeSet<String> = vacuous(&pipeline, &stages, &of_model).into_iter().collect();
+        let pipeline = &whole;
+        let stages = pipeline.stages.iter().map(|stage| stage.id.clone()).collect();
+        let never: BTreeSet<String> = vacuous(pipeline, &stages, &of_model).into_iter().collect();
         silent = Some(match silent {
             None => never,
             Some(silent) => silent.intersection(&never).cloned().collect(),
@@ -150,7 +173,10 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
         crate::cache::write_whole(path, json.as_bytes()).map_err(|error| error.to_string())?;
     }
     // A part of the catalogue says nothing of the falsifiers that it leaves alone.
-    let whole_catalogue = args.bugs.is_none() && args.every.get() == 1;
+    let whole_catalogue = args.bugs.is_none()
+        && args.every.get() == 1
+        && args.select.is_none()
+        && args.noise.contains(&Noise::None);
     let silent: Vec<String> =
         silent.unwrap_or_default().into_iter().filter(|_| whole_catalogue).collect();
     let (text, good) = report(&trials, &alarms, args.clean, &silent);
@@ -285,7 +311,9 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
         }
     }
     let group = |role: Arm, above: bool| {
-        let of_group = move |t: &&Trial| !t.of_passes && t.role == role && t.above_floor() == above;
+        let of_group = move |t: &&Trial| {
+            t.noise == Noise::None && !t.of_passes && t.role == role && t.above_floor() == above
+        };
         Score::of(real.iter().copied().filter(of_group))
     };
     text += &format!(
@@ -300,6 +328,16 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     text += &with_device[1].row("with a device, below the floor", true);
     let of_passes = Score::of(real.iter().copied().filter(|trial| trial.of_passes));
     text += &of_passes.row("told by repeats or batches of a whole pass", false);
+    let mut with_noise = Vec::new();
+    for noise in [Noise::Ulp, Noise::Bf16, Noise::Order] {
+        let of_noise = |t: &&Trial| t.noise == noise && t.above_floor();
+        let score = Score::of(real.iter().copied().filter(of_noise));
+        if score.trials > 0 {
+            let name = format!("{}, above the floor", noise.in_words());
+            text += &score.row(&name, true);
+            with_noise.push(score);
+        }
+    }
     text += &confusion(&real);
     text += &misses(&real);
     if !idle.is_empty() {
@@ -325,7 +363,11 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     }
     let whole = |score: &Score| score.detected == score.trials && score.located == score.trials;
     let told = of_passes.detected == of_passes.trials;
-    let good = whole(&above) && with_device.iter().all(whole) && told && false_alarms == 0;
+    let good = whole(&above)
+        && with_device.iter().all(whole)
+        && with_noise.iter().all(whole)
+        && told
+        && false_alarms == 0;
     (text, good)
 }
 
@@ -357,7 +399,7 @@ fn confusion(trials: &[&Trial]) -> String {
 fn misses(trials: &[&Trial]) -> String {
     let mut text = String::new();
     for trial in trials {
-        let must = trial.above_floor() || trial.role == Arm::Device;
+        let must = trial.above_floor() || (trial.role == Arm::Device && trial.noise == Noise::None);
         let problem = if !must {
             continue;
         } else if !trial.detected {

@@ -246,7 +246,10 @@ impl Ops for Floor {
         check_tokens(&weight, tokens)?;
         let y = Reference.embed(weight, tokens)?;
         // A copy rounds nothing but to the stream's type.
-        self.note_each(&y, |_, y| self.passed(f64::from(y)).sqrt());
+        self.note_each(&y, |_, y| {
+            let size = f64::from(y);
+            (self.passed(size) + self.foreign(4.0, size)).sqrt()
+        });
         Ok(y)
     }
 
@@ -411,8 +414,12 @@ impl Ops for Floor {
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
         let y = Reference.add(a, b)?;
-        // One correctly rounded sum, the same as the reference's or its neighbour.
-        self.note_each(&y, |_, y| self.passed(f64::from(y)).sqrt() + quarter_place(y));
+        // One correctly rounded sum, the same as the reference's or its neighbour. A foreign
+        // engine may have scaled a term, or added a third one, before.
+        self.note_each(&y, |_, y| {
+            let size = f64::from(y);
+            (self.passed(size) + self.foreign(4.0, size)).sqrt() + quarter_place(y)
+        });
         Ok(y)
     }
 }

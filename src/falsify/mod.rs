@@ -7,6 +7,7 @@
 //! models and recipes show false alarms. It prints nothing.
 
 pub mod catalogue;
+mod noise;
 mod plant;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +37,7 @@ use crate::run::{Options, run};
 use crate::tensor::Tensor;
 use crate::verdict::{Outcome, Verdict};
 use catalogue::{Bug, CATALOGUE};
+pub use noise::Noise;
 pub use plant::Plant;
 use plant::{Ground, planted};
 
@@ -49,6 +51,8 @@ pub struct Plot {
     pub seed: u64,
     /// The arm that it is planted into: emulated, or device.
     pub role: Arm,
+    /// What every op of that arm does to its values besides.
+    pub noise: Noise,
 }
 
 /// What a planted bug really did to its site.
@@ -73,6 +77,8 @@ pub struct Trial {
     pub setting: String,
     /// The arm that carried it.
     pub role: Arm,
+    /// What every op of that arm did to its values besides.
+    pub noise: Noise,
     /// The site.
     pub site: Site,
     /// Whether only repeats or batches of whole passes can tell, so that no op is named.
@@ -168,6 +174,40 @@ pub fn with_recipe(pipeline: &Pipeline, recipe: Recipe) -> Pipeline {
     pipeline
 }
 
+/// The pipeline as it judges a foreign engine with this noise: its stages that capture
+/// every site, by the contract `engine`.
+///
+/// # Errors
+/// If the folder has no such stage, or its contracts no `engine`.
+pub fn with_noise(pipeline: &Pipeline, noise: Noise) -> Result<Pipeline, String> {
+    const CONTRACT: &str = "engine";
+    let mut pipeline = pipeline.clone();
+    if noise == Noise::None {
+        return Ok(pipeline);
+    }
+    if !pipeline.contracts.contains_key(CONTRACT) {
+        return Err(format!(
+            "`--noise` judges by the contract `{CONTRACT}`, and the folder of contracts has none; \
+             copy `contracts/{CONTRACT}.toml` there"
+        ));
+    }
+    let every_site = |stage: &crate::manifest::Stage| {
+        matches!(stage.op, Op::Forward { capture: crate::op::Capture::EverySite, .. })
+    };
+    pipeline.stages.retain(every_site);
+    if pipeline.stages.is_empty() {
+        return Err("`--noise` needs a stage of `[forward]` with `capture = \"every-site\"`; the \
+                    folder has none"
+            .to_owned());
+    }
+    for stage in &mut pipeline.stages {
+        stage.contract = CONTRACT.to_owned();
+        stage.needs.clear();
+        stage.recipe.stream = noise.stream();
+    }
+    Ok(pipeline)
+}
+
 /// Loads a folder for one model; `tokens` as the command line gives them.
 ///
 /// # Errors
@@ -201,7 +241,7 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
     let model = plan.stages.iter().find_map(|prepared| prepared.model.clone());
     let model = model.ok_or("no selected stage has a model")?;
     let rows = plan.stages.iter().map(|prepared| prepared.tokens.len()).max().unwrap_or(0);
-    let (bug, site, role) = (plot.bug, plot.site.clone(), plot.role);
+    let (bug, site, role, noise) = (plot.bug, plot.site.clone(), plot.role, plot.noise);
     let clean = Clean { gpu: setting.beside.gpu };
     let effect = Mutex::default();
     let workshop = Planted(Arc::new(Secret { plot, model, rows, clean, effect }));
@@ -219,6 +259,7 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
         expected: bug.causes.iter().map(|&cause| cause.to_owned()).collect(),
         setting: setting.name.clone(),
         role,
+        noise,
         site,
         of_passes: role == Arm::Reference || bug.in_batch,
         effect,
@@ -404,9 +445,9 @@ impl Planted {
 
 impl Workshop for Planted {
     fn name(&self, arm: Arm) -> String {
-        let Plot { bug, site, seed, role } = &self.0.plot;
+        let Plot { bug, site, seed, role, noise } = &self.0.plot;
         if arm == *role {
-            format!("planted: {} at {site}, seed {seed}", bug.name)
+            format!("planted: {} at {site}, seed {seed}, noise {noise:?}", bug.name)
         } else {
             self.0.clean.name(arm)
         }
@@ -416,7 +457,7 @@ impl Workshop for Planted {
         if arm != self.0.plot.role {
             return self.0.clean.ops(arm, recipe);
         }
-        let emulated = Emulated::new(recipe)?;
+        let emulated = Emulated::new(&self.0.plot.noise.order(recipe))?;
         let reference = arm == Arm::Reference;
         let arithmetic = format!("{}, with a planted bug", emulated.describe());
         let (secret, recipe) = (Arc::clone(&self.0), *recipe);
@@ -458,6 +499,8 @@ impl Workshop for Planted {
                 secret.note(call, &recipe, &clean, spoilt)?;
             }
             let result = spoilt.unwrap_or(clean);
+            let Plot { noise, seed, .. } = secret.plot;
+            let result = noise.applied(result, site, seed);
             lock(&made, &result);
             Ok(result)
         });

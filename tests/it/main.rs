@@ -8,6 +8,7 @@ mod compute;
 mod cuda;
 mod external;
 mod faults;
+mod foreign_engine;
 mod golden;
 mod hugging_face;
 mod manifest;
