@@ -289,7 +289,7 @@ impl Score {
             all => format!("{count} ({:.1} %)", 100.0 * count as f64 / all as f64),
         };
         format!(
-            "{name:44} {:>6} {:>15} {:>15} {:>15}\n",
+            "{name:48} {:>6} {:>15} {:>15} {:>15}\n",
             self.trials,
             share(self.detected),
             if placed { share(self.located) } else { "-".to_owned() },
@@ -317,17 +317,19 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
         Score::of(real.iter().copied().filter(of_group))
     };
     text += &format!(
-        "{:44} {:>6} {:>15} {:>15} {:>15}\n",
+        "{:48} {:>6} {:>15} {:>15} {:>15}\n",
         "planted", "trials", "detected", "located", "named"
     );
     let above = group(Arm::Emulated, true);
     let with_device = [group(Arm::Device, true), group(Arm::Device, false)];
-    text += &above.row("without a device, above the floor", true);
-    text += &group(Arm::Emulated, false).row("without a device, below the floor", true);
-    text += &with_device[0].row("with a device, above the floor", true);
-    text += &with_device[1].row("with a device, below the floor", true);
     let of_passes = Score::of(real.iter().copied().filter(|trial| trial.of_passes));
-    text += &of_passes.row("told by repeats or batches of a whole pass", false);
+    if trials.iter().any(|trial| trial.noise == Noise::None) {
+        text += &above.row("without a device, above the floor", true);
+        text += &group(Arm::Emulated, false).row("without a device, below the floor", true);
+        text += &with_device[0].row("with a device, above the floor", true);
+        text += &with_device[1].row("with a device, below the floor", true);
+        text += &of_passes.row("told by repeats or batches of a whole pass", false);
+    }
     let mut with_noise = Vec::new();
     for noise in [Noise::Ulp, Noise::Bf16, Noise::Order] {
         let of_noise = |t: &&Trial| t.noise == noise && t.above_floor();

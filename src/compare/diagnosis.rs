@@ -370,6 +370,7 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         elements: measure.shape[0] * measure.shape[1],
         parameters: 0,
         significant: true,
+        gain: 0.0,
     };
     Diagnosis {
         subject: measure.subject,

@@ -15,6 +15,7 @@ mod f16_overflow;
 mod gain;
 mod gqa_map;
 mod k_range;
+mod narrow_accumulation;
 mod non_finite;
 mod null;
 mod norm_gain;
@@ -30,6 +31,7 @@ mod rounded_output;
 mod row_or_column_gain;
 mod saturated;
 mod scale_granularity;
+mod scale_order;
 mod softmax_scale;
 mod stale_input;
 mod stale_rows;
@@ -57,6 +59,7 @@ use crate::model::{Model, Weight};
 use crate::op::{Recipe, Site};
 use crate::tensor::Tensor;
 
+use null::{CLEARLY, Score};
 pub use null::{Null, describe};
 
 /// The share of the difference above which a hypothesis gives the bug its name.
@@ -85,7 +88,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 34] = [
+pub const ALL: [&Fingerprint; 36] = [
     &non_finite::FINGERPRINT,
     &other_format::FINGERPRINT,
     &wrong_row::FINGERPRINT,
@@ -107,6 +110,7 @@ pub const ALL: [&Fingerprint; 34] = [
     &rounded_output::FINGERPRINT,
     &gain::FINGERPRINT,
     &scale_granularity::FINGERPRINT,
+    &scale_order::FINGERPRINT,
     &row_or_column_gain::FINGERPRINT,
     &k_range::FINGERPRINT,
     &transposed_weight::FINGERPRINT,
@@ -114,6 +118,7 @@ pub const ALL: [&Fingerprint; 34] = [
     &swapped_weight::FINGERPRINT,
     &stale_input::FINGERPRINT,
     &quantised_activations::FINGERPRINT,
+    &narrow_accumulation::FINGERPRINT,
     &norm_gain::FINGERPRINT,
     &norm_mean::FINGERPRINT,
     &epsilon::FINGERPRINT,
@@ -141,6 +146,9 @@ pub struct Fit {
     /// older runs recorded did not ask for that.
     #[serde(default = "always")]
     pub significant: bool,
+    /// By how much, in nats of the Bayesian information criterion: for ranking alone.
+    #[serde(skip)]
+    pub gain: f64,
 }
 
 fn always() -> bool {
@@ -228,7 +236,11 @@ fn best_of(fits: &[Fit]) -> Option<usize> {
     let worth = |fit: &&Fit| fit.significant == clear;
     let most = fits.iter().filter(worth).map(|fit| fit.explained).max_by(f64::total_cmp)?;
     let near = fits.iter().enumerate().filter(|(_, fit)| worth(fit));
-    let near = near.filter(|(_, fit)| fit.explained >= most - TIE);
+    let near: Vec<(usize, &Fit)> = near.filter(|(_, fit)| fit.explained >= most - TIE).collect();
+    // Of those that explain as much, what leaves clearly less beyond the noise; then the
+    // fewest numbers, then the first.
+    let gain = near.iter().map(|(_, fit)| fit.gain).max_by(f64::total_cmp)?;
+    let near = near.into_iter().filter(|(_, fit)| fit.gain >= gain - CLEARLY);
     near.min_by_key(|(_, fit)| fit.parameters).map(|(index, _)| index)
 }
 
@@ -252,8 +264,8 @@ impl<'a> Case<'a> {
         let elements = self.subject.data().len();
         let cause = cause.to_owned();
         let (explained, mismatches) = (best.explained, best.mismatches);
-        let significant = best.significant;
-        Fit { cause, detail, explained, mismatches, elements, parameters, significant }
+        let Score { significant, gain, .. } = best;
+        Fit { cause, detail, explained, mismatches, elements, parameters, significant, gain }
     }
 
     /// Whether numbers may be fitted to this value. The other half of the values is held

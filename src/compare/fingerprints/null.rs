@@ -16,10 +16,10 @@ use crate::tensor::Tensor;
 use crate::text::{grouped, number};
 
 /// Deviations of the noise beyond which a value is not noise.
-const BEYOND: f64 = 5.0;
+const BEYOND: f64 = 6.0;
 /// By how much the Bayesian information criterion must favour a hypothesis, in nats: odds
 /// of 20,000 to 1.
-const CLEARLY: f64 = 10.0;
+pub(super) const CLEARLY: f64 = 10.0;
 /// Values that a hypothesis must explain for each number that it fits.
 const VALUES_A_NUMBER: usize = 2;
 /// Columns on which the noise of another order is measured.
@@ -41,6 +41,8 @@ pub(super) struct Score {
     pub mismatches: usize,
     /// Whether it says clearly more than the null models.
     pub significant: bool,
+    /// How much more, in nats.
+    pub gain: f64,
 }
 
 impl Null {
@@ -67,12 +69,23 @@ impl Null {
                 let (a, b) = (other(whole)?, other(whole.with_split_k(parts))?);
                 let pairs = a.data().iter().zip(b.data());
                 let energy: f64 = pairs.map(|(&a, &b)| square_of_difference(a, b)).sum();
-                let size: f64 = a.data().iter().map(|&a| square_of_difference(a, 0.0)).sum();
-                let shown = energy / a.data().len().max(1) as f64;
+                // It grows with the products that are added, so with both rows' norms.
+                let squares = |values: &[f32]| -> f64 {
+                    values.iter().map(|&value| square_of_difference(value, 0.0)).sum()
+                };
+                let of_x: Vec<f64> = (0..x.rows()).map(|row| squares(x.row(row))).collect();
+                let mut of_w = Vec::with_capacity(weight.rows());
+                let mut row = vec![0.0; weight.width()];
+                for index in 0..weight.rows() {
+                    weight.decode_rows(index..index + 1, &mut row)?;
+                    of_w.push(squares(&row));
+                }
+                let norms = of_x.iter().sum::<f64>() * of_w[columns].iter().sum::<f64>();
+                let shown = if norms > 0.0 { energy / norms } else { 0.0 };
                 // Where two parts happen to agree, a few roundings of f32 are left.
-                let least = 8.0 * size / a.data().len().max(1) as f64 * 2f64.powi(-48);
-                let of_all = if shown > least { shown } else { least };
-                vec![of_all; clean.data().len()]
+                let least = 8.0 * 2f64.powi(-48) / weight.width().max(1) as f64;
+                let share = if shown > least { shown } else { least };
+                of_x.iter().flat_map(|x| of_w.iter().map(move |w| share * x * w)).collect()
             }
             _ => {
                 let floor = Floor::new(recipe)?;
@@ -186,14 +199,13 @@ impl Null {
         };
         // To the bit means more than any criterion: but each fitted number must pay for itself.
         let pays = |values: usize| values >= VALUES_A_NUMBER * parameters;
+        let price = 0.5 * parameters as f64 * (count.max(2) as f64).ln();
+        let gain = gain - price;
         let significant = match mismatches {
             0 => pays(differ),
-            _ => {
-                let price = 0.5 * parameters as f64 * (count.max(2) as f64).ln();
-                values > 0 && pays(values) && gain - price > CLEARLY
-            }
+            _ => values > 0 && pays(values) && gain > CLEARLY,
         };
-        Score { rest: all_rest, explained, mismatches, significant }
+        Score { rest: all_rest, explained, mismatches, significant, gain }
     }
 }
 
