@@ -1,0 +1,97 @@
+//! Products of cuBLAS and cuBLASLt in bf16 and f16, with the bias in the epilogue.
+//!
+//! It knows codes and a schedule; one chain's arithmetic is `compute/emulated`'s.
+//! Two things stand beside the schedule. The bias is added in f32, before the one
+//! rounding. And where a row of K is not a multiple of 16 bytes, cuBLAS takes a
+//! CUTLASS kernel, which begins with what is left over: the first `K mod 64`
+//! elements are chained first, filled up with zeros, then the rest in whole tiles.
+//! Evidence: every `Linear` of three transformers models; `p v` of eager attention
+//! at 300 keys, 0 of 76,800 with the rest first and 3 without.
+
+use crate::compute::emulated::chip::Unit;
+use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
+use crate::compute::emulated::quantize::{Codes, quantize_row};
+use crate::compute::emulated::schedule::Schedule;
+use crate::dtype::Format;
+use crate::tensor::Tensor;
+
+/// Elements of K in a tile of the CUTLASS kernels for unaligned rows.
+pub const RESIDUE_TILE: usize = 64;
+
+/// How a library multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// The tensor core.
+    pub unit: Unit,
+    /// The order of additions.
+    pub schedule: Schedule,
+    /// Whether K begins with what its tiles leave over; see [`starts_with_residue`].
+    pub residue_first: bool,
+    /// The format of the result.
+    pub output: Format,
+}
+
+/// Whether a K of so many 16-bit elements is unaligned: not a multiple of 16 bytes.
+pub fn starts_with_residue(inner: usize) -> bool {
+    !inner.is_multiple_of(8)
+}
+
+impl Linear {
+    /// One chain along K, with the rest first where K is unaligned.
+    pub fn new(unit: &Unit, inner: usize, output: Format) -> Linear {
+        let residue_first = starts_with_residue(inner);
+        Linear { unit: *unit, schedule: Schedule::FAST, residue_first, output }
+    }
+
+    /// `x[N, K] w[M, K]^T + bias[M]`.
+    ///
+    /// # Errors
+    /// If shapes, formats or the schedule do not fit.
+    pub fn apply(&self, x: &Codes, w: &Codes, bias: Option<&[f32]>) -> Result<Tensor, GemmError> {
+        let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+        let mut y = if self.residue_first {
+            let (x, w) = (residue_first(x), residue_first(w));
+            gemm(&self.unit, &self.schedule, &operand(&x), &operand(&w), Format::F32)?
+        } else {
+            gemm(&self.unit, &self.schedule, &operand(x), &operand(w), Format::F32)?
+        };
+        finish(&mut y, bias, self.output);
+        Ok(y)
+    }
+}
+
+/// The epilogue of f32 sums: the bias, and one rounding.
+pub fn finish(y: &mut Tensor, bias: Option<&[f32]>, output: Format) {
+    for row in 0..y.rows() {
+        let row = y.row_mut(row);
+        match bias {
+            Some(bias) => {
+                row.iter_mut().zip(bias).for_each(|(y, bias)| *y = output.round(*y + bias));
+            }
+            None => row.iter_mut().for_each(|y| *y = output.round(*y)),
+        }
+    }
+}
+
+/// Values that are exactly those of a 16-bit format, as its codes.
+pub fn codes(format: Format, values: &Tensor) -> Codes {
+    let mut codes = Codes::zeros(format, values.rows(), values.width());
+    for row in 0..values.rows() {
+        quantize_row(format, values.row(row), 1.0, &mut codes.row_mut(row));
+    }
+    codes
+}
+
+/// The rows with their first `K mod 64` elements filled up with zeros to whole
+/// instructions.
+fn residue_first(codes: &Codes) -> Codes {
+    let rest = codes.width() % RESIDUE_TILE;
+    let padding = rest.next_multiple_of(16) - rest;
+    let mut padded = Codes::zeros(codes.format(), codes.rows(), codes.width() + padding);
+    for row in 0..codes.rows() {
+        let mut values = codes.decode_row(row);
+        values.splice(rest..rest, std::iter::repeat_n(0.0, padding));
+        quantize_row(codes.format(), &values, 1.0, &mut padded.row_mut(row));
+    }
+    padded
+}
