@@ -1,26 +1,32 @@
-//! FlashAttention 2 and 3, to the bit.
+//! Fused attention to the bit: FlashAttention 2 and 3, and cuDNN's kernel.
 //!
 //! It knows queries, keys and values with their heads side by side, `[tokens,
 //! heads * head_dim]`, and a plan of tiles: no caches, no models.
 //!
-//! For each tile of queries the blocks of keys come from the last that is seen to
-//! the first: `S = q k^T` on tensor cores from zero; the running maximum `m` of a
-//! row; `P = ex2(S c - m c)` with `c = scale log2 e`; on a new block the output and
-//! the row sum are multiplied by `ex2((m_before - m) c)`; each of the four threads
-//! of a row adds up its own columns (`2t`, `2t + 1` of every 8) in f32, the first
-//! addition fused with the rescaling; `O += P v` on tensor cores, P rounded to the
-//! operands' format. At the end the four sums are added (0 + 2, 1 + 3, then both)
-//! and `O / sum` is `O` times the IEEE reciprocal.
+//! All take a tile of queries through blocks of keys: `S = q k^T` on tensor cores
+//! from zero; the running maximum `m` of a row; `P = ex2(S c - m c)` with `c = scale
+//! log2 e`; where a block raises the maximum, the output and the row sum are
+//! multiplied by a power of two of the difference; `O += P v` on tensor cores, P
+//! rounded to the operands' format. Four threads share a row: thread `t` adds up
+//! columns `2t` and `2t + 1` of every 8.
 //!
-//! FlashAttention 2 in PyTorch is compiled with `UNFUSE_FMA`: `S c` is rounded
-//! before `m c` is subtracted; FlashAttention 3 fuses. Keys that are split over
-//! blocks of threads give parts, each with its logarithm of the sum of
-//! exponentials, and parts are added in f32 with their weights, in order.
+//! | | FlashAttention 2 in PyTorch | FlashAttention 3 | cuDNN |
+//! | --- | --- | --- | --- |
+//! | blocks of keys | last to first | last to first | first to last |
+//! | `S c - m c` | two operations | one | two |
+//! | rescaling | `ex2((m' - m) c)` | the same | `ex2(m' c - m c)`, rounded products |
+//! | a thread's sum | goes on, the first addition fused | the same | of the block, then fused |
+//! | the four sums | 0 + 2, 1 + 3, both | the same | 0 + 1, 2 + 3, both |
+//! | `O / sum` | IEEE reciprocal | the same | `rcp.approx` |
 //!
-//! Source: Dao-AILab's `softmax.h`, `flash_fwd_kernel.h` and PyTorch's
-//! `flash_api.cpp`. Evidence: 0 of 203,776 outputs of PyTorch's `sdpa` on an H200
-//! (48, 200 and 300 tokens; the latter two in 2 parts), three transformers models,
-//! vLLM's and the fa3-fwd package's FlashAttention 3.
+//! FlashAttention 2 splits the keys over blocks of threads where few tiles would
+//! leave the chip idle; each part has its logarithm of the sum of exponentials, and
+//! parts are added in f32 with their weights, in order.
+//!
+//! Sources: Dao-AILab's `softmax.h`, `flash_fwd_kernel.h` and PyTorch's
+//! `flash_api.cpp` with its `UNFUSE_FMA`; cuDNN by captures alone. Evidence, none
+//! differing: 203,776 outputs of PyTorch's FlashAttention 2 on an H200 (48, 200 and
+//! 300 tokens, the latter two in 2 parts); of cuDNN 203,776 there, 323,..
 
 use rayon::prelude::*;
 
@@ -46,13 +52,29 @@ pub struct Plan {
     pub keys: usize,
     /// Parts over which the blocks of keys are dealt; 1 is no split.
     pub parts: usize,
-    /// Whether `S c - m c` is one fused operation.
-    pub fused: bool,
+    /// Whose kernel.
+    pub kernel: FlashKernel,
+}
+
+/// Whose kernel of fused attention; the file's head has the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlashKernel {
+    /// FlashAttention 2 as PyTorch compiles it.
+    Flash2,
+    /// FlashAttention 3.
+    Flash3,
+    /// cuDNN, as PyTorch's `sdpa` calls it on Hopper.
+    Cudnn,
 }
 
 impl Plan {
     /// FlashAttention 3 on Hopper for heads of up to 128 values.
-    pub const FLASH3: Plan = Plan { queries: 128, keys: 128, parts: 1, fused: true };
+    pub const FLASH3: Plan = Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Flash3 };
+
+    /// cuDNN on Hopper for heads of up to 128 values: what `sdpa` of transformers
+    /// takes there.
+    pub const CUDNN: Plan =
+        Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Cudnn };
 
     /// What PyTorch's FlashAttention 2 chooses on a chip of so many
     /// multiprocessors, for one sequence without dropout.
@@ -66,10 +88,10 @@ impl Plan {
         // 128 threads a block: two blocks count for one multiprocessor.
         let parts = parts(heads * queries.div_ceil(64), 2 * processors, blocks);
         if parts > 1 {
-            return Plan { queries: 64, keys: split_keys, parts, fused: false };
+            return Plan { queries: 64, keys: split_keys, parts, kernel: FlashKernel::Flash2 };
         }
         let keys = if head_dim <= 64 { 128 } else { 64 };
-        Plan { queries: 128, keys, parts: 1, fused: false }
+        Plan { queries: 128, keys, parts: 1, kernel: FlashKernel::Flash2 }
     }
 }
 
@@ -182,7 +204,7 @@ impl Tile<'_> {
         output
     }
 
-    /// The blocks of keys from the last to the first.
+    /// The blocks of keys, in the kernel's order.
     fn part(&self, blocks: std::ops::Range<usize>) -> Part {
         let (rows, width) = (self.q.rows(), self.heads.head_dim);
         let mut part = Part {
@@ -192,7 +214,11 @@ impl Tile<'_> {
         };
         let q = self.chain.prepare(Stretch { codes: self.q, rows: 0..rows, inner: 0..width });
         let mut scores = Vec::new();
-        for (turn, block) in blocks.rev().enumerate() {
+        let blocks: Vec<usize> = match self.plan.kernel {
+            FlashKernel::Cudnn => blocks.collect(),
+            FlashKernel::Flash2 | FlashKernel::Flash3 => blocks.rev().collect(),
+        };
+        for (turn, block) in blocks.into_iter().enumerate() {
             let first = block * self.plan.keys;
             let count = self.plan.keys.min(self.k.rows() - first);
             scores.clear();
@@ -231,14 +257,27 @@ impl Tile<'_> {
         let largest = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
         let shift = largest * c;
         for score in seen {
-            *score = if self.plan.fused {
-                sfu::ex2_ftz(score.mul_add(c, -shift))
-            } else {
-                sfu::ex2(*score * c - shift)
+            *score = match self.plan.kernel {
+                FlashKernel::Flash3 => sfu::ex2_ftz(score.mul_add(c, -shift)),
+                FlashKernel::Flash2 | FlashKernel::Cudnn => sfu::ex2(*score * c - shift),
             };
         }
-        let scale = if starts { 1.0 } else { sfu::ex2((before - largest) * c) };
+        let scale = match self.plan.kernel {
+            _ if starts => 1.0,
+            FlashKernel::Cudnn => sfu::ex2(before * c - shift),
+            FlashKernel::Flash2 | FlashKernel::Flash3 => sfu::ex2((before - largest) * c),
+        };
         let sums = &mut part.sums[row];
+        if self.plan.kernel == FlashKernel::Cudnn {
+            let mut block = [0.0f32; THREADS];
+            for (index, &p) in scores.iter().enumerate() {
+                block[index / 2 % THREADS] += p;
+            }
+            for (sum, block) in sums.iter_mut().zip(block) {
+                *sum = if starts { block } else { sum.mul_add(scale, block) };
+            }
+            return scale;
+        }
         for (index, &p) in scores.iter().enumerate() {
             let sum = &mut sums[index / 2 % THREADS];
             *sum = match (index / 2 < THREADS && index % 2 == 0, starts) {
@@ -266,11 +305,18 @@ impl Tile<'_> {
             .iter()
             .map(|part| {
                 let [a, b, c, d] = part.sums[row];
-                (a + c) + (b + d)
+                match self.plan.kernel {
+                    FlashKernel::Cudnn => (a + b) + (c + d),
+                    FlashKernel::Flash2 | FlashKernel::Flash3 => (a + c) + (b + d),
+                }
             })
             .collect();
         // The reciprocal of no sum is 1, so that a row without a key is 0.
-        let inverse = |sum: f32| if sum == 0.0 || sum.is_nan() { 1.0 } else { 1.0 / sum };
+        let inverse = |sum: f32| match self.plan.kernel {
+            _ if sum == 0.0 || sum.is_nan() => 1.0,
+            FlashKernel::Cudnn => sfu::rcp_ftz(sum),
+            FlashKernel::Flash2 | FlashKernel::Flash3 => 1.0 / sum,
+        };
         let values = |part: usize| &parts[part].output[row * width..(row + 1) * width];
         if let [sum] = sums[..] {
             for (output, value) in output.iter_mut().zip(values(0)) {

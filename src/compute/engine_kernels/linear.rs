@@ -85,7 +85,8 @@ pub fn codes(format: Format, values: &Tensor) -> Codes {
 /// The rows with their first `K mod 64` elements filled up with zeros to whole
 /// instructions.
 fn residue_first(codes: &Codes) -> Codes {
-    let rest = codes.width() % RESIDUE_TILE;
+    let tile = if codes.width().is_multiple_of(2) { RESIDUE_TILE } else { 32 };
+    let rest = codes.width() % tile;
     let padding = rest.next_multiple_of(16) - rest;
     let mut padded = Codes::zeros(codes.format(), codes.rows(), codes.width() + padding);
     for row in 0..codes.rows() {
