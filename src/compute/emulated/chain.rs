@@ -54,7 +54,7 @@ impl Chain {
 
     /// Decodes the left operand.
     pub fn prepare<'a>(&self, x: Stretch<'a>) -> PreparedStretch<'a> {
-        let row = |row: usize| slice(x.codes.row(row), &x.inner);
+        let row = |row: usize| x.codes.row(row).slice(x.inner.clone());
         let (words, special) = x
             .rows
             .clone()
@@ -95,7 +95,8 @@ impl Chain {
             let count = lanes.min(width - first);
             let panel: Vec<CodesRow> =
                 (first..first + count).map(|row| w.codes.row(w.rows.start + row)).collect();
-            let special = panel.iter().any(|row| is_special(self.format, slice(*row, &w.inner)));
+            let special =
+                panel.iter().any(|row| is_special(self.format, row.slice(w.inner.clone())));
             simd::pack_w(self.kernel, layout, self.format, &panel, w.inner.clone(), &mut words);
             for group in (0..rows).step_by(GROUP) {
                 let at_once = GROUP.min(rows - group);
@@ -135,8 +136,8 @@ impl Chain {
         column: usize,
         c: &mut f32,
     ) {
-        let x_row = slice(x.stretch.codes.row(x.stretch.rows.start + row), &x.stretch.inner);
-        let w_row = slice(w.codes.row(w.rows.start + column), &w.inner);
+        let x_row = x.stretch.codes.row(x.stretch.rows.start + row).slice(x.stretch.inner.clone());
+        let w_row = w.codes.row(w.rows.start + column).slice(w.inner.clone());
         match self.unit {
             Unit::TensorCore(core) => {
                 let parts = |row: CodesRow| -> Vec<Parts> {
@@ -152,14 +153,6 @@ impl Chain {
                     .fold(*c, |c, (x, w)| self.format.decode(x).mul_add(self.format.decode(w), c));
             }
         }
-    }
-}
-
-fn slice<'a>(row: CodesRow<'a>, inner: &Range<usize>) -> CodesRow<'a> {
-    match row {
-        CodesRow::Bits8(codes) => CodesRow::Bits8(&codes[inner.clone()]),
-        CodesRow::Bits16(codes) => CodesRow::Bits16(&codes[inner.clone()]),
-        CodesRow::Bits32(codes) => CodesRow::Bits32(&codes[inner.clone()]),
     }
 }
 

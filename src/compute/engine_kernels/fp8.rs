@@ -190,13 +190,7 @@ pub fn block_scaled_mm(
 fn columns(codes: &Codes, inner: std::ops::Range<usize>) -> Codes {
     let mut part = Codes::zeros(codes.format(), codes.rows(), inner.len());
     for row in 0..codes.rows() {
-        let row_of = match codes.row(row) {
-            crate::compute::emulated::quantize::CodesRow::Bits8(codes) => {
-                crate::compute::emulated::quantize::CodesRow::Bits8(&codes[inner.clone()])
-            }
-            other => other,
-        };
-        part.row_mut(row).copy_from(row_of);
+        part.row_mut(row).copy_from(codes.row(row).slice(inner.clone()));
     }
     part
 }

@@ -1,12 +1,17 @@
 //! Products of cuBLAS and cuBLASLt in bf16 and f16, with the bias in the epilogue.
 //!
 //! It knows codes and a schedule; one chain's arithmetic is `compute/emulated`'s.
+//!
 //! Two things stand beside the schedule. The bias is added in f32, before the one
 //! rounding. And where a row of K is not a multiple of 16 bytes, cuBLAS takes a
-//! CUTLASS kernel, which begins with what is left over: the first `K mod 64`
-//! elements are chained first, filled up with zeros, then the rest in whole tiles.
-//! Evidence: every `Linear` of three transformers models; `p v` of eager attention
-//! at 300 keys, 0 of 76,800 with the rest first and 3 without.
+//! CUTLASS kernel, which begins with what its tiles leave over: the first `K mod 64`
+//! elements (`K mod 32` of an odd K) are chained first, filled up with zeros, then
+//! whole tiles follow.
+//!
+//! Evidence: every `Linear` of three transformers models on an H200; `p v` of eager
+//! attention at 300 keys, 0 of 76,800 differ with the rest first and 3 without. Of
+//! 44 shapes on an H100 all without split-K fit; those with it fit the number of
+//! parts that `identify` finds.
 
 use crate::compute::emulated::chip::Unit;
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
@@ -15,9 +20,6 @@ use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
 use crate::tensor::Tensor;
 
-/// Elements of K in a tile of the CUTLASS kernels for unaligned rows.
-pub const RESIDUE_TILE: usize = 64;
-
 /// How a library multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Linear {
@@ -25,22 +27,32 @@ pub struct Linear {
     pub unit: Unit,
     /// The order of additions.
     pub schedule: Schedule,
-    /// Whether K begins with what its tiles leave over; see [`starts_with_residue`].
-    pub residue_first: bool,
+    /// Where the library begins with what tiles of so many elements of K leave
+    /// over; see [`residue_tile`].
+    pub residue_tile: Option<usize>,
     /// The format of the result.
     pub output: Format,
 }
 
-/// Whether a K of so many 16-bit elements is unaligned: not a multiple of 16 bytes.
-pub fn starts_with_residue(inner: usize) -> bool {
-    !inner.is_multiple_of(8)
+/// The tile whose rest is chained first where a K of so many 16-bit elements is not
+/// a multiple of 16 bytes: 64, and 32 for an odd K.
+pub fn residue_tile(inner: usize) -> Option<usize> {
+    match inner {
+        _ if inner.is_multiple_of(8) => None,
+        _ if inner.is_multiple_of(2) => Some(64),
+        _ => Some(32),
+    }
 }
 
 impl Linear {
     /// One chain along K, with the rest first where K is unaligned.
     pub fn new(unit: &Unit, inner: usize, output: Format) -> Linear {
-        let residue_first = starts_with_residue(inner);
-        Linear { unit: *unit, schedule: Schedule::FAST, residue_first, output }
+        Linear {
+            unit: *unit,
+            schedule: Schedule::FAST,
+            residue_tile: residue_tile(inner),
+            output,
+        }
     }
 
     /// `x[N, K] w[M, K]^T + bias[M]`.
@@ -49,11 +61,12 @@ impl Linear {
     /// If shapes, formats or the schedule do not fit.
     pub fn apply(&self, x: &Codes, w: &Codes, bias: Option<&[f32]>) -> Result<Tensor, GemmError> {
         let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
-        let mut y = if self.residue_first {
-            let (x, w) = (residue_first(x), residue_first(w));
-            gemm(&self.unit, &self.schedule, &operand(&x), &operand(&w), Format::F32)?
-        } else {
-            gemm(&self.unit, &self.schedule, &operand(x), &operand(w), Format::F32)?
+        let mut y = match self.residue_tile {
+            Some(tile) => {
+                let (x, w) = (residue_first(x, tile), residue_first(w, tile));
+                gemm(&self.unit, &self.schedule, &operand(&x), &operand(&w), Format::F32)?
+            }
+            None => gemm(&self.unit, &self.schedule, &operand(x), &operand(w), Format::F32)?,
         };
         finish(&mut y, bias, self.output);
         Ok(y)
@@ -82,11 +95,10 @@ pub fn codes(format: Format, values: &Tensor) -> Codes {
     codes
 }
 
-/// The rows with their first `K mod 64` elements filled up with zeros to whole
+/// The rows with what tiles of K leave over first, filled up with zeros to whole
 /// instructions.
-fn residue_first(codes: &Codes) -> Codes {
-    let tile = if codes.width().is_multiple_of(2) { RESIDUE_TILE } else { 32 };
-    let rest = codes.width() % tile;
+fn residue_first(codes: &Codes, tile: usize) -> Codes {
+    let rest = codes.width() % tile.max(1);
     let padding = rest.next_multiple_of(16) - rest;
     let mut padded = Codes::zeros(codes.format(), codes.rows(), codes.width() + padding);
     for row in 0..codes.rows() {

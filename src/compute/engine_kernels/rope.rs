@@ -10,6 +10,9 @@
 //! | vLLM | rounded to the format | f32, rounded once |
 //! | SGLang | f32 | f32, rounded once |
 //!
+//! A model that is cast to bf16 as a whole has its inverse frequencies cast too:
+//! give them rounded.
+//!
 //! In f32 one of the products is fused with the sum. Evidence: every rotation in
 //! the captures of transformers, vLLM and SGLang on an H200.
 

@@ -45,9 +45,9 @@ impl RowSum {
                     let lane = &mut lanes[index % threads.max(1)];
                     values.iter().for_each(|value| *lane += value);
                 }
-                let mut warps: Vec<f32> = lanes.chunks(WARP).map(|lanes| down(lanes)).collect();
+                let mut warps: Vec<f32> = lanes.chunks(WARP).map(|lanes| tree(lanes.to_vec())).collect();
                 warps.resize(WARP, 0.0);
-                if lanes.len() == WARP { warps[0] } else { down(&warps) }
+                if lanes.len() == WARP { warps[0] } else { tree(warps) }
             }
         }
     }
@@ -82,17 +82,21 @@ fn torch_sum(row: &[f32], rows: usize) -> f32 {
             lanes.iter_mut().zip(values).for_each(|(lane, value)| lane[turn % APART] += value);
         }
     }
-    let mut sums: Vec<f32> =
+    let sums: Vec<f32> =
         lanes.iter().map(|&[first, second, third, fourth]| first + second + third + fourth).collect();
-    // Shared memory: halves are folded until one warp is left in a row of x.
-    while sums.len() > x {
+    // First the threads of each row of x, then, where there are several, those rows.
+    let mut rows: Vec<f32> = sums.chunks(x).map(|sums| tree(sums.to_vec())).collect();
+    rows.resize(rows.len().next_power_of_two(), 0.0);
+    tree(rows)
+}
+
+/// Halves are folded until one number is left: shared memory, then shuffles
+/// downwards.
+fn tree(mut sums: Vec<f32>) -> f32 {
+    while sums.len() > 1 {
         fold(&mut sums);
     }
-    while sums.len() > WARP {
-        fold(&mut sums);
-    }
-    sums.resize(WARP, 0.0);
-    down(&sums)
+    sums[0]
 }
 
 fn fold(sums: &mut Vec<f32>) {
@@ -101,13 +105,4 @@ fn fold(sums: &mut Vec<f32>) {
         sums[index] += sums[index + half];
     }
     sums.truncate(half);
-}
-
-/// A warp's sum by shuffles downwards: 16, 8, 4, 2, 1.
-fn down(lanes: &[f32]) -> f32 {
-    let mut lanes = lanes.to_vec();
-    while lanes.len() > 1 {
-        fold(&mut lanes);
-    }
-    lanes[0]
 }
