@@ -19,8 +19,8 @@ use runner::compute::engine_kernels::flash::{Plan, flash};
 use runner::compute::engine_kernels::fp8::{Quantise, block_scaled_mm, scaled_mm};
 use runner::compute::engine_kernels::linear::{Linear, codes};
 use runner::compute::engine_kernels::norm::{RmsNorm, add};
-use runner::compute::engine_kernels::row_sum::RowSum;
 use runner::compute::engine_kernels::rope::{self, Rotation, Table};
+use runner::compute::engine_kernels::row_sum::RowSum;
 use runner::compute::engine_kernels::softmax::softmax;
 use runner::compute::engine_kernels::{cuda_math, sfu};
 use runner::dtype::Format;
@@ -57,9 +57,10 @@ impl Array {
             "float16" | "F16" => halves(|code| Format::F16.decode(u32::from(code))),
             "float32" | "F32" => words(f32::from_le_bytes),
             "int32" | "I32" => words(|b| i32::from_le_bytes(b) as f32),
-            "int64" | "I64" => {
-                bytes.chunks_exact(8).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32).collect()
-            }
+            "int64" | "I64" => bytes
+                .chunks_exact(8)
+                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32)
+                .collect(),
             "float8_e4m3fn" => bytes.iter().map(|&b| Format::E4m3.decode(u32::from(b))).collect(),
             _ => Vec::new(),
         };
@@ -268,7 +269,8 @@ fn replay_pytorch(o: &BTreeMap<String, Array>) {
             tally.compare("cuDNN", y.data(), cudnn.heads_to_rows().data());
         }
         if let Some(out) = of("eager.out") {
-            let y = eager(unit(B), B, &q, &k, &v, &heads, &Products::FAST).expect("attention");
+            let y = eager(&Products::new(unit(B), B, &heads, keys), &q, &k, &v, &heads)
+                .expect("attention");
             tally.compare("eager", y.data(), out.heads_to_rows().data());
         }
         if let (Some(scaled), Some(p32)) = (of("eager.scaled"), of("eager.p32")) {
@@ -341,8 +343,10 @@ impl Pass<'_> {
 
     fn run(&mut self) {
         let number = |key: &str| self.config[key].as_u64().map(|n| n as usize);
-        let (heads, kv_heads) =
-            (number("num_attention_heads").expect("heads"), number("num_key_value_heads").expect("heads"));
+        let (heads, kv_heads) = (
+            number("num_attention_heads").expect("heads"),
+            number("num_key_value_heads").expect("heads"),
+        );
         let hidden = number("hidden_size").expect("a width");
         let head_dim = number("head_dim").unwrap_or(hidden / heads);
         let layers = number("num_hidden_layers").expect("layers");
@@ -359,9 +363,8 @@ impl Pass<'_> {
         let positions: Vec<u32> = (0..ids.len() as u32).collect();
         let table = Table::new(&positions, &frequencies, 1.0, B);
         for (part, name) in [(&table.cos, "cos"), (&table.sin, "sin")] {
-            let twice: Vec<f32> = (0..part.rows())
-                .flat_map(|row| [part.row(row), part.row(row)].concat())
-                .collect();
+            let twice: Vec<f32> =
+                (0..part.rows()).flat_map(|row| [part.row(row), part.row(row)].concat()).collect();
             self.tally.compare(name, &twice, &self.recorded[name].values.clone());
         }
 
@@ -374,12 +377,16 @@ impl Pass<'_> {
                 q = self.norm(&format!("{at}.self_attn.q_norm"), &q);
                 k = self.norm(&format!("{at}.self_attn.k_norm"), &k);
             }
-            let rotated = |x: &Tensor| rope::apply(Rotation::RoundsProducts, B, x, head_dim, &table);
+            let rotated =
+                |x: &Tensor| rope::apply(Rotation::RoundsProducts, B, x, head_dim, &table);
             let q = self.site("rope", &format!("rope.{layer}.q"), rotated(&q));
             let k = self.site("rope", &format!("rope.{layer}.k"), rotated(&k));
             let shape = Heads::causal(heads, kv_heads, head_dim);
             let y = match self.ran {
-                Ran::Eager => eager(unit(B), B, &q, &k, &v, &shape, &Products::FAST).expect("attention"),
+                Ran::Eager => {
+                    eager(&Products::new(unit(B), B, &shape, k.rows()), &q, &k, &v, &shape)
+                        .expect("attention")
+                }
                 Ran::Sdpa => flash(unit(B), B, &q, &k, &v, &shape, &Plan::CUDNN),
             };
             let y = self.site("attention", &format!("{at}.self_attn.o_proj.x"), y);
@@ -389,10 +396,8 @@ impl Pass<'_> {
             let gate = self.linear(&format!("{at}.mlp.gate_proj"), &normed);
             let up = self.linear(&format!("{at}.mlp.up_proj"), &normed);
             let gated = Gated { activation: Activation::Silu, format: B, rounds_activation: true };
-            let activated = Tensor::new(
-                gate.width(),
-                gate.data().iter().map(|&x| B.round(silu(x))).collect(),
-            );
+            let activated =
+                Tensor::new(gate.width(), gate.data().iter().map(|&x| B.round(silu(x))).collect());
             self.site("silu", &format!("{at}.mlp.act_fn.y"), activated);
             let y = gated.apply(&gate, &up);
             let y = self.site("swiglu", &format!("{at}.mlp.down_proj.x"), y);
@@ -457,14 +462,20 @@ fn replay_operations(path: &Path) {
             }
             "_C::rotary_embedding" | "sglang::apply_rope_inplace" => {
                 let of_sglang = op.starts_with("sglang");
-                let (q, k, cache, positions) =
-                    if of_sglang { (0, 1, 2, 3) } else { (1, 2, 4, 0) };
+                let (q, k, cache, positions) = if of_sglang { (0, 1, 2, 3) } else { (1, 2, 4, 0) };
                 let cache = given(cache).matrix();
                 let half = cache.width() / 2;
-                let rows: Vec<&[f32]> =
-                    given(positions).values.iter().map(|&p| cache.row(p as usize).to_vec()).map(|row| &*row.leak()).collect();
+                let rows: Vec<&[f32]> = given(positions)
+                    .values
+                    .iter()
+                    .map(|&p| cache.row(p as usize).to_vec())
+                    .map(|row| &*row.leak())
+                    .collect();
                 let part = |from: usize| {
-                    Tensor::new(half, rows.iter().flat_map(|row| &row[from..from + half]).copied().collect())
+                    Tensor::new(
+                        half,
+                        rows.iter().flat_map(|row| &row[from..from + half]).copied().collect(),
+                    )
                 };
                 let table = Table { cos: part(0), sin: part(half) };
                 for index in [q, k] {
@@ -509,11 +520,17 @@ fn replay_operations(path: &Path) {
                         turned[column * rows + row] = w.bytes[row * columns + column];
                     }
                 }
-                let w = Codes::new(Format::E4m3, columns, rows, CodeData::Bits8(turned)).expect("codes");
+                let w = Codes::new(Format::E4m3, columns, rows, CodeData::Bits8(turned))
+                    .expect("codes");
                 let scales = |array: Array| {
-                    if array.values.len() == 1 { Scales::Tensor(array.values[0]) } else { Scales::Row(array.values) }
+                    if array.values.len() == 1 {
+                        Scales::Tensor(array.values[0])
+                    } else {
+                        Scales::Row(array.values)
+                    }
                 };
-                let schedule = Schedule { epilogue: Epilogue::WeightThenActivation, ..Schedule::FAST };
+                let schedule =
+                    Schedule { epilogue: Epilogue::WeightThenActivation, ..Schedule::FAST };
                 let bias = capture.maybe(call, bias);
                 let y = scaled_mm(
                     unit(Format::E4m3),
@@ -560,7 +577,9 @@ fn replay_operations(path: &Path) {
             "aten::linear" | "aten::mm" | "aten::addmm" => {
                 let (x, w, bias) = match op {
                     "aten::addmm" => (given(1), given(2), Some(given(0).values)),
-                    "aten::linear" => (given(0), given(1), capture.maybe(call, 2).map(|b| b.values)),
+                    "aten::linear" => {
+                        (given(0), given(1), capture.maybe(call, 2).map(|b| b.values))
+                    }
                     _ => (given(0), given(1), None),
                 };
                 let (x, w) = (x.matrix(), w.matrix());
@@ -803,7 +822,12 @@ fn drawn(format: Format, seed: u64, count: usize, amplitude: f32) -> Vec<f32> {
 }
 
 /// `[heads, tokens, width]` drawn, as `[tokens, heads * width]`.
-fn drawn_heads(format: Format, seed: u64, [heads, tokens, width]: [usize; 3], amplitude: f32) -> Tensor {
+fn drawn_heads(
+    format: Format,
+    seed: u64,
+    [heads, tokens, width]: [usize; 3],
+    amplitude: f32,
+) -> Tensor {
     let values = drawn(format, seed, heads * tokens * width, amplitude);
     Array { shape: vec![1, heads, tokens, width], values, bytes: Vec::new() }.heads_to_rows()
 }

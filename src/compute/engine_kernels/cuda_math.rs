@@ -89,8 +89,15 @@ pub fn log(x: f32) -> f32 {
     let p = polynomial(
         f,
         [
-            0xbe05_5027, 0x3e10_39f6, 0xbdf8_cdcc, 0x3e0f_2955, 0xbe2a_d8b9, 0x3e4c_ed0b,
-            0xbe7f_ff22, 0x3eaa_aa78, 0xbf00_0000,
+            0xbe05_5027,
+            0x3e10_39f6,
+            0xbdf8_cdcc,
+            0x3e0f_2955,
+            0xbe2a_d8b9,
+            0x3e4c_ed0b,
+            0xbe7f_ff22,
+            0x3eaa_aa78,
+            0xbf00_0000,
         ],
     );
     let value = exponent.mul_add(bits(0x3f31_7218), (f * p).mul_add(f, f));
@@ -105,8 +112,16 @@ pub fn log2(x: f32) -> f32 {
     let p = polynomial(
         f,
         [
-            0x3dc6_b27f, 0xbe2c_7f30, 0x3e2f_cf2a, 0xbe37_4e43, 0x3e52_0bf4, 0xbe76_3c8b,
-            0x3e93_bf99, 0xbeb8_aa49, 0x3ef6_384a, 0xbf38_aa3b,
+            0x3dc6_b27f,
+            0xbe2c_7f30,
+            0x3e2f_cf2a,
+            0xbe37_4e43,
+            0x3e52_0bf4,
+            0xbe76_3c8b,
+            0x3e93_bf99,
+            0xbeb8_aa49,
+            0x3ef6_384a,
+            0xbf38_aa3b,
         ],
     );
     let value = exponent + f.mul_add(bits(0x3fb8_aa3b), f * (f * p));
@@ -212,7 +227,12 @@ pub fn erf(x: f32) -> f32 {
         let p = polynomial(
             magnitude,
             [
-                0x38eb_4c3a, 0xbaae_005b, 0x3c09_919f, 0xbd24_d99a, 0x3e23_5519, 0x3f69_b4f9,
+                0x38eb_4c3a,
+                0xbaae_005b,
+                0x3c09_919f,
+                0xbd24_d99a,
+                0x3e23_5519,
+                0x3f69_b4f9,
                 0x3f21_0a14,
             ],
         );
@@ -221,7 +241,12 @@ pub fn erf(x: f32) -> f32 {
         let p = polynomial(
             x * x,
             [
-                0x38b1_e96a, 0xba57_4d20, 0x3baa_d5ea, 0xbcdc_1be7, 0x3de7_18af, 0xbec0_93ac,
+                0x38b1_e96a,
+                0xba57_4d20,
+                0x3baa_d5ea,
+                0xbcdc_1be7,
+                0x3de7_18af,
+                0xbec0_93ac,
                 0x3e03_75d3,
             ],
         );
@@ -287,10 +312,7 @@ fn positive_power(x: f32, y: f32) -> f32 {
     let rest = product_low + (product - whole);
     let p = polynomial(
         rest,
-        [
-            0x391f_cb8e, 0x3aaf_85ed, 0x3c1d_9856, 0x3d63_57bb, 0x3e75_fdec, 0x3f31_7218,
-            0x3f80_0000,
-        ],
+        [0x391f_cb8e, 0x3aaf_85ed, 0x3c1d_9856, 0x3d63_57bb, 0x3e75_fdec, 0x3f31_7218, 0x3f80_0000],
     );
     if product.abs() > 152.0 {
         return if product < 0.0 { 0.0 } else { f32::INFINITY };

@@ -74,16 +74,22 @@ pub enum FlashKernel {
 
 impl Plan {
     /// FlashAttention 3 on Hopper for heads of up to 128 values.
-    pub const FLASH3: Plan = Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Flash3 };
+    pub const FLASH3: Plan =
+        Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Flash3 };
 
     /// cuDNN on Hopper for heads of up to 128 values: what `sdpa` of transformers
     /// takes there.
-    pub const CUDNN: Plan =
-        Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Cudnn };
+    pub const CUDNN: Plan = Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Cudnn };
 
     /// What PyTorch's FlashAttention 2 chooses on a chip of so many
     /// multiprocessors, for one sequence without dropout.
-    pub fn flash2(heads: usize, head_dim: usize, queries: usize, keys: usize, processors: usize) -> Plan {
+    pub fn flash2(
+        heads: usize,
+        head_dim: usize,
+        queries: usize,
+        keys: usize,
+        processors: usize,
+    ) -> Plan {
         let split_keys = match head_dim {
             ..=64 => 256,
             ..=128 => 128,
@@ -107,17 +113,14 @@ fn parts(tiles: usize, slots: usize, blocks: usize) -> usize {
         return 1;
     }
     let most = 128.min(slots).min(blocks);
-    let eligible = |parts: usize| {
-        parts == 1 || blocks.div_ceil(parts) != blocks.div_ceil(parts - 1)
-    };
+    let eligible =
+        |parts: usize| parts == 1 || blocks.div_ceil(parts) != blocks.div_ceil(parts - 1);
     let efficiency = |parts: usize| {
         let waves = (tiles * parts) as f32 / slots as f32;
         waves / waves.ceil()
     };
     let best = (1..=most).filter(|&parts| eligible(parts)).map(efficiency).fold(0.0, f32::max);
-    (1..=most)
-        .find(|&parts| eligible(parts) && efficiency(parts) >= 0.85 * best)
-        .unwrap_or(1)
+    (1..=most).find(|&parts| eligible(parts) && efficiency(parts) >= 0.85 * best).unwrap_or(1)
 }
 
 /// The output of a FlashAttention, `[queries, heads * head_dim]`.
@@ -252,7 +255,14 @@ impl Tile<'_> {
 
     /// Scores become exponentials; maximum and sums go on. Returns what the output
     /// is to be multiplied by.
-    fn weigh(&self, scores: &mut [f32], seen: usize, starts: bool, row: usize, part: &mut Part) -> f32 {
+    fn weigh(
+        &self,
+        scores: &mut [f32],
+        seen: usize,
+        starts: bool,
+        row: usize,
+        part: &mut Part,
+    ) -> f32 {
         let c = self.factor();
         let before = part.maxima[row];
         let (seen, masked) = scores.split_at_mut(seen);

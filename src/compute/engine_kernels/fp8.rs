@@ -111,9 +111,7 @@ impl Quantise {
             for group in x.row(row).chunks(group.max(1)) {
                 let scale = self.scale_of(group);
                 scales.push(scale);
-                values.extend(
-                    group.iter().map(|&x| self.format.decode(self.code_of(x, scale))),
-                );
+                values.extend(group.iter().map(|&x| self.format.decode(self.code_of(x, scale))));
             }
         }
         (Tensor::new(x.width(), values), scales)
@@ -159,7 +157,11 @@ pub fn block_scaled_mm(
 ) -> Result<Tensor, GemmError> {
     let blocks = x.width().div_ceil(GROUP);
     let expect = |operand, expected, given| {
-        if expected == given { Ok(()) } else { Err(GemmError::ScaleCount { operand, expected, given }) }
+        if expected == given {
+            Ok(())
+        } else {
+            Err(GemmError::ScaleCount { operand, expected, given })
+        }
     };
     expect("x", x.rows() * blocks, x_scales.len())?;
     expect("w", w.rows().div_ceil(GROUP) * blocks, w_scales.len())?;

@@ -4,8 +4,8 @@
 //!
 //! Two things stand beside the schedule. The bias is added in f32, before the one
 //! rounding. And where a row of K is not a multiple of 16 bytes, cuBLAS takes a
-//! CUTLASS kernel, which begins with what its tiles leave over: the first `K mod 64`
-//! elements (`K mod 32` of an odd K) are chained first, filled up with zeros, then
+//! CUTLASS kernel, which begins with what its tiles leave over: the first `K mod 128`
+//! elements (in bf16 `K mod 32` of an odd K) are chained first, filled up with zeros, then
 //! whole tiles follow.
 //!
 //! Evidence: every `Linear` of three transformers models on an H200; `p v` of eager
@@ -35,22 +35,24 @@ pub struct Linear {
 }
 
 /// The tile whose rest is chained first where a K of so many 16-bit elements is not
-/// a multiple of 16 bytes: 64, and 32 for an odd K.
-pub fn residue_tile(inner: usize) -> Option<usize> {
-    match inner {
+/// a multiple of 16 bytes. It is what fits the captures at hand: cuBLAS has kernels
+/// of other tiles, and no rule of its choice is known.
+pub fn residue_tile(format: Format, inner: usize) -> Option<usize> {
+    match (format, inner) {
         _ if inner.is_multiple_of(8) => None,
-        _ if inner.is_multiple_of(2) => Some(64),
-        _ => Some(32),
+        (Format::Bf16, _) if !inner.is_multiple_of(2) => Some(32),
+        _ => Some(128),
     }
 }
 
 impl Linear {
-    /// One chain along K, with the rest first where K is unaligned.
+    /// One chain along K of operands in the output's format, with the rest first where
+    /// K is unaligned.
     pub fn new(unit: &Unit, inner: usize, output: Format) -> Linear {
         Linear {
             unit: *unit,
             schedule: Schedule::FAST,
-            residue_tile: residue_tile(inner),
+            residue_tile: residue_tile(output, inner),
             output,
         }
     }

@@ -71,8 +71,7 @@ impl RmsNorm {
         let root = self.inverse_root(row);
         for ((out, &x), &gain) in out.iter_mut().zip(row).zip(gain) {
             let scaled = x * root;
-            let scaled =
-                if self.rounds_before_gain { self.format.round(scaled) } else { scaled };
+            let scaled = if self.rounds_before_gain { self.format.round(scaled) } else { scaled };
             *out = self.format.round(scaled * gain);
         }
     }

@@ -56,7 +56,14 @@ pub enum Rotation {
 
 /// A pair after the rotation, rounded to the format.
 #[inline]
-pub fn rotate(rotation: Rotation, format: Format, a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+pub fn rotate(
+    rotation: Rotation,
+    format: Format,
+    a: f32,
+    b: f32,
+    cos: f32,
+    sin: f32,
+) -> (f32, f32) {
     match rotation {
         Rotation::RoundsProducts => {
             let product = |x: f32, y: f32| format.round(x * y);
@@ -73,7 +80,13 @@ pub fn rotate(rotation: Rotation, format: Format, a: f32, b: f32, cos: f32, sin:
 
 /// Rotates every head of `head_dim` values of every row; row `i` takes row `i` of
 /// the table. Values beyond twice the table's width stay as they are.
-pub fn apply(rotation: Rotation, format: Format, x: &Tensor, head_dim: usize, table: &Table) -> Tensor {
+pub fn apply(
+    rotation: Rotation,
+    format: Format,
+    x: &Tensor,
+    head_dim: usize,
+    table: &Table,
+) -> Tensor {
     let mut y = x.clone();
     let pairs = table.cos.width().min(head_dim / 2);
     for row in 0..x.rows() {

@@ -45,7 +45,8 @@ impl RowSum {
                     let lane = &mut lanes[index % threads.max(1)];
                     values.iter().for_each(|value| *lane += value);
                 }
-                let mut warps: Vec<f32> = lanes.chunks(WARP).map(|lanes| tree(lanes.to_vec())).collect();
+                let mut warps: Vec<f32> =
+                    lanes.chunks(WARP).map(|lanes| tree(lanes.to_vec())).collect();
                 warps.resize(WARP, 0.0);
                 if lanes.len() == WARP { warps[0] } else { tree(warps) }
             }
@@ -82,8 +83,10 @@ fn torch_sum(row: &[f32], rows: usize) -> f32 {
             lanes.iter_mut().zip(values).for_each(|(lane, value)| lane[turn % APART] += value);
         }
     }
-    let sums: Vec<f32> =
-        lanes.iter().map(|&[first, second, third, fourth]| first + second + third + fourth).collect();
+    let sums: Vec<f32> = lanes
+        .iter()
+        .map(|&[first, second, third, fourth]| first + second + third + fourth)
+        .collect();
     // First the threads of each row of x, then, where there are several, those rows.
     let mut rows: Vec<f32> = sums.chunks(x).map(|sums| tree(sums.to_vec())).collect();
     rows.resize(rows.len().next_power_of_two(), 0.0);
