@@ -11,6 +11,7 @@ pub mod departure;
 pub mod drawn;
 pub mod eight_bit;
 pub mod emulated;
+pub mod engine_kernels;
 pub mod floor;
 pub mod forward;
 pub mod generate;

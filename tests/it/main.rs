@@ -6,6 +6,7 @@ mod command;
 mod command_line;
 mod compute;
 mod cuda;
+mod engine_kernels;
 mod external;
 mod faults;
 mod foreign_engine;

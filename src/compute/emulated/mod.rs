@@ -9,6 +9,7 @@ pub mod quantize;
 pub mod tensor_core;
 pub mod simd;
 pub mod gemm;
+pub mod chain;
 pub mod identify;
 pub mod vectors;
 pub mod captures;

@@ -205,6 +205,15 @@ impl Codes {
 }
 
 impl<'a> CodesRow<'a> {
+    /// Some codes of the row.
+    pub fn slice(self, inner: std::ops::Range<usize>) -> CodesRow<'a> {
+        match self {
+            CodesRow::Bits8(codes) => CodesRow::Bits8(&codes[inner]),
+            CodesRow::Bits16(codes) => CodesRow::Bits16(&codes[inner]),
+            CodesRow::Bits32(codes) => CodesRow::Bits32(&codes[inner]),
+        }
+    }
+
     /// Number of codes.
     pub fn len(&self) -> usize {
         match self {

@@ -1,0 +1,111 @@
+//! The order in which a GPU adds up a row.
+//!
+//! It knows f32 values and threads: not what is summed, nor why.
+//!
+//! Sources: PyTorch's `aten/src/ATen/native/cuda/Reduce.cuh` (how many threads a row
+//! gets, four accumulators a thread, shared memory, then shuffles) and CUB's
+//! `BlockReduce` for vLLM. Evidence: means of squares of 10 numbers of rows by 14
+//! widths from 64 to 8,192 on an H100, PyTorch 2.11: 0 of 5,272 differ; vLLM's
+//! order cannot be told from others by the captures at hand.
+
+/// Threads of a warp.
+const WARP: usize = 32;
+/// Values that a PyTorch thread accumulates apart.
+const APART: usize = 4;
+/// Threads of a PyTorch reduction's block.
+const BLOCK: usize = 512;
+
+/// Who adds up a row, and in which order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowSum {
+    /// `torch.sum` or `mean` over the last dimension of a contiguous f32 tensor of
+    /// so many rows: the number of rows decides how many threads share one.
+    Torch {
+        /// Rows of the whole tensor.
+        rows: usize,
+    },
+    /// A block whose threads take vectors of `vector` values in turn, each value
+    /// in order, then a warp shuffle downwards from 16, then the warps likewise.
+    Block {
+        /// Threads of the block, whole warps.
+        threads: usize,
+        /// Values of a vector.
+        vector: usize,
+    },
+}
+
+impl RowSum {
+    /// The sum of the row's values.
+    pub fn sum(self, row: &[f32]) -> f32 {
+        match self {
+            RowSum::Torch { rows } => torch_sum(row, rows),
+            RowSum::Block { threads, vector } => {
+                let mut lanes = vec![0.0f32; threads.next_multiple_of(WARP).max(WARP)];
+                for (index, values) in row.chunks(vector.max(1)).enumerate() {
+                    let lane = &mut lanes[index % threads.max(1)];
+                    values.iter().for_each(|value| *lane += value);
+                }
+                let mut warps: Vec<f32> =
+                    lanes.chunks(WARP).map(|lanes| tree(lanes.to_vec())).collect();
+                warps.resize(WARP, 0.0);
+                if lanes.len() == WARP { warps[0] } else { tree(warps) }
+            }
+        }
+    }
+}
+
+/// The threads that PyTorch gives a row (x) and the rows or parts of one that
+/// share a block (y).
+fn block_shape(width: usize, rows: usize) -> (usize, usize) {
+    let power = |count: usize| 1 << count.max(1).min(BLOCK).ilog2();
+    let (width, rows) = (power(width), power(rows));
+    let x = width.min(WARP);
+    let y = rows.min(BLOCK / x);
+    (width.min(BLOCK / y), y)
+}
+
+fn torch_sum(row: &[f32], rows: usize) -> f32 {
+    let vectors = row.len() >= 128;
+    let (x, y) = block_shape(if vectors { row.len() / APART } else { row.len() }, rows);
+    // Long rows are shared out over the block's y as well.
+    let across = row.len().div_ceil(x) >= (y * 16).min(256);
+    let threads = if across { x * y } else { x };
+    let mut lanes = vec![[0.0f32; APART]; threads];
+    if vectors {
+        let (whole, rest) = row.split_at(row.len() - row.len() % APART);
+        for (index, values) in whole.chunks_exact(APART).enumerate() {
+            let lane = &mut lanes[index % threads];
+            lane.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        lanes.iter_mut().zip(rest).for_each(|(lane, value)| lane[0] += value);
+    } else {
+        for (turn, values) in row.chunks(threads).enumerate() {
+            lanes.iter_mut().zip(values).for_each(|(lane, value)| lane[turn % APART] += value);
+        }
+    }
+    let sums: Vec<f32> = lanes
+        .iter()
+        .map(|&[first, second, third, fourth]| first + second + third + fourth)
+        .collect();
+    // First the threads of each row of x, then, where there are several, those rows.
+    let mut rows: Vec<f32> = sums.chunks(x).map(|sums| tree(sums.to_vec())).collect();
+    rows.resize(rows.len().next_power_of_two(), 0.0);
+    tree(rows)
+}
+
+/// Halves are folded until one number is left: shared memory, then shuffles
+/// downwards.
+fn tree(mut sums: Vec<f32>) -> f32 {
+    while sums.len() > 1 {
+        fold(&mut sums);
+    }
+    sums[0]
+}
+
+fn fold(sums: &mut Vec<f32>) {
+    let half = sums.len() / 2;
+    for index in 0..half {
+        sums[index] += sums[index + half];
+    }
+    sums.truncate(half);
+}
