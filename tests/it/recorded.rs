@@ -2,20 +2,16 @@
 //! recordings that are wrong in every way that a file can be.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::command::Project;
+use crate::data::{large, own};
 use crate::single::{claim, project, short, stage, tensors};
 
-/// The example as it ships, beside a link to the captures.
-fn captures() -> Option<Project> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let data = root.join("../shared/h200/gemm-captures.safetensors");
-    if !data.is_file() {
-        return None;
-    }
+/// The example as it ships, with these captures beside its stages.
+fn captures(data: &Path) -> Project {
     let mut project = project();
-    for entry in fs::read_dir(root.join("examples/h200-captures/stages")).expect("the example") {
+    for entry in fs::read_dir(own("examples/h200-captures/stages")).expect("the example") {
         let path = entry.expect("an entry").path();
         let name = path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
         if name == "pipeline.toml" {
@@ -25,18 +21,26 @@ fn captures() -> Option<Project> {
         project = project.file(&format!("stages/{name}"), short(&text));
     }
     fs::remove_file(project.path("stages/pipeline.toml")).expect("removed");
-    std::os::unix::fs::symlink(
-        data.canonicalize().expect("data"),
-        project.path("captures.safetensors"),
-    )
-    .expect("a link");
-    Some(project)
+    std::os::unix::fs::symlink(data, project.path("captures.safetensors")).expect("a link");
+    project
+}
+
+fn shipped() -> PathBuf {
+    own("examples/h200-captures/captures.safetensors")
 }
 
 #[test]
-#[ignore = "needs the captures beside the repository"]
+fn every_fp8_bf16_and_f16_capture_that_ships_is_met_in_every_bit() {
+    every_capture_is_met(&captures(&shipped()));
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, see tests/it/data.rs"]
 fn every_fp8_bf16_and_f16_capture_of_an_h200_is_met_in_every_bit() {
-    let project = captures().expect("../shared/h200/gemm-captures.safetensors");
+    every_capture_is_met(&captures(&large("h200/gemm-captures.safetensors")));
+}
+
+fn every_capture_is_met(project: &Project) {
     let ran = project.runner(&["run", "stages", "--format", "json"]);
     assert_eq!(ran.code, Some(0), "{}\n{}", ran.out, ran.err);
     let run: serde_json::Value = serde_json::from_str(&ran.out).expect("run.json");
@@ -54,9 +58,8 @@ fn every_fp8_bf16_and_f16_capture_of_an_h200_is_met_in_every_bit() {
 }
 
 #[test]
-#[ignore = "needs the captures beside the repository"]
 fn a_wrong_scale_or_operand_of_a_capture_is_structural() {
-    let project = captures().expect("../shared/h200/gemm-captures.safetensors");
+    let project = captures(&shipped());
     let text = project.read("stages/fp8.toml").replace("[0, 1, 2, 7]", "[0]");
     let one = text.replace(
         "\"fast0.f32.absmax\", \"fast1.f32.absmax\", \"fast0.bf16.absmax\", \"fast1.bf16.absmax\"",
