@@ -13,6 +13,7 @@ mod foreign_engine;
 mod golden;
 mod hugging_face;
 mod manifest;
+mod missing;
 mod model;
 mod nightly;
 mod peers;

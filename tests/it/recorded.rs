@@ -85,19 +85,19 @@ fn with_recording(lines: &str) -> Project {
 }
 
 #[test]
-fn recordings_that_are_wrong_are_unmeasured_and_say_what_is_there() {
+fn recordings_that_are_wrong_are_errors_and_say_what_is_there() {
     let project = with_recording(
         "[forward]\n[recorded]\nfile = \"../r.safetensors\"\nnames = { \"logits\" = \"lm_head\" }\n",
     );
-    project.run().expect(3, "cannot read");
+    project.run().expect(4, "cannot read");
     fs::write(project.path("r.safetensors"), b"half a file").expect("written");
-    project.run().expect(3, "r.safetensors` cannot be read");
+    project.run().expect(4, "r.safetensors` cannot be read");
     tensors(&project, "r.safetensors", &[("lm_head.10", [4, 1024], vec![0.5; 4096])]);
-    project.run().expect(3, "has no tensor `lm_head`; it has `lm_head.10` f32 [4, 1024]");
+    project.run().expect(4, "has no tensor `lm_head`; it has `lm_head.10` f32 [4, 1024]");
     tensors(&project, "r.safetensors", &[("lm_head", [2, 1024], vec![0.5; 2048])]);
-    project.run().expect(3, "the shapes differ");
+    project.run().expect(4, "has 2 rows, and the prompt has 4 tokens");
     tensors(&project, "r.safetensors", &[("lm_head", [4, 2048], vec![f32::NAN; 8192])]);
-    project.run().expect(3, "NaN");
+    project.run().expect(1, "NaN or infinity: 8,192 of 8,192 values of recorded at logits");
     tensors(&project, "r.safetensors", &[("lm_head", [4, 2048], vec![0.5; 8192])]);
     project.run().expect(1, "C-1 at logits: nmse of recorded against reference");
 }
@@ -133,7 +133,7 @@ fn what_pipeline_toml_says_of_recordings_holds_for_every_stage_without_its_own()
     project.run().expect(0, "run: pass");
     let own = "[embed]\n[recorded]\nfile = \"../other.safetensors\"\n";
     project.write("stages/r.toml", &stage("R", "claim", own));
-    project.run().expect(3, "other.safetensors");
+    project.run().expect(4, "other.safetensors");
     let ambiguous = defaults + "tensor = \"x\"\n";
     project.write("stages/pipeline.toml", &ambiguous);
     project.runner(&["check", "stages"]).expect(2, "`tensor` names one tensor");
