@@ -90,7 +90,7 @@ pub fn pipeline() -> Value {
     add(
         &mut properties,
         json!({
-            "contracts": says("the folder of contracts, seen from this file", text()),
+            "contracts": says("the folder of contracts, relative to this file", text()),
             "profile": profiles(),
             "recorded": recorded(),
             "external": external(),
@@ -475,7 +475,7 @@ fn file() -> Value {
     closed(
         &["file"],
         json!({
-            "file": says("its path, seen from the manifest: safetensors, npy, npz, GGUF or raw", text()),
+            "file": says("its path, relative to the manifest: safetensors, npy, npz, GGUF or raw", text()),
             "tensor": says("the tensor's name in it", text()),
             "dtype": says("the values' format, where the file does not say it", formats()),
             "shape": says("the tensor's shape, where the file does not say it", shape()),

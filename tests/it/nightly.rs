@@ -104,7 +104,9 @@ fn a_new_stage_of_every_op_is_sound() {
     for op in ops {
         project.runner(&["new", op, &format!("n-{op}")]).expect(0, "wrote `stages/n-");
     }
-    project.runner(&["check", "stages"]).expect(0, "9 stages and 9 contracts, no problem found");
+    project
+        .runner(&["check", "stages"])
+        .expect(0, "9 stages and 9 contracts checked, no problems found");
     project.runner(&["new", "rope", "n-rope"]).expect(2, "choose another id, or edit that file");
     project.runner(&["new", "rope", "../x"]).expect(2, "the id cannot be");
 }

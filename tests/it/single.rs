@@ -163,6 +163,17 @@ fn a_claim_of_equal_bits_at_one_site_is_told_of_that_site_alone() {
     project.run().expect(0, "emulated = reference, 0 of 1,024 values differ");
 }
 
+#[test]
+fn stages_of_one_run_that_share_an_arm_speak_of_no_other_runner() {
+    let project = project();
+    for id in ["A", "B", "C"] {
+        let manifest = stage(id, "per-layer", "[forward]\ncapture = \"every-site\"\n");
+        project.write(&format!("stages/{}.toml", id.to_lowercase()), &manifest);
+    }
+    let ran = project.runner(&["run", "stages", "--quiet", "--jobs", "3"]).expect(0, "run: pass");
+    assert_eq!(ran.err, "");
+}
+
 /// A safetensors file of f32 matrices.
 pub fn tensors(project: &Project, name: &str, tensors: &[(&str, [usize; 2], Vec<f32>)]) {
     let bytes: Vec<Vec<u8>> =
