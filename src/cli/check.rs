@@ -50,9 +50,12 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
             problems.push(PlanError::Stage { stage, file, problem });
         };
         if let Op::Command(command) = &stage.op {
-            let inputs = command.inputs.iter().map(|input| project.join(input));
-            for input in inputs.filter(|input| !input.exists() && !is_made(input)) {
-                found(not_there(&input));
+            for written in &command.inputs {
+                let input = project.join(written);
+                if !input.exists() && !is_made(&input) {
+                    let from = "the folder that contains the folder of stages";
+                    found(not_there(&input, written, from));
+                }
             }
             continue;
         }
@@ -62,10 +65,10 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
             && !model.exists()
             && !is_made(model)
         {
-            found(not_there(model));
+            found(not_there(model, &model.display(), "the manifest's folder"));
         }
         for file in stage.files().into_iter().filter(|file| !file.exists() && !is_made(file)) {
-            found(not_there(file));
+            found(not_there(file, &file.display(), "the manifest's folder"));
         }
         tensors(stage).into_iter().for_each(&mut found);
     }
@@ -73,7 +76,7 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
 }
 
 /// `` `dump.safetensor` does not exist; did you mean `dump.safetensors`? ``
-fn not_there(path: &Path) -> String {
+fn not_there(path: &Path, written: &dyn std::fmt::Display, from: &str) -> String {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let entries = std::fs::read_dir(folder.unwrap_or(Path::new("."))).into_iter().flatten();
     let names: Vec<String> =
@@ -81,9 +84,9 @@ fn not_there(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let near = match nearest(&name, names.iter().map(String::as_str)) {
         Some(near) => format!("did you mean `{near}`?"),
-        None => "correct the path; it is relative to the manifest's folder".to_owned(),
+        None => format!("correct the path; it is relative to {from}"),
     };
-    format!("`{}` does not exist; {near}", path.display())
+    format!("`{written}` does not exist; {near}")
 }
 
 /// What a stage reads from files that are there, and is not in them.
@@ -155,8 +158,8 @@ fn names(stage: &Stage, recorded: &Recorded, file: &TensorFile) -> Vec<String> {
 /// A name with its first number of a layer as `*`.
 fn with_star(name: &str) -> String {
     let mut parts: Vec<&str> = name.split('.').collect();
-    let number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    if let Some(place) = parts.iter().position(|part| number(&part)) {
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    if let Some(place) = parts.iter().position(|part| number(part)) {
         parts[place] = "*";
     }
     parts.join(".")

@@ -165,9 +165,10 @@ fn a_claim_of_equal_bits_at_one_site_is_told_of_that_site_alone() {
 
 #[test]
 fn stages_of_one_run_that_share_an_arm_speak_of_no_other_runner() {
-    let project = project();
+    let project =
+        project().file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
     for id in ["A", "B", "C"] {
-        let manifest = stage(id, "per-layer", "[forward]\ncapture = \"every-site\"\n");
+        let manifest = stage(id, "claim", "[forward]\ncapture = \"every-site\"\n");
         project.write(&format!("stages/{}.toml", id.to_lowercase()), &manifest);
     }
     let ran = project.runner(&["run", "stages", "--quiet", "--jobs", "3"]).expect(0, "run: pass");
@@ -223,7 +224,7 @@ fn two_files_are_compared_without_a_model() {
     project.run().expect(4, "has 36 bytes, and 16 elements of 4 were expected");
     other[5] = f32::NAN;
     fs::write(project.path("b.bin"), raw(&other)).expect("written");
-    project.run().expect(1, "non_finite");
+    project.run().expect(1, "NaN or infinity: 1 of 16 values of recorded at compared, first NaN");
 }
 
 #[test]

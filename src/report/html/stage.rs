@@ -60,10 +60,13 @@ pub(super) fn section(page: &Page<'_>, place: usize, figures: &Markup) -> Markup
     }
 }
 
+/// What draws a part of a stage, whose place is given.
+type Part = fn(&Page<'_>, &StageRecord, usize) -> Markup;
+
 /// What stands folded in the section of stage number `place`.
 pub(super) fn figures(page: &Page<'_>, place: usize) -> Markup {
     let stage = &page.run.stages[place];
-    let figures: [(&str, fn(&Page<'_>, &StageRecord, usize) -> Markup); 5] = [
+    let figures: [(&str, Part); 5] = [
         ("Where the error comes from", causes),
         ("Layer by layer", drift),
         ("Is the error distributed as rounding must be?", histograms),
