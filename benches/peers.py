@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Holds the runner's cache and scheduler beside ninja, razel, Snakemake, DVC and b3sum.
 
-    benches/peers.py --install DIR      brings the peers to DIR (PyPI and crates.io)
+    benches/peers.py --install DIR      installs the peers into DIR, with pip and cargo
     benches/peers.py --peers DIR        measures and prints the tables as Markdown
 
 It needs a release build of the runner. All tools run in the same invocation, one
@@ -13,7 +13,7 @@ import argparse, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYPI = ["ninja==1.13.0", "dvc==3.67.1", "snakemake==9.27.1"]
+WHEELS = ["ninja==1.13.0", "dvc==3.67.1", "snakemake==9.27.1"]
 CRATES = [("b3sum", "1.8.7"), ("razel", "0.5.7")]
 
 
@@ -21,7 +21,7 @@ def install(peers):
     if not shutil.which("protoc"):
         sys.exit("razel is built with protoc: apt-get install protobuf-compiler")
     subprocess.run([sys.executable, "-m", "venv", peers / "venv"], check=True)
-    subprocess.run([peers / "venv/bin/pip", "install", "-q", *PYPI], check=True)
+    subprocess.run([peers / "venv/bin/pip", "install", "-q", *WHEELS], check=True)
     for name, version in CRATES:
         subprocess.run(["cargo", "install", "-q", "--locked", "--root", peers, f"{name}@{version}"], check=True)
 

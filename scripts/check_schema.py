@@ -2,7 +2,7 @@
 """Holds `runner schema` and `runner check` to the same files, with a real validator.
 
 Every manifest and contract that ships must pass both; each of these mistakes must
-fail both. Usage: check_schema.py RUNNER (needs the PyPI package jsonschema).
+fail both. Usage: check_schema.py RUNNER (needs the Python package jsonschema).
 """
 
 import json
@@ -57,6 +57,9 @@ MISTAKES = [
     ("command", "[command]\nargv = [\"true\"]\n", "[command]\nargv = [\"true\"]\ntimeout = 0\n"),
     ("command", "[command]\nargv = [\"true\"]\n", "[command]\n"),
 ]
+# A NumPy file of one row and one column.
+HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }".ljust(117) + b"\n"
+NPY = b"\x93NUMPY\x01\x00" + len(HEADER).to_bytes(2, "little") + HEADER + bytes(4)
 
 
 def schema(of):
@@ -88,6 +91,9 @@ def main():
         project = pathlib.Path(temporary)
         shutil.copytree(ROOT / "contracts", project / "contracts")
         (project / "stages").mkdir()
+        # `check` also looks at the files that a manifest names.
+        for name in ["a", "b", "x"]:
+            (project / "stages" / f"{name}.npy").write_bytes(NPY)
         for name, sound, mistaken in MISTAKES:
             for text, expected in [(sound, True), (mistaken, False)]:
                 manifest = STAGE % name + text

@@ -17,7 +17,7 @@ use crate::compute::emulated::identify::identify;
 use crate::compute::emulated::quantize::{CodeData, Codes, CodesError, absmax, scale_for};
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{
-    VectorAccumulator, VectorCheck, VectorError, verify_folder,
+    self, VectorAccumulator, VectorCheck, VectorError, verify_folder,
 };
 use crate::dtype::Format;
 use crate::op::ChipName;
@@ -29,11 +29,13 @@ use crate::text::grouped;
 pub enum ChipCommand {
     /// Chips, formats and their arithmetic.
     List,
-    /// Check a folder of what real chips answered: hardware vectors, captured GEMMs, or both.
+    /// Check the chips against what real ones answered: hardware vectors, captured GEMMs, or both.
     Verify {
-        /// The folder of safetensors files.
-        folder: PathBuf,
+        /// The folder of safetensors files; none is what ships with the runner.
+        folder: Option<PathBuf>,
     },
+    /// The licence of the vectors that ship with the runner.
+    Licence,
     /// `y = x w^T` as a chip computes it.
     Multiply(Box<Multiply>),
 }
@@ -143,7 +145,12 @@ pub enum ChipCommandError {
 pub fn run(command: &ChipCommand, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
     match command {
         ChipCommand::List => list(out),
-        ChipCommand::Verify { folder } => verify(folder, out),
+        ChipCommand::Verify { folder: Some(folder) } => verify(folder, out),
+        ChipCommand::Verify { folder: None } => verify_own(out),
+        ChipCommand::Licence => {
+            write!(out, "{}", vectors::SHIPPED_LICENCE)?;
+            Ok(ChipOutcome::Pass)
+        }
         ChipCommand::Multiply(multiply) => self::multiply(multiply, out),
     }
 }
@@ -195,6 +202,19 @@ fn verify(folder: &Path, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommand
         checks => checks?,
     };
     let differ = report_vectors(&checks, out)? + report_captures(&captures, out)?;
+    Ok(if differ == 0 { ChipOutcome::Pass } else { ChipOutcome::Falsified })
+}
+
+/// Checks what ships with the runner: a cut of published vectors, and of captures of our own.
+fn verify_own(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
+    let checks = vectors::verify_shipped(|core| core)?;
+    let differ = report_vectors(&checks, out)?;
+    let differ = differ + report_captures(&captures::read_shipped()?, out)?;
+    writeln!(
+        out,
+        "vectors: Khattak and Mikaitis, arXiv 2512.07004, BSD-2-Clause (`runner chip licence`); \
+         captures: PyTorch on an H200"
+    )?;
     Ok(if differ == 0 { ChipOutcome::Pass } else { ChipOutcome::Falsified })
 }
 

@@ -255,8 +255,9 @@ pub enum FileScale {
 pub struct Recorded {
     /// The file.
     pub file: PathBuf,
-    /// Which tensor a site's is. A `*` in both stands for the layer's number.
-    /// Sites without an entry have their own names in the file.
+    /// Which tensor a site's is. A `*` in both stands for the layer's number, `{*+1}` for
+    /// the next one's. A name may end with columns, as `[0:576]`, or with `[q]`, `[k]`, `[v]`,
+    /// `[gate]` or `[up]`: a part of a fused product. Sites without an entry have their own names in the file.
     pub names: BTreeMap<String, String>,
     /// How elements are to be read, where the file does not say.
     pub format: Option<Format>,
@@ -274,9 +275,59 @@ impl Recorded {
         if let Some((layer, inner)) = in_layer(&site.0)
             && let Some(name) = self.names.get(&format!("blk.*.{inner}"))
         {
-            return name.replacen('*', &layer.to_string(), 1);
+            return LayerNumber::put(name, layer);
         }
         site.0.clone()
+    }
+}
+
+/// Where a name's pattern has the layer's number: `*`, or `{*+1}` and `{*-1}` for names that
+/// count otherwise, as the hidden states of transformers do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerNumber<'a> {
+    /// What stands before it.
+    pub before: &'a str,
+    /// What is added to the layer's number.
+    pub offset: i64,
+    /// What stands after it.
+    pub after: &'a str,
+}
+
+impl<'a> LayerNumber<'a> {
+    /// The first one of a pattern.
+    pub fn find(pattern: &'a str) -> Option<LayerNumber<'a>> {
+        let (before, after) = pattern.split_once('*')?;
+        let plain = LayerNumber { before, offset: 0, after };
+        let Some(before) = before.strip_suffix('{') else { return Some(plain) };
+        let offset = after.split_once('}').and_then(|(offset, after)| {
+            let signed = offset.starts_with(['+', '-']) || offset.is_empty();
+            let offset = if offset.is_empty() { 0 } else { offset.parse().ok()? };
+            signed.then_some(LayerNumber { before, offset, after })
+        });
+        Some(offset.unwrap_or(plain))
+    }
+
+    /// How many a pattern has.
+    pub fn count(pattern: &str) -> usize {
+        pattern.matches('*').count()
+    }
+
+    /// The pattern with a layer's number.
+    fn put(pattern: &str, layer: u32) -> String {
+        match LayerNumber::find(pattern) {
+            None => pattern.to_owned(),
+            Some(LayerNumber { before, offset, after }) => {
+                format!("{before}{}{after}", i64::from(layer).saturating_add(offset))
+            }
+        }
+    }
+
+    /// Whether a name is the pattern with the number of some layer.
+    pub fn fits(&self, name: &str) -> bool {
+        let number = name.strip_prefix(self.before).and_then(|rest| rest.strip_suffix(self.after));
+        number.is_some_and(|number| {
+            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+        })
     }
 }
 
@@ -609,12 +660,12 @@ impl Stream {
         }
     }
 
-    /// The same stream where `device` is read as `arm`: what a file or a program
+    /// The same stream where `written` is read as `arm`: what a file or a program
     /// holds stands for the device that made it.
-    pub fn with_device_as(self, arm: Arm) -> Stream {
+    pub fn with(self, written: Arm, arm: Arm) -> Stream {
         match self {
-            Stream::Arm(Arm::Device) => Stream::Arm(arm),
-            Stream::Anchored(Arm::Device) => Stream::Anchored(arm),
+            Stream::Arm(stream) if stream == written => Stream::Arm(arm),
+            Stream::Anchored(stream) if stream == written => Stream::Anchored(arm),
             other => other,
         }
     }

@@ -7,6 +7,7 @@
 use serde_json::{Value, json};
 
 use crate::dtype::Format;
+use crate::manifest::names::PRESETS;
 use crate::metric::Metric;
 use crate::op::{Arm, ChipName, Distribution, Engine, Stream};
 
@@ -89,7 +90,7 @@ pub fn pipeline() -> Value {
     add(
         &mut properties,
         json!({
-            "contracts": says("the folder of contracts, seen from this file", text()),
+            "contracts": says("the folder of contracts, relative to this file", text()),
             "profile": profiles(),
             "recorded": recorded(),
             "external": external(),
@@ -422,7 +423,7 @@ fn external() -> Value {
         &mut properties,
         json!({
             "version": says("what the engine is; part of the key", text()),
-            "names": says("the engine's name of a tensor, by site", texts()),
+            "names": names(),
             "emulate": says("the engine whose arithmetic the emulated arm has", json!({ "enum": engines })),
         }),
     );
@@ -437,13 +438,26 @@ fn recorded() -> Value {
         closed(
             &["file"],
             json!({
-                "file": says("its path, seen from the manifest", text()),
+                "file": says(
+                    "its path, relative to the manifest; or a folder of one `.npy` for each tensor",
+                    text(),
+                ),
                 "tensor": says("its tensor, where it has several and the op makes one", text()),
-                "names": says("the file's name of a tensor, by site", texts()),
+                "names": names(),
                 "dtype": says("the values' format, where the file does not say it", formats()),
                 "shape": says("the tensor's shape, where the file does not say it", shape()),
             }),
         ),
+    )
+}
+
+/// The names of tensors by site, or those of a preset.
+fn names() -> Value {
+    let presets: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
+    says(
+        "the tensor of each site, or `preset`: the modules of an engine; `*` is the layer's number, \
+         `{*+1}` the next one, and `[0:576]` some columns",
+        json!({ "oneOf": [{ "enum": presets }, texts()] }),
     )
 }
 
@@ -461,7 +475,7 @@ fn file() -> Value {
     closed(
         &["file"],
         json!({
-            "file": says("its path, seen from the manifest: safetensors, npy, npz, GGUF or raw", text()),
+            "file": says("its path, relative to the manifest: safetensors, npy, npz, GGUF or raw", text()),
             "tensor": says("the tensor's name in it", text()),
             "dtype": says("the values' format, where the file does not say it", formats()),
             "shape": says("the tensor's shape, where the file does not say it", shape()),

@@ -13,7 +13,7 @@
 //! verified by their names when they are read, records and lines by a check at
 //! their end, so what a power cut leaves behind is found and computed again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Write};
@@ -108,6 +108,8 @@ impl Action {
 pub struct Store {
     root: PathBuf,
     latest: Arc<Mutex<Option<Latest>>>,
+    /// What stages of this run are computing.
+    held: Arc<Mutex<BTreeSet<Key>>>,
 }
 
 /// What `latest.log` says: the key of each who, and the lines that it has.
@@ -120,7 +122,17 @@ struct Latest {
 /// The right to compute an action, which no other runner has at the same time.
 #[derive(Debug)]
 pub struct ActionLock {
-    _file: File,
+    file: Option<File>,
+    key: Key,
+    held: Arc<Mutex<BTreeSet<Key>>>,
+}
+
+impl Drop for ActionLock {
+    fn drop(&mut self) {
+        // First the lock: whoever does not get it must find the key here.
+        self.file = None;
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
 }
 
 /// A result to keep.
@@ -146,7 +158,7 @@ const WORTH_FLUSHING: f64 = 0.25;
 impl Store {
     /// The store in `folder`, which is made when something is first stored.
     pub fn new(folder: &Path) -> Store {
-        Store { root: folder.join("v1"), latest: Arc::default() }
+        Store { root: folder.join("v1"), latest: Arc::default(), held: Arc::default() }
     }
 
     /// The folder of this version's format.
@@ -190,17 +202,26 @@ impl Store {
         };
         let file = file.map_err(failed)?;
         let byte = byte_of(key);
-        let mut told = false;
+        let (mut tries, mut told) = (0, false);
         while !interrupt::requested() {
             match fcntl(&file, FcntlArg::F_OFD_SETLK(&byte)) {
-                Ok(_) => return Ok(Some(ActionLock { _file: file })),
+                Ok(_) => {
+                    let held = Arc::clone(&self.held);
+                    held.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+                    return Ok(Some(ActionLock { file: Some(file), key: key.clone(), held }));
+                }
                 Err(Errno::EAGAIN | Errno::EACCES) => {
-                    if !told {
+                    // Where another stage of this run computes it, nobody else is waited for.
+                    let here = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                    // The first time the other stage may just be about to say so.
+                    tries += 1;
+                    if tries > 1 && !told && !here.contains(key) {
                         tracing::warn!(
                             "another runner computes what is needed here; waiting for it"
                         );
                         told = true;
                     }
+                    drop(here);
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) => return Err(failed(error.into())),

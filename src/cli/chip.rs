@@ -15,11 +15,14 @@ use crate::op::{Accumulate, ChipName};
 pub(super) enum ChipCli {
     /// List the chips, their formats and their arithmetic.
     List,
-    /// Hold the chips to what real ones answered: vectors of single instructions, captured GEMMs.
+    /// Check the chips against what real ones answered: vectors of single instructions, captured GEMMs.
     Verify {
-        /// The folder; vectors lie in one safetensors file per chip, captures list their `cases`.
-        folder: PathBuf,
+        /// A folder: one safetensors file of vectors per chip, captures list their `cases`. Without
+        /// it, the set that ships with the runner is checked.
+        folder: Option<PathBuf>,
     },
+    /// Print the licence of the hardware vectors that ship with the runner.
+    Licence,
     /// Multiply two tensors as a chip does: y[N, M] = x[N, K] w[M, K]^T.
     Multiply(MultiplyArgs),
     /// Hold this machine's GPU to its chip's arithmetic, algorithm by algorithm.
@@ -87,6 +90,7 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
         ChipCli::List => ChipCommand::List,
         ChipCli::Measure(args) => return measure_chip(&args),
         ChipCli::Verify { folder } => ChipCommand::Verify { folder },
+        ChipCli::Licence => ChipCommand::Licence,
         ChipCli::Multiply(args) => {
             let accumulate = if args.fast { Accumulate::Fast } else { Accumulate::Promoted };
             let schedule = Schedule { accumulate, split_k: args.split_k, ..Schedule::PROMOTED };

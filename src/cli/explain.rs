@@ -6,6 +6,7 @@ use std::path::Path;
 use super::{print, record_of};
 use crate::compare::{Diagnosis, Growth};
 use crate::compute::arms::is_gemm;
+use crate::manifest::problem::plural;
 use crate::op::Stream;
 use crate::record::StageRecord;
 use crate::text::{grouped, number, percent};
@@ -35,7 +36,7 @@ fn reasoning(stage: &StageRecord, run: &str) -> String {
     line(format!("Verdict: {}. {}", stage.verdict, stage.why));
     line(String::new());
     line("What ran".to_owned());
-    line(format!("  {} on {}, {} tokens", stage.op.name(), stage.model, stage.tokens.len()));
+    line(format!("  {}", what_ran(stage)));
     for (arm, record) in &stage.arms {
         let how = record.arithmetic.as_deref().unwrap_or("no result");
         line(format!("  {arm}: {how}; {}", record.why));
@@ -62,6 +63,18 @@ fn reasoning(stage: &StageRecord, run: &str) -> String {
         line(greedy.sentence());
     }
     text
+}
+
+/// The op, with the model and the prompt where it has them.
+fn what_ran(stage: &StageRecord) -> String {
+    let mut words = stage.op.name().to_owned();
+    if stage.op.reads_model() && !stage.model.is_empty() {
+        words += &format!(" on {}", stage.model);
+    }
+    if !stage.tokens.is_empty() {
+        words += &format!(", {}", plural(stage.tokens.len(), "token"));
+    }
+    words
 }
 
 fn diagnosed(diagnosis: &Diagnosis) -> Vec<String> {
@@ -174,7 +187,7 @@ fn grown(growth: &Growth) -> Vec<String> {
             ));
         }
     }
-    for law in &growth.laws {
+    for law in growth.laws.iter().filter(|law| law.holds()) {
         lines.push(format!("  {}: {}, leaves {}", law.name, law.formula, percent(law.residual)));
     }
     lines

@@ -6,6 +6,7 @@
 //! ours, 130 stopped on request.
 
 mod cache;
+mod check;
 mod chip;
 mod diff;
 mod doctor;
@@ -95,7 +96,7 @@ enum Command {
     Run(RunArgs),
     /// Say what a run would do, and why; compute nothing.
     Plan(PlanArgs),
-    /// Report every problem of a folder of stages and its contracts.
+    /// Report every problem of a folder of stages, its contracts and the files that they name.
     Check {
         /// The folder of stages.
         #[arg(default_value = "stages")]
@@ -269,11 +270,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
     match command {
         Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
         Command::Plan(args) => plan::plan_stages(&args),
-        Command::Check { folder } => {
-            let pipeline = load_pipeline(&folder, &Overrides::default())?;
-            let (stages, contracts) = (pipeline.stages.len(), pipeline.contracts.len());
-            print(&format!("{stages} stages and {contracts} contracts, no problem found\n"))
-        }
+        Command::Check { folder } => check::check(&folder),
         Command::Graph { folder, format } => {
             let pipeline = load_pipeline(&folder, &Overrides::default())?;
             let graph = graph_of(&pipeline)?;
@@ -397,25 +394,27 @@ fn make_plan<'a>(
     store: &Store,
     stamps: &'a Stamps,
 ) -> Result<Plan<'a>, String> {
-    Plan::new(pipeline, graph, stages, store, stamps).map_err(|problems| {
-        // Stages share models and prompts: each problem is told once.
-        let mut told: Vec<(String, Vec<String>)> = Vec::new();
-        for PlanError::Stage { stage, file, problem } in problems {
-            let place = format!("`{stage}` (`{}`)", file.display());
-            match told.iter_mut().find(|(earlier, _)| *earlier == problem) {
-                Some((_, places)) => places.push(place),
-                None => told.push((problem, vec![place])),
-            }
+    Plan::new(pipeline, graph, stages, store, stamps).map_err(told_once)
+}
+
+/// Problems of stages. Stages share models, prompts and files: each problem is told once.
+fn told_once(problems: Vec<PlanError>) -> String {
+    let mut told: Vec<(String, Vec<String>)> = Vec::new();
+    for PlanError::Stage { stage, file, problem } in problems {
+        let place = format!("`{stage}` (`{}`)", file.display());
+        match told.iter_mut().find(|(earlier, _)| *earlier == problem) {
+            Some((_, places)) => places.push(place),
+            None => told.push((problem, vec![place])),
         }
-        let lines: Vec<String> = told
-            .iter()
-            .map(|(problem, places)| {
-                let stages = if places.len() == 1 { "stage" } else { "stages" };
-                format!("error: {problem}\n  in {stages} {}", places.join(", "))
-            })
-            .collect();
-        lines.join("\n")
-    })
+    }
+    let lines: Vec<String> = told
+        .iter()
+        .map(|(problem, places)| {
+            let stages = if places.len() == 1 { "stage" } else { "stages" };
+            format!("error: {problem}\n  in {stages} {}", places.join(", "))
+        })
+        .collect();
+    lines.join("\n")
 }
 
 /// The youngest folder that holds a finished run; names begin with the time.

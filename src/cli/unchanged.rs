@@ -26,6 +26,7 @@ use crate::plan::Plan;
 use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::is_of_drift;
 use crate::run::MadeByArm;
+use crate::tensor_file;
 use crate::verdict::Verdict;
 
 /// Above so many stages only those that did not pass are shown one by one.
@@ -340,6 +341,9 @@ fn everything_looked_at(
         by_stage.insert(&prepared.stage.id, made);
         for file in prepared.stage.files() {
             look(file, &young)?;
+            if file.is_dir() {
+                tensor_file::members(file).iter().try_for_each(|file| look(file, &young))?;
+            }
         }
         let Some(model) = &prepared.model else { continue };
         model.written(true).is_none().then_some(())?;

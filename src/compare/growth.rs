@@ -44,6 +44,16 @@ pub struct Law {
     pub residual: f64,
 }
 
+/// What a law that is worth showing leaves at most.
+const MOST_LEFT: f64 = 0.1;
+
+impl Law {
+    /// Whether it explains at least nine tenths of the drift; others say nothing.
+    pub fn holds(&self) -> bool {
+        self.residual <= MOST_LEFT
+    }
+}
+
 /// The growth of one arm's drift.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Growth {

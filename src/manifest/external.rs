@@ -2,7 +2,7 @@
 
 use super::command::{check_variables, read_argv, read_effort, read_paths};
 use super::fields::Fields;
-use super::inputs::read_names;
+use super::names::read_names;
 use super::problem::{Findings, Problem};
 use crate::op::{Command, Engine, External, Op};
 

@@ -2,10 +2,10 @@
 //!
 //! It opens no file: paths are taken from the manifest's folder and used later.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::fields::{Fields, Put, choose};
+use super::names::read_names;
 use super::problem::{Findings, Problem};
 use super::stage::RawInput;
 use crate::dtype::Format;
@@ -181,35 +181,4 @@ pub(super) fn read_recorded(
         format: format.map(|format| format.value),
         shape: shape.map(|shape| shape.value),
     })
-}
-
-/// `names`: each site's tensor. A pattern holds the layer's number and nothing else.
-pub(super) fn read_names(
-    table: &mut Fields<'_>,
-    findings: &mut Findings,
-) -> BTreeMap<String, String> {
-    let names = table.texts("names", findings);
-    let mut known = BTreeMap::new();
-    for (site, name) in names {
-        let stars = |text: &str| text.matches('*').count();
-        let layer = site.value.split('.').nth(1) == Some("*");
-        let anchored = match stars(&site.value) {
-            0 => stars(&name.value) == 0,
-            1 => layer && stars(&name.value) == 1,
-            _ => false,
-        };
-        if anchored {
-            known.insert(site.value, name.value);
-        } else {
-            findings.push(
-                Problem::new(
-                    "a name's pattern has one `*` on each side",
-                    "write `\"blk.*.q\" = \"model.layers.*.self_attn.q_proj\"`, where `*` is the \
-                     layer's number, or both names without `*`",
-                )
-                .at_if(site.at.as_ref(), "this pattern"),
-            );
-        }
-    }
-    known
 }

@@ -13,6 +13,7 @@ mod external;
 mod family;
 mod fields;
 mod inputs;
+pub(crate) mod names;
 pub(crate) mod problem;
 mod profile;
 mod settings;
@@ -216,15 +217,16 @@ pub enum IfFails {
 
 impl Contract {
     /// The contract as a stage with these arms reads it: where the stage has no
-    /// device, what it has recorded, or has from a program, stands for the device.
+    /// device, what it has recorded, or has from a program, stands for the device; and
+    /// what is recorded of an engine stands for the program, or the program for it.
     pub fn read_by(&self, arms: &[Arm]) -> Contract {
-        let stands_in = [Arm::Recorded, Arm::External].into_iter().find(|arm| arms.contains(arm));
+        let foreign = [Arm::Recorded, Arm::External];
         let mut read = self.clone();
-        if let Some(arm) = stands_in
-            && !arms.contains(&Arm::Device)
-        {
+        for written in [Arm::Device, Arm::External, Arm::Recorded] {
+            let stands_in = foreign.into_iter().find(|arm| arms.contains(arm));
+            let Some(arm) = stands_in.filter(|_| !arms.contains(&written)) else { continue };
             for falsifier in &mut read.falsifiers {
-                falsifier.compare = falsifier.compare.map(|stream| stream.with_device_as(arm));
+                falsifier.compare = falsifier.compare.map(|stream| stream.with(written, arm));
             }
         }
         read

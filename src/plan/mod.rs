@@ -382,7 +382,7 @@ impl<'a> Plan<'a> {
     /// Why an action runs although its stage ran before, or that it never did.
     pub fn why_run(&self, store: &Store, stage: &Stage, arm: Arm, walk: &KeyWalk) -> String {
         let Some(key) = store.latest(&self.who(stage, arm)) else {
-            return "no result of it is known here".to_owned();
+            return "not in the cache".to_owned();
         };
         match store.record(&key) {
             None => "its last result was cleared from the cache".to_owned(),

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use crate::cache::{self, KeyWalk, Stamp, Stamps};
 use crate::model::Model;
 use crate::op::{FileTensor, InputRef};
+use crate::tensor_file;
 
 /// A model with the digests of the tensors that were asked for.
 pub struct OpenModel {
@@ -112,7 +113,16 @@ impl Sources {
         stamps: &Stamps,
     ) -> Result<(), SourceError> {
         let unreadable = |source| SourceError::File { path: path.to_owned(), source };
-        let stamp = Stamp::of(&std::fs::metadata(path).map_err(unreadable)?);
+        let facts = std::fs::metadata(path).map_err(unreadable)?;
+        let stamp = Stamp::of(&facts);
+        if facts.is_dir() {
+            for file in tensor_file::members(path) {
+                let member = file.file_name().unwrap_or_default().to_string_lossy();
+                self.file(&format!("{name} {member}"), &file, stamps)?;
+            }
+            self.files.push((path.to_owned(), stamp));
+            return Ok(());
+        }
         self.field(name, stamps.digest(path).map_err(unreadable)?.to_hex());
         self.files.push((path.to_owned(), stamp));
         Ok(())

@@ -31,7 +31,7 @@ pub fn drift(run: &RunRecord, drawn: bool, width: usize) -> String {
             }
             let largest = values.iter().copied().max_by(f64::total_cmp).unwrap_or(*last);
             let words = format!(
-                "nmse of {SITE}, {}: {} after layer {}, {} after {}, at most {}",
+                "{}: {} after layer {}, {} after {}, at most {} (nmse of {SITE})",
                 grid.pair(),
                 number(*first),
                 grid.layers[0],
@@ -39,7 +39,7 @@ pub fn drift(run: &RunRecord, drawn: bool, width: usize) -> String {
                 grid.layers[grid.layers.len() - 1],
                 number(largest)
             );
-            let head = format!("{}  drift  ", stage.id);
+            let head = format!("{}  error by layer  ", stage.id);
             let room = width.saturating_sub(head.chars().count());
             let line = if drawn && values.len() <= room { blocks(&values) } else { String::new() };
             let gap = if line.is_empty() { "" } else { "  " };

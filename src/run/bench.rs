@@ -99,18 +99,6 @@ pub(super) enum Failure {
     Bug(String),
 }
 
-impl Failure {
-    /// Whether somebody else's tensors are missing or unusable: then there was
-    /// nothing to measure, and nothing went wrong here.
-    pub fn is_absence(&self) -> bool {
-        matches!(
-            self,
-            Failure::Compute(ComputeError::TensorFile(_))
-                | Failure::Source(SourceError::File { .. })
-        )
-    }
-}
-
 /// Everything that one job needs.
 pub(super) struct Bench<'a> {
     pub plan: &'a Plan<'a>,
@@ -251,7 +239,9 @@ impl Bench<'_> {
                 let side = side.ok_or_else(|| Failure::Bug(format!("no side for {arm}")))?;
                 one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
             }
-            (op, Arm::Recorded, Some(from)) => Ok(Some(recorded(op, from, model)?)),
+            (op, Arm::Recorded, Some(from)) => {
+                Ok(Some(recorded(op, from, model, Some(self.prepared.tokens.len()))?))
+            }
             (_, Arm::External, _) => self.asked(inputs, slots).map(Some),
             (Op::Gemm { x, w }, arm, from) => {
                 let site = Site("y".to_owned());
@@ -317,7 +307,7 @@ impl Bench<'_> {
             shape: None,
         };
         let unusable = |error: ComputeError| Failure::Written(error.to_string());
-        let mut output = recorded(&stage.op, &from, Some(model)).map_err(unusable)?;
+        let mut output = recorded(&stage.op, &from, Some(model), None).map_err(unusable)?;
         check_written(&output, rows, config.vocabulary).map_err(unusable)?;
         output.arithmetic = match left.flaky {
             Some(flaky) => format!("{}; {flaky}", external.version),

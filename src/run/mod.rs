@@ -25,6 +25,7 @@ use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::verdict::{First, Verdict, judge, reason};
 
 mod bench;
+mod missing;
 
 use bench::{Bench, Failure, Made, News, Order, Outcome, Stored, Supplies};
 
@@ -120,8 +121,6 @@ struct Progress {
     results: BTreeMap<Arm, Stored>,
     measures: StageMeasures,
     failure: Option<String>,
-    /// Why tensors that should have been read were not there.
-    unread: Option<String>,
     blocked: Option<String>,
     record: Option<StageRecord>,
 }
@@ -382,11 +381,6 @@ impl<'a> Engine<'a> {
             (Work::Arm(arm), Err(Failure::Compute(ComputeError::Unavailable(why)))) => {
                 self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
             }
-            (Work::Arm(arm), Err(failure)) if failure.is_absence() => {
-                let why = failure.to_string();
-                self.progress[stage].unread = Some(format!("the {arm} arm has no tensors: {why}"));
-                self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
-            }
             (Work::Arm(arm), Err(failure)) => {
                 self.note_bug(&failure);
                 let why = failure.to_string();
@@ -471,11 +465,7 @@ impl<'a> Engine<'a> {
             First { cause, ..first }
         });
         reason(&mut judged, &progress.measures, diagnosis);
-        if let Some(unread) = &progress.unread
-            && judged.verdict == Verdict::Pass
-        {
-            (judged.verdict, judged.why) = (Verdict::Unmeasured, unread.clone());
-        }
+        missing::say(&mut judged, prepared, &progress.measures);
         if let Some(reason) = &progress.blocked {
             (judged.verdict, judged.why) = (Verdict::Blocked, reason.clone());
         } else if let Some(reason) = &progress.failure {

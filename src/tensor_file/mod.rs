@@ -1,5 +1,5 @@
 //! Tensors in files that other programs wrote: safetensors, NumPy's `.npy` and
-//! `.npz`, GGUF, and raw little-endian values.
+//! `.npz`, GGUF, and raw little-endian values; and folders of one `.npy` for each tensor.
 //!
 //! A name is looked up whole, never by a part of it or by its place. It knows
 //! bytes and shapes; what a tensor means, and to whom, is not its concern.
@@ -15,6 +15,7 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::dtype::Format;
+use crate::manifest::problem::nearest;
 use crate::model::{self, ModelError, Weight, WeightType};
 use crate::op::{FileScale, FileTensor};
 use crate::tensor::Tensor;
@@ -36,7 +37,7 @@ pub enum TensorFileError {
         /// What is wrong.
         problem: String,
     },
-    /// There is no such tensor.
+    /// There is no such tensor. What was found ends with the name that was probably meant.
     #[error("`{}` has no tensor `{name}`; it has {found}", path.display())]
     Missing {
         /// The file.
@@ -91,14 +92,17 @@ struct Entry {
     name: String,
     element: Element,
     shape: Vec<usize>,
-    /// Bytes of the file; empty for members of an archive, which are unpacked on reading.
+    /// Bytes of its file; empty for members of an archive, which are unpacked on reading.
     bytes: Range<usize>,
+    /// Which of the mapped files it lies in.
+    map: usize,
 }
 
 /// An opened file of tensors.
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    /// One file, or those of a folder.
+    maps: Vec<Mmap>,
     entries: Vec<Entry>,
     archive: bool,
 }
@@ -119,11 +123,15 @@ pub struct CodedTensor {
 }
 
 impl TensorFile {
-    /// Opens a file; its ending says what it is, and any other ending is raw values.
+    /// Opens a file; its ending says what it is, and any other ending is raw values. Of a
+    /// folder, each `.npy` is a tensor with the name of its file.
     ///
     /// # Errors
     /// If the file is not what its ending says.
     pub fn open(path: &Path) -> Result<TensorFile, TensorFileError> {
+        if path.is_dir() {
+            return TensorFile::open_folder(path);
+        }
         let (map, _) = model::map(path)?;
         let malformed =
             |problem: String| TensorFileError::Malformed { path: path.to_owned(), problem };
@@ -132,24 +140,68 @@ impl TensorFile {
             "safetensors" => (safetensors_entries(&map).map_err(malformed)?, false),
             "npy" => {
                 let (element, shape, bytes) = npy::parse(&map).map_err(malformed)?;
-                (vec![Entry { name: String::new(), element, shape, bytes }], false)
+                (vec![Entry { name: String::new(), element, shape, bytes, map: 0 }], false)
             }
             "npz" => (npy::archive_entries(&map).map_err(malformed)?, true),
             "gguf" => {
                 let tensors = model::gguf_tensors(path, &map)?;
                 let entry = |(name, kind, [rows, width], bytes): (_, WeightType, [usize; 2], _)| {
-                    Entry { name, element: of_weight(kind), shape: vec![rows, width], bytes }
+                    let (element, shape) = (of_weight(kind), vec![rows, width]);
+                    Entry { name, element, shape, bytes, map: 0 }
                 };
                 (tensors.into_iter().map(entry).collect(), false)
             }
             _ => {
+                let (name, element) = (String::new(), Element::Other);
                 let bytes = 0..map.len();
-                let entry =
-                    Entry { name: String::new(), element: Element::Other, shape: vec![], bytes };
-                (vec![entry], false)
+                (vec![Entry { name, element, shape: vec![], bytes, map: 0 }], false)
             }
         };
-        Ok(TensorFile { path: path.to_owned(), map, entries, archive })
+        Ok(TensorFile { path: path.to_owned(), maps: vec![map], entries, archive })
+    }
+
+    fn open_folder(path: &Path) -> Result<TensorFile, TensorFileError> {
+        let (mut maps, mut entries) = (Vec::new(), Vec::new());
+        for (place, file) in members(path).iter().enumerate() {
+            let (map, _) = model::map(file)?;
+            let parsed = npy::parse(&map);
+            let (element, shape, bytes) = parsed
+                .map_err(|problem| TensorFileError::Malformed { path: file.clone(), problem })?;
+            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            entries.push(Entry { name, element, shape, bytes, map: place });
+            maps.push(map);
+        }
+        if entries.is_empty() {
+            let problem = "this folder holds no `.npy` file; it needs one for each tensor, with \
+                           the tensor's name"
+                .to_owned();
+            return Err(TensorFileError::Malformed { path: path.to_owned(), problem });
+        }
+        Ok(TensorFile { path: path.to_owned(), maps, entries, archive: false })
+    }
+
+    /// Whether it holds one tensor that has no name, as a `.npy` does.
+    pub fn is_nameless(&self) -> bool {
+        matches!(self.entries.as_slice(), [only] if only.name.is_empty())
+    }
+
+    /// The rows of a tensor, where the file knows its shape.
+    pub fn rows(&self, name: &str) -> Option<usize> {
+        let entry = self.entries.iter().find(|entry| entry.name == name)?;
+        let (_, outer) = entry.shape.split_last()?;
+        outer.iter().try_fold(1usize, |rows, &next| rows.checked_mul(next))
+    }
+
+    /// Looks a tensor and its scale up without reading them.
+    ///
+    /// # Errors
+    /// If one of them is not there.
+    pub fn find(&self, wanted: &FileTensor) -> Result<(), TensorFileError> {
+        self.entry(wanted.tensor.as_deref())?;
+        match &wanted.scale {
+            Some(FileScale::Tensor(name)) => self.entry(Some(name)).map(|_| ()),
+            _ => Ok(()),
+        }
     }
 
     /// The names of its tensors, in the file's order.
@@ -228,18 +280,23 @@ impl TensorFile {
         };
         self.entries.iter().find(|entry| entry.name == wanted).ok_or_else(|| {
             let (path, name) = (self.path.clone(), wanted.to_owned());
-            TensorFileError::Missing { path, name, found: self.found() }
+            let mut found = self.found();
+            if let Some(near) = nearest(&name, self.names()) {
+                // Writing to a string cannot fail.
+                let _ = write!(found, "; did you mean `{near}`?");
+            }
+            TensorFileError::Missing { path, name, found }
         })
     }
 
     fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>, TensorFileError> {
         if self.archive {
-            let unpacked = npy::unpack(&self.map, &entry.name);
+            let unpacked = npy::unpack(&self.maps[entry.map], &entry.name);
             return unpacked
                 .map(Cow::Owned)
                 .map_err(|problem| self.unusable(entry, format!("cannot be unpacked: {problem}")));
         }
-        Ok(Cow::Borrowed(&self.map[entry.bytes.clone()]))
+        Ok(Cow::Borrowed(&self.maps[entry.map][entry.bytes.clone()]))
     }
 
     fn scales(&self, of: &Entry, name: &str, rows: usize) -> Result<Vec<f32>, TensorFileError> {
@@ -303,6 +360,16 @@ impl CodedTensor {
         hasher.update_rayon(&self.bytes);
         hasher.finalize()
     }
+}
+
+/// The files that are read where a file of tensors is named: itself, or the `.npy` files of
+/// a folder, sorted.
+pub fn members(path: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(path) else { return vec![path.to_owned()] };
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|ending| ending == "npy") && file.is_file());
+    files.sort();
+    files
 }
 
 /// Reads one tensor of one file.
@@ -404,6 +471,7 @@ fn safetensors_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
                 element,
                 shape: view.shape().to_vec(),
                 bytes: start..start + view.data().len(),
+                map: 0,
             }
         })
         .collect();

@@ -84,7 +84,7 @@ pub(super) fn archive_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
         read.map_err(|error| format!("`{name}`: {error}"))?;
         let (element, shape, _) =
             parse(&start).map_err(|problem| format!("`{name}`: {problem}"))?;
-        entries.push(Entry { name, element, shape, bytes: 0..0 });
+        entries.push(Entry { name, element, shape, bytes: 0..0, map: 0 });
     }
     Ok(entries)
 }

@@ -1,8 +1,7 @@
 """Runs every folder of examples/ with the real engines and holds each verdict to what is
 written here. A folder that is not written here fails.
 
-Usage: examples.py RUNNER SHARED [--torch], with `python3` in PATH as the examples shall find
-it; SHARED is the folder beside the repository that holds the captures of an H200. Without
+Usage: examples.py RUNNER [--torch], with `python3` in PATH as the examples shall find it. Without
 `--torch` this Python has no PyTorch, and the examples that need it must say so.
 """
 
@@ -13,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 
-RUNNER, SHARED = (pathlib.Path(path).resolve() for path in sys.argv[1:3])
-TORCH = sys.argv[3:] == ["--torch"]
+RUNNER = pathlib.Path(sys.argv[1]).resolve()
+TORCH = sys.argv[2:] == ["--torch"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Each example's exit status, and of each of its stages or families the verdict and words
@@ -53,12 +52,10 @@ def main():
     assert folders == set(EXPECTED), f"not expected, or not there: {folders ^ set(EXPECTED)}"
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
-        # The captures lie beside an example's stages, so a copy of it is run.
+        # A copy is run, so that nothing is left in the folder.
         shutil.copytree(ROOT / "examples", work / "examples", symlinks=True)
         for name in ["contracts", "adapters", "models"]:
             (work / name).symlink_to(ROOT / name)
-        captures = SHARED / "h200/gemm-captures.safetensors"
-        (work / "examples/h200-captures/captures.safetensors").symlink_to(captures)
         for name, (status, stages) in EXPECTED.items():
             check(work, name, status, stages)
     print(f"{len(EXPECTED)} examples have their verdicts")

@@ -37,6 +37,17 @@ async function open(folder, options = {}) {
   return page;
 }
 
+// Opens everything that is folded.
+const unfold = (page, part = "body") => page.evaluate(async (part) => {
+  const whole = document.querySelector(part);
+  for (const fold of [whole, ...whole.querySelectorAll("details")]) fold.open = true;
+  // What is packed arrives a moment later, and has folds of its own.
+  for (let tries = 0; tries < 200 && document.querySelector(`${part} .packed`); tries += 1) {
+    await new Promise((later) => setTimeout(later, 20));
+  }
+  for (const fold of whole.querySelectorAll("details")) fold.open = true;
+}, part);
+
 async function close(page) {
   assert.deepEqual(page.wrongs, []);
   await page.context().close();
@@ -220,6 +231,17 @@ test("a clean run says so, with every stage, claim and figure", async () => {
   assert((await checkBars(page, run)) >= 28);
   assert((await checkHistograms(page, run)) >= 28);
   assert.match(await page.locator(".first").innerText(), /nearest to a bound\s+stage B/);
+  assert.match(await page.locator("header h1").innerText(), /all 5 stages hold every claim/);
+  assert.equal(await page.title(), "pass: all 5 stages hold every claim");
+  assert.equal(await page.locator("nav.contents a").count(), 5);
+  // A stage fits a screen, with all that is folded named below its claims.
+  await page.setViewportSize({ width: 1280, height: 800 });
+  for (const place of run.stages.keys()) {
+    const section = page.locator(`#stage-${place}`);
+    await section.scrollIntoViewIfNeeded();
+    const height = await section.evaluate((part) => part.getBoundingClientRect().height);
+    assert(height < 800, `stage ${place} is ${height} high`);
+  }
   await close(page);
 });
 
@@ -243,6 +265,7 @@ test("a figure that is not run.json's is noticed", async () => {
 
 test("the keyboard reaches a cell's words, another map and a stage", async () => {
   const page = await open(clean);
+  await unfold(page);
   const bars = page.locator("svg.stacks").first();
   await bars.focus();
   await page.keyboard.press("ArrowRight");
@@ -273,6 +296,11 @@ test("light, dark, narrow and paper", async () => {
   const dark = await open(clean, { colorScheme: "dark" });
   assert.notEqual(await ground(light), await ground(dark));
   await light.setViewportSize({ width: 420, height: 900 });
+  await unfold(light);
+  // Wide tables scroll within the page, so that nothing of them is cut off.
+  const scrolled = await light.$$eval(".scroll", (all) => all.filter((part) => part.scrollWidth > part.clientWidth)
+    .map((part) => getComputedStyle(part).overflowX));
+  assert(scrolled.length > 3 && scrolled.every((overflow) => overflow === "auto"), `${scrolled}`);
   const wide = await light.evaluate(() => document.documentElement.scrollWidth);
   assert(wide <= 420, `the page is ${wide} wide on a screen of 420`);
   await checkPaper(light);
@@ -285,7 +313,8 @@ test("light, dark, narrow and paper", async () => {
 test("without scripts nothing but comfort is lost", async () => {
   const page = await open(clean, { javaScriptEnabled: false });
   assert(await page.locator(".claims").first().isVisible());
-  assert(await page.locator("svg.heat").first().isVisible());
+  await page.locator("#stage-1 summary", { hasText: "Layer by layer" }).click();
+  assert(await page.locator("#stage-1 svg.heat:not(.stacks)").first().isVisible());
   await page.context().close();
 });
 
@@ -311,6 +340,86 @@ for (const [layers, megabytes] of [[28, 3], [80, 9]]) {
     await close(page);
   });
 }
+
+test("30 stages of 30 layers: below 3 MB, each unfolded when it is opened", async () => {
+  const [, layered] = deepened(run, 30).stages;
+  const many = { ...structuredClone(run), stages: Array.from({ length: 30 }, (_, number) => ({
+    ...structuredClone(layered), id: `B${number}`, needs: [], verdict: number === 17 ? "structural" : "pass" })) };
+  many.verdict = "structural";
+  // Numbers that differ, as those of thirty real stages do.
+  let state = 1;
+  const random = () => (state = (state * 1103515245 + 12345) % 2 ** 31) / 2 ** 31;
+  for (const { measures } of many.stages) for (const { metrics } of measures) for (const name of Object.keys(metrics)) {
+    if (metrics[name] % 1) metrics[name] *= 0.8 + 0.4 * random();
+  }
+  const folder = variant("many-layers", many);
+  const size = statSync(join(folder, "report.html")).size;
+  console.log(`30 stages of 30 layers: ${(size / 1e6).toFixed(2)} MB`);
+  assert(size < 3e6, `${size} bytes`);
+  const page = await open(folder);
+  assert(await page.locator("#stage-17 .claims").first().isVisible());
+  assert(!(await page.locator("#stage-3 .claims").first().isVisible()), "a stage that passes is folded");
+  assert.equal(await page.locator("#stage-3 svg.heat").count(), 0);
+  await unfold(page, "#stage-3");
+  const map = page.locator("#stage-3 svg.heat:not(.stacks)").first();
+  assert((await map.locator("rect[data-m]").count()) > 30 * 14);
+  await map.focus();
+  await page.keyboard.press("ArrowRight");
+  const readout = map.locator("xpath=ancestor::div[contains(@class,'tab')][1]").locator(".readout");
+  assert.match(await readout.textContent(), /^embed|^blk\.0\./);
+  assert(await page.locator("#stage-4 .packed").count(), "the others stay packed");
+  await close(page);
+});
+
+test("a map of ratios has no colour at 1 and one on each side of it", async () => {
+  const around = structuredClone(run);
+  const values = [1, 1.001, 1.5, 0.6];
+  const stage = around.stages.find((stage) => stage.id === "B");
+  stage.measures.filter((m) => "z_rms" in m.metrics).forEach((m, number) => { m.metrics.z_rms = values[number % 4]; });
+  const page = await open(variant("around", around));
+  const cells = await page.$$eval("svg.heat[data-metric=z_rms] rect[data-m]", (all) =>
+    all.map((cell) => [Number(cell.querySelector("title").textContent.split(" ").at(-1)), cell.getAttribute("class")]));
+  assert(cells.length > 20);
+  for (const [value, shade] of cells) {
+    const expected = value < 0.9 ? /^b[1-4]$/ : value > 1.1 ? /^a[1-4]$/ : /^m0$/;
+    assert.match(shade, expected, `${value}`);
+  }
+  await close(page);
+});
+
+test("a stage that passes names no bug, and a finding is told once", async () => {
+  const fit = { cause: "scale-wrong", detail: "every output is 1.02 times what it must be", explained: 1, mismatches: 0,
+    elements: 9, parameters: 1, significant: true };
+  const found = { subject: "emulated", judge: "reference@emulated", site: "blk.1.q", op: "matmul", evidence: "a value",
+    ratio: 2, later_layers: 2, also: [], prescribed: false, fits: [fit] };
+  const told = structuredClone(run);
+  const place = told.stages.findIndex((stage) => stage.id === "B");
+  told.stages[place].diagnoses = [found, { ...found, judge: "emulated" }];
+  const passes = await open(variant("passes", told));
+  await unfold(passes);
+  assert.match(await passes.locator(`#stage-${place}`).textContent(), /Differences in bits, within every bound/);
+  assert.doesNotMatch(await passes.locator(`#stage-${place} .diagnosis`).textContent(), /names the bug|inherit/);
+  assert.equal(await passes.locator(`#stage-${place} .named`).count(), 0);
+  await close(passes);
+  told.verdict = told.stages[place].verdict = "structural";
+  told.stages[place].first = { arm: "emulated", site: "blk.1.q", claim: "LAY-003", cause: "scale-wrong" };
+  const falsified = await open(variant("falsified", told));
+  assert.equal(await falsified.title(), "structural: stage B: scale-wrong at blk.1.q");
+  assert.equal(await falsified.locator(`#stage-${place} .diagnosis`).count(), 1);
+  assert.equal(await falsified.locator(`#stage-${place} .fits .named`).count(), 1);
+  await close(falsified);
+});
+
+test("laws that leave a tenth of the drift or more are not shown", async () => {
+  const laws = structuredClone(run);
+  const stage = laws.stages.find((stage) => stage.id === "B");
+  const [good, bad] = [0.09, 0.5].map((residual) => ({ name: `leaves-${residual}`, formula: "l", residual }));
+  stage.growth.forEach((growth) => { growth.laws = [good, bad]; });
+  const page = await open(variant("laws", laws));
+  assert((await page.getByText("leaves-0.09").count()) > 0);
+  assert.equal(await page.getByText("leaves-0.5").count(), 0);
+  await close(page);
+});
 
 test("300 stages can be found by name", async () => {
   const many = structuredClone(run);
@@ -391,7 +500,7 @@ test("tokens that part say at which margin", async () => {
   const parted = structuredClone(run);
   Object.assign(parted.stages[0].greedy[0], { first_difference: 3, margin: 0.1, sigma: 0.05 });
   const page = await open(variant("parted", parted));
-  const words = await page.locator("#stage-0 p", { hasText: "part at step" }).innerText();
+  const words = await page.locator("#stage-0 p", { hasText: "part at step" }).textContent();
   assert.match(words, /flip at margin 2\.0 sigma: explained by drift\. Step 3, the judge leads by 0\.1, sigma 0\.05/);
   await checkFigures(page, parted);
   await close(page);
@@ -409,7 +518,7 @@ test("measures that are not finite are shown as such", async () => {
     }
   }));
   const page = await open(variant("not-finite", broken));
-  assert(await page.locator("text=not finite").first().isVisible());
+  assert((await page.locator("text=not finite").count()) > 0);
   const digits = await page.locator("data, svg.heat title, .used").allTextContents();
   assert.deepEqual(digits.filter((text) => /NaN|\binf\b|null/.test(text)), []);
   await close(page);
@@ -466,8 +575,9 @@ async function picture(page, selector, height, name) {
 test("pictures for docs/", { skip: !process.env.SCREENSHOTS }, async () => {
   const provenance = { ...run.provenance, command: ["runner", "run", "stages/"] };
   const page = await open(variant("clean", { ...run, provenance }), { colorScheme: "light" });
-  await picture(page, "header", 1000, "report-clean");
   const place = run.stages.findIndex((stage) => stage.id === "B");
+  await picture(page, "header", 1000, "report-clean");
+  await unfold(page, `#stage-${place}`);
   await picture(page, `#stage-${place} h3:has-text("Where the error comes from")`, 1240, "report-layers");
   await close(page);
 });

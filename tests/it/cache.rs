@@ -252,7 +252,7 @@ fn thirty_edits_and_what_each_makes_run() {
             "a stage more",
             Do(|p| p.copy_stage("c", "e", "said", "also")),
             &["e"],
-            "no result of it is known",
+            "not in the cache",
         ),
     ];
     for Case { name, edit, computed: expected, said } in cases {
@@ -439,7 +439,7 @@ fn fail_fast_starts_nothing_after_a_failure() {
 fn a_dry_run_and_an_explanation_run_nothing() {
     let project = pipeline();
     let dry = project.runner(&["run", "stages", "--dry-run"]);
-    let dry = dry.expect(0, "no result of it is known here");
+    let dry = dry.expect(0, "not in the cache");
     assert!(computed(&dry).is_empty() && !project.path("mid").exists());
     project.run().expect(0, "pass");
     project.write("in.txt", "z\n");

@@ -521,8 +521,8 @@ fn check_and_plan_run_nothing() {
     let project = Project::new();
     let line = marking(&project, "true");
     let project = project.stage("S", &line);
-    project.runner(&["check", "stages"]).expect(0, "no problem found");
-    project.runner(&["plan", "stages"]).expect(0, "no result of it is known here");
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+    project.runner(&["plan", "stages"]).expect(0, "not in the cache");
     assert!(!project.path("mark").exists());
 }
 

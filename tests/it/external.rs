@@ -136,7 +136,7 @@ fn a_program_that_fails_is_bounded_reported_and_not_kept() {
     fails(COPY, "a vocabulary of 2048 tokens");
     tensors(&project, "good.safetensors", &[("other", [4, 1024], vec![0.5; 4096])]);
     fails(COPY, "has no tensor `logits`; it has `other` f32 [4, 1024]");
-    project.runner(&["plan", "stages"]).expect(0, "X external run no result of it is known here");
+    project.runner(&["plan", "stages"]).expect(0, "X external run not in the cache");
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn checking_a_strangers_manifest_starts_nothing() {
     let project = with_adapter(FORWARD, "true\n");
     let mark = project.path("mark").display().to_string();
     project.write("adapter.sh", &format!("touch {mark}\n"));
-    project.runner(&["check", "stages"]).expect(0, "no problem found");
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
     project.runner(&["plan", "stages"]).expect(0, "X");
     assert!(!project.path("mark").exists());
 }

@@ -1,7 +1,6 @@
 //! The reference arm against a forward pass that somebody else computed in f64.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use runner::compute::arms::{self, Output, Task};
 use runner::compute::reference::Reference;
@@ -10,6 +9,7 @@ use runner::op::{Capture, Op, Site};
 use safetensors::SafeTensors;
 use serde::de::DeserializeOwned;
 
+use crate::data::large;
 use crate::model::smollm2;
 
 /// Share of a site's largest magnitude by which the two passes may differ: both
@@ -18,11 +18,7 @@ const TOLERANCE: f64 = 2e-5;
 
 /// The recorded pass; it lies beside the project, not in it.
 fn golden() -> Vec<u8> {
-    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../shared/golden/smollm2-135m-q4_1.safetensors");
-    fs::read(&path).unwrap_or_else(|error| {
-        panic!("the golden forward pass is missing at `{}`: {error}", path.display())
-    })
+    fs::read(large("golden/smollm2-135m-q4_1.safetensors")).expect("the recorded pass")
 }
 
 /// A value of the file's header, which holds JSON in strings.
@@ -42,7 +38,7 @@ fn reference(file: &[u8]) -> Output {
 }
 
 #[test]
-#[ignore = "needs RUNNER_SMOLLM2, see scripts/fetch-smollm2.sh"]
+#[ignore = "needs RUNNER_SMOLLM2 and RUNNER_DATA, see scripts/fetch-smollm2.sh and tests/it/data.rs"]
 fn smollm2_agrees_with_the_golden_pass_at_every_recorded_site() {
     let file = golden();
     let recorded = SafeTensors::deserialize(&file).expect("a safetensors file");
@@ -77,7 +73,7 @@ fn smollm2_agrees_with_the_golden_pass_at_every_recorded_site() {
 }
 
 #[test]
-#[ignore = "needs RUNNER_SMOLLM2, see scripts/fetch-smollm2.sh"]
+#[ignore = "needs RUNNER_SMOLLM2 and RUNNER_DATA, see scripts/fetch-smollm2.sh and tests/it/data.rs"]
 fn smollm2_decodes_the_golden_tokens_by_the_golden_margins() {
     let file = golden();
     let greedy = reference(&file).greedy.expect("the op decodes");

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::command::Project;
-use crate::single::project;
+use crate::single::{project, tensors};
 
 const EMBED: &str =
     "id = \"E\"\ntitle = \"t\"\ncontract = \"embedding\"\ntags = [\"night\"]\n[embed]\n";
@@ -104,7 +104,15 @@ fn a_new_stage_of_every_op_is_sound() {
     for op in ops {
         project.runner(&["new", op, &format!("n-{op}")]).expect(0, "wrote `stages/n-");
     }
-    project.runner(&["check", "stages"]).expect(0, "9 stages and 9 contracts, no problem found");
+    // What two of them read is the user's to put there.
+    project.runner(&["check", "stages"]).expect(2, "`in.txt` does not exist");
+    project.write("in.txt", "b\na\n");
+    for name in ["reference.safetensors", "capture.safetensors"] {
+        tensors(&project, name, &[("logits", [1, 2], vec![1.0, 2.0])]);
+    }
+    project
+        .runner(&["check", "stages"])
+        .expect(0, "9 stages and 9 contracts checked, no problems found");
     project.runner(&["new", "rope", "n-rope"]).expect(2, "choose another id, or edit that file");
     project.runner(&["new", "rope", "../x"]).expect(2, "the id cannot be");
 }

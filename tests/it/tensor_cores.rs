@@ -1,10 +1,7 @@
 //! The emulated tensor cores against real ones: single instructions of eight
 //! chips, and whole GEMMs of an H200.
 //!
-//! The data is not part of the project; it lies in `shared/` beside the
-//! checkout. A missing folder is a failure, never a pass.
-
-use std::path::PathBuf;
+//! A cut of the data is in the project; the whole of it is tested where RUNNER_DATA names it.
 
 use proptest::prelude::*;
 use runner::chip_command::{self, ChipCommand, ChipOutcome};
@@ -17,99 +14,105 @@ use runner::compute::emulated::identify::{identify, mismatches};
 use runner::compute::emulated::quantize::{CodeData, Codes};
 use runner::compute::emulated::schedule::Schedule;
 use runner::compute::emulated::simd::Kernel;
-use runner::compute::emulated::vectors::verify_folder;
+use runner::compute::emulated::vectors::{VectorCheck, verify_folder, verify_shipped};
 use runner::dtype::Format;
 use runner::op::ChipName;
 
-fn shared(name: &str) -> PathBuf {
-    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")).join(name);
-    assert!(
-        path.exists(),
-        "the test data `{}` is missing: put the shared folder beside the checkout",
-        path.display()
-    );
-    path
-}
+use crate::data::{large, own};
 
-#[test]
-fn every_hardware_vector_of_every_chip_is_met_to_the_bit() {
-    let checks = verify_folder(&shared("tensor-core-vectors"), |core| core).expect("vectors");
+/// Every chip and format that was measured.
+const SETS: [&str; 32] = [
+    "A100 bf16",
+    "A100 f16",
+    "A100 tf32",
+    "A2 bf16",
+    "A2 f16",
+    "A2 tf32",
+    "Ada e4m3",
+    "Ada e5m2",
+    "Ada bf16",
+    "Ada f16",
+    "Ada tf32",
+    "B200 e4m3",
+    "B200 e5m2",
+    "B200 bf16",
+    "B200 f16",
+    "B200 tf32",
+    "H100 e4m3",
+    "H100 e5m2",
+    "H100 bf16",
+    "H100 f16",
+    "H100 tf32",
+    "H200 e4m3",
+    "H200 e5m2",
+    "H200 bf16",
+    "H200 f16",
+    "H200 tf32",
+    "L40S e4m3",
+    "L40S e5m2",
+    "L40S bf16",
+    "L40S f16",
+    "L40S tf32",
+    "V100 f16",
+];
+
+/// Holds a check of vectors to all sets, each with so many of them.
+fn met(checks: &[VectorCheck], vectors: usize) {
     let sets: Vec<String> =
         checks.iter().map(|check| format!("{} {}", check.chip, check.format)).collect();
-    assert_eq!(
-        sets,
-        [
-            "A100 bf16",
-            "A100 f16",
-            "A100 tf32",
-            "A2 bf16",
-            "A2 f16",
-            "A2 tf32",
-            "Ada e4m3",
-            "Ada e5m2",
-            "Ada bf16",
-            "Ada f16",
-            "Ada tf32",
-            "B200 e4m3",
-            "B200 e5m2",
-            "B200 bf16",
-            "B200 f16",
-            "B200 tf32",
-            "H100 e4m3",
-            "H100 e5m2",
-            "H100 bf16",
-            "H100 f16",
-            "H100 tf32",
-            "H200 e4m3",
-            "H200 e5m2",
-            "H200 bf16",
-            "H200 f16",
-            "H200 tf32",
-            "L40S e4m3",
-            "L40S e5m2",
-            "L40S bf16",
-            "L40S f16",
-            "L40S tf32",
-            "V100 f16"
-        ]
-    );
+    assert_eq!(sets, SETS);
     for check in checks {
-        assert_eq!((check.vectors, check.mismatches), (5000, 0), "{check:?}");
+        assert_eq!((check.vectors, check.mismatches), (vectors, 0), "{check:?}");
     }
 }
 
-#[test]
-fn one_bit_more_or_less_of_alignment_breaks_the_match_with_the_vectors() {
-    let folder = shared("tensor-core-vectors");
-    for (name, change) in [("F - 1", -1i32), ("F + 1", 1)] {
-        let checks = verify_folder(&folder, |core| TensorCore {
-            alignment_bits: core.alignment_bits.wrapping_add_signed(change),
-            ..core
-        })
-        .expect("vectors");
-        for check in checks {
-            // FP8 products of B200's vectors fit into far fewer than its 25 bits.
-            if !(check.chip == "B200" && check.format.is_fp8()) {
-                assert!(check.mismatches > 50, "{name} {check:?}");
-            }
-        }
-    }
-}
+/// Units that differ a little from the chips', with their names.
+const ALMOST: [(&str, fn(TensorCore) -> TensorCore); 3] = [
+    ("F - 1", |core| TensorCore { alignment_bits: core.alignment_bits - 1, ..core }),
+    ("F + 1", |core| TensorCore { alignment_bits: core.alignment_bits + 1, ..core }),
+    ("blocks of 2", |core| TensorCore { products: 2, ..core }),
+];
 
-#[test]
-fn another_block_breaks_the_match_with_the_vectors() {
-    let checks =
-        verify_folder(&shared("tensor-core-vectors"), |core| TensorCore { products: 2, ..core })
-            .expect("vectors");
+/// Holds a check with a changed unit to more than so many differing vectors in each set.
+fn broken(name: &str, checks: &[VectorCheck], more_than: usize) {
     for check in checks {
+        // FP8 products of B200's vectors fit into far fewer than its 25 bits.
         if !(check.chip == "B200" && check.format.is_fp8()) {
-            assert!(check.mismatches > 50, "{check:?}");
+            assert!(check.mismatches > more_than, "{name} {check:?}");
         }
     }
 }
 
+#[test]
+fn the_vectors_that_ship_are_met_to_the_bit_for_every_chip_and_format() {
+    met(&verify_shipped(|core| core).expect("vectors"), 64);
+}
+
+#[test]
+fn a_changed_alignment_or_block_breaks_the_match_with_the_vectors_that_ship() {
+    for (name, change) in ALMOST {
+        broken(name, &verify_shipped(change).expect("vectors"), 0);
+    }
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, see tests/it/data.rs"]
+fn every_hardware_vector_of_every_chip_is_met_to_the_bit() {
+    met(&verify_folder(&large("tensor-core-vectors"), |core| core).expect("vectors"), 5000);
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, see tests/it/data.rs"]
+fn a_changed_alignment_or_block_breaks_the_match_with_every_set_of_vectors() {
+    for (name, change) in ALMOST {
+        let checks = verify_folder(&large("tensor-core-vectors"), change).expect("vectors");
+        broken(name, &checks, 50);
+    }
+}
+
+/// The captures that ship.
 fn captures() -> Vec<Capture> {
-    captures::read_folder(&shared("h200")).expect("the captures are readable")
+    captures::read_shipped().expect("the captures are readable")
 }
 
 fn hopper(x: &Codes, w: &Codes) -> Unit {
@@ -117,9 +120,19 @@ fn hopper(x: &Codes, w: &Codes) -> Unit {
 }
 
 #[test]
+fn every_element_of_the_captures_that_ship_is_met_with_an_identified_schedule() {
+    met_by_a_schedule(&captures());
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, see tests/it/data.rs"]
 fn every_element_of_every_captured_gemm_is_met_with_an_identified_schedule() {
+    met_by_a_schedule(&captures::read_folder(&large("h200")).expect("the captures"));
+}
+
+fn met_by_a_schedule(captures: &[Capture]) {
     let mut found = Vec::new();
-    for capture in &captures() {
+    for capture in captures {
         let unit = hopper(&capture.x, &capture.w);
         for output in &capture.outputs {
             let (x, w) = capture.operands(output);
@@ -158,21 +171,22 @@ fn a_changed_f_block_or_promotion_interval_breaks_the_match_with_the_captures() 
     let captures = captures();
     let fp8 = &captures[1];
     let (fast, promoted) = ("fast1.f32.absmax", "fast0.f32.absmax");
+    let half = fp8.x.rows() * fp8.w.rows() / 2;
     let same = |core| core;
     assert_eq!(mismatches_with(fp8, fast, same, Schedule::FAST), 0);
     assert_eq!(mismatches_with(fp8, promoted, same, Schedule::PROMOTED), 0);
     for alignment_bits in [12, 14] {
         let change = |core| TensorCore { alignment_bits, ..core };
-        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > 512, "F {alignment_bits}");
+        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > half, "F {alignment_bits}");
     }
     for products in [16, 64] {
         let change = |core| TensorCore { products, ..core };
-        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > 512, "block {products}");
+        assert!(mismatches_with(fp8, fast, change, Schedule::FAST) > half, "block {products}");
     }
     for promotion_interval in [64, 256] {
         let schedule = Schedule { promotion_interval, ..Schedule::PROMOTED };
         let broken = mismatches_with(fp8, promoted, same, schedule);
-        assert!(broken > 512, "promotion every {promotion_interval}: {broken}");
+        assert!(broken > half, "promotion every {promotion_interval}: {broken}");
     }
 }
 
@@ -203,32 +217,50 @@ fn operands_that_do_not_fit_are_refused_with_a_reason() {
     ));
 }
 
-#[test]
-fn chip_verify_reports_every_set_and_passes() {
-    let command = ChipCommand::Verify { folder: shared("tensor-core-vectors") };
+fn verified(folder: Option<std::path::PathBuf>) -> String {
     let mut report = Vec::new();
-    let outcome = chip_command::run(&command, &mut report).expect("a folder of vectors");
+    let outcome = chip_command::run(&ChipCommand::Verify { folder }, &mut report);
     let report = String::from_utf8(report).expect("text");
-    assert_eq!(outcome, ChipOutcome::Pass, "{report}");
-    assert!(report.ends_with("32 sets: 0 of 160,000 vectors differ\n"), "{report}");
-    let missing = ChipCommand::Verify { folder: "no/such/folder".into() };
+    assert_eq!(outcome.expect("data of chips"), ChipOutcome::Pass, "{report}");
+    report
+}
+
+#[test]
+fn chip_verify_without_a_folder_checks_the_vectors_and_captures_that_ship() {
+    let report = verified(None);
+    assert!(report.contains("32 sets: 0 of 2,048 vectors differ\n"), "{report}");
+    assert!(report.contains("36 captured outputs: 0 of 1,290 elements differ\n"), "{report}");
+    assert!(report.contains("BSD-2-Clause"), "{report}");
+    let mut licence = Vec::new();
+    chip_command::run(&ChipCommand::Licence, &mut licence).expect("a licence");
+    assert_eq!(
+        String::from_utf8(licence).expect("text"),
+        std::fs::read_to_string(own("tests/fixtures/vectors/LICENCE")).expect("the licence")
+    );
+}
+
+#[test]
+fn chip_verify_checks_a_folder_of_vectors_and_says_which_folder_is_missing() {
+    let report = verified(Some(own("tests/fixtures/vectors")));
+    assert!(report.ends_with("32 sets: 0 of 2,048 vectors differ\n"), "{report}");
+    let missing = ChipCommand::Verify { folder: Some("no/such/folder".into()) };
     let error = chip_command::run(&missing, &mut Vec::new()).expect_err("nothing there");
     assert!(error.to_string().contains("`no/such/folder`"), "{error}");
 }
 
 #[test]
-fn chip_verify_identifies_the_schedule_of_every_captured_gemm() {
-    let command = ChipCommand::Verify { folder: shared("h200") };
-    let mut report = Vec::new();
-    let outcome = chip_command::run(&command, &mut report).expect("a folder of captures");
-    let report = String::from_utf8(report).expect("text");
-    assert_eq!(outcome, ChipOutcome::Pass, "{report}");
+#[ignore = "needs RUNNER_DATA, see tests/it/data.rs"]
+fn chip_verify_finds_no_difference_in_the_whole_data() {
+    let report = verified(Some(large("tensor-core-vectors")));
+    assert!(report.ends_with("32 sets: 0 of 160,000 vectors differ\n"), "{report}");
+    let report = verified(Some(large("h200")));
     assert!(report.ends_with("36 captured outputs: 0 of 34,560 elements differ\n"), "{report}");
 }
 
 #[test]
 fn chip_verify_refuses_captures_that_contradict_themselves_and_finds_other_answers() {
-    let original = std::fs::read(shared("h200/gemm-captures.safetensors")).expect("captures");
+    let original =
+        std::fs::read(own("examples/h200-captures/captures.safetensors")).expect("captures");
     let place = tempfile::tempdir().expect("a temporary folder");
     let verify = |from: &str, to: &str| {
         // The same length, so that only this changes.
@@ -238,7 +270,7 @@ fn chip_verify_refuses_captures_that_contradict_themselves_and_finds_other_answe
         let mut changed = original.clone();
         changed[at..at + to.len()].copy_from_slice(to.as_bytes());
         std::fs::write(place.path().join("captures.safetensors"), changed).expect("a file");
-        let command = ChipCommand::Verify { folder: place.path().to_owned() };
+        let command = ChipCommand::Verify { folder: Some(place.path().to_owned()) };
         let mut report = Vec::new();
         let outcome = chip_command::run(&command, &mut report);
         (outcome.map_err(|error| error.to_string()), String::from_utf8(report).expect("text"))
@@ -247,7 +279,7 @@ fn chip_verify_refuses_captures_that_contradict_themselves_and_finds_other_answe
     assert!(refusal("NVIDIA H200", "NVIDIA X200").contains("`NVIDIA X200`, which is not modelled"));
     assert!(refusal("c0.x\"", "d0.x\"").contains("there is no tensor `c0.x`"));
     assert!(refusal("[[\\\"e4m3", "[[\\\"e9m3").contains("the unknown format `e9m3`"));
-    assert!(refusal("\"shape\":[16,3584]", "\"shape\":[14,4096]").contains("shape"));
+    assert!(refusal("\"shape\":[4,3584]", "\"shape\":[7,2048]").contains("shape"));
     // Codes of another format are other numbers: nothing fits, and that is said.
     let (outcome, report) = verify("[[\\\"e4m3", "[[\\\"e5m2");
     assert_eq!(outcome, Ok(ChipOutcome::Falsified));

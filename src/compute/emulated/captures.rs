@@ -100,17 +100,29 @@ pub fn read_folder(folder: &Path) -> Result<Vec<Capture>, CaptureError> {
     files.sort();
     let mut captures = Vec::new();
     for path in files {
-        captures.extend(read_file(&path)?);
+        let bytes = std::fs::read(&path)
+            .map_err(|source| CaptureError::Read { path: path.clone(), source })?;
+        captures.extend(read_bytes(&path, &bytes)?);
     }
     Ok(captures)
 }
 
-fn read_file(path: &Path) -> Result<Vec<Capture>, CaptureError> {
+/// Some rows of every GEMM that was captured on an H200; they ship with the runner.
+///
+/// # Errors
+/// If they cannot be read, which would be a bug of ours.
+pub fn read_shipped() -> Result<Vec<Capture>, CaptureError> {
+    let bytes = include_bytes!(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/h200-captures/captures.safetensors"
+    ));
+    read_bytes(Path::new("captures.safetensors"), bytes)
+}
+
+fn read_bytes(path: &Path, bytes: &[u8]) -> Result<Vec<Capture>, CaptureError> {
     let content = |problem: String| CaptureError::Content { path: path.to_owned(), problem };
-    let bytes = std::fs::read(path)
-        .map_err(|source| CaptureError::Read { path: path.to_owned(), source })?;
     let (_, header) =
-        SafeTensors::read_metadata(&bytes).map_err(|error| content(error.to_string()))?;
+        SafeTensors::read_metadata(bytes).map_err(|error| content(error.to_string()))?;
     let none = Default::default();
     let metadata = header.metadata().as_ref().unwrap_or(&none);
     let Some(cases) = metadata.get("cases") else { return Ok(Vec::new()) };
@@ -123,7 +135,7 @@ fn read_file(path: &Path) -> Result<Vec<Capture>, CaptureError> {
              the chips that are"
         ))
     })?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| content(error.to_string()))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| content(error.to_string()))?;
     let mut captures = Vec::new();
     for (index, case) in cases.iter().enumerate() {
         let format = |position: usize| {

@@ -8,6 +8,9 @@
 //! published with arXiv 2512.07004. Columns with an fp16 accumulator
 //! (`d_fp16`) are another data path and are not modelled.
 //!
+//! A cut of those vectors ships with the runner (`tests/fixtures/vectors`, under the
+//! licence of their authors), so that a chip's arithmetic can be checked anywhere.
+//!
 //! It knows files and single instructions; GEMMs are not its business.
 
 use std::path::{Path, PathBuf};
@@ -82,6 +85,45 @@ const SETS: [(&str, Format); 5] = [
     ("tf32", Format::Tf32),
 ];
 
+macro_rules! shipped {
+    ($($chip:literal),*) => {
+        [$((
+            $chip,
+            include_bytes!(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/tests/fixtures/vectors/",
+                $chip,
+                ".safetensors"
+            ))
+            .as_slice(),
+        )),*]
+    };
+}
+
+/// The vectors that ship with the runner: each file's stem and its bytes.
+const SHIPPED: [(&str, &[u8]); 8] =
+    shipped!["A100", "A2", "Ada", "B200", "H100", "H200", "L40S", "V100"];
+
+/// The licence of the vectors that ship with the runner.
+pub const SHIPPED_LICENCE: &str =
+    include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/vectors/LICENCE"));
+
+/// Checks the vectors that ship with the runner. `change` is as in [`verify_folder`].
+///
+/// # Errors
+/// If they cannot be read, which would be a bug of ours.
+pub fn verify_shipped(
+    change: impl Fn(TensorCore) -> TensorCore,
+) -> Result<Vec<VectorCheck>, VectorError> {
+    let mut checks = Vec::new();
+    for (stem, bytes) in SHIPPED {
+        if let Some(chip) = chip_of(stem) {
+            checks.extend(verify_bytes(Path::new(stem), bytes, stem, chip, &change)?);
+        }
+    }
+    Ok(checks)
+}
+
 /// Checks every set of every known chip in a folder, in the files' order.
 /// `change` may alter a unit before it is used: a test that the check can fail.
 ///
@@ -104,7 +146,9 @@ pub fn verify_folder(
     for path in files {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if let Some(chip) = chip_of(&stem) {
-            checks.extend(verify_file(&path, &stem, chip, &change)?);
+            let bytes = std::fs::read(&path)
+                .map_err(|source| VectorError::Read { path: path.clone(), source })?;
+            checks.extend(verify_bytes(&path, &bytes, &stem, chip, &change)?);
         }
     }
     if checks.is_empty() {
@@ -121,16 +165,15 @@ fn chip_of(stem: &str) -> Option<&'static Chip> {
     })
 }
 
-fn verify_file(
+fn verify_bytes(
     path: &Path,
+    bytes: &[u8],
     stem: &str,
     chip: &Chip,
     change: impl Fn(TensorCore) -> TensorCore,
 ) -> Result<Vec<VectorCheck>, VectorError> {
     let content = |problem: String| VectorError::Content { path: path.to_owned(), problem };
-    let bytes = std::fs::read(path)
-        .map_err(|source| VectorError::Read { path: path.to_owned(), source })?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| content(error.to_string()))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| content(error.to_string()))?;
     let mut checks = Vec::new();
     for (set, format) in SETS {
         let Some(Unit::TensorCore(core)) = chip.unit(format, format) else { continue };

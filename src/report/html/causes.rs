@@ -28,7 +28,6 @@ pub(super) fn causes(page: &Page<'_>, stage: &StageRecord, place: usize) -> Mark
         stage.accounts.iter().enumerate().filter(|(_, account)| account.shares.is_some()).collect();
     html! {
         @if !stage.shares.is_empty() {
-            h3 { "Where the error comes from" }
             div class="scroll" {
                 table class="numbers causes" {
                     thead { tr {

@@ -3,45 +3,83 @@
 use maud::{Markup, html};
 
 use super::figure::{figure, figure_share, shown_share};
-use super::{Page, command};
+use super::{Page, command, fold};
 use crate::compare::Diagnosis;
-use crate::op::Stream;
+use crate::op::{Site, Stream};
 use crate::record::StageRecord;
 use crate::report::commands;
+use crate::verdict::Verdict;
 
-/// All diagnoses of stage number `place`; nothing where nothing is suspicious.
+/// What was found in stage number `place`: the finding in sight, the hypotheses folded. Nothing
+/// where nothing is suspicious; of a stage that passes nothing is called a bug.
 pub(super) fn diagnoses(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
+    let passes = stage.verdict == Verdict::Pass;
+    let mut all: Vec<(usize, &Diagnosis)> = stage.diagnoses.iter().enumerate().collect();
+    // Held against another judge, the same finding is no second one.
+    let mut told: Vec<(&Site, String)> = Vec::new();
+    all.retain(|(_, diagnosis)| {
+        let finding = (&diagnosis.site, diagnosis.sentence());
+        let new = !told.contains(&finding);
+        if new {
+            told.push(finding);
+        }
+        new
+    });
+    let at = |number: usize| format!("/stages/{place}/diagnoses/{number}");
+    let title = match passes {
+        true => "Differences in bits, within every bound",
+        false => "Where it starts, and what it is",
+    };
+    let all_told = html! {
+        @for (number, diagnosis) in &all { (one(diagnosis, &at(*number), passes)) }
+        (command(&commands::explain(page.run, stage, page.runs)))
+    };
     html! {
-        @if !stage.diagnoses.is_empty() {
-            h3 { "Where it starts, and what it is" }
-            @for (number, diagnosis) in stage.diagnoses.iter().enumerate() {
-                (one(diagnosis, &format!("/stages/{place}/diagnoses/{number}")))
+        @if let Some(((number, first), rest)) = all.split_first().filter(|_| !passes) {
+            h3 { (title) }
+            (one(first, &at(*number), passes))
+            @if !rest.is_empty() {
+                details class="fold" {
+                    summary { h3 { "Other findings: " (rest.len()) } }
+                    @for (number, diagnosis) in rest { (one(diagnosis, &at(*number), passes)) }
+                }
             }
-            (command(&commands::explain(page.run, stage, page.runs)))
+        } @else if !all.is_empty() {
+            (fold(title, &all_told))
         }
     }
 }
 
-fn one(diagnosis: &Diagnosis, at: &str) -> Markup {
+fn one(diagnosis: &Diagnosis, at: &str, passes: bool) -> Markup {
     html! {
         div class="diagnosis" {
-            p class="finding" { strong { (diagnosis.sentence()) } }
+            p class="finding" {
+                @if passes { (diagnosis.place()) } @else { strong { (diagnosis.sentence()) } }
+            }
             dl {
                 dt { "where" } dd {
-                    code { (diagnosis.site) } ", op " (diagnosis.op) ": " (diagnosis.place())
+                    code { (diagnosis.site) } ", op " (diagnosis.op)
+                    @if !passes { ": " (diagnosis.place()) }
                 }
                 dt { "evidence" } dd {
                     (diagnosis.evidence) ", " (diagnosis.subject) " held against "
                     (held_against(diagnosis))
                 }
-                @if let Some(ratio) = diagnosis.ratio {
-                    dt { "local error over its floor" } dd { (figure(ratio, &format!("{at}/ratio"))) }
-                }
-                @if let Some(aftermath) = diagnosis.aftermath() {
+                @if let Some(aftermath) = diagnosis.aftermath().filter(|_| !passes) {
                     dt { "further on" } dd { (aftermath) }
                 }
             }
-            @if !diagnosis.fits.is_empty() { (fits(diagnosis, at)) }
+            @if !diagnosis.fits.is_empty() {
+                details {
+                    summary { "Hypotheses: " (diagnosis.fits.len()) }
+                    @if let Some(ratio) = diagnosis.ratio {
+                        p {
+                            "Local error over its floor: " (figure(ratio, &format!("{at}/ratio")))
+                        }
+                    }
+                    (fits(diagnosis, at, passes))
+                }
+            }
         }
     }
 }
@@ -55,7 +93,7 @@ fn held_against(diagnosis: &Diagnosis) -> String {
 }
 
 /// The hypotheses, the best first, each with what it explains.
-fn fits(diagnosis: &Diagnosis, at: &str) -> Markup {
+fn fits(diagnosis: &Diagnosis, at: &str, passes: bool) -> Markup {
     html! {
         div class="scroll" {
             table class="fits" {
@@ -69,10 +107,10 @@ fn fits(diagnosis: &Diagnosis, at: &str) -> Markup {
                 tbody {
                     @for (number, fit) in diagnosis.fits.iter().enumerate() {
                         @let at = format!("{at}/fits/{number}");
-                        tr class=[fit.names_the_bug().then_some("named")] {
+                        tr class=[(fit.names_the_bug() && !passes).then_some("named")] {
                             th scope="row" {
                                 (fit.cause)
-                                @if number == 0 && fit.names_the_bug() { " " small { "names the bug" } }
+                                @if number == 0 && fit.names_the_bug() && !passes { " " small { "names the bug" } }
                             }
                             td class="detail" { (fit.detail) }
                             td class="headroom" { (explained(fit.explained, &format!("{at}/explained"))) }

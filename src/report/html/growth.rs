@@ -6,7 +6,7 @@ use maud::{Markup, html};
 use super::chart::{Chart, Line, Point, chart};
 use super::figure::figure_share;
 use super::{Page, command};
-use crate::compare::{Growth, LayerGrowth};
+use crate::compare::{Growth, Law, LayerGrowth};
 use crate::record::StageRecord;
 use crate::report::commands;
 
@@ -69,7 +69,7 @@ fn one(growth: &Growth, at: &str) -> Markup {
     });
     html! {
         div class="charts" { (drift) (gain) }
-        @if !growth.laws.is_empty() { (laws(growth, at)) }
+        @if growth.laws.iter().any(Law::holds) { (laws(growth, at)) }
     }
 }
 
@@ -101,7 +101,7 @@ fn laws(growth: &Growth, at: &str) -> Markup {
                     th scope="col" { "leaves" }
                 } }
                 tbody {
-                    @for (number, law) in growth.laws.iter().enumerate() {
+                    @for (number, law) in growth.laws.iter().enumerate().filter(|(_, law)| law.holds()) {
                         tr {
                             th scope="row" {
                                 (law.name) @if number == 0 { " " small { "fits best" } }

@@ -6,6 +6,7 @@
 use maud::{Markup, html};
 use rayon::prelude::*;
 
+use super::Page;
 use super::figure::shown;
 use crate::metric::Metric;
 use crate::op::{Arm, Stream};
@@ -18,6 +19,8 @@ use crate::verdict::Judgement;
 pub(super) const GUTTER: usize = 118;
 const CELL_HEIGHT: usize = 17;
 const SHADES: usize = 8;
+/// Shades on either side of 1.
+const SIDES: usize = 4;
 
 /// The width of a layer's column: few layers are easy to read, many still fit.
 pub(super) fn column_width(layers: usize) -> usize {
@@ -25,7 +28,13 @@ pub(super) fn column_width(layers: usize) -> usize {
 }
 
 /// Every heatmap of one pair of streams, one shown at a time.
-pub(super) fn heatmaps(stage: &StageRecord, place: usize, grid: &Grid<'_>, pair: usize) -> Markup {
+pub(super) fn heatmaps(
+    page: &Page<'_>,
+    stage: &StageRecord,
+    place: usize,
+    grid: &Grid<'_>,
+    pair: usize,
+) -> Markup {
     let judged: Vec<(usize, &Judgement)> = stage
         .judgements
         .iter()
@@ -36,10 +45,13 @@ pub(super) fn heatmaps(stage: &StageRecord, place: usize, grid: &Grid<'_>, pair:
     let metrics = worth_a_look(grid).into_iter().map(Shown::Metric);
     // Against the reference few sites are bounded, and drift is what one looks for.
     let total = grid.judge == Stream::Arm(Arm::Reference) && grid.subject != grid.judge;
-    let order: Vec<Shown> = match total {
+    let mut order: Vec<Shown> = match total {
         true => metrics.chain(shares).collect(),
         false => shares.into_iter().chain(metrics).collect(),
     };
+    if page.brief {
+        order.truncate(1);
+    }
     let draw = |shown: Shown| match shown {
         Shown::Shares => {
             let meaning = "the largest share of a bound that any falsifier finds used at the site; \
@@ -172,14 +184,21 @@ fn metric_map(place: usize, grid: &Grid<'_>, metric: Metric) -> Markup {
         (if size < low { size } else { low }, if size > high { size } else { high })
     });
     let span = if high > low { (high / low).ln() } else { 0.0 };
+    // What is a ratio to its floor is right at 1, and lies to either side of it.
+    let around = (metric == Metric::ZRms).then(|| reach(low, high));
     let cell = |at: (&str, usize)| {
         let (_, measure) = grid.cells.get(&at)?;
         let site = &measure.site;
         Some(match measure.metrics.get(&metric) {
             Some(value) if value.is_finite() => {
                 let place = if span > 0.0 { (value.abs() / low).ln() / span } else { 1.0 };
+                let class = match around {
+                    Some(reach) => side(*value, reach),
+                    None if *value == 0.0 => "s0".to_owned(),
+                    None => shade(place.max(1e-9)),
+                };
                 Cell {
-                    class: if *value == 0.0 { "s0".to_owned() } else { shade(place.max(1e-9)) },
+                    class,
                     mark: None,
                     judgement: None,
                     title: format!("{site}: {metric} {}", shown(*value)),
@@ -203,8 +222,16 @@ fn metric_map(place: usize, grid: &Grid<'_>, metric: Metric) -> Markup {
         })
     };
     let legend = html! {
-        span class="swatch s0" {} "0 "
-        @if high > 0.0 {
+        @if let Some(reach) = around {
+            (shown(1.0 / reach)) " "
+            @for step in (1..=SIDES).rev() { span class=(format!("swatch b{step}")) {} }
+            span class="swatch m0" {}
+            @for step in 1..=SIDES { span class=(format!("swatch a{step}")) {} }
+            " " (shown(reach)) ", in equal ratios; 1 in the middle is what rounding must cost "
+        } @else {
+            span class="swatch s0" {} "0 "
+        }
+        @if high > 0.0 && around.is_none() {
             (shown(low)) " "
             @for step in 1..=SHADES { span class=(format!("swatch s{step}")) {} }
             " " (shown(high)) ", in equal ratios "
@@ -218,6 +245,23 @@ fn metric_map(place: usize, grid: &Grid<'_>, metric: Metric) -> Markup {
 fn shade(share: f64) -> String {
     let step = if share <= 0.0 { 0 } else { (share * SHADES as f64).ceil() as usize };
     format!("s{}", step.min(SHADES))
+}
+
+/// The furthest ratio from 1 that a map around 1 tells apart: no less than a quarter.
+fn reach(low: f64, high: f64) -> f64 {
+    let furthest = high.max(1.0 / low.max(f64::MIN_POSITIVE));
+    if furthest.is_finite() { furthest.clamp(1.25, 10.0) } else { 1.25 }
+}
+
+/// The shade of a ratio: below 1 in one colour, above 1 in another, at 1 in neither.
+fn side(ratio: f64, reach: f64) -> String {
+    let share = ratio.max(f64::MIN_POSITIVE).ln() / reach.ln();
+    let step = (share.abs() * SIDES as f64 + 0.5).floor().min(SIDES as f64);
+    match (step as usize, share > 0.0) {
+        (0, _) => "m0".to_owned(),
+        (step, true) => format!("a{step}"),
+        (step, false) => format!("b{step}"),
+    }
 }
 
 fn map<'g>(
@@ -279,5 +323,19 @@ pub(super) fn axis(layers: &[u32], y: usize) -> Markup {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_of_one_has_no_colour_and_both_sides_have_their_own() {
+        let reach = reach(0.5, 1.6);
+        assert_eq!(reach, 2.0);
+        assert_eq!((side(1.0, reach), side(1.05, reach)), ("m0".to_owned(), "m0".to_owned()));
+        assert_eq!((side(2.0, reach), side(0.5, reach)), ("a4".to_owned(), "b4".to_owned()));
+        assert_eq!((side(1.2, reach), side(0.0, reach)), ("a1".to_owned(), "b4".to_owned()));
     }
 }

@@ -46,7 +46,6 @@ pub(super) fn histograms(page: &Page<'_>, stage: &StageRecord, place: usize) -> 
     let drawn: Vec<_> = drawn.filter(|(_, panels)| !panels.is_empty()).collect();
     html! {
         @if !drawn.is_empty() {
-            h3 { "Is the error distributed as rounding must be?" }
             p class="note" {
                 "z is the error over its predicted deviation, so that the dashed curve of a normal \
                  variable is what must be seen. Bins are half a deviation wide; what lies beyond 4 \

@@ -2,7 +2,7 @@
 //!
 //! It reads the run's record alone. All text passes through maud, which escapes
 //! it; scripts carry a nonce that depends on the whole record, so that no name
-//! in a manifest can know it.
+//! in a manifest can know it. A very long page packs its figures; its script unfolds them.
 
 mod causes;
 mod chart;
@@ -12,6 +12,7 @@ mod growth;
 mod heatmap;
 mod histogram;
 mod overview;
+mod packed;
 mod stage;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -23,19 +24,38 @@ use crate::report::diff::{Change, diff_table};
 use crate::verdict::{Outcome, Verdict};
 
 /// What is drawn.
+#[derive(Clone, Copy)]
 struct Page<'a> {
     run: &'a RunRecord,
     runs: &'a str,
+    /// Whether one map stands for all of a pair of streams.
+    brief: bool,
 }
 
 /// A run's page; `runs` is the folder of runs, for the commands on it.
 pub fn page(run: &RunRecord, runs: &str) -> String {
-    let page = Page { run, runs };
-    let sections: Vec<Markup> =
-        (0..run.stages.len()).into_par_iter().map(|place| stage::section(&page, place)).collect();
+    let page = Page { run, runs, brief: false };
+    let places = || (0..run.stages.len()).into_par_iter();
+    let figures: Vec<Markup> = places().map(|place| stage::figures(&page, place)).collect();
+    let sizes = || figures.iter().map(|figures| figures.0.len());
+    let large = sizes().filter(|size| *size > LARGE).count();
+    let long = large > 1 && sizes().sum::<usize>() > MOST_WRITTEN_OUT;
+    let figures: Vec<Markup> = match long {
+        false => figures,
+        true => {
+            let brief = Page { brief: true, ..page };
+            places().map(|place| packed::packed(&stage::figures(&brief, place))).collect()
+        }
+    };
+    let sections: Vec<Markup> = figures
+        .into_par_iter()
+        .enumerate()
+        .map(|(place, figures)| stage::section(&page, place, &figures))
+        .collect();
     let body = html! {
         (overview::header(&page))
         main {
+            (overview::contents(run))
             (overview::stages(&page))
             (overview::families(&page))
             @if run.stages.iter().any(|stage| !stage.needs.is_empty()) { (overview::graph(run)) }
@@ -47,11 +67,21 @@ pub fn page(run: &RunRecord, runs: &str) -> String {
                 " at the place that its attribute " code { "data-at" } " names. "
                 "Headroom: the share of the nearer bound that the worst site uses; beyond 100 % "
                 "the claim is falsified."
+                @if long {
+                    " A run of this size has its figures packed: one map for each pair, without "
+                    "places. run.json and " code { "runner report --format csv" } " have all."
+                }
             }
         }
     };
-    document(&format!("{} - {}", run.verdict, run.id), &body)
+    document(&format!("{}: {}", run.verdict, overview::headline(run)), &body)
 }
+
+/// Bytes of figures up to which a page holds them as they are; a longer one, of several stages
+/// with many, packs them.
+const MOST_WRITTEN_OUT: usize = 2_500_000;
+/// Bytes of a stage's figures that are many.
+const LARGE: usize = 100_000;
 
 /// What changed from one run to another, side by side.
 pub fn diff_page(before: &RunRecord, after: &RunRecord, changes: &[Change]) -> String {
@@ -116,6 +146,15 @@ fn outcome(outcome: Outcome) -> Markup {
     };
     html! {
         span class=(format!("verdict v-{class}")) { span aria-hidden="true" { (mark) } " " (word) }
+    }
+}
+
+/// A part of a stage that is folded until it is asked for; nothing where there is nothing.
+fn fold(title: &str, body: &Markup) -> Markup {
+    html! {
+        @if !body.0.is_empty() {
+            details class="fold" { summary { h3 { (title) } } (body) }
+        }
     }
 }
 

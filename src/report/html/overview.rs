@@ -11,7 +11,7 @@ use crate::op::{Arm, StageId};
 use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::commands::of_run;
 use crate::text::share;
-use crate::verdict::Verdict;
+use crate::verdict::{First, Verdict};
 
 /// Stages from which a filter is worth its place.
 const FILTER_FROM: usize = 15;
@@ -22,11 +22,12 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
     let run = page.run;
     html! {
         header class=(format!("v-{}", run.verdict)) {
-            h1 { (verdict(run.verdict)) " " bdi { (run.folder) } }
+            h1 { (verdict(run.verdict)) " " span class="headline" { (headline(run)) } }
             p class="lead" { (lead(run)) }
             (first(run))
             @for missing in absent(run) { p class="absent-arm" { (missing) } }
             dl class="facts" {
+                dt { "stages" } dd { bdi { (run.folder) } }
                 dt { "started" } dd { (run.started) }
                 dt { "took" } dd {
                     data value=(format!("{:?}", run.seconds)) data-at="/seconds" { (seconds(run.seconds)) }
@@ -48,6 +49,56 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
                 }
             }
             (commands(&of_run(run, page.runs)))
+        }
+    }
+}
+
+/// The run in a sentence: where the gravest stage's finding is and what it is, or that
+/// everything passes.
+pub(super) fn headline(run: &RunRecord) -> String {
+    let all = run.stages.len();
+    let gravest = run.stages.iter().find(|stage| stage.verdict == run.verdict);
+    match (run.verdict, gravest) {
+        _ if run.interrupted => "stopped on request".to_owned(),
+        (_, None) => "no stage was judged".to_owned(),
+        (Verdict::Pass, Some(only)) if all == 1 => format!("stage {} holds every claim", only.id),
+        (Verdict::Pass, Some(_)) => format!("all {all} stages hold every claim"),
+        (_, Some(stage)) => format!("stage {}: {}", stage.id, sentence_of(stage)),
+    }
+}
+
+/// What a stage came to, in a short sentence.
+fn sentence_of(stage: &StageRecord) -> String {
+    match &stage.first {
+        Some(First { site, cause: Some(cause), .. }) => format!("{cause} at {site}"),
+        Some(First { site, claim, cause: None, .. }) => format!("{claim} is falsified at {site}"),
+        None => first_part(&stage.why),
+    }
+}
+
+/// A reason up to its first semicolon, cut where a title ends.
+fn first_part(why: &str) -> String {
+    const LONGEST: usize = 110;
+    clipped(why.split("; ").next().unwrap_or_default(), LONGEST)
+}
+
+/// Stages from which a list of contents is worth its place.
+const CONTENTS_FROM: usize = 3;
+
+/// A link to every part of a long page.
+pub(super) fn contents(run: &RunRecord) -> Markup {
+    html! {
+        @if run.stages.len() >= CONTENTS_FROM {
+            nav aria-label="Contents" class="contents" {
+                span class="op" { "Contents: " }
+                @for (place, stage) in run.stages.iter().enumerate() {
+                    a href=(format!("#stage-{place}")) class=(format!("v-{}", stage.verdict)) {
+                        span class="verdict" aria-hidden="true" { (symbol(stage.verdict)) } " "
+                        bdi { (stage.id) }
+                    }
+                    " "
+                }
+            }
         }
     }
 }

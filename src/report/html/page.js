@@ -2,7 +2,7 @@
 // What the page can do without is done here: readouts, a filter, copying, printing.
 
 // A cell's words below its map, by mouse or by arrow keys.
-for (const map of document.querySelectorAll("svg.heat")) {
+const revive = (part) => { for (const map of part.querySelectorAll("svg.heat")) {
   const readout = map.closest(".tab, .mapped").querySelector(".readout");
   const cells = [...map.querySelectorAll("rect[data-m], rect[data-a]")];
   const cursor = document.createElementNS("http://www.w3.org/2000/svg", "rect");
@@ -36,6 +36,23 @@ for (const map of document.querySelectorAll("svg.heat")) {
     }
     if (best) go(best);
   });
+} };
+revive(document);
+
+// What a long page has packed is unfolded where it is opened.
+const unpack = async (fold) => {
+  const holder = fold.querySelector(":scope > .packed");
+  if (!holder || typeof DecompressionStream === "undefined") return;
+  const bytes = Uint8Array.from(atob(holder.dataset.packed), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  const body = await new Response(stream).text();
+  if (!holder.isConnected) return;
+  holder.insertAdjacentHTML("afterend", body);
+  holder.remove();
+  revive(fold);
+};
+for (const fold of document.querySelectorAll("details:has(> .packed)")) {
+  fold.addEventListener("toggle", () => { if (fold.open) unpack(fold); });
 }
 
 // A stage that a link leads to is unfolded.

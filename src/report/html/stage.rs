@@ -13,7 +13,7 @@ use super::figure::{figure, seconds, shown};
 use super::growth::growth;
 use super::heatmap::heatmaps;
 use super::histogram::histograms;
-use super::{Page, command, commands, outcome, verdict};
+use super::{Page, command, commands, fold, outcome, verdict};
 use crate::compare::Measure;
 use crate::metric::Metric;
 use crate::op::{Arm, LAYER_PROJECTIONS, Stream};
@@ -25,6 +25,9 @@ use crate::verdict::{Judgement, Outcome, Verdict};
 
 /// Stages of a run up to which all are unfolded.
 const ALL_OPEN: usize = 12;
+/// Claims that are shown before the rest is unfolded, and the most if so many fell.
+const CLAIMS_IN_SIGHT: usize = 3;
+const MOST_IN_SIGHT: usize = 5;
 /// Layers from which a map says more than a table.
 const MAP_FROM: usize = 2;
 /// Worst elements that are shown.
@@ -32,14 +35,12 @@ const SHOWN_ELEMENTS: usize = 10;
 /// Rows of a table of all measures; beyond, the CSV has them.
 const SHOWN_MEASURES: usize = 60;
 
-/// The section of stage number `place`.
-pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
+/// The section of stage number `place`: the reason, the finding and the tightest claims in
+/// sight, the rest folded, so that a stage fits a screen.
+pub(super) fn section(page: &Page<'_>, place: usize, figures: &Markup) -> Markup {
     let stage = &page.run.stages[place];
     let open = page.run.stages.len() <= ALL_OPEN || stage.verdict != Verdict::Pass;
-    let figures: [fn(&Page<'_>, &StageRecord, usize) -> Markup; 4] =
-        [causes, drift, histograms, tables];
-    let figures: Vec<Markup> =
-        figures.into_par_iter().map(|part| part(page, stage, place)).collect();
+    let (first, rest) = ranked(stage);
     html! {
         details class=(format!("stage v-{}", stage.verdict)) id=(format!("stage-{place}")) open[open] {
             summary {
@@ -49,26 +50,83 @@ pub(super) fn section(page: &Page<'_>, place: usize) -> Markup {
             }
             p class="why" { (stage.why) }
             (diagnoses(page, stage, place))
-            (claims(page, stage, place))
-            @for figure in figures { (figure) }
-            (worst(page, stage))
-            (greedy(stage, place))
-            (arms(stage, place))
-            (schedules(stage))
-            (programs(stage))
-            (arithmetic(stage))
-            h3 { "More" }
-            (commands(&of_stage(page.run, stage, page.runs)))
+            h3 {
+                "Claims of " (stage.contract[0]) " " (stage.contract[1])
+                @if rest > 0 { ": the tightest " (first.len()) " of " (first.len() + rest) }
+            }
+            (claims_table(&first, place))
+            (figures)
         }
     }
 }
 
-fn claims(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
-    // What fell stands first; the rest in the contract's order.
-    let mut claims: Vec<(usize, &Judgement)> = stage.judgements.iter().enumerate().collect();
-    claims.sort_by_key(|(_, judgement)| judgement.outcome != Outcome::Falsified);
+/// What draws a part of a stage, whose place is given.
+type Part = fn(&Page<'_>, &StageRecord, usize) -> Markup;
+
+/// What stands folded in the section of stage number `place`.
+pub(super) fn figures(page: &Page<'_>, place: usize) -> Markup {
+    let stage = &page.run.stages[place];
+    let figures: [(&str, Part); 5] = [
+        ("Where the error comes from", causes),
+        ("Layer by layer", drift),
+        ("Is the error distributed as rounding must be?", histograms),
+        ("Measures", tables),
+        ("Worst elements", |page, stage, _| worst(page, stage)),
+    ];
+    let figures: Vec<Markup> = figures
+        .into_par_iter()
+        .map(|(title, part)| fold(title, &part(page, stage, place)))
+        .collect();
     html! {
-        h3 { "Claims of " (stage.contract[0]) " " (stage.contract[1]) }
+        (other_claims(page, stage, place))
+        @for figure in figures { (figure) }
+        (fold("Greedy tokens", &greedy(stage, place)))
+        (fold("Arms", &arms(stage, place)))
+        (schedules(stage))
+        (fold("Program", &programs(stage)))
+        (fold("Recipe, model and prompt", &arithmetic(stage)))
+        (fold("Commands", &commands(&of_stage(page.run, stage, page.runs))))
+    }
+}
+
+/// The claims in the order in which they matter: what fell, then what uses most of its bound.
+fn in_order(stage: &StageRecord) -> Vec<(usize, &Judgement)> {
+    let mut claims: Vec<(usize, &Judgement)> = stage.judgements.iter().enumerate().collect();
+    let fallen = |judgement: &Judgement| judgement.outcome == Outcome::Falsified;
+    let most_used = |judgement: &Judgement| judgement.used.unwrap_or(0.0);
+    claims.sort_by(|(_, a), (_, b)| {
+        fallen(b).cmp(&fallen(a)).then(most_used(b).total_cmp(&most_used(a)))
+    });
+    claims
+}
+
+/// The claims that stand in sight, and how many do not.
+fn ranked(stage: &StageRecord) -> (Vec<(usize, &Judgement)>, usize) {
+    let mut claims = in_order(stage);
+    let fallen = claims.iter().filter(|(_, j)| j.outcome == Outcome::Falsified).count();
+    let rest = claims.split_off(claims.len().min(fallen.clamp(CLAIMS_IN_SIGHT, MOST_IN_SIGHT)));
+    (claims, rest.len())
+}
+
+fn other_claims(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
+    let (first, rest) = ranked(stage);
+    let claims = in_order(stage);
+    let title = match rest {
+        1 => "The other claim".to_owned(),
+        rest => format!("The other {rest} claims"),
+    };
+    html! {
+        @if rest > 0 {
+            (fold(&title, &html! {
+                (claims_table(&claims[first.len()..], place))
+                (command(&explain(page.run, stage, page.runs)))
+            }))
+        }
+    }
+}
+
+fn claims_table(claims: &[(usize, &Judgement)], place: usize) -> Markup {
+    html! {
         div class="scroll" {
             table class="claims" {
                 thead { tr {
@@ -86,7 +144,6 @@ fn claims(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
                 }
             }
         }
-        (command(&explain(page.run, stage, page.runs)))
     }
 }
 
@@ -187,7 +244,6 @@ pub(super) fn arm_state(state: ArmState) -> &'static str {
 
 fn arms(stage: &StageRecord, place: usize) -> Markup {
     html! {
-        h3 { "Arms" }
         div class="scroll" {
             table class="arms" {
                 thead { tr {
@@ -237,7 +293,7 @@ fn arms(stage: &StageRecord, place: usize) -> Markup {
 fn schedules(stage: &StageRecord) -> Markup {
     html! {
         @for (arm, record) in stage.arms.iter().filter(|(_, record)| !record.gemms.is_empty()) {
-            details {
+            details class="fold" {
                 summary { h3 { "Algorithms of the " (arm) " arm" } }
                 div class="scroll" {
                     table {
@@ -266,7 +322,6 @@ fn programs(stage: &StageRecord) -> Markup {
     let ran = stage.arms.values().filter_map(|record| record.command.as_ref());
     html! {
         @for command in ran {
-            h3 { "Program" }
             p {
                 "Exit status " (command.status) ", "
                 @if command.accepted { "which counts as a result." } @else { "which counts as a failure." }
@@ -298,10 +353,9 @@ fn drift(page: &Page<'_>, stage: &StageRecord, place: usize) -> Markup {
         grids.iter().enumerate().filter(|(_, grid)| grid.layers.len() >= MAP_FROM).collect();
     // The largest part of a page: each pair's map is drawn beside the others.
     let maps: Vec<Markup> =
-        deep.par_iter().map(|(pair, grid)| heatmaps(stage, place, grid, *pair)).collect();
+        deep.par_iter().map(|(pair, grid)| heatmaps(page, stage, place, grid, *pair)).collect();
     html! {
         @if !deep.is_empty() {
-            h3 { "Layer by layer" }
             (growth(page, stage, place))
             div class="charts" { @for (_, grid) in &deep { (charts(stage, place, grid)) } }
             @for ((_, grid), maps) in deep.iter().zip(maps) {
@@ -434,7 +488,6 @@ fn worst(page: &Page<'_>, stage: &StageRecord) -> Markup {
     ranked.truncate(SHOWN_ELEMENTS);
     html! {
         @if !ranked.is_empty() {
-            h3 { "Worst elements" }
             p class="note" {
                 "Of the sites that use most of a bound, the element with the largest difference."
             }
@@ -481,7 +534,6 @@ fn greedy(stage: &StageRecord, place: usize) -> Markup {
         || stage.arms.iter().filter_map(|(arm, record)| Some((arm, record.greedy.as_ref()?)));
     html! {
         @if decoded().next().is_some() {
-            h3 { "Greedy tokens" }
             div class="scroll" {
                 table class="numbers" {
                     tbody {
@@ -531,8 +583,6 @@ fn arithmetic(stage: &StageRecord) -> Markup {
         value.ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
     };
     html! {
-        details {
-            summary { h3 { "Recipe, model and prompt" } }
             dl {
                 dt { "GEMM" } dd { (word(serde_json::to_value(recipe.gemm))) }
                 dt { "scales" } dd {
@@ -551,6 +601,5 @@ fn arithmetic(stage: &StageRecord) -> Markup {
                     @for need in &stage.needs { bdi { (need) } " " }
                 }
             }
-        }
     }
 }

@@ -1,0 +1,268 @@
+//! What is missing is said: files and names that `check` can see, and sites, rows and numbers
+//! that only a run meets, which stand first in the reason.
+
+use std::fs;
+
+use crate::command::Project;
+use crate::single::{claim, project, stage, tensors};
+
+const EVERY: &str = "[forward]\ncapture = \"every-site\"\n";
+
+/// A forward pass with a recording of it, made of the reference's own tensors.
+fn recorded(lines: &str) -> Project {
+    let project = project()
+        .file("stages/r.toml", &stage("R", "claim", EVERY))
+        .file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
+    project.run().expect(0, "run: pass");
+    let out = project.path("dump.safetensors").display().to_string();
+    project.runner(&["export", "latest", "R", "reference", &out]).expect(0, "");
+    project.write("contracts/claim.toml", &claim("recorded", "reference", "nmse", "1e-6"));
+    set(&project, "dump.safetensors", lines);
+    project
+}
+
+fn set(project: &Project, file: &str, lines: &str) {
+    let lines = format!("{EVERY}[recorded]\nfile = \"../{file}\"\n{lines}");
+    project.write("stages/r.toml", &stage("R", "claim", &lines));
+}
+
+/// The recording with its tensors under other names.
+fn renamed(project: &Project, file: &str, name: impl Fn(&str) -> String) {
+    let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
+    let dump = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let tensors = dump.iter().map(|(site, view)| (name(site), view));
+    let file_bytes = safetensors::serialize(tensors, None).expect("a file");
+    fs::write(project.path(file), file_bytes).expect("written");
+}
+
+#[test]
+fn check_finds_files_that_are_not_there_and_says_which_one_was_meant() {
+    let project = recorded("");
+    project.runner(&["check", "stages"]).expect(0, "1 stage and ");
+    set(&project, "dump.safetensor", "");
+    project.runner(&["check", "stages"]).expect(2, "did you mean `dump.safetensors`?");
+    project.run().expect(4, "the recorded arm failed: cannot read");
+    let lines = "[matmul]\nx = { file = \"../x.bin\", dtype = \"bf16\", shape = [2, 4] }\n\
+                 w = { file = \"../dump.safetensors\", tensor = \"blk.0.qq\" }\n";
+    project.write("stages/r.toml", &stage("R", "coded-matmul", lines));
+    let told = project.runner(&["check", "stages"]).expect(2, "x.bin` does not exist");
+    assert!(told.err.contains("has no tensor `blk.0.qq`"), "{}", told.err);
+    assert!(told.err.contains("did you mean `blk.0.q`?"), "{}", told.err);
+    project.write("stages/r.toml", &stage("R", "claim", &format!("model = \"no.gguf\"\n{EVERY}")));
+    project.runner(&["check", "stages"]).expect(2, "no.gguf` does not exist");
+}
+
+#[test]
+fn check_waits_for_what_a_command_of_the_folder_makes() {
+    let project = project()
+        .file("stages/r.toml", &stage("R", "claim", EVERY))
+        .file("contracts/claim.toml", &claim("recorded", "reference", "nmse", "1e-6"));
+    set(&project, "dump.safetensors", "");
+    let command = "[command]\nargv = [\"true\"]\noutputs = [\"dump.safetensors\"]\n";
+    project.write("stages/c.toml", &stage("C", "command", command));
+    project.runner(&["check", "stages"]).expect(0, "2 stages and ");
+}
+
+#[test]
+fn check_finds_names_that_fit_no_site_or_no_tensor() {
+    let project = recorded("[recorded.names]\n\"blk.*.ffn_upp\" = \"blk.*.ffn_up\"\n");
+    project.runner(&["check", "stages"]).expect(2, "did you mean `blk.*.ffn_up`?");
+    set(&project, "dump.safetensors", "[recorded.names]\n\"blk.*.attn\" = \"blk.*.atn\"\n");
+    let words = "no tensor of `stages/../dump.safetensors` is called `blk.*.atn`, as `blk.*.attn`";
+    let told = project.runner(&["check", "stages"]).expect(2, words);
+    assert!(told.err.contains("did you mean `blk.*.attn`?"), "{}", told.err);
+    let names = "[recorded.names]\n\"blk.*.q\" = \"q.{*+x}.{*}\"\n";
+    set(&project, "dump.safetensors", names);
+    project.runner(&["check", "stages"]).expect(2, "one `*` on each side");
+    set(&project, "dump.safetensors", "names = \"transformer\"\n");
+    project.runner(&["check", "stages"]).expect(2, "did you mean `transformers`?");
+    set(&project, "dump.safetensors", "");
+    let defaults = project.read("stages/pipeline.toml").replace("264, 1296", "264");
+    project.write("stages/pipeline.toml", &defaults);
+    project.runner(&["check", "stages"]).expect(2, "has 4 rows, and the prompt has 3 tokens");
+    project.run().expect(4, "has 4 rows, and the prompt has 3 tokens: record the pass of this");
+}
+
+#[test]
+fn sites_without_a_tensor_stand_first_in_the_reason_with_what_no_site_uses() {
+    let project = recorded("");
+    renamed(&project, "other.safetensors", |site| site.replace(".ffn_up", ".up"));
+    set(&project, "other.safetensors", "");
+    let absent = "`stages/../other.safetensors` has no tensor for 4 of 63 sites: `blk.*.ffn_up`; \
+                  no site uses `blk.0.up`, `blk.1.up`, `blk.2.up`, `blk.3.up`";
+    assert!(why(&project, 0).contains(&format!("; not judged: {absent}")), "{}", why(&project, 0));
+    let judged = claim("recorded", "reference", "nmse", "1e-6");
+    let judged = judged.replace("max  ", "sites = [\"blk.*.ffn_up\"]\nmax  ");
+    project.write("contracts/claim.toml", &judged);
+    assert!(why(&project, 3).starts_with(absent), "{}", why(&project, 3));
+}
+
+/// The reason of the only stage.
+fn why(project: &Project, code: i32) -> String {
+    let ran = project.runner(&["run", "stages", "--format", "json"]);
+    assert_eq!(ran.code, Some(code), "{}\n{}", ran.out, ran.err);
+    let run: serde_json::Value = serde_json::from_str(&ran.out).expect("run.json");
+    run["stages"][0]["why"].as_str().expect("a reason").to_owned()
+}
+
+#[test]
+fn a_value_that_is_no_number_outranks_every_metric() {
+    let project = recorded("");
+    let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
+    let (length, header) = safetensors::SafeTensors::read_metadata(&bytes).expect("a header");
+    let start = 8 + length + header.info("blk.2.v").expect("a site").data_offsets.0;
+    let mut changed = bytes.clone();
+    changed[start + 20..start + 24].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(project.path("dump.safetensors"), &changed).expect("written");
+    for judged in ["1e-6", "1e6"] {
+        project.write("contracts/claim.toml", &claim("recorded", "reference", "nmse", judged));
+        let why = why(&project, 1);
+        let said = "of recorded at blk.2.v, first NaN at row 0, column 5, where reference";
+        assert!(why.starts_with("NaN or infinity: 1 of "), "{why}");
+        assert!(why.contains(said), "{why}");
+    }
+}
+
+#[test]
+fn a_folder_of_one_npy_for_each_tensor_is_a_recording() {
+    let project = recorded("");
+    let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
+    let dump = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    fs::create_dir(project.path("dump")).expect("a folder");
+    let npy = |shape: &[usize], data: &[u8]| {
+        let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+        // A leading dimension of one is how engines hand their batch over.
+        let mut header = format!(
+            "{{'descr': '<f4', 'fortran_order': False, 'shape': (1, {}), }}",
+            shape.join(", ")
+        );
+        header.push_str(&" ".repeat((64 - (10 + header.len() + 1) % 64) % 64));
+        header.push('\n');
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        bytes
+    };
+    for (site, view) in dump.iter() {
+        let path = project.path(&format!("dump/{site}.npy"));
+        fs::write(path, npy(view.shape(), view.data())).expect("written");
+    }
+    set(&project, "dump", "");
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+    project.run().expect(0, "run: pass");
+    project.run().expect(0, "everything was reused");
+    // One file of the folder is another one: what was kept does not stand for it.
+    let path = project.path("dump/blk.1.v.npy");
+    let mut changed = fs::read(&path).expect("a tensor");
+    let end = changed.len();
+    changed[end - 4..].copy_from_slice(&9.0f32.to_le_bytes());
+    fs::write(&path, changed).expect("written");
+    project.run().expect(1, "C-1 at blk.1.v");
+    // A single file of one tensor is no forward pass.
+    fs::copy(&path, project.path("one.npy")).expect("copied");
+    set(&project, "one.npy", "");
+    project.run().expect(4, "holds one tensor without a name, and the stage makes 63 sites");
+}
+
+#[test]
+fn names_come_from_a_preset_with_exceptions_and_layers_may_count_from_one() {
+    let project = recorded("");
+    let module = |site: &str| {
+        let inner = site.split('.').nth(2).unwrap_or_default();
+        let layer: usize = site.split('.').nth(1).and_then(|l| l.parse().ok()).unwrap_or(0);
+        let module = match inner {
+            "attn_norm" => "input_layernorm",
+            "q" => "self_attn.q_proj",
+            "k" => "self_attn.k_proj",
+            "v" => "self_attn.v_proj",
+            "attn_out" => "self_attn.o_proj",
+            "ffn_norm" => "post_attention_layernorm",
+            "ffn_gate" => "mlp.gate_proj",
+            "ffn_up" => "mlp.up_proj",
+            "ffn_down" => "mlp.down_proj",
+            "ffn_residual" => return format!("hidden_states.{}", layer + 1),
+            _ => {
+                return match site {
+                    "embed" => "model.embed_tokens".to_owned(),
+                    "output_norm" => "model.norm".to_owned(),
+                    "logits" => "lm_head".to_owned(),
+                    other => other.to_owned(),
+                };
+            }
+        };
+        format!("model.layers.{layer}.{module}")
+    };
+    renamed(&project, "modules.safetensors", module);
+    let names = "[recorded.names]\npreset = \"transformers\"\n\
+                 \"blk.*.ffn_residual\" = \"hidden_states.{*+1}\"\n";
+    set(&project, "modules.safetensors", names);
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+    let why = why(&project, 0);
+    assert!(!why.contains("no tensor for"), "{why}");
+    set(&project, "modules.safetensors", "names = \"transformers\"\n");
+    let partly = self::why(&project, 0);
+    assert!(
+        partly.contains("for 4 of 63 sites: `blk.*.ffn_residual` (as `model.layers.*`)"),
+        "{partly}"
+    );
+}
+
+#[test]
+fn a_part_of_a_fused_product_is_taken_by_its_name_or_its_columns() {
+    let project = recorded("");
+    let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
+    let dump = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let values = |site: &str| -> (usize, Vec<f32>) {
+        let view = dump.tensor(site).expect("a site");
+        let values = view.data().as_chunks().0.iter().map(|&word| f32::from_le_bytes(word));
+        (view.shape()[1], values.collect())
+    };
+    let mut all: Vec<(String, [usize; 2], Vec<f32>)> = Vec::new();
+    let mut width = 0;
+    for site in dump.names() {
+        let part = site.rsplit('.').next().unwrap_or_default();
+        if matches!(part, "k" | "v") {
+            continue;
+        }
+        let (mut columns, mut data) = values(site);
+        let mut name = site.to_owned();
+        if part == "q" {
+            (width, name) = (columns, site.replace(".q", ".qkv"));
+            let others = ["k", "v"].map(|other| values(&site.replace(".q", &format!(".{other}"))));
+            let rows = data.len() / columns;
+            let mut fused = Vec::new();
+            for row in 0..rows {
+                fused.extend(&data[row * columns..][..columns]);
+                for (width, data) in &others {
+                    fused.extend(&data[row * width..][..*width]);
+                }
+            }
+            columns = fused.len() / rows;
+            data = fused;
+        }
+        all.push((name, [data.len() / columns, columns], data));
+    }
+    let all: Vec<(&str, [usize; 2], Vec<f32>)> =
+        all.iter().map(|(name, shape, data)| (name.as_str(), *shape, data.clone())).collect();
+    tensors(&project, "fused.safetensors", &all);
+    let names = format!(
+        "[recorded.names]\n\"blk.*.q\" = \"blk.*.qkv[0:{width}]\"\n\
+         \"blk.*.k\" = \"blk.*.qkv[k]\"\n\"blk.*.v\" = \"blk.*.qkv[v]\"\n"
+    );
+    set(&project, "fused.safetensors", &names);
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+    let why = why(&project, 0);
+    assert!(!why.contains("no tensor for"), "{why}");
+    set(&project, "fused.safetensors", &names.replace("[k]", "[v]"));
+    project.run().expect(1, "C-1 at blk.0.k");
+    set(&project, "fused.safetensors", &names.replace("[k]", "[0:99999]"));
+    project.run().expect(4, "wide, and its columns 0 to 99999 are asked for");
+}
+
+#[test]
+fn what_is_recorded_of_an_engine_stands_for_the_program_of_its_contract() {
+    let project = recorded("");
+    project.write("contracts/claim.toml", &claim("external", "reference", "nmse", "1e-6"));
+    project.run().expect(0, "run: pass");
+}
