@@ -213,7 +213,7 @@ struct Shape {
     rms_norm_eps: f32,
     theta: f32,
     tied: bool,
-    /// Whether Q, K and V have biases; only Qwen2's have.
+    /// Whether the biases of Q, K and V are not zero; only Qwen2 has them.
     biases: bool,
     /// Channels of the residual stream that carry large values.
     outliers: usize,
@@ -334,8 +334,9 @@ impl Shape {
         add("attn_k.weight", low, keys, hidden, reader(self.sharpness * unit, Rows::Even));
         add("attn_v.weight", high, keys, hidden, reader(unit, Rows::Even));
         match self.architecture {
-            Architecture::Qwen2 if self.biases => {
-                let bias = |size, spike| Values::Bias { size, spike };
+            Architecture::Qwen2 => {
+                let on = if self.biases { 1.0f32 } else { 0.0 };
+                let bias = |size: f32, spike: f32| Values::Bias { size: on * size, spike: on * spike };
                 add("attn_q.bias", WeightType::F32, 1, queries, bias(0.3, 0.0));
                 add("attn_k.bias", WeightType::F32, 1, keys, bias(0.3, 3.0));
                 add("attn_v.bias", WeightType::F32, 1, keys, bias(0.05, 0.0));
@@ -345,7 +346,7 @@ impl Shape {
                 add("attn_q_norm.weight", WeightType::F32, 1, head_dim, gain);
                 add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
             }
-            Architecture::Llama | Architecture::Qwen2 => {}
+            Architecture::Llama => {}
         }
         // Attention averages values down to a root mean square of 0.7; SwiGLU's hard
         // neurons raise it to 1.5.

@@ -12,8 +12,11 @@ use crate::random::Random;
 /// The least vocabulary that holds the words of `vocabulary.rs`.
 const LEAST_VOCABULARY: usize = 600;
 
+/// Weights of a model's layers, about: wide models are shallow, so that all are quick.
+const FEW_WEIGHTS: usize = 1 << 20;
+
 /// The shape of a seed: hidden width 64 to 1024 and FFN 32 to 3000, a third of the widths
-/// fitting no block; vocabulary 600 to 2900; 1 to 4 layers; heads of 2 to 128.
+/// fitting no block; vocabulary 600 to 1200; 1 to 4 layers; heads of 2 to 128.
 pub(super) fn shape(seed: u64) -> Shape {
     let mut random = stream(seed, "a random shape", 0);
     let random = &mut random;
@@ -28,15 +31,18 @@ pub(super) fn shape(seed: u64) -> Shape {
     let most = (hidden * (1 + random.below(3)) / (2 * head_dim)).clamp(1, 16);
     let kv_heads = 1 + random.below(most.min(4));
     let heads = kv_heads * (1 + random.below(most / kv_heads));
+    let attention = 2 * hidden * (heads + kv_heads) * head_dim;
+    let ffn = width(random, 32, (FEW_WEIGHTS / (3 * hidden)).clamp(64, 3000));
+    let layers = (FEW_WEIGHTS / (attention + 3 * hidden * ffn)).clamp(1, 4);
     Shape {
         architecture,
-        layers: 1 + random.below(4),
+        layers: 1 + random.below(layers),
         hidden,
         heads,
         kv_heads,
         head_dim,
-        ffn: width(random, 32, 3000),
-        vocabulary: LEAST_VOCABULARY + random.below(2300),
+        ffn,
+        vocabulary: LEAST_VOCABULARY + random.below(600),
         rms_norm_eps: [1e-5, 1e-6][random.below(2)],
         theta: [1e4, 5e5, 1e6][random.below(3)],
         tied: random.below(2) == 0,
