@@ -336,7 +336,8 @@ impl Shape {
         match self.architecture {
             Architecture::Qwen2 => {
                 let on = if self.biases { 1.0f32 } else { 0.0 };
-                let bias = |size: f32, spike: f32| Values::Bias { size: on * size, spike: on * spike };
+                let bias =
+                    |size: f32, spike: f32| Values::Bias { size: on * size, spike: on * spike };
                 add("attn_q.bias", WeightType::F32, 1, queries, bias(0.3, 0.0));
                 add("attn_k.bias", WeightType::F32, 1, keys, bias(0.3, 3.0));
                 add("attn_v.bias", WeightType::F32, 1, keys, bias(0.05, 0.0));
