@@ -147,8 +147,8 @@ impl Judgement {
     }
 
     /// How much of the nearer bound a value uses: at the bound 1, beyond it more.
-    pub fn share_of_bound(&self, value: f64) -> f64 {
-        share_of_bound(self.metric, (self.min, self.max), value)
+    pub fn share_of_bound(&self, measure: &Measure, value: f64) -> f64 {
+        share_of_bound(self.metric, self.bounds_at(measure), value)
     }
 
     /// The sites that it falsifies, in the order of the measures.
@@ -156,13 +156,25 @@ impl Judgement {
         let of_claim = measures.iter().filter(|measure| self.judges(measure));
         let outside = of_claim.filter(|measure| {
             let value = measure.metrics.get(&self.metric).copied().filter(|v| v.is_finite());
-            value.map_or(not_finite(measure).is_some(), |value| !self.within(value))
+            value.map_or(not_finite(measure).is_some(), |value| !self.within(measure, value))
         });
         outside.map(|measure| &measure.site).collect()
     }
 
-    fn within(&self, value: f64) -> bool {
-        self.min.is_none_or(|min| value >= min) && self.max.is_none_or(|max| value <= max)
+    fn within(&self, measure: &Measure, value: f64) -> bool {
+        let (min, max) = self.bounds_at(measure);
+        min.is_none_or(|min| value >= min) && max.is_none_or(|max| value <= max)
+    }
+
+    /// The bounds at a site, widened to what chance allows where so many, or so few,
+    /// values were measured.
+    fn bounds_at(&self, measure: &Measure) -> (Option<f64>, Option<f64>) {
+        let Some(&[least, most]) = measure.chance.get(&self.metric) else {
+            return (self.min, self.max);
+        };
+        let min = self.min.map(|min| if least < min { least } else { min });
+        let max = self.max.map(|max| if most > max { most } else { max });
+        (min, max)
     }
 }
 
@@ -222,17 +234,28 @@ pub struct StageVerdict {
     pub judgements: Vec<Judgement>,
 }
 
-/// Judges measures by a contract; `absent` says which arms did not run, and why.
+/// Judges measures by a contract; `asked` are the stage's arms, and `absent` says which of
+/// them did not run, and why.
+///
+/// A claim on an arm that was not asked for is not judged and hinders no pass. Only arms that
+/// the runner computes can be left out so: one that reads what others made is there or missing.
 pub fn judge(
     contract: &Contract,
     measures: &[Measure],
+    asked: &[Arm],
     absent: &BTreeMap<Arm, String>,
 ) -> StageVerdict {
+    let left_out = [Arm::Emulated, Arm::Device].into_iter().filter(|arm| !asked.contains(arm));
+    let mut without: BTreeMap<Arm, String> =
+        left_out.map(|arm| (arm, "it was not asked for".to_owned())).collect();
+    without.extend(absent.clone());
     let judgements: Vec<Judgement> =
-        contract.falsifiers.iter().map(|f| judge_one(f, measures, absent)).collect();
-    let verdict = verdict_of(&judgements, absent);
-    let why = why(verdict, &judgements, measures, absent);
-    StageVerdict { verdict, why, judgements }
+        contract.falsifiers.iter().map(|f| judge_one(f, measures, &without)).collect();
+    let verdict = verdict_of(&judgements, &without);
+    let mut why = vec![why(verdict, &judgements, measures, &without)];
+    why.extend(absent.iter().map(|(arm, reason)| format!("{arm} unmeasured: {reason}")));
+    why.retain(|part| !part.is_empty());
+    StageVerdict { verdict, why: why.join("; "), judgements }
 }
 
 /// Adds to a verdict's reason what is known beyond its contract: of a bug where
@@ -357,9 +380,8 @@ fn judge_one(
             continue;
         };
         judgement.sites_judged += 1;
-        let bounds = (falsifier.min, falsifier.max);
-        let used = share_of_bound(falsifier.metric, bounds, value);
-        let within = judgement.within(value);
+        let used = judgement.share_of_bound(measure, value);
+        let within = judgement.within(measure, value);
         let first_outside = !within && judgement.sites_falsified == 0;
         let nearest = judgement.sites_falsified == 0 && judgement.used.is_none_or(|u| used > u);
         judgement.sites_falsified += usize::from(!within);
@@ -422,7 +444,8 @@ fn verdict_of(judgements: &[Judgement], absent: &BTreeMap<Arm, String>) -> Verdi
     if falsified(IfFails::Drift) {
         return Verdict::Drift;
     }
-    // A falsifier without a value is forgiven only where its arm could not run.
+    // A falsifier without a value is forgiven only where its arm could not run or was
+    // not asked for.
     let forgiven = |j: &Judgement| missing_arm(j.compare, absent).is_some();
     let open = judgements.iter().any(|j| j.outcome == Outcome::Unmeasured && !forgiven(j));
     let held = judgements.iter().any(|j| j.outcome == Outcome::Held);
@@ -466,7 +489,6 @@ fn why(
             }
         }
     }
-    parts.extend(absent.iter().map(|(arm, reason)| format!("{arm} unmeasured: {reason}")));
     parts.join("; ")
 }
 

@@ -11,11 +11,12 @@ use super::{FALSIFIED, PASS, graph_of, print};
 use crate::cache::Store;
 use crate::dtype::Format;
 use crate::falsify::{
-    Alarm, Beside, Noise, Plant, Plot, Setting, Trial, bugs, chosen, load, on_tokens, sites_of,
-    some_tokens, try_bug, try_clean, vacuous, with_noise, with_recipe,
+    Alarm, Beside, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plant, Plot, Setting, Trial, bugs,
+    chosen, clean_runs, load, sites_of, try_bug, vacuous, with_noise, with_recipe,
 };
-use crate::graph::select;
-use crate::op::{Accumulate, ActivationScale, Arm, Recipe, Scale, WeightScale};
+use crate::graph::{Graph, select};
+use crate::manifest::Pipeline;
+use crate::op::{Arm, Recipe};
 use crate::plan::open_model;
 use crate::verdict::Verdict;
 
@@ -25,11 +26,9 @@ pub(super) struct FalsifyArgs {
     #[arg(default_value = "stages")]
     folder: PathBuf,
     /// Models to plant into, with commas: `synthetic:<preset>`, GGUF files or folders.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "synthetic:qwen2-tiny,synthetic:llama-tiny"
-    )]
+    /// [default: synthetic:qwen2-tiny,synthetic:llama-tiny; for clean runs also shapes that a
+    /// seed draws]
+    #[arg(long, value_delimiter = ',', hide_default_value = true)]
     models: Vec<String>,
     /// GEMM formats to plant into, with commas.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "e4m3,bf16")]
@@ -67,6 +66,12 @@ pub(super) struct FalsifyArgs {
     /// Clean runs, each with another prompt, recipe and model.
     #[arg(long, default_value_t = 0)]
     clean: u64,
+    /// The number of the first clean run; with `--clean 1` it repeats one of them.
+    #[arg(long, default_value_t = 0)]
+    clean_from: u64,
+    /// Plant nothing: only the clean runs.
+    #[arg(long, requires = "clean")]
+    clean_only: bool,
     /// Write every trial to this file, as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -104,7 +109,9 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
     let beside = Beside::new(&store, args.gpu)?;
     let mut trials = Vec::new();
     let mut silent: Option<BTreeSet<String>> = None;
-    for model in &args.models {
+    let tiny = ["synthetic:qwen2-tiny", "synthetic:llama-tiny"].map(str::to_owned);
+    let models = if args.models.is_empty() { tiny.as_slice() } else { args.models.as_slice() };
+    for model in models.iter().filter(|_| !args.clean_only) {
         let whole = load(&args.folder, model, Some(args.tokens.clone()))?;
         let mut of_model = Vec::new();
         for &noise in &args.noise {
@@ -167,7 +174,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
         });
         trials.extend(of_model);
     }
-    let alarms = clean_runs(args, &store, &beside)?;
+    let tally = clean(args)?;
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&trials).map_err(|error| error.to_string())?;
         crate::cache::write_whole(path, json.as_bytes()).map_err(|error| error.to_string())?;
@@ -179,7 +186,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
         && args.noise.contains(&Noise::None);
     let silent: Vec<String> =
         silent.unwrap_or_default().into_iter().filter(|_| whole_catalogue).collect();
-    let (text, good) = report(&trials, &alarms, args.clean, &silent);
+    let (text, good) = report(&trials, &tally, args.clean, &silent);
     print(&text)?;
     Ok(if good { PASS } else { FALSIFIED })
 }
@@ -204,58 +211,28 @@ fn line_of(trial: &Trial) -> String {
     )
 }
 
-/// Clean runs over the models, all kinds of recipes and seeded prompts.
-fn clean_runs(args: &FalsifyArgs, store: &Store, beside: &Beside) -> Result<Vec<Alarm>, String> {
-    /// Models are made anew for each of their seeds.
-    const MODEL_SEEDS: u64 = 7;
-    let models = args.models.len() as u64;
-    let mut alarms = Vec::new();
-    for run in 0..args.clean {
-        let model = &args.models[(run % models) as usize];
-        let pipeline = load(&args.folder, model, None)?;
-        let base = pipeline.stages.first().ok_or("the folder has no stage")?;
-        let recipe = clean_recipe(base.recipe, run / models);
-        let seed = 1 + run % MODEL_SEEDS;
-        let tokens = some_tokens(args.seed.wrapping_mul(7919).wrapping_add(run), 2048);
-        let pipeline = on_tokens(&with_recipe(&pipeline, recipe), &tokens, seed);
-        let graph = graph_of(&pipeline)?;
-        let stages = match &args.select {
-            None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
-            Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
-        };
-        let setting = Setting {
-            name: format!("{} {} seed {seed}, {} tokens", short(model), recipe.gemm, tokens.len()),
-            pipeline: &pipeline,
-            graph: &graph,
-            stages: &stages,
-            store,
-            beside,
-        };
-        for alarm in try_clean(&setting)? {
-            eprintln!(
-                "clean: {} stage {}: {}: {}",
-                alarm.setting, alarm.stage, alarm.verdict, alarm.why
-            );
-            alarms.push(alarm);
-        }
-    }
-    Ok(alarms)
-}
-
-/// The recipes of clean runs, in turn.
-fn clean_recipe(base: Recipe, number: u64) -> Recipe {
-    let per_row = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
-    let per_block = Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 };
-    match number % 8 {
-        0 => base,
-        1 => Recipe { gemm: Format::Bf16, ..base },
-        2 => Recipe { accumulate: Accumulate::Fast, ..base },
-        3 => Recipe { gemm: Format::F16, ..base },
-        4 => Recipe { scale: per_row, ..base },
-        5 => Recipe { scale: per_block, ..base },
-        6 => Recipe { output: Format::F32, ..base },
-        _ => Recipe { gemm: Format::Bf16, output: Format::F32, ..base },
-    }
+/// Clean runs over models, recipes and prompts that the seed draws.
+fn clean(args: &FalsifyArgs) -> Result<CleanTally, String> {
+    let models: Vec<String> = match args.models.is_empty() {
+        true => CLEAN_MODELS.map(str::to_owned).to_vec(),
+        false => args.models.clone(),
+    };
+    let selected = |graph: &Graph, pipeline: &Pipeline| match &args.select {
+        None => Ok(pipeline.stages.iter().map(|stage| stage.id.clone()).collect()),
+        Some(text) => select(graph, &pipeline.stages, text).map_err(|e| e.to_string()),
+    };
+    let runs = CleanRuns {
+        folder: &args.folder,
+        models: &models,
+        seed: args.seed,
+        numbers: args.clean_from..args.clean_from.saturating_add(args.clean),
+        selected: &selected,
+        gpu: args.gpu,
+    };
+    clean_runs(&runs, &|alarm| {
+        let Alarm { setting, stage, verdict, why } = alarm;
+        eprintln!("clean: {setting}, stage {stage}: {verdict}: {why}");
+    })
 }
 
 /// Of so few trials each verdict is told in full.
@@ -299,7 +276,8 @@ impl Score {
 }
 
 /// The tables, and whether all is as it must be.
-fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> (String, bool) {
+fn report(trials: &[Trial], tally: &CleanTally, clean: u64, silent: &[String]) -> (String, bool) {
+    let CleanTally { stages, alarms } = tally;
     let real: Vec<&Trial> = trials.iter().filter(|trial| trial.effect.changed > 0).collect();
     let idle: BTreeSet<&str> =
         trials.iter().filter(|trial| trial.effect.changed == 0).map(|t| t.bug.as_str()).collect();
@@ -353,14 +331,17 @@ fn report(trials: &[Trial], alarms: &[Alarm], clean: u64, silent: &[String]) -> 
     if !silent.is_empty() {
         let _ = writeln!(text, "\nfalsifiers that fired on nothing: {}", silent.join(", "));
     }
+    if trials.is_empty() {
+        text.clear();
+    }
     let count = |verdict| alarms.iter().filter(|alarm| alarm.verdict == verdict).count();
     let (drift, unmeasured) = (count(Verdict::Drift), count(Verdict::Unmeasured));
     let false_alarms = alarms.len() - drift - unmeasured;
     if clean > 0 {
         let _ = writeln!(
             text,
-            "\nclean runs: {clean}; false alarms: {false_alarms}; stages with drift beyond a budget: \
-             {drift}; stages with too few values to measure: {unmeasured}"
+            "\nclean runs: {clean}, of {stages} stages; false alarms: {false_alarms}; stages with \
+             drift beyond a budget: {drift}; stages with too few values to measure: {unmeasured}"
         );
     }
     let whole = |score: &Score| score.detected == score.trials && score.located == score.trials;

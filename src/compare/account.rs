@@ -39,7 +39,7 @@ pub fn accounts<'a>(
         let size = energy(truth.data().iter().map(|&x| f64::from(x)));
         let pairs = tensor.data().iter().zip(truth.data());
         let error = energy(pairs.map(|(&a, &b)| f64::from(a) - f64::from(b)));
-        let floor = energy(sigma.data().iter().map(|&x| f64::from(x)));
+        let floor = energy(sigma.each.data().iter().map(|&x| f64::from(x)));
         if let Some(energies) = energies {
             together = together.and(*energies);
         }

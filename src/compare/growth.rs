@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::compute::floor::Deviations;
 use crate::op::{Site, Stream, in_layer};
 use crate::tensor::Tensor;
 
@@ -81,7 +82,7 @@ pub fn growth(
     subject: (Stream, &[(Site, Tensor)]),
     reference: &[(Site, Tensor)],
     local: &[(Site, Tensor)],
-    floors: &[(Site, Tensor)],
+    floors: &[(Site, Deviations)],
 ) -> Option<Growth> {
     let find =
         |sites: &[(Site, Tensor)], site: &Site| sites.iter().position(|(name, _)| name == site);
@@ -121,10 +122,10 @@ pub fn growth(
 
 /// The norm of what rounding must leave of the products that enter the residual
 /// stream in one layer, as far as both are predicted.
-fn floor_of(layer: u32, floors: &[(Site, Tensor)]) -> Option<f64> {
+fn floor_of(layer: u32, floors: &[(Site, Deviations)]) -> Option<f64> {
     let of = |name: &str| {
         let wanted = format!("blk.{layer}.{name}");
-        floors.iter().find(|(site, _)| site.0 == wanted).map(|(_, floor)| norm(floor))
+        floors.iter().find(|(site, _)| site.0 == wanted).map(|(_, floor)| norm(&floor.each))
     };
     Some(of("attn_out")?.hypot(of("ffn_down")?)).filter(|floor| floor.is_finite())
 }
@@ -202,7 +203,8 @@ mod tests {
             (subject, &[end(0, 1.1), end(1, 1.4)]),
             &[end(0, 1.0), end(1, 1.0)],
             &[end(0, 1.0), end(1, 1.2)],
-            &[into("attn_out", 0.03), into("ffn_down", 0.04)],
+            &[into("attn_out", 0.03), into("ffn_down", 0.04)]
+                .map(|(site, each)| (site, Deviations { each, shared: None })),
         );
         let found = found.expect("two layers");
         let size = 2f64.sqrt();

@@ -24,6 +24,7 @@ pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
 pub use stage::{StageMeasures, measure_arms, measure_stage};
 
+use crate::compute::floor::Deviations;
 use crate::compute::forward::Greedy;
 use crate::metric::Metric;
 use crate::op::{Site, Stream};
@@ -58,7 +59,14 @@ pub struct Measure {
     /// How the errors over their floors are distributed, where there are enough of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub z_histogram: Option<ZHistogram>,
+    /// For a statistic, the least and the largest value that a clean sample of this size has
+    /// by chance, at a risk of [`RISK`]: whoever judges forgives what lies between.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub chance: BTreeMap<Metric, [f64; 2]>,
 }
+
+/// The risk at which chance alone leaves the interval that it is given, per site and claim.
+pub const RISK: f64 = 2e-5;
 
 /// Measures as JSON, some of them on each thread: they are most of what is read and
 /// written where a stage is judged anew.
@@ -187,7 +195,7 @@ pub fn greedy(
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Predicted<'a> {
     /// The deviation of each element.
-    pub floor: Option<&'a Tensor>,
+    pub floor: Option<&'a Deviations>,
     /// The reference's logits with all roundings drawn anew, some times over.
     pub drawn: &'a [Tensor],
 }
@@ -209,6 +217,7 @@ pub fn measure(
         worst: None,
         first_mismatches: Vec::new(),
         z_histogram: None,
+        chance: BTreeMap::new(),
     };
     if (subject.rows(), subject.width()) != (judge.rows(), judge.width()) {
         measure.unmeasured = Some(format!(
@@ -246,9 +255,11 @@ pub fn measure(
     measure.metrics.extend(numbers::differences(subject, judge));
     measure.metrics.extend(numbers::likeness(subject, judge));
     if let Some(floor) = predicted.floor {
-        let (metrics, histogram) = numbers::against_floor(subject, judge, floor);
-        measure.metrics.extend(metrics);
-        measure.z_histogram = histogram;
+        if let Some(found) = numbers::against_floor(subject, judge, floor) {
+            measure.metrics.extend(found.metrics);
+            measure.chance.extend(found.chance);
+            measure.z_histogram = found.histogram;
+        }
     }
     if site.0 == "logits" {
         measure.metrics.extend(logits::distributions(subject, judge, predicted.drawn));

@@ -2,13 +2,13 @@
 //!
 //! All sums are f64 over rows in order. It knows nothing of sites or streams.
 
-use super::{Z_FROM, Z_STEP, ZHistogram};
+use super::{RISK, Z_FROM, Z_STEP, ZHistogram};
+use crate::compute::floor::{Deviations, Shared};
 use crate::metric::Metric;
 use crate::tensor::Tensor;
 
-/// Outputs below which a root mean square of z says too little: with n of them
-/// it deviates by `1 / sqrt(2 n)`, 3 % here.
-const LEAST_OUTPUTS: usize = 512;
+/// Values below which a histogram of z says too little.
+const LEAST_VALUES: usize = 512;
 
 /// Pairs of elements as f64.
 fn pairs<'a>(a: &'a Tensor, b: &'a Tensor) -> impl Iterator<Item = (f64, f64)> + 'a {
@@ -114,15 +114,25 @@ pub fn likeness(a: &Tensor, b: &Tensor) -> Vec<(Metric, f64)> {
     metrics
 }
 
+/// What errors say beside their floors.
+pub struct AgainstFloor {
+    /// The metrics of z.
+    pub metrics: Vec<(Metric, f64)>,
+    /// What chance makes of them, see [`super::Measure::chance`].
+    pub chance: Vec<(Metric, [f64; 2])>,
+    /// How z is distributed, where there are values enough.
+    pub histogram: Option<ZHistogram>,
+}
+
 /// `z = (a - b) / floor`: its metrics and its distribution. Where the floor is
-/// zero, only equality is allowed.
-pub fn against_floor(
-    a: &Tensor,
-    b: &Tensor,
-    floor: &Tensor,
-) -> (Vec<(Metric, f64)>, Option<ZHistogram>) {
+/// zero, only equality is allowed. Nothing where the floor has another shape.
+///
+/// Each z is a sum of rounding errors of known sizes and unknown signs, so it is
+/// sub-Gaussian: `P(|z| > t) <= 2 exp(-t^2 / 2)` whatever the sizes are (Hoeffding 1963).
+pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Deviations) -> Option<AgainstFloor> {
+    let Deviations { each: floor, shared } = floor;
     if (floor.rows(), floor.width()) != (a.rows(), a.width()) {
-        return (Vec::new(), None);
+        return None;
     }
     let each =
         pairs(a, b).zip(floor.data()).map(|((a, b), &floor)| match (a - b, f64::from(floor)) {
@@ -132,20 +142,46 @@ pub fn against_floor(
         });
     let z: Vec<f64> = each.collect();
     let (rows, width) = (a.rows(), a.width());
-    let squares: f64 = z.iter().map(|z| z * z).sum();
+    let count = z.len() as f64;
+    let mean_square = z.iter().map(|z| z * z).sum::<f64>() / count;
     let most = z.iter().fold(0.0, |most, z| larger(most, z.abs()));
-    let mut metrics = vec![
+    let Shared { rows: in_rows, columns: in_columns } = match shared {
+        Some(shared) => shared.clone(),
+        // Of what is not known nothing is independent.
+        None => Shared { rows: vec![1.0; rows], columns: vec![1.0; width] },
+    };
+    let row = |row: usize| z[row * width..(row + 1) * width].iter().map(|z| z * z).sum::<f64>();
+    let column = |column: usize| (0..rows).map(|row| z[row * width + column].powi(2)).sum::<f64>();
+    let metrics = vec![
         (Metric::ZMax, most),
-        (Metric::ZMean, z.iter().sum::<f64>() / z.len() as f64),
-        (Metric::ZRow, worst_line(rows, width, |row, column| z[row * width + column])),
-        (Metric::ZColumn, worst_line(width, rows, |column, row| z[row * width + column])),
+        (Metric::ZMean, z.iter().sum::<f64>() / count),
+        (Metric::ZRow, worst_line(width, &in_rows, row)),
+        (Metric::ZColumn, worst_line(rows, &in_columns, column)),
+        (Metric::ZRms, mean_square.sqrt()),
     ];
-    if z.len() >= LEAST_OUTPUTS {
-        metrics.push((Metric::ZRms, (squares / z.len() as f64).sqrt()));
-    }
+    // A sum of squares is never negative, so no line lies lower than independent zeros.
+    let of_line = |lines: usize, length: usize| {
+        [-(length as f64 / 2.0).sqrt(), union_bound(lines as f64, 1.0)]
+    };
+    let chance = vec![
+        (Metric::ZMax, [0.0, union_bound(count, 2.0)]),
+        (Metric::ZRow, of_line(rows, width)),
+        (Metric::ZColumn, of_line(width, rows)),
+        (Metric::ZRms, whole((rows, width), mean(&in_rows), mean(&in_columns))),
+    ];
     // Of few values, or where nothing differs, the counts say nothing.
-    let told = z.len() >= LEAST_OUTPUTS && most > 0.0;
-    (metrics, told.then(|| histogram(&z)))
+    let told = z.len() >= LEAST_VALUES && most > 0.0;
+    Some(AgainstFloor { metrics, chance, histogram: told.then(|| histogram(&z)) })
+}
+
+/// The deviations that one of `count` sub-Gaussian variables passes at [`RISK`]: the union
+/// bound `count sides exp(-t^2 / 2) = RISK`.
+fn union_bound(count: f64, sides: f64) -> f64 {
+    (2.0 * (sides * count / RISK).ln()).sqrt()
+}
+
+fn mean(values: &[f32]) -> f64 {
+    values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len() as f64
 }
 
 /// How often z falls into each bin; both tails are bins too.
@@ -160,47 +196,81 @@ fn histogram(z: &[f64]) -> ZHistogram {
     counts
 }
 
-/// Lines from which the correlation within a line can be told.
-const LEAST_LINES: usize = 64;
-/// Entries of a line whose correlations are looked at.
-const SAMPLED: usize = 32;
-
-/// How far the worst line's sum of squares stands above its expectation, in
-/// deviations of a standard normal variable.
+/// How a sum of squares of correlated variables of variance 1 spreads.
 ///
-/// A sum of n independent squares becomes nearly normal as the cube root of its
-/// mean (Wilson and Hilferty 1931). Outputs of one line share an operand's
-/// rounding: with a mean squared correlation r2 between them the sum spreads
-/// like one of `n / (1 + (n - 1) r2)` independent squares. With too few lines to
-/// measure r2, a line counts as a single square.
-fn worst_line(lines: usize, length: usize, z: impl Fn(usize, usize) -> f64) -> f64 {
-    let mean_square =
-        |line: usize| (0..length).map(|entry| z(line, entry).powi(2)).sum::<f64>() / length as f64;
-    let most = (0..lines).map(mean_square).fold(0.0, larger);
-    let freedom = if lines < LEAST_LINES {
-        1.0
-    } else {
-        let step = length.div_ceil(SAMPLED);
-        let sample: Vec<usize> = (0..length).step_by(step).collect();
-        let product = |a: usize, b: usize| (0..lines).map(|l| z(l, a) * z(l, b)).sum::<f64>();
-        let sizes: Vec<f64> = sample.iter().map(|&entry| product(entry, entry)).collect();
-        let (mut squared, mut count) = (0.0, 0);
-        for (i, &a) in sample.iter().enumerate() {
-            for (j, &b) in sample.iter().enumerate().take(i) {
-                let sizes = sizes[i] * sizes[j];
-                if sizes > 0.0 {
-                    squared += product(a, b).powi(2) / sizes;
-                    count += 1;
-                }
-            }
+/// For sub-Gaussian variables with the correlation matrix S, and every x > 0,
+/// `P(sum > tr S + 2 |S|_F sqrt(x) + 2 |S| x) <= exp(-x)` (Laurent and Massart 2000, lemma
+/// 1; Hsu, Kakade and Zhang 2012, theorem 1). With `x = t^2 / 2` that is the tail of a
+/// normal variable at t deviations.
+struct SumOfSquares {
+    /// `tr S`, the count of variables.
+    trace: f64,
+    /// `|S|_F`.
+    frobenius: f64,
+    /// `|S|`, or a bound on it.
+    norm: f64,
+}
+
+impl SumOfSquares {
+    /// Of `count` variables whose correlations outside of the diagonal have the squares'
+    /// sum `others` and a norm of at most `norm`.
+    fn of(count: f64, others: f64, norm: f64) -> SumOfSquares {
+        let frobenius = (count + others).sqrt();
+        let norm = 1.0 + norm;
+        SumOfSquares {
+            trace: count,
+            frobenius,
+            norm: if norm < frobenius { norm } else { frobenius },
         }
-        // Independent entries correlate by chance: 1 / lines on average.
-        let chance = 1.0 / lines as f64;
-        let r2 = if count > 0 { larger(squared / f64::from(count) - chance, 0.0) } else { 1.0 };
-        length as f64 / (1.0 + (length as f64 - 1.0) * r2)
-    };
-    let spread = 2.0 / (9.0 * freedom);
-    (most.cbrt() - (1.0 - spread)) / spread.sqrt()
+    }
+
+    /// A line of `count` variables with a mean squared correlation of `r2`; a matrix's norm
+    /// is at most that of Frobenius.
+    fn of_line(count: usize, r2: f64) -> SumOfSquares {
+        let count = count as f64;
+        let others = count * (count - 1.0) * r2;
+        SumOfSquares::of(count, others, others.sqrt())
+    }
+
+    /// How far a sum stands above its expectation: t of the bound above. Below it, in
+    /// deviations.
+    fn deviations(&self, sum: f64) -> f64 {
+        let (excess, linear) = (sum - self.trace, std::f64::consts::SQRT_2 * self.frobenius);
+        if excess <= 0.0 {
+            return excess / linear;
+        }
+        2.0 * excess / (linear + (linear * linear + 4.0 * self.norm * excess).sqrt())
+    }
+
+    /// The least and the largest sum within t deviations.
+    fn within(&self, t: f64) -> [f64; 2] {
+        let linear = std::f64::consts::SQRT_2 * self.frobenius * t;
+        [larger(self.trace - linear, 0.0), self.trace + linear + self.norm * t * t]
+    }
+}
+
+/// How far the worst line's sum of squares stands above its expectation, in deviations of
+/// a standard normal variable. `r2` is each line's mean squared correlation; the mean one
+/// stands in where a line's own, from a few pairs, is smaller.
+fn worst_line(length: usize, r2: &[f32], sum: impl Fn(usize) -> f64) -> f64 {
+    let mean = mean(r2);
+    let each = r2.iter().enumerate().map(|(line, &r2)| {
+        let r2 = larger(f64::from(r2), mean);
+        SumOfSquares::of_line(length, r2).deviations(sum(line))
+    });
+    each.fold(f64::NEG_INFINITY, larger)
+}
+
+/// The root mean square of all z that chance allows: entries of one row correlate as
+/// `in_rows` says, those of one column as `in_columns` does, others not at all.
+fn whole((rows, width): (usize, usize), in_rows: f64, in_columns: f64) -> [f64; 2] {
+    let (rows, width) = (rows as f64, width as f64);
+    let count = rows * width;
+    let within_row = width * (width - 1.0) * in_rows;
+    let within_column = rows * (rows - 1.0) * in_columns;
+    let others = rows * within_row + width * within_column;
+    let sum = SumOfSquares::of(count, others, within_row.sqrt() + within_column.sqrt());
+    sum.within(union_bound(1.0, 2.0)).map(|sum| (sum / count).sqrt())
 }
 
 #[cfg(test)]
@@ -213,16 +283,64 @@ mod tests {
         assert_eq!(counts, [2, 2, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2]);
     }
 
+    /// z itself, as a floor of ones over nothing known or over independent errors.
+    fn floor_of(each: Tensor, independent: bool) -> Deviations {
+        let (rows, width) = (each.rows(), each.width());
+        let shared = Shared { rows: vec![0.0; rows], columns: vec![0.0; width] };
+        Deviations { each, shared: independent.then_some(shared) }
+    }
+
+    fn of(found: &AgainstFloor, metric: Metric) -> (f64, [f64; 2]) {
+        let value = found.metrics.iter().find(|(name, _)| *name == metric).expect("measured").1;
+        (value, found.chance.iter().find(|(name, _)| *name == metric).expect("a statistic").1)
+    }
+
+    #[test]
+    fn chance_widens_as_the_values_become_fewer_and_a_maximum_grows_with_their_number() {
+        let found = |rows: usize, width: usize| {
+            let ones = floor_of(Tensor::new(width, vec![1.0; rows * width]), true);
+            let zeros = Tensor::zeros(rows, width);
+            against_floor(&zeros, &zeros, &ones).expect("one shape")
+        };
+        let ([least, most], [few_least, few_most]) =
+            (of(&found(64, 100), Metric::ZRms).1, of(&found(1, 8), Metric::ZRms).1);
+        assert!((0.94..1.0).contains(&least) && (1.0..1.06).contains(&most), "{least} {most}");
+        assert!(few_least == 0.0 && (2.0..3.0).contains(&few_most), "{few_least} {few_most}");
+        // The contracts' 7.5 is the bound on 16.8 million values.
+        assert!((union_bound(16.8e6, 2.0) - 7.5).abs() < 0.01);
+        assert!(of(&found(2, 50), Metric::ZMax).1[1] < of(&found(64, 100), Metric::ZMax).1[1]);
+    }
+
+    #[test]
+    fn a_line_is_held_against_what_its_entries_have_in_common() {
+        let mut z = vec![1.0f32; 64 * 40];
+        for row in 0..64 {
+            z[row * 40 + 7] = 3.0;
+        }
+        let z = Tensor::new(40, z);
+        let (zeros, ones) = (Tensor::zeros(64, 40), Tensor::new(40, vec![1.0; 64 * 40]));
+        let found = |independent| {
+            let floor = floor_of(ones.clone(), independent);
+            of(&against_floor(&z, &zeros, &floor).expect("one shape"), Metric::ZColumn).0
+        };
+        // A mean square of 9 over 64 independent values, and over one value seen 64 times.
+        assert!((found(true) - 17.7).abs() < 0.2, "{}", found(true));
+        assert!((found(false) - 2.2).abs() < 0.1, "{}", found(false));
+    }
+
     #[test]
     fn a_histogram_counts_every_element_or_is_not_there() {
         let wave = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
-        let (zeros, floor) = (Tensor::zeros(64, 16), Tensor::new(16, vec![0.5; 1024]));
-        let (_, counts) = against_floor(&Tensor::new(16, wave(1024)), &zeros, &floor);
-        assert_eq!(counts.expect("enough values").iter().sum::<u64>(), 1024);
-        let (_, counts) = against_floor(&zeros, &zeros, &floor);
-        assert_eq!(counts, None);
+        let zeros = Tensor::zeros(64, 16);
+        let floor = floor_of(Tensor::new(16, vec![0.5; 1024]), true);
+        let counts = |a: &Tensor, b: &Tensor, floor: &Deviations| {
+            against_floor(a, b, floor).expect("one shape").histogram
+        };
+        let all = counts(&Tensor::new(16, wave(1024)), &zeros, &floor);
+        assert_eq!(all.expect("enough values").iter().sum::<u64>(), 1024);
+        assert_eq!(counts(&zeros, &zeros, &floor), None);
         let few = Tensor::new(16, wave(256));
-        let floor = Tensor::new(16, vec![0.5; 256]);
-        assert_eq!(against_floor(&few, &Tensor::zeros(16, 16), &floor).1, None);
+        let floor = floor_of(Tensor::new(16, vec![0.5; 256]), true);
+        assert_eq!(counts(&few, &Tensor::zeros(16, 16), &floor), None);
     }
 }

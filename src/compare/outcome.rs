@@ -62,5 +62,6 @@ fn outcome(site: Site, metric: Metric, value: Result<f64, String>) -> Measure {
         worst: None,
         first_mismatches: Vec::new(),
         z_histogram: None,
+        chance: BTreeMap::new(),
     }
 }

@@ -15,6 +15,7 @@ use super::logits::{batch_ratio, flip_deviation};
 use super::{GreedyComparison, Measure, Predicted, greedy, measure};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Local, Output, Task, anchored_by_layer, drawn, local};
+use crate::compute::floor::Deviations;
 use crate::compute::shares::Shares;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
@@ -144,7 +145,7 @@ fn same_bits(a: &Output, b: &Output) -> bool {
 struct Own {
     local: Vec<Local>,
     truths: Vec<(Site, Tensor)>,
-    sigmas: Vec<(Site, Tensor)>,
+    sigmas: Vec<(Site, Deviations)>,
 }
 
 impl Own {
@@ -184,11 +185,11 @@ fn same_sites(a: &Output, b: &Output) -> bool {
 fn pairs(
     (subject_stream, subject): (Stream, &[(Site, Tensor)]),
     (judge_stream, judge): (Stream, &[(Site, Tensor)]),
-    floors: &[(Site, Tensor)],
+    floors: &[(Site, Deviations)],
     drawn: &[Tensor],
 ) -> Vec<Measure> {
     let judge: BTreeMap<&Site, &Tensor> = judge.iter().map(|(site, t)| (site, t)).collect();
-    let floors: BTreeMap<&Site, &Tensor> = floors.iter().map(|(site, t)| (site, t)).collect();
+    let floors: BTreeMap<&Site, &Deviations> = floors.iter().map(|(site, t)| (site, t)).collect();
     subject
         .iter()
         .map(|(site, tensor)| match judge.get(site) {
@@ -206,6 +207,7 @@ fn pairs(
                 worst: None,
                 first_mismatches: Vec::new(),
                 z_histogram: None,
+                chance: BTreeMap::new(),
             },
         })
         .collect()
@@ -244,6 +246,7 @@ fn repeats(arm: Arm, output: &Output) -> Vec<Measure> {
             worst: None,
             first_mismatches: Vec::new(),
             z_histogram: None,
+            chance: BTreeMap::new(),
         })
     });
     repeated.collect()

@@ -11,7 +11,7 @@ use super::call::Watched;
 use super::drawn::Drawn;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
-use super::floor::Floor;
+use super::floor::{Deviations, Floor};
 use super::forward::{
     Discard, Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight,
 };
@@ -280,7 +280,7 @@ pub struct Local {
     pub truth: Tensor,
     /// The deviation that the recipe's rounding gives each value, where the subject holds
     /// all that the op read.
-    pub sigma: Option<Tensor>,
+    pub sigma: Option<Deviations>,
     /// Where the subject's error comes from, at a GEMM.
     pub energies: Option<Energies>,
 }

@@ -94,9 +94,9 @@ impl Ops for Drawn {
         let width = x.width();
         let emulated = self.floor.emulated();
         let (codes, scales) = emulated.quantise_activation(x);
-        let x = redrawn(stream_of(self.number, x.data()), x.data(), &codes, &scales);
-        let x_energies = energies(&x, width);
-        let x = Widened::of(&x, width);
+        let x_values = redrawn(stream_of(self.number, x.data()), x.data(), &codes, &scales);
+        let x_energies = energies(&x_values, width);
+        let x = Widened::of(&x_values, width);
         let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
             // A weight is large, and its name says as much as its values.
             let parts: [&[u8]; 3] = [
@@ -108,13 +108,15 @@ impl Ops for Drawn {
             let w = redrawn(stream, rows, codes, &scales);
             let w_energies = energies(&w, width);
             let dots = dot_rows(&x, &Widened::of(&w, width));
+            let chains = self.floor.chains(&x_values, &w, width);
             let mut y: Vec<f32> = Vec::with_capacity(dots.len());
             let signs = Random::at(!stream.bits()).signs();
             let each = x_energies.iter().flat_map(|x| w_energies.iter().map(move |w| x * w));
             for (index, ((&dot, energies), sign)) in dots.iter().zip(each).zip(signs).enumerate() {
                 // sum (x w)^2, as if it did not matter which x meets which w.
                 let terms = energies / width as f64;
-                let moved = self.floor.after_operands(width, dot, terms).sqrt();
+                let chain = chains.as_ref().map(|chains| f64::from(chains[index]));
+                let moved = self.floor.after_operands(width, dot, terms, chain).sqrt();
                 let bias =
                     bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % codes.rows()]));
                 y.push((dot + f64::from(sign) * moved + bias) as f32);

@@ -2,7 +2,8 @@
 //!
 //! For a GEMM whose operands are rounded to `x~ = x + dx` and `w~ = w + dw`
 //! (both known exactly), output (i, j) has
-//! `sigma^2 = sum_k (x^2 dw^2 + dx^2 w^2 + dx^2 dw^2) + accumulation + output rounding`.
+//! `sigma^2 = sum_k (x^2 dw^2 + dx^2 w^2 + dx^2 dw^2) + accumulation + output rounding`,
+//! and two outputs that share an operand's rounding have a covariance known likewise.
 //! The other ops round in f32 a counted number of times; each rounding of a value
 //! s counts as an independent error of variance `(u s)^2 / 3`, u = 2^-24, and is
 //! carried to the output by the op's derivative. It predicts sizes and computes the
@@ -16,7 +17,9 @@ use super::departure::scale_at;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
+use super::emulated::kernels::WARP_LANES;
 use super::emulated::quantize::{Codes, CodesRow};
+use super::emulated::schedule::{Schedule, Step};
 use super::reference::{Reference, Widened, dot_rows};
 use super::rope;
 use super::vector::{Kernel, dispatch};
@@ -26,7 +29,32 @@ use super::{
 use crate::dtype::Format;
 use crate::model::{Rope, Weight};
 use crate::op::{Accumulate, Recipe};
+use crate::random::Random;
 use crate::tensor::Tensor;
+
+/// What rounding alone makes of a result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Deviations {
+    /// The deviation of each value, in the result's shape.
+    pub each: Tensor,
+    /// What the errors of one line have in common, of a GEMM; elsewhere it is not known.
+    pub shared: Option<Shared>,
+}
+
+/// The mean squared correlation of two errors of a line, for each line: errors of one
+/// row share the rounding of `x`, those of one column the rounding of `w`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shared {
+    /// Of each row.
+    pub rows: Vec<f32>,
+    /// Of each column.
+    pub columns: Vec<f32>,
+}
+
+/// Pairs of rows whose correlation is computed in each column.
+const ROW_PAIRS: usize = 8;
+/// Pairs of columns whose correlation is computed in each row, of every chunk of a weight.
+const COLUMN_PAIRS: usize = 4;
 
 /// Half an ULP of f32, relative.
 const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
@@ -39,7 +67,7 @@ pub struct Floor {
     recipe: Recipe,
     emulated: Emulated,
     /// The deviations of the calls so far, in their order.
-    sigmas: Mutex<Vec<Tensor>>,
+    sigmas: Mutex<Vec<Deviations>>,
 }
 
 impl Floor {
@@ -58,24 +86,48 @@ impl Floor {
     }
 
     /// The deviations of all calls so far, in their order.
-    pub fn into_sigmas(self) -> Vec<Tensor> {
+    pub fn into_sigmas(self) -> Vec<Deviations> {
         self.sigmas.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The deviations of the last call, which are then forgotten.
     pub fn take_sigma(&self) -> Option<Tensor> {
-        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop()
+        let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        sigmas.pop().map(|deviations| deviations.each)
     }
 
     /// The variance of what a GEMM's result meets after its operands' conversion:
-    /// accumulation and output rounding. `terms` is `sum_k (x w)^2`.
-    pub fn after_operands(&self, inner: usize, dot: f64, terms: f64) -> f64 {
+    /// accumulation and output rounding. `terms` is `sum_k (x w)^2`, and `chain` the
+    /// accumulation's variance where [`Floor::chains`] gives it.
+    pub fn after_operands(&self, inner: usize, dot: f64, terms: f64, chain: Option<f64>) -> f64 {
         let (of_terms, of_sum) = self.accumulation(inner);
-        of_terms * terms + of_sum * dot * dot + self.output(dot.abs())
+        let accumulation = chain.unwrap_or(of_terms * terms + of_sum * dot * dot);
+        accumulation + self.output(dot.abs()) + rounding(Format::F32, dot.abs())
     }
 
-    fn note(&self, sigma: Tensor) {
-        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(sigma);
+    /// The variance of each product's accumulation, `[x rows, w rows]`, where it is a
+    /// chain of f32 additions; `None` on a tensor core.
+    ///
+    /// Each addition rounds the running sum, `ulp^2 / 12`. The sums depend on where along
+    /// K the large terms stand: a sum that an outlier channel raises early rounds coarsely
+    /// all the way, however small the result is. So they are followed one by one.
+    pub fn chains(&self, x: &[f32], w: &[f32], width: usize) -> Option<Vec<f32>> {
+        match chip(self.recipe.chip).unit(self.recipe.gemm, self.recipe.gemm) {
+            Some(Unit::TensorCore(_)) => None,
+            _ => {
+                let steps = Schedule::of(&self.recipe).steps(width, Format::F32);
+                Some(dispatch(Chains { x, w, width, steps: &steps }))
+            }
+        }
+    }
+
+    fn note(&self, each: Tensor) {
+        self.note_shared(each, None);
+    }
+
+    fn note_shared(&self, each: Tensor, shared: Option<Shared>) {
+        let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        sigmas.push(Deviations { each, shared });
     }
 
     /// Notes a deviation for each value of a result.
@@ -85,8 +137,8 @@ impl Floor {
         self.note(Tensor::new(y.width(), sigmas));
     }
 
-    /// The variance of the accumulation's truncations, relative to
-    /// `sum_k (x w)^2` and to `y^2`.
+    /// The variance of a tensor core's truncations, relative to `sum_k (x w)^2` and to
+    /// `y^2`; a chain of f32 additions is followed by [`Floor::chains`].
     ///
     /// Each of `steps` block sums is cut to R bits below its largest term: the
     /// cuts of terms of either sign add as a random walk, `steps 2^-2R` of the
@@ -104,14 +156,7 @@ impl Floor {
                 let unit = 0.5f64.powi(bits as i32);
                 (steps * unit * unit, (steps * unit / 2.0).powi(2))
             }
-            // A chain of K fused multiply-adds, each rounding the running sum:
-            // ulp^2 / 12 of s is s^2 u^2 / (8 ln 2) on average over its binade,
-            // and a random walk that ends at y has, over its K steps,
-            // sum s^2 = K / 6 * sum (x w)^2 + K / 3 * y^2.
-            _ => {
-                let step = F32_UNIT.powi(2) / (8.0 * std::f64::consts::LN_2);
-                (inner / 6.0 * step, inner / 3.0 * step)
-            }
+            _ => (0.0, 0.0),
         }
     }
 
@@ -130,11 +175,76 @@ impl Floor {
         if self.recipe.stream.is_some() { roundings * rounded(size) } else { 0.0 }
     }
 
-    /// The variance of rounding a value of about `size` to the output type, and
-    /// of one more rounding to f32: the reference's own, or the scale's.
+    /// The variance of rounding a value of about `size` to the output type, and of its
+    /// product with the scales. What f32 additions end with is an f32 already.
     fn output(&self, size: f64) -> f64 {
-        rounding(self.recipe.output, size) + rounding(Format::F32, size)
+        let Recipe { gemm, output, .. } = self.recipe;
+        let scaled = if gemm.is_fp8() { rounding(Format::F32, size) } else { 0.0 };
+        let rounded = if output == Format::F32 { 0.0 } else { rounding(output, size) };
+        scaled + rounded
     }
+}
+
+/// The variance of chains of f32 additions, `[x rows, w rows]`.
+struct Chains<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    width: usize,
+    steps: &'a [Step],
+}
+
+impl Kernel for Chains<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<f32> {
+        /// Rows of the weight that are followed side by side.
+        const SIDE: usize = 8;
+        let Chains { x, w, width, steps } = self;
+        let (rows, count) = (x.len() / width, w.len() / width);
+        let mut variances = vec![0.0; rows * count];
+        let mut turned = vec![[0.0f32; SIDE]; width];
+        for (block, w) in w.chunks(SIDE * width).enumerate() {
+            for (lane, w) in w.chunks_exact(width).enumerate() {
+                turned.iter_mut().zip(w).for_each(|(turned, &w)| turned[lane] = w);
+            }
+            let lanes = w.len() / width;
+            for (row, x) in x.chunks_exact(width).enumerate() {
+                let mut squares = [0.0f64; SIDE];
+                let mut total = [0.0f32; SIDE];
+                for (number, step) in steps.iter().enumerate() {
+                    let mut sum = [0.0f32; SIDE];
+                    for (&x, w) in x[step.inner.clone()].iter().zip(&turned[step.inner.clone()]) {
+                        for lane in 0..SIDE {
+                            sum[lane] = if FMA {
+                                x.mul_add(w[lane], sum[lane])
+                            } else {
+                                x * w[lane] + sum[lane]
+                            };
+                            squares[lane] += square_of_power(sum[lane]);
+                        }
+                    }
+                    for lane in 0..SIDE {
+                        total[lane] += sum[lane];
+                        squares[lane] +=
+                            if number > 0 { square_of_power(total[lane]) } else { 0.0 };
+                    }
+                }
+                let first = row * count + block * SIDE;
+                let unit = (2.0 * F32_UNIT).powi(2) / 12.0;
+                let places = variances[first..first + lanes].iter_mut().zip(squares);
+                places.for_each(|(variance, squares)| *variance = (squares * unit) as f32);
+            }
+        }
+        variances
+    }
+}
+
+/// The square of the largest power of two in a value: of its ULP, but for a factor.
+#[inline(always)]
+fn square_of_power(value: f32) -> f64 {
+    let power = f64::from(f32::from_bits(value.to_bits() & 0x7f80_0000));
+    power * power
 }
 
 /// The variance of rounding a value of about `size`: `ulp^2 / 12`.
@@ -200,24 +310,86 @@ fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32
     (values.iter().map(|value| value * value).collect(), errors)
 }
 
-/// All dot products of rows of positive values, `[x rows, w rows]`.
+/// What the floor finds in one chunk of a weight's rows.
+struct Chunk {
+    first: usize,
+    truth: Vec<f32>,
+    sigma: Vec<f32>,
+    /// The mean squared correlation within each of the chunk's columns.
+    columns: Vec<f32>,
+    /// The sum of the squared correlations within each row, over `pairs` pairs.
+    in_rows: Vec<f32>,
+    pairs: usize,
+}
+
+/// Some pairs of `count` things, all of them where there are few.
+fn pairs_of(count: usize, most: usize) -> Vec<(usize, usize)> {
+    if count * count.saturating_sub(1) / 2 <= most {
+        return (0..count).flat_map(|b| (0..b).map(move |a| (a, b))).collect();
+    }
+    let mut random = Random::at(count as u64);
+    let pair = || {
+        let a = random.below(count);
+        (a, (a + 1 + random.below(count - 1)) % count)
+    };
+    std::iter::repeat_with(pair).take(most).collect()
+}
+
+/// Products of two rows of an activation, pair by pair.
+struct RowPairs {
+    /// `x_a x_b`.
+    x: Vec<f32>,
+    /// `dx_a dx_b` where both rows are the same, which are rounded alike; else zero.
+    dx: Option<Vec<f32>>,
+}
+
+impl RowPairs {
+    fn of(x: &Tensor, dx_square: &[f32], pairs: &[(usize, usize)]) -> RowPairs {
+        let width = x.width();
+        let products = |&(a, b): &(usize, usize)| x.row(a).iter().zip(x.row(b)).map(|(a, b)| a * b);
+        let same = |&(a, b): &(usize, usize)| x.row(a) == x.row(b);
+        let squares = |pair: &(usize, usize)| {
+            let squares = &dx_square[pair.0 * width..(pair.0 + 1) * width];
+            let same = same(pair);
+            squares.iter().map(move |&square| if same { square } else { 0.0 })
+        };
+        let repeated = pairs.iter().any(same);
+        RowPairs {
+            x: pairs.iter().flat_map(products).collect(),
+            dx: repeated.then(|| pairs.iter().flat_map(squares).collect()),
+        }
+    }
+
+    /// The covariances of each pair in each column of a weight's chunk, `[pairs, columns]`.
+    fn covariances(
+        &self,
+        with_x: &[f32],
+        with_dx: &[f32],
+        width: usize,
+    ) -> (Vec<f32>, Option<Vec<f32>>) {
+        let dots = |x: &[f32], w| dispatch(Dots { x, w, width });
+        (dots(&self.x, with_x), self.dx.as_ref().map(|dx| dots(dx, with_dx)))
+    }
+}
+
+/// All dot products of rows in f32, `[x rows, w rows]`.
 ///
-/// Nothing cancels, so f32 sums are right to some 1e-6 whatever their order.
-struct PositiveDots<'a> {
+/// Of positive values nothing cancels, so they are right to some 1e-6 whatever the order.
+struct Dots<'a> {
     x: &'a [f32],
     w: &'a [f32],
     width: usize,
 }
 
-/// Partial sums of a positive dot product.
+/// Partial sums of a dot product.
 const LANES: usize = 16;
 
-impl Kernel for PositiveDots<'_> {
+impl Kernel for Dots<'_> {
     type Output = Vec<f32>;
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Vec<f32> {
-        let PositiveDots { x, w, width } = self;
+        let Dots { x, w, width } = self;
         let mut dots = Vec::with_capacity(x.len() / width * (w.len() / width));
         for x in x.chunks_exact(width) {
             for w in w.chunks_exact(width) {
@@ -282,7 +454,10 @@ impl Ops for Floor {
         let (x_square, dx_square) = squares(x.data(), &codes, &scales);
         let x_wide = Widened::of(x.data(), width);
         let (of_terms, of_sum) = self.accumulation(width);
+        let pairs = pairs_of(x.rows(), ROW_PAIRS);
+        let products = RowPairs::of(x, &dx_square, &pairs);
         let chunks = self.emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
+            let count = codes.rows();
             let (mut with_x, mut with_dx) = squares(rows, codes, &scales);
             for (w, dw) in with_x.iter_mut().zip(&mut with_dx) {
                 let (w_square, dw_square) = (*w, *dw);
@@ -291,34 +466,79 @@ impl Ops for Floor {
                 *dw = w_square + dw_square;
             }
             let dots = dot_rows(&x_wide, &Widened::of(rows, width));
-            let from_x = dispatch(PositiveDots { x: &x_square, w: &with_x, width });
-            let from_dx = dispatch(PositiveDots { x: &dx_square, w: &with_dx, width });
-            let count = codes.rows();
+            let chains = self.chains(x.data(), rows, width);
+            let positive = |x, w| dispatch(Dots { x, w, width });
+            let from_x = chains.unwrap_or_else(|| positive(&x_square, &with_x));
+            let from_dx = positive(&dx_square, &with_dx);
             let mut truth = Vec::with_capacity(dots.len());
             let mut sigma = Vec::with_capacity(dots.len());
-            for (index, dot) in dots.into_iter().enumerate() {
-                let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[first + index % count]));
+            for (index, &dot) in dots.iter().enumerate() {
                 let inner =
                     f64::from(from_x[index]) + f64::from(from_dx[index]) + of_sum * dot * dot;
                 let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
-                let mut variance = inner + self.output(size) + (bias * F32_UNIT).powi(2);
+                let bias = bias.as_ref().map(|bias| f64::from(bias[first + index % count]));
+                let whole = dot + bias.unwrap_or(0.0);
+                // The reference rounds to f32, and so does the sum with a bias.
+                let ends = if bias.is_some() { 2.0 } else { 1.0 };
+                let mut variance =
+                    inner + self.output(size) + ends * rounding(Format::F32, whole.abs());
                 // The product may be rounded to the stream's type before its bias is added.
-                variance += self.passed(dot + bias);
-                if bias != 0.0 {
+                variance += self.passed(whole);
+                if bias.is_some_and(|bias| bias != 0.0) {
                     variance += self.passed(dot);
                 }
-                truth.push((dot + bias) as f32);
+                truth.push(whole as f32);
                 sigma.push(variance.sqrt() as f32);
             }
-            Ok((first, Tensor::new(count, truth), Tensor::new(count, sigma)))
+            let correlation = |covariance: f64, a: usize, b: usize| {
+                let size = f64::from(sigma[a]) * f64::from(sigma[b]);
+                if size > 0.0 { (covariance / size).powi(2) as f32 } else { 0.0 }
+            };
+            // Within a column: what two rows make of the same dw, and of the same dx.
+            let (of_dw, of_dx) = products.covariances(&with_x, &with_dx, width);
+            let mut columns = vec![0.0; count];
+            for (pair, &(a, b)) in pairs.iter().enumerate() {
+                for (column, sum) in columns.iter_mut().enumerate() {
+                    let (a, b) = (a * count + column, b * count + column);
+                    let at = pair * count + column;
+                    let shared =
+                        f64::from(of_dw[at]) + of_dx.as_ref().map_or(0.0, |d| d[at].into());
+                    *sum +=
+                        correlation(shared + of_sum * dots[a] * dots[b], a, b) / pairs.len() as f32;
+                }
+            }
+            // Within a row: what two columns make of the same dx.
+            let neighbours = pairs_of(count, COLUMN_PAIRS);
+            let row = |number: usize| rows[number * width..(number + 1) * width].iter();
+            let weights: Vec<f32> = neighbours
+                .iter()
+                .flat_map(|&(a, b)| row(a).zip(row(b)).map(|(a, b)| a * b))
+                .collect();
+            let of_dx = positive(&dx_square, &weights);
+            let mut in_rows = vec![0.0; x.rows()];
+            for (token, sum) in in_rows.iter_mut().enumerate() {
+                for (pair, &(a, b)) in neighbours.iter().enumerate() {
+                    let (a, b) = (token * count + a, token * count + b);
+                    let shared = f64::from(of_dx[token * neighbours.len() + pair]);
+                    *sum += correlation(shared + of_sum * dots[a] * dots[b], a, b);
+                }
+            }
+            let sites = Chunk { first, truth, sigma, columns, in_rows, pairs: neighbours.len() };
+            Ok(sites)
         })?;
         let mut truth = Tensor::zeros(x.rows(), weight.rows());
         let mut sigma = Tensor::zeros(x.rows(), weight.rows());
-        for (first, truths, sigmas) in chunks {
-            truth.set_columns(first, &truths);
-            sigma.set_columns(first, &sigmas);
+        let mut shared = Shared { rows: vec![0.0; x.rows()], columns: Vec::new() };
+        let pairs: usize = chunks.iter().map(|chunk| chunk.pairs).sum();
+        for chunk in chunks {
+            let count = chunk.columns.len();
+            truth.set_columns(chunk.first, &Tensor::new(count, chunk.truth));
+            sigma.set_columns(chunk.first, &Tensor::new(count, chunk.sigma));
+            shared.columns.extend(chunk.columns);
+            let sums = shared.rows.iter_mut().zip(chunk.in_rows);
+            sums.for_each(|(row, sum)| *row += sum / pairs.max(1) as f32);
         }
-        self.note(sigma);
+        self.note_shared(sigma, Some(shared));
         Ok(truth)
     }
 
@@ -426,12 +646,15 @@ impl Ops for Floor {
 
 /// The variance of each value of one attention head's output.
 ///
-/// A score is a tree of sums and one product: `(2 A^2 + s^2) u^2 / 3` with
-/// `A = sum |q k|`. The exponential adds two places, and the difference that it
-/// is taken of one rounding. A relative error of weight j moves the output by
-/// `p_j (v_j - out)`. The chain over the values rounds each partial sum, the
-/// total, the quotient and the reference once each. `stream` is the type to which a
-/// foreign engine may round between its steps.
+/// A score's error has the variance of its rounded partial sums ([`rounded_score`]). The
+/// exponential adds two places, and the difference that it is taken of one rounding. A
+/// relative error of weight j moves the output by `p_j (v_j - out)`. The score's factor
+/// `1 / sqrt(d)` is an f32 too, off by a share that is the same for every score s: what it
+/// moves is `sum_j p_j (v_j - out) s_j` times that share, and grows with the scores. The
+/// chain over the values rounds each partial sum, the total, the quotient and the
+/// reference once each. `stream` is the type to which a foreign engine may round between
+/// its steps; it sums a score in an order of its own, which `2 A^2 u^2 / 3` covers with
+/// `A = sum |q k|`.
 fn attention_spread<'k>(
     query: &[f32],
     keys: impl Iterator<Item = &'k [f32]>,
@@ -440,11 +663,16 @@ fn attention_spread<'k>(
     stream: Option<Format>,
 ) -> Vec<f64> {
     let scale = 1.0 / (query.len() as f64).sqrt();
+    let of_scale = f64::from(1.0 / (query.len() as f32).sqrt()) / scale - 1.0;
     let scores: Vec<(f64, f64)> = keys
         .map(|key| {
-            let products = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k));
-            let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
-            (sum * scale, size * scale)
+            let (sum, mut variance) = rounded_score(query, key);
+            if stream.is_some() {
+                let size =
+                    query.iter().zip(key).map(|(&q, &k)| (f64::from(q) * f64::from(k)).abs());
+                variance += 2.0 * rounded(size.sum());
+            }
+            (sum * scale, variance * scale * scale)
         })
         .collect();
     let largest =
@@ -453,9 +681,10 @@ fn attention_spread<'k>(
     let total: f64 = weights.iter().sum();
     let mut spread = vec![0.0; out.len()];
     let mut partial = vec![0.0; out.len()];
-    for ((&(score, size), weight), value) in scores.iter().zip(&weights).zip(values) {
+    let mut together = vec![0.0; out.len()];
+    for ((&(score, of_sums), weight), value) in scores.iter().zip(&weights).zip(values) {
         let share = weight / total;
-        let of_score = 2.0 * rounded(size) + rounded(score) + rounded(score - largest);
+        let of_score = of_sums + rounded(score) + rounded(score - largest);
         let relative = of_score + (2.0 * F32_UNIT).powi(2);
         // A foreign engine may round a score before and after its scale, and the weight.
         let relative = match stream {
@@ -470,14 +699,38 @@ fn attention_spread<'k>(
             partial[index] += share * value;
             let moved = share * (value - f64::from(out[index]));
             spread[index] += moved * moved * relative + rounded(partial[index]);
+            together[index] += moved * score * of_scale;
         }
     }
     let chain = (values.len() as f64 / 32.0).ceil() + 7.0;
-    for (spread, &out) in spread.iter_mut().zip(out) {
-        *spread += chain * rounded(f64::from(out));
+    for ((spread, &out), together) in spread.iter_mut().zip(out).zip(together) {
+        *spread += chain * rounded(f64::from(out)) + together * together;
         if let Some(stream) = stream {
             *spread += rounding(stream, f64::from(out).abs());
         }
     }
     spread
+}
+
+/// A warp's dot product, and the variance of its rounded partial sums: 32 lanes of chains
+/// of fused multiply-adds, then a tree. One large product among small ones is rounded at
+/// its own size on every level of the tree.
+fn rounded_score(query: &[f32], key: &[f32]) -> (f64, f64) {
+    let mut lanes = [0.0f64; WARP_LANES];
+    let mut variance = 0.0;
+    for (query, key) in query.chunks(WARP_LANES).zip(key.chunks(WARP_LANES)) {
+        for ((&q, &k), lane) in query.iter().zip(key).zip(&mut lanes) {
+            *lane += f64::from(q) * f64::from(k);
+            variance += rounded(*lane);
+        }
+    }
+    let mut half = WARP_LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+            variance += rounded(lanes[lane]);
+        }
+        half /= 2;
+    }
+    (lanes[0], variance)
 }

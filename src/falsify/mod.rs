@@ -7,6 +7,7 @@
 //! models and recipes show false alarms. It prints nothing.
 
 pub mod catalogue;
+mod clean;
 mod noise;
 mod plant;
 
@@ -27,7 +28,7 @@ use crate::compute::{ComputeError, Ops};
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::graph::Graph;
-use crate::manifest::{Overrides, Pipeline, Prompt};
+use crate::manifest::{Overrides, Pipeline};
 use crate::model::Model;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream};
 use crate::plan::{OpenModel, Plan};
@@ -37,6 +38,7 @@ use crate::run::{Options, run};
 use crate::tensor::Tensor;
 use crate::verdict::{Outcome, Verdict};
 use catalogue::{Bug, CATALOGUE};
+pub use clean::{CleanRuns, CleanTally, MODELS as CLEAN_MODELS, clean_runs};
 pub use noise::Noise;
 pub use plant::Plant;
 use plant::{Ground, planted};
@@ -533,7 +535,7 @@ impl Secret {
         let Some(sigma) = sigmas.first() else { return Ok(()) };
         let mut effect = self.effect.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         effect.planted = true;
-        let values = clean.data().iter().zip(spoilt.data()).zip(sigma.data());
+        let values = clean.data().iter().zip(spoilt.data()).zip(sigma.each.data());
         let (mut changed, mut moved) = (0, 0.0);
         for ((&clean, &spoilt), &sigma) in values {
             if clean.to_bits() == spoilt.to_bits() {
@@ -553,24 +555,6 @@ impl Secret {
 /// A seeded choice below `count`.
 pub fn chosen(seed: u64, count: usize) -> usize {
     (Random::at(seed).bits() % count.max(1) as u64) as usize
-}
-
-/// The prompt of a clean run: between 1 and 24 tokens, seeded.
-pub fn some_tokens(seed: u64, vocabulary: usize) -> Vec<u32> {
-    let count = 1 + chosen(seed, 24) as u64;
-    (0..count)
-        .map(|i| chosen(seed.wrapping_mul(31).wrapping_add(i + 7), vocabulary) as u32)
-        .collect()
-}
-
-/// The same pipeline on other tokens and another seed.
-pub fn on_tokens(pipeline: &Pipeline, tokens: &[u32], seed: u64) -> Pipeline {
-    let mut pipeline = pipeline.clone();
-    for stage in &mut pipeline.stages {
-        stage.prompt = Prompt::Tokens(tokens.to_vec());
-        stage.seed = seed;
-    }
-    pipeline
 }
 
 /// The bugs whose names contain a text; all for none.

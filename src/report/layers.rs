@@ -107,6 +107,7 @@ mod tests {
             worst: None,
             first_mismatches: Vec::new(),
             z_histogram: None,
+            chance: BTreeMap::new(),
         }
     }
 

@@ -537,7 +537,8 @@ impl Bench<'_> {
         let stage = self.prepared.stage;
         let whole_pass_only = matches!(stage.op, Op::Forward { capture: Capture::Logits, .. });
         let contract = self.plan.pipeline.contracts[&stage.contract].read_by(&stage.arms);
-        let judgements = judge(&contract, &measures.measures, &BTreeMap::new()).judgements;
+        let judgements =
+            judge(&contract, &measures.measures, &stage.arms, &BTreeMap::new()).judgements;
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
             return Ok(Vec::new());
         };

@@ -458,7 +458,7 @@ impl<'a> Engine<'a> {
             .map(|(arm, record)| (*arm, record.why.clone()))
             .collect();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
-        let mut judged = judge(&contract, &progress.measures.measures, &absent);
+        let mut judged = judge(&contract, &progress.measures.measures, &definition.arms, &absent);
         let diagnosis = progress.measures.diagnoses.first();
         let first = First::of(&judged.judgements, &progress.measures.measures).map(|first| {
             let cause = diagnosis.and_then(|d| d.cause()).map(|fit| fit.cause.clone());

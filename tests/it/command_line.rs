@@ -255,3 +255,25 @@ fn a_stopped_run_leaves_nothing_half_written_and_the_next_one_carries_on() {
     let (code, table, lines) = place.run(&["run", "stages/", "--select", "+E"]);
     assert_eq!(code, 0, "{table}{lines}");
 }
+
+#[test]
+fn an_arm_that_was_left_out_hinders_no_pass_but_one_without_any_claim_left_is_unmeasured() {
+    let place = Place::new();
+    let (code, table, lines) = place.run(&["run", "stages/", "--arms", "reference,emulated"]);
+    assert_eq!(code, 0, "{table}{lines}");
+    assert!(!table.contains("unmeasured"), "what is not asked for is not missing: {table}");
+    let (code, table, _) =
+        place.run(&["run", "stages/", "--select", "C,D,E", "--arms", "reference"]);
+    assert_eq!(code, 3, "{table}");
+    assert!(table.contains("the emulated arm did not run: it was not asked for"), "{table}");
+}
+
+#[test]
+fn one_token_is_enough_for_every_claim() {
+    let place = Place::new();
+    for model in ["synthetic:llama-tiny", "synthetic:qwen2-tiny"] {
+        let (code, table, lines) =
+            place.run(&["run", "stages/", "--model", model, "--tokens", "7"]);
+        assert_eq!(code, 0, "{table}{lines}");
+    }
+}

@@ -349,9 +349,9 @@ fn measure_floors(
             let shares = energies.and_then(|energies| energies.shares()).expect("an error");
             let sum: f64 = shares.named().iter().map(|(_, share)| share).sum();
             assert!((sum - 1.0).abs() < 1e-9 && shares.unexplained == 0.0, "{site}: {shares:?}");
-            gemms.push((site.clone(), Z::of(tensor, truth, sigma)));
+            gemms.push((site.clone(), Z::of(tensor, truth, &sigma.each)));
         } else if site.0 != "embed" {
-            let z = Z::of(tensor, truth, sigma);
+            let z = Z::of(tensor, truth, &sigma.each);
             let most = kernels.entry(kind_of(site).to_owned()).or_insert(0.0f64);
             *most = if z.most > *most { z.most } else { *most };
         }

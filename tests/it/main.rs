@@ -2,6 +2,7 @@
 //! project to things that nobody here wrote.
 
 mod cache;
+mod clean;
 mod command;
 mod command_line;
 mod compute;

@@ -4,7 +4,7 @@
 //! floats and quantized: that is some twenty times faster and gives the same kind
 //! of rows. It knows formats and distributions, not what a tensor is for.
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::model::weights::WeightType;
 use crate::random::Random;
@@ -63,6 +63,9 @@ impl<'a> RowWriter<'a> {
     /// Fills a row of blocks with values of this standard deviation.
     pub fn write(&self, mut random: Random, deviation: f32, row: &mut [u8]) {
         let width = self.kind.block_width();
+        if width == 1 {
+            return self.write_plain(random, deviation, row);
+        }
         for (n, block) in row.chunks_exact_mut(self.kind.block_bytes()).enumerate() {
             let mut group = |index: usize, size: usize| {
                 self.group(&mut random, deviation, n * width + index * size, size)
@@ -73,6 +76,24 @@ impl<'a> RowWriter<'a> {
                 WeightType::Q5_0 => write_q5_0(block, &group(0, 32)),
                 WeightType::Q8_0 => write_q8_0(block, &group(0, 32)),
                 other => unreachable!("no synthetic matrix is {other}"),
+            }
+        }
+    }
+
+    /// Fills a row of plain numbers: the groups' shares, and random digits below them.
+    fn write_plain(&self, mut random: Random, deviation: f32, row: &mut [u8]) {
+        let bytes = self.kind.block_bytes();
+        for (n, row) in row.chunks_mut(LARGEST_GROUP * bytes).enumerate() {
+            let first = n * LARGEST_GROUP;
+            let group = self.group(&mut random, deviation, first, LARGEST_GROUP);
+            for (bytes, share) in row.chunks_exact_mut(bytes).zip(group.shares) {
+                let digits = f32::from(share) + 0.5 * random.symmetric();
+                let value = digits * group.largest / 127.0;
+                match self.kind {
+                    WeightType::F16 => bytes.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                    WeightType::BF16 => bytes.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                    _ => bytes.copy_from_slice(&value.to_le_bytes()),
+                }
             }
         }
     }

@@ -12,6 +12,7 @@
 //! size from block to block.
 
 mod blocks;
+mod random;
 mod vocabulary;
 
 use std::fmt;
@@ -46,16 +47,19 @@ pub enum Preset {
     Qwen25Half,
     /// The shapes of Qwen2.5-7B.
     Qwen25Seven,
+    /// Shapes that the seed draws, odd ones too; `random.rs` says which.
+    Random,
 }
 
 impl Preset {
     /// All presets, the default first.
-    pub const ALL: [Preset; 5] = [
+    pub const ALL: [Preset; 6] = [
         Preset::Qwen2Tiny,
         Preset::LlamaTiny,
         Preset::Qwen3Tiny,
         Preset::Qwen25Half,
         Preset::Qwen25Seven,
+        Preset::Random,
     ];
 
     /// The name that a manifest gives after `synthetic:`.
@@ -66,6 +70,7 @@ impl Preset {
             Preset::Qwen3Tiny => "qwen3-tiny",
             Preset::Qwen25Half => "qwen2.5-0.5b",
             Preset::Qwen25Seven => "qwen2.5-7b",
+            Preset::Random => "random",
         }
     }
 
@@ -74,7 +79,7 @@ impl Preset {
         Preset::ALL.into_iter().find(|preset| preset.name() == name)
     }
 
-    fn shape(self) -> Shape {
+    fn shape(self, seed: u64) -> Shape {
         let tiny = Shape {
             architecture: Architecture::Qwen2,
             layers: 4,
@@ -87,6 +92,10 @@ impl Preset {
             rms_norm_eps: 1e-6,
             theta: 1e6,
             tied: false,
+            biases: true,
+            outliers: 2,
+            sharpness: 1.2,
+            plain: None,
         };
         match self {
             Preset::Qwen2Tiny => tiny,
@@ -97,9 +106,13 @@ impl Preset {
                 rms_norm_eps: 1e-5,
                 theta: 5e5,
                 tied: true,
+                biases: false,
                 ..tiny
             },
-            Preset::Qwen3Tiny => Shape { architecture: Architecture::Qwen3, head_dim: 128, ..tiny },
+            Preset::Qwen3Tiny => {
+                let architecture = Architecture::Qwen3;
+                Shape { architecture, head_dim: 128, biases: false, ..tiny }
+            }
             Preset::Qwen25Half => Shape {
                 layers: 24,
                 hidden: 896,
@@ -107,6 +120,7 @@ impl Preset {
                 ffn: 4864,
                 vocabulary: 151_936,
                 tied: true,
+                outliers: 3,
                 ..tiny
             },
             Preset::Qwen25Seven => Shape {
@@ -117,8 +131,10 @@ impl Preset {
                 head_dim: 128,
                 ffn: 18_944,
                 vocabulary: 152_064,
+                outliers: 6,
                 ..tiny
             },
+            Preset::Random => random::shape(seed),
         }
     }
 }
@@ -160,7 +176,7 @@ fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
 
 /// Writes the preset's GGUF file, a few megabytes at a time.
 pub fn write(preset: Preset, seed: u64, out: &mut (dyn Write + Send)) -> io::Result<()> {
-    let shape = preset.shape();
+    let shape = preset.shape(seed);
     let tensors = shape.tensors();
     out.write_all(&shape.header(preset, seed, &tensors))?;
     let outliers = shape.outliers(seed);
@@ -197,6 +213,14 @@ struct Shape {
     rms_norm_eps: f32,
     theta: f32,
     tied: bool,
+    /// Whether the biases of Q, K and V are not zero; only Qwen2 has them.
+    biases: bool,
+    /// Channels of the residual stream that carry large values.
+    outliers: usize,
+    /// Size of the weights of Q and K in `1 / sqrt(hidden)`: scores grow with its square.
+    sharpness: f32,
+    /// The type of every matrix, if it is not that of `Q4_K_M`.
+    plain: Option<WeightType>,
 }
 
 /// A tensor to be made.
@@ -243,20 +267,22 @@ const LOGITS: f32 = 2.5;
 impl Shape {
     /// Channels of the residual stream that carry large values, ascending.
     fn outliers(&self, seed: u64) -> Vec<usize> {
-        let count = 2 + self.hidden / 896;
-        let share = self.hidden / count;
+        let share = self.hidden / self.outliers.max(1);
         let mut random = stream(seed, "outlier channels", 0);
-        (0..count).map(|n| n * share + random.below(share)).collect()
+        (0..self.outliers).map(|n| n * share + random.below(share)).collect()
     }
 
     /// The type that `Q4_K_M` gives a matrix: K-quants where rows fill their blocks
-    /// of 256, else the blocks of 32 that llama.cpp falls back to.
+    /// of 256, else the blocks of 32 that llama.cpp falls back to; f32 where rows
+    /// fill neither.
     fn kind(&self, width: usize, more_bits: bool) -> WeightType {
-        match (width.is_multiple_of(256), more_bits) {
-            (true, false) => WeightType::Q4K,
-            (true, true) => WeightType::Q6K,
-            (false, false) => WeightType::Q5_0,
-            (false, true) => WeightType::Q8_0,
+        match (self.plain, more_bits) {
+            (Some(kind), _) => kind,
+            _ if !width.is_multiple_of(32) => WeightType::F32,
+            (None, false) if width.is_multiple_of(256) => WeightType::Q4K,
+            (None, true) if width.is_multiple_of(256) => WeightType::Q6K,
+            (None, false) => WeightType::Q5_0,
+            (None, true) => WeightType::Q8_0,
         }
     }
 
@@ -304,13 +330,14 @@ impl Shape {
         let (low, high) = (self.kind(hidden, false), self.kind(hidden, more));
         let norm = Values::Gain { mean: 1.0, outlier: 4.0, signed: false };
         add("attn_norm.weight", WeightType::F32, 1, hidden, norm);
-        add("attn_q.weight", low, queries, hidden, reader(1.2 * unit, Rows::Even));
-        add("attn_k.weight", low, keys, hidden, reader(1.2 * unit, Rows::Even));
+        add("attn_q.weight", low, queries, hidden, reader(self.sharpness * unit, Rows::Even));
+        add("attn_k.weight", low, keys, hidden, reader(self.sharpness * unit, Rows::Even));
         add("attn_v.weight", high, keys, hidden, reader(unit, Rows::Even));
         match self.architecture {
-            Architecture::Llama => {}
             Architecture::Qwen2 => {
-                let bias = |size, spike| Values::Bias { size, spike };
+                let on = if self.biases { 1.0f32 } else { 0.0 };
+                let bias =
+                    |size: f32, spike: f32| Values::Bias { size: on * size, spike: on * spike };
                 add("attn_q.bias", WeightType::F32, 1, queries, bias(0.3, 0.0));
                 add("attn_k.bias", WeightType::F32, 1, keys, bias(0.3, 3.0));
                 add("attn_v.bias", WeightType::F32, 1, keys, bias(0.05, 0.0));
@@ -320,6 +347,7 @@ impl Shape {
                 add("attn_q_norm.weight", WeightType::F32, 1, head_dim, gain);
                 add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
             }
+            Architecture::Llama => {}
         }
         // Attention averages values down to a root mean square of 0.7; SwiGLU's hard
         // neurons raise it to 1.5.

@@ -120,7 +120,7 @@ fn share_map(place: usize, grid: &Grid<'_>, judged: &[(usize, &Judgement)]) -> M
             match value.filter(|value| value.is_finite()) {
                 None => missing = Some((number, judgement)),
                 Some(value) => {
-                    let used = judgement.share_of_bound(value);
+                    let used = judgement.share_of_bound(measure, value);
                     if most.is_none_or(|(.., before)| used > before) {
                         most = Some((number, judgement, value, used));
                     }

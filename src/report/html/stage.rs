@@ -476,7 +476,11 @@ fn worst(page: &Page<'_>, stage: &StageRecord) -> Markup {
         let judging = stage.judgements.iter().filter(|judgement| judgement.judges(measure));
         let used = judging.filter_map(|judgement| {
             let value = measure.metrics.get(&judgement.metric)?;
-            Some(if value.is_finite() { judgement.share_of_bound(*value) } else { f64::MAX })
+            Some(if value.is_finite() {
+                judgement.share_of_bound(measure, *value)
+            } else {
+                f64::MAX
+            })
         });
         let Some(most) = used.max_by(f64::total_cmp) else { continue };
         if measure.worst.is_some() || !measure.first_mismatches.is_empty() {
