@@ -75,7 +75,7 @@ fn tensor_ref(text: &str) -> Result<TensorRef, String> {
     }
 }
 
-fn chip_name(text: &str) -> Result<ChipName, String> {
+pub(super) fn chip_name(text: &str) -> Result<ChipName, String> {
     ChipName::ALL.into_iter().find(|chip| chip.name() == text).ok_or_else(|| {
         let known: Vec<&str> = ChipName::ALL.iter().map(|chip| chip.name()).collect();
         format!("no chip is called `{text}`; known: {}", known.join(", "))

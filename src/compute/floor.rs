@@ -209,6 +209,11 @@ struct PositiveDots<'a> {
     width: usize,
 }
 
+/// All dot products of the rows of two operands of positive values: `[x rows, w rows]`.
+pub(super) fn positive_dots(x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
+    dispatch(PositiveDots { x, w, width })
+}
+
 /// Partial sums of a positive dot product.
 const LANES: usize = 16;
 
