@@ -80,6 +80,52 @@ pub fn exact(x: &CodedTensor, w: &CodedTensor) -> Result<Exact, ComputeError> {
     Ok(Exact { width, dots, terms })
 }
 
+/// The products of x with signed sums of `count` rows of w each, and for each the sum of
+/// the squared products of those rows: `[x rows, ceil(w rows / count)]`.
+///
+/// # Errors
+/// If the operands have different K.
+pub fn signed_sums(
+    x: &CodedTensor,
+    w: &CodedTensor,
+    signs: &[f64],
+    count: usize,
+) -> Result<Exact, ComputeError> {
+    check_inner(x, w)?;
+    let inner = x.width;
+    let starts: Vec<usize> = (0..w.rows).step_by(count).collect();
+    let sums: Vec<(Vec<f64>, Vec<f64>)> = starts
+        .par_iter()
+        .map(|&first| {
+            let rows = first..(first + count).min(w.rows);
+            let (mut sum, mut squares) = (vec![0.0; inner], vec![0.0; inner]);
+            for row in rows {
+                let values = wide_rows(w, row..row + 1);
+                for ((sum, square), value) in sum.iter_mut().zip(&mut squares).zip(values) {
+                    *sum += signs[row] * value;
+                    *square += value * value;
+                }
+            }
+            (sum, squares)
+        })
+        .collect();
+    let width = sums.len();
+    let (sums, squares): (Vec<Vec<f64>>, Vec<Vec<f64>>) = sums.into_iter().unzip();
+    let (sums, squares) = (sums.concat(), squares.concat());
+    let x_values = wide_rows(x, 0..x.rows);
+    let x_squares: Vec<f64> = x_values.iter().map(|value| value * value).collect();
+    let blocks = |values: &[f64], against: &[f64]| {
+        let against = Widened::of_f64(against, inner);
+        let some: Vec<Vec<f64>> = values
+            .par_chunks(inner * CHUNK_ROWS)
+            .map(|values| dot_rows(&Widened::of_f64(values, inner), &against))
+            .collect();
+        some.concat()
+    };
+    let (dots, terms) = (blocks(&x_values, &sums), blocks(&x_squares, &squares));
+    Ok(Exact { width, dots, terms })
+}
+
 /// The product in f64 over what the codes stand for, rounded once to f32.
 ///
 /// # Errors
@@ -121,6 +167,16 @@ fn squares(values: &[f64], most: f64) -> Vec<f32> {
     values.iter().map(|value| (value / most).powi(2) as f32).collect()
 }
 
+/// A product as a chip computes it.
+pub struct Made {
+    /// The outputs.
+    pub y: Tensor,
+    /// The arithmetic in words.
+    pub words: String,
+    /// Whether they are the observed outputs in every bit; true where none were observed.
+    pub exact: bool,
+}
+
 /// The product as the recipe's chip computes it, and its arithmetic in words.
 /// `observed` are an engine's outputs as its file stores them: then schedule and
 /// output type are theirs, not the recipe's.
@@ -132,7 +188,7 @@ pub fn emulated(
     w: &CodedTensor,
     observed: Option<&CodedTensor>,
     recipe: &Recipe,
-) -> Result<(Tensor, String), ComputeError> {
+) -> Result<Made, ComputeError> {
     check_inner(x, w)?;
     let chip = chip(recipe.chip);
     let unit = chip.unit(x.format, w.format).ok_or_else(|| {
@@ -148,12 +204,14 @@ pub fn emulated(
         let schedule = Schedule::of(&Recipe { gemm: x_codes.format(), ..*recipe });
         let y = gemm(unit, &schedule, &x, &w, recipe.output)?;
         let formats = in_words(x_codes.format(), w_codes.format());
-        return Ok((y, format!("{} {formats}, {schedule}", chip.name)));
+        let words = format!("{} {formats}, {schedule}", chip.name);
+        return Ok(Made { y, words, exact: true });
     };
     let output = output_of(observed, recipe)?;
     let found = identify(unit, &x, &w, output, &observed.values())?;
     let y = gemm(unit, &found.schedule, &x, &w, output)?;
-    Ok((y, format!("{} {found}; of {} schedules tried", chip.name, found.tried)))
+    let words = format!("{} {found}; of {} schedules tried", chip.name, found.tried);
+    Ok(Made { y, words, exact: found.is_exact() })
 }
 
 fn in_words(x: Format, w: Format) -> String {

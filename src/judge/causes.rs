@@ -7,7 +7,7 @@
 use super::exam::Exam;
 use super::product::Product;
 use super::{Cause, Place};
-use crate::compare::fingerprints::{Case, Fit, rank};
+use crate::compare::fingerprints::{Case, Fit, Null, rank};
 use crate::compute::ComputeError;
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::emulated::arm::Emulated;
@@ -22,6 +22,11 @@ const WINDOW: usize = 128;
 /// Rows and columns of a window before the first wrong one: what was there before may
 /// be what stands there now.
 const BEFORE: usize = 16;
+
+/// The share of the difference from which a cause is mentioned.
+const LEAST: f64 = 0.05;
+/// Causes that are mentioned.
+const SHOWN: usize = 3;
 
 /// Tests the fingerprints on a product.
 pub(super) fn of_product(
@@ -74,6 +79,7 @@ pub(super) fn of_product(
         accumulate: Accumulate::Fast,
         output: exam.output,
         chip,
+        stream: None,
         pin: Pin::NONE,
     };
     let arm = Emulated::new(&recipe)?;
@@ -83,6 +89,7 @@ pub(super) fn of_product(
     let call = Call::Matmul { x: &x, weight: made.weight()?, bias };
     let clean = call.on(&arm)?;
     let site = Site("y".to_owned());
+    let null = Null::of(&call, &clean, &arm, &recipe)?;
     let case = Case {
         site: &site,
         call: &call,
@@ -91,6 +98,7 @@ pub(super) fn of_product(
         truth: &truth,
         arm: &arm,
         recipe: &recipe,
+        null: &null,
         model: None,
         recorded: &[],
     };
@@ -103,13 +111,19 @@ pub(super) fn of_product(
             in_columns.end - 1
         )
     });
+    Ok(told(rank(&case)?, from.as_deref().unwrap_or_default()))
+}
+
+/// What is worth telling of the fits, the best first.
+fn told(fits: Vec<Fit>, from: &str) -> Vec<Cause> {
     let cause = |fit: Fit| Cause {
         named: fit.names_the_bug(),
-        detail: fit.detail + from.as_deref().unwrap_or_default(),
+        detail: fit.detail + from,
         cause: fit.cause,
         explained: fit.explained,
     };
-    Ok(rank(&case)?.into_iter().map(cause).collect())
+    let worth = |cause: &Cause| cause.named || cause.explained >= LEAST;
+    fits.into_iter().map(cause).filter(worth).take(SHOWN).collect()
 }
 
 /// Tests the fingerprints on another op.
@@ -125,6 +139,7 @@ pub(super) fn of_call(
     let truth = exam.truth.iter().map(|&value| value as f32).collect();
     let truth = Tensor::new(clean.width(), truth);
     let site = Site("y".to_owned());
+    let null = Null::of(call, &clean, &arm, recipe)?;
     let case = Case {
         site: &site,
         call,
@@ -133,14 +148,9 @@ pub(super) fn of_call(
         truth: &truth,
         arm: &arm,
         recipe,
+        null: &null,
         model: None,
         recorded: &[],
     };
-    let cause = |fit: Fit| Cause {
-        named: fit.names_the_bug(),
-        detail: fit.detail,
-        cause: fit.cause,
-        explained: fit.explained,
-    };
-    Ok(rank(&case)?.into_iter().map(cause).collect())
+    Ok(told(rank(&case)?, ""))
 }

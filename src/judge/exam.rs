@@ -57,15 +57,17 @@ pub struct Z {
     pub within: bool,
 }
 
-/// How far outputs lie from the exact values rounded to the output's type, counted in
-/// values of that type that lie between.
+/// How far outputs lie from the exact values rounded to the output's type. A step is the
+/// distance from one value of that type to the next, at the size of the exact value or of
+/// its row's root mean square, whichever is larger: near zero the type's own steps are so
+/// small that they say nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Steps {
     /// Values that are not the exact value rounded.
     pub differ: usize,
-    /// Of them, those that are its neighbour.
+    /// Of them, those that are at most one step away.
     pub by_one: usize,
-    /// The largest distance; near zero steps are small, so it may be large there.
+    /// The largest distance, rounded up.
     pub most: u64,
     /// Where that is: row and column.
     pub most_at: [usize; 2],
@@ -166,32 +168,34 @@ impl Exam {
     }
 
     fn steps(&self) -> Steps {
+        let width = self.y.width();
         let mut steps = Steps::default();
-        for (index, &y) in self.y.data().iter().enumerate() {
-            let right = self.rounded(index);
-            if !y.is_finite() || !right.is_finite() {
-                continue;
-            }
-            let distance = distance(self.output, y, right);
-            steps.differ += usize::from(distance > 0);
-            steps.by_one += usize::from(distance == 1);
-            if distance > steps.most {
-                steps.most = distance;
-                steps.most_at = [index / self.y.width(), index % self.y.width()];
+        for (row, truth) in self.truth.chunks_exact(width).enumerate() {
+            let finite = truth.iter().filter(|truth| truth.is_finite());
+            let squares: f64 = finite.map(|truth| truth * truth).sum();
+            let typical = (squares / width as f64).sqrt();
+            for (column, &y) in self.y.row(row).iter().enumerate() {
+                let right = self.rounded(row * width + column);
+                if y == right || !y.is_finite() || !right.is_finite() {
+                    continue;
+                }
+                let size = truth[column].abs();
+                let step = last_place(self.output, if size > typical { size } else { typical });
+                let distance = ((f64::from(y) - f64::from(right)).abs() / step).ceil() as u64;
+                steps.differ += 1;
+                steps.by_one += usize::from(distance <= 1);
+                if distance > steps.most {
+                    (steps.most, steps.most_at) = (distance, [row, column]);
+                }
             }
         }
         steps
     }
 }
 
-/// Values of a type between two of them; both zeros are one value.
-fn distance(format: Format, a: f32, b: f32) -> u64 {
-    let sign = 1i64 << (8 * format.bytes() - 1);
-    let place = |value: f32| {
-        let code = i64::from(format.encode(value));
-        if code & sign != 0 { -(code & !sign) } else { code }
-    };
-    (place(a) - place(b)).unsigned_abs()
+/// The last place of a value of about `size` in a format.
+fn last_place(format: Format, size: f64) -> f64 {
+    (rounding(format, size) * 12.0).sqrt()
 }
 
 /// The variance of rounding a value of about `size` to a format: `ulp^2 / 12`.
@@ -266,10 +270,17 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_counted_in_the_outputs_own_type() {
-        assert_eq!(distance(Format::Bf16, 1.0, 1.0078125), 1);
-        assert_eq!(distance(Format::F16, 1.0, 1.0078125), 8);
-        assert_eq!(distance(Format::F32, -0.0, 0.0), 0);
-        assert_eq!(distance(Format::F16, -6e-8, 6e-8), 2);
+    fn steps_are_counted_in_the_outputs_own_type_at_the_rows_size() {
+        let exam = |y: Vec<f32>, output| Exam {
+            y: Tensor::new(4, y),
+            output,
+            truth: vec![1.0, 1.0, 1.0, 1e-6],
+            floors: Vec::new(),
+        };
+        // One place of bf16, and near zero a value that is 40 % off, which is nothing here.
+        let steps = exam(vec![1.0078125, 1.0, 1.0, 1.4e-6], Format::Bf16).steps();
+        assert_eq!((steps.differ, steps.by_one, steps.most), (2, 2, 1));
+        let steps = exam(vec![1.0078125, 1.0, 1.0, 1e-6], Format::F16).steps();
+        assert_eq!((steps.most, steps.most_at), (8, [0, 0]));
     }
 }

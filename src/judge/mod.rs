@@ -12,6 +12,7 @@ mod place;
 pub mod product;
 mod scale_bugs;
 pub mod single;
+pub mod stage;
 
 use serde::Serialize;
 
@@ -35,6 +36,20 @@ pub enum Answer {
     Wrong,
 }
 
+/// Signed sums of outputs held against their exact values: what covers all values of a
+/// product that is too large to compare one by one in a second.
+#[derive(Clone, Debug, Serialize)]
+pub struct Checksums {
+    /// How many.
+    pub count: usize,
+    /// Values in each, of one row.
+    pub of: usize,
+    /// Root mean square of their errors over their floors.
+    pub rms: f64,
+    /// The largest magnitude.
+    pub max: f64,
+}
+
 /// A cause that was tested against the outputs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cause {
@@ -55,8 +70,13 @@ pub struct Judgement {
     pub answer: Answer,
     /// The answer in a sentence.
     pub sentence: String,
-    /// Values that were compared.
+    /// All values.
     pub values: usize,
+    /// Values that were compared one by one.
+    pub compared: usize,
+    /// The check of all others, where not every value was compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checksums: Option<Checksums>,
     /// The output's type.
     pub output: Format,
     /// NaN and infinity.
@@ -79,6 +99,13 @@ pub struct Judgement {
     /// A map of the errors, where something is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub map: Option<Map>,
+}
+
+/// A whole of which some rows and columns were looked at.
+struct Whole<'a> {
+    values: usize,
+    rows: &'a [usize],
+    columns: &'a [usize],
 }
 
 /// The answer to an exam. `search` looks for causes; it is asked only where something is
@@ -111,6 +138,8 @@ fn verdict(
         answer,
         sentence: String::new(),
         values,
+        compared: values,
+        checksums: None,
         output: exam.output,
         non_finite: marks.non_finite,
         z: marks.z,
@@ -126,6 +155,26 @@ fn verdict(
 }
 
 impl Judgement {
+    /// The same judgement of a whole of which `self` saw a part, and checksums the rest.
+    fn of_sample(mut self, whole: Whole<'_>, checksums: Checksums) -> Judgement {
+        let Whole { values, rows, columns } = whole;
+        let z = |z: &mut Z| {
+            z.max_at = [rows[z.max_at[0]], columns[z.max_at[1]]];
+            z.worst_row.0 = rows[z.worst_row.0];
+            z.worst_column.0 = columns[z.worst_column.0];
+        };
+        z(&mut self.z);
+        if let Some(finest) = &mut self.finest {
+            z(finest);
+        }
+        let [row, column] = self.steps.most_at;
+        self.steps.most_at = [rows[row], columns[column]];
+        self.values = values;
+        self.checksums = Some(checksums);
+        self.sentence = self.say();
+        self
+    }
+
     fn say(&self) -> String {
         let bits = self.bits.clone().unwrap_or_default();
         match (self.answer, bits.schedule) {
@@ -139,8 +188,8 @@ impl Judgement {
                 let how_many = match bits.confirmed == self.values {
                     true => format!("all {} values", grouped(self.values)),
                     false => format!(
-                        "the {} of {} values that were computed; all others are within rounding, \
-                         z {:.2}",
+                        "the {} of {} values that were computed so; all others are within \
+                         rounding, z {:.2}",
                         grouped(bits.confirmed),
                         grouped(self.values),
                         self.z.rms
@@ -196,7 +245,11 @@ impl Judgement {
         }
         if let Some(place) = self.place.as_ref().filter(|_| !self.z.within) {
             let size = number((place.size * 10.0).round() / 10.0);
-            parts.push(format!("{}: errors of {size} floors, {}", place.in_words(), place.instead));
+            parts.push(format!(
+                "{}: the median error is {size} floors, {}",
+                place.in_words(),
+                place.instead
+            ));
         }
         parts.push(match self.causes.first() {
             Some(cause) if cause.named => format!(
@@ -210,6 +263,9 @@ impl Judgement {
                 cause.cause,
                 100.0 * cause.explained.clamp(0.0, 1.0)
             ),
+            None if self.z.within => {
+                format!("all others are within rounding, z {:.2}", self.z.rms)
+            }
             None => "not recognised".to_owned(),
         });
         format!("wrong, here, so: {}", parts.join("; "))
@@ -220,7 +276,8 @@ impl Judgement {
         if *differ == 0 {
             return format!("every value is the exact one rounded to {}", self.output);
         }
-        let of = format!("{} of {} values", grouped(*differ), grouped(self.values));
+        let sampled = if self.compared < self.values { "sampled " } else { "" };
+        let of = format!("{} of {} {sampled}values", grouped(*differ), grouped(self.compared));
         if *most <= 1 {
             return format!("at most 1 {} step, in {of}", self.output);
         }
@@ -287,7 +344,29 @@ impl Judgement {
             };
             format!("; schedules on {}{confirmed}", grouped(bits.sampled))
         });
-        line("compared", format!("all {many} values with the exact result in f64{sample}"));
+        match &self.checksums {
+            None => {
+                line("compared", format!("all {many} values with the exact result in f64{sample}"))
+            }
+            Some(sums) => {
+                let compared = grouped(self.compared);
+                line(
+                    "compared",
+                    format!("{compared} of {many} values with the exact result in f64{sample}"),
+                );
+                line(
+                    "",
+                    format!(
+                        "all {many} in {} signed sums of {} values: z {:.2}, largest {:.2}; \
+                         `--all` compares every value",
+                        grouped(sums.count),
+                        sums.of,
+                        sums.rms,
+                        sums.max
+                    ),
+                );
+            }
+        }
         if let Some(place) = &self.place {
             line(
                 "where",

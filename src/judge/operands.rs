@@ -137,7 +137,7 @@ pub fn read(
 }
 
 /// The narrowest of bf16 and f16 that holds all values of an f32 tensor, with its codes.
-fn recognised(codes: CodedTensor) -> (CodedTensor, Option<Format>) {
+pub fn recognised(codes: CodedTensor) -> (CodedTensor, Option<Format>) {
     if codes.format != Format::F32 {
         return (codes, None);
     }

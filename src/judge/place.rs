@@ -32,7 +32,7 @@ pub struct Place {
     pub column_span: [usize; 2],
     /// The share of the values of these rows and columns that are wrong.
     pub filled: f64,
-    /// Root mean square there, in units of the floor.
+    /// The median error there, in units of the floor.
     pub size: f64,
     /// What stands there instead of the right values.
     pub instead: String,
@@ -68,12 +68,11 @@ impl Place {
             // No value is wrong by itself: whole lines are.
             (in_rows, in_columns) = lines(marks, rows, width);
         }
-        let (mut squares, mut count, mut inside) = (0.0, 0usize, 0usize);
+        let (mut sizes, mut inside) = (Vec::new(), 0usize);
         for &row in &in_rows {
             for &column in &in_columns {
                 let index = row * width + column;
-                squares += f64::from(marks.each[index]).powi(2);
-                count += 1;
+                sizes.push(marks.each[index].abs());
                 inside += usize::from(is_wrong(index));
             }
         }
@@ -86,8 +85,8 @@ impl Place {
             columns: in_words("column", &in_columns, width),
             row_span: ends(&in_rows),
             column_span: ends(&in_columns),
-            filled: inside as f64 / count.max(1) as f64,
-            size: (squares / count.max(1) as f64).sqrt(),
+            filled: inside as f64 / sizes.len().max(1) as f64,
+            size: median(sizes),
             instead: instead(exam, &in_rows, &in_columns),
         }
     }
@@ -101,6 +100,14 @@ impl Place {
             (false, false) => format!("{}, {}", self.rows, self.columns),
         }
     }
+}
+
+fn median(mut sizes: Vec<f32>) -> f64 {
+    let middle = sizes.len() / 2;
+    if sizes.is_empty() {
+        return 0.0;
+    }
+    f64::from(*sizes.select_nth_unstable_by(middle, f32::total_cmp).1)
 }
 
 fn finite(exam: &Exam, index: usize) -> bool {
@@ -210,12 +217,15 @@ fn instead(exam: &Exam, rows: &[usize], columns: &[usize]) -> String {
         l if l > 0.999 && (slope - 1.0).abs() > 1e-4 => {
             format!("they are {} times the right values (correlation {l:.5}){side}", number(slope))
         }
-        l if l > 0.99 => format!("near the right values (correlation {l:.5}){side}"),
+        l if l > 0.99 => format!("they are near the right values (correlation {l:.5}){side}"),
         l if l < -0.99 => format!("they are {} times the right values", number(slope)),
         l if l.abs() < 0.3 => {
             format!("they have nothing to do with the right values (correlation {l:.3})")
         }
-        l => format!("only like the right values (correlation {l:.3}, slope {})", number(slope)),
+        l => format!(
+            "they are only like the right values (correlation {l:.3}, slope {})",
+            number(slope)
+        ),
     }
 }
 

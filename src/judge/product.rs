@@ -6,14 +6,16 @@
 use rayon::prelude::*;
 
 use super::bits::{self, Epilogue};
-use super::exam::{Exam, Floor, rounding};
-use super::{Cause, Judgement, Place, causes, scale_bugs, verdict};
+use super::exam::{Exam, Floor, most_rms, rounding};
+use super::{Cause, Checksums, Judgement, Place, Whole, causes, scale_bugs, verdict};
+use crate::compare::MOST_DEVIATIONS;
 use crate::compute::ComputeError;
 use crate::compute::emulated::chip::{CHIPS, Unit};
 use crate::compute::emulated::identify::spread;
-use crate::compute::product::{Exact, exact};
+use crate::compute::product::{Exact, exact, signed_sums};
 use crate::dtype::Format;
 use crate::op::ChipName;
+use crate::random::Random;
 use crate::tensor::Tensor;
 use crate::tensor_file::CodedTensor;
 
@@ -23,6 +25,13 @@ const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 const PROMOTION_INTERVAL: usize = 128;
 /// Fraction bits of an f32, which a tensor core's sum has at most.
 const F32_BITS: u32 = 23;
+
+/// Products above which not every value is compared unless that is asked for.
+const LARGE: usize = 1 << 31;
+/// Rows and columns that are compared value by value then.
+const SAMPLE: (usize, usize) = (64, 1024);
+/// Values in a checksum.
+const CHECKED: usize = 64;
 
 /// A product with everything that its judgement depends on.
 pub struct Product<'a> {
@@ -176,6 +185,80 @@ impl Product<'_> {
     /// # Errors
     /// If shapes or formats do not fit.
     pub fn judge(&self) -> Result<Judgement, ComputeError> {
+        let products = self.y.data().len().saturating_mul(self.x.width);
+        let large = !self.all && products > LARGE;
+        match if large { self.by_sample()? } else { None } {
+            Some(judgement) => Ok(judgement),
+            None => self.by_value(),
+        }
+    }
+
+    /// Judges a sample of rows and columns value by value and everything by checksums;
+    /// nothing where either shows something that must be looked at closely.
+    fn by_sample(&self) -> Result<Option<Judgement>, ComputeError> {
+        if self.y.data().iter().any(|value| !value.is_finite()) {
+            return Ok(None);
+        }
+        let rows = spread(self.y.rows(), SAMPLE.0);
+        let columns = spread(self.y.width(), SAMPLE.1);
+        let part = self.part(&rows, &columns);
+        let part = part.of(self);
+        let exam = part.exam()?;
+        let marks = exam.marks();
+        let floor = marks.z.floor.clone();
+        let checksums = self.checksums(&floor)?;
+        // Sums of several errors stand as close as single ones: their floor is their root of
+        // squares.
+        let limit = most_rms(checksums.count);
+        let sound = checksums.rms <= limit && checksums.max <= MOST_DEVIATIONS;
+        if !marks.z.within || !sound {
+            return Ok(None);
+        }
+        let bits = bits::look(part.x, part.w, &exam, &part.epilogue, self.chips, false)?;
+        let judgement = verdict(&exam, marks, Some(bits), |_| Ok(Vec::new()))?;
+        let whole = Whole { values: self.y.data().len(), rows: &rows, columns: &columns };
+        Ok(Some(judgement.of_sample(whole, checksums)))
+    }
+
+    /// Signed sums of [`CHECKED`] outputs of a row, each held against the same sum of the
+    /// exact values: `sum_j c_j y_ij` against `x_i . sum_j c_j w_j`, with signs c.
+    fn checksums(&self, floor: &str) -> Result<Checksums, ComputeError> {
+        let floors = self.accumulations();
+        let (_, of_terms, of_sum) =
+            floors.iter().find(|(name, ..)| name == floor).unwrap_or(&floors[0]);
+        let (rows, width) = (self.y.rows(), self.y.width());
+        let signs: Vec<f64> = Random::named("runner 2026 checksums v1", &[])
+            .signs()
+            .take(width)
+            .map(f64::from)
+            .collect();
+        let sums = signed_sums(self.x, self.w, &signs, CHECKED)?;
+        let count = width.div_ceil(CHECKED);
+        let alpha = f64::from(self.epilogue.alpha);
+        let each = (0..rows * count).into_par_iter().map(|index| {
+            let (row, first) = (index / count, index % count * CHECKED);
+            let columns = first..(first + CHECKED).min(width);
+            let (mut seen, mut exact) = (0.0, alpha * sums.dots[index]);
+            let mut variance = alpha * alpha * of_terms * sums.terms[index];
+            for column in columns {
+                let y = f64::from(self.y.row(row)[column]);
+                let bias = self.bias(column);
+                seen += signs[column] * y;
+                exact += signs[column] * bias;
+                variance += of_sum * y * y
+                    + rounding(self.output, y)
+                    + rounding(Format::F32, larger(y.abs(), bias.abs()));
+            }
+            (seen - exact) / variance.sqrt()
+        });
+        let each: Vec<f64> = each.collect();
+        let squares: f64 = each.iter().map(|z| z * z).sum();
+        let max = each.iter().fold(0.0, |most, z| larger(most, z.abs()));
+        let rms = (squares / each.len() as f64).sqrt();
+        Ok(Checksums { count: each.len(), of: CHECKED.min(width), rms, max })
+    }
+
+    fn by_value(&self) -> Result<Judgement, ComputeError> {
         let exam = self.exam()?;
         let marks = exam.marks();
         let bits = bits::look(self.x, self.w, &exam, &self.epilogue, self.chips, self.all)?;

@@ -310,6 +310,7 @@ fn recipe(output: Format) -> Recipe {
         accumulate: Accumulate::Fast,
         output,
         chip: ChipName::Auto,
+        stream: None,
         pin: Pin::NONE,
     }
 }

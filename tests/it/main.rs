@@ -10,6 +10,7 @@ mod external;
 mod faults;
 mod golden;
 mod hugging_face;
+mod judge;
 mod manifest;
 mod model;
 mod nightly;

@@ -13,7 +13,6 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let (Some(gemm), Some(model)) = (case.gemm(), case.model) else { return Ok(Vec::new()) };
     let (weight, x, bias) = (gemm.weight, gemm.x, gemm.bias);
-    let Some(model) = case.model else { return Ok(Vec::new()) };
     let mut fits = Vec::new();
     for name in model.names().filter(|name| name.ends_with(".weight") && *name != weight.name()) {
         let other = model.tensor(name)?;
