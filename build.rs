@@ -12,7 +12,7 @@ fn main() {
         "src/tensor.rs",
         "src/tensor_file",
     ];
-    let of_measures = ["src/compare", "src/metric.rs"];
+    let of_measures = ["src/compare", "src/judge", "src/metric.rs"];
     println!("cargo::rustc-env=RUNNER_ARMS_CODE={}", digest(&of_arms));
     println!("cargo::rustc-env=RUNNER_MEASURES_CODE={}", digest(&of_measures));
 }

@@ -7,21 +7,24 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 
 use crate::compute::emulated::captures::{self, Capture, CaptureError};
 use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
 use crate::compute::emulated::identify::identify;
-use crate::compute::emulated::quantize::{CodeData, Codes, CodesError, absmax, scale_for};
+use crate::compute::emulated::quantize::{Codes, CodesError, absmax, scale_for};
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{
     self, VectorAccumulator, VectorCheck, VectorError, verify_folder,
 };
+use crate::compute::{ComputeError, product};
 use crate::dtype::Format;
-use crate::op::ChipName;
+use crate::judge::operands::recognised;
+use crate::op::{ChipName, FileTensor};
 use crate::tensor::Tensor;
+use crate::tensor_file::{self, TensorFileError};
 use crate::text::grouped;
 
 /// What to do.
@@ -40,13 +43,13 @@ pub enum ChipCommand {
     Multiply(Box<Multiply>),
 }
 
-/// A tensor in a safetensors file.
+/// A tensor in a file: safetensors, NumPy, GGUF.
 #[derive(Clone, Debug)]
 pub struct TensorRef {
     /// The file.
     pub file: PathBuf,
-    /// The tensor's name in it.
-    pub tensor: String,
+    /// The tensor's name in it; a file of one tensor needs none.
+    pub tensor: Option<String>,
 }
 
 /// One operand of a multiplication.
@@ -73,8 +76,8 @@ pub struct Multiply {
     pub chip: ChipName,
     /// The schedule; of no use where there are observed outputs.
     pub schedule: Schedule,
-    /// Type of the outputs: f32, bf16 or f16.
-    pub output: Format,
+    /// Type of the outputs: f32, bf16 or f16; none is the observed ones' own, else f32.
+    pub output: Option<Format>,
     /// Outputs of a device, `[N, M]`, whose schedule is to be identified.
     pub observed: Option<TensorRef>,
     /// Where to write `y`, `[N, M]` in f32.
@@ -105,11 +108,18 @@ pub enum ChipCommandError {
     /// The codes have no usable shape.
     #[error(transparent)]
     Codes(#[from] CodesError),
-    /// A file that cannot be read or written.
-    #[error("cannot {action} `{path}`: {source}")]
-    File {
-        /// `read` or `write`.
-        action: &'static str,
+    /// A tensor that cannot be had from its file.
+    #[error(transparent)]
+    File(#[from] TensorFileError),
+    /// A tensor of plain words without a format.
+    #[error("{0}")]
+    Unnamed(String),
+    /// The operands cannot be multiplied.
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
+    /// A file that cannot be written.
+    #[error("cannot write `{path}`: {source}; choose another place")]
+    Save {
         /// The file.
         path: PathBuf,
         /// Why it cannot be.
@@ -285,12 +295,15 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
     let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
     // Everything is computed before a word is written: a refusal is all that is printed.
-    let identified = match &options.observed {
+    let observed = match &options.observed {
         None => None,
-        Some(source) => Some(identify(unit, &x, &w, options.output, &read_values(source)?)?),
+        Some(source) => Some(read_values(source)?),
     };
+    let own = observed.as_ref().map(|(_, format)| *format);
+    let output = options.output.or(own).unwrap_or(Format::F32);
+    let identified = observed.map(|(y, _)| identify(unit, &x, &w, output, &y)).transpose()?;
     let schedule = identified.as_ref().map_or(options.schedule, |found| found.schedule);
-    let y = gemm(unit, &schedule, &x, &w, options.output)?;
+    let y = gemm(unit, &schedule, &x, &w, output)?;
     writeln!(
         out,
         "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
@@ -302,7 +315,7 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
         chip_name(chip)
     )?;
     match &identified {
-        None => writeln!(out, "{schedule}, output {}", options.output)?,
+        None => writeln!(out, "{schedule}, output {output}")?,
         Some(identified) => {
             writeln!(out, "{identified}")?;
             if !identified.also.is_empty() {
@@ -323,100 +336,42 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     Ok(if exact { ChipOutcome::Pass } else { ChipOutcome::Falsified })
 }
 
-/// A matrix as it lies in a file.
-struct RawMatrix {
-    dtype: Dtype,
-    rows: usize,
-    width: usize,
-    data: Vec<u8>,
-}
-
-fn read_matrix(source: &TensorRef) -> Result<RawMatrix, ChipCommandError> {
-    let path = &source.file;
-    let content = |problem| ChipCommandError::Content { path: path.clone(), problem };
-    let bytes = std::fs::read(path).map_err(|source| ChipCommandError::File {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| content(error.to_string()))?;
-    let view = file.tensor(&source.tensor).map_err(|_| {
-        content(format!("no tensor `{}`; it has {}", source.tensor, file.names().join(", ")))
-    })?;
-    let &[rows, width] = view.shape() else {
-        return Err(content(format!(
-            "tensor `{}` has shape {:?}; a product needs matrices",
-            source.tensor,
-            view.shape()
-        )));
-    };
-    if rows == 0 || width == 0 {
-        return Err(content(format!("tensor `{}` is empty", source.tensor)));
-    }
-    Ok(RawMatrix { dtype: view.dtype(), rows, width, data: view.data().to_vec() })
-}
-
-fn unreadable(source: &TensorRef, dtype: Dtype, wanted: &str) -> ChipCommandError {
-    let problem = format!("tensor `{}` of type {dtype} cannot be read as {wanted}", source.tensor);
-    ChipCommandError::Content { path: source.file.clone(), problem }
-}
-
-/// The format whose codes a tensor of that type holds.
-fn format_of(dtype: Dtype) -> Option<Format> {
-    match dtype {
-        Dtype::F32 => Some(Format::F32),
-        Dtype::BF16 => Some(Format::Bf16),
-        Dtype::F16 => Some(Format::F16),
-        Dtype::F8_E4M3 => Some(Format::E4m3),
-        Dtype::F8_E5M2 => Some(Format::E5m2),
-        _ => None,
-    }
+fn wanted(source: &TensorRef, format: Option<Format>) -> FileTensor {
+    let (file, tensor) = (source.file.clone(), source.tensor.clone());
+    FileTensor { file, tensor, format, shape: None, scale: None }
 }
 
 fn read_operand(operand: &MultiplyOperand) -> Result<(Codes, f32), ChipCommandError> {
-    let matrix = read_matrix(&operand.source)?;
-    let format = operand
-        .format
-        .or_else(|| format_of(matrix.dtype))
-        .ok_or_else(|| unreadable(&operand.source, matrix.dtype, "an operand without a format"))?;
-    let own =
-        format_of(matrix.dtype) == Some(format) || (matrix.dtype == Dtype::U8 && format.is_fp8());
-    if own {
-        let data = match format.bytes() {
-            1 => CodeData::Bits8(matrix.data),
-            2 => CodeData::Bits16(words16(&matrix.data)),
-            _ => CodeData::Bits32(words32(&matrix.data)),
-        };
-        let codes = Codes::new(format, matrix.rows, matrix.width, data)?;
-        return Ok((codes, operand.scale.unwrap_or(1.0)));
-    }
-    if matrix.dtype != Dtype::F32 {
-        return Err(unreadable(&operand.source, matrix.dtype, format.name()));
-    }
-    let values: Vec<f32> = words32(&matrix.data).into_iter().map(f32::from_bits).collect();
-    let scale = operand.scale.unwrap_or_else(|| scale_for(format, absmax(&values)));
-    Ok((Codes::quantize(format, matrix.width, &values, scale)?, scale))
-}
-
-fn read_values(source: &TensorRef) -> Result<Tensor, ChipCommandError> {
-    let matrix = read_matrix(source)?;
-    let values = match matrix.dtype {
-        Dtype::F32 => words32(&matrix.data).into_iter().map(f32::from_bits).collect(),
-        Dtype::BF16 | Dtype::F16 => {
-            let format = if matrix.dtype == Dtype::BF16 { Format::Bf16 } else { Format::F16 };
-            words16(&matrix.data).into_iter().map(|code| format.decode(u32::from(code))).collect()
+    let own = tensor_file::read(&wanted(&operand.source, None));
+    let stored = match (own, operand.format) {
+        // What is stored as f32 is converted.
+        (Ok(stored), Some(format)) if stored.format == Format::F32 && format != Format::F32 => {
+            let values = stored.values();
+            let scale = operand.scale.unwrap_or_else(|| scale_for(format, absmax(values.data())));
+            return Ok((Codes::quantize(format, stored.width, values.data(), scale)?, scale));
         }
-        other => return Err(unreadable(source, other, "outputs of f32, bf16 or f16")),
+        (Ok(stored), None) => stored,
+        // Plain words, which are codes of the format that is asked for.
+        (_, Some(format)) => tensor_file::read(&wanted(&operand.source, Some(format)))?,
+        (Err(error), None) => return Err(unnamed(error)),
     };
-    Ok(Tensor::new(matrix.width, values))
+    Ok((product::codes(&stored)?, operand.scale.unwrap_or(1.0)))
 }
 
-fn words16(bytes: &[u8]) -> Vec<u16> {
-    bytes.as_chunks().0.iter().map(|&word| u16::from_le_bytes(word)).collect()
+/// A file's keyword for a format is an option here.
+fn unnamed(error: TensorFileError) -> ChipCommandError {
+    let text = error.to_string();
+    match text.contains("by `dtype`") {
+        true => ChipCommandError::Unnamed(text.replace("`dtype`", "`--x-format` and `--w-format`")),
+        false => ChipCommandError::File(error),
+    }
 }
 
-fn words32(bytes: &[u8]) -> Vec<u32> {
-    bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
+/// Observed outputs, and the type in which they were returned.
+fn read_values(source: &TensorRef) -> Result<(Tensor, Format), ChipCommandError> {
+    let stored = tensor_file::read(&wanted(source, None))?;
+    let format = recognised(stored.clone()).0.format;
+    Ok((stored.values(), format))
 }
 
 fn save(path: &Path, y: &Tensor) -> Result<(), ChipCommandError> {
@@ -426,11 +381,8 @@ fn save(path: &Path, y: &Tensor) -> Result<(), ChipCommandError> {
         .map_err(|error| content(error.to_string()))?;
     let file =
         safetensors::serialize([("y", view)], None).map_err(|error| content(error.to_string()))?;
-    std::fs::write(path, file).map_err(|source| ChipCommandError::File {
-        action: "write",
-        path: path.to_owned(),
-        source,
-    })
+    std::fs::write(path, file)
+        .map_err(|source| ChipCommandError::Save { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -465,7 +417,7 @@ mod tests {
         std::fs::write(&file, bytes).expect("a file in the temporary folder");
 
         let operand = |tensor: &str| MultiplyOperand {
-            source: TensorRef { file: file.clone(), tensor: tensor.to_owned() },
+            source: TensorRef { file: file.clone(), tensor: Some(tensor.to_owned()) },
             format: Some(Format::E4m3),
             scale: None,
         };
@@ -475,20 +427,20 @@ mod tests {
             w: operand("w"),
             chip: ChipName::Auto,
             schedule: Schedule::PROMOTED,
-            output: Format::F32,
+            output: None,
             observed: None,
             save: Some(y.clone()),
         };
         let (_, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));
         assert!(report.contains("as hopper does\npromoted, split-K 1"), "{report}");
 
-        options.observed = Some(TensorRef { file: y, tensor: "y".to_owned() });
+        options.observed = Some(TensorRef { file: y, tensor: None });
         options.save = None;
         let (outcome, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));
         assert_eq!(outcome, ChipOutcome::Pass);
         assert!(report.contains("0 of 8 outputs differ"), "{report}");
 
-        options.w.source.tensor = "v".to_owned();
+        options.w.source.tensor = Some("v".to_owned());
         let error = run(&ChipCommand::Multiply(Box::new(options)), &mut Vec::new())
             .expect_err("no such tensor");
         assert!(error.to_string().contains("no tensor `v`"), "{error}");

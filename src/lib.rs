@@ -43,6 +43,9 @@ pub mod compute;
 // 5 Two streams of tensors held against each other.
 pub mod compare;
 
+// Beside the flow: one kernel's dump, with no stage and no contract.
+pub mod judge;
+
 // 6 Measures and a contract become a verdict.
 pub mod verdict;
 

@@ -246,7 +246,7 @@ pub struct FileTensor {
 pub enum FileScale {
     /// A number, as its f32 bits.
     Bits(u32),
-    /// A tensor of the same file: one value, or one per row.
+    /// A tensor of the same file: one value, one per row, or one per block.
     Tensor(String),
 }
 

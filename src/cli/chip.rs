@@ -9,6 +9,7 @@ use super::{FALSIFIED, PASS};
 use crate::chip_command::{self, ChipCommand, ChipOutcome, Multiply, MultiplyOperand, TensorRef};
 use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
+use crate::judge::operands::Source;
 use crate::op::{Accumulate, ChipName};
 
 #[derive(Subcommand)]
@@ -31,10 +32,10 @@ pub(super) enum ChipCli {
 
 #[derive(Args)]
 pub(super) struct MultiplyArgs {
-    /// x as FILE:TENSOR.
+    /// x as FILE or FILE:TENSOR: safetensors, NumPy, GGUF.
     #[arg(value_parser = tensor_ref)]
     x: TensorRef,
-    /// w as FILE:TENSOR.
+    /// w as FILE or FILE:TENSOR.
     #[arg(value_parser = tensor_ref)]
     w: TensorRef,
     /// The format of x; its own by default.
@@ -58,10 +59,10 @@ pub(super) struct MultiplyArgs {
     /// Parts that K is cut into.
     #[arg(long, default_value = "1")]
     split_k: u32,
-    /// The type of y: f32, bf16, f16.
-    #[arg(long, default_value = "f32")]
-    output: Format,
-    /// A device's outputs as FILE:TENSOR, whose schedule is to be identified.
+    /// The type of y: f32, bf16, f16; by default the observed outputs' own, else f32.
+    #[arg(long)]
+    output: Option<Format>,
+    /// A device's outputs as FILE or FILE:TENSOR, whose schedule is to be identified.
     #[arg(long, value_parser = tensor_ref)]
     observed: Option<TensorRef>,
     /// The file to write y to.
@@ -70,15 +71,11 @@ pub(super) struct MultiplyArgs {
 }
 
 fn tensor_ref(text: &str) -> Result<TensorRef, String> {
-    match text.rsplit_once(':') {
-        Some((file, tensor)) if !file.is_empty() && !tensor.is_empty() => {
-            Ok(TensorRef { file: PathBuf::from(file), tensor: tensor.to_owned() })
-        }
-        _ => Err("write FILE:TENSOR, such as captures.safetensors:c0.x".to_owned()),
-    }
+    let Source { file, tensor, .. } = Source::parse(text).map_err(|error| error.to_string())?;
+    Ok(TensorRef { file, tensor })
 }
 
-fn chip_name(text: &str) -> Result<ChipName, String> {
+pub(super) fn chip_name(text: &str) -> Result<ChipName, String> {
     ChipName::ALL.into_iter().find(|chip| chip.name() == text).ok_or_else(|| {
         let known: Vec<&str> = ChipName::ALL.iter().map(|chip| chip.name()).collect();
         format!("no chip is called `{text}`; known: {}", known.join(", "))

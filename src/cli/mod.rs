@@ -14,6 +14,7 @@ mod explain;
 mod export;
 mod falsify;
 mod journal;
+mod judge;
 mod manners;
 mod measure;
 mod new;
@@ -37,6 +38,7 @@ use cache::CacheArgs;
 use chip::ChipCli;
 use diff::DiffArgs;
 use falsify::FalsifyArgs;
+use judge::JudgeArgs;
 use new::NewArgs;
 use nightly::{BaselineCli, HistoryArgs};
 use plan::PlanArgs;
@@ -79,6 +81,7 @@ Examples:
   runner run stages/                          five questions about the built-in model
   runner run stages/ --model model.gguf --prompt 'The capital of France is'
   runner run stages/ --select +E              stage E with all that it needs
+  runner judge x.npy w.npy y.npy              is this kernel's product right?
   runner plan stages/                         what would run, and why
   runner report latest --format junit         the youngest run, for a CI"
 )]
@@ -192,6 +195,8 @@ enum Command {
         #[arg(value_enum, default_value = "stage")]
         of: SchemaOf,
     },
+    /// Judge a dump of one kernel: its operands and what it returned, no TOML.
+    Judge(Box<JudgeArgs>),
     /// The chips whose arithmetic is known: list, verify, multiply, measure.
     Chip {
         #[command(subcommand)]
@@ -303,6 +308,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::History(args) => nightly::history(&args),
         Command::New(args) => new::new(&args),
         Command::Schema { of } => schema::schema(of),
+        Command::Judge(args) => judge::judge(&args),
         Command::Chip { command } => chip::chip(command),
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::print;
+use crate::judge::operands::{Source, read};
 
 #[derive(Args)]
 pub(super) struct NewArgs {
@@ -16,6 +17,9 @@ pub(super) struct NewArgs {
     /// The folder of stages.
     #[arg(default_value = "stages")]
     folder: PathBuf,
+    /// matmul: the files of a dump, x, w and y, each FILE or FILE:TENSOR; no model is read.
+    #[arg(long, num_args = 3, value_names = ["X", "W", "Y"])]
+    from_files: Option<Vec<String>>,
     /// The folder of contracts; `contracts` beside the stages by default.
     #[arg(long)]
     contracts: Option<PathBuf>,
@@ -46,14 +50,20 @@ enum NewOp {
 }
 
 /// What a new stage begins with: its question, its op, and the contract that fits.
-struct Scaffold {
+struct Scaffold<Text> {
     title: &'static str,
-    op: &'static str,
+    op: Text,
     contract: (&'static str, &'static str),
 }
 
+impl Scaffold<&'static str> {
+    fn owned(self) -> Scaffold<String> {
+        Scaffold { title: self.title, op: self.op.to_owned(), contract: self.contract }
+    }
+}
+
 impl NewOp {
-    fn scaffold(self) -> Scaffold {
+    fn scaffold(self) -> Scaffold<&'static str> {
         macro_rules! contract {
             ($name:literal) => {
                 ($name, include_str!(concat!("../../contracts/", $name, ".toml")))
@@ -121,7 +131,11 @@ impl NewOp {
 }
 
 pub(super) fn new(args: &NewArgs) -> Result<u8, String> {
-    let Scaffold { title, op, contract: (contract, text) } = args.op.scaffold();
+    let scaffold = args.op.scaffold();
+    let Scaffold { title, op, contract: (contract, text) } = match &args.from_files {
+        None => scaffold.owned(),
+        Some(files) => from_files(args, files)?,
+    };
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let sound = args.id.starts_with(|c: char| c.is_ascii_alphanumeric())
         && args.id.len() <= 64
@@ -150,6 +164,57 @@ pub(super) fn new(args: &NewArgs) -> Result<u8, String> {
     }
     said += &format!("`runner check {}` checks them\n", args.folder.display());
     print(&said)
+}
+
+/// A product of a dump: its operands and what was recorded of it.
+fn from_files(args: &NewArgs, files: &[String]) -> Result<Scaffold<String>, String> {
+    if !matches!(args.op, NewOp::Matmul) {
+        return Err("`--from-files` writes a `matmul`; `runner judge --op ...` judges the other \
+                    ops from files"
+            .to_owned());
+    }
+    let sources = files.iter().map(|text| Source::parse(text));
+    let sources: Vec<Source> =
+        sources.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+    let mut remarks = Vec::new();
+    let mut keys = Vec::new();
+    for (name, source) in ["x", "w", "y"].into_iter().zip(&sources) {
+        let operand = read(name, source, &mut remarks).map_err(|error| error.to_string())?;
+        let file = seen_from(&args.folder, &source.file)?;
+        let mut text = format!("file = {}", serde_json::json!(file));
+        if let Some(tensor) = &source.tensor {
+            text += &format!(", tensor = {}", serde_json::json!(tensor));
+        }
+        // f32 that holds bf16 or f16 is said to be that.
+        if remarks.iter().any(|remark| remark.starts_with(&format!("{name} "))) && name != "y" {
+            text += &format!(", dtype = \"{}\"", operand.codes.format);
+        }
+        keys.push(text);
+    }
+    let [x, w, y] = [&keys[0], &keys[1], &keys[2]];
+    let op = format!(
+        "[matmul]\n# codes with scales: scale = 0.5, or scale = \"NAME\" of a tensor in the same \
+         file\nx = {{ {x} }}\nw = {{ {w} }}\n\n[recorded]\n{}\n",
+        y.replace(", ", "\n")
+    );
+    let contract = ("kernel", include_str!("../../contracts/kernel.toml"));
+    Ok(Scaffold { title: "Is this kernel's product within rounding?", op, contract })
+}
+
+/// A file's path as a manifest of this folder names it.
+fn seen_from(folder: &Path, file: &Path) -> Result<String, String> {
+    let whole = |path: &Path| {
+        std::path::absolute(path)
+            .map_err(|error| format!("cannot find `{}`: {error}", path.display()))
+    };
+    let (folder, file) = (whole(folder)?, whole(file)?);
+    let (from, to): (Vec<_>, Vec<_>) = (folder.components().collect(), file.components().collect());
+    let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count();
+    let mut path = PathBuf::new();
+    path.extend(from[shared..].iter().map(|_| ".."));
+    path.extend(&to[shared..]);
+    let text = path.to_str().ok_or_else(|| format!("`{}` is not UTF-8", path.display()))?;
+    Ok(text.to_owned())
 }
 
 /// Writes a file that must not be there yet.

@@ -158,15 +158,17 @@ impl Own {
     }
 }
 
-/// Measures arms against each other where nothing else is known: no model, no
-/// inputs, so no local truth and no floor.
-pub fn measure_arms(outputs: &BTreeMap<Arm, Output>) -> StageMeasures {
+/// Measures arms against each other where no model is known: no local truth, and of
+/// floors those of a recording, where somebody predicted them.
+pub fn measure_arms(outputs: &BTreeMap<Arm, Output>, floors: &[(Site, Tensor)]) -> StageMeasures {
     let mut all = StageMeasures::default();
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
+            let of_recording = arm == Arm::Recorded && judge == Arm::Reference;
+            let floors = if of_recording { floors } else { &[] };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
-            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, &[], &[]));
+            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, floors, &[]));
         }
     }
     all

@@ -381,6 +381,11 @@ struct Dots<'a> {
     width: usize,
 }
 
+/// All dot products of the rows of two operands of positive values: `[x rows, w rows]`.
+pub(super) fn positive_dots(x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
+    dispatch(Dots { x, w, width })
+}
+
 /// Partial sums of a dot product.
 const LANES: usize = 16;
 

@@ -4,13 +4,18 @@
 //! from these codes is met in every bit or something else happened. Where its
 //! outputs are known, the schedule is identified from them. It knows no model.
 
-use super::ComputeError;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use super::emulated::chip::chip;
 use super::emulated::gemm::{Operand, Scales, gemm};
 use super::emulated::identify::identify;
 use super::emulated::quantize::{CodeData, Codes};
 use super::emulated::schedule::Schedule;
+use super::floor::positive_dots;
 use super::reference::{Widened, dot_rows};
+use super::{ComputeError, check_interrupt};
 use crate::dtype::Format;
 use crate::op::Recipe;
 use crate::tensor::Tensor;
@@ -19,25 +24,157 @@ use crate::tensor_file::CodedTensor;
 /// Bits of an f32 that bf16 drops.
 const BELOW_BF16: u32 = 0xffff;
 
+/// Rows of w that are multiplied at a time: they stay in the second-level cache.
+const CHUNK_ROWS: usize = 32;
+/// Elements of K that share a block scale in the tensor core's promotion.
+const PROMOTED_BLOCK: usize = 128;
+
+/// The product in f64, and what its rounding errors are made of.
+#[derive(Clone, Debug)]
+pub struct Exact {
+    /// Rows of w: the width of y.
+    pub width: usize,
+    /// `sum_k x w`, row-major.
+    pub dots: Vec<f64>,
+    /// `sum_k (x w)^2`, row-major.
+    pub terms: Vec<f64>,
+}
+
+/// The product in f64 over what codes and scales stand for.
+///
+/// # Errors
+/// If the operands have different K.
+pub fn exact(x: &CodedTensor, w: &CodedTensor) -> Result<Exact, ComputeError> {
+    check_inner(x, w)?;
+    let inner = x.width;
+    let x_values = wide_rows(x, 0..x.rows);
+    let x_most = most(&x_values);
+    let x_wide = Widened::of_f64(&x_values, inner);
+    let x_squares = squares(&x_values, x_most);
+    drop(x_values);
+    let starts: Vec<usize> = (0..w.rows).step_by(CHUNK_ROWS).collect();
+    let chunks: Vec<(usize, Vec<f64>, Vec<f64>)> = starts
+        .into_par_iter()
+        .map(|first| {
+            check_interrupt()?;
+            let rows = first..(first + CHUNK_ROWS).min(w.rows);
+            let values = wide_rows(w, rows);
+            let dots = dot_rows(&x_wide, &Widened::of_f64(&values, inner));
+            let w_most = most(&values);
+            let terms = positive_dots(&x_squares, &squares(&values, w_most), inner);
+            // The squares were brought into f32's range.
+            let back = (x_most * w_most).powi(2);
+            Ok((first, dots, terms.into_iter().map(|sum| f64::from(sum) * back).collect()))
+        })
+        .collect::<Result<_, ComputeError>>()?;
+    let width = w.rows;
+    let (mut dots, mut terms) = (vec![0.0; x.rows * width], vec![0.0; x.rows * width]);
+    for (first, some_dots, some_terms) in chunks {
+        let count = some_dots.len() / x.rows.max(1);
+        for row in 0..x.rows {
+            let (from, to) = (row * count, row * width + first);
+            dots[to..to + count].copy_from_slice(&some_dots[from..from + count]);
+            terms[to..to + count].copy_from_slice(&some_terms[from..from + count]);
+        }
+    }
+    Ok(Exact { width, dots, terms })
+}
+
+/// The products of x with signed sums of `count` rows of w each, and for each the sum of
+/// the squared products of those rows: `[x rows, ceil(w rows / count)]`.
+///
+/// # Errors
+/// If the operands have different K.
+pub fn signed_sums(
+    x: &CodedTensor,
+    w: &CodedTensor,
+    signs: &[f64],
+    count: usize,
+) -> Result<Exact, ComputeError> {
+    check_inner(x, w)?;
+    let inner = x.width;
+    let starts: Vec<usize> = (0..w.rows).step_by(count).collect();
+    let sums: Vec<(Vec<f64>, Vec<f64>)> = starts
+        .par_iter()
+        .map(|&first| {
+            let rows = first..(first + count).min(w.rows);
+            let (mut sum, mut squares) = (vec![0.0; inner], vec![0.0; inner]);
+            for row in rows {
+                let values = wide_rows(w, row..row + 1);
+                for ((sum, square), value) in sum.iter_mut().zip(&mut squares).zip(values) {
+                    *sum += signs[row] * value;
+                    *square += value * value;
+                }
+            }
+            (sum, squares)
+        })
+        .collect();
+    let width = sums.len();
+    let (sums, squares): (Vec<Vec<f64>>, Vec<Vec<f64>>) = sums.into_iter().unzip();
+    let (sums, squares) = (sums.concat(), squares.concat());
+    let x_values = wide_rows(x, 0..x.rows);
+    let x_squares: Vec<f64> = x_values.iter().map(|value| value * value).collect();
+    let blocks = |values: &[f64], against: &[f64]| {
+        let against = Widened::of_f64(against, inner);
+        let some: Vec<Vec<f64>> = values
+            .par_chunks(inner * CHUNK_ROWS)
+            .map(|values| dot_rows(&Widened::of_f64(values, inner), &against))
+            .collect();
+        some.concat()
+    };
+    let (dots, terms) = (blocks(&x_values, &sums), blocks(&x_squares, &squares));
+    Ok(Exact { width, dots, terms })
+}
+
 /// The product in f64 over what the codes stand for, rounded once to f32.
 ///
 /// # Errors
 /// If the operands have different K.
 pub fn reference(x: &CodedTensor, w: &CodedTensor) -> Result<Tensor, ComputeError> {
-    check_inner(x, w)?;
-    let plain = |operand: &CodedTensor| CodedTensor { scales: Vec::new(), ..operand.clone() };
-    let wide = |operand: &CodedTensor| Widened::of(plain(operand).values().data(), operand.width);
-    let dots = dot_rows(&wide(x), &wide(w));
-    let scale = |scales: &[f32], row: usize| match scales {
-        [] => 1.0,
-        [scale] => f64::from(*scale),
-        scales => f64::from(scales[row]),
+    let exact = exact(x, w)?;
+    Ok(Tensor::new(exact.width, exact.dots.into_iter().map(|dot| dot as f32).collect()))
+}
+
+/// What some rows stand for; a code times its scale is exact in f64.
+fn wide_rows(operand: &CodedTensor, rows: Range<usize>) -> Vec<f64> {
+    let (format, width, size) = (operand.format, operand.width, operand.format.bytes());
+    let decode = |code: &[u8]| {
+        let mut word = [0; 4];
+        word[..code.len()].copy_from_slice(code);
+        f64::from(format.decode(u32::from_le_bytes(word)))
     };
-    let value = |(index, dot): (usize, f64)| {
-        let (row, column) = (index / w.rows, index % w.rows);
-        (dot * scale(&x.scales, row) * scale(&w.scales, column)) as f32
-    };
-    Ok(Tensor::new(w.rows, dots.into_iter().enumerate().map(value).collect()))
+    let bytes = &operand.bytes[rows.start * width * size..rows.end * width * size];
+    let mut values: Vec<f64> = bytes.chunks_exact(size).map(decode).collect();
+    if let Some(scales) = &operand.scales {
+        for (row, values) in rows.zip(values.chunks_exact_mut(width)) {
+            for (block, values) in values.chunks_mut(scales.width_per_block).enumerate() {
+                let scale = f64::from(scales.at(row, block * scales.width_per_block));
+                values.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+    }
+    values
+}
+
+/// The largest finite magnitude; 1 where there is none but zero.
+fn most(values: &[f64]) -> f64 {
+    let finite = values.iter().map(|value| value.abs()).filter(|size| size.is_finite());
+    let most = finite.fold(0.0, |most, size| if size > most { size } else { most });
+    if most > 0.0 { most } else { 1.0 }
+}
+
+fn squares(values: &[f64], most: f64) -> Vec<f32> {
+    values.iter().map(|value| (value / most).powi(2) as f32).collect()
+}
+
+/// A product as a chip computes it.
+pub struct Made {
+    /// The outputs.
+    pub y: Tensor,
+    /// The arithmetic in words.
+    pub words: String,
+    /// Whether they are the observed outputs in every bit; true where none were observed.
+    pub exact: bool,
 }
 
 /// The product as the recipe's chip computes it, and its arithmetic in words.
@@ -51,7 +188,7 @@ pub fn emulated(
     w: &CodedTensor,
     observed: Option<&CodedTensor>,
     recipe: &Recipe,
-) -> Result<(Tensor, String), ComputeError> {
+) -> Result<Made, ComputeError> {
     check_inner(x, w)?;
     let chip = chip(recipe.chip);
     let unit = chip.unit(x.format, w.format).ok_or_else(|| {
@@ -61,18 +198,20 @@ pub fn emulated(
         ))
     })?;
     let (x_codes, w_codes) = (codes(x)?, codes(w)?);
-    let x = Operand { codes: &x_codes, scales: scales(x) };
-    let w = Operand { codes: &w_codes, scales: scales(w) };
+    let x = Operand { codes: &x_codes, scales: known_scales(x)? };
+    let w = Operand { codes: &w_codes, scales: known_scales(w)? };
     let Some(observed) = observed else {
         let schedule = Schedule::of(&Recipe { gemm: x_codes.format(), ..*recipe });
         let y = gemm(unit, &schedule, &x, &w, recipe.output)?;
         let formats = in_words(x_codes.format(), w_codes.format());
-        return Ok((y, format!("{} {formats}, {schedule}", chip.name)));
+        let words = format!("{} {formats}, {schedule}", chip.name);
+        return Ok(Made { y, words, exact: true });
     };
     let output = output_of(observed, recipe)?;
     let found = identify(unit, &x, &w, output, &observed.values())?;
     let y = gemm(unit, &found.schedule, &x, &w, output)?;
-    Ok((y, format!("{} {found}; of {} schedules tried", chip.name, found.tried)))
+    let words = format!("{} {found}; of {} schedules tried", chip.name, found.tried);
+    Ok(Made { y, words, exact: found.is_exact() })
 }
 
 fn in_words(x: Format, w: Format) -> String {
@@ -107,7 +246,11 @@ fn check_inner(x: &CodedTensor, w: &CodedTensor) -> Result<(), ComputeError> {
     })
 }
 
-fn codes(operand: &CodedTensor) -> Result<Codes, ComputeError> {
+/// The operand's codes, for a chip.
+///
+/// # Errors
+/// If they do not fill the operand's shape.
+pub fn codes(operand: &CodedTensor) -> Result<Codes, ComputeError> {
     let bytes = &operand.bytes;
     let data = match operand.format.bytes() {
         1 => CodeData::Bits8(bytes.clone()),
@@ -122,10 +265,30 @@ fn codes(operand: &CodedTensor) -> Result<Codes, ComputeError> {
         .map_err(|error| ComputeError::Recipe(error.to_string()))
 }
 
-fn scales(operand: &CodedTensor) -> Scales {
-    match operand.scales.as_slice() {
-        [] => Scales::Tensor(1.0),
-        [scale] => Scales::Tensor(*scale),
-        scales => Scales::Row(scales.to_vec()),
+/// The operand's scales as a chip's epilogue applies them; none where no known
+/// schedule has such blocks.
+pub fn scales(operand: &CodedTensor) -> Option<Scales> {
+    let Some(scales) = &operand.scales else { return Some(Scales::Tensor(1.0)) };
+    if scales.values.len() == 1 {
+        return Some(Scales::Tensor(scales.values[0]));
     }
+    if scales.is_by_row() {
+        return Some(Scales::Row((0..operand.rows).map(|row| scales.at(row, 0)).collect()));
+    }
+    (scales.width_per_block == PROMOTED_BLOCK).then(|| Scales::Block128 {
+        rows_per_block: scales.rows_per_block,
+        first_row: 0,
+        scales: scales.values.clone(),
+    })
+}
+
+fn known_scales(operand: &CodedTensor) -> Result<Scales, ComputeError> {
+    scales(operand).ok_or_else(|| {
+        let words = operand.scales.as_ref().map(|s| s.in_words(operand.rows, operand.width));
+        ComputeError::Recipe(format!(
+            "no schedule is known that applies {}; `runner judge` holds such a product to its \
+             rounding",
+            words.unwrap_or_default()
+        ))
+    })
 }

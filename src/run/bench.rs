@@ -24,13 +24,14 @@ use crate::compute::{ComputeError, Ops, product};
 use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
+use crate::judge::stage::Recording;
 use crate::manifest::IfFails;
 use crate::model::Model;
-use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site};
+use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
 use crate::record::ArmState;
 use crate::tensor::Tensor;
-use crate::tensor_file;
+use crate::tensor_file::{self, CodedTensor};
 use crate::verdict::{self, first_falsified, judge};
 
 /// What a thread is to do.
@@ -254,8 +255,17 @@ impl Bench<'_> {
                 let observed =
                     from.as_ref().map(|from| crate::compute::recorded::product(from, &site));
                 let observed = observed.transpose()?;
-                let (y, words) = product::emulated(&x, &w, observed.as_ref(), &stage.recipe)?;
-                one(&site, y, words)
+                let recipe = &stage.recipe;
+                let made = product::emulated(&x, &w, observed.as_ref(), recipe)?;
+                let words = match observed.as_ref().filter(|_| !made.exact) {
+                    None => made.words,
+                    // Not a known schedule's bits: what are they then?
+                    Some(observed) => {
+                        let recording = Recording { x: &x, w: &w, observed, recipe };
+                        format!("{}; {}", recording.judgement()?.sentence, made.words)
+                    }
+                };
+                one(&site, made.y, words)
             }
             _ => Ok(None),
         }
@@ -548,7 +558,10 @@ impl Bench<'_> {
         };
         let [subject, judge] = first.compare;
         // Of a whole pass nothing is known but its logits: only an arm against itself says more.
-        if !stage.op.reads_model() || (whole_pass_only && subject != judge) {
+        let of_product = subject == Stream::Arm(Arm::Recorded);
+        let product = self.recording()?.filter(|_| of_product);
+        let known = stage.op.reads_model() || product.is_some();
+        if !known || (whole_pass_only && subject != judge) {
             return Ok(Vec::new());
         }
         let evidence = verdict::in_words(first, &measures.measures);
@@ -561,15 +574,24 @@ impl Bench<'_> {
             return said_by(&action);
         }
         let started = Instant::now();
-        let mut outputs = BTreeMap::new();
-        for (arm, stored) in results {
-            outputs.insert(arm, self.output_of(&stored)?);
-        }
-        let read = self.input_tensors(inputs)?;
-        let task = self.task(&read)?;
-        let (recipe, outputs) = (&stage.recipe, &outputs);
-        let scene = Scene { task: &task, recipe, outputs, measures };
-        let diagnoses = vec![diagnose(&scene, &suspect)?];
+        let diagnoses = match product {
+            Some([x, w, observed]) => {
+                let (x, w, observed) = (&x, &w, &observed);
+                let recording = Recording { x, w, observed, recipe: &stage.recipe };
+                vec![recording.diagnosis(&suspect)?]
+            }
+            None => {
+                let mut outputs = BTreeMap::new();
+                for (arm, stored) in results {
+                    outputs.insert(arm, self.output_of(&stored)?);
+                }
+                let read = self.input_tensors(inputs)?;
+                let task = self.task(&read)?;
+                let (recipe, outputs) = (&stage.recipe, &outputs);
+                let scene = Scene { task: &task, recipe, outputs, measures };
+                vec![diagnose(&scene, &suspect)?]
+            }
+        };
         let json = to_raw_value(&diagnoses)
             .map_err(|error| Failure::Bug(format!("a diagnosis cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
@@ -577,6 +599,20 @@ impl Bench<'_> {
         let (walk, object) = (&walk, None);
         self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(diagnoses)
+    }
+
+    /// The operands of a product of codes and what was recorded of it, where the stage is
+    /// one and its recording has the product's shape.
+    fn recording(&self) -> Result<Option<[CodedTensor; 3]>, Failure> {
+        let stage = self.prepared.stage;
+        let (Op::Gemm { x, w }, Some(from)) = (&stage.op, &stage.recorded) else {
+            return Ok(None);
+        };
+        let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
+        let (x, w) = (read(x)?, read(w)?);
+        let observed = crate::compute::recorded::product(from, &Site("y".to_owned()))?;
+        let fits = x.width == w.width && (observed.rows, observed.width) == (x.rows, w.rows);
+        Ok(fits.then_some([x, w, observed]))
     }
 
     fn measure_anew(
@@ -604,7 +640,15 @@ impl Bench<'_> {
             }
             measures
         } else {
-            measure_arms(&outputs)
+            let floors = match self.recording()? {
+                Some([x, w, observed]) if outputs.contains_key(&Arm::Recorded) => {
+                    let (x, w, observed) = (&x, &w, &observed);
+                    let recording = Recording { x, w, observed, recipe: &stage.recipe };
+                    vec![(Site("y".to_owned()), recording.floor()?)]
+                }
+                _ => Vec::new(),
+            };
+            measure_arms(&outputs, &floors)
         };
         let json = to_raw_value(&measures)
             .map_err(|error| Failure::Bug(format!("measures cannot be encoded: {error}")))?;

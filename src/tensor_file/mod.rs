@@ -5,6 +5,7 @@
 //! bytes and shapes; what a tensor means, and to whom, is not its concern.
 
 mod npy;
+mod scales;
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -19,6 +20,8 @@ use crate::manifest::problem::nearest;
 use crate::model::{self, ModelError, Weight, WeightType};
 use crate::op::{FileScale, FileTensor};
 use crate::tensor::Tensor;
+
+pub use scales::BlockScales;
 
 /// Names that an error lists.
 const SHOWN: usize = 20;
@@ -118,8 +121,8 @@ pub struct CodedTensor {
     pub width: usize,
     /// The codes, little-endian, row by row.
     pub bytes: Vec<u8>,
-    /// No scale, one, or one per row.
-    pub scales: Vec<f32>,
+    /// What the codes are multiplied with, where that is said.
+    pub scales: Option<BlockScales>,
 }
 
 impl TensorFile {
@@ -209,6 +212,14 @@ impl TensorFile {
         self.entries.iter().map(|entry| entry.name.as_str())
     }
 
+    /// The shape of a tensor as the file stores it; empty where the file does not say.
+    ///
+    /// # Errors
+    /// If it is missing.
+    pub fn shape(&self, name: Option<&str>) -> Result<&[usize], TensorFileError> {
+        Ok(&self.entry(name)?.shape)
+    }
+
     /// What the file holds, for an error: names with types and shapes.
     pub fn found(&self) -> String {
         let mut text = String::new();
@@ -260,11 +271,15 @@ impl TensorFile {
         let (format, bytes) = convert(entry.element, wanted.format, count, bytes)
             .map_err(|problem| self.unusable(entry, problem))?;
         let scales = match &wanted.scale {
-            None => Vec::new(),
-            Some(FileScale::Bits(bits)) => vec![f32::from_bits(*bits)],
-            Some(FileScale::Tensor(name)) => self.scales(entry, name, rows)?,
+            None => None,
+            Some(FileScale::Bits(bits)) => {
+                Some(BlockScales::one(f32::from_bits(*bits), rows, width))
+            }
+            Some(FileScale::Tensor(name)) => Some(self.scales(entry, name, rows, width)?),
         };
-        if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale > 0.0)) {
+        let values = scales.iter().flat_map(|scales| &scales.values);
+        if let Some(scale) = values.into_iter().find(|scale| !(scale.is_finite() && **scale > 0.0))
+        {
             return Err(refuse(format!(
                 "has the scale {scale}; a scale is a positive finite number"
             )));
@@ -276,6 +291,8 @@ impl TensorFile {
         let wanted = match (name, self.entries.as_slice()) {
             (None, [only]) => return Ok(only),
             (None, _) => "",
+            // A file of one tensor without a name: whatever it is called, it is that one.
+            (Some(_), [only]) if only.name.is_empty() => return Ok(only),
             (Some(name), _) => name,
         };
         self.entries.iter().find(|entry| entry.name == wanted).ok_or_else(|| {
@@ -299,7 +316,13 @@ impl TensorFile {
         Ok(Cow::Borrowed(&self.maps[entry.map][entry.bytes.clone()]))
     }
 
-    fn scales(&self, of: &Entry, name: &str, rows: usize) -> Result<Vec<f32>, TensorFileError> {
+    fn scales(
+        &self,
+        of: &Entry,
+        name: &str,
+        rows: usize,
+        width: usize,
+    ) -> Result<BlockScales, TensorFileError> {
         let wanted = FileTensor {
             file: self.path.clone(),
             tensor: Some(name.to_owned()),
@@ -307,17 +330,10 @@ impl TensorFile {
             shape: None,
             scale: None,
         };
-        let scales = self.read(&wanted)?.values().into_data();
-        if scales.len() == 1 || scales.len() == rows {
-            return Ok(scales);
-        }
-        Err(self.unusable(
-            of,
-            format!(
-                "has {rows} rows, and its scale `{name}` {} values; give one, or one per row",
-                scales.len()
-            ),
-        ))
+        let shape = self.entry(wanted.tensor.as_deref())?.shape.clone();
+        let values = self.read(&wanted)?.values().into_data();
+        BlockScales::fit(&shape, values, rows, width)
+            .map_err(|problem| self.unusable(of, format!("{problem} (its scale is `{name}`)")))
     }
 
     fn unusable(&self, entry: &Entry, problem: String) -> TensorFileError {
@@ -336,25 +352,44 @@ impl CodedTensor {
         };
         let mut values: Vec<f32> =
             self.bytes.chunks_exact(self.format.bytes()).map(decode).collect();
-        for (row, values) in values.chunks_exact_mut(self.width).enumerate() {
-            let scale = match self.scales.as_slice() {
-                [] => continue,
-                [scale] => *scale,
-                scales => scales[row],
-            };
-            values.iter_mut().for_each(|value| *value *= scale);
+        if let Some(scales) = &self.scales {
+            for (row, values) in values.chunks_exact_mut(self.width).enumerate() {
+                for (block, values) in values.chunks_mut(scales.width_per_block).enumerate() {
+                    let scale = scales.at(row, block * scales.width_per_block);
+                    values.iter_mut().for_each(|value| *value *= scale);
+                }
+            }
         }
         Tensor::new(self.width, values)
     }
 
+    /// Some rows, in the given order.
+    pub fn select_rows(&self, rows: &[usize]) -> CodedTensor {
+        let row_bytes = self.width * self.format.bytes();
+        let bytes = rows.iter().flat_map(|row| &self.bytes[row * row_bytes..(row + 1) * row_bytes]);
+        CodedTensor {
+            rows: rows.len(),
+            bytes: bytes.copied().collect(),
+            scales: self.scales.as_ref().map(|scales| scales.select_rows(rows, self.width)),
+            ..*self
+        }
+    }
+
     /// A digest of everything that it says.
     pub fn digest(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new_derive_key("runner 2026 file tensor v1");
-        for number in [self.rows, self.width, self.scales.len()] {
+        let mut hasher = blake3::Hasher::new_derive_key("runner 2026 file tensor v2");
+        // v2: scales have blocks.
+        let (blocks, scales) = match &self.scales {
+            None => ([0, 0], &[][..]),
+            Some(scales) => {
+                ([scales.rows_per_block, scales.width_per_block], scales.values.as_slice())
+            }
+        };
+        for number in [self.rows, self.width, blocks[0], blocks[1], scales.len()] {
             hasher.update(&(number as u64).to_le_bytes());
         }
         hasher.update(self.format.name().as_bytes());
-        for scale in &self.scales {
+        for scale in scales {
             hasher.update(&scale.to_le_bytes());
         }
         hasher.update_rayon(&self.bytes);
@@ -410,6 +445,12 @@ fn convert(
             whole(wanted.bytes(), &bytes)?;
             Ok((wanted, bytes.into_owned()))
         }
+        (Element::Format(Format::F32), Some(wanted))
+            if matches!(wanted, Format::Bf16 | Format::F16 | Format::Tf32) =>
+        {
+            whole(4, &bytes)?;
+            narrowed(&bytes, wanted).map(|bytes| (wanted, bytes))
+        }
         (Element::F64, None | Some(Format::F32)) => {
             whole(8, &bytes)?;
             let narrow = |word: &[u8; 8]| (f64::from_le_bytes(*word) as f32).to_le_bytes();
@@ -436,6 +477,24 @@ fn convert(
         (stored, Some(wanted)) => Err(format!("is stored as {stored}, and not as {wanted}")),
         (Element::Other, None) => Err(format!("is stored as {element}")),
     }
+}
+
+/// The codes of f32 values that are all values of a narrower format, as a dump of
+/// `tensor.float()` holds them.
+fn narrowed(bytes: &[u8], wanted: Format) -> Result<Vec<u8>, String> {
+    let mut codes = Vec::with_capacity(bytes.len() / 4 * wanted.bytes());
+    for (index, word) in bytes.as_chunks().0.iter().enumerate() {
+        let value = f32::from_le_bytes(*word);
+        let code = wanted.encode(value);
+        if wanted.decode(code).to_bits() != value.to_bits() && !value.is_nan() {
+            return Err(format!(
+                "is stored as f32, and value {index}, {value:e}, is no {wanted}: leave `dtype` \
+                 away, or round the values before they are saved"
+            ));
+        }
+        codes.extend_from_slice(&code.to_le_bytes()[..wanted.bytes()]);
+    }
+    Ok(codes)
 }
 
 fn of_weight(kind: WeightType) -> Element {

@@ -14,6 +14,7 @@ mod faults;
 mod foreign_engine;
 mod golden;
 mod hugging_face;
+mod judge;
 mod manifest;
 mod missing;
 mod model;

@@ -1,0 +1,585 @@
+//! `runner judge` on dumps that are right in many ways and wrong in many ways, each made
+//! here from a seed: the three answers, and of the third where and what.
+
+use std::fs;
+
+use runner::dtype::Format;
+use runner::random::Random;
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::command::{Outcome, Project};
+use crate::single::project;
+
+/// Values of a normal distribution, as the format has them.
+fn drawn(seed: u64, count: usize, size: f64, format: Format) -> Vec<f32> {
+    let mut random = Random::at(seed);
+    (0..count).map(|_| format.round((random.normal() * size) as f32)).collect()
+}
+
+/// A product in bf16 with its exact result.
+struct Dump {
+    n: usize,
+    k: usize,
+    m: usize,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    exact: Vec<f64>,
+}
+
+impl Dump {
+    fn new(seed: u64, [n, k, m]: [usize; 3]) -> Dump {
+        let x = drawn(seed, n * k, 1.0, Format::Bf16);
+        let w = drawn(seed + 1, m * k, 0.03, Format::Bf16);
+        let mut dump = Dump { n, k, m, x, w, exact: Vec::new() };
+        dump.exact = dump.sums(0..k);
+        dump
+    }
+
+    fn sums(&self, inner: std::ops::Range<usize>) -> Vec<f64> {
+        let dot = |row: usize, column: usize| {
+            let (x, w) = (&self.x[row * self.k..], &self.w[column * self.k..]);
+            inner.clone().map(|k| f64::from(x[k]) * f64::from(w[k])).sum()
+        };
+        (0..self.n)
+            .flat_map(|row| (0..self.m).map(move |column| (row, column)))
+            .map(|(row, column)| dot(row, column))
+            .collect()
+    }
+
+    /// The exact result rounded to bf16.
+    fn right(&self) -> Vec<f32> {
+        bf16(&self.exact)
+    }
+
+    /// In f32, blocks of 32 products one after the other: no schedule that is known.
+    fn in_f32(&self) -> Vec<f32> {
+        let mut sums = vec![0f32; self.n * self.m];
+        for first in (0..self.k).step_by(32) {
+            let block = self.sums(first..(first + 32).min(self.k));
+            sums.iter_mut().zip(block).for_each(|(sum, block)| *sum += block as f32);
+        }
+        sums
+    }
+
+    fn judge(&self, y: &[f32]) -> Outcome {
+        self.judge_in(y, &[])
+    }
+
+    fn judge_in(&self, y: &[f32], more: &[&str]) -> Outcome {
+        let project = Project::new();
+        let tensors = [
+            ("x", Format::Bf16, vec![self.n, self.k], self.x.as_slice()),
+            ("w", Format::Bf16, vec![self.m, self.k], self.w.as_slice()),
+            ("y", Format::Bf16, vec![self.n, self.m], y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        project.runner(&[&["judge", "d.safetensors"], more].concat())
+    }
+}
+
+fn bf16(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|&value| Format::Bf16.round(value as f32)).collect()
+}
+
+/// A safetensors file of typed tensors.
+fn write(project: &Project, name: &str, tensors: &[(&str, Format, Vec<usize>, &[f32])]) {
+    let bytes: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(_, format, _, values)| {
+            let code = |value: &f32| format.encode(*value).to_le_bytes();
+            values.iter().flat_map(|v| code(v)[..format.bytes()].to_vec()).collect()
+        })
+        .collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, format, shape, _), bytes)| {
+        let dtype = match format {
+            Format::Bf16 => Dtype::BF16,
+            Format::F16 => Dtype::F16,
+            Format::E4m3 => Dtype::F8_E4M3,
+            _ => Dtype::F32,
+        };
+        (*name, TensorView::new(dtype, shape.clone(), bytes).expect("a view"))
+    });
+    let file = safetensors::serialize(views, None).expect("a file");
+    fs::write(project.path(name), file).expect("written");
+}
+
+/// A `.npy` file.
+fn npy(project: &Project, name: &str, descr: &str, shape: [usize; 2], bytes: &[u8]) {
+    let [rows, width] = shape;
+    let header =
+        format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({rows}, {width}), }}\n");
+    let mut file = b"\x93NUMPY\x01\x00".to_vec();
+    file.extend((header.len() as u16).to_le_bytes());
+    file.extend(header.as_bytes());
+    file.extend(bytes);
+    fs::write(project.path(name), file).expect("written");
+}
+
+const SHAPE: [usize; 3] = [80, 704, 288];
+
+#[test]
+fn the_exact_result_rounded_once_is_met_to_the_bit() {
+    let dump = Dump::new(21, SHAPE);
+    let said = dump.judge(&dump.right()).expect(0, "To the bit: these are the bits of a known");
+    assert!(said.out.contains("the exact result, rounded once to bf16"), "{}", said.out);
+}
+
+#[test]
+fn other_orders_of_additions_are_within_rounding() {
+    let dump = Dump::new(22, SHAPE);
+    let f32_sums = dump.in_f32();
+    let rounded: Vec<f32> = f32_sums.iter().map(|&sum| Format::Bf16.round(sum)).collect();
+    let said = dump.judge(&rounded).expect(0, "z 1.0");
+    assert!(said.out.contains("ithin rounding") || said.out.contains("o the bit"), "{}", said.out);
+    // Split K into uneven parts, as stream-K does.
+    let parts = [0..300, 300..512, 512..704].map(|range| dump.sums(range));
+    let sums = (0..parts[0].len()).map(|i| {
+        let [a, b, c] = [parts[0][i] as f32, parts[1][i] as f32, parts[2][i] as f32];
+        Format::Bf16.round((a + b) + c)
+    });
+    dump.judge(&sums.collect::<Vec<f32>>()).expect(0, "z 1.0");
+    // The same sums left in f32.
+    let project = Project::new();
+    let [n, k, m] = SHAPE;
+    let tensors = [
+        ("x", Format::Bf16, vec![n, k], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![m, k], dump.w.as_slice()),
+        ("y", Format::F32, vec![n, m], f32_sums.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]).expect(0, "Within rounding: not the");
+    assert!(said.out.contains("this is what another order of additions costs"), "{}", said.out);
+    assert!(said.out.contains("at most"), "{}", said.out);
+}
+
+#[test]
+fn the_bits_of_a_chip_are_named() {
+    let dump = Dump::new(23, [24, 512, 40]);
+    let project = Project::new();
+    let tensors = [
+        ("x", Format::Bf16, vec![24, 512], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![40, 512], dump.w.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let multiply = ["chip", "multiply", "d.safetensors:x", "d.safetensors:w", "--fast"];
+    let save = ["--split-k", "2", "--save", "y.safetensors"];
+    project.runner(&[&multiply[..], &save[..]].concat()).expect(0, "split-K 2");
+    let judge = ["judge", "d.safetensors:x", "d.safetensors:w", "y.safetensors"];
+    let said = project.runner(&judge).expect(0, "To the bit");
+    assert!(said.out.contains("tensor core (hopper, blackwell), fast, split-K 2"), "{}", said.out);
+    // Of an older chip they are not, and still within rounding.
+    let other = project.runner(&[&judge[..], &["--chip", "ampere"]].concat());
+    other.expect(0, "Within rounding");
+}
+
+/// The answer must be wrong and say all of these.
+#[track_caller]
+fn wrong(said: Outcome, words: &[&str]) {
+    let said = said.expect(1, "Wrong, here, so:");
+    for word in words {
+        assert!(said.out.contains(word), "{word} in\n{}", said.out);
+    }
+}
+
+#[test]
+fn a_lost_block_of_k_and_a_wrong_scale_are_named_with_their_numbers() {
+    let dump = Dump::new(24, SHAPE);
+    let block = dump.sums(192..256);
+    let lost: Vec<f64> = dump.exact.iter().zip(&block).map(|(y, block)| y - block).collect();
+    wrong(dump.judge(&bf16(&lost)), &["everywhere", "k-block-lost: products 192 to 255 of 704"]);
+    let scaled: Vec<f64> = dump.exact.iter().map(|y| y * 1.02).collect();
+    let words = ["everywhere", "they are 1.02 times the right values", "scale-wrong"];
+    wrong(dump.judge(&bf16(&scaled)), &words);
+}
+
+#[test]
+fn a_tile_that_was_not_written_is_told_by_rows_and_columns() {
+    let dump = Dump::new(25, [160, 256, 224]);
+    let mut y = dump.right();
+    for row in 64..128 {
+        y[row * 224 + 128..row * 224 + 192].fill(0.0);
+    }
+    wrong(dump.judge(&y), &["rows 64 to 127, columns 128 to 191", "all values there are zero"]);
+}
+
+#[test]
+fn rows_and_columns_that_hold_others_are_located() {
+    let dump = Dump::new(26, SHAPE);
+    let [n, _, m] = SHAPE;
+    let right = dump.right();
+    let row = |y: &[f32], row: usize| y[row * m..(row + 1) * m].to_vec();
+    let mut stale = right.clone();
+    stale[51 * m..52 * m].copy_from_slice(&row(&right, 50));
+    wrong(dump.judge(&stale), &["row 51, all columns", "nothing to do with the right values"]);
+    let mut rolled = right.clone();
+    for target in 40..n {
+        let source = if target == 40 { n - 1 } else { target - 1 };
+        rolled[target * m..(target + 1) * m].copy_from_slice(&row(&right, source));
+    }
+    wrong(dump.judge(&rolled), &["rows 40 to 79, all columns"]);
+    let mut swapped = right.clone();
+    (0..n).for_each(|row| swapped.swap(row * m + 17, row * m + 18));
+    wrong(dump.judge(&swapped), &["columns 17 to 18 of all rows"]);
+}
+
+#[test]
+fn a_coarser_accumulator_than_f32_is_not_within_rounding() {
+    let dump = Dump::new(27, SHAPE);
+    let mut sums = vec![0f32; dump.exact.len()];
+    for first in (0..704).step_by(16) {
+        let block = dump.sums(first..first + 16);
+        sums.iter_mut().zip(block).for_each(|(s, b)| *s = Format::F16.round(*s + b as f32));
+    }
+    wrong(
+        dump.judge(&bf16(&sums.iter().map(|&s| f64::from(s)).collect::<Vec<_>>())),
+        &["everywhere"],
+    );
+    let parts = [0..176, 176..352, 352..528, 528..704].map(|range| bf16(&dump.sums(range)));
+    let sums = (0..parts[0].len())
+        .map(|i| f64::from(parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i]));
+    wrong(dump.judge(&bf16(&sums.collect::<Vec<_>>())), &["everywhere"]);
+}
+
+#[test]
+fn one_value_and_nan_come_with_their_place() {
+    let dump = Dump::new(28, SHAPE);
+    let mut y = dump.right();
+    y[3 * 288 + 5] = f32::NAN;
+    let words = ["1 value is NaN, the first at row 3, column 5", "all others are within rounding"];
+    wrong(dump.judge(&y), &words);
+    let mut y = dump.right();
+    y[40 * 288 + 50] *= 1.5;
+    wrong(dump.judge(&y), &["row 40, column 50"]);
+}
+
+#[test]
+fn axes_follow_from_the_shapes_and_a_square_product_is_tried_both_ways() {
+    let dump = Dump::new(29, SHAPE);
+    let [n, k, m] = SHAPE;
+    let turned = |values: &[f32], width: usize| -> Vec<f32> {
+        let rows = values.len() / width;
+        (0..width).flat_map(|c| (0..rows).map(move |r| values[r * width + c])).collect()
+    };
+    let project = Project::new();
+    let (w, y) = (turned(&dump.w, k), dump.right());
+    let tensors = [
+        ("x", Format::Bf16, vec![n, k], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![k, m], w.as_slice()),
+        ("y", Format::Bf16, vec![n, m], y.as_slice()),
+        ("z", Format::Bf16, vec![n, m + 1], &vec![0.0; n * (m + 1)]),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]).expect(0, "To the bit");
+    assert!(said.out.contains("the shapes fit only with w as [K, M]: taken so"), "{}", said.out);
+    let both = ["judge", "d.safetensors:x", "d.safetensors:w", "d.safetensors:z"];
+    let said = project.runner(&both).expect(2, "are no product");
+    assert!(said.err.contains("K is 704 in x (80 if x is transposed)"), "{}", said.err);
+
+    let square = Dump::new(30, [128, 128, 128]);
+    let (w, y) = (turned(&square.w, 128), square.right());
+    let shape = vec![128, 128];
+    let tensors = [
+        ("x", Format::Bf16, shape.clone(), square.x.as_slice()),
+        ("w", Format::Bf16, shape.clone(), w.as_slice()),
+        ("y", Format::Bf16, shape.clone(), y.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]).expect(0, "To the bit");
+    assert!(said.out.contains("w as [K, M] is taken"), "{}", said.out);
+}
+
+#[test]
+fn numpy_files_and_bf16_kept_as_f32_are_read_without_a_word() {
+    let dump = Dump::new(31, [40, 256, 64]);
+    let project = Project::new();
+    let f32_bytes =
+        |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    npy(&project, "x.npy", "<f4", [40, 256], &f32_bytes(&dump.x));
+    npy(&project, "w.npy", "<f4", [64, 256], &f32_bytes(&dump.w));
+    npy(&project, "y.npy", "<f4", [40, 64], &f32_bytes(&dump.right()));
+    let said = project.runner(&["judge", "x.npy", "w.npy", "y.npy"]).expect(0, "To the bit");
+    assert!(said.out.contains("y is stored as f32 and every value is a bf16"), "{}", said.out);
+    let codes: Vec<u8> =
+        dump.x.iter().flat_map(|&x| (Format::Bf16.encode(x) as u16).to_le_bytes()).collect();
+    npy(&project, "x16.npy", "<u2", [40, 256], &codes);
+    let files = ["judge", "x16.npy", "w.npy", "y.npy"];
+    project.runner(&files).expect(2, "--dtype-x");
+    project.runner(&[&files[..], &["--dtype-x", "bf16"]].concat()).expect(0, "To the bit");
+    project.runner(&["judge", "x.npy", "w.npy", "none.npy"]).expect(2, "`none.npy`");
+}
+
+/// E4M3 codes with their scales, by blocks of `high` x `wide`.
+fn quantised(values: &[f32], width: usize, high: usize, wide: usize) -> (Vec<f32>, Vec<f32>) {
+    let rows = values.len() / width;
+    let (down, across) = (rows.div_ceil(high), width.div_ceil(wide));
+    let mut scales = vec![0f32; down * across];
+    for (index, value) in values.iter().enumerate() {
+        let scale = &mut scales[index / width / high * across + index % width / wide];
+        *scale = if value.abs() / 448.0 > *scale { value.abs() / 448.0 } else { *scale };
+    }
+    let codes = values.iter().enumerate().map(|(index, value)| {
+        Format::E4m3.round(value / scales[index / width / high * across + index % width / wide])
+    });
+    (codes.collect(), scales)
+}
+
+/// The product of codes with blocks of scales in f64, rounded to bf16.
+fn scaled(
+    (x, xs, x_block): (&[f32], &[f32], [usize; 2]),
+    (w, ws, w_block): (&[f32], &[f32], [usize; 2]),
+    k: usize,
+) -> Vec<f32> {
+    let value = |codes: &[f32], scales: &[f32], [high, wide]: [usize; 2], row: usize, at: usize| {
+        let scale = scales[row / high * k.div_ceil(wide) + at / wide];
+        f64::from(codes[row * k + at]) * f64::from(scale)
+    };
+    let rows = (0..x.len() / k).flat_map(|row| (0..w.len() / k).map(move |column| (row, column)));
+    let sums = rows.map(|(row, column)| {
+        (0..k).map(|at| value(x, xs, x_block, row, at) * value(w, ws, w_block, column, at)).sum()
+    });
+    bf16(&sums.collect::<Vec<f64>>())
+}
+
+#[test]
+fn fp8_with_scales_per_row_and_per_block_is_judged_and_a_wrong_order_of_scales_is_named() {
+    let [n, k, m] = [64, 640, 256];
+    let (x, w) = (drawn(41, n * k, 1.0, Format::F32), drawn(42, m * k, 0.05, Format::F32));
+    // Rows of different size, so that scales differ.
+    let x: Vec<f32> = x.iter().enumerate().map(|(i, x)| x * (1.0 + (i / k % 7) as f32)).collect();
+    let w: Vec<f32> = w.iter().enumerate().map(|(i, w)| w * (1.0 + (i / 128 % 5) as f32)).collect();
+    let project = Project::new();
+    let judge = |y: &[f32], x: (&[f32], &[f32], [usize; 2]), w: (&[f32], &[f32], [usize; 2])| {
+        let of =
+            |[high, wide]: [usize; 2], rows: usize| vec![rows.div_ceil(high), k.div_ceil(wide)];
+        let tensors = [
+            ("x", Format::E4m3, vec![n, k], x.0),
+            ("w", Format::E4m3, vec![m, k], w.0),
+            ("x_scale", Format::F32, of(x.2, n), x.1),
+            ("w_scale", Format::F32, of(w.2, m), w.1),
+            ("y", Format::Bf16, vec![n, m], y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        project.runner(&["judge", "d.safetensors"])
+    };
+    let by_row = [1, k];
+    let ((xc, xs), (wc, ws)) = (quantised(&x, k, 1, k), quantised(&w, k, 1, k));
+    let (of_x, of_w) = ((&xc[..], &xs[..], by_row), (&wc[..], &ws[..], by_row));
+    let said = judge(&scaled(of_x, of_w, k), of_x, of_w).expect(0, "one scale per row");
+    assert!(said.out.contains("o the bit") || said.out.contains("ithin rounding"), "{}", said.out);
+    let mut shifted = xs.clone();
+    shifted[32..].rotate_right(1);
+    let y = scaled((&xc, &shifted, by_row), of_w, k);
+    wrong(judge(&y, of_x, of_w), &["scale-order", "carry the scale of the row before them"]);
+
+    let ((xc, xs), (wc, ws)) = (quantised(&x, k, 1, 128), quantised(&w, k, 128, 128));
+    let (of_x, of_w) = ((&xc[..], &xs[..], [1, 128]), (&wc[..], &ws[..], [128, 128]));
+    let said = judge(&scaled(of_x, of_w, k), of_x, of_w).expect(0, "one scale per 128 x 128");
+    assert!(said.out.contains("one scale per 1 x 128"), "{}", said.out);
+    let mut reversed = ws.clone();
+    reversed.chunks_mut(5).for_each(<[f32]>::reverse);
+    let y = scaled(of_x, (&wc, &reversed, [128, 128]), k);
+    wrong(judge(&y, of_x, of_w), &["the scales of w are taken in the reverse order along K"]);
+}
+
+#[test]
+fn bias_alpha_and_batches_are_part_of_the_product() {
+    let dump = Dump::new(51, [48, 128, 64]);
+    let bias = drawn(52, 64, 1.0, Format::Bf16);
+    let with = |alpha: f64| -> Vec<f32> {
+        let values = dump.exact.iter().enumerate();
+        bf16(&values.map(|(i, y)| alpha * y + f64::from(bias[i % 64])).collect::<Vec<_>>())
+    };
+    let project = Project::new();
+    let tensors = [
+        ("x", Format::Bf16, vec![2, 24, 128], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![64, 128], dump.w.as_slice()),
+        ("bias", Format::Bf16, vec![64], bias.as_slice()),
+        ("y", Format::Bf16, vec![2, 24, 64], &with(0.5)),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors", "--alpha", "0.5"]).expect(0, "");
+    assert!(said.out.contains("`bias` of `d.safetensors` is taken as bias"), "{}", said.out);
+    project.runner(&["judge", "d.safetensors"]).expect(1, "Wrong");
+}
+
+#[test]
+fn the_other_ops_are_judged_from_files_too() {
+    let project = Project::new();
+    let x = drawn(61, 32 * 96, 1.0, Format::Bf16);
+    let g = drawn(62, 96, 1.0, Format::Bf16);
+    let shape = || vec![32, 96];
+    let save =
+        |tensors: &[(&str, Format, Vec<usize>, &[f32])]| write(&project, "d.safetensors", tensors);
+    let judge = |more: &[&str]| project.runner(&[&["judge", "d.safetensors"], more].concat());
+    let normed = |eps: f64| -> Vec<f32> {
+        let rows = x.chunks(96).flat_map(|row| {
+            let mean = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / 96.0;
+            let scale = 1.0 / (mean + eps).sqrt();
+            row.iter().zip(&g).map(move |(&x, &g)| f64::from(x) * scale * f64::from(g))
+        });
+        bf16(&rows.collect::<Vec<_>>())
+    };
+    let norm = |y: &[f32]| {
+        save(&[
+            ("x", Format::Bf16, shape(), &x),
+            ("weight", Format::Bf16, vec![96], &g),
+            ("y", Format::Bf16, shape(), y),
+        ]);
+        judge(&["--op", "norm", "--eps", "1e-5"])
+    };
+    norm(&normed(1e-5)).expect(0, "To the bit");
+    norm(&normed(0.3)).expect(1, "Wrong");
+
+    let up = drawn(63, 32 * 96, 1.0, Format::Bf16);
+    let swiglu = |sign: f64| -> Vec<f32> {
+        let pairs = x.iter().zip(&up).map(|(&g, &u)| {
+            let g = f64::from(g);
+            sign * g / (1.0 + (-g).exp()) * f64::from(u)
+        });
+        bf16(&pairs.collect::<Vec<_>>())
+    };
+    let gated = |y: &[f32]| {
+        save(&[
+            ("gate", Format::Bf16, shape(), &x),
+            ("up", Format::Bf16, shape(), &up),
+            ("y", Format::Bf16, shape(), y),
+        ]);
+        judge(&["--op", "swiglu"])
+    };
+    gated(&swiglu(1.0)).expect(0, "To the bit");
+    gated(&swiglu(-1.0)).expect(1, "they are -1 times the right values");
+
+    let soft: Vec<f64> = x
+        .chunks(96)
+        .flat_map(|row| {
+            let total: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+            row.iter().map(move |&x| f64::from(x).exp() / total)
+        })
+        .collect();
+    save(&[("x", Format::Bf16, shape(), &x), ("y", Format::Bf16, shape(), &bf16(&soft))]);
+    judge(&["--op", "softmax"]).expect(0, "To the bit");
+
+    // Four heads of 24, over two of keys and values; causal, with a window and without.
+    let (k, v) = (drawn(64, 32 * 48, 1.0, Format::Bf16), drawn(65, 32 * 48, 1.0, Format::Bf16));
+    let attended = |window: usize, scale: f64| -> Vec<f32> {
+        let mut y = vec![0.0; 32 * 96];
+        for (row, head) in (0..32).flat_map(|row| (0..4).map(move |head| (row, head))) {
+            let keys: Vec<usize> = ((row + 1usize).saturating_sub(window)..=row).collect();
+            let score = |key: &usize| -> f64 {
+                (0..24)
+                    .map(|i| {
+                        f64::from(x[row * 96 + head * 24 + i])
+                            * f64::from(k[key * 48 + head / 2 * 24 + i])
+                    })
+                    .sum::<f64>()
+                    * scale
+            };
+            let powers: Vec<f64> = keys.iter().map(|key| score(key).exp()).collect();
+            let total: f64 = powers.iter().sum();
+            for i in 0..24 {
+                y[row * 96 + head * 24 + i] = keys
+                    .iter()
+                    .zip(&powers)
+                    .map(|(key, power)| power / total * f64::from(v[key * 48 + head / 2 * 24 + i]))
+                    .sum();
+            }
+        }
+        bf16(&y)
+    };
+    let attention = |y: &[f32], more: &[&str]| {
+        let of_k = || vec![32, 48];
+        save(&[
+            ("q", Format::Bf16, shape(), &x),
+            ("k", Format::Bf16, of_k(), &k),
+            ("v", Format::Bf16, of_k(), &v),
+            ("y", Format::Bf16, shape(), y),
+        ]);
+        let usual = ["--op", "attention", "--heads", "4", "--kv-heads", "2"];
+        judge(&[&usual[..], more].concat())
+    };
+    let usual = 1.0 / 24f64.sqrt();
+    attention(&attended(32, usual), &[]).expect(0, "rounding");
+    attention(&attended(8, 0.1), &["--window", "8", "--scale", "0.1"]).expect(0, "rounding");
+    attention(&attended(8, usual), &[]).expect(1, "Wrong");
+    attention(&attended(32, 0.1), &[]).expect(1, "Wrong");
+
+    let turned = |theta: f64| -> Vec<f32> {
+        let mut y = vec![0.0; 32 * 96];
+        for (row, head, pair) in
+            (0..32).flat_map(|r| (0..4).flat_map(move |h| (0..12).map(move |p| (r, h, p))))
+        {
+            let angle = (row + 7) as f64 * theta.powf(-2.0 * pair as f64 / 24.0);
+            let first = row * 96 + head * 24 + pair;
+            let (a, b) = (f64::from(x[first]), f64::from(x[first + 12]));
+            y[first] = a * angle.cos() - b * angle.sin();
+            y[first + 12] = a * angle.sin() + b * angle.cos();
+        }
+        bf16(&y)
+    };
+    let rope = |y: &[f32]| {
+        save(&[("x", Format::Bf16, shape(), &x), ("y", Format::Bf16, shape(), y)]);
+        judge(&["--op", "rope", "--head-dim", "24", "--positions", "7"])
+    };
+    rope(&turned(10000.0)).expect(0, "ounding");
+    rope(&turned(500000.0)).expect(1, "Wrong");
+}
+
+#[test]
+fn the_answer_as_json_has_everything_that_is_told() {
+    let dump = Dump::new(71, [32, 256, 64]);
+    let mut y = dump.right();
+    y[5 * 64..6 * 64].fill(0.0);
+    let said = dump.judge_in(&y, &["--format", "json"]).expect(1, "");
+    let json: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
+    assert_eq!(json["answer"], "wrong");
+    let judgement = &json["judgements"][0];
+    assert_eq!(judgement["place"]["row_span"], serde_json::json!([5, 5]));
+    assert_eq!(judgement["place"]["values"], 64);
+    assert_eq!(judgement["values"], 32 * 64);
+}
+
+#[test]
+fn a_stage_made_from_files_gives_the_same_answers() {
+    let dump = Dump::new(81, [64, 256, 96]);
+    let mut stale = dump.right();
+    let row: Vec<f32> = stale[20 * 96..21 * 96].to_vec();
+    stale[21 * 96..22 * 96].copy_from_slice(&row);
+    let sums: Vec<f32> = dump.in_f32().iter().map(|&sum| Format::Bf16.round(sum)).collect();
+    for (y, code, words) in
+        [(dump.right(), 0, "run: pass"), (sums, 0, "run: pass"), (stale, 1, "row 21, all columns")]
+    {
+        let project = project();
+        let tensors = [
+            ("x", Format::Bf16, vec![64, 256], dump.x.as_slice()),
+            ("w", Format::Bf16, vec![96, 256], dump.w.as_slice()),
+            ("y", Format::Bf16, vec![64, 96], &y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        fs::remove_file(project.path("stages/pipeline.toml")).expect("removed");
+        let files = ["d.safetensors:x", "d.safetensors:w", "d.safetensors:y"];
+        let new = [&["new", "matmul", "g", "--from-files"], &files[..]].concat();
+        project.runner(&new).expect(0, "wrote `stages/g.toml`");
+        let said = project.run();
+        assert_eq!(said.code, Some(code), "{}\n{}", said.out, said.err);
+        assert!(said.out.contains(words), "{words} in\n{}", said.out);
+    }
+}
+
+#[test]
+fn a_recording_of_one_tensor_needs_no_name_and_a_kernel_within_rounding_is_told_as_such() {
+    let dump = Dump::new(82, [64, 256, 96]);
+    let project = project();
+    let bytes =
+        |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    npy(&project, "x.npy", "<f4", [64, 256], &bytes(&dump.x));
+    npy(&project, "w.npy", "<f4", [96, 256], &bytes(&dump.w));
+    npy(&project, "y.npy", "<f4", [64, 96], &bytes(&dump.in_f32()));
+    let stage = "id = \"G\"\ntitle = \"a product\"\ncontract = \"coded-matmul\"\n[matmul]\n\
+                 x = { file = \"../x.npy\", dtype = \"bf16\" }\n\
+                 w = { file = \"../w.npy\", dtype = \"bf16\" }\n[recorded]\nfile = \"../y.npy\"\n";
+    fs::remove_file(project.path("stages/pipeline.toml")).expect("removed");
+    project.write("stages/g.toml", stage);
+    let said = project.run();
+    assert_eq!(said.code, Some(1), "{}\n{}", said.out, said.err);
+    assert!(said.out.contains("known schedules, but z 0."), "{}", said.out);
+}
