@@ -161,12 +161,15 @@ impl Own {
 /// Measures arms against each other where no model is known: no local truth, and of
 /// floors those of a recording, where somebody predicted them.
 pub fn measure_arms(outputs: &BTreeMap<Arm, Output>, floors: &[(Site, Tensor)]) -> StageMeasures {
+    let deviations = |each: &Tensor| Deviations { each: each.clone(), shared: None };
+    let floors: Vec<(Site, Deviations)> =
+        floors.iter().map(|(site, each)| (site.clone(), deviations(each))).collect();
     let mut all = StageMeasures::default();
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
             let of_recording = arm == Arm::Recorded && judge == Arm::Reference;
-            let floors = if of_recording { floors } else { &[] };
+            let floors = if of_recording { floors.as_slice() } else { &[] };
             let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
             all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, floors, &[]));
         }

@@ -65,6 +65,7 @@ impl Recording<'_> {
             elements,
             parameters: 0,
             significant: cause.named,
+            gain: 0.0,
         });
         let known = judgement.place.as_ref().map(|place| {
             format!("{} values, {}; {}", place.values, place.in_words(), place.instead)
