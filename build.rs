@@ -8,6 +8,7 @@ fn main() {
         "src/compute",
         "src/model",
         "src/dtype.rs",
+        "src/engine.rs",
         "src/op.rs",
         "src/tensor.rs",
         "src/tensor_file",

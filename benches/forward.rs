@@ -22,6 +22,7 @@ const E4M3: Recipe = Recipe {
     output: Format::Bf16,
     chip: ChipName::Hopper,
     stream: None,
+    engine: None,
     pin: runner::op::Pin::NONE,
 };
 

@@ -6,6 +6,7 @@
 // Vocabulary: formats and their codecs, host tensors, what a stage computes, what is measured,
 // seeded numbers.
 pub mod dtype;
+pub mod engine;
 pub mod metric;
 pub mod op;
 pub mod random;

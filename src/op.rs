@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::Format;
+use crate::engine::EngineKernels;
 
 /// One way to compute a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -141,6 +142,9 @@ pub struct Recipe {
     /// own kernels, whose f32 operations are known one by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<Format>,
+    /// The kernels of that engine, where they are known to the bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineKernels>,
     /// The library's algorithm, where the recipe insists on one.
     #[serde(default, skip_serializing_if = "Pin::is_empty")]
     pub pin: Pin,
@@ -156,6 +160,7 @@ impl Default for Recipe {
             output: Format::Bf16,
             chip: ChipName::Auto,
             stream: None,
+            engine: None,
             pin: Pin::NONE,
         }
     }
@@ -633,6 +638,9 @@ pub enum Stream {
     /// The reference computed op by op on that arm's own inputs, which leaves
     /// the arm's local error and nothing inherited; `reference@emulated`.
     Anchored(Arm),
+    /// The engine's kernels computed op by op on that arm's own inputs, of each op the one
+    /// that fits best; `emulated@recorded`.
+    Predicted(Arm),
 }
 
 impl Stream {
@@ -641,12 +649,15 @@ impl Stream {
     pub const OUTCOME: Stream = Stream::Arm(Arm::Command);
 
     /// All streams of tensors, the most trusted first.
-    pub const ALL: [Stream; 9] = [
+    pub const ALL: [Stream; 12] = [
         Stream::Arm(Arm::Reference),
         Stream::Anchored(Arm::Emulated),
         Stream::Anchored(Arm::Device),
         Stream::Anchored(Arm::Recorded),
         Stream::Anchored(Arm::External),
+        Stream::Predicted(Arm::Device),
+        Stream::Predicted(Arm::Recorded),
+        Stream::Predicted(Arm::External),
         Stream::Arm(Arm::Emulated),
         Stream::Arm(Arm::Device),
         Stream::Arm(Arm::Recorded),
@@ -656,7 +667,7 @@ impl Stream {
     /// The arm whose tensors these are, or on whose inputs they were computed.
     pub fn arm(self) -> Arm {
         match self {
-            Stream::Arm(arm) | Stream::Anchored(arm) => arm,
+            Stream::Arm(arm) | Stream::Anchored(arm) | Stream::Predicted(arm) => arm,
         }
     }
 
@@ -666,6 +677,7 @@ impl Stream {
         match self {
             Stream::Arm(stream) if stream == written => Stream::Arm(arm),
             Stream::Anchored(stream) if stream == written => Stream::Anchored(arm),
+            Stream::Predicted(stream) if stream == written => Stream::Predicted(arm),
             other => other,
         }
     }
@@ -676,6 +688,7 @@ impl std::fmt::Display for Stream {
         match self {
             Stream::Arm(arm) => write!(f, "{arm}"),
             Stream::Anchored(arm) => write!(f, "reference@{arm}"),
+            Stream::Predicted(arm) => write!(f, "emulated@{arm}"),
         }
     }
 }
@@ -688,7 +701,7 @@ impl std::str::FromStr for Stream {
         known.find(|stream| stream.to_string() == text).ok_or_else(|| {
             format!(
                 "no stream is called `{text}`; write an arm (`reference`, `emulated`, `device`, \
-                 `recorded`, `external`), or `reference@` and an arm"
+                 `recorded`, `external`), or `reference@` or `emulated@` and an arm"
             )
         })
     }

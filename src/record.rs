@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure};
+use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure, SiteKernel};
 use crate::compute::GemmRecord;
 use crate::compute::shares::Shares;
 use crate::executor::command::CommandRecord;
@@ -156,6 +156,9 @@ pub struct StageRecord {
     /// What was found at the first site that the contract falsifies.
     #[serde(default)]
     pub diagnoses: Vec<Diagnosis>,
+    /// Which kernel of an engine made each site.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<SiteKernel>,
 }
 
 impl StageRecord {

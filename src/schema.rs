@@ -240,6 +240,10 @@ fn recipe() -> Value {
                     json!({ "enum": ["fast", "promoted"] }),
                 ),
                 "output": says("the format that a GEMM's result is rounded to", json!({ "enum": ["f32", "bf16", "f16"] })),
+                "engine": says(
+                    "the engine whose kernels the emulated arm computes: a shipped one, or a file",
+                    said(),
+                ),
                 "stream": says(
                     "the type in which a foreign engine passes tensors from op to op",
                     json!({ "enum": ["f32", "bf16", "f16"] }),

@@ -81,6 +81,7 @@ fn diagnosed(diagnosis: &Diagnosis) -> Vec<String> {
     let held = match diagnosis.judge {
         judge if judge == diagnosis.subject => "its own repeats".to_owned(),
         Stream::Anchored(arm) => format!("the reference on {arm}'s own inputs"),
+        Stream::Predicted(arm) => format!("the engine's kernels on {arm}'s own inputs"),
         judge => judge.to_string(),
     };
     let mut lines = vec![

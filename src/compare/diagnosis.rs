@@ -122,6 +122,7 @@ impl Diagnosis {
             }
             Stream::Arm(judge) => format!("first site too far from {judge}"),
             Stream::Anchored(_) => "first site outside its floor".to_owned(),
+            Stream::Predicted(_) => "first site that no kernel of the engine gives".to_owned(),
         };
         match in_layer(&self.site.0) {
             Some((layer, name)) => format!("{what}: layer {layer}, {name}{ratio}"),
@@ -196,7 +197,8 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
         return Ok(of_passes.unwrap_or_else(|| plain(suspect)));
     }
     let Some(output) = scene.outputs.get(&subject.arm()) else { return Ok(plain(suspect)) };
-    let local = !matches!(judge, Stream::Arm(Arm::Emulated)) && is_gemm(site);
+    let exact = matches!(judge, Stream::Arm(Arm::Emulated) | Stream::Predicted(_));
+    let local = !exact && is_gemm(site);
     let ratio = measure.and_then(|m| m.metrics.get(&Metric::ZRms).copied()).filter(|_| local);
     let mut diagnosis = Diagnosis { ratio, ..plain(suspect) };
     diagnosis.also = suspect.falsified.iter().filter(|s| flow(s) > flow(site)).cloned().collect();

@@ -14,7 +14,7 @@ use super::growth::{Growth, growth};
 use super::logits::{batch_ratio, flip_deviation};
 use super::{GreedyComparison, Measure, Predicted, greedy, measure};
 use crate::compute::ComputeError;
-use crate::compute::arms::{Local, Output, Task, anchored_by_layer, drawn, local};
+use crate::compute::arms::{Local, Output, Task, anchored_by_layer, by_engine, drawn, local};
 use crate::compute::floor::Deviations;
 use crate::compute::shares::Shares;
 use crate::metric::Metric;
@@ -41,6 +41,27 @@ pub struct StageMeasures {
     /// What was found at the first site that the contract falsifies.
     #[serde(default)]
     pub diagnoses: Vec<Diagnosis>,
+    /// Which kernel of an engine made each site.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<SiteKernel>,
+}
+
+/// The kernel of an engine that comes nearest to what an arm holds at a site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteKernel {
+    /// The arm.
+    pub subject: Stream,
+    /// The site.
+    pub site: Site,
+    /// The kernel.
+    pub kernel: String,
+    /// Values whose bits it does not give.
+    pub mismatches: usize,
+    /// All values.
+    pub values: usize,
+    /// Other kernels that fit as well: these values do not tell them apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<String>,
 }
 
 /// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
@@ -103,6 +124,26 @@ pub fn measure_stage(
                 }
             }
             all.measures.extend(local);
+            let by_engine = match arm {
+                Arm::Recorded | Arm::External | Arm::Device => by_engine(task, recipe, output)?,
+                _ => Vec::new(),
+            };
+            let predicted: Vec<(Site, Tensor)> = by_engine
+                .iter()
+                .map(|found| (found.site.clone(), found.chosen.tensor.clone()))
+                .collect();
+            if !predicted.is_empty() {
+                let judge = (Stream::Predicted(arm), predicted.as_slice());
+                all.measures.extend(pairs((subject, &output.sites), judge, &[], &[]));
+            }
+            all.kernels.extend(by_engine.into_iter().map(|found| SiteKernel {
+                subject,
+                site: found.site,
+                values: found.chosen.tensor.data().len(),
+                kernel: found.chosen.kernel,
+                mismatches: found.chosen.mismatches,
+                also: found.chosen.also,
+            }));
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };

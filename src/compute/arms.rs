@@ -11,6 +11,7 @@ use super::call::Watched;
 use super::drawn::Drawn;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
+use super::emulated::engine::Chosen;
 use super::floor::{Deviations, Floor};
 use super::forward::{
     Discard, Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight,
@@ -323,6 +324,51 @@ pub fn local(
         Local { site: visit.site, truth: visit.truth, sigma, energies }
     });
     Ok(locals.collect())
+}
+
+/// One site as an engine's kernels give it from the subject's own inputs.
+#[derive(Clone, Debug)]
+pub struct EngineSite {
+    /// The site.
+    pub site: Site,
+    /// What the best of the kernels returned, and which one that is.
+    pub chosen: Chosen,
+}
+
+/// Each site of a subject as the kernels of the recipe's engine give it from the subject's
+/// own inputs; of each op the kernel that comes nearest. Nothing where the recipe names no
+/// engine.
+///
+/// # Errors
+/// As the ops.
+pub fn by_engine(
+    task: &Task<'_>,
+    recipe: &Recipe,
+    subject: &Output,
+) -> Result<Vec<EngineSite>, ComputeError> {
+    let arm = Emulated::new(recipe)?;
+    let (Some(engine), Op::Forward { .. }) = (arm.engine(), task.op) else {
+        return Ok(Vec::new());
+    };
+    let chosen: Mutex<BTreeMap<Site, Chosen>> = Mutex::default();
+    let watched = Watched::new(|site, call| {
+        let [rows, width] = call.shape();
+        let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
+        let Some(observed) = subject.site(site).filter(fits) else { return call.on(&arm) };
+        let best = engine.choose(call, observed)?;
+        let tensor = best.tensor.clone();
+        let mut chosen = chosen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        chosen.insert(site.clone(), best);
+        Ok(tensor)
+    });
+    let visited = visit_recorded(task, &watched, subject)?;
+    drop(watched);
+    let mut chosen = chosen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let sites = visited.into_iter().filter_map(|visit| {
+        let chosen = chosen.remove(&visit.site)?;
+        Some(EngineSite { site: visit.site, chosen })
+    });
+    Ok(sites.collect())
 }
 
 /// Whether a GEMM makes this site.

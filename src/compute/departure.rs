@@ -215,6 +215,7 @@ mod tests {
         output: Format::Bf16,
         chip: ChipName::Hopper,
         stream: None,
+        engine: None,
         pin: Pin::NONE,
     };
 

@@ -80,6 +80,7 @@ pub(super) fn of_product(
         output: exam.output,
         chip,
         stream: None,
+        engine: None,
         pin: Pin::NONE,
     };
     let arm = Emulated::new(&recipe)?;

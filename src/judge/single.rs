@@ -311,6 +311,7 @@ fn recipe(output: Format) -> Recipe {
         output,
         chip: ChipName::Auto,
         stream: None,
+        engine: None,
         pin: Pin::NONE,
     }
 }

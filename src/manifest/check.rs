@@ -234,7 +234,7 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
         let why = format!("it compares the repeats of `{subject}`, and there are none");
         return Some(Problem::new(title(why), repeats));
     }
-    let anchored = matches!(judge, Stream::Anchored(_));
+    let anchored = matches!(judge, Stream::Anchored(_) | Stream::Predicted(_));
     if anchored && matches!(op, Op::Forward { capture: crate::op::Capture::Logits, .. }) {
         return Some(Problem::new(
             title(format!("`{judge}` needs the input of every op")),

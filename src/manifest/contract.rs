@@ -391,7 +391,7 @@ impl RawFalsifier {
         let (a, b) = (subject.value, judge.value);
         let mut problems = Vec::new();
 
-        if let Stream::Anchored(arm) = b
+        if let Stream::Anchored(arm) | Stream::Predicted(arm) = b
             && a != Stream::Arm(arm)
         {
             let problem = if a == b {

@@ -10,6 +10,7 @@ use super::fields::{Fields, Put, choose};
 use super::problem::{Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
+use crate::engine::EngineFile;
 use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, WeightScale};
 
 /// The settings as one file writes them; what it leaves out is inherited.
@@ -43,6 +44,7 @@ struct RawRecipe {
     accumulate: Option<Put<Accumulate>>,
     output: Option<Put<Format>>,
     stream: Option<Put<Format>>,
+    engine: Option<Put<EngineFile>>,
     chip: Option<Put<ChipName>>,
     algorithm: Option<Put<u32>>,
     tile: Option<Put<u32>>,
@@ -101,7 +103,7 @@ impl RawSettings {
             prompt: fields.take("prompt", findings),
             seed: fields.take("seed", findings),
             arms: fields.list("arms", findings),
-            recipe: RawRecipe::read(fields, findings),
+            recipe: RawRecipe::read(fields, folder, findings),
             resources: RawResources::read(fields, findings),
         };
         if let (Some(tokens), Some(prompt)) = (&settings.tokens, &settings.prompt) {
@@ -344,7 +346,7 @@ fn check_arms(arms: Option<&Put<Vec<Put<String>>>>, findings: &mut Findings) -> 
 }
 
 impl RawRecipe {
-    fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> RawRecipe {
+    fn read(fields: &mut Fields<'_>, folder: &Path, findings: &mut Findings) -> RawRecipe {
         let Some(mut table) = fields.table("recipe", findings) else {
             return RawRecipe::default();
         };
@@ -353,6 +355,7 @@ impl RawRecipe {
             accumulate: table.choice("accumulate", &ACCUMULATIONS, findings),
             output: table.choice("output", &FORMATS, findings),
             stream: table.choice("stream", &FORMATS, findings),
+            engine: read_engine(&mut table, folder, findings),
             chip: table.choice("chip", &CHIPS, findings),
             ..RawRecipe::default()
         };
@@ -380,6 +383,7 @@ impl RawRecipe {
             accumulate: self.accumulate.or_else(|| inherited.accumulate.clone()),
             output: self.output.or_else(|| inherited.output.clone()),
             stream: self.stream.or_else(|| inherited.stream.clone()),
+            engine: self.engine.or_else(|| inherited.engine.clone()),
             chip: self.chip.or_else(|| inherited.chip.clone()),
             algorithm: self.algorithm.or_else(|| inherited.algorithm.clone()),
             tile: self.tile.or_else(|| inherited.tile.clone()),
@@ -391,11 +395,21 @@ impl RawRecipe {
     /// The recipe, unless its parts contradict each other.
     fn check(&self, findings: &mut Findings) -> Option<Recipe> {
         let default = Recipe::default();
-        let gemm = or_default(&self.gemm, default.gemm);
+        // An engine says the type of its stream, and its products are of that type.
+        let of_engine = self.engine.as_ref().map(|engine| engine.value.stream);
+        let stream = value_of(&self.stream).or(of_engine);
+        let of_products = stream.filter(|_| self.engine.is_some());
+        let gemm = match of_products {
+            Some(stream) => Put::unwritten(stream),
+            None => or_default(&self.gemm, default.gemm),
+        };
         let weight = or_default(&self.weight, default.scale.weight);
         let activation = or_default(&self.activation, default.scale.activation);
         let accumulate = or_default(&self.accumulate, default.accumulate);
-        let output = or_default(&self.output, default.output);
+        let output = match of_products {
+            Some(stream) => Put::unwritten(stream),
+            None => or_default(&self.output, default.output),
+        };
         let chip = or_default(&self.chip, default.chip);
 
         let mut problems = Vec::new();
@@ -471,6 +485,18 @@ impl RawRecipe {
                 .at_if(stream.at.as_ref(), "an operand format"),
             );
         }
+        if let (Some(_), Some(put)) = (&self.engine, &self.stream)
+            && put.value == Format::F32
+        {
+            problems.push(
+                Problem::new(
+                    "the engine's kernels pass `bf16` or `f16`",
+                    "write one of them as `stream`, or leave `engine` out: its floors are then \
+                     those of f32",
+                )
+                .at_if(put.at.as_ref(), "another type"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if missing.contains(&gemm.value) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
@@ -492,7 +518,8 @@ impl RawRecipe {
             accumulate: accumulate.value,
             output: output.value,
             chip: chip.value,
-            stream: value_of(&self.stream),
+            stream,
+            engine: self.engine.as_ref().map(|engine| engine.value.kernels),
             pin: Pin {
                 algorithm: value_of(&self.algorithm),
                 tile: value_of(&self.tile),
@@ -500,6 +527,25 @@ impl RawRecipe {
                 split_k: value_of(&self.split_k),
             },
         })
+    }
+}
+
+/// The engine of a recipe: a shipped one by its name, or a file's.
+fn read_engine(
+    table: &mut Fields<'_>,
+    folder: &Path,
+    findings: &mut Findings,
+) -> Option<Put<EngineFile>> {
+    let name = table.take::<String>("engine", findings)?;
+    match EngineFile::find(&name.value, folder) {
+        Ok(engine) => Some(name.map(|_| engine)),
+        Err(problem) => {
+            findings.push(
+                Problem::new(problem, "docs/engines.md lists the engines and their kernels")
+                    .at_if(name.at.as_ref(), "this engine"),
+            );
+            None
+        }
     }
 }
 

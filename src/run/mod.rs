@@ -538,6 +538,7 @@ impl<'a> Engine<'a> {
             shares: std::mem::take(&mut progress.measures.shares),
             growth: std::mem::take(&mut progress.measures.growth),
             diagnoses: std::mem::take(&mut progress.measures.diagnoses),
+            kernels: std::mem::take(&mut progress.measures.kernels),
         });
     }
 

@@ -29,6 +29,7 @@ const RECIPE: Recipe = Recipe {
     output: Format::F32,
     chip: ChipName::Hopper,
     stream: None,
+    engine: None,
     pin: Pin::NONE,
 };
 

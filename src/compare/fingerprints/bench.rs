@@ -31,6 +31,7 @@ impl Default for Bench {
             output: Format::Bf16,
             chip: ChipName::Hopper,
             stream: None,
+            engine: None,
             pin: Pin::NONE,
         };
         let mut file = Vec::new();

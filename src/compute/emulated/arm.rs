@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::chip::{Chip, Unit, chip};
+use super::engine::EngineArm;
 use super::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
@@ -35,6 +36,8 @@ pub struct Emulated {
     chip: &'static Chip,
     unit: Unit,
     schedule: Schedule,
+    /// The kernels of an engine, where the recipe names one.
+    engine: Option<EngineArm>,
     /// The absmax of each weight met so far, by name: an arm lives as long as
     /// one model, and decoding meets every weight once per token.
     absmax: Mutex<BTreeMap<String, f32>>,
@@ -54,7 +57,14 @@ impl Emulated {
             ))
         })?;
         let schedule = Schedule::of(recipe);
-        Ok(Emulated { recipe: *recipe, chip, unit, schedule, absmax: Mutex::default() })
+        let stream = recipe.stream.unwrap_or(recipe.output);
+        let engine = recipe.engine.map(|kernels| EngineArm::new(kernels, stream, unit));
+        Ok(Emulated { recipe: *recipe, chip, unit, schedule, engine, absmax: Mutex::default() })
+    }
+
+    /// The kernels of an engine, where the recipe names one.
+    pub fn engine(&self) -> Option<&EngineArm> {
+        self.engine.as_ref()
     }
 
     /// What a report says of the arithmetic.
@@ -220,6 +230,9 @@ impl Ops for Emulated {
     fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
         let gain = gain.to_vec()?;
+        if let Some(engine) = &self.engine {
+            return Ok(engine.rms_norm(x, &gain, eps));
+        }
         let mut y = Tensor::zeros(x.rows(), x.width());
         let width = gain.len();
         y.data_mut()
@@ -236,6 +249,9 @@ impl Ops for Emulated {
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
         check_matmul(x, &weight, bias.as_ref())?;
+        if let Some(engine) = &self.engine {
+            return engine.matmul(x, weight, bias);
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);
         let prepared = prepare(&self.unit, &Operand { codes: &codes, scales })?;
@@ -262,6 +278,9 @@ impl Ops for Emulated {
         head_dim: usize,
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
+        if let Some(engine) = &self.engine {
+            return engine.rope(x, geometry, head_dim, first_position);
+        }
         let mut y = x.clone();
         for row in 0..x.rows() {
             let angles = rope::angles(geometry, first_position + row);
@@ -283,6 +302,9 @@ impl Ops for Emulated {
         v: &Tensor,
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
+        if let Some(engine) = &self.engine {
+            return engine.attention(q, k, v, shape);
+        }
         let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
         let mut y = Tensor::zeros(q.rows(), heads * head_dim);
         y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
@@ -304,6 +326,9 @@ impl Ops for Emulated {
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
         check_same_shape("swiglu", gate, up)?;
+        if let Some(engine) = &self.engine {
+            return Ok(engine.swiglu(gate, up));
+        }
         let mut y = Tensor::zeros(gate.rows(), gate.width());
         dispatch(SwiGlu { gate: gate.data(), up: up.data(), y: y.data_mut() });
         Ok(self.streamed(y))

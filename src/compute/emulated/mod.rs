@@ -3,6 +3,7 @@
 pub mod arm;
 pub mod chip;
 pub mod dequant;
+pub mod engine;
 pub mod kernels;
 pub mod schedule;
 pub mod quantize;

@@ -88,6 +88,7 @@ fn held_against(diagnosis: &Diagnosis) -> String {
     match diagnosis.judge {
         judge if judge == diagnosis.subject => "its own repeats".to_owned(),
         Stream::Anchored(arm) => format!("the reference on {arm}'s own inputs"),
+        Stream::Predicted(arm) => format!("the engine's kernels on {arm}'s own inputs"),
         judge => judge.to_string(),
     }
 }

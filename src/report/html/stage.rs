@@ -528,7 +528,7 @@ fn worst(page: &Page<'_>, stage: &StageRecord) -> Markup {
 fn arms_behind(stage: &StageRecord, ranked: &[(f64, usize)]) -> BTreeSet<Arm> {
     let subjects = ranked.iter().filter_map(|(_, number)| match stage.measures[*number].subject {
         Stream::Arm(arm) => Some(arm),
-        Stream::Anchored(_) => None,
+        Stream::Anchored(_) | Stream::Predicted(_) => None,
     });
     subjects.filter(|arm| stage.arms.get(arm).is_some_and(|arm| arm.object.is_some())).collect()
 }
