@@ -27,6 +27,7 @@ use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_tokens,
 };
 use crate::dtype::Format;
+use crate::engine::RopeKernel;
 use crate::model::{Rope, Weight};
 use crate::op::{Accumulate, Recipe};
 use crate::random::Random;
@@ -554,6 +555,9 @@ impl Ops for Floor {
         head_dim: usize,
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
+        let rope_kernels = self.recipe.engine.map(|engine| engine.rope);
+        let casts =
+            rope_kernels.is_some_and(|rope| rope.all().any(|k| k == RopeKernel::Transformers));
         let y = Reference.rope(x, geometry, head_dim, first_position)?;
         let mut sigma = Tensor::zeros(x.rows(), x.width());
         for row in 0..x.rows() {
@@ -567,8 +571,11 @@ impl Ops for Floor {
                     // A foreign engine computes the angle in f32, a frequency times a
                     // position, and may round table, products and sum to the stream's type.
                     let angle = rope::angle(geometry, pair, first_position + row);
+                    // A model that is cast as a whole has its frequencies cast too.
+                    let of_cast = |angle: f64| if casts { self.passed(angle) } else { 0.0 };
                     let of_engine = |fused: f64, product: f64, y: f64| {
-                        let turned = self.foreign(4.0, angle * a.hypot(b));
+                        let turned = self.foreign(4.0, angle * a.hypot(b))
+                            + of_cast(angle) * (a * a + b * b);
                         turned + 2.0 * (self.passed(fused) + self.passed(product)) + self.passed(y)
                     };
                     // The table's entries round, the second product does, the sum does,

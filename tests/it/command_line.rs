@@ -149,7 +149,12 @@ fn exit_codes_are_those_of_the_help() {
     // A bound that no arithmetic can keep falsifies, from stored measures alone.
     let contract = place.path("contracts/qkv-matmul.toml");
     let text = fs::read_to_string(&contract).expect("a contract");
-    fs::write(&contract, text.replace("max        = 1.25", "max        = 0.81")).expect("written");
+    let impossible = text.replace(
+        "metric     = \"z_rms\"\nmin        = 0.8\nmax        = 1.25",
+        "metric     = \"nmse\"\nmax        = 1e-9",
+    );
+    assert_ne!(impossible, text);
+    fs::write(&contract, impossible).expect("written");
     let (code, table, lines) = place.run(&cheap);
     assert_eq!(code, 1, "{table}{lines}");
     assert!(table.contains("structural") && table.contains("reused"), "{table}");

@@ -45,7 +45,8 @@ fn a_baseline_tells_what_changed_and_nothing_else() {
     fs::remove_file(project.path("stages/e.toml")).expect("removed");
     let ran = project.run().expect(1, "2 changes since");
     assert!(ran.out.contains("E did not run"), "{}", ran.out);
-    assert!(ran.out.contains("R pass -> structural: ROPE-001"), "{}", ran.out);
+    assert!(ran.out.contains("R pass -> structural: first site"), "{}", ran.out);
+    assert!(ran.out.contains("ROPE-001 at blk.0.q_rope"), "{}", ran.out);
     project.runner(&["history"]).expect(0, "R pass x 2, structural row_ulp of ROPE-001");
     project.runner(&["history", "Q"]).expect(2, "no run has the stage Q");
 }

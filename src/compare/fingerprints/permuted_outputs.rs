@@ -104,14 +104,16 @@ impl Lines<'_> {
         if off.is_empty() || cost > MOST_COMPARED {
             return None;
         }
-        let step = self.length.div_ceil(SAMPLED).max(1);
         let mut moved = Vec::new();
         for &line in &off {
             // The half that is held out stays out of the search as well.
-            let sample: Vec<usize> = (0..self.length)
-                .step_by(step)
-                .filter(|&entry| self.length < SAMPLED || self.trains(line, entry))
-                .collect();
+            let trained = (0..self.length).filter(|&entry| self.trains(line, entry));
+            let trained: Vec<usize> = match self.length < SAMPLED {
+                true => (0..self.length).collect(),
+                false => trained.collect(),
+            };
+            let step = trained.len().div_ceil(SAMPLED).max(1);
+            let sample: Vec<usize> = trained.into_iter().step_by(step).collect();
             let mut ranked: Vec<(f64, usize)> = (0..self.count)
                 .map(|from| (self.distance(line, from, &mut sample.iter().copied()), from))
                 .collect();
