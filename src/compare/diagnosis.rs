@@ -84,6 +84,11 @@ impl Diagnosis {
                 fit.detail,
                 100.0 * fit.explained
             ),
+            _ if self.within_rounding && matches!(self.judge, Stream::Predicted(_)) => {
+                "no kernel that the engine lists gives these bits, but all lie within rounding: \
+                 another kernel, or another order of additions"
+                    .to_owned()
+            }
             _ if self.within_rounding => {
                 "the op itself is right within rounding, from the arm's own input: what is off \
                  came in with that input"

@@ -8,6 +8,7 @@ mod command_line;
 mod compute;
 mod cuda;
 mod engine_kernels;
+mod engines;
 mod data;
 mod external;
 mod faults;

@@ -216,7 +216,8 @@ pub fn rank(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     }
     let mut ranked: Vec<Fit> = Vec::new();
     while let Some(best) = best_of(&fits) {
-        ranked.push(fits.remove(best));
+        // The gain ranks and is not kept.
+        ranked.push(Fit { gain: 0.0, ..fits.remove(best) });
         if ranked.len() == KEPT {
             break;
         }

@@ -1,0 +1,137 @@
+//! A recording of transformers on an H200 (`examples/transformers-bf16`): every site is to
+//! the bit, and a change that is planted into the recording is located and named.
+
+use std::fs;
+use std::path::Path;
+
+use runner::dtype::Format;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+use crate::command::Project;
+use crate::single::project;
+
+fn example(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/transformers-bf16").join(name)
+}
+
+/// The example beside the shipped contracts.
+fn recorded() -> Project {
+    let mut project = project();
+    for name in ["pipeline", "sites", "pass", "rounding"] {
+        let text = fs::read_to_string(example(&format!("stages/{name}.toml"))).expect("a stage");
+        let text = text.replace("contracts = \"../../../contracts\"\n", "");
+        project = project.file(&format!("stages/{name}.toml"), &text);
+    }
+    fs::create_dir_all(project.path("model")).expect("a folder");
+    for file in ["model/config.json", "model/model.safetensors", "capture.safetensors"] {
+        fs::copy(example(file), project.path(file)).expect("copied");
+    }
+    project
+}
+
+fn judged(project: &Project) -> Vec<Value> {
+    let ran = project.runner(&["run", "stages", "--format", "json"]);
+    let run: Value = serde_json::from_str(&ran.out)
+        .unwrap_or_else(|error| panic!("{error}\n{}\n{}", ran.out, ran.err));
+    run["stages"].as_array().expect("stages").clone()
+}
+
+fn stage<'s>(stages: &'s [Value], id: &str) -> &'s Value {
+    stages.iter().find(|stage| stage["id"] == id).expect("a stage")
+}
+
+#[test]
+fn every_site_of_a_transformers_pass_is_to_the_bit_and_so_is_the_pass_from_its_tokens() {
+    let stages = judged(&recorded());
+    for id in ["sites", "pass", "rounding"] {
+        let stage = stage(&stages, id);
+        assert_eq!(stage["verdict"], "pass", "{}", stage["why"]);
+    }
+    let sites = stage(&stages, "sites");
+    let why = sites["why"].as_str().expect("a reason");
+    assert!(why.contains("31 of 31 sites to the bit"), "{why}");
+    assert!(why.contains("attention eager") && why.contains("norm transformers"), "{why}");
+    let kernels = sites["kernels"].as_array().expect("kernels");
+    assert!(kernels.iter().all(|kernel| kernel["mismatches"] == 0), "{kernels:?}");
+    let why = stage(&stages, "pass")["why"].as_str().expect("a reason");
+    assert!(why.contains("recorded = emulated, 0 of 321,024 values differ"), "{why}");
+}
+
+/// Changes one bf16 tensor of the recording, `[rows, width]`.
+fn spoil(project: &Project, name: &str, change: impl Fn(&mut Vec<Vec<f32>>)) {
+    let path = project.path("capture.safetensors");
+    let bytes = fs::read(&path).expect("the recording");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        .collect();
+    let found = tensors.iter_mut().find(|(known, ..)| known == name);
+    let (_, dtype, shape, data) = found.expect("the tensor");
+    assert_eq!(*dtype, Dtype::BF16);
+    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
+    let mut rows: Vec<Vec<f32>> = values.chunks(shape[1]).map(<[f32]>::to_vec).collect();
+    change(&mut rows);
+    let rounded = rows.iter().flatten().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
+    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), data).expect("a view"))
+    });
+    let encoded = safetensors::serialize(views, None).expect("encoded");
+    fs::write(&path, encoded).expect("written");
+}
+
+#[test]
+fn changes_that_are_planted_into_the_recording_are_located_and_named() {
+    type Change = fn(&mut Vec<Vec<f32>>);
+    let cases: [(&str, &str, &str, Change); 5] = [
+        ("model.layers.1.mlp.down_proj", "blk.1.ffn_down", "scale-wrong", |rows| {
+            rows.iter_mut().flatten().for_each(|y| *y *= 1.02);
+        }),
+        ("blk.0.attn", "blk.0.attn", "row-repeated", |rows| rows[7] = rows[6].clone()),
+        ("model.layers.0.mlp.gate_proj", "blk.0.ffn_gate", "columns-permuted", |rows| {
+            rows.iter_mut().for_each(|row| row.swap(17, 130));
+        }),
+        ("model.layers.1.post_attention_layernorm", "blk.1.ffn_norm", "unwritten", |rows| {
+            rows[20].fill(0.0);
+        }),
+        ("model.layers.0.self_attn.v_proj", "blk.0.v", "non-finite-output", |rows| {
+            rows[3][5] = f32::NAN;
+        }),
+    ];
+    for (tensor, site, cause, change) in cases {
+        let project = recorded();
+        spoil(&project, tensor, change);
+        let stages = judged(&project);
+        let stage = stage(&stages, "sites");
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "structural", "{tensor}: {why}");
+        let first = &stage["first"];
+        assert_eq!((&first["site"], &first["cause"]), (&json!(site), &json!(cause)), "{why}");
+    }
+}
+
+#[test]
+fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
+    let project = recorded();
+    let pipeline = project.read("stages/pipeline.toml");
+    project.write("stages/pipeline.toml", &pipeline.replace("\"transformers\" }", "\"vlm\" }"));
+    project.runner(&["check", "stages"]).expect(2, "no engine is called `vlm`");
+    let own = pipeline.replace("\"transformers\" }", "\"../mine.toml\" }");
+    project.write("stages/pipeline.toml", &own);
+    project.runner(&["check", "stages"]).expect(2, "cannot read");
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/transformers.toml");
+    let text = fs::read_to_string(shipped).expect("an engine");
+    // An engine that runs something else: the first site that tells is named.
+    let other = text.replace("[\"eager\", \"flash-2\", \"cudnn\", \"flash-3\"]", "[\"flash-3\"]");
+    assert_ne!(other, text);
+    project.write("mine.toml", &other);
+    let stages = judged(&project);
+    let sites = stage(&stages, "sites");
+    assert_eq!(sites["first"]["site"], "blk.0.attn", "{}", sites["why"]);
+    let why = sites["why"].as_str().expect("a reason");
+    assert!(why.contains("within rounding"), "another kernel is no bug of this site: {why}");
+}
