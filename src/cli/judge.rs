@@ -8,7 +8,9 @@ use super::chip::chip_name;
 use super::{FALSIFIED, PASS, print};
 use crate::compute::emulated::chip::CHIPS;
 use crate::dtype::Format;
-use crate::judge::operands::{Axes, JudgeError, Layout, Operand, Source, by_name, read};
+use crate::judge::operands::{
+    Axes, JudgeError, Layout, Operand, Source, by_name, read, recognised_in_words,
+};
 use crate::judge::product::Product;
 use crate::judge::single::{AttentionOf, Single};
 use crate::judge::{Answer, Epilogue, Judgement};
@@ -309,11 +311,10 @@ fn answer(args: &JudgeArgs) -> Result<Told, JudgeError> {
         source.format = if is_y { args.dtype_y } else { formats[place] };
         source.shape = if is_y { args.shape_y.clone() } else { shapes[place].clone() };
     }
-    let mut remarks = Vec::new();
     let operands = names.iter().zip(&sources);
-    let operands: Vec<Operand> = operands
-        .map(|(name, source)| read(name, source, &mut remarks))
-        .collect::<Result<_, _>>()?;
+    let operands: Vec<Operand> =
+        operands.map(|(name, source)| read(name, source)).collect::<Result<_, _>>()?;
+    let mut remarks = recognised_in_words(&operands);
     let (judgements, operands) = match args.op {
         JudgedOp::Matmul => products(args, operands, whole.as_ref(), &mut remarks)?,
         _ => {
@@ -363,7 +364,7 @@ fn products(
     }
     let bias =
         beside(&args.bias, &["bias"], remarks).map(|text| Source::parse(&text)).transpose()?;
-    let bias = bias.map(|source| read("bias", &source, &mut Vec::new())).transpose()?;
+    let bias = bias.map(|source| read("bias", &source)).transpose()?;
     let bias = bias.map(|bias| bias.codes.values().into_data());
     let chips: Vec<ChipName> = match args.chip {
         ChipName::Auto => CHIPS.iter().map(|chip| chip.name).collect(),
@@ -496,8 +497,7 @@ fn positions(text: &str, rows: usize) -> Result<Vec<usize>, JudgeError> {
         return Ok((first..first + rows).collect());
     }
     let source = Source::parse(text)?;
-    let mut remarks = Vec::new();
-    let read = read("positions", &source, &mut remarks)?.codes.values().into_data();
+    let read = read("positions", &source)?.codes.values().into_data();
     let whole = read.iter().all(|&p| p >= 0.0 && p.fract() == 0.0 && p < 1e9);
     if !whole || read.len() != rows {
         return Err(usage(format!(

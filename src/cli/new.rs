@@ -176,17 +176,16 @@ fn from_files(args: &NewArgs, files: &[String]) -> Result<Scaffold<String>, Stri
     let sources = files.iter().map(|text| Source::parse(text));
     let sources: Vec<Source> =
         sources.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
-    let mut remarks = Vec::new();
     let mut keys = Vec::new();
     for (name, source) in ["x", "w", "y"].into_iter().zip(&sources) {
-        let operand = read(name, source, &mut remarks).map_err(|error| error.to_string())?;
+        let operand = read(name, source).map_err(|error| error.to_string())?;
         let file = seen_from(&args.folder, &source.file)?;
         let mut text = format!("file = {}", serde_json::json!(file));
         if let Some(tensor) = &source.tensor {
             text += &format!(", tensor = {}", serde_json::json!(tensor));
         }
         // f32 that holds bf16 or f16 is said to be that.
-        if remarks.iter().any(|remark| remark.starts_with(&format!("{name} "))) && name != "y" {
+        if operand.recognised.is_some() && name != "y" {
             text += &format!(", dtype = \"{}\"", operand.codes.format);
         }
         keys.push(text);

@@ -25,6 +25,8 @@ const BEFORE: usize = 16;
 
 /// The share of the difference from which a cause is mentioned.
 const LEAST: f64 = 0.05;
+/// Causes that say where and not what.
+const PLACES: [&str; 2] = ["one-tile", "tile-periodic"];
 /// Causes that are mentioned.
 const SHOWN: usize = 3;
 
@@ -124,7 +126,18 @@ fn told(fits: Vec<Fit>, from: &str) -> Vec<Cause> {
         explained: fit.explained,
     };
     let worth = |cause: &Cause| cause.named || cause.explained >= LEAST;
-    fits.into_iter().map(cause).filter(worth).take(SHOWN).collect()
+    let (mut first, where_only): (Vec<Cause>, Vec<Cause>) = fits
+        .into_iter()
+        .map(cause)
+        .filter(worth)
+        .partition(|cause| !PLACES.contains(&cause.cause.as_str()));
+    // Where it is wrong is told anyway: what names the bug stands before that.
+    let named = first.iter().take_while(|cause| cause.named).count();
+    let rest = first.split_off(named);
+    first.extend(where_only);
+    first.extend(rest);
+    first.truncate(SHOWN);
+    first
 }
 
 /// Tests the fingerprints on another op.

@@ -251,6 +251,9 @@ impl Judgement {
                 place.instead
             ));
         }
+        if self.z.within {
+            parts.push(format!("all others are within rounding, z {:.2}", self.z.rms));
+        }
         parts.push(match self.causes.first() {
             Some(cause) if cause.named => format!(
                 "{}: {} (explains {:.2} % of the difference)",
@@ -263,9 +266,6 @@ impl Judgement {
                 cause.cause,
                 100.0 * cause.explained.clamp(0.0, 1.0)
             ),
-            None if self.z.within => {
-                format!("all others are within rounding, z {:.2}", self.z.rms)
-            }
             None => "not recognised".to_owned(),
         });
         format!("wrong, here, so: {}", parts.join("; "))

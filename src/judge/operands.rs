@@ -80,17 +80,15 @@ pub struct Operand {
     pub codes: CodedTensor,
     /// The shape that the file has.
     pub shape: Vec<usize>,
+    /// The format that was recognised in f32 values.
+    pub recognised: Option<Format>,
 }
 
 /// Reads an operand. f32 values that are all values of bf16 or f16 are taken as such.
 ///
 /// # Errors
 /// If the file or tensor is missing or unusable.
-pub fn read(
-    name: &'static str,
-    source: &Source,
-    remarks: &mut Vec<String>,
-) -> Result<Operand, JudgeError> {
+pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> {
     let file = TensorFile::open(&source.file)?;
     let wanted = FileTensor {
         file: source.file.clone(),
@@ -128,12 +126,26 @@ pub fn read(
         None => recognised(codes),
         Some(_) => (codes, None),
     };
-    if let Some(format) = narrow {
-        remarks.push(format!(
-            "{name} is stored as f32 and every value is a {format}: it is taken as {format}"
-        ));
-    }
-    Ok(Operand { name, codes, shape })
+    Ok(Operand { name, codes, shape, recognised: narrow })
+}
+
+/// What was recognised in f32 values, in a remark: `x and w are stored as f32 and ...`.
+pub fn recognised_in_words(operands: &[Operand]) -> Vec<String> {
+    [Format::Bf16, Format::F16]
+        .into_iter()
+        .filter_map(|format| {
+            let found = operands.iter().filter(|operand| operand.recognised == Some(format));
+            let names: Vec<&str> = found.map(|operand| operand.name).collect();
+            let (last, others) = names.split_last()?;
+            let (names, are) = match others {
+                [] => ((*last).to_owned(), "is"),
+                others => (format!("{} and {last}", others.join(", ")), "are"),
+            };
+            Some(format!(
+                "{names} {are} stored as f32 and every value is a {format}: taken as {format}"
+            ))
+        })
+        .collect()
 }
 
 /// The narrowest of bf16 and f16 that holds all values of an f32 tensor, with its codes.
@@ -179,7 +191,7 @@ impl Operand {
             Ok(scale) => BlockScales::one(scale, rows, width),
             Err(_) => {
                 let source = Source::parse(text)?;
-                let read = read("scale", &source, &mut Vec::new())?;
+                let read = read("scale", &source)?;
                 BlockScales::fit(&read.shape, read.codes.values().into_data(), rows, width)
                     .map_err(|problem| JudgeError::Usage(format!("{} {problem}", self.name)))?
             }
