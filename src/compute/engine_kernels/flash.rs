@@ -91,8 +91,8 @@ impl Plan {
         processors: usize,
     ) -> Plan {
         let split_keys = match head_dim {
-            ..=64 => 256,
-            ..=128 => 128,
+            0..=64 => 256,
+            65..=128 => 128,
             _ => 64,
         };
         let blocks = keys.div_ceil(split_keys);

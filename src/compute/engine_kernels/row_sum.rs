@@ -57,7 +57,7 @@ impl RowSum {
 /// The threads that PyTorch gives a row (x) and the rows or parts of one that
 /// share a block (y).
 fn block_shape(width: usize, rows: usize) -> (usize, usize) {
-    let power = |count: usize| 1 << count.max(1).min(BLOCK).ilog2();
+    let power = |count: usize| 1 << count.clamp(1, BLOCK).ilog2();
     let (width, rows) = (power(width), power(rows));
     let x = width.min(WARP);
     let y = rows.min(BLOCK / x);
