@@ -112,6 +112,20 @@ pub enum SwigluKernel {
     Unrounded,
 }
 
+/// Into how many parts a library cuts K where a product has this shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SplitK {
+    /// Rows of the activation.
+    pub tokens: usize,
+    /// Rows of the weight.
+    pub outputs: usize,
+    /// Elements of K.
+    pub inner: usize,
+    /// Parts of K.
+    pub parts: u32,
+}
+
 /// The kernels that an engine may run, op by op.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -126,6 +140,57 @@ pub struct EngineKernels {
     pub attention: Choices<AttentionKernel>,
     /// Of `silu(gate) * up`.
     pub swiglu: Choices<SwigluKernel>,
+    /// Shapes of products whose K the library cuts; of others it is one chain.
+    #[serde(default, skip_serializing_if = "Splits::is_empty")]
+    pub split_k: Splits,
+}
+
+/// A list of shapes, as an engine's file has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "Vec<SplitK>", try_from = "Vec<SplitK>")]
+pub struct Splits([Option<SplitK>; MOST_SPLITS]);
+
+/// The most shapes that an engine's file lists: a model has a handful.
+const MOST_SPLITS: usize = 16;
+
+impl Splits {
+    /// Whether every product is one chain.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(Option::is_none)
+    }
+
+    /// The parts of a product of this shape.
+    pub fn parts(&self, tokens: usize, outputs: usize, inner: usize) -> u32 {
+        let listed = self.0.iter().flatten();
+        let mut fitting = listed
+            .filter(|split| (split.tokens, split.outputs, split.inner) == (tokens, outputs, inner));
+        fitting.next().map_or(1, |split| split.parts)
+    }
+}
+
+impl From<Splits> for Vec<SplitK> {
+    fn from(splits: Splits) -> Vec<SplitK> {
+        splits.0.into_iter().flatten().collect()
+    }
+}
+
+impl TryFrom<Vec<SplitK>> for Splits {
+    type Error = String;
+
+    fn try_from(listed: Vec<SplitK>) -> Result<Splits, String> {
+        if listed.len() > MOST_SPLITS {
+            return Err(format!(
+                "`split_k` lists at most {MOST_SPLITS} shapes, and {} are here",
+                listed.len()
+            ));
+        }
+        if let Some(split) = listed.iter().find(|split| split.parts == 0 || split.parts > 64) {
+            return Err(format!("K cannot be cut into {} parts", split.parts));
+        }
+        let mut splits = [None; MOST_SPLITS];
+        splits.iter_mut().zip(listed).for_each(|(place, split)| *place = Some(split));
+        Ok(Splits(splits))
+    }
 }
 
 /// An engine's file.

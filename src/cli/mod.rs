@@ -13,6 +13,7 @@ mod doctor;
 mod explain;
 mod export;
 mod falsify;
+mod identify;
 mod journal;
 mod judge;
 mod manners;
@@ -131,6 +132,18 @@ enum Command {
     /// Say how a stage came to its verdict, in words and numbers.
     Explain {
         /// The stage.
+        stage: String,
+        /// The run's name, or `latest`.
+        #[arg(default_value = "latest")]
+        run: String,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// Print the engine's file that a recording shows: which kernels made its sites.
+    #[command(after_help = "Example: runner identify sites > engines/mine.toml")]
+    Identify {
+        /// The stage; its recipe names an engine, and it has a recording.
         stage: String,
         /// The run's name, or `latest`.
         #[arg(default_value = "latest")]
@@ -297,6 +310,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Doctor => doctor::examine(),
         Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
+        Command::Identify { stage, run, runs } => identify::identify(&stage, &run, &runs),
         Command::Falsify(args) => falsify::falsify(&args),
         Command::Report(args) => report::report(&args),
         Command::Diff(args) => diff::changes(&args),

@@ -17,6 +17,7 @@ use crate::compute::ComputeError;
 use crate::compute::arms::{Local, Output, Task, anchored_by_layer, by_engine, drawn, local};
 use crate::compute::floor::Deviations;
 use crate::compute::shares::Shares;
+use crate::engine::SplitK;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
 use crate::tensor::Tensor;
@@ -62,6 +63,9 @@ pub struct SiteKernel {
     /// Other kernels that fit as well: these values do not tell them apart.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<String>,
+    /// Of a product its shape, and into how many parts K is cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub product: Option<SplitK>,
 }
 
 /// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
@@ -143,6 +147,7 @@ pub fn measure_stage(
                 kernel: found.chosen.kernel,
                 mismatches: found.chosen.mismatches,
                 also: found.chosen.also,
+                product: found.chosen.product,
             }));
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {

@@ -58,6 +58,21 @@ fn every_site_of_a_transformers_pass_is_to_the_bit_and_so_is_the_pass_from_its_t
     assert!(why.contains("recorded = emulated, 0 of 321,024 values differ"), "{why}");
 }
 
+#[test]
+fn the_engine_that_a_recording_shows_is_printed_as_its_file_and_predicts_the_pass() {
+    let project = recorded();
+    project.run();
+    let file = project.runner(&["identify", "sites"]).expect(0, "31 of 31 sites to the bit").out;
+    assert!(file.contains("attention = [\"eager\"]"), "{file}");
+    project.write("identified.toml", &file);
+    let pipeline = project.read("stages/pipeline.toml");
+    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
+    project.write("stages/pipeline.toml", &own);
+    let stages = judged(&project);
+    assert_eq!(stage(&stages, "pass")["verdict"], "pass", "{}", stage(&stages, "pass")["why"]);
+    project.runner(&["identify", "nothing"]).expect(2, "has no stage `nothing`");
+}
+
 /// Changes one bf16 tensor of the recording, `[rows, width]`.
 fn spoil(project: &Project, name: &str, change: impl Fn(&mut Vec<Vec<f32>>)) {
     let path = project.path("capture.safetensors");

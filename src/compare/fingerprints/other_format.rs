@@ -32,7 +32,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
     for format in formats.into_iter().filter(|format| *format != case.recipe.gemm) {
         for output in [Format::F32, Format::Bf16, Format::F16] {
-            let recipe = Recipe { gemm: format, output, ..*case.recipe };
+            let recipe = Recipe { gemm: format, output, engine: None, ..*case.recipe };
             let Ok(arm) = Emulated::new(&recipe) else { continue };
             let predicted = case.call.on(&arm)?;
             let detail = format!("{format} was computed instead of {}", case.recipe.gemm);

@@ -58,7 +58,10 @@ impl Emulated {
         })?;
         let schedule = Schedule::of(recipe);
         let stream = recipe.stream.unwrap_or(recipe.output);
-        let engine = recipe.engine.map(|kernels| EngineArm::new(kernels, stream, unit));
+        // The engine's operands have the stream's type, whatever a hypothesis makes of `gemm`.
+        let own = chip.unit(stream, stream).copied();
+        let engine = recipe.engine.zip(own);
+        let engine = engine.map(|(kernels, unit)| EngineArm::new(kernels, stream, unit));
         Ok(Emulated { recipe: *recipe, chip, unit, schedule, engine, absmax: Mutex::default() })
     }
 

@@ -15,7 +15,7 @@ use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
-use crate::engine::{AttentionKernel, EngineKernels, NormKernel, RopeKernel, SwigluKernel};
+use crate::engine::{AttentionKernel, EngineKernels, NormKernel, RopeKernel, SplitK, SwigluKernel};
 use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
 
@@ -46,6 +46,8 @@ pub struct Chosen {
     pub mismatches: usize,
     /// Other kernels that fit as well.
     pub also: Vec<String>,
+    /// Of a product its shape and the parts of K: what an engine's file lists.
+    pub product: Option<SplitK>,
 }
 
 impl EngineArm {
@@ -87,8 +89,9 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
+        let parts = self.kernels.split_k.parts(x.rows(), weight.rows(), x.width());
         let operands = Operands::of(self, x, weight, bias)?;
-        operands.product(Schedule::FAST)
+        operands.product(Schedule::FAST.with_split_k(parts))
     }
 
     /// Rotation of every head.
@@ -223,6 +226,7 @@ impl EngineArm {
                 }
             }
             Call::Matmul { x, weight, bias } => {
+                let mut cut = 1;
                 let operands = Operands::of(self, x, weight, bias)?;
                 choice.offer("cuBLAS in one chain", operands.product(Schedule::FAST)?);
                 if !choice.is_exact() {
@@ -230,7 +234,16 @@ impl EngineArm {
                         let schedule = Schedule::FAST.with_split_k(parts);
                         let name = format!("cuBLAS in {parts} parts of K");
                         choice.offer(&name, operands.product(schedule)?);
+                        if choice.is_exact() {
+                            cut = parts;
+                            break;
+                        }
                     }
+                }
+                let (tokens, inner) = (x.rows(), x.width());
+                let product = SplitK { tokens, outputs: weight.rows(), inner, parts: cut };
+                if let Some(best) = &mut choice.best {
+                    best.product = Some(product);
                 }
             }
             Call::Rope { x, rope, head_dim, first_position } => {
@@ -287,7 +300,10 @@ impl Choice<'_> {
         match &mut self.best {
             Some(best) if mismatches == best.mismatches => best.also.push(name),
             Some(best) if mismatches > best.mismatches => {}
-            best => *best = Some(Chosen { tensor, kernel: name, mismatches, also: Vec::new() }),
+            best => {
+                let also = Vec::new();
+                *best = Some(Chosen { tensor, kernel: name, mismatches, also, product: None });
+            }
         }
     }
 }
