@@ -76,15 +76,13 @@ def deltas(packed):
 
 def mantissa_rows(name, tables):
     """Rows of a function whose whole table is there."""
-    key, start = {"EX2": ("ex2_frac", 0), "RCP": ("rcp_1_2", 1), "RSQRT": ("rsqrt_1_4", 1), "SQRT": ("sqrt_1_4", 1)}[name]
-    delta = deltas(tables[key])
+    delta = deltas(tables[{"EX2": "ex2_frac", "RCP": "rcp_1_2", "RSQRT": "rsqrt_1_4", "SQRT": "sqrt_1_4"}[name]])
     if name == "EX2":
         exact, base = np.exp2(np.arange(len(delta)) / 2**23), 0x3F800000
     else:
         x = (np.arange(len(delta), dtype=np.int64) + 0x3F800000).astype(np.int32).view(np.float32).astype(np.float64)
         exact = {"RCP": 1 / x, "RSQRT": 1 / np.sqrt(x), "SQRT": np.sqrt(x)}[name]
         base = 0x3F800000 if name == "SQRT" else 0x3F000000
-    del start
     significand = exact.astype(np.float32).view(np.int32).astype(np.int64) + delta - base + (1 << 23)
     size, shift = (1 << 16 if name == "RCP" else 1 << 17), SHAPES[name][3]
     rows = []
@@ -122,9 +120,10 @@ def fixed_point(bits, point):
     """[low, high) of a magnitude in units of 2^-point that was cut to a float."""
     exponent = (bits >> 23 & 0xFF) - 127
     significand = bits & 0x7FFFFF | 0x800000
-    up, down = np.maximum(exponent - 23 + point, 0), np.maximum(23 - point - exponent, 0)
-    assert not down.any(), "results are coarser than the unit"
-    return significand << up, (significand + 1) << up
+    up, down = np.maximum(exponent - 23 + point, 0), np.minimum(np.maximum(23 - point - exponent, 0), 24)
+    # A small magnitude was not cut: the float holds more places than the fixed point.
+    low = (significand >> down) << up
+    return low, low + (1 << up)
 
 
 def lg2_rows(folder):
