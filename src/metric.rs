@@ -58,7 +58,7 @@ pub enum Metric {
     /// Mean share of the five largest logits that both have.
     TopKAgreement,
     /// Tokens whose top-1 changes although its margin exceeds what drift explains: the
-    /// predicted one, or the seen one where there is no prediction.
+    /// largest predicted one, or the seen one where there is no prediction.
     UnexplainedFlips,
     /// Elements of `logits_in_batch` whose bits are not those of `logits`: the same
     /// tokens alone and among others.

@@ -40,7 +40,8 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
             same_top += 1;
         } else {
             let margin = f64::from(b[top_b as usize]) - f64::from(b[top_a as usize]);
-            let deviation = root_mean_square(&drifts).unwrap_or(token.deviation);
+            // A token where rounding decides a choice drifts little or much: the largest drift counts.
+            let deviation = largest(&drifts).unwrap_or(token.deviation);
             let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * deviation;
             unexplained += usize::from(margin > explained);
         }
@@ -57,6 +58,13 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
     let distance = |ratio: f64| ratio.ln().abs();
     metrics.extend(median(drift_ratios, distance).map(|ratio| (Metric::DriftRatio, ratio)));
     metrics
+}
+
+/// Whether a top-1 token flips at a margin that the drawn drift does not explain.
+pub fn flips_unexplained(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> bool {
+    let comparable = !of_shape(judge, std::slice::from_ref(subject)).is_empty();
+    let flips = |(metric, value): (Metric, f64)| metric == Metric::UnexplainedFlips && value > 0.0;
+    comparable && distributions(subject, judge, drawn).into_iter().any(flips)
 }
 
 /// How far the same tokens' logits move in a batch, over the largest difference that
@@ -230,6 +238,22 @@ mod tests {
         let moved = batch_ratio(&logits(1.0, 0.0), &judge, &drawn).expect("drawn passes");
         assert!(moved > 3.0, "{moved}");
         assert_eq!(batch_ratio(&judge, &judge, &[]), None);
+    }
+
+    #[test]
+    fn a_flip_is_explained_where_one_drawn_pass_drifts_as_far() {
+        let (mut judge, mut subject) = (vec![0.0f32; 1000], vec![0.0f32; 1000]);
+        let wave = |size: f32| -> Vec<f32> { (0..1000).map(|i| size * (i as f32).sin()).collect() };
+        (judge[7], judge[9]) = (5.0, 1.0);
+        (subject[7], subject[9]) = (4.0, 6.0);
+        let with = |size: f32| {
+            let drift = judge.iter().zip(wave(size)).map(|(judge, drift)| judge + drift);
+            Tensor::new(1000, drift.collect())
+        };
+        let (judge_row, subject) = (Tensor::new(1000, judge.clone()), Tensor::new(1000, subject));
+        let unexplained = |drawn: &[Tensor]| flips_unexplained(&subject, &judge_row, drawn);
+        assert!(unexplained(&[with(0.1), with(0.1), with(0.1), with(0.1)]));
+        assert!(!unexplained(&[with(0.1), with(0.1), with(0.1), with(1.0)]));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::account::{Account, accounts};
 use super::diagnosis::Diagnosis;
 use super::growth::{Growth, growth};
-use super::logits::{batch_ratio, flip_deviation};
+use super::logits::{batch_ratio, flip_deviation, flips_unexplained};
 use super::{GreedyComparison, Measure, Predicted, greedy, measure};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Local, Output, Task, anchored_by_layer, by_engine, drawn, local};
@@ -84,7 +84,14 @@ pub fn measure_stage(
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
     // Where every site is known, drift is predicted layer by layer instead.
     let drawn = match reference {
-        Some(_) if outputs.len() > 1 && !emulated_engine => drawn(task, recipe)?,
+        Some(reference) if outputs.len() > 1 && !emulated_engine => {
+            let logits = Site("logits".to_owned());
+            drawn(task, recipe, &|drawn| {
+                let judge = reference.site(&logits);
+                let mut subjects = outputs.values().filter_map(|output| output.site(&logits));
+                judge.is_some_and(|judge| subjects.any(|s| flips_unexplained(s, judge, drawn)))
+            })?
+        }
         _ => Vec::new(),
     };
     for (&arm, output) in outputs {

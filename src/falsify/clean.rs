@@ -114,7 +114,7 @@ fn clean_run(runs: &CleanRuns<'_>, number: u64) -> Result<CleanTally, String> {
     let store = Store::new(folder.path());
     let beside = Beside::new(&store, runs.gpu)?;
     let parts = [runs.seed.to_le_bytes(), number.to_le_bytes()];
-    let mut random = Random::named("runner 2026 clean runs v1", &[&parts[0], &parts[1]]);
+    let mut random = Random::named("runner 2026 clean runs v2", &[&parts[0], &parts[1]]);
     let model = &runs.models[(number % runs.models.len() as u64) as usize];
     let recipe = drawn_recipe(&mut random);
     let seed = random.below(1 << 30) as u64;
@@ -152,10 +152,19 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         Format::E5m2,
     ];
     let gemm = FORMATS[random.below(FORMATS.len())];
-    let weight = [WeightScale::Tensor, WeightScale::Channel, WeightScale::Block128];
-    let activation = [ActivationScale::Tensor, ActivationScale::Token, ActivationScale::Block128];
-    let scale = Scale { weight: weight[random.below(3)], activation: activation[random.below(3)] };
+    let weight = [WeightScale::Tensor, WeightScale::Channel][random.below(2)];
+    let activation = [ActivationScale::Tensor, ActivationScale::Token][random.below(2)];
     let accumulate = [Accumulate::Fast, Accumulate::Promoted][random.below(2)];
+    // Scales of blocks go together, and with promotion alone; only FP8 is scaled.
+    let scale = match random.below(3) {
+        _ if !gemm.is_fp8() => {
+            Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor }
+        }
+        0 if accumulate == Accumulate::Promoted => {
+            Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 }
+        }
+        _ => Scale { weight, activation },
+    };
     let output = [Format::F32, Format::Bf16, Format::F16][random.below(3)];
     let chips: Vec<ChipName> = ChipName::ALL
         .into_iter()
