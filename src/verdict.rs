@@ -451,7 +451,8 @@ fn share_of_bound(metric: Metric, (min, max): (Option<f64>, Option<f64>), value:
         (_, 0.0) => f64::MAX,
         (part, whole) => (part / whole).abs(),
     };
-    let of_max = max.map(|max| ratio(value, max));
+    // What lies below zero uses nothing of a bound above it.
+    let of_max = max.map(|max| if value < 0.0 && max > 0.0 { 0.0 } else { ratio(value, max) });
     let best = metric.range().1;
     let of_min =
         min.map(

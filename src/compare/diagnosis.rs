@@ -280,8 +280,9 @@ fn examine(
     wanted: &Site,
 ) -> Result<Option<Examined>, ComputeError> {
     let Some(subject) = output.site(wanted) else { return Ok(None) };
-    // Of a forward pass the op's input must be the arm's own, or nothing is said of it.
-    if let Op::Forward { .. } = scene.task.op {
+    // Of a forward pass the op's input must be the arm's own, or nothing is said of it; but an
+    // engine's kernels give what a recording lacks to the bit.
+    if matches!(scene.task.op, Op::Forward { .. }) && scene.recipe.engine.is_none() {
         let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
         let read = read_by_site(wanted, qk_norms);
         if read.iter().any(|site| output.site(site).is_none()) {
@@ -303,7 +304,12 @@ fn examine(
         // The sites of single ops have the stage's own names, in the stage's order.
         let here = if single { Some(number) == position } else { site == wanted };
         if !here || (rows, width) != (subject.rows(), subject.width()) {
-            return Ok(crate::tensor::Tensor::zeros(rows, width));
+            // What the arm holds stands in its place anyway.
+            let needed = !single && output.site(site).is_none();
+            return match needed && scene.recipe.engine.is_some() {
+                true => call.on(&arm),
+                false => Ok(crate::tensor::Tensor::zeros(rows, width)),
+            };
         }
         let clean = call.on(&arm)?;
         let truth = call.on(&crate::compute::reference::Reference)?;

@@ -254,12 +254,12 @@ pub fn measure(
     measure.worst = numbers::worst(subject, judge).map(|i| Element::of(i, subject, judge));
     measure.metrics.extend(numbers::differences(subject, judge));
     measure.metrics.extend(numbers::likeness(subject, judge));
-    if let Some(floor) = predicted.floor {
-        if let Some(found) = numbers::against_floor(subject, judge, floor) {
-            measure.metrics.extend(found.metrics);
-            measure.chance.extend(found.chance);
-            measure.z_histogram = found.histogram;
-        }
+    if let Some(floor) = predicted.floor
+        && let Some(found) = numbers::against_floor(subject, judge, floor)
+    {
+        measure.metrics.extend(found.metrics);
+        measure.chance.extend(found.chance);
+        measure.z_histogram = found.histogram;
     }
     if site.0 == "logits" {
         measure.metrics.extend(logits::distributions(subject, judge, predicted.drawn));

@@ -50,10 +50,13 @@ pub struct CleanRuns<'a> {
     /// Their numbers: the same seed and number give the same run.
     pub numbers: Range<u64>,
     /// The stages of a pipeline that are run.
-    pub selected: &'a (dyn Fn(&Graph, &Pipeline) -> Result<BTreeSet<StageId>, String> + Sync),
+    pub selected: &'a Selected<'a>,
     /// Whether this machine's GPU is the device.
     pub gpu: bool,
 }
+
+/// Which stages of a pipeline are run.
+pub type Selected<'a> = dyn Fn(&Graph, &Pipeline) -> Result<BTreeSet<StageId>, String> + Sync + 'a;
 
 /// What clean runs gave.
 #[derive(Debug, Default)]

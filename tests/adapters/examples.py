@@ -38,6 +38,14 @@ EXPECTED = {
             "S": ("pass", "the engine's activations are quantised to 8 bits: that must cost"),
         },
     ),
+    "transformers-bf16": (
+        0,
+        {
+            "sites": ("pass", "31 of 31 sites to the bit"),
+            "pass": ("pass", "recorded = emulated, 0 of 321,024 values differ"),
+            "rounding": ("pass", ""),
+        },
+    ),
 }
 # What PyTorch's examples come to with it, and without it.
 KERNELS = ["attention", "embed", "matmul", "rms-norm", "rope", "swiglu"]

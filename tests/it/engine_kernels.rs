@@ -547,21 +547,21 @@ fn replay_operations(path: &Path) {
                 tally.compare(op, y.expect("a product").data(), &after(4).values);
             }
             "vllm::unified_attention_with_output" => {
-                let [q, k, v] = [0, 1, 2].map(|index| given(index));
+                let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[1], k.shape[1], q.shape[2]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
                 let y = flash(unit(B), B, &q, &k, &v, &heads, &Plan::FLASH3);
                 tally.compare(op, y.data(), &after(3).values);
             }
             "fa3_fwd::_flash_attn_forward" => {
-                let [q, k, v] = [0, 1, 2].map(|index| given(index));
+                let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[2], k.shape[2], q.shape[3]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
                 let y = flash(unit(B), B, &q, &k, &v, &heads, &Plan::FLASH3);
                 tally.compare(op, y.data(), &capture.out(call).values);
             }
             "aten::_scaled_dot_product_cudnn_attention" => {
-                let [q, k, v] = [0, 1, 2].map(|index| given(index));
+                let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[1], k.shape[1], q.shape[3]);
                 let [q, k, v] = [q, k, v].map(|x| x.heads_to_rows());
                 let y = flash(unit(B), B, &q, &k, &v, &heads, &Plan::CUDNN);

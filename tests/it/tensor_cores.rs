@@ -66,8 +66,11 @@ fn met(checks: &[VectorCheck], vectors: usize) {
     }
 }
 
+/// A tensor core with one number changed.
+type Change = fn(TensorCore) -> TensorCore;
+
 /// Units that differ a little from the chips', with their names.
-const ALMOST: [(&str, fn(TensorCore) -> TensorCore); 3] = [
+const ALMOST: [(&str, Change); 3] = [
     ("F - 1", |core| TensorCore { alignment_bits: core.alignment_bits - 1, ..core }),
     ("F + 1", |core| TensorCore { alignment_bits: core.alignment_bits + 1, ..core }),
     ("blocks of 2", |core| TensorCore { products: 2, ..core }),

@@ -130,8 +130,7 @@ impl Null {
                 (_, true) => difference * difference / noise,
                 (_, false) => f64::INFINITY,
             };
-            // A comparison that NaN fails.
-            if !(z2 <= (2.0 * BEYOND).powi(2)) {
+            if z2.is_nan() || z2 > (2.0 * BEYOND).powi(2) {
                 return false;
             }
             squares += z2;
