@@ -24,6 +24,10 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
     let mut kl_ratio: Option<f64> = None;
     let mut drift_ratios = Vec::new();
     let (mut same_top, mut shared_top, mut unexplained) = (0usize, 0.0, 0usize);
+    let drift = |drawn: &&Tensor, row| Token::compare(drawn.row(row), judge.row(row)).deviation;
+    let predicted: Vec<Vec<f64>> =
+        (0..rows).map(|row| drawn.iter().map(|drawn| drift(drawn, row)).collect()).collect();
+    let jump = predicted.iter().filter_map(|drifts| jump(drifts)).reduce(larger).unwrap_or(1.0);
     for row in 0..rows {
         let (a, b) = (subject.row(row), judge.row(row));
         let token = Token::compare(a, b);
@@ -32,16 +36,21 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
         // The one furthest from 1, on a scale of ratios.
         let further = kl_ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
         kl_ratio = if further { Some(this) } else { kl_ratio };
-        let drifts: Vec<f64> =
-            drawn.iter().map(|drawn| Token::compare(drawn.row(row), b).deviation).collect();
-        drift_ratios.extend(beyond(token.deviation, &drifts));
+        let drifts = &predicted[row];
+        drift_ratios.extend(beyond(token.deviation, drifts));
         let ((top_a, _), (top_b, _)) = (top_1(a), top_1(b));
         if top_a == top_b {
             same_top += 1;
         } else {
             let margin = f64::from(b[top_b as usize]) - f64::from(b[top_a as usize]);
-            // A token where rounding decides a choice drifts little or much: the largest drift counts.
-            let deviation = largest(&drifts).unwrap_or(token.deviation);
+            // Where rounding decides a choice a token drifts little or much. A token that
+            // drifts as far as tokens of this prompt jump is held against its own drift.
+            let deviation = largest(drifts).map_or(token.deviation, |largest| {
+                larger(
+                    largest,
+                    if token.deviation <= largest * jump { token.deviation } else { 0.0 },
+                )
+            });
             let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * deviation;
             unexplained += usize::from(margin > explained);
         }
@@ -87,6 +96,16 @@ pub fn batch_ratio(batch: &Tensor, alone: &Tensor, drawn: &[Tensor]) -> Option<f
 fn median(mut values: Vec<f64>, by: fn(f64) -> f64) -> Option<f64> {
     values.sort_by(|&a, &b| by(a).total_cmp(&by(b)));
     values.get(values.len().checked_sub(1)? / 2).copied()
+}
+
+/// How much further one drawn pass carries a token than another does.
+fn jump(drifts: &[f64]) -> Option<f64> {
+    let smallest = smallest(drifts).filter(|smallest| *smallest > 0.0)?;
+    Some(largest(drifts)? / smallest)
+}
+
+fn larger(a: f64, b: f64) -> f64 {
+    if b > a { b } else { a }
 }
 
 fn largest(values: &[f64]) -> Option<f64> {
