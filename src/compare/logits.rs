@@ -28,7 +28,7 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
     let predicted: Vec<Vec<f64>> =
         (0..rows).map(|row| drawn.iter().map(|drawn| drift(drawn, row)).collect()).collect();
     let jump = predicted.iter().filter_map(|drifts| jump(drifts)).reduce(larger).unwrap_or(1.0);
-    for row in 0..rows {
+    for (row, drifts) in predicted.iter().enumerate() {
         let (a, b) = (subject.row(row), judge.row(row));
         let token = Token::compare(a, b);
         kl_sum += token.kl;
@@ -36,7 +36,6 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
         // The one furthest from 1, on a scale of ratios.
         let further = kl_ratio.is_none_or(|ratio| this.ln().abs() > ratio.ln().abs());
         kl_ratio = if further { Some(this) } else { kl_ratio };
-        let drifts = &predicted[row];
         drift_ratios.extend(beyond(token.deviation, drifts));
         let ((top_a, _), (top_b, _)) = (top_1(a), top_1(b));
         if top_a == top_b {
@@ -45,12 +44,13 @@ pub fn distributions(subject: &Tensor, judge: &Tensor, drawn: &[Tensor]) -> Vec<
             let margin = f64::from(b[top_b as usize]) - f64::from(b[top_a as usize]);
             // Where rounding decides a choice a token drifts little or much. A token that
             // drifts as far as tokens of this prompt jump is held against its own drift.
-            let deviation = largest(drifts).map_or(token.deviation, |largest| {
-                larger(
-                    largest,
-                    if token.deviation <= largest * jump { token.deviation } else { 0.0 },
-                )
-            });
+            let deviation = match largest(drifts) {
+                Some(largest) if token.deviation <= largest * jump => {
+                    larger(largest, token.deviation)
+                }
+                Some(largest) => largest,
+                None => token.deviation,
+            };
             let explained = EXPLAINED_DEVIATIONS * std::f64::consts::SQRT_2 * deviation;
             unexplained += usize::from(margin > explained);
         }

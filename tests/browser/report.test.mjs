@@ -230,7 +230,7 @@ test("a clean run says so, with every stage, claim and figure", async () => {
   assert((await checkCharts(page)) >= 4);
   assert((await checkBars(page, run)) >= 28);
   assert((await checkHistograms(page, run)) >= 28);
-  assert.match(await page.locator(".first").innerText(), /nearest to a bound\s+stage B/);
+  assert.match(await page.locator(".first").innerText(), /nearest to a bound\s+stage [BE]: z_rms/);
   assert.match(await page.locator("header h1").innerText(), /all 5 stages hold every claim/);
   assert.equal(await page.title(), "pass: all 5 stages hold every claim");
   assert.equal(await page.locator("nav.contents a").count(), 5);
