@@ -328,7 +328,7 @@ for (const [layers, megabytes] of [[28, 3], [80, 9]]) {
     const paint = await firstPaint(page);
     console.log(`${layers} layers: ${(size / 1e6).toFixed(2)} MB, first paint after ${paint.toFixed(0)} ms`);
     // How long it took is printed and depends on the machine; a page that never paints fails.
-  assert(paint < 15000, `first paint after ${paint} ms`);
+    assert(paint < 15000, `first paint after ${paint} ms`);
     assert((await checkCells(page, deep)) > layers * 17 * 5);
     await checkFigures(page, deep);
     await checkCharts(page);
