@@ -435,10 +435,13 @@ fn judge_one(
         _ => Outcome::Falsified,
     };
     if judgement.outcome == Outcome::Unmeasured && judgement.reason.is_none() {
-        judgement.reason = Some(format!(
-            "no site has {} of {} against {}",
-            falsifier.metric, falsifier.compare[0], falsifier.compare[1]
-        ));
+        let [subject, judge] = falsifier.compare;
+        let hint = match judge {
+            Stream::Predicted(_) => "; the recipe must name an `engine`, as docs/engines.md says",
+            _ => "",
+        };
+        let metric = falsifier.metric;
+        judgement.reason = Some(format!("no site has {metric} of {subject} against {judge}{hint}"));
     }
     judgement
 }

@@ -372,7 +372,36 @@ impl RawRecipe {
             pin.finish(findings);
         }
         table.finish(findings);
+        recipe.refuse_beside_engine(findings);
         recipe
+    }
+
+    /// An engine says what its products are: what stands beside it would not be read.
+    fn refuse_beside_engine(&self, findings: &mut Findings) {
+        if self.engine.is_none() {
+            return;
+        }
+        let written = [
+            ("gemm", self.gemm.as_ref().map(|put| &put.at)),
+            ("output", self.output.as_ref().map(|put| &put.at)),
+            ("accumulate", self.accumulate.as_ref().map(|put| &put.at)),
+            ("scale", self.weight.as_ref().map(|put| &put.at)),
+            ("scale", self.activation.as_ref().map(|put| &put.at)),
+            ("pin", self.split_k.as_ref().map(|put| &put.at)),
+        ];
+        for (key, at) in written {
+            let Some(at) = at else { continue };
+            findings.push(
+                Problem::new(
+                    format!("`{key}` has no use beside `engine`"),
+                    format!(
+                        "remove `{key}`: an engine's products have its stream's type, and their \
+                         order of additions stands in its file; or remove `engine`"
+                    ),
+                )
+                .at_if(at.as_ref(), "not read"),
+            );
+        }
     }
 
     fn or(self, inherited: &RawRecipe) -> RawRecipe {

@@ -135,6 +135,9 @@ fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
     let pipeline = project.read("stages/pipeline.toml");
     project.write("stages/pipeline.toml", &pipeline.replace("\"transformers\" }", "\"vlm\" }"));
     project.runner(&["check", "stages"]).expect(2, "no engine is called `vlm`");
+    let beside = pipeline.replace("\"transformers\" }", "\"transformers\", gemm = \"e4m3\" }");
+    project.write("stages/pipeline.toml", &beside);
+    project.runner(&["check", "stages"]).expect(2, "`gemm` has no use beside `engine`");
     let own = pipeline.replace("\"transformers\" }", "\"../mine.toml\" }");
     project.write("stages/pipeline.toml", &own);
     project.runner(&["check", "stages"]).expect(2, "cannot read");
