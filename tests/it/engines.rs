@@ -146,6 +146,12 @@ fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
     // An engine that runs something else: the first site that tells is named.
     let other = text.replace("[\"eager\", \"flash-2\", \"cudnn\", \"flash-3\"]", "[\"flash-3\"]");
     assert_ne!(other, text);
+    // A run with nothing to do in between must not answer for the file that follows.
+    project.write("mine.toml", &text);
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    for _ in 0..2 {
+        assert_eq!(stage(&judged(&project), "sites")["verdict"], "pass");
+    }
     project.write("mine.toml", &other);
     let stages = judged(&project);
     let sites = stage(&stages, "sites");
