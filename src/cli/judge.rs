@@ -413,8 +413,12 @@ fn products(
         }
         match others.first() {
             Some((other, rms)) => {
+                let first = match axes.in_words() {
+                    first if first.is_empty() => "as they stand".to_owned(),
+                    first => format!("with {first}"),
+                };
                 remarks.push(format!(
-                    "the shapes fit several readings: with {} z is {rms:.2}, as they stand it is \
+                    "the shapes fit several readings: with {} z is {rms:.2}, {first} it is \
                      {plain:.3e}; {} is taken",
                     other.in_words(),
                     other.in_words()
@@ -430,8 +434,10 @@ fn products(
             }
             None => {}
         }
-    } else if axes != told {
-        remarks.push(format!("the shapes fit only with {}: taken so", axes.in_words()));
+    }
+    if axes == readings[0] && axes != told {
+        let only = if readings.len() == 1 { "only " } else { "" };
+        remarks.push(format!("the shapes fit {only}with {}: taken so", axes.in_words()));
     }
     let judgements = judge(axes, false)?;
     Ok((judgements, vec![x, w, y]))

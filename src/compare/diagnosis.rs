@@ -47,7 +47,7 @@ pub struct Diagnosis {
     pub also: Vec<Site>,
     /// Whether the result is the prescribed one to the bit.
     pub prescribed: bool,
-    /// Whether the op is right but for rounding: what is off came in with its input.
+    /// Whether the op is right but for rounding, from the arm's own input.
     #[serde(default)]
     pub within_rounding: bool,
     /// What is known of the difference where nothing names it: how many values, where, how
@@ -87,6 +87,12 @@ impl Diagnosis {
             _ if self.within_rounding && matches!(self.judge, Stream::Predicted(_)) => {
                 "no kernel that the engine lists gives these bits, but all lie within rounding: \
                  another kernel, or another order of additions"
+                    .to_owned()
+            }
+            // The claim's floor is for this very input, so nothing came in with it.
+            _ if self.within_rounding && matches!(self.judge, Stream::Anchored(_)) => {
+                "the op itself is right within rounding and another order of additions, from the \
+                 arm's own input: its error is more than the claim allows, and too small to name"
                     .to_owned()
             }
             _ if self.within_rounding => {

@@ -220,6 +220,33 @@ impl Bench<'_> {
         }
     }
 
+    /// What the results that were computed from the model and the op's inputs were made of:
+    /// their keys' fields, and the files as they are now. Of what others made, measuring reads
+    /// neither.
+    fn keyed(
+        &self,
+        inputs: &Supplies,
+        results: &BTreeMap<Arm, Stored>,
+    ) -> Result<Vec<Keyed>, Failure> {
+        let reads_model = self.prepared.stage.op.reads_model();
+        let own = |arm: Arm| reads_model && !matches!(arm, Arm::External | Arm::Recorded);
+        let results = results.iter().filter(|(arm, _)| own(**arm));
+        results
+            .map(|(&arm, stored)| {
+                let sources = self.sources(arm, inputs)?;
+                Ok(Keyed { arm, fields: stored.action.fields.clone(), sources })
+            })
+            .collect()
+    }
+
+    /// Refuses what was read of the model and the inputs beside results if that changed.
+    fn check_all_unchanged(&self, inputs: &Supplies, keyed: &[Keyed]) -> Result<(), Failure> {
+        let mut keyed = keyed.iter();
+        keyed.try_for_each(|Keyed { arm, fields, sources }| {
+            self.check_unchanged(*arm, inputs, fields, sources)
+        })
+    }
+
     /// What an arm makes without a model: tensors that are read, and products of
     /// coded operands. `None` where the arm has to compute the op.
     fn output_at_hand(
@@ -529,9 +556,9 @@ impl Bench<'_> {
         let walk = self.plan.measure_walk(self.prepared, &keys.collect());
         let mut measures = match self.store.find(&walk.key()) {
             Some(action) => said_by(&action)?,
-            None => self.measure_anew(inputs, results.clone(), &walk)?,
+            None => self.measure_anew(inputs, &results, &walk)?,
         };
-        measures.diagnoses = self.diagnosis(inputs, results, &walk, &measures)?;
+        measures.diagnoses = self.diagnosis(inputs, &results, &walk, &measures)?;
         Ok(Outcome::Measures(Box::new(measures)))
     }
 
@@ -540,7 +567,7 @@ impl Bench<'_> {
     fn diagnosis(
         &self,
         inputs: &Supplies,
-        results: BTreeMap<Arm, Stored>,
+        results: &BTreeMap<Arm, Stored>,
         measured: &KeyWalk,
         measures: &StageMeasures,
     ) -> Result<Vec<Diagnosis>, Failure> {
@@ -581,15 +608,15 @@ impl Bench<'_> {
                 vec![recording.diagnosis(&suspect)?]
             }
             None => {
-                let mut outputs = BTreeMap::new();
-                for (arm, stored) in results {
-                    outputs.insert(arm, self.output_of(&stored)?);
-                }
+                let keyed = self.keyed(inputs, results)?;
+                let outputs = self.outputs_of(results)?;
                 let read = self.input_tensors(inputs)?;
                 let task = self.task(&read)?;
                 let (recipe, outputs) = (&stage.recipe, &outputs);
                 let scene = Scene { task: &task, recipe, outputs, measures };
-                vec![diagnose(&scene, &suspect)?]
+                let diagnosis = diagnose(&scene, &suspect)?;
+                self.check_all_unchanged(inputs, &keyed)?;
+                vec![diagnosis]
             }
         };
         let json = to_raw_value(&diagnoses)
@@ -618,26 +645,18 @@ impl Bench<'_> {
     fn measure_anew(
         &self,
         inputs: &Supplies,
-        results: BTreeMap<Arm, Stored>,
+        results: &BTreeMap<Arm, Stored>,
         walk: &KeyWalk,
     ) -> Result<StageMeasures, Failure> {
         let started = Instant::now();
         let stage = self.prepared.stage;
-        let (mut outputs, mut keyed) = (BTreeMap::new(), Vec::new());
-        for (arm, stored) in results {
-            // Measuring reads the model and the op's inputs, not what others made of them.
-            if stage.op.reads_model() && !matches!(arm, Arm::External | Arm::Recorded) {
-                keyed.push((arm, stored.action.fields.clone(), self.sources(arm, inputs)?));
-            }
-            outputs.insert(arm, self.output_of(&stored)?);
-        }
+        let keyed = self.keyed(inputs, results)?;
+        let outputs = self.outputs_of(results)?;
         let measures = if stage.op.reads_model() {
             let read = self.input_tensors(inputs)?;
             let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
             let measures = measure_stage(&self.task(&read)?, &stage.recipe, engine, &outputs)?;
-            for (arm, fields, sources) in &keyed {
-                self.check_unchanged(*arm, inputs, fields, sources)?;
-            }
+            self.check_all_unchanged(inputs, &keyed)?;
             measures
         } else {
             let floors = match self.recording()? {
@@ -660,6 +679,13 @@ impl Bench<'_> {
     }
 }
 
+/// What a result at hand was made of.
+struct Keyed {
+    arm: Arm,
+    fields: Vec<(String, String)>,
+    sources: Sources,
+}
+
 impl Bench<'_> {
     /// The tensors of a result: those at hand, else the cache's.
     fn output_of(&self, stored: &Stored) -> Result<Output, Failure> {
@@ -675,6 +701,13 @@ impl Bench<'_> {
             arithmetic: payload.arithmetic.clone(),
             gemms: payload.gemms.clone(),
         })
+    }
+
+    fn outputs_of(
+        &self,
+        results: &BTreeMap<Arm, Stored>,
+    ) -> Result<BTreeMap<Arm, Output>, Failure> {
+        results.iter().map(|(&arm, stored)| Ok((arm, self.output_of(stored)?))).collect()
     }
 
     /// The tensors that the op reads, in its order.

@@ -287,6 +287,18 @@ fn axes_follow_from_the_shapes_and_a_square_product_is_tried_both_ways() {
     write(&project, "d.safetensors", &tensors);
     let said = project.runner(&["judge", "d.safetensors"]).expect(0, "To the bit");
     assert!(said.out.contains("w as [K, M] is taken"), "{}", said.out);
+
+    // A weight that is square fits both ways round; that y is turned is said all the same.
+    let dump = Dump::new(32, [40, 128, 128]);
+    let y = turned(&dump.right(), 128);
+    let tensors = [
+        ("x", Format::Bf16, vec![40, 128], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![128, 128], dump.w.as_slice()),
+        ("y", Format::Bf16, vec![128, 40], y.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]).expect(0, "To the bit");
+    assert!(said.out.contains("the shapes fit with y as [M, N]: taken so"), "{}", said.out);
 }
 
 #[test]

@@ -108,18 +108,17 @@ impl Null {
         Ok(Null { noise: noise.collect() })
     }
 
-    /// Null models of a given variance for each value, for an op whose noise is known.
-    pub fn with_noise(noise: Vec<f64>) -> Null {
-        Null { noise }
-    }
-
     /// Whether a value is no noise.
     pub(super) fn beyond(&self, index: usize, difference: f64) -> bool {
         difference * difference > BEYOND * BEYOND * self.noise[index]
     }
 
-    /// Whether every value and all together are noise.
-    fn within(&self, subject: &Tensor, clean: &Tensor) -> bool {
+    /// Whether rounding and another order of additions explain all of a difference: every
+    /// value by itself, and all together.
+    pub fn explains(&self, subject: &Tensor, clean: &Tensor) -> bool {
+        if subject.data().len() != clean.data().len() {
+            return false;
+        }
         let pairs = subject.data().iter().zip(clean.data()).enumerate();
         let mut squares = 0.0;
         for (index, (&s, &c)) in pairs {
@@ -205,13 +204,6 @@ impl Null {
             _ => values > 0 && pays(values) && gain > CLEARLY,
         };
         Score { rest: all_rest, explained, mismatches, significant, gain }
-    }
-}
-
-impl Null {
-    /// Whether rounding and another order of additions explain all of a difference.
-    pub fn explains(&self, subject: &Tensor, clean: &Tensor) -> bool {
-        subject.data().len() == clean.data().len() && self.within(subject, clean)
     }
 }
 
