@@ -10,6 +10,7 @@ fn main() {
         "src/dtype.rs",
         "src/engine.rs",
         "src/op.rs",
+        "src/random.rs",
         "src/tensor.rs",
         "src/tensor_file",
     ];

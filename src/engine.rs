@@ -151,7 +151,7 @@ pub struct EngineKernels {
 pub struct Splits([Option<SplitK>; MOST_SPLITS]);
 
 /// The most shapes that an engine's file lists: a model has a handful.
-const MOST_SPLITS: usize = 16;
+pub const MOST_SPLITS: usize = 16;
 
 impl Splits {
     /// Whether every product is one chain.
@@ -186,6 +186,16 @@ impl TryFrom<Vec<SplitK>> for Splits {
         }
         if let Some(split) = listed.iter().find(|split| split.parts == 0 || split.parts > 64) {
             return Err(format!("K cannot be cut into {} parts", split.parts));
+        }
+        let shape = |split: &SplitK| [split.tokens, split.outputs, split.inner];
+        let twice = |(place, split): &(usize, &SplitK)| {
+            listed[..*place].iter().any(|earlier| shape(earlier) == shape(split))
+        };
+        if let Some((_, split)) = listed.iter().enumerate().find(twice) {
+            let [tokens, outputs, inner] = shape(split);
+            return Err(format!(
+                "`split_k` lists tokens = {tokens}, outputs = {outputs}, inner = {inner} twice"
+            ));
         }
         let mut splits = [None; MOST_SPLITS];
         splits.iter_mut().zip(listed).for_each(|(place, split)| *place = Some(split));
@@ -275,6 +285,10 @@ mod tests {
         let text = SHIPPED[0].1.replace("\"eager\"", "\"eagre\"");
         let error = EngineFile::parse(&text, "mine").expect_err("refused");
         assert!(error.contains("eagre") && error.contains("flash-2"), "{error}");
+        let cut = "{ tokens = 8, outputs = 64, inner = 256, parts = 2 }";
+        let text = format!("{}\nsplit_k = [{cut}, {cut}]", SHIPPED[0].1);
+        let error = EngineFile::parse(&text, "mine").expect_err("refused");
+        assert!(error.contains("outputs = 64, inner = 256 twice"), "{error}");
         let text = SHIPPED[0].1.replace("stream = \"bf16\"", "stream = \"e4m3\"");
         assert!(EngineFile::parse(&text, "mine").expect_err("refused").contains("e4m3"));
     }

@@ -1,14 +1,14 @@
 //! `runner identify`: the engine's file that a recording shows, from the kernels that a
 //! stage found.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use super::{print, record_of};
 use crate::compare::SiteKernel;
 use crate::dtype::Format;
-use crate::engine::SplitK;
+use crate::engine::{MOST_SPLITS, SplitK};
 use crate::record::StageRecord;
 
 /// The ops of an engine's file: the key, and how the kernels found are called.
@@ -31,7 +31,8 @@ pub(super) fn identify(stage: &str, run: &str, runs: &Path) -> Result<u8, String
 }
 
 /// The engine's file: kernels that give every site of their op to the bit, and the shapes of
-/// products whose K is cut. What no kernel gives stands in comments.
+/// products whose K is cut. Where no kernel does, the nearest ones stand, and of an op that was
+/// not recorded the recipe's: a comment says so, and the file is whole.
 fn file(stage: &StageRecord) -> String {
     let mut text = String::new();
     let stream = stage.recipe.stream.unwrap_or(Format::Bf16);
@@ -45,34 +46,55 @@ fn file(stage: &StageRecord) -> String {
     );
     let _ = writeln!(text, "name   = \"identified\"\nstream = \"{stream}\"\n\n[kernels]");
     let _ = writeln!(text, "linear    = [\"cublas\"]");
+    let of_recipe = stage.recipe.engine.and_then(|engine| serde_json::to_value(engine).ok());
     for (key, prefix) in OPS {
-        let names = kernels_of(&stage.kernels, prefix);
-        match names.is_empty() {
-            true => {
-                let _ = writeln!(text, "# {key}: no site of the recording tells");
+        let nearest = || -> Vec<String> {
+            let mut names: Vec<String> = Vec::new();
+            let found = stage.kernels.iter().filter_map(|k| k.kernel.strip_prefix(prefix));
+            found.for_each(|name| {
+                if !names.iter().any(|known| known == name) {
+                    names.push(name.to_owned());
+                }
+            });
+            names
+        };
+        let (names, remark) = match (kernels_of(&stage.kernels, prefix), nearest()) {
+            (exact, _) if !exact.is_empty() => (exact, ""),
+            (_, near) if !near.is_empty() => (near, "  # nearest; to the bit at no site"),
+            _ => {
+                let listed = of_recipe.as_ref().and_then(|of_recipe| of_recipe[key].as_array());
+                let names = listed.into_iter().flatten().filter_map(|name| name.as_str());
+                (names.map(str::to_owned).collect(), "  # not recorded; as the recipe has it")
             }
-            false => {
-                let listed: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
-                let _ = writeln!(text, "{key:9} = [{}]", listed.join(", "));
+        };
+        let listed: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+        let _ = writeln!(text, "{key:9} = [{}]{remark}", listed.join(", "));
+    }
+    let mut cuts: BTreeMap<[usize; 3], BTreeSet<u32>> = BTreeMap::new();
+    let exact = stage.kernels.iter().filter(|kernel| kernel.mismatches == 0);
+    for SplitK { tokens, outputs, inner, parts } in exact.filter_map(|kernel| kernel.product) {
+        cuts.entry([tokens, outputs, inner]).or_default().insert(parts);
+    }
+    // A file says one number for a shape, and lists so many shapes.
+    let (mut listed, mut left_out) = (Vec::new(), Vec::new());
+    for ([tokens, outputs, inner], parts) in cuts {
+        let shape = format!("tokens = {tokens}, outputs = {outputs}, inner = {inner}");
+        match parts.iter().copied().collect::<Vec<u32>>().as_slice() {
+            [1] => {}
+            [parts] if listed.len() < MOST_SPLITS => {
+                listed.push(format!("    {{ {shape}, parts = {parts} }},"));
+            }
+            parts => {
+                let parts: Vec<String> = parts.iter().map(u32::to_string).collect();
+                left_out.push(format!("# open: {shape}: K in {} parts", parts.join(" and in ")));
             }
         }
     }
-    let cut: BTreeSet<[usize; 4]> = stage
-        .kernels
-        .iter()
-        .filter(|kernel| kernel.mismatches == 0)
-        .filter_map(|kernel| kernel.product.filter(|product| product.parts > 1))
-        .map(|SplitK { tokens, outputs, inner, parts }| [tokens, outputs, inner, parts as usize])
-        .collect();
-    if !cut.is_empty() {
-        let _ = writeln!(text, "split_k = [");
-        for [tokens, outputs, inner, parts] in cut {
-            let _ = writeln!(
-                text,
-                "    {{ tokens = {tokens}, outputs = {outputs}, inner = {inner}, parts = {parts} }},"
-            );
-        }
-        let _ = writeln!(text, "]");
+    if !listed.is_empty() {
+        let _ = writeln!(text, "split_k = [\n{}\n]", listed.join("\n"));
+    }
+    for line in left_out {
+        let _ = writeln!(text, "{line}");
     }
     for kernel in stage.kernels.iter().filter(|kernel| kernel.mismatches > 0) {
         let _ = writeln!(

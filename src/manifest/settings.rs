@@ -7,7 +7,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::Path;
 
 use super::fields::{Fields, Put, choose};
-use super::problem::{Findings, Problem, quoted_list};
+use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
 use crate::engine::EngineFile;
@@ -372,14 +372,13 @@ impl RawRecipe {
             pin.finish(findings);
         }
         table.finish(findings);
-        recipe.refuse_beside_engine(findings);
         recipe
     }
 
     /// An engine says what its products are: what stands beside it would not be read.
-    fn refuse_beside_engine(&self, findings: &mut Findings) {
+    fn beside_engine(&self) -> Vec<Problem> {
         if self.engine.is_none() {
-            return;
+            return Vec::new();
         }
         let written = [
             ("gemm", self.gemm.as_ref().map(|put| &put.at)),
@@ -387,24 +386,33 @@ impl RawRecipe {
             ("accumulate", self.accumulate.as_ref().map(|put| &put.at)),
             ("scale", self.weight.as_ref().map(|put| &put.at)),
             ("scale", self.activation.as_ref().map(|put| &put.at)),
+            ("pin", self.algorithm.as_ref().map(|put| &put.at)),
+            ("pin", self.tile.as_ref().map(|put| &put.at)),
+            ("pin", self.stages.as_ref().map(|put| &put.at)),
             ("pin", self.split_k.as_ref().map(|put| &put.at)),
         ];
-        for (key, at) in written {
-            let Some(at) = at else { continue };
-            findings.push(
-                Problem::new(
-                    format!("`{key}` has no use beside `engine`"),
-                    format!(
-                        "remove `{key}`: an engine's products have its stream's type, and their \
-                         order of additions stands in its file; or remove `engine`"
-                    ),
-                )
-                .at_if(at.as_ref(), "not read"),
+        let problem = |(key, at): (&str, Option<&Option<At>>)| {
+            let problem = Problem::new(
+                format!("`{key}` has no use beside `engine`"),
+                format!(
+                    "remove `{key}`: an engine's products have its stream's type, and their order \
+                     of additions stands in its file; or remove `engine`, also where it is \
+                     inherited from"
+                ),
             );
-        }
+            Some(problem.at_if(at?.as_ref(), "not read"))
+        };
+        written.into_iter().filter_map(problem).collect()
     }
 
     fn or(self, inherited: &RawRecipe) -> RawRecipe {
+        // An engine stands in place of all that is inherited about products.
+        let of_engine = RawRecipe {
+            stream: inherited.stream.clone(),
+            chip: inherited.chip.clone(),
+            ..RawRecipe::default()
+        };
+        let inherited = if self.engine.is_some() { &of_engine } else { inherited };
         RawRecipe {
             gemm: self.gemm.or_else(|| inherited.gemm.clone()),
             weight: self.weight.or_else(|| inherited.weight.clone()),
@@ -441,7 +449,7 @@ impl RawRecipe {
         };
         let chip = or_default(&self.chip, default.chip);
 
-        let mut problems = Vec::new();
+        let mut problems = self.beside_engine();
         let fp8 = matches!(gemm.value, Format::E4m3 | Format::E5m2);
         let gemm_name = name_of(gemm.value, &FORMATS);
         let block_weight = weight.value == WeightScale::Block128;

@@ -6,7 +6,7 @@
 use crate::compare::{Measure, StageMeasures};
 use crate::compute::recorded;
 use crate::metric::Metric;
-use crate::op::{Arm, Stream};
+use crate::op::{Arm, Op, Stream};
 use crate::plan::PreparedStage;
 use crate::text::{grouped, number};
 use crate::verdict::{StageVerdict, Verdict};
@@ -29,6 +29,17 @@ pub(super) fn say(
         Some((absent, false)) => judged.why = format!("{}; {absent}", judged.why),
         None => {}
     }
+    let unjudged = held_to_nothing(&measures.measures);
+    let unjudged = unjudged.or_else(|| no_product(&prepared.stage.op, &measures.measures));
+    match (unjudged, judged.verdict) {
+        (None, _) | (_, Verdict::Unmeasured) => {}
+        // What was handed in and held to nothing is no ground for a pass.
+        (Some(unjudged), Verdict::Pass) => {
+            judged.verdict = Verdict::Unmeasured;
+            judged.why = format!("{unjudged}; {}", judged.why);
+        }
+        (Some(unjudged), _) => judged.why = format!("{}; {unjudged}", judged.why),
+    }
     if let Some(strange) = not_finite(&measures.measures) {
         judged.verdict = Verdict::Structural;
         judged.why = format!("{strange}; {}", judged.why);
@@ -44,16 +55,56 @@ fn absent(prepared: &PreparedStage<'_>) -> Option<String> {
     recorded::absent(&stage.op, from, model).ok().flatten()
 }
 
+/// `not judged: blk.0.q of recorded, [32, 256]: the shapes differ, ...`: sites of an arm under
+/// test that could be measured against nothing at all.
+fn held_to_nothing(measures: &[Measure]) -> Option<String> {
+    let mut sites: Vec<(&Measure, bool)> = Vec::new();
+    for measure in measures.iter().filter(|measure| is_under_test(measure)) {
+        let empty = measure.metrics.is_empty();
+        let same = |known: &&mut (&Measure, bool)| {
+            (known.0.subject, &known.0.site) == (measure.subject, &measure.site)
+        };
+        match sites.iter_mut().find(same) {
+            Some((_, nothing)) => *nothing &= empty,
+            None => sites.push((measure, empty)),
+        }
+    }
+    let nothing: Vec<&Measure> =
+        sites.into_iter().filter(|(_, nothing)| *nothing).map(|(measure, _)| measure).collect();
+    let [rows, width] = nothing.first()?.shape;
+    let (first, more) = (nothing[0], nothing.len() - 1);
+    let more = match more {
+        0 => String::new(),
+        1 => ", and 1 more site".to_owned(),
+        more => format!(", and {} more sites", grouped(more)),
+    };
+    let why = first.unmeasured.as_deref().unwrap_or("nothing could be compared");
+    let (subject, site) = (first.subject, &first.site);
+    Some(format!("not judged: `{site}` of {subject}, [{rows}, {width}]: {why}{more}"))
+}
+
+/// What a recording lacks of which nothing follows a product: a lookup and a norm say nothing of
+/// a pass.
+fn no_product(op: &Op, measures: &[Measure]) -> Option<String> {
+    let Op::Forward { .. } = op else { return None };
+    let before = ["embed", "blk.0.attn_norm"];
+    let mut sites = measures.iter().filter(|measure| is_under_test(measure)).peekable();
+    sites.peek()?;
+    let nothing = sites.all(|measure| before.contains(&measure.site.0.as_str()));
+    nothing.then(|| "not judged: no site that follows a product was recorded".to_owned())
+}
+
+fn is_under_test(measure: &Measure) -> bool {
+    let Stream::Arm(subject) = measure.subject else { return false };
+    matches!(subject, Arm::Device | Arm::Recorded | Arm::External)
+}
+
 /// `recorded holds 2 values that are NaN or infinite at `y`, ...`: the first site in the flow
 /// where an arm under test has such values and its prediction has numbers.
 fn not_finite(measures: &[Measure]) -> Option<String> {
-    let under_test = |measure: &Measure| {
-        let Stream::Arm(subject) = measure.subject else { return false };
-        matches!(subject, Arm::Device | Arm::Recorded | Arm::External)
-    };
     let strange =
         |text: &str| text.starts_with("NaN") || text.trim_start_matches('-').starts_with("inf");
-    measures.iter().filter(|measure| under_test(measure)).find_map(|measure| {
+    measures.iter().filter(|measure| is_under_test(measure)).find_map(|measure| {
         let count = *measure.metrics.get(&Metric::NonFinite).filter(|count| **count > 0.0)?;
         let first = measure.worst.as_ref()?;
         // What the emulated arm predicts to overflow is the recipe's arithmetic.

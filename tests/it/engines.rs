@@ -73,30 +73,49 @@ fn the_engine_that_a_recording_shows_is_printed_as_its_file_and_predicts_the_pas
     project.runner(&["identify", "nothing"]).expect(2, "has no stage `nothing`");
 }
 
-/// Changes one bf16 tensor of the recording, `[rows, width]`.
-fn spoil(project: &Project, name: &str, change: impl Fn(&mut Vec<Vec<f32>>)) {
+type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+
+fn rewrite(project: &Project, change: impl Fn(&mut Vec<Stored>)) {
     let path = project.path("capture.safetensors");
     let bytes = fs::read(&path).expect("the recording");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = file
+    let mut tensors: Vec<Stored> = file
         .tensors()
         .into_iter()
         .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
         .collect();
-    let found = tensors.iter_mut().find(|(known, ..)| known == name);
-    let (_, dtype, shape, data) = found.expect("the tensor");
-    assert_eq!(*dtype, Dtype::BF16);
-    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
-    let mut rows: Vec<Vec<f32>> = values.chunks(shape[1]).map(<[f32]>::to_vec).collect();
-    change(&mut rows);
-    let rounded = rows.iter().flatten().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
-    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+    change(&mut tensors);
     let views = tensors.iter().map(|(name, dtype, shape, data)| {
         (name.clone(), TensorView::new(*dtype, shape.clone(), data).expect("a view"))
     });
     let encoded = safetensors::serialize(views, None).expect("encoded");
     fs::write(&path, encoded).expect("written");
+}
+
+/// Leaves away every tensor of the recording whose name starts otherwise.
+fn keep_only(project: &Project, starts: &[&str]) {
+    rewrite(project, |tensors| {
+        tensors.retain(|(name, ..)| starts.iter().any(|start| name.starts_with(start)));
+    });
+}
+
+/// Changes one bf16 tensor of the recording, `[rows, width]`.
+fn spoil(project: &Project, name: &str, change: impl Fn(&mut Vec<Vec<f32>>)) {
+    rewrite(project, |tensors| changed(tensors, name, &change));
+}
+
+fn changed(tensors: &mut [Stored], name: &str, change: &impl Fn(&mut Vec<Vec<f32>>)) {
+    let found = tensors.iter_mut().find(|(known, ..)| known == name);
+    let (_, dtype, shape, data) = found.expect("the tensor");
+    let width = shape[1];
+    assert_eq!(*dtype, Dtype::BF16);
+    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
+    let mut rows: Vec<Vec<f32>> = values.chunks(width).map(<[f32]>::to_vec).collect();
+    change(&mut rows);
+    let rounded = rows.iter().flatten().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
+    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+    *shape = vec![rows.len(), width];
 }
 
 #[test]
@@ -130,6 +149,60 @@ fn changes_that_are_planted_into_the_recording_are_located_and_named() {
 }
 
 #[test]
+fn one_turned_bit_of_rope_is_an_answer_and_no_error() {
+    let project = recorded();
+    spoil(&project, "blk.0.q_rope", |rows| {
+        rows[9][70] = f32::from_bits(rows[9][70].to_bits() ^ 1 << 16);
+    });
+    let stages = judged(&project);
+    for id in ["sites", "pass"] {
+        let stage = stage(&stages, id);
+        assert_eq!(stage["verdict"], "structural", "{id}: {}", stage["why"]);
+        assert_eq!(stage["first"]["site"], "blk.0.q_rope", "{}", stage["why"]);
+        let why = stage["why"].as_str().expect("a reason");
+        assert!(!why.contains("came in with"), "its input is the prediction's: {why}");
+    }
+    project.runner(&["identify", "sites"]).expect(0, "29 of 31 sites to the bit");
+}
+
+#[test]
+fn what_is_handed_in_and_held_to_nothing_is_no_ground_for_a_pass() {
+    let project = recorded();
+    spoil(&project, "model.layers.0.self_attn.q_proj", |rows| {
+        rows.pop();
+    });
+    for stage in judged(&project) {
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "unmeasured", "{why}");
+        assert!(why.starts_with("not judged: `blk.0.q` of recorded, [32, 256]"), "{why}");
+    }
+    keep_only(&project, &["model.embed_tokens"]);
+    for stage in judged(&project) {
+        assert_eq!(stage["verdict"], "unmeasured", "{}", stage["why"]);
+    }
+}
+
+#[test]
+fn the_file_of_an_engine_that_is_not_known_to_the_bit_is_whole_and_says_so() {
+    let project = recorded();
+    for layer in 0..2 {
+        spoil(&project, &format!("blk.{layer}.attn"), |rows| {
+            rows[9][70] = f32::from_bits(rows[9][70].to_bits() ^ 1 << 16);
+        });
+    }
+    keep_only(&project, &["model.", "lm_head", "blk.0.attn", "blk.1.attn", "ids"]);
+    project.run();
+    let file = project.runner(&["identify", "sites"]).expect(0, "nearest; to the bit at no").out;
+    assert!(file.contains("# not recorded; as the recipe has it"), "{file}");
+    assert!(file.contains("# open: blk.1.attn, 1 of"), "{file}");
+    project.write("identified.toml", &file);
+    let pipeline = project.read("stages/pipeline.toml");
+    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
+    project.write("stages/pipeline.toml", &own);
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+}
+
+#[test]
 fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
     let project = recorded();
     let pipeline = project.read("stages/pipeline.toml");
@@ -138,6 +211,28 @@ fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
     let beside = pipeline.replace("\"transformers\" }", "\"transformers\", gemm = \"e4m3\" }");
     project.write("stages/pipeline.toml", &beside);
     project.runner(&["check", "stages"]).expect(2, "`gemm` has no use beside `engine`");
+    // A stage's own key beside an engine that it inherits; an engine takes what it inherits away.
+    project.write("stages/pipeline.toml", &pipeline);
+    let sites = project.read("stages/sites.toml");
+    let pinned = format!("recipe = {{ pin = {{ tile = 3 }} }}\n{sites}");
+    project.write("stages/sites.toml", &pinned);
+    project.runner(&["check", "stages"]).expect(2, "`pin` has no use beside `engine`");
+    let plain = pipeline.replace("engine = \"transformers\"", "gemm = \"e4m3\"");
+    let own = |name: &str| {
+        let text = project.read(&format!("stages/{name}.toml"));
+        format!("recipe = {{ engine = \"transformers\" }}\n{text}")
+    };
+    project.write("stages/sites.toml", &sites);
+    for name in ["sites", "pass", "rounding"] {
+        project.write(&format!("stages/{name}.toml"), &own(name));
+    }
+    project.write("stages/pipeline.toml", &plain);
+    assert_eq!(stage(&judged(&project), "sites")["verdict"], "pass");
+    for name in ["sites", "pass", "rounding"] {
+        let text = project.read(&format!("stages/{name}.toml"));
+        let (_, text) = text.split_once('\n').expect("two lines");
+        project.write(&format!("stages/{name}.toml"), text);
+    }
     let own = pipeline.replace("\"transformers\" }", "\"../mine.toml\" }");
     project.write("stages/pipeline.toml", &own);
     project.runner(&["check", "stages"]).expect(2, "cannot read");
