@@ -50,6 +50,9 @@ pub struct Diagnosis {
     /// Whether the op is right but for rounding, from the arm's own input.
     #[serde(default)]
     pub within_rounding: bool,
+    /// Whether the op read what the judge's op read, to the bit.
+    #[serde(default)]
+    pub same_input: bool,
     /// What is known of the difference where nothing names it: how many values, where, how
     /// large.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -93,6 +96,11 @@ impl Diagnosis {
             _ if self.within_rounding && matches!(self.judge, Stream::Anchored(_)) => {
                 "the op itself is right within rounding and another order of additions, from the \
                  arm's own input: its error is more than the claim allows, and too small to name"
+                    .to_owned()
+            }
+            _ if self.within_rounding && self.same_input => {
+                "from the same input the op is right within rounding: another kernel, or another \
+                 order of additions"
                     .to_owned()
             }
             _ if self.within_rounding => {
@@ -154,9 +162,12 @@ impl Diagnosis {
         if !self.also.is_empty() {
             let shown: Vec<&str> = self.also.iter().take(3).map(|site| site.0.as_str()).collect();
             let more = if self.also.len() > 3 { ", ..." } else { "" };
-            let sites = if self.also.len() == 1 { "site is" } else { "sites are" };
+            let sites = match self.also.len() {
+                1 => "site is falsified from its",
+                _ => "sites are falsified from their",
+            };
             parts.push(format!(
-                "{} more {sites} falsified from their own input ({}{more})",
+                "{} more {sites} own input ({}{more})",
                 self.also.len(),
                 shown.join(", ")
             ));
@@ -215,6 +226,7 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
     diagnosis.also = suspect.falsified.iter().filter(|s| flow(s) > flow(site)).cloned().collect();
     diagnosis.also.sort_by_key(flow);
     diagnosis.later_layers = inheriting(scene, suspect);
+    diagnosis.same_input = same_input(scene, output, suspect);
     if let Some(examined) = examine(scene, output, site)? {
         diagnosis.op = examined.op;
         diagnosis.prescribed = examined.prescribed;
@@ -223,6 +235,24 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
         diagnosis.fits = examined.fits;
     }
     Ok(diagnosis)
+}
+
+/// Whether a suspect's op read what the op of the arm read that it is held against. The ops of
+/// other stages than a forward pass read the stage's own inputs.
+fn same_input(scene: &Scene<'_>, output: &Output, suspect: &Suspect) -> bool {
+    let (Op::Forward { .. }, Stream::Arm(judge)) = (scene.task.op, suspect.judge) else {
+        return true;
+    };
+    let Some(judge) = scene.outputs.get(&judge) else { return false };
+    let read = read_by_site(&suspect.site, scene.task.model.has("blk.0.attn_q_norm.weight"));
+    let same = |site: &Site| match (output.site(site), judge.site(site)) {
+        (Some(a), Some(b)) => {
+            let pairs = || a.data().iter().zip(b.data());
+            a.data().len() == b.data().len() && pairs().all(|(a, b)| a.to_bits() == b.to_bits())
+        }
+        _ => false,
+    };
+    !read.is_empty() && read.iter().all(same)
 }
 
 /// A diagnosis that knows no more than the claim.
@@ -238,6 +268,7 @@ fn plain(suspect: &Suspect) -> Diagnosis {
         also: Vec::new(),
         prescribed: false,
         within_rounding: false,
+        same_input: false,
         known: None,
         fits: Vec::new(),
     }
@@ -402,6 +433,7 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         also: Vec::new(),
         prescribed: false,
         within_rounding: false,
+        same_input: true,
         known: None,
         fits: vec![fit],
     }

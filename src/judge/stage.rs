@@ -81,6 +81,7 @@ impl Recording<'_> {
             also: Vec::new(),
             prescribed: judgement.answer == Answer::ToTheBit,
             within_rounding: judgement.answer == Answer::WithinRounding,
+            same_input: true,
             known,
             fits: fits.collect(),
         })

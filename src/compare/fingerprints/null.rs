@@ -250,6 +250,7 @@ pub fn describe(case: &Case<'_>) -> Option<String> {
                     if whole { String::new() } else { format!(" ({} of them)", touched.len()) };
                 format!("in {what}s {first} to {last}{gaps}")
             }
+            (_, 1) => format!("in its only {what}"),
             (_, all) => format!("in all {all} {what}s"),
         }
     };
