@@ -57,6 +57,19 @@ impl<T: Copy> TryFrom<Vec<T>> for Choices<T> {
 pub enum LinearKernel {
     /// cuBLAS and cuBLASLt: one chain along K, or K in parts.
     Cublas,
+    /// vLLM's online FP8: activations per token, one scale for a weight.
+    VllmFp8,
+    /// The same with a scale for each output of a weight.
+    VllmFp8Channel,
+    /// vLLM's online FP8 in blocks of 128, by DeepGEMM.
+    VllmFp8Block,
+}
+
+impl LinearKernel {
+    /// Whether it multiplies FP8 codes.
+    pub fn is_fp8(self) -> bool {
+        self != LinearKernel::Cublas
+    }
 }
 
 /// Kernels of RMSNorm.
@@ -132,6 +145,10 @@ pub struct SplitK {
 pub struct EngineKernels {
     /// Of a matrix product.
     pub linear: Choices<LinearKernel>,
+    /// Of the product that makes the logits, where it is another: engines that quantise
+    /// leave the output matrix as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<Choices<LinearKernel>>,
     /// Of RMSNorm.
     pub rms_norm: Choices<NormKernel>,
     /// Of rotary position embedding.
@@ -143,6 +160,22 @@ pub struct EngineKernels {
     /// Shapes of products whose K the library cuts; of others it is one chain.
     #[serde(default, skip_serializing_if = "Splits::is_empty")]
     pub split_k: Splits,
+    /// How many of the last tokens came in steps of their own, with a KV cache. A recipe says
+    /// it; an engine's file does not.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub decoded: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+impl EngineKernels {
+    /// The kernels of a product with the weight of that name.
+    pub fn linear_of(&self, weight: &str) -> &Choices<LinearKernel> {
+        let makes_logits = matches!(weight, "output.weight" | "token_embd.weight");
+        self.output.as_ref().filter(|_| makes_logits).unwrap_or(&self.linear)
+    }
 }
 
 /// A list of shapes, as an engine's file has it.
@@ -216,9 +249,12 @@ pub struct EngineFile {
 }
 
 /// The engines that ship: their names and their files.
-pub const SHIPPED: [(&str, &str); 3] = [
+pub const SHIPPED: [(&str, &str); 6] = [
     ("transformers", include_str!("../engines/transformers.toml")),
     ("vllm", include_str!("../engines/vllm.toml")),
+    ("vllm-fp8", include_str!("../engines/vllm-fp8.toml")),
+    ("vllm-fp8-channel", include_str!("../engines/vllm-fp8-channel.toml")),
+    ("vllm-fp8-block", include_str!("../engines/vllm-fp8-block.toml")),
     ("sglang", include_str!("../engines/sglang.toml")),
 ];
 
@@ -254,6 +290,12 @@ impl EngineFile {
     fn parse(text: &str, name: &str) -> Result<EngineFile, String> {
         let file: EngineFile =
             toml::from_str(text).map_err(|error| format!("engine `{name}`: {error}"))?;
+        if file.kernels.decoded > 0 {
+            return Err(format!(
+                "engine `{name}`: `decoded` is no key of an engine's file; write it in the recipe, \
+                 beside `engine`"
+            ));
+        }
         match file.stream {
             Format::Bf16 | Format::F16 => Ok(file),
             other => Err(format!(
@@ -280,7 +322,7 @@ mod tests {
     #[test]
     fn an_unknown_engine_kernel_or_key_is_refused_in_words() {
         let refused = |name: &str| EngineFile::find(name, Path::new(".")).expect_err("refused");
-        assert!(refused("trnsformers").contains("transformers, vllm, sglang"));
+        assert!(refused("trnsformers").contains("transformers, vllm, vllm-fp8, "));
         assert!(refused("nowhere.toml").contains("cannot read `./nowhere.toml`"));
         let text = SHIPPED[0].1.replace("\"eager\"", "\"eagre\"");
         let error = EngineFile::parse(&text, "mine").expect_err("refused");

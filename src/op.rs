@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::Format;
-use crate::engine::EngineKernels;
+use crate::engine::{EngineKernels, LinearKernel};
 
 /// One way to compute a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -163,6 +163,20 @@ impl Default for Recipe {
             engine: None,
             pin: Pin::NONE,
         }
+    }
+}
+
+impl Scale {
+    /// The scales of an engine's FP8 product; nothing where it multiplies values of the
+    /// stream's type.
+    pub fn of(kernel: LinearKernel) -> Option<Scale> {
+        let (weight, activation) = match kernel {
+            LinearKernel::Cublas => return None,
+            LinearKernel::VllmFp8 => (WeightScale::Tensor, ActivationScale::Token),
+            LinearKernel::VllmFp8Channel => (WeightScale::Channel, ActivationScale::Token),
+            LinearKernel::VllmFp8Block => (WeightScale::Block128, ActivationScale::Block128),
+        };
+        Some(Scale { weight, activation })
     }
 }
 

@@ -244,6 +244,10 @@ fn recipe() -> Value {
                     "the engine whose kernels the emulated arm computes: a shipped one, or a file",
                     said(),
                 ),
+                "decoded": says(
+                    "how many of the last tokens the engine computed in steps of their own, with a KV cache",
+                    whole(0),
+                ),
                 "stream": says(
                     "the type in which a foreign engine passes tensors from op to op",
                     json!({ "enum": ["f32", "bf16", "f16"] }),

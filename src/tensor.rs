@@ -3,6 +3,8 @@
 //! It knows nothing of files, models or arms. Every value that travels between
 //! ops is such a tensor, because a site is defined as f32 `[tokens, width]`.
 
+use std::ops::Range;
+
 /// Row-major f32 values, `[rows, width]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
@@ -49,6 +51,23 @@ impl Tensor {
     /// One row, to be written.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.data[row * self.width..(row + 1) * self.width]
+    }
+
+    /// Some rows.
+    ///
+    /// # Panics
+    /// If they are not all there, as slicing does.
+    pub fn some_rows(&self, rows: Range<usize>) -> Tensor {
+        Tensor::new(self.width, self.data[rows.start * self.width..rows.end * self.width].to_vec())
+    }
+
+    /// Some columns of every row.
+    ///
+    /// # Panics
+    /// If the rows are not so wide, as slicing does.
+    pub fn columns(&self, columns: Range<usize>) -> Tensor {
+        let rows = (0..self.rows()).flat_map(|row| &self.row(row)[columns.clone()]);
+        Tensor::new(columns.len(), rows.copied().collect())
     }
 
     /// Replaces the columns from `first` on by those of a tensor with as many rows.

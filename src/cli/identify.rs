@@ -12,8 +12,14 @@ use crate::engine::{MOST_SPLITS, SplitK};
 use crate::record::StageRecord;
 
 /// The ops of an engine's file: the key, and how the kernels found are called.
-const OPS: [(&str, &str); 4] =
-    [("rms_norm", "norm "), ("rope", "rope "), ("attention", "attention "), ("swiglu", "swiglu ")];
+const OPS: [(&str, &str); 6] = [
+    ("linear", "product "),
+    ("output", "output "),
+    ("rms_norm", "norm "),
+    ("rope", "rope "),
+    ("attention", "attention "),
+    ("swiglu", "swiglu "),
+];
 
 pub(super) fn identify(stage: &str, run: &str, runs: &Path) -> Result<u8, String> {
     let (_, record) = record_of(run, runs)?;
@@ -45,12 +51,12 @@ fn file(stage: &StageRecord) -> String {
         stage.kernels.len()
     );
     let _ = writeln!(text, "name   = \"identified\"\nstream = \"{stream}\"\n\n[kernels]");
-    let _ = writeln!(text, "linear    = [\"cublas\"]");
     let of_recipe = stage.recipe.engine.and_then(|engine| serde_json::to_value(engine).ok());
+    let kernels: Vec<SiteKernel> = stage.kernels.iter().map(as_in_file).collect();
     for (key, prefix) in OPS {
         let nearest = || -> Vec<String> {
             let mut names: Vec<String> = Vec::new();
-            let found = stage.kernels.iter().filter_map(|k| k.kernel.strip_prefix(prefix));
+            let found = kernels.iter().filter_map(|k| k.kernel.strip_prefix(prefix));
             found.for_each(|name| {
                 if !names.iter().any(|known| known == name) {
                     names.push(name.to_owned());
@@ -58,7 +64,7 @@ fn file(stage: &StageRecord) -> String {
             });
             names
         };
-        let (names, remark) = match (kernels_of(&stage.kernels, prefix), nearest()) {
+        let (names, remark) = match (kernels_of(&kernels, prefix), nearest()) {
             (exact, _) if !exact.is_empty() => (exact, ""),
             (_, near) if !near.is_empty() => (near, "  # nearest; to the bit at no site"),
             _ => {
@@ -67,12 +73,17 @@ fn file(stage: &StageRecord) -> String {
                 (names.map(str::to_owned).collect(), "  # not recorded; as the recipe has it")
             }
         };
+        if names.is_empty() {
+            continue;
+        }
         let listed: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
         let _ = writeln!(text, "{key:9} = [{}]{remark}", listed.join(", "));
     }
     let mut cuts: BTreeMap<[usize; 3], BTreeSet<u32>> = BTreeMap::new();
     let exact = stage.kernels.iter().filter(|kernel| kernel.mismatches == 0);
-    for SplitK { tokens, outputs, inner, parts } in exact.filter_map(|kernel| kernel.product) {
+    for SplitK { tokens, outputs, inner, parts } in
+        exact.flat_map(|kernel| kernel.products.iter().copied())
+    {
         cuts.entry([tokens, outputs, inner]).or_default().insert(parts);
     }
     // A file says one number for a shape, and lists so many shapes.
@@ -104,6 +115,20 @@ fn file(stage: &StageRecord) -> String {
         );
     }
     text
+}
+
+/// A site's kernels under the names of an engine's file: orders of cuBLAS are one kernel, and
+/// the product that makes the logits is an op of its own.
+fn as_in_file(found: &SiteKernel) -> SiteKernel {
+    let renamed = |name: &String| {
+        let product = if name.starts_with("cuBLAS") { "product cublas" } else { name };
+        match product.strip_prefix("product ") {
+            Some(kernel) if found.site.0 == "logits" => format!("output {kernel}"),
+            _ => product.to_owned(),
+        }
+    };
+    let also = found.also.iter().map(renamed).collect();
+    SiteKernel { kernel: renamed(&found.kernel), also, ..found.clone() }
 }
 
 /// The kernels that give every exact site of an op; where none gives all, those that give

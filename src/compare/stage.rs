@@ -63,9 +63,9 @@ pub struct SiteKernel {
     /// Other kernels that fit as well: these values do not tell them apart.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<String>,
-    /// Of a product its shape, and into how many parts K is cut.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub product: Option<SplitK>,
+    /// Of a product the shape of each call, and into how many parts K is cut.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub products: Vec<SplitK>,
 }
 
 /// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
@@ -154,7 +154,7 @@ pub fn measure_stage(
                 kernel: found.chosen.kernel,
                 mismatches: found.chosen.mismatches,
                 also: found.chosen.also,
-                product: found.chosen.product,
+                products: found.chosen.products.clone(),
             }));
         }
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {

@@ -203,9 +203,7 @@ fn read(
             format!("is {} wide, and its columns {start} to {end} are asked for", values.width());
         return Err(TensorFileError::Unusable { path: recorded.file.clone(), name, problem });
     }
-    let rows = values.data().chunks_exact(values.width());
-    let data = rows.flat_map(|row| row[start..end].iter().copied()).collect();
-    Ok(Tensor::new(end - start, data))
+    Ok(values.columns(start..end))
 }
 
 /// The one recorded tensor of a product, as its file stores it.

@@ -10,7 +10,7 @@ use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
-use crate::engine::EngineFile;
+use crate::engine::{EngineFile, EngineKernels};
 use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, WeightScale};
 
 /// The settings as one file writes them; what it leaves out is inherited.
@@ -45,6 +45,7 @@ struct RawRecipe {
     output: Option<Put<Format>>,
     stream: Option<Put<Format>>,
     engine: Option<Put<EngineFile>>,
+    decoded: Option<Put<usize>>,
     chip: Option<Put<ChipName>>,
     algorithm: Option<Put<u32>>,
     tile: Option<Put<u32>>,
@@ -356,6 +357,7 @@ impl RawRecipe {
             output: table.choice("output", &FORMATS, findings),
             stream: table.choice("stream", &FORMATS, findings),
             engine: read_engine(&mut table, folder, findings),
+            decoded: table.take("decoded", findings),
             chip: table.choice("chip", &CHIPS, findings),
             ..RawRecipe::default()
         };
@@ -395,9 +397,8 @@ impl RawRecipe {
             let problem = Problem::new(
                 format!("`{key}` has no use beside `engine`"),
                 format!(
-                    "remove `{key}`: an engine's products have its stream's type, and their order \
-                     of additions stands in its file; or remove `engine`, also where it is \
-                     inherited from"
+                    "remove `{key}`: an engine's file says what its products are and in which \
+                     order they add; or remove `engine`, also where it is inherited from"
                 ),
             );
             Some(problem.at_if(at?.as_ref(), "not read"))
@@ -421,6 +422,7 @@ impl RawRecipe {
             output: self.output.or_else(|| inherited.output.clone()),
             stream: self.stream.or_else(|| inherited.stream.clone()),
             engine: self.engine.or_else(|| inherited.engine.clone()),
+            decoded: self.decoded.or_else(|| inherited.decoded.clone()),
             chip: self.chip.or_else(|| inherited.chip.clone()),
             algorithm: self.algorithm.or_else(|| inherited.algorithm.clone()),
             tile: self.tile.or_else(|| inherited.tile.clone()),
@@ -432,17 +434,26 @@ impl RawRecipe {
     /// The recipe, unless its parts contradict each other.
     fn check(&self, findings: &mut Findings) -> Option<Recipe> {
         let default = Recipe::default();
-        // An engine says the type of its stream, and its products are of that type.
+        // An engine says the type of its stream and what its products are: of that type, or of
+        // FP8 codes.
         let of_engine = self.engine.as_ref().map(|engine| engine.value.stream);
         let stream = value_of(&self.stream).or(of_engine);
         let of_products = stream.filter(|_| self.engine.is_some());
-        let gemm = match of_products {
-            Some(stream) => Put::unwritten(stream),
-            None => or_default(&self.gemm, default.gemm),
+        let linear = self.engine.as_ref().and_then(|engine| engine.value.kernels.linear.first());
+        let scaled = linear.and_then(Scale::of);
+        let gemm = match (of_products, scaled) {
+            (Some(_), Some(_)) => Put::unwritten(Format::E4m3),
+            (Some(stream), None) => Put::unwritten(stream),
+            (None, _) => or_default(&self.gemm, default.gemm),
         };
-        let weight = or_default(&self.weight, default.scale.weight);
-        let activation = or_default(&self.activation, default.scale.activation);
-        let accumulate = or_default(&self.accumulate, default.accumulate);
+        let of_engine = scaled.unwrap_or(default.scale);
+        let weight = or_default(&self.weight, of_engine.weight);
+        let activation = or_default(&self.activation, of_engine.activation);
+        let blocks = activation.value == ActivationScale::Block128;
+        let accumulate = match scaled {
+            Some(_) if !blocks => Put::unwritten(Accumulate::Fast),
+            _ => or_default(&self.accumulate, default.accumulate),
+        };
         let output = match of_products {
             Some(stream) => Put::unwritten(stream),
             None => or_default(&self.output, default.output),
@@ -534,6 +545,16 @@ impl RawRecipe {
                 .at_if(put.at.as_ref(), "another type"),
             );
         }
+        if let (None, Some(put)) = (&self.engine, &self.decoded) {
+            problems.push(
+                Problem::new(
+                    "`decoded` needs an `engine`",
+                    "write `engine` too: how many tokens came in steps of their own decides which \
+                     of its kernels ran",
+                )
+                .at_if(put.at.as_ref(), "no engine beside it"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if missing.contains(&gemm.value) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
@@ -556,7 +577,10 @@ impl RawRecipe {
             output: output.value,
             chip: chip.value,
             stream,
-            engine: self.engine.as_ref().map(|engine| engine.value.kernels),
+            engine: self.engine.as_ref().map(|engine| EngineKernels {
+                decoded: self.decoded.as_ref().map_or(0, |decoded| decoded.value),
+                ..engine.value.kernels
+            }),
             pin: Pin {
                 algorithm: value_of(&self.algorithm),
                 tile: value_of(&self.tile),

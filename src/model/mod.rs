@@ -289,7 +289,7 @@ impl Model {
             });
         };
         let bytes = &self.files[place.file].map[place.bytes.clone()];
-        Weight::new(name, place.kind, place.rows, place.width, bytes)
+        Ok(Weight::new(name, place.kind, place.rows, place.width, bytes)?.of(self))
     }
 
     /// The opened files of the weights, with what the file system said of them then.

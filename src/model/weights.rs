@@ -14,6 +14,7 @@ use candle_core::quantized::GgmlDType;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::Model;
 use super::error::ModelError;
 
 /// How a tensor's values are stored.
@@ -181,6 +182,12 @@ impl fmt::Display for WeightType {
 /// Values decoded through candle at once: its result stays in the L1 and L2 caches.
 const CHUNK: usize = 8192;
 
+/// The weights of a block that engines stack to one matrix.
+const STACKED: [&[&str]; 2] = [
+    &[".attn_q.weight", ".attn_k.weight", ".attn_v.weight"],
+    &[".ffn_gate.weight", ".ffn_up.weight"],
+];
+
 /// A tensor in its file, row-major `[rows, width]`; a vector has one row.
 #[derive(Clone, Copy)]
 pub struct Weight<'a> {
@@ -189,6 +196,7 @@ pub struct Weight<'a> {
     rows: usize,
     width: usize,
     bytes: &'a [u8],
+    model: Option<&'a Model>,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -206,7 +214,7 @@ impl<'a> Weight<'a> {
         width: usize,
         bytes: &'a [u8],
     ) -> Result<Weight<'a>, ModelError> {
-        let weight = Weight { name, kind, rows, width, bytes };
+        let weight = Weight { name, kind, rows, width, bytes, model: None };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
             .checked_mul(kind.block_bytes())
@@ -218,6 +226,29 @@ impl<'a> Weight<'a> {
             )));
         }
         Ok(weight)
+    }
+
+    /// The same tensor, as one of a model's.
+    pub(super) fn of(self, model: &'a Model) -> Weight<'a> {
+        Weight { model: Some(model), ..self }
+    }
+
+    /// The weights that engines hold as one matrix, in the order of its rows: queries, keys
+    /// and values, or gate and up. It alone where it is none of these, or of no model.
+    ///
+    /// # Errors
+    /// If the model's file does not give one of them.
+    pub fn stacked(&self) -> Result<Vec<Weight<'a>>, ModelError> {
+        let parts = STACKED.iter().find_map(|parts| {
+            let own = parts.iter().find(|part| self.name.ends_with(*part))?;
+            Some((self.name.strip_suffix(own)?, parts))
+        });
+        match (self.model, parts) {
+            (Some(model), Some((block, parts))) => {
+                parts.iter().map(|part| model.tensor(&format!("{block}{part}"))).collect()
+            }
+            _ => Ok(vec![*self]),
+        }
     }
 
     /// The canonical name, such as `blk.0.attn_q.weight`.

@@ -16,7 +16,9 @@ use runner::compute::emulated::schedule::{Epilogue, Schedule};
 use runner::compute::engine_kernels::activation::{Activation, Gated, gelu, gelu_tanh, silu};
 use runner::compute::engine_kernels::attention::{Heads, Products, eager, transposed};
 use runner::compute::engine_kernels::flash::{Plan, flash};
-use runner::compute::engine_kernels::fp8::{Quantise, block_scaled_mm, scaled_mm};
+use runner::compute::engine_kernels::fp8::{
+    Quantise, block_scaled_mm, cutlass_scaled_mm, scaled_mm,
+};
 use runner::compute::engine_kernels::linear::{Linear, codes};
 use runner::compute::engine_kernels::norm::{RmsNorm, add};
 use runner::compute::engine_kernels::rope::{self, Rotation, Table};
@@ -450,12 +452,12 @@ fn replay_operations(path: &Path) {
         match op {
             "_C::rms_norm" => {
                 let x = given(1).matrix();
-                let norm = RmsNorm::vllm(B, number(3), x.width());
+                let norm = RmsNorm::vllm(B, number(3), x.width(), x.rows(), false);
                 tally.compare(op, norm.apply(&x, &given(2).values).data(), &after(0).values);
             }
             "_C::fused_add_rms_norm" => {
                 let (x, residual) = (given(0).matrix(), given(1).matrix());
-                let norm = RmsNorm::vllm(B, number(3), x.width());
+                let norm = RmsNorm::vllm(B, number(3), x.width(), x.rows(), true);
                 let (y, sum) = norm.add_and_apply(&x, &residual, &given(2).values);
                 tally.compare(op, y.data(), &after(0).values);
                 tally.compare(op, sum.data(), &after(1).values);
@@ -500,6 +502,7 @@ fn replay_operations(path: &Path) {
                 tally.compare(op, &scales, &after(2).values);
             }
             "_C::cutlass_scaled_mm" | "sgl_kernel::fp8_scaled_mm" | "aten::_scaled_mm" => {
+                let of_vllm = op.starts_with("_C");
                 let (first, bias, result) = match op {
                     "_C::cutlass_scaled_mm" => (1, 5, after(0)),
                     "aten::_scaled_mm" => (0, 4, capture.out(call)),
@@ -515,6 +518,20 @@ fn replay_operations(path: &Path) {
                 }
                 let w = Codes::new(Format::E4m3, columns, rows, CodeData::Bits8(turned))
                     .expect("codes");
+                let (x_scales, w_scales) = (given(first + 2), given(first + 3));
+                if of_vllm {
+                    let bias = capture.maybe(call, bias);
+                    let y = cutlass_scaled_mm(
+                        unit(Format::E4m3),
+                        (&x, &x_scales.values),
+                        (&w, &w_scales.values),
+                        bias.as_ref().map(|bias| &bias.values[..]),
+                        x.rows(),
+                        B,
+                    );
+                    tally.compare(op, y.expect("a product").data(), &result.values);
+                    continue;
+                }
                 let scales = |array: Array| {
                     if array.values.len() == 1 {
                         Scales::Tensor(array.values[0])
@@ -528,8 +545,8 @@ fn replay_operations(path: &Path) {
                 let y = scaled_mm(
                     unit(Format::E4m3),
                     &schedule,
-                    &Operand { codes: &x, scales: scales(given(first + 2)) },
-                    &Operand { codes: &w, scales: scales(given(first + 3)) },
+                    &Operand { codes: &x, scales: scales(x_scales) },
+                    &Operand { codes: &w, scales: scales(w_scales) },
                     bias.as_ref().map(|bias| &bias.values[..]),
                     B,
                 );
@@ -550,14 +567,16 @@ fn replay_operations(path: &Path) {
                 let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[1], k.shape[1], q.shape[2]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
-                let y = flash(unit(B), B, &q, &k, &v, &heads, &Plan::FLASH3);
+                let y =
+                    flash(unit(B), B, &q, &k, &v, &heads, &Plan::flash3(heads.head_dim, q.rows()));
                 tally.compare(op, y.data(), &after(3).values);
             }
             "fa3_fwd::_flash_attn_forward" => {
                 let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[2], k.shape[2], q.shape[3]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
-                let y = flash(unit(B), B, &q, &k, &v, &heads, &Plan::FLASH3);
+                let y =
+                    flash(unit(B), B, &q, &k, &v, &heads, &Plan::flash3(heads.head_dim, q.rows()));
                 tally.compare(op, y.data(), &capture.out(call).values);
             }
             "aten::_scaled_dot_product_cudnn_attention" => {

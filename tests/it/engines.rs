@@ -1,5 +1,6 @@
-//! A recording of transformers on an H200 (`examples/transformers-bf16`): every site is to
-//! the bit, and a change that is planted into the recording is located and named.
+//! Recordings of transformers on an H200 (`examples/transformers-bf16`) and of vLLM on an H100
+//! (`examples/vllm`): every site is to the bit, and a change that is planted into a recording
+//! is located and named.
 
 use std::fs;
 use std::path::Path;
@@ -26,6 +27,27 @@ fn recorded() -> Project {
     fs::create_dir_all(project.path("model")).expect("a folder");
     for file in ["model/config.json", "model/model.safetensors", "capture.safetensors"] {
         fs::copy(example(file), project.path(file)).expect("copied");
+    }
+    project
+}
+
+/// One of vLLM's recordings, with its stages `sites` and `pass`.
+fn of_vllm(kind: &str) -> Project {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/vllm");
+    let stage = |name: &str| {
+        let text = fs::read_to_string(folder.join("stages").join(name)).expect("a stage");
+        let text = text.replace("contracts = \"../../../contracts\"\n", "");
+        text.replace(&format!("\"{kind}-"), "\"").replace(&format!("{kind}.safe"), "capture.safe")
+    };
+    let project = project()
+        .file("stages/pipeline.toml", &stage("pipeline.toml"))
+        .file("stages/sites.toml", &stage(&format!("{kind}-sites.toml")))
+        .file("stages/pass.toml", &stage(&format!("{kind}-pass.toml")));
+    fs::create_dir_all(project.path("model")).expect("a folder");
+    let capture = format!("{kind}.safetensors");
+    let files = ["model/config.json", "model/model.safetensors", &capture];
+    for (from, to) in files.into_iter().zip([files[0], files[1], "capture.safetensors"]) {
+        fs::copy(folder.join(from), project.path(to)).expect("copied");
     }
     project
 }
@@ -253,4 +275,75 @@ fn an_unknown_engine_and_one_in_a_file_of_ones_own_are_told_apart() {
     assert_eq!(sites["first"]["site"], "blk.0.attn", "{}", sites["why"]);
     let why = sites["why"].as_str().expect("a reason");
     assert!(why.contains("within rounding"), "another kernel is no bug of this site: {why}");
+}
+
+#[test]
+fn every_bit_of_vllms_passes_follows_in_bf16_and_fp8_and_with_decoded_tokens() {
+    for kind in ["bf16", "fp8", "fp8-channel", "fp8-block"] {
+        let project = of_vllm(kind);
+        let stages = judged(&project);
+        for id in ["sites", "pass"] {
+            let stage = stage(&stages, id);
+            let why = stage["why"].as_str().expect("a reason");
+            assert_eq!(stage["verdict"], "pass", "{kind}, {id}: {why}");
+            assert!(why.contains("33 of 33 sites to the bit"), "{kind}, {id}: {why}");
+        }
+        let file = project.runner(&["identify", "sites"]).expect(0, "33 of 33 sites").out;
+        let product = if kind == "bf16" { "cublas".to_owned() } else { format!("vllm-{kind}") };
+        assert!(file.contains(&format!("linear    = [\"{product}\"]")), "{file}");
+        assert!(file.contains("output    = [\"cublas\"]"), "{file}");
+    }
+}
+
+#[test]
+fn another_kind_of_fp8_than_the_recipes_is_seen_at_the_first_product() {
+    let project = of_vllm("fp8");
+    for id in ["sites", "pass"] {
+        let path = format!("stages/{id}.toml");
+        let other = project.read(&path).replace("\"vllm-fp8\"", "\"vllm-fp8-channel\"");
+        project.write(&path, &other);
+    }
+    for stage in judged(&project) {
+        assert_eq!(stage["verdict"], "structural", "{}", stage["why"]);
+        assert_eq!(stage["first"]["site"], "blk.0.q", "{}", stage["why"]);
+    }
+}
+
+#[test]
+fn changes_that_are_planted_into_a_recording_in_fp8_are_located() {
+    type Change = fn(&mut Vec<Vec<f32>>);
+    let planted: [(&str, &str, Change); 5] = [
+        ("blk.1.ffn_gate", "one-tile", |rows| {
+            rows[8..24].iter_mut().for_each(|row| row[64..128].fill(0.0));
+        }),
+        ("blk.0.ffn_down", "scale-wrong", |rows| {
+            rows.iter_mut().flatten().for_each(|value| *value *= 1.25);
+        }),
+        ("blk.1.q", "output-permuted", |rows| rows.iter_mut().for_each(|row| row.swap(3, 70))),
+        ("blk.0.attn", "stale-rows", |rows| rows[36] = rows[35].clone()),
+        ("blk.1.attn_norm", "", |rows| rows.iter_mut().for_each(|row| row[9] *= 2.0)),
+    ];
+    for (site, cause, change) in planted {
+        let project = of_vllm("fp8-block");
+        spoil(&project, site, change);
+        let stages = judged(&project);
+        let stage = stage(&stages, "sites");
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "structural", "{site}: {why}");
+        assert_eq!(stage["first"]["site"], site, "{why}");
+        println!("{site}: wanted {cause}, found {}: {why}", stage["first"]["cause"]);
+    }
+}
+
+#[test]
+fn decoded_tokens_are_for_engines_and_stand_in_a_recipe_alone() {
+    let project = of_vllm("bf16");
+    let text = project.read("stages/sites.toml");
+    project.write("stages/sites.toml", &text.replace("engine = \"vllm\", ", ""));
+    project.runner(&["check", "stages"]).expect(2, "`decoded` needs an `engine`");
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/vllm.toml");
+    let own = fs::read_to_string(shipped).expect("an engine") + "decoded = 3\n";
+    project.write("mine.toml", &own);
+    project.write("stages/sites.toml", &text.replace("\"vllm\"", "\"../mine.toml\""));
+    project.runner(&["check", "stages"]).expect(2, "`decoded` is no key of an engine's file");
 }

@@ -61,7 +61,8 @@ impl Emulated {
         // The engine's operands have the stream's type, whatever a hypothesis makes of `gemm`.
         let own = chip.unit(stream, stream).copied();
         let engine = recipe.engine.zip(own);
-        let engine = engine.map(|(kernels, unit)| EngineArm::new(kernels, stream, unit));
+        let fp8 = chip.unit(Format::E4m3, Format::E4m3).copied();
+        let engine = engine.map(|(kernels, unit)| EngineArm::new(kernels, stream, unit, fp8));
         Ok(Emulated { recipe: *recipe, chip, unit, schedule, engine, absmax: Mutex::default() })
     }
 
@@ -232,9 +233,9 @@ impl Ops for Emulated {
 
     fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
-        let gain = gain.to_vec()?;
+        let (name, gain) = (gain.name(), gain.to_vec()?);
         if let Some(engine) = &self.engine {
-            return Ok(engine.rms_norm(x, &gain, eps));
+            return engine.rms_norm(x, (name, &gain), eps);
         }
         let mut y = Tensor::zeros(x.rows(), x.width());
         let width = gain.len();

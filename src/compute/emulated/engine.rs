@@ -3,22 +3,33 @@
 //!
 //! It knows kernels and operands; the kernels' arithmetic is `compute/engine_kernels`'.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use super::chip::Unit;
-use super::quantize::Codes;
+use super::quantize::{Codes, absmax};
 use super::schedule::Schedule;
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{Heads, Products, eager};
 use crate::compute::engine_kernels::flash::{Plan, flash};
-use crate::compute::engine_kernels::linear::{Linear, codes};
+use crate::compute::engine_kernels::fp8::{
+    GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
+};
+use crate::compute::engine_kernels::linear::{Linear, codes, finish};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
-use crate::engine::{AttentionKernel, EngineKernels, NormKernel, RopeKernel, SplitK, SwigluKernel};
+use crate::engine::{
+    AttentionKernel, EngineKernels, LinearKernel, NormKernel, RopeKernel, SplitK, SwigluKernel,
+};
 use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
 
+/// What the orders of its products are called by.
+const CUBLAS: &str = "cuBLAS";
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys.
 const PROCESSORS: usize = 132;
 /// The most parts of K that are tried.
@@ -33,6 +44,8 @@ pub struct EngineArm {
     /// The type of the stream.
     format: Format,
     unit: Unit,
+    /// The tensor core of FP8 codes, where the chip has one.
+    fp8_unit: Option<Unit>,
 }
 
 /// What an op came to where its result is known.
@@ -46,14 +59,24 @@ pub struct Chosen {
     pub mismatches: usize,
     /// Other kernels that fit as well.
     pub also: Vec<String>,
-    /// Of a product its shape and the parts of K: what an engine's file lists.
-    pub product: Option<SplitK>,
+    /// Of a product the shapes of its calls and the parts of K: what an engine's file lists.
+    pub products: Vec<SplitK>,
 }
 
 impl EngineArm {
     /// The arm of an engine whose stream has this type.
-    pub fn new(kernels: EngineKernels, format: Format, unit: Unit) -> EngineArm {
-        EngineArm { kernels, format, unit }
+    pub fn new(
+        kernels: EngineKernels,
+        format: Format,
+        unit: Unit,
+        fp8_unit: Option<Unit>,
+    ) -> EngineArm {
+        EngineArm { kernels, format, unit, fp8_unit }
+    }
+
+    /// Whether the product with a weight of that name multiplies FP8 codes.
+    pub fn quantises(&self, weight: &str) -> bool {
+        self.kernels.linear_of(weight).first().is_some_and(LinearKernel::is_fp8)
     }
 
     /// Rows as the engine holds them.
@@ -62,21 +85,72 @@ impl EngineArm {
         rows
     }
 
-    /// RMSNorm of each group of `gain.len()` values.
-    pub fn rms_norm(&self, x: &Tensor, gain: &[f32], eps: f32) -> Tensor {
-        let kernel = self.kernels.rms_norm.first().unwrap_or(NormKernel::Transformers);
-        self.rms_norm_by(kernel, x, gain, eps)
+    /// The calls in which the rows of a tensor came: the prompt's in one, and those of decoded
+    /// tokens, of which each had a call of its own. With each the tokens of a call.
+    fn calls(&self, rows: usize) -> Vec<(Range<usize>, usize)> {
+        match rows.checked_sub(self.kernels.decoded) {
+            Some(prompt) if prompt > 0 && prompt < rows => {
+                vec![(0..prompt, prompt), (prompt..rows, 1)]
+            }
+            _ => vec![(0..rows, rows)],
+        }
     }
 
-    fn rms_norm_by(&self, kernel: NormKernel, x: &Tensor, gain: &[f32], eps: f32) -> Tensor {
+    /// What `compute` gives of the rows of each call, below one another.
+    fn by_calls(
+        &self,
+        x: &Tensor,
+        compute: impl Fn(&Tensor, usize) -> Result<Tensor, ComputeError>,
+    ) -> Result<Tensor, ComputeError> {
+        let calls = self.calls(x.rows());
+        if calls.len() == 1 {
+            return compute(x, x.rows());
+        }
+        let (mut width, mut data) = (x.width(), Vec::new());
+        for (rows, tokens) in calls {
+            let y = compute(&x.some_rows(rows), tokens)?;
+            width = y.width();
+            data.extend(y.into_data());
+        }
+        Ok(Tensor::new(width, data))
+    }
+
+    /// RMSNorm of each group of `gain.len()` values; `name` is the gain's.
+    ///
+    /// # Errors
+    /// None so far.
+    pub fn rms_norm(
+        &self,
+        x: &Tensor,
+        (name, gain): (&str, &[f32]),
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
+        let kernel = self.kernels.rms_norm.first().unwrap_or(NormKernel::Transformers);
+        self.rms_norm_by(kernel, x, (name, gain), eps)
+    }
+
+    fn rms_norm_by(
+        &self,
+        kernel: NormKernel,
+        x: &Tensor,
+        (name, gain): (&str, &[f32]),
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
         let gain: Vec<f32> = gain.iter().map(|gain| self.format.round(*gain)).collect();
-        let rows = x.data().len() / gain.len().max(1);
-        let norm = match kernel {
-            NormKernel::Transformers => RmsNorm::transformers(self.format, eps, rows),
-            NormKernel::TorchFused => RmsNorm::torch_fused(self.format, eps),
-            NormKernel::Vllm => RmsNorm::vllm(self.format, eps, gain.len()),
-        };
-        norm.apply(x, &gain)
+        // Where a residual stream comes in, vLLM's norm adds it; the first one and those of
+        // heads have none.
+        let alone = ["blk.0.attn_norm.weight", "q_norm.weight", "k_norm.weight"];
+        let fused = !alone.iter().any(|end| name.ends_with(end));
+        let width = gain.len().max(1);
+        self.by_calls(x, |x, tokens| {
+            let rows = tokens * (x.width() / width);
+            let norm = match kernel {
+                NormKernel::Transformers => RmsNorm::transformers(self.format, eps, rows),
+                NormKernel::TorchFused => RmsNorm::torch_fused(self.format, eps),
+                NormKernel::Vllm => RmsNorm::vllm(self.format, eps, width, rows, fused),
+            };
+            Ok(norm.apply(x, &gain))
+        })
     }
 
     /// `x w^T + bias`.
@@ -89,9 +163,103 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
-        let parts = self.kernels.split_k.parts(x.rows(), weight.rows(), x.width());
-        let operands = Operands::of(self, x, weight, bias)?;
-        operands.product(Schedule::FAST.with_split_k(parts))
+        match self.kernels.linear_of(weight.name()).first() {
+            None | Some(LinearKernel::Cublas) => {
+                let operands = Operands::of(self, x, weight, bias)?;
+                let (outputs, inner) = (weight.rows(), x.width());
+                self.by_calls(x, |x, tokens| {
+                    let parts = self.kernels.split_k.parts(tokens, outputs, inner);
+                    operands.of_rows(codes(self.format, x)).product(parts)
+                })
+            }
+            Some(kernel) => self.fp8_product(kernel, x, weight, bias),
+        }
+    }
+
+    /// The product of an FP8 kernel, weight and activation quantised as it does.
+    fn fp8_product(
+        &self,
+        kernel: LinearKernel,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        let unit = self.fp8_unit.as_ref().ok_or_else(|| {
+            ComputeError::Recipe("the engine multiplies FP8, and the chip cannot".to_owned())
+        })?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let bias: Option<Vec<f32>> =
+            bias.map(|bias| bias.into_iter().map(|b| self.format.round(b)).collect());
+        if kernel == LinearKernel::VllmFp8Block {
+            return self.block_product(unit, x, weight, bias);
+        }
+        let held = self.held(&weight, 0..weight.rows())?;
+        let (codes, scales) = match kernel {
+            LinearKernel::VllmFp8Channel => Quantise::VLLM.grouped(&held, held.width()),
+            _ => {
+                let mut most = 0_f32;
+                for part in weight.stacked()? {
+                    most = most.max(absmax(self.held(&part, 0..part.rows())?.data()));
+                }
+                let scale = Quantise::VLLM_TENSOR.scale_of(&[most]);
+                let codes = Quantise::VLLM_TENSOR.codes(&held, &vec![scale; held.rows()]);
+                (codes, vec![scale])
+            }
+        };
+        self.by_calls(x, |x, tokens| {
+            let (x, x_scales) = Quantise::VLLM.grouped(x, x.width());
+            let (x, w) = ((&x, &x_scales[..]), (&codes, &scales[..]));
+            Ok(cutlass_scaled_mm(unit, x, w, bias.as_deref(), tokens, self.format)?)
+        })
+    }
+
+    /// DeepGEMM's. Blocks of a weight are those of the matrix that the engine stacks, so a
+    /// block may reach into the next weight's rows.
+    fn block_product(
+        &self,
+        unit: &Unit,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Vec<f32>>,
+    ) -> Result<Tensor, ComputeError> {
+        let stacked = weight.stacked()?;
+        let before = stacked.iter().take_while(|part| part.name() != weight.name());
+        let own = before.map(Weight::rows).sum::<usize>();
+        let all: usize = stacked.iter().map(Weight::rows).sum();
+        if weight.width() % GROUP != 0 || all % 64 != 0 {
+            return Err(ComputeError::Recipe(format!(
+                "vLLM gives a weight of [{all}, {}] to another kernel than DeepGEMM, which is not \
+                 known to the bit",
+                weight.width()
+            )));
+        }
+        let first = own / GROUP * GROUP;
+        let last = (own + weight.rows()).next_multiple_of(GROUP).min(all);
+        let mut values = Vec::with_capacity((last - first) * weight.width());
+        let mut at = 0;
+        for part in &stacked {
+            let rows = first.max(at)..last.min(at + part.rows());
+            if !rows.is_empty() {
+                values.extend(self.held(part, rows.start - at..rows.end - at)?.into_data());
+            }
+            at += part.rows();
+        }
+        let (codes, scales) = block_weight(&Tensor::new(weight.width(), values));
+        let (x, x_scales) = Quantise::VLLM_GROUP.grouped(x, GROUP);
+        let y = block_scaled_mm(unit, &x, &x_scales, &codes, &scales, self.format)?;
+        let mut y = y.columns(own - first..own - first + weight.rows());
+        // The bias is an addition of its own, and rounds once more.
+        finish(&mut y, bias.as_deref(), self.format);
+        Ok(y)
+    }
+
+    /// Rows of a weight as the engine holds them before it quantises.
+    fn held(&self, weight: &Weight<'_>, rows: Range<usize>) -> Result<Tensor, ComputeError> {
+        let mut values = Tensor::zeros(rows.len(), weight.width());
+        weight.decode_rows(rows, values.data_mut())?;
+        let round = |value: &mut f32| *value = self.format.round(*value);
+        values.data_mut().par_iter_mut().for_each(round);
+        Ok(values)
     }
 
     /// Rotation of every head.
@@ -172,18 +340,35 @@ impl EngineArm {
     ) -> Result<Tensor, ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         let own = Heads::causal(heads, kv_heads, head_dim);
-        let plan = match kernel {
-            AttentionKernel::Eager => {
-                let products = Products::new(&self.unit, self.format, &own, k.rows());
-                return Ok(eager(&products, q, k, v, &own)?);
-            }
-            AttentionKernel::Flash2 => {
-                Plan::flash2(heads, head_dim, q.rows(), k.rows(), PROCESSORS)
-            }
-            AttentionKernel::Flash3 => Plan::FLASH3,
-            AttentionKernel::Cudnn => Plan::CUDNN,
+        let one = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Tensor, ComputeError> {
+            let plan = match kernel {
+                AttentionKernel::Eager => {
+                    let products = Products::new(&self.unit, self.format, &own, k.rows());
+                    return Ok(eager(&products, q, k, v, &own)?);
+                }
+                AttentionKernel::Flash2 => {
+                    Plan::flash2(heads, head_dim, q.rows(), k.rows(), PROCESSORS)
+                }
+                AttentionKernel::Flash3 => Plan::flash3(head_dim, q.rows()),
+                AttentionKernel::Cudnn => Plan::CUDNN,
+            };
+            Ok(flash(&self.unit, self.format, q, k, v, &own, &plan))
         };
-        Ok(flash(&self.unit, self.format, q, k, v, &own, &plan))
+        let calls = self.calls(q.rows());
+        if calls.len() == 1 {
+            return one(q, k, v);
+        }
+        // Each decoded token sees the keys up to its own.
+        let before = k.rows() - q.rows();
+        let (prompt, decoded) = (calls[0].0.clone(), calls[1].0.clone());
+        let steps = [prompt].into_iter().chain(decoded.map(|row| row..row + 1));
+        let mut data = Vec::new();
+        for rows in steps {
+            let keys = 0..before + rows.end;
+            let (k, v) = (k.some_rows(keys.clone()), v.some_rows(keys));
+            data.extend(one(&q.some_rows(rows), &k, &v)?.into_data());
+        }
+        Ok(Tensor::new(heads * head_dim, data))
     }
 
     /// `silu(gate) * up`.
@@ -219,31 +404,23 @@ impl EngineArm {
                 choice.offer("a lookup", self.embedded(rows));
             }
             Call::RmsNorm { x, gain, eps } => {
-                let gain = gain.to_vec()?;
+                let (name, gain) = (gain.name(), gain.to_vec()?);
                 for kernel in self.kernels.rms_norm.all() {
-                    let y = self.rms_norm_by(kernel, x, &gain, eps);
+                    let y = self.rms_norm_by(kernel, x, (name, &gain), eps)?;
                     choice.offer(format!("norm {}", name_of(kernel)), y);
                 }
             }
             Call::Matmul { x, weight, bias } => {
-                let mut cut = 1;
-                let operands = Operands::of(self, x, weight, bias)?;
-                choice.offer("cuBLAS in one chain", operands.product(Schedule::FAST)?);
-                if !choice.is_exact() {
-                    for parts in operands.parts_that_fit(observed)? {
-                        let schedule = Schedule::FAST.with_split_k(parts);
-                        let name = format!("cuBLAS in {parts} parts of K");
-                        choice.offer(&name, operands.product(schedule)?);
-                        if choice.is_exact() {
-                            cut = parts;
-                            break;
+                for kernel in self.kernels.linear_of(weight.name()).all() {
+                    match kernel {
+                        LinearKernel::Cublas => {
+                            self.choose_order(&mut choice, x, weight, bias)?;
+                        }
+                        kernel => {
+                            let y = self.fp8_product(kernel, x, weight, bias)?;
+                            choice.offer(format!("product {}", name_of(kernel)), y);
                         }
                     }
-                }
-                let (tokens, inner) = (x.rows(), x.width());
-                let product = SplitK { tokens, outputs: weight.rows(), inner, parts: cut };
-                if let Some(best) = &mut choice.best {
-                    best.product = Some(product);
                 }
             }
             Call::Rope { x, rope, head_dim, first_position } => {
@@ -269,6 +446,37 @@ impl EngineArm {
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
     }
+
+    /// Offers the order in which cuBLAS adds that fits best: one chain, or parts of K, for
+    /// each call.
+    fn choose_order(
+        &self,
+        choice: &mut Choice<'_>,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<(), ComputeError> {
+        let operands = Operands::of(self, x, weight, bias)?;
+        let calls = self.calls(x.rows());
+        let (mut names, mut products, mut data) = (Vec::new(), Vec::new(), Vec::new());
+        for (rows, tokens) in &calls {
+            let observed = choice.observed.some_rows(rows.clone());
+            let operands = operands.of_rows(codes(self.format, &x.some_rows(rows.clone())));
+            let (name, parts, y) = operands.order_of(&observed)?;
+            let (outputs, inner) = (weight.rows(), x.width());
+            products.push(SplitK { tokens: *tokens, outputs, inner, parts });
+            data.extend(y.into_data());
+            names.push(name);
+        }
+        names.dedup();
+        choice.offer(names.join(", decoded "), Tensor::new(weight.rows().max(1), data));
+        if let Some(best) = &mut choice.best
+            && best.kernel.starts_with(CUBLAS)
+        {
+            best.products = products;
+        }
+        Ok(())
+    }
 }
 
 /// A kernel's name as the engine's file has it.
@@ -286,26 +494,26 @@ struct Choice<'a> {
 }
 
 impl Choice<'_> {
-    fn is_exact(&self) -> bool {
-        self.best.as_ref().is_some_and(|best| best.mismatches == 0)
-    }
-
     fn offer(&mut self, name: impl AsRef<str>, tensor: Tensor) {
         let name = name.as_ref().to_owned();
         let same = (tensor.rows(), tensor.width()) == (self.observed.rows(), self.observed.width());
-        let pairs = tensor.data().iter().zip(self.observed.data());
-        let differ =
-            pairs.filter(|(a, b)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan()));
-        let mismatches = if same { differ.count() } else { tensor.data().len() };
+        let mismatches = if same { differing(&tensor, self.observed) } else { tensor.data().len() };
         match &mut self.best {
             Some(best) if mismatches == best.mismatches => best.also.push(name),
             Some(best) if mismatches > best.mismatches => {}
             best => {
                 let also = Vec::new();
-                *best = Some(Chosen { tensor, kernel: name, mismatches, also, product: None });
+                let products = Vec::new();
+                *best = Some(Chosen { tensor, kernel: name, mismatches, also, products });
             }
         }
     }
+}
+
+/// Values whose bits differ; one NaN is as good as another.
+fn differing(a: &Tensor, b: &Tensor) -> usize {
+    let pairs = a.data().iter().zip(b.data());
+    pairs.filter(|(a, b)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())).count()
 }
 
 /// A product's operands as the engine holds them.
@@ -337,9 +545,35 @@ impl Operands {
         })
     }
 
-    fn product(&self, schedule: Schedule) -> Result<Tensor, ComputeError> {
+    /// The same with other rows of x.
+    fn of_rows(&self, x: Codes) -> Operands {
+        Operands { x, w: self.w.clone(), bias: self.bias.clone(), ..*self }
+    }
+
+    fn product(&self, parts: u32) -> Result<Tensor, ComputeError> {
+        let schedule = Schedule::FAST.with_split_k(parts);
         let linear = Linear { schedule, ..Linear::new(&self.unit, self.x.width(), self.format) };
         Ok(linear.apply(&self.x, &self.w, self.bias.as_deref())?)
+    }
+
+    /// The order whose sums are nearest to the engine's: its name, the parts of K, and what it
+    /// gives.
+    fn order_of(&self, observed: &Tensor) -> Result<(String, u32, Tensor), ComputeError> {
+        let chain = self.product(1)?;
+        let mut best = (format!("{CUBLAS} in one chain"), 1, differing(&chain, observed), chain);
+        if best.2 > 0 {
+            for parts in self.parts_that_fit(observed)? {
+                let y = self.product(parts)?;
+                let mismatches = differing(&y, observed);
+                if mismatches < best.2 {
+                    best = (format!("{CUBLAS} in {parts} parts of K"), parts, mismatches, y);
+                }
+                if mismatches == 0 {
+                    break;
+                }
+            }
+        }
+        Ok((best.0, best.1, best.3))
     }
 
     /// The numbers of parts of K whose sums are the engine's on a sample.
@@ -358,7 +592,7 @@ impl Operands {
         };
         let mut fitting = Vec::new();
         for parts in 2..=MOST_PARTS {
-            let y = sample.product(Schedule::FAST.with_split_k(parts))?;
+            let y = sample.product(parts)?;
             let equal = (0..rows).all(|row| {
                 let pairs = y.row(row).iter().zip(&observed.row(row)[..columns]);
                 pairs.into_iter().all(|(a, b)| a.to_bits() == b.to_bits())

@@ -17,7 +17,7 @@
 //! | rescaling | `ex2((m' - m) c)` | the same | `ex2(m' c - m c)`, rounded products |
 //! | a thread's sum | goes on, the first addition fused | the same | of the block, then fused |
 //! | the four sums | 0 + 2, 1 + 3, both | the same | 0 + 1, 2 + 3, both |
-//! | `O / sum` | IEEE reciprocal | the same | `rcp.approx` |
+//! | `O / sum` | IEEE reciprocal | `rcp.approx` | `rcp.approx` |
 //!
 //! FlashAttention 2 splits the keys over blocks of threads where few tiles would
 //! leave the chip idle; each part has its logarithm of the sum of exponentials, and
@@ -29,7 +29,9 @@
 //! in 2 parts) and at 41 more shapes in bf16 and f16 on an H100 (heads of 32 to 256
 //! values, up to 1,300 tokens, up to 8 parts as [`Plan::flash2`] foretells); cuDNN
 //! on the same H200 captures and in two transformers models, and at 25 shapes on the
-//! H100; FlashAttention 3 in vLLM at 8 and in the fa3-fwd package at 32 tokens. cuDNN
+//! H100; FlashAttention 3 in vLLM on an H200 at 8 tokens and on an H100 at 33 to 300 with 7
+//! decoded ones (heads of 64 and 128 values), and in the fa3-fwd package at 32. FlashAttention
+//! 3 splits long keys over the chip where few heads decode, which is not worked out. cuDNN
 //! at one query and 1,000 keys of 128 values splits the keys, which is not worked
 //! out; nor is the memory-efficient kernel.
 
@@ -73,9 +75,12 @@ pub enum FlashKernel {
 }
 
 impl Plan {
-    /// FlashAttention 3 on Hopper for heads of up to 128 values.
-    pub const FLASH3: Plan =
-        Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Flash3 };
+    /// FlashAttention 3 on Hopper for heads of up to 128 values. One query alone counts as no
+    /// causal call, and narrow heads then take larger blocks of keys.
+    pub fn flash3(head_dim: usize, queries: usize) -> Plan {
+        let keys = if queries == 1 && head_dim <= 64 { 192 } else { 128 };
+        Plan { queries: 128, keys, parts: 1, kernel: FlashKernel::Flash3 }
+    }
 
     /// cuDNN on Hopper for heads of up to 128 values: what `sdpa` of transformers
     /// takes there.
@@ -329,8 +334,8 @@ impl Tile<'_> {
         // The reciprocal of no sum is 1, so that a row without a key is 0.
         let inverse = |sum: f32| match self.plan.kernel {
             _ if sum == 0.0 || sum.is_nan() => 1.0,
-            FlashKernel::Cudnn => sfu::rcp_ftz(sum),
-            FlashKernel::Flash2 | FlashKernel::Flash3 => 1.0 / sum,
+            FlashKernel::Cudnn | FlashKernel::Flash3 => sfu::rcp_ftz(sum),
+            FlashKernel::Flash2 => 1.0 / sum,
         };
         let values = |part: usize| &parts[part].output[row * width..(row + 1) * width];
         if let [sum] = sums[..] {

@@ -7,19 +7,25 @@
 //! | vLLM, per token | `absmax / 448` | `x / scale` |
 //! | SGLang, per token | `absmax * (1/448)` | `x / scale`, or times its inverse |
 //! | per group of 128, for DeepGEMM | the power of two at or above `absmax / 448` | `x / scale` |
+//! | vLLM, a weight with one scale | `absmax / 448` | times the inverse of the scale |
+//! | vLLM, a weight in blocks | twice: `absmax / 448`, then a power of two of those values | times the inverse |
 //!
 //! | product | arithmetic |
 //! | --- | --- |
 //! | CUTLASS, per token and channel | chain with fast accumulation, `sx (sw acc)`, bias added in f32 |
+//! | the same in vLLM | `fma(sx, sw acc, bias)`; of up to 64 tokens `fma(sw, sx acc, bias)` |
 //! | DeepGEMM, blocks of 128 | per block a chain from zero, `acc = fma(partial, sx sw, acc)` |
 //!
 //! Evidence: every quantisation and product of FP8 in the captures of vLLM, SGLang
-//! and torchao on an H200.
+//! and torchao on an H200; whole passes of vLLM 0.26 on an H100 from bf16 weights.
+
+use rayon::prelude::*;
 
 use super::linear::finish;
+use super::sfu;
 use crate::compute::emulated::chip::Unit;
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
-use crate::compute::emulated::quantize::{Codes, absmax};
+use crate::compute::emulated::quantize::{Codes, CodesRowMut, absmax, quantize_row};
 use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
 use crate::tensor::Tensor;
@@ -69,6 +75,10 @@ impl Quantise {
         least_scale: 1.0 / (448.0 * 512.0),
     };
 
+    /// vLLM's `dynamic_scaled_fp8_quant`: one scale for a whole weight.
+    pub const VLLM_TENSOR: Quantise =
+        Quantise { code: CodeRule::TimesInverse, least_scale: 0.0, ..Quantise::VLLM };
+
     /// vLLM's `per_token_group_fp8_quant` for DeepGEMM: scales are powers of two of
     /// at least `1e-10 / 448`.
     pub const VLLM_GROUP: Quantise =
@@ -102,6 +112,42 @@ impl Quantise {
         })
     }
 
+    /// Codes of rows of which each has its scale.
+    pub fn codes(&self, rows: &Tensor, scales: &[f32]) -> Codes {
+        let mut codes = Codes::zeros(self.format, rows.rows(), rows.width());
+        let written = codes.rows_mut().into_par_iter().enumerate();
+        written.for_each(|(row, mut codes)| self.write(rows.row(row), scales[row], &mut codes));
+        codes
+    }
+
+    /// Codes and scales of rows, one scale for each `group` values of a row.
+    pub fn grouped(&self, x: &Tensor, group: usize) -> (Codes, Vec<f32>) {
+        let blocks = x.width().div_ceil(group).max(1);
+        let mut codes = Codes::zeros(self.format, x.rows(), x.width());
+        let mut scales = vec![0.0; x.rows() * blocks];
+        let written = codes.rows_mut().into_par_iter().zip(scales.par_chunks_mut(blocks));
+        written.enumerate().for_each(|(row, (mut codes, scales))| {
+            for (block, values) in x.row(row).chunks(group).enumerate() {
+                scales[block] = self.scale_of(values);
+                let mut part = codes.slice(block * group, values.len());
+                self.write(values, scales[block], &mut part);
+            }
+        });
+        (codes, scales)
+    }
+
+    /// Codes of values that share a scale.
+    fn write(&self, values: &[f32], scale: f32, codes: &mut CodesRowMut<'_>) {
+        match self.code {
+            CodeRule::Divided => quantize_row(self.format, values, scale, codes),
+            CodeRule::TimesInverse => {
+                let inverse = 1.0 / scale;
+                let scaled: Vec<f32> = values.iter().map(|x| x * inverse).collect();
+                quantize_row(self.format, &scaled, 1.0, codes);
+            }
+        }
+    }
+
     /// Codes and scales of rows, one scale for each `group` values of a row; the
     /// whole row shares one where `group` is its width.
     pub fn apply(&self, x: &Tensor, group: usize) -> (Tensor, Vec<f32>) {
@@ -124,6 +170,61 @@ fn power_of_two_above(x: f32) -> f32 {
     f32::from_bits(if bits & 0x7f_ffff == 0 { bits } else { (bits & 0x7f80_0000) + 0x80_0000 })
 }
 
+/// The codes and scales of a weight in blocks of 128 by 128, as vLLM makes them for DeepGEMM
+/// of bf16 values: `per_block_cast_to_fp8`, and of what that leaves
+/// `requant_weight_ue8m0_inplace`. `rows` begin with a whole block.
+pub fn block_weight(rows: &Tensor) -> (Codes, Vec<f32>) {
+    let (first, scales) = cast_blocks(rows, |most| div_full(most, Format::E4m3.max_finite()));
+    let mut read = Tensor::zeros(rows.rows(), rows.width());
+    let blocks = rows.width().div_ceil(GROUP).max(1);
+    let width = rows.width().max(1);
+    read.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, read)| {
+        let codes = first.decode_row(row);
+        for (column, (read, code)) in read.iter_mut().zip(codes).enumerate() {
+            *read = code * scales[row / GROUP * blocks + column / GROUP];
+        }
+    });
+    cast_blocks(&read, |most| {
+        let scale = div_full(most, Format::E4m3.max_finite());
+        f64::from(f64::from(scale).log2() as f32).ceil().exp2() as f32
+    })
+}
+
+/// One cast of blocks of 128 by 128; `scale` of a block follows from its largest magnitude,
+/// which is taken as at least 1e-4.
+fn cast_blocks(rows: &Tensor, scale: impl Fn(f32) -> f32 + Sync) -> (Codes, Vec<f32>) {
+    let blocks = rows.width().div_ceil(GROUP).max(1);
+    let width = rows.width().max(1);
+    let scales: Vec<f32> = rows
+        .data()
+        .par_chunks(width * GROUP)
+        .flat_map_iter(|tall| {
+            let most = |block: usize| {
+                let parts = tall
+                    .chunks(width)
+                    .map(|row| absmax(&row[block * GROUP..((block + 1) * GROUP).min(row.len())]));
+                parts.fold(1e-4, f32::max)
+            };
+            (0..blocks).map(|block| scale(most(block))).collect::<Vec<f32>>()
+        })
+        .collect();
+    let mut codes = Codes::zeros(Format::E4m3, rows.rows(), rows.width());
+    codes.rows_mut().into_par_iter().enumerate().for_each(|(row, mut codes)| {
+        for (block, values) in rows.row(row).chunks(GROUP).enumerate() {
+            let inverse = div_full(1.0, scales[row / GROUP * blocks + block]);
+            let scaled: Vec<f32> = values.iter().map(|x| x * inverse).collect();
+            let mut part = codes.slice(block * GROUP, scaled.len());
+            quantize_row(Format::E4m3, &scaled, 1.0, &mut part);
+        }
+    });
+    (codes, scales)
+}
+
+/// `div.full.f32`, which Triton takes for `a / b`, where neither is huge or tiny.
+fn div_full(a: f32, b: f32) -> f32 {
+    a * sfu::rcp(b)
+}
+
 /// A product of FP8 operands with scales for tokens and for channels, as CUTLASS
 /// kernels of vLLM and SGLang and cuBLASLt's row-wise mode make it.
 ///
@@ -139,6 +240,47 @@ pub fn scaled_mm(
 ) -> Result<Tensor, GemmError> {
     let mut y = gemm(unit, schedule, x, w, Format::F32)?;
     finish(&mut y, bias, output);
+    Ok(y)
+}
+
+/// Most rows of an activation for which vLLM's CUTLASS kernels take the weight as the first
+/// operand.
+const SWAPPED: usize = 64;
+
+/// vLLM's `cutlass_scaled_mm` for FP8 on Hopper: x with a scale per token, w with one, or one
+/// per channel. `tokens` is how many rows the call had of which `x` may be a part.
+///
+/// The scale of the second operand is applied first; the bias is added in the same
+/// instruction as the other scale, and rounded once with it.
+///
+/// # Errors
+/// If shapes or formats do not fit.
+pub fn cutlass_scaled_mm(
+    unit: &Unit,
+    (x, x_scales): (&Codes, &[f32]),
+    (w, w_scales): (&Codes, &[f32]),
+    bias: Option<&[f32]>,
+    tokens: usize,
+    output: Format,
+) -> Result<Tensor, GemmError> {
+    let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+    let mut y = gemm(unit, &Schedule::FAST, &operand(x), &operand(w), Format::F32)?;
+    let width = y.width().max(1);
+    y.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, sums)| {
+        for (column, sum) in sums.iter_mut().enumerate() {
+            let of_weight = w_scales[if w_scales.len() == 1 { 0 } else { column }];
+            let (last, first) = match tokens <= SWAPPED {
+                true => (of_weight, x_scales[row]),
+                false => (x_scales[row], of_weight),
+            };
+            let scaled = first * *sum;
+            let scaled = match bias {
+                Some(bias) => last.mul_add(scaled, bias[column]),
+                None => last * scaled,
+            };
+            *sum = output.round(scaled);
+        }
+    });
     Ok(y)
 }
 
@@ -175,14 +317,14 @@ pub fn block_scaled_mm(
         let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
         let partial =
             gemm(unit, &Schedule::FAST, &operand(&x_part), &operand(&w_part), Format::F32)?;
-        for row in 0..y.rows() {
+        let width = y.width().max(1);
+        y.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, sums)| {
             let x_scale = x_scales[row * blocks + block];
-            let sums = y.row_mut(row).iter_mut().zip(partial.row(row));
-            for (column, (sum, &partial)) in sums.enumerate() {
+            for (column, (sum, &partial)) in sums.iter_mut().zip(partial.row(row)).enumerate() {
                 let scale = x_scale * w_scales[column / GROUP * blocks + block];
                 *sum = partial.mul_add(scale, *sum);
             }
-        }
+        });
     }
     finish(&mut y, None, output);
     Ok(y)
