@@ -68,7 +68,8 @@ impl Recording<'_> {
             gain: 0.0,
         });
         let known = judgement.place.as_ref().map(|place| {
-            format!("{} values, {}; {}", place.values, place.in_words(), place.instead)
+            let noun = if place.values == 1 { "value" } else { "values" };
+            format!("{} {noun}, {}; {}", place.values, place.in_words(), place.instead)
         });
         Ok(Diagnosis {
             subject: suspect.subject,
