@@ -7,6 +7,7 @@
 mod bits;
 mod causes;
 mod exam;
+pub mod heads;
 pub mod operands;
 mod place;
 pub mod product;
