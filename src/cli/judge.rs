@@ -346,17 +346,18 @@ fn check(args: &JudgeArgs) -> Result<(), JudgeError> {
             args.op.name()
         )));
     }
-    let number = |name: &str, value: Option<f64>, least: f64| match value {
-        Some(value) if !(value.is_finite() && value >= least) => Err(usage(format!(
-            "`{name} {value}` is no number that can be meant{}",
-            if least > f64::MIN { format!(": it is at least {least:e}") } else { String::new() }
-        ))),
-        _ => Ok(()),
-    };
-    number("--alpha", args.alpha.map(f64::from), f64::MIN)?;
-    number("--scale", args.scale, f64::MIN)?;
-    number("--eps", args.eps.map(f64::from), 0.0)?;
-    number("--theta", args.theta, f64::MIN_POSITIVE)?;
+    let all = |_: f64| true;
+    let number =
+        |name: &str, value: Option<f64>, range: &str, fits: &dyn Fn(f64) -> bool| match value
+            .filter(|value| !(value.is_finite() && fits(*value)))
+        {
+            Some(value) => Err(usage(format!("`{name} {value}` must be a finite number{range}"))),
+            None => Ok(()),
+        };
+    number("--alpha", args.alpha.map(f64::from), "", &all)?;
+    number("--scale", args.scale, "", &all)?;
+    number("--eps", args.eps.map(f64::from), ", 0 or more", &|eps| eps >= 0.0)?;
+    number("--theta", args.theta, " above 0", &|theta| theta > 0.0)?;
     if args.window == Some(0) {
         return Err(usage("`--window 0` sees no key: a query sees its own, so it is at least 1"));
     }

@@ -153,7 +153,7 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
 const NEARLY_ALL: f64 = 0.9;
 
 /// The narrower format of nearly all values that are not zero, where some have another.
-fn mostly(codes: &CodedTensor) -> Option<Mostly> {
+pub fn mostly(codes: &CodedTensor) -> Option<Mostly> {
     if codes.format != Format::F32 {
         return None;
     }

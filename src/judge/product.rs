@@ -390,12 +390,16 @@ mod tests {
 
     /// As Hopper's tensor cores add, in one chain.
     fn added(x: &CodedTensor, w: &CodedTensor, output: Format) -> Tensor {
+        scheduled(x, w, &Schedule::FAST, output)
+    }
+
+    fn scheduled(x: &CodedTensor, w: &CodedTensor, schedule: &Schedule, output: Format) -> Tensor {
         let hopper = CHIPS.iter().find(|chip| chip.name == ChipName::Hopper).expect("a chip");
         let unit = hopper.unit(x.format, w.format).expect("a unit");
         let (x_codes, w_codes) = (codes(x).expect("codes"), codes(w).expect("codes"));
         let x = Operand { codes: &x_codes, scales: scales(x).expect("scales") };
         let w = Operand { codes: &w_codes, scales: scales(w).expect("scales") };
-        gemm(unit, &Schedule::FAST, &x, &w, output).expect("a product")
+        gemm(unit, schedule, &x, &w, output).expect("a product")
     }
 
     #[test]
@@ -442,6 +446,18 @@ mod tests {
                 let marks = marks.expect("an exam").marks();
                 assert!(marks.z.within, "K {inner}, size {size}: {:?}", marks.z);
             }
+        }
+    }
+
+    #[test]
+    fn a_promoted_and_scaled_product_is_within_rounding() {
+        for (seed, inner) in [(110, 512), (120, 4096), (130, 16384)] {
+            let mut x = coded(seed, [16, inner], Format::E4m3, 1.0);
+            let w = coded(seed + 1, [24, inner], Format::E4m3, 1.0);
+            x.scales = Some(crate::tensor_file::BlockScales::one(0.0123, 16, inner));
+            let y = scheduled(&x, &w, &Schedule::PROMOTED, Format::Bf16);
+            let marks = product(&x, &w, y, Format::Bf16).exam().expect("an exam").marks();
+            assert!(marks.z.within && marks.larger.is_none(), "K {inner}: {:?}", marks.z);
         }
     }
 

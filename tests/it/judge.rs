@@ -705,10 +705,10 @@ fn what_an_op_does_not_read_or_no_kernel_can_mean_is_refused() {
         (&["--heads", "7"], "`--heads` belongs to attention"),
         (&["--op", "softmax", "--scale-x", "2"], "`--scale-x` belongs to matmul"),
         (&["--op", "rope", "--window", "2"], "`--window` belongs to attention"),
-        (&["--alpha", "nan"], "`--alpha NaN` is no number that can be meant"),
+        (&["--alpha", "nan"], "`--alpha NaN` must be a finite number"),
         (&["--alpha", "inf"], "`--alpha inf`"),
         (&["--scale-x", "-1"], "a scale of x is -1"),
-        (&["--op", "rope", "--theta", "nan"], "`--theta NaN`"),
+        (&["--op", "rope", "--theta", "nan"], "`--theta NaN` must be a finite number above 0"),
         (&["--op", "rope", "--theta", "-1"], "`--theta -1`"),
         (&["--op", "attention", "--window", "0"], "`--window 0`"),
         (&["--output", "bf16"], "`--output bf16` does not hold y"),
@@ -811,6 +811,15 @@ fn a_tile_in_another_type_than_nearly_all_is_blamed_and_the_others_are_not() {
     let said = project.runner(&["judge", "d.safetensors"]);
     let words = ["nearly all of its values are bf16", "rows 32 to 63, columns 64 to 95"];
     wrong(said, &words);
+
+    let project = crate::single::project();
+    write(&project, "d.safetensors", &tensors);
+    fs::remove_file(project.path("stages/pipeline.toml")).expect("removed");
+    let files = ["d.safetensors:x", "d.safetensors:w", "d.safetensors:y"];
+    let new = [&["new", "matmul", "g", "--from-files"], &files[..]].concat();
+    project.runner(&new).expect(0, "wrote `stages/g.toml`");
+    let said = project.runner(&["run", "stages", "--format", "json"]);
+    assert!(said.out.contains("rows 32 to 63, columns 64 to 95"), "{}", said.out);
 }
 
 #[test]
