@@ -21,6 +21,14 @@ pub fn number(value: f64) -> String {
     }
 }
 
+/// `1 value is`, `1,234 values are`.
+pub fn values_are(count: usize) -> String {
+    match count {
+        1 => "1 value is".to_owned(),
+        many => format!("{} values are", grouped(many)),
+    }
+}
+
 /// `1234567` as `1,234,567`.
 pub fn grouped(count: usize) -> String {
     let digits = count.to_string();

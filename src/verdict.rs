@@ -124,6 +124,9 @@ pub struct Judgement {
     pub value: Option<f64>,
     /// The share of the bound that the value uses; above 1 outside.
     pub used: Option<f64>,
+    /// The least and the largest value that passes there, where chance widened a bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<[Option<f64>; 2]>,
     /// The site furthest outside the bounds, where a value lies outside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst_site: Option<Site>,
@@ -149,6 +152,28 @@ impl Judgement {
     /// How much of the nearer bound a value uses: at the bound 1, beyond it more.
     pub fn share_of_bound(&self, measure: &Measure, value: f64) -> f64 {
         share_of_bound(self.metric, self.bounds_at(measure), value)
+    }
+
+    /// The bounds that were applied at its site.
+    pub fn bounds(&self) -> (Option<f64>, Option<f64>) {
+        self.applied.map_or((self.min, self.max), |[min, max]| (min, max))
+    }
+
+    /// What its bounds were before chance widened them, in brackets; empty where it did not.
+    pub fn widened_from(&self) -> String {
+        if self.applied.is_none() {
+            return String::new();
+        }
+        let edges: Vec<String> = [self.min, self.max].into_iter().flatten().map(number).collect();
+        format!(" ({}, widened for chance)", edges.join(" to "))
+    }
+
+    fn put_nearest(&mut self, measure: &Measure, value: f64, used: f64) {
+        let (min, max) = self.bounds_at(measure);
+        let applied = [min, max];
+        self.applied = (applied != [self.min, self.max]).then_some(applied);
+        self.site = Some(measure.site.clone());
+        (self.value, self.used) = (Some(value), Some(used));
     }
 
     /// The sites that it falsifies, in the order of the measures.
@@ -380,6 +405,7 @@ fn judge_one(
         site: None,
         value: None,
         used: None,
+        applied: None,
         worst_site: None,
         worst_value: None,
         sites_judged: 0,
@@ -398,7 +424,7 @@ fn judge_one(
             judgement.sites_judged += 1;
             judgement.sites_falsified += 1;
             if judgement.sites_falsified == 1 {
-                judgement.site = Some(measure.site.clone());
+                (judgement.site, judgement.applied) = (Some(measure.site.clone()), None);
                 (judgement.value, judgement.used) = (None, Some(f64::MAX));
                 judgement.reason = Some(format!("at `{}`: {count}", measure.site));
             }
@@ -424,9 +450,7 @@ fn judge_one(
             judgement.worst_value = Some(value);
         }
         if first_outside || nearest {
-            judgement.site = Some(measure.site.clone());
-            judgement.value = Some(value);
-            judgement.used = Some(used);
+            judgement.put_nearest(measure, value, used);
         }
     }
     judgement.outcome = match (judgement.sites_falsified, judgement.sites_judged) {
@@ -555,14 +579,16 @@ pub fn in_words(judgement: &Judgement, measures: &[Measure]) -> String {
     if let Some(count) = measure.and_then(not_finite) {
         return count;
     }
-    let bound = match (judgement.min, judgement.max, judgement.value) {
+    let (min, max) = judgement.bounds();
+    let bound = match (min, max, judgement.value) {
         (Some(min), _, Some(value)) if value < min => format!("at least {}", number(min)),
         (_, Some(max), _) => format!("at most {}", number(max)),
         (Some(min), None, _) => format!("at least {}", number(min)),
         (None, None, _) => "no bound".to_owned(),
     };
     let value = judgement.value.map_or("no value".to_owned(), number);
-    format!("{} is {value}, and {} allows {bound}", judgement.metric, judgement.falsifier)
+    let from = judgement.widened_from();
+    format!("{} is {value}, and {} allows {bound}{from}", judgement.metric, judgement.falsifier)
 }
 
 /// Values that are NaN or infinite, in words: nothing else about such a site has meaning.
@@ -592,11 +618,13 @@ fn describe_fall(j: &Judgement, measures: &[Measure]) -> String {
     let not_finite = measures.iter().find(at).and_then(not_finite);
     let site = j.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
     let value = j.value.map_or("no value".to_owned(), number);
-    let bound = match (j.min, j.max, j.value) {
+    let (min, max) = j.bounds();
+    let bound = match (min, max, j.value) {
         (Some(min), _, Some(value)) if value < min => format!("below {}", number(min)),
         (_, Some(max), _) => format!("above {}", number(max)),
         _ => "outside its bound".to_owned(),
     };
+    let bound = bound + &j.widened_from();
     let worst = match (&j.worst_site, j.worst_value) {
         (Some(worst), Some(value)) if j.site.as_ref() != Some(worst) => {
             format!(", the worst {} at {worst}", number(value))
@@ -624,11 +652,11 @@ fn describe_fall(j: &Judgement, measures: &[Measure]) -> String {
 fn describe_headroom(j: &Judgement) -> String {
     let site = j.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
     let value = j.value.map_or("no value".to_owned(), number);
-    let bounds = match (j.min, j.max) {
+    let bounds = match j.bounds() {
         (Some(min), Some(max)) => format!("within {} to {}", number(min), number(max)),
         (Some(min), None) => format!("at least {}", number(min)),
         (None, Some(max)) => format!("at most {}", number(max)),
         (None, None) => "unbounded".to_owned(),
     };
-    format!("tightest: {} {value}{site}, {bounds}", j.metric)
+    format!("tightest: {} {value}{site}, {bounds}{}", j.metric, j.widened_from())
 }

@@ -111,7 +111,7 @@ fn judged(judgement: &Judgement) -> Vec<String> {
         Outcome::Unmeasured => "unmeasured",
     };
     let [subject, judge] = judgement.compare;
-    let bounds = match (judgement.min, judgement.max) {
+    let bounds = match judgement.bounds() {
         (Some(min), Some(max)) => format!("{} to {}", number(min), number(max)),
         (Some(min), None) => format!("at least {}", number(min)),
         (None, Some(max)) => format!("at most {}", number(max)),
@@ -123,8 +123,9 @@ fn judged(judgement: &Judgement) -> Vec<String> {
         _ => judgement.reason.clone().unwrap_or_else(|| "no value".to_owned()),
     };
     lines.push(format!(
-        "      {} of {subject} against {judge}: {value}; must be {bounds}",
-        judgement.metric
+        "      {} of {subject} against {judge}: {value}; must be {bounds}{}",
+        judgement.metric,
+        judgement.widened_from()
     ));
     if judgement.outcome == Outcome::Falsified {
         lines.push(format!(

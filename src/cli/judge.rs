@@ -1,15 +1,18 @@
 //! `runner judge`: the command line of `judge/`, for a dump of one kernel.
 
+use std::cell::RefCell;
 use std::fmt::Write;
 
 use clap::{Args, ValueEnum};
 
 use super::chip::chip_name;
 use super::{FALSIFIED, PASS, print};
+use crate::compute::ComputeError;
 use crate::compute::emulated::chip::CHIPS;
 use crate::dtype::Format;
+use crate::judge::heads::{Known, Sequences, WANTED};
 use crate::judge::operands::{
-    Axes, JudgeError, Layout, Operand, Source, by_name, read, recognised_in_words,
+    Axes, JudgeError, Layout, Mostly, Operand, Source, by_name, read, recognised_in_words,
 };
 use crate::judge::product::Product;
 use crate::judge::single::{AttentionOf, Single};
@@ -18,9 +21,16 @@ use crate::model::{Rope, RopeLayout};
 use crate::op::ChipName;
 use crate::tensor::Tensor;
 use crate::tensor_file::TensorFile;
+use crate::text::values_are;
 
 /// Rows and columns on which readings of the axes are told apart.
 const SAMPLE: (usize, usize) = (16, 64);
+/// What stands under a norm's root unless that is said.
+const EPS: f32 = 1e-6;
+/// The base of RoPE's frequencies unless that is said.
+const THETA: f64 = 10000.0;
+/// The largest position.
+const LAST_POSITION: usize = 1_000_000_000;
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -57,14 +67,14 @@ pub(super) struct JudgeArgs {
     /// The bias, FILE or FILE:TENSOR, one value for each column of y.
     #[arg(long)]
     bias: Option<String>,
-    /// What the product is multiplied with.
-    #[arg(long, default_value = "1", allow_hyphen_values = true)]
-    alpha: f32,
+    /// What the product is multiplied with; 1 by default.
+    #[arg(long, allow_hyphen_values = true)]
+    alpha: Option<f32>,
     /// The scale of x: a number, or FILE or FILE:TENSOR with one per tensor, row or block.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     scale_x: Option<String>,
     /// The scale of w, likewise.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     scale_w: Option<String>,
     /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2.
     #[arg(long, visible_aliases = ["dtype-q", "dtype-gate"])]
@@ -99,18 +109,19 @@ pub(super) struct JudgeArgs {
     /// Confirm a schedule on all values of a large product, however long that takes.
     #[arg(long)]
     all: bool,
-    /// norm: what stands under the root beside the mean square.
-    #[arg(long, default_value = "1e-6")]
-    eps: f32,
-    /// rope: the base of the frequencies.
-    #[arg(long, default_value = "10000")]
-    theta: f64,
-    /// rope: the position of the first row, or a tensor with one for each row.
-    #[arg(long, default_value = "0")]
-    positions: String,
-    /// rope: which values form a pair.
-    #[arg(long, value_enum, default_value_t = PairLayout::Halves)]
-    layout: PairLayout,
+    /// norm: what stands under the root beside the mean square; 1e-6 by default.
+    #[arg(long, allow_hyphen_values = true)]
+    eps: Option<f32>,
+    /// rope: the base of the frequencies; 10000 by default.
+    #[arg(long, allow_hyphen_values = true)]
+    theta: Option<f64>,
+    /// rope: the position of each sequence's first row, 0 by default; or a tensor with one for
+    /// each row.
+    #[arg(long, allow_hyphen_values = true)]
+    positions: Option<String>,
+    /// rope: which values form a pair; halves by default.
+    #[arg(long, value_enum)]
+    layout: Option<PairLayout>,
     /// attention: query heads.
     #[arg(long)]
     heads: Option<usize>,
@@ -121,7 +132,7 @@ pub(super) struct JudgeArgs {
     #[arg(long)]
     head_dim: Option<usize>,
     /// attention: what scores are multiplied with; 1 / sqrt(head width) by default.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     scale: Option<f64>,
     /// attention: a query sees no later key (the default).
     #[arg(long, conflicts_with = "no_causal")]
@@ -300,7 +311,72 @@ fn find(args: &JudgeArgs) -> Result<Found, JudgeError> {
     Ok(Found { sources, whole })
 }
 
+/// Refuses options that the op does not read, and numbers that are none.
+fn check(args: &JudgeArgs) -> Result<(), JudgeError> {
+    use JudgedOp::{Attention, Matmul, Norm, Rope};
+    let given: [(&str, bool, &[JudgedOp]); 20] = [
+        ("--transposed-x", args.transposed_x, &[Matmul]),
+        ("--transposed-w", args.transposed_w, &[Matmul]),
+        ("--bias", args.bias.is_some(), &[Matmul]),
+        ("--alpha", args.alpha.is_some(), &[Matmul]),
+        ("--scale-x", args.scale_x.is_some(), &[Matmul]),
+        ("--scale-w", args.scale_w.is_some(), &[Matmul]),
+        ("--chip", args.chip != ChipName::Auto, &[Matmul]),
+        ("--all", args.all, &[Matmul]),
+        ("--eps", args.eps.is_some(), &[Norm]),
+        ("--theta", args.theta.is_some(), &[Rope]),
+        ("--positions", args.positions.is_some(), &[Rope]),
+        ("--layout", args.layout.is_some(), &[Rope]),
+        ("--head-dim", args.head_dim.is_some(), &[Rope, Attention]),
+        ("--heads", args.heads.is_some(), &[Attention]),
+        ("--kv-heads", args.kv_heads.is_some(), &[Attention]),
+        ("--scale", args.scale.is_some(), &[Attention]),
+        ("--causal", args.causal, &[Attention]),
+        ("--no-causal", args.no_causal, &[Attention]),
+        ("--window", args.window.is_some(), &[Attention]),
+        ("--dtype-v", args.dtype_v.is_some() || args.shape_v.is_some(), &[Attention]),
+    ];
+    if let Some((name, _, ops)) =
+        given.iter().find(|(_, given, ops)| *given && !ops.contains(&args.op))
+    {
+        let ops: Vec<&str> = ops.iter().map(|op| op.name()).collect();
+        return Err(usage(format!(
+            "`{name}` belongs to {}: {} does not read it; leave it out, or choose the op by `--op`",
+            ops.join(" and "),
+            args.op.name()
+        )));
+    }
+    let all = |_: f64| true;
+    let number =
+        |name: &str, value: Option<f64>, range: &str, fits: &dyn Fn(f64) -> bool| match value
+            .filter(|value| !(value.is_finite() && fits(*value)))
+        {
+            Some(value) => Err(usage(format!("`{name} {value}` must be a finite number{range}"))),
+            None => Ok(()),
+        };
+    number("--alpha", args.alpha.map(f64::from), "", &all)?;
+    number("--scale", args.scale, "", &all)?;
+    number("--eps", args.eps.map(f64::from), ", 0 or more", &|eps| eps >= 0.0)?;
+    number("--theta", args.theta, " above 0", &|theta| theta > 0.0)?;
+    if args.window == Some(0) {
+        return Err(usage("`--window 0` sees no key: a query sees its own, so it is at least 1"));
+    }
+    Ok(())
+}
+
+/// What of a whole file nothing was taken from.
+fn unused(args: &JudgeArgs, file: &TensorFile, used: &[String]) -> Option<String> {
+    let named = [&args.bias, &args.scale_x, &args.scale_w, &args.positions];
+    let is_named = |name: &str| {
+        named.iter().any(|text| text.as_ref().is_some_and(|t| t.ends_with(&format!(":{name}"))))
+    };
+    let left = file.names().filter(|name| !used.iter().any(|u| u == name) && !is_named(name));
+    let left: Vec<String> = left.map(|name| format!("`{name}`")).collect();
+    (!left.is_empty()).then(|| format!("not used: {}", left.join(", ")))
+}
+
 fn answer(args: &JudgeArgs) -> Result<Told, JudgeError> {
+    check(args)?;
     let names = args.op.tensors();
     let Found { mut sources, whole } = find(args)?;
     let last = sources.len() - 1;
@@ -315,38 +391,61 @@ fn answer(args: &JudgeArgs) -> Result<Told, JudgeError> {
     let operands: Vec<Operand> =
         operands.map(|(name, source)| read(name, source)).collect::<Result<_, _>>()?;
     let mut remarks = recognised_in_words(&operands);
+    let mut used: Vec<String> = sources.iter().filter_map(|s| s.tensor.clone()).collect();
     let (judgements, operands) = match args.op {
-        JudgedOp::Matmul => products(args, operands, whole.as_ref(), &mut remarks)?,
-        _ => {
-            let judgement = single(args, &operands)?;
-            (vec![judgement], operands)
+        JudgedOp::Matmul => {
+            let beside = Beside::new(whole.as_ref());
+            let told = products(args, operands, &beside, &mut remarks)?;
+            used.extend(beside.used.take());
+            told
         }
+        _ => (single(args, &operands, &mut remarks)?, operands),
     };
+    remarks.extend(whole.as_ref().and_then(|(file, _)| unused(args, file, &used)));
     let operands = operands.iter().map(Operand::in_words).collect();
     Ok(Told { op: args.op.name(), operands, remarks, judgements })
+}
+
+/// A file that holds everything, and what was taken from it beside the operands.
+struct Beside<'a> {
+    whole: Option<&'a (TensorFile, String)>,
+    used: RefCell<Vec<String>>,
+}
+
+impl<'a> Beside<'a> {
+    fn new(whole: Option<&'a (TensorFile, String)>) -> Beside<'a> {
+        Beside { whole, used: RefCell::default() }
+    }
+
+    /// What was given, or else what the file has by one of these names.
+    fn find(
+        &self,
+        given: &Option<String>,
+        what: &[&str],
+        remarks: &mut Vec<String>,
+    ) -> Option<String> {
+        let by_name = || {
+            let (file, path) = self.whole?;
+            let name = what.iter().find_map(|what| by_name(file, what))?;
+            remarks.push(format!("`{name}` of `{path}` is taken as {}", what[0].replace('_', " ")));
+            self.used.borrow_mut().push(name.clone());
+            Some(format!("{path}:{name}"))
+        };
+        given.clone().or_else(by_name)
+    }
 }
 
 fn products(
     args: &JudgeArgs,
     operands: Vec<Operand>,
-    whole: Option<&(TensorFile, String)>,
+    beside: &Beside<'_>,
     remarks: &mut Vec<String>,
 ) -> Result<(Vec<Judgement>, Vec<Operand>), JudgeError> {
     let [mut x, mut w, y]: [Operand; 3] =
         operands.try_into().map_err(|_| usage("a product has three tensors"))?;
-    // A file that holds everything holds its scales and bias too.
-    let beside = |given: &Option<String>, what: &[&str], remarks: &mut Vec<String>| {
-        let by_name = || {
-            let (file, path) = whole?;
-            let name = what.iter().find_map(|what| by_name(file, what))?;
-            remarks.push(format!("`{name}` of `{path}` is taken as {}", what[0].replace('_', " ")));
-            Some(format!("{path}:{name}"))
-        };
-        given.clone().or_else(by_name)
-    };
     let is_fp8 = x.codes.format.is_fp8() || w.codes.format.is_fp8();
     let scale_of = |given: &Option<String>, what: &[&str], remarks: &mut Vec<String>| {
-        if is_fp8 { beside(given, what, remarks) } else { given.clone() }
+        if is_fp8 { beside.find(given, what, remarks) } else { given.clone() }
     };
     if let Some(scale) = scale_of(&args.scale_x, &["scale_x"], remarks) {
         x.scale_by(&scale, remarks)?;
@@ -358,24 +457,24 @@ fn products(
         if operand.codes.scales.is_none() {
             let name = operand.name;
             remarks.push(format!(
-                "{name} has no scale: its codes are taken as they stand; `--scale-{name}` gives one"
+                "{name} has no scale: its codes are taken as they stand, and no cause is named by \
+                 a scale; `--scale-{name}` gives one"
             ));
         }
     }
     let bias =
-        beside(&args.bias, &["bias"], remarks).map(|text| Source::parse(&text)).transpose()?;
+        beside.find(&args.bias, &["bias"], remarks).map(|text| Source::parse(&text)).transpose()?;
     let bias = bias.map(|source| read("bias", &source)).transpose()?;
     let bias = bias.map(|bias| bias.codes.values().into_data());
     let chips: Vec<ChipName> = match args.chip {
         ChipName::Auto => CHIPS.iter().map(|chip| chip.name).collect(),
         chip => vec![chip],
     };
-    let output = args.output.unwrap_or(y.codes.format);
     let told = Axes { x: args.transposed_x, w: args.transposed_w, y: false };
     let layout = Layout { x: &x, w: &w, y: &y, told };
     let readings = layout.readings()?;
     let mut axes = readings[0];
-    let judge = |axes: Axes, sampled: bool| -> Result<Vec<Judgement>, JudgeError> {
+    let judge = |axes: Axes, output: Format, sampled: bool| -> Result<Vec<Judgement>, JudgeError> {
         let mut judgements = Vec::new();
         for matrices in layout.products(axes) {
             if bias.as_ref().is_some_and(|bias| bias.len() != matrices.w.rows) {
@@ -385,7 +484,7 @@ fn products(
                     matrices.w.rows
                 )));
             }
-            let epilogue = Epilogue { alpha: args.alpha, bias: bias.clone() };
+            let epilogue = Epilogue { alpha: args.alpha.unwrap_or(1.0), bias: bias.clone() };
             let (x, w, y) = (&matrices.x, &matrices.w, matrices.y);
             let product = Product { x, w, y, output, epilogue, chips: &chips, all: args.all };
             judgements.push(if sampled { product.glance(SAMPLE)? } else { product.judge()? });
@@ -397,7 +496,8 @@ fn products(
     };
     if readings.len() > 1 {
         let fits = |axes: Axes| -> Result<(bool, f64), JudgeError> {
-            let glance = judge(axes, true)?;
+            let output = args.output.unwrap_or(y.mostly.map_or(y.codes.format, |m| m.format));
+            let glance = judge(axes, output, true)?;
             let first = glance.first();
             Ok(first.map_or((false, f64::MAX), |first| (first.z.within, first.z.rms)))
         };
@@ -439,118 +539,203 @@ fn products(
         let only = if readings.len() == 1 { "only " } else { "" };
         remarks.push(format!("the shapes fit {only}with {}: taken so", axes.in_words()));
     }
-    let judgements = judge(axes, false)?;
+    let judgements = in_its_type(args, &y, remarks, &|output| judge(axes, output, false))?;
     Ok((judgements, vec![x, w, y]))
 }
 
-fn single(args: &JudgeArgs, operands: &[Operand]) -> Result<Judgement, JudgeError> {
-    let values: Vec<Tensor> = operands.iter().map(|operand| operand.codes.values()).collect();
-    let y = &operands[operands.len() - 1];
-    let output = args.output.unwrap_or(y.codes.format);
-    let y = values[values.len() - 1].clone();
-    let judgement = match args.op {
-        JudgedOp::Matmul => return Err(usage("a product is no single op")),
-        JudgedOp::Norm => {
-            let gain = Tensor::new(values[1].data().len(), values[1].data().to_vec());
-            Single::RmsNorm { x: &values[0], gain: &gain, eps: args.eps }.judge(y, output)
-        }
-        JudgedOp::Swiglu => Single::Swiglu { gate: &values[0], up: &values[1] }.judge(y, output),
-        JudgedOp::Softmax => Single::Softmax { x: &values[0] }.judge(y, output),
-        JudgedOp::Rope => {
-            let (x, head_dim) = by_heads(&operands[0], &values[0], args.head_dim)?;
-            let y = Tensor::new(x.width(), y.into_data());
-            let positions = positions(&args.positions, x.rows())?;
-            let rope = Rope {
-                theta: args.theta,
-                layout: match args.layout {
-                    PairLayout::Halves => RopeLayout::Halves,
-                    PairLayout::Interleaved => RopeLayout::Interleaved,
-                },
-                dimensions: head_dim,
-                factors: None,
-                linear_scale: 1.0,
-            };
-            Single::Rope { x: &x, rope: &rope, head_dim, positions: &positions }.judge(y, output)
-        }
-        JudgedOp::Attention => return attention(args, operands, &values, output),
-    };
-    Ok(judgement?)
-}
-
-/// `[tokens, heads * head_dim]` of what may be `[tokens, heads, head_dim]`.
-fn by_heads(
-    operand: &Operand,
-    values: &Tensor,
-    head_dim: Option<usize>,
-) -> Result<(Tensor, usize), JudgeError> {
-    match (operand.shape.as_slice(), head_dim) {
-        ([.., heads, width], None) if operand.shape.len() > 2 => {
-            Ok((Tensor::new(heads * width, values.data().to_vec()), *width))
-        }
-        ([.., heads, width], Some(head_dim)) if operand.shape.len() > 2 && *width == head_dim => {
-            Ok((Tensor::new(heads * width, values.data().to_vec()), head_dim))
-        }
-        (_, Some(head_dim)) => Ok((values.clone(), head_dim)),
-        (shape, None) => Err(usage(format!(
-            "{} has the shape {shape:?}: say how wide a head is by `--head-dim`",
-            operand.name
-        ))),
-    }
-}
-
-fn positions(text: &str, rows: usize) -> Result<Vec<usize>, JudgeError> {
-    if let Ok(first) = text.parse::<usize>() {
-        return Ok((first..first + rows).collect());
-    }
-    let source = Source::parse(text)?;
-    let read = read("positions", &source)?.codes.values().into_data();
-    let whole = read.iter().all(|&p| p >= 0.0 && p.fract() == 0.0 && p < 1e9);
-    if !whole || read.len() != rows {
-        return Err(usage(format!(
-            "`{text}` must hold {rows} positions, whole numbers from 0 as f32; it holds {}",
-            read.len()
-        )));
-    }
-    Ok(read.into_iter().map(|position| position as usize).collect())
-}
-
-fn attention(
+fn single(
     args: &JudgeArgs,
     operands: &[Operand],
-    values: &[Tensor],
+    remarks: &mut Vec<String>,
+) -> Result<Vec<Judgement>, JudgeError> {
+    let (y, inputs) = operands.split_last().ok_or_else(|| usage("there is no tensor"))?;
+    for operand in inputs.iter().filter(|operand| operand.codes.format.is_fp8()) {
+        let name = operand.name;
+        remarks.push(format!("{name} has no scale: its codes are taken as they stand"));
+    }
+    if matches!(args.op, JudgedOp::Rope | JudgedOp::Attention) {
+        return of_heads(args, operands, remarks);
+    }
+    let values: Vec<Tensor> = inputs.iter().map(|operand| operand.codes.values()).collect();
+    let gain = values[inputs.len() - 1].data().to_vec();
+    let gain = Tensor::new(gain.len(), gain);
+    let op = match args.op {
+        JudgedOp::Norm => {
+            Single::RmsNorm { x: &values[0], gain: &gain, eps: args.eps.unwrap_or(EPS) }
+        }
+        JudgedOp::Swiglu => Single::Swiglu { gate: &values[0], up: &values[1] },
+        _ => Single::Softmax { x: &values[0] },
+    };
+    in_its_type(args, y, remarks, &|output| Ok(vec![op.judge(y.codes.values(), output)?]))
+}
+
+/// RoPE and attention, each sequence of a batch for itself.
+fn of_heads(
+    args: &JudgeArgs,
+    operands: &[Operand],
+    remarks: &mut Vec<String>,
+) -> Result<Vec<Judgement>, JudgeError> {
+    let read = match args.op {
+        JudgedOp::Rope => rope_heads(args, operands)?,
+        _ => attention_heads(args, operands)?,
+    };
+    let counts: Vec<usize> = read.iter().map(|sequences| sequences.each.len()).collect();
+    if counts.iter().any(|count| *count != counts[0]) {
+        let shapes: Vec<String> = operands.iter().map(Operand::in_words).collect();
+        return Err(usage(format!(
+            "{} are read as {counts:?} sequences; give one sequence at a time, or the same \
+             number of each",
+            shapes.join(", ")
+        )));
+    }
+    for (operand, sequences) in operands.iter().zip(&read).take(2) {
+        remarks.push(format!("{} is read as {}", operand.name, sequences.in_words()));
+    }
+    let y = &operands[operands.len() - 1];
+    let judge =
+        |output| (0..counts[0]).map(|number| sequence(args, &read, number, output)).collect();
+    let judgements = in_its_type(args, y, remarks, &judge)?;
+    let tokens = read[0].each[0].rows();
+    let is_wrong = judgements.iter().any(|judgement| judgement.answer == Answer::Wrong);
+    if is_wrong && operands[0].shape.len() > 2 && tokens < read[0].heads {
+        remarks.push(format!("{tokens} tokens of {} heads are few: {WANTED}", read[0].heads));
+    }
+    Ok(judgements)
+}
+
+fn rope_heads(args: &JudgeArgs, operands: &[Operand]) -> Result<Vec<Sequences>, JudgeError> {
+    let x = Sequences::of(&operands[0], Known { heads: None, width: args.head_dim })?;
+    let known = Known { heads: Some(x.heads), width: Some(x.width) };
+    Ok(vec![x, Sequences::of(&operands[1], known)?])
+}
+
+fn attention_heads(args: &JudgeArgs, operands: &[Operand]) -> Result<Vec<Sequences>, JudgeError> {
+    let known = Known { heads: args.heads, width: args.head_dim };
+    let q = Sequences::of(&operands[0], known)?;
+    let k = Sequences::of(&operands[1], Known { heads: args.kv_heads, width: Some(q.width) })?;
+    let v = Sequences::of(&operands[2], Known { heads: Some(k.heads), width: None })?;
+    let y = Sequences::of(&operands[3], Known { heads: Some(q.heads), width: Some(v.width) })?;
+    Ok(vec![q, k, v, y])
+}
+
+/// One sequence of those that were read.
+fn sequence(
+    args: &JudgeArgs,
+    read: &[Sequences],
+    number: usize,
     output: Format,
 ) -> Result<Judgement, JudgeError> {
-    let (q, q_dim) = by_heads(&operands[0], &values[0], args.head_dim).or_else(|error| {
-        // Without a head's width the heads say it.
-        match args.heads {
-            Some(heads) if heads > 0 && values[0].width().is_multiple_of(heads) => {
-                Ok((values[0].clone(), values[0].width() / heads))
-            }
-            _ => Err(error),
-        }
-    })?;
-    let heads = args.heads.unwrap_or(q.width() / q_dim.max(1));
-    let (k, _) = by_heads(&operands[1], &values[1], Some(q_dim))?;
-    let kv_heads = args.kv_heads.unwrap_or(k.width() / q_dim.max(1));
-    let v = match operands[2].shape.as_slice() {
-        [.., heads, width] if operands[2].shape.len() > 2 => {
-            Tensor::new(heads * width, values[2].data().to_vec())
-        }
-        _ => values[2].clone(),
-    };
-    let y = match operands[3].shape.as_slice() {
-        [.., heads, width] if operands[3].shape.len() > 2 => {
-            Tensor::new(heads * width, values[3].data().to_vec())
-        }
-        _ => values[3].clone(),
-    };
+    let of = |place: usize| &read[place].each[number];
+    let y = of(read.len() - 1).clone();
+    let (heads, head_dim) = (read[0].heads, read[0].width);
+    if args.op == JudgedOp::Rope {
+        let rows = y.rows();
+        let positions = positions(args.positions.as_deref(), rows, number, read[0].each.len())?;
+        let rope = geometry(args, head_dim);
+        let op = Single::Rope { x: of(0), rope: &rope, head_dim, positions: &positions };
+        return Ok(op.judge(y, output)?);
+    }
     let shape = AttentionOf {
         heads,
-        kv_heads,
-        head_dim: q_dim,
-        scale: args.scale.unwrap_or(1.0 / (q_dim as f64).sqrt()),
+        kv_heads: read[1].heads,
+        head_dim,
+        scale: args.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()),
         causal: !args.no_causal,
         window: args.window,
     };
-    Ok(Single::Attention { q: &q, k: &k, v: &v, shape }.judge(y, output)?)
+    let op = Single::Attention { q: of(0), k: of(1), v: of(2), shape };
+    op.judge(y, output).map_err(|error| match error {
+        error @ ComputeError::Shape { .. } => usage(format!("{error}; {WANTED}")),
+        other => other.into(),
+    })
+}
+
+fn geometry(args: &JudgeArgs, head_dim: usize) -> Rope {
+    Rope {
+        theta: args.theta.unwrap_or(THETA),
+        layout: match args.layout {
+            Some(PairLayout::Interleaved) => RopeLayout::Interleaved,
+            _ => RopeLayout::Halves,
+        },
+        dimensions: head_dim,
+        factors: None,
+        linear_scale: 1.0,
+    }
+}
+
+/// The positions of one sequence's rows: counted from a first one, or a tensor's, which may
+/// hold those of every sequence one after the other.
+fn positions(
+    text: Option<&str>,
+    rows: usize,
+    number: usize,
+    sequences: usize,
+) -> Result<Vec<usize>, JudgeError> {
+    let text = text.unwrap_or("0");
+    if let Ok(first) = text.parse::<usize>() {
+        let last = first.checked_add(rows).filter(|last| *last <= LAST_POSITION);
+        let last = last.ok_or_else(|| {
+            usage(format!("`--positions {text}` is beyond the last position, {LAST_POSITION}"))
+        })?;
+        return Ok((first..last).collect());
+    }
+    let source = Source::parse(text)?;
+    let file = TensorFile::open(&source.file)?;
+    let whole: Vec<f64> = match file.integers(source.tensor.as_deref())? {
+        Some(whole) => whole.into_iter().map(|position| position as f64).collect(),
+        None => {
+            let read = read("positions", &source)?.codes.values();
+            read.data().iter().map(|&position| f64::from(position)).collect()
+        }
+    };
+    let sound = |p: &f64| *p >= 0.0 && p.fract() == 0.0 && *p < LAST_POSITION as f64;
+    let first = if whole.len() == rows { 0 } else { number * rows };
+    if !whole.iter().all(sound) || ![rows, rows * sequences].contains(&whole.len()) {
+        return Err(usage(format!(
+            "`{text}` must hold {rows} positions, whole numbers from 0, one for each row of a \
+             sequence; it holds {} values",
+            whole.len()
+        )));
+    }
+    Ok(whole[first..first + rows].iter().map(|&position| position as usize).collect())
+}
+
+/// Judges y in the type of its values. Where that blames more of them than have another type
+/// than nearly all, in the type of nearly all.
+fn in_its_type(
+    args: &JudgeArgs,
+    y: &Operand,
+    remarks: &mut Vec<String>,
+    judge: &dyn Fn(Format) -> Result<Vec<Judgement>, JudgeError>,
+) -> Result<Vec<Judgement>, JudgeError> {
+    if let Some(output) = args.output {
+        return judge(fitting(y, output)?);
+    }
+    let judgements = judge(y.codes.format)?;
+    let Some(Mostly { format, others, first }) = y.mostly else { return Ok(judgements) };
+    let blamed = judgements.iter().filter_map(|judgement| judgement.place.as_ref());
+    if blamed.map(|place| place.values).sum::<usize>() <= others {
+        return Ok(judgements);
+    }
+    remarks.push(format!(
+        "y is stored as f32 and nearly all of its values are {format}: taken as {format}; {} none, \
+         the first at row {}, column {}",
+        values_are(others),
+        first[0],
+        first[1]
+    ));
+    judge(format)
+}
+
+/// A type that the kernel is said to return, which must hold what it returned.
+fn fitting(y: &Operand, output: Format) -> Result<Format, JudgeError> {
+    let values = y.codes.values();
+    let finer = values.data().iter().find(|v| v.is_finite() && output.round(**v) != **v);
+    match finer {
+        None => Ok(output),
+        Some(value) => Err(usage(format!(
+            "`--output {output}` does not hold y: {value:e} is none of its values; leave it out, \
+             or name the type that the kernel returned"
+        ))),
+    }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::print;
-use crate::judge::operands::{Source, read};
+use crate::judge::operands::{Axes, Layout, Source, read};
 
 #[derive(Args)]
 pub(super) struct NewArgs {
@@ -176,7 +176,7 @@ fn from_files(args: &NewArgs, files: &[String]) -> Result<Scaffold<String>, Stri
     let sources = files.iter().map(|text| Source::parse(text));
     let sources: Vec<Source> =
         sources.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
-    let mut keys = Vec::new();
+    let (mut keys, mut operands) = (Vec::new(), Vec::new());
     for (name, source) in ["x", "w", "y"].into_iter().zip(&sources) {
         let operand = read(name, source).map_err(|error| error.to_string())?;
         let file = seen_from(&args.folder, &source.file)?;
@@ -189,6 +189,23 @@ fn from_files(args: &NewArgs, files: &[String]) -> Result<Scaffold<String>, Stri
             text += &format!(", dtype = \"{}\"", operand.codes.format);
         }
         keys.push(text);
+        operands.push(operand);
+    }
+    let [x, w, y] = [&operands[0], &operands[1], &operands[2]];
+    let readings = Layout { x, w, y, told: Axes::default() }.readings();
+    let axes = readings.map_err(|error| error.to_string())?[0];
+    if axes != Axes::default() {
+        return Err(format!(
+            "these fit with {} only, and a stage reads x as [N, K], w as [M, K] and y as [N, M]: \
+             turn them before they are saved",
+            axes.in_words()
+        ));
+    }
+    if w.shape.len() > 2 {
+        return Err(format!(
+            "w has the shape {:?}: a stage reads one weight; give one batch at a time",
+            w.shape
+        ));
     }
     let [x, w, y] = [&keys[0], &keys[1], &keys[2]];
     let op = format!(

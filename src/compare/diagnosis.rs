@@ -62,6 +62,26 @@ pub struct Diagnosis {
 }
 
 impl Diagnosis {
+    /// What is left to say where looking closely failed: the claim fell by what was measured,
+    /// and that stands.
+    pub fn unseen(suspect: &Suspect, problem: &str) -> Diagnosis {
+        Diagnosis {
+            subject: suspect.subject,
+            judge: suspect.judge,
+            site: suspect.site.clone(),
+            op: suspect.site.0.clone(),
+            evidence: suspect.evidence.clone(),
+            ratio: None,
+            later_layers: 0,
+            also: Vec::new(),
+            prescribed: false,
+            within_rounding: false,
+            same_input: false,
+            known: Some(format!("a closer look at it failed: {problem}")),
+            fits: Vec::new(),
+        }
+    }
+
     /// The cause, where a hypothesis explains enough.
     pub fn cause(&self) -> Option<&Fit> {
         self.fits.first().filter(|fit| fit.names_the_bug())
@@ -436,5 +456,26 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         same_input: true,
         known: None,
         fits: vec![fit],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closer_look_that_failed_leaves_what_the_claim_saw() {
+        let suspect = Suspect {
+            subject: Stream::Arm(Arm::Recorded),
+            judge: Stream::Anchored(Arm::Recorded),
+            site: Site("blk.0.q".to_owned()),
+            evidence: "z_rms is 9, and ENG-003 allows at most 1.25".to_owned(),
+            falsified: BTreeSet::new(),
+        };
+        let diagnosis = Diagnosis::unseen(&suspect, "the shapes differ");
+        let said = "not recognised: a closer look at it failed: the shapes differ";
+        assert_eq!(diagnosis.sentence(), said);
+        assert_eq!(diagnosis.place(), "first site outside its floor: layer 0, q");
+        assert_eq!(diagnosis.evidence, suspect.evidence);
     }
 }

@@ -120,7 +120,7 @@ pub fn absent(
 }
 
 /// The sites, those of one name in many layers as one: how it is shown, and the first.
-fn by_layer<'s>(sites: &[&'s Site]) -> Vec<(String, &'s Site)> {
+pub fn by_layer<'s>(sites: &[&'s Site]) -> Vec<(String, &'s Site)> {
     let mut shown: Vec<(String, &Site)> = Vec::new();
     for site in sites {
         let pattern = match in_layer(&site.0) {

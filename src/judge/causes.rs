@@ -14,6 +14,7 @@ use crate::compute::emulated::arm::Emulated;
 use crate::dtype::Format;
 use crate::op::{Accumulate, ActivationScale, ChipName, Pin, Recipe, Scale, Site, WeightScale};
 use crate::tensor::Tensor;
+use crate::tensor_file::CodedTensor;
 
 /// Products above which a window is looked at instead of the whole.
 const LARGEST: usize = 1 << 28;
@@ -114,7 +115,34 @@ pub(super) fn of_product(
             in_columns.end - 1
         )
     });
-    Ok(told(rank(&case)?, from.as_deref().unwrap_or_default()))
+    let mut fits = rank(&case)?;
+    if gemm == Format::F32 {
+        let operands = [("x", product.x, &x), ("w", product.w, &w)];
+        fits.iter_mut().for_each(|fit| of_operands(fit, &operands));
+    }
+    Ok(told(fits, from.as_deref().unwrap_or_default()))
+}
+
+/// Operands that are multiplied as the values that they stand for were rounded, if another
+/// format was computed: which ones, and from what.
+fn of_operands(fit: &mut Fit, operands: &[(&str, &CodedTensor, &Tensor)]) {
+    let formats = Format::ALL.into_iter();
+    let is_told = |format: &Format| fit.detail.starts_with(&format!("{format} was computed "));
+    let Some(format) = formats.filter(|_| fit.cause == "other-format").find(is_told) else {
+        return;
+    };
+    let changed = operands.iter().filter(|(.., values)| {
+        values.data().iter().any(|&v| v.is_finite() && format.round(v) != v)
+    });
+    let changed: Vec<String> = changed
+        .map(|(name, codes, _)| match codes.scales {
+            Some(_) => format!("{name} ({} times its scale)", codes.format),
+            None => format!("{name} ({})", codes.format),
+        })
+        .collect();
+    if !changed.is_empty() {
+        fit.detail = format!("{} rounded to {format} before the product", changed.join(" and "));
+    }
 }
 
 /// What is worth telling of the fits, the best first.

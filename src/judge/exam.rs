@@ -15,6 +15,10 @@ use crate::tensor::Tensor;
 const MOST_RMS: f64 = 1.25;
 /// Deviations of a line's mean square that chance explains, over all lines.
 const LINE_DEVIATIONS: f64 = 6.0;
+/// Deviations by which chance makes sums larger where truncation can only make them smaller.
+const MOST_LARGER: f64 = 6.0;
+/// The variance of a value below f32's normal range: kernels may flush it to zero.
+pub const FLUSHED: f64 = f32::MIN_POSITIVE as f64 * f32::MIN_POSITIVE as f64;
 
 /// What rounding costs, under one assumption about how a kernel computes.
 pub struct Floor {
@@ -22,6 +26,8 @@ pub struct Floor {
     pub name: String,
     /// The deviation of each output, row-major.
     pub sigma: Vec<f32>,
+    /// Whether it is that of sums that are cut and not rounded: they come out smaller.
+    pub truncates: bool,
 }
 
 /// Outputs, their exact values, and the floors that are tried, the finest first.
@@ -76,9 +82,9 @@ pub struct Steps {
 /// Values that are NaN or infinite.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct NonFinite {
-    /// Outputs that are NaN although the exact value is a number.
+    /// Outputs that are NaN where neither the exact value nor an overflow of f32 makes them so.
     pub nan: usize,
-    /// Outputs that are infinite although the exact value fits the output's type.
+    /// Outputs that are infinite where the exact value fits, is NaN, or has the other sign.
     pub infinite: usize,
     /// Outputs that are finite although the exact value is not or does not fit.
     pub lost: usize,
@@ -95,6 +101,16 @@ impl NonFinite {
     }
 }
 
+/// A floor of truncated sums that cannot be the answer: the values are larger than exact
+/// ones, and truncation makes them smaller.
+#[derive(Clone, Debug, Serialize)]
+pub struct Larger {
+    /// Whose floor it is, in words.
+    pub floor: String,
+    /// Their excess over all values or the worst row or column, in its own deviations.
+    pub deviations: f64,
+}
+
 /// What an exam shows.
 pub struct Marks {
     /// NaN and infinity.
@@ -103,6 +119,8 @@ pub struct Marks {
     pub z: Z,
     /// Under the finest one, where another fits.
     pub finest: Option<Z>,
+    /// The last floor that was passed over because values are too large for it.
+    pub larger: Option<Larger>,
     /// Distances in the output's type.
     pub steps: Steps,
     /// Every error over its floor, signed; 0 where nothing finite can be compared.
@@ -114,8 +132,14 @@ impl Exam {
     pub fn marks(&self) -> Marks {
         let non_finite = self.non_finite();
         let mut tried: Vec<(Z, Vec<f32>)> = Vec::new();
+        let mut larger = None;
         for (number, floor) in self.floors.iter().enumerate() {
             let each = self.each(floor);
+            let excess = if floor.truncates { self.excess(floor, &each) } else { 0.0 };
+            if is_larger(excess) {
+                larger = Some(Larger { floor: floor.name.clone(), deviations: excess });
+                continue;
+            }
             let z = Z { coarser: number > 0, ..z_of(&each, self.y.width(), &floor.name) };
             let within = z.within;
             tried.push((z, each));
@@ -129,7 +153,7 @@ impl Exam {
             let each = vec![f32::MAX; self.truth.len()];
             (z_of(&each, self.y.width(), "no floor"), each)
         });
-        Marks { non_finite, z, finest, steps: self.steps(), each }
+        Marks { non_finite, z, finest, larger, steps: self.steps(), each }
     }
 
     fn each(&self, floor: &Floor) -> Vec<f32> {
@@ -144,6 +168,14 @@ impl Exam {
         values.map(z).collect()
     }
 
+    fn excess(&self, floor: &Floor, each: &[f32]) -> f64 {
+        let size = |(&truth, &sigma): (&f64, &f32)| {
+            if truth.is_finite() { (truth / f64::from(sigma)) as f32 } else { 0.0 }
+        };
+        let sizes: Vec<f32> = self.truth.iter().zip(&floor.sigma).map(size).collect();
+        excess(each, &sizes, self.y.width())
+    }
+
     /// The exact value as the output's type has it.
     pub fn rounded(&self, index: usize) -> f32 {
         self.output.round(self.truth[index] as f32)
@@ -152,19 +184,29 @@ impl Exam {
     fn non_finite(&self) -> NonFinite {
         let mut found = NonFinite::default();
         for (index, &y) in self.y.data().iter().enumerate() {
-            let fits = self.rounded(index).is_finite();
-            if y.is_finite() == fits {
-                found.expected += usize::from(!fits);
+            if !self.is_strange(index) {
+                found.expected += usize::from(!self.rounded(index).is_finite());
                 continue;
             }
             found.first.get_or_insert([index / self.y.width(), index % self.y.width()]);
-            match (fits, y.is_nan()) {
-                (false, _) => found.lost += 1,
-                (true, true) => found.nan += 1,
-                (true, false) => found.infinite += 1,
+            match (y.is_nan(), y.is_infinite()) {
+                (true, _) => found.nan += 1,
+                (_, true) => found.infinite += 1,
+                _ => found.lost += 1,
             }
         }
         found
+    }
+
+    /// Whether an output is NaN or infinite where that is wrong, or is not where it must be.
+    pub fn is_strange(&self, index: usize) -> bool {
+        let (y, right) = (self.y.data()[index], self.rounded(index));
+        if right.is_finite() || right.is_nan() {
+            return y.is_finite() != right.is_finite() || right.is_nan() && !y.is_nan();
+        }
+        // The parts of a sum beyond f32 may be infinities of both signs.
+        let beyond = self.truth[index].abs() > f64::from(f32::MAX);
+        y != right && !(y.is_nan() && beyond)
     }
 
     fn steps(&self) -> Steps {
@@ -204,6 +246,34 @@ pub fn rounding(format: Format, size: f64) -> f64 {
     let exponent = (size.abs().to_bits() >> 52) as i32 - 1023;
     let exponent = exponent.clamp(format.min_exponent(), 127) - format.fraction_bits() as i32;
     f64::from_bits(((2 * exponent + 1023) as u64) << 52) / 12.0
+}
+
+/// The deviation of an output, of its variance.
+pub fn deviation(variance: f64) -> f32 {
+    (variance + FLUSHED).sqrt() as f32
+}
+
+/// By how many deviations values are larger in magnitude than exact ones, over all of them
+/// or in the worst row or column. Errors and exact values are in units of the floor.
+pub fn excess(errors: &[f32], sizes: &[f32], width: usize) -> f64 {
+    let rows = errors.len() / width;
+    let (mut by_row, mut by_column) = (vec![(0.0, 0.0); rows], vec![(0.0, 0.0); width]);
+    for (index, (&error, &size)) in errors.iter().zip(sizes).enumerate() {
+        let (error, size) = (f64::from(error), f64::from(size));
+        for (sum, squares) in [&mut by_row[index / width], &mut by_column[index % width]] {
+            *sum += error * size;
+            *squares += size * size;
+        }
+    }
+    let all = by_row.iter().fold((0.0, 0.0), |all, row| (all.0 + row.0, all.1 + row.1));
+    let each = by_row.into_iter().chain(by_column).chain([all]);
+    let ratios = each.map(|(sum, squares)| if squares > 0.0 { sum / squares.sqrt() } else { 0.0 });
+    ratios.fold(0.0, |most, ratio| if ratio > most { ratio } else { most })
+}
+
+/// Whether an excess is more than chance explains.
+pub fn is_larger(excess: f64) -> bool {
+    excess > MOST_LARGER
 }
 
 /// The largest root mean square of `count` values of z that chance explains.
@@ -282,5 +352,28 @@ mod tests {
         assert_eq!((steps.differ, steps.by_one, steps.most), (2, 2, 1));
         let steps = exam(vec![1.0078125, 1.0, 1.0, 1e-6], Format::F16).steps();
         assert_eq!((steps.most, steps.most_at), (8, [0, 0]));
+    }
+
+    fn exam_of(y: Vec<f32>, truth: Vec<f64>, output: Format) -> Exam {
+        let sigma = vec![1.0; truth.len()];
+        let floors = vec![Floor { name: "a floor".to_owned(), sigma, truncates: false }];
+        Exam { y: Tensor::new(truth.len(), y), output, truth, floors }
+    }
+
+    #[test]
+    fn an_overflow_is_the_infinity_of_its_sign() {
+        let wrong = |y: f32, truth: f64, output| {
+            exam_of(vec![y, 1.0], vec![truth, 1.0], output).marks().non_finite.wrong()
+        };
+        assert_eq!(wrong(f32::INFINITY, 1e5, Format::F16), 0);
+        assert_eq!(wrong(f32::NEG_INFINITY, 1e5, Format::F16), 1);
+        assert_eq!(wrong(f32::NEG_INFINITY, -1e5, Format::F16), 0);
+        assert_eq!(wrong(f32::NAN, 1e5, Format::F16), 1);
+        assert_eq!(wrong(65504.0, 1e5, Format::F16), 1);
+        // Where the sum itself leaves f32, its parts may be infinities of both signs.
+        assert_eq!(wrong(f32::NAN, 1e39, Format::Bf16), 0);
+        assert_eq!(wrong(f32::NEG_INFINITY, 1e39, Format::Bf16), 1);
+        assert_eq!(wrong(f32::NAN, f64::NAN, Format::Bf16), 0);
+        assert_eq!(wrong(f32::INFINITY, f64::NAN, Format::Bf16), 1);
     }
 }

@@ -7,6 +7,7 @@
 mod bits;
 mod causes;
 mod exam;
+pub mod heads;
 pub mod operands;
 mod place;
 pub mod product;
@@ -17,12 +18,12 @@ pub mod stage;
 use serde::Serialize;
 
 pub use bits::{Bits, Epilogue};
-pub use exam::{Exam, Floor, NonFinite, Steps, Z};
+pub use exam::{Exam, Floor, Larger, NonFinite, Steps, Z};
 pub use place::{Map, Place};
 
 use crate::compute::ComputeError;
 use crate::dtype::Format;
-use crate::text::{grouped, number};
+use crate::text::{grouped, number, values_are};
 
 /// The three answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -48,6 +49,10 @@ pub struct Checksums {
     pub rms: f64,
     /// The largest magnitude.
     pub max: f64,
+    /// By how many deviations they are larger than exact ones, where truncation can only make
+    /// them smaller.
+    #[serde(skip)]
+    larger: f64,
 }
 
 /// A cause that was tested against the outputs.
@@ -86,6 +91,9 @@ pub struct Judgement {
     /// The same under the finest floor, where a coarser one is the answer's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finest: Option<Z>,
+    /// A floor of truncated sums that the values are too large for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub larger: Option<Larger>,
     /// Errors in steps of the output's type.
     pub steps: Steps,
     /// The schedules that were tried, where there are any.
@@ -144,6 +152,7 @@ fn verdict(
         non_finite: marks.non_finite,
         z: marks.z,
         finest: marks.finest,
+        larger: marks.larger,
         steps: marks.steps,
         bits,
         place,
@@ -188,16 +197,18 @@ impl Judgement {
                 let how_many = match bits.confirmed == self.values {
                     true => format!("all {} values", grouped(self.values)),
                     false => format!(
-                        "the {} of {} values that were computed so; all others are within \
-                         rounding, z {:.2}",
+                        "the {} of {} values that were computed so; all {} are within rounding, \
+                         z {:.2}",
                         grouped(bits.confirmed),
                         grouped(self.values),
+                        if self.checksums.is_some() { "sampled ones" } else { "others" },
                         self.z.rms
                     ),
                 };
+                let rest = self.rest();
                 format!(
                     "to the bit: these are the bits of a known schedule: {schedule}{also}; in \
-                     {how_many}"
+                     {how_many}{rest}"
                 )
             }
             (Answer::WithinRounding, _) => {
@@ -207,9 +218,10 @@ impl Judgement {
                     n => format!("not the bits of any of {n} known schedules, but "),
                 };
                 format!(
-                    "within rounding: {tried}z {:.2} and {}; {}",
+                    "within rounding: {tried}z {:.2} and {}{}; {}",
                     self.z.rms,
                     self.steps_in_words(),
+                    self.rest(),
                     match (self.z.coarser, bits.count > 1) {
                         (false, true) => "this is what another order of additions costs".to_owned(),
                         (false, false) => "this is what rounding costs".to_owned(),
@@ -225,6 +237,13 @@ impl Judgement {
         }
     }
 
+    /// What is known of values that were not compared one by one.
+    fn rest(&self) -> String {
+        self.checksums.as_ref().map_or(String::new(), |sums| {
+            format!("; all others are within rounding in sums of {}", sums.of)
+        })
+    }
+
     fn say_wrong(&self) -> String {
         let mut parts = Vec::new();
         let NonFinite { nan, infinite, lost, first, .. } = &self.non_finite;
@@ -238,7 +257,7 @@ impl Judgement {
         ]
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{} {what}", of_values(count)))
+        .map(|(count, what)| format!("{} {what}", values_are(count)))
         .collect();
         if !strange.is_empty() {
             parts.push(format!("{}{at}", strange.join(" and ")));
@@ -301,9 +320,10 @@ impl Judgement {
         line(
             "z",
             format!(
-                "{:.2} over all values (1 is expected, or less); largest {} at row {row}, column \
-                 {column}; worst row {} with {}, worst column {} with {}",
+                "{:.2} over all {}values (1 is expected, or less); largest {} at row {row}, \
+                 column {column}; worst row {} with {}, worst column {} with {}",
                 z.rms,
+                if self.checksums.is_some() { "sampled " } else { "" },
                 shown(z.max),
                 z.worst_row.0,
                 shown(z.worst_row.1),
@@ -315,6 +335,15 @@ impl Judgement {
         if let Some(finest) = &self.finest {
             line("", format!("with {} z is {}", finest.floor, shown(finest.rms)));
         }
+        if let Some(Larger { floor, deviations }) = &self.larger {
+            line(
+                "",
+                format!(
+                    "{floor} would make them smaller: they are larger, by {deviations:.1} \
+                     deviations"
+                ),
+            );
+        }
         line(
             "steps",
             format!("{}; a step is from one {} to the next", self.steps_in_words(), {
@@ -322,7 +351,7 @@ impl Judgement {
             }),
         );
         if self.non_finite.expected > 0 {
-            let many = of_values(self.non_finite.expected);
+            let many = values_are(self.non_finite.expected);
             line("not finite", format!("{many} not finite in the exact result either"));
         }
         if let Some(bits) = &self.bits {
@@ -389,13 +418,6 @@ impl Judgement {
             text += &map.in_text();
         }
         text
-    }
-}
-
-fn of_values(count: usize) -> String {
-    match count {
-        1 => "1 value is".to_owned(),
-        many => format!("{} values are", grouped(many)),
     }
 }
 

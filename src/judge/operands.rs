@@ -82,6 +82,19 @@ pub struct Operand {
     pub shape: Vec<usize>,
     /// The format that was recognised in f32 values.
     pub recognised: Option<Format>,
+    /// The narrower format of nearly all of y's f32 values.
+    pub mostly: Option<Mostly>,
+}
+
+/// A format that nearly all values of a tensor have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mostly {
+    /// The format.
+    pub format: Format,
+    /// Values that it does not hold.
+    pub others: usize,
+    /// Where the first of them is: row and column.
+    pub first: [usize; 2],
 }
 
 /// Reads an operand. f32 values that are all values of bf16 or f16 are taken as such.
@@ -97,6 +110,12 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
         shape: source.shape.clone(),
         scale: None,
     };
+    if let Some(tensor) = source.tensor.as_ref().filter(|_| file.is_nameless()) {
+        return Err(JudgeError::Usage(format!(
+            "`{}` holds one tensor, which has no name: leave out `:{tensor}`",
+            source.file.display()
+        )));
+    }
     if source.tensor.is_none() && file.names().count() > 1 {
         return Err(JudgeError::Usage(format!(
             "`{}` holds several tensors: write `{}:NAME` for {name}; it has {}",
@@ -107,7 +126,7 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     }
     let codes = file.read(&wanted).map_err(|error| {
         let text = error.to_string();
-        match text.contains("by `dtype`") {
+        match text.contains("`dtype`") {
             true => JudgeError::Usage(
                 text.replace(
                     "`dtype` and `shape`",
@@ -126,7 +145,28 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
         None => recognised(codes),
         Some(_) => (codes, None),
     };
-    Ok(Operand { name, codes, shape, recognised: narrow })
+    let mostly = if name == "y" { mostly(&codes) } else { None };
+    Ok(Operand { name, codes, shape, recognised: narrow, mostly })
+}
+
+/// The share of y's values that give it their type.
+const NEARLY_ALL: f64 = 0.9;
+
+/// The narrower format of nearly all values that are not zero, where some have another.
+pub fn mostly(codes: &CodedTensor) -> Option<Mostly> {
+    if codes.format != Format::F32 {
+        return None;
+    }
+    let values = codes.values();
+    let telling = values.data().iter().filter(|value| **value != 0.0 && value.is_finite()).count();
+    [Format::Bf16, Format::F16].into_iter().find_map(|format| {
+        let is_other = |value: &&f32| value.is_finite() && format.round(**value) != **value;
+        let others = values.data().iter().filter(is_other).count();
+        let first = values.data().iter().position(|value| is_other(&value))?;
+        let first = [first / codes.width, first % codes.width];
+        let nearly_all = (telling - others) as f64 >= NEARLY_ALL * telling as f64;
+        nearly_all.then_some(Mostly { format, others, first })
+    })
 }
 
 /// What was recognised in f32 values, in a remark: `x and w are stored as f32 and ...`.
@@ -406,8 +446,24 @@ const NAMES: [(&str, &[&str]); 14] = [
     ("up", &["up", "u", "up_proj"]),
     ("weight", &["weight", "w", "gain", "gamma"]),
     ("bias", &["bias", "b_bias"]),
-    ("scale_x", &["scale_x", "x_scale", "xs", "x_scales", "scale_a", "input_scale", "a_scale"]),
-    ("scale_w", &["scale_w", "w_scale", "ws", "w_scales", "scale_b", "weight_scale_inv"]),
+    (
+        "scale_x",
+        &[
+            "scale_x",
+            "x_scale",
+            "xs",
+            "x_scales",
+            "scale_a",
+            "input_scale",
+            "a_scale",
+            "x_scale_inv",
+            "input_scale_inv",
+        ],
+    ),
+    (
+        "scale_w",
+        &["scale_w", "w_scale", "ws", "w_scales", "scale_b", "weight_scale_inv", "w_scale_inv"],
+    ),
     ("weight_scale", &["weight_scale", "b_scale"]),
     ("positions", &["positions", "position_ids"]),
 ];

@@ -6,10 +6,9 @@
 use serde::Serialize;
 
 use super::exam::{Exam, Marks, most_rms};
+use crate::compare::MOST_DEVIATIONS;
 use crate::text::{grouped, number};
 
-/// Errors beyond so many floors are wrong by themselves.
-const WRONG: f32 = 5.5;
 /// Rows and columns of the map, at most.
 const MAP: (usize, usize) = (8, 16);
 /// The share of a span's lines from which the span is named instead of the lines.
@@ -51,8 +50,10 @@ impl Place {
     /// Finds it.
     pub fn of(exam: &Exam, marks: &Marks) -> Place {
         let (rows, width) = (exam.y.rows(), exam.y.width());
-        let strange = |index: usize| !exam.y.data()[index].is_finite() && finite(exam, index);
-        let is_wrong = |index: usize| marks.each[index].abs() > WRONG || strange(index);
+        let is_wrong = |index: usize| {
+            let too_far = f64::from(marks.each[index].abs()) > MOST_DEVIATIONS;
+            too_far && !marks.z.within || exam.is_strange(index)
+        };
         let (mut by_row, mut by_column) = (vec![0usize; rows], vec![0usize; width]);
         let mut values = 0;
         for index in (0..rows * width).filter(|&index| is_wrong(index)) {
@@ -108,10 +109,6 @@ fn median(mut sizes: Vec<f32>) -> f64 {
         return 0.0;
     }
     f64::from(*sizes.select_nth_unstable_by(middle, f32::total_cmp).1)
-}
-
-fn finite(exam: &Exam, index: usize) -> bool {
-    exam.rounded(index).is_finite()
 }
 
 /// Rows and columns whose mean square is more than chance explains; all of them where
@@ -237,7 +234,7 @@ impl Map {
         let mut cells = vec![vec![Some(0.0f64); width.div_ceil(cell[1])]; rows.div_ceil(cell[0])];
         for (index, z) in marks.each.iter().enumerate() {
             let target = &mut cells[index / width / cell[0]][index % width / cell[1]];
-            let strange = !exam.y.data()[index].is_finite() && finite(exam, index);
+            let strange = !exam.y.data()[index].is_finite() && exam.is_strange(index);
             match target {
                 _ if strange => *target = None,
                 Some(most) if f64::from(z.abs()) > *most => *most = f64::from(z.abs()),
@@ -260,7 +257,7 @@ impl Map {
         for (number_of, cells) in self.cells.iter().enumerate() {
             let cells = cells.iter().map(|cell| match cell {
                 None => format!("{:>6}", "!"),
-                Some(z) if *z <= f64::from(WRONG) => format!("{:>6}", "."),
+                Some(z) if *z <= MOST_DEVIATIONS => format!("{:>6}", "."),
                 Some(z) if *z < 9999.5 => format!("{z:>6.0}"),
                 Some(z) => format!("{z:>6.0e}"),
             });
@@ -284,5 +281,22 @@ mod tests {
         assert_eq!(words(&[3, 11, 19, 27]), "every 8th row from 3 to 27");
         assert_eq!(words(&[1, 5, 77]), "rows 1 and 5 and 77");
         assert_eq!(words(&[1, 5, 9, 20, 40, 77]), "6 rows (1, 5, 9, 20, ...)");
+    }
+
+    #[test]
+    fn where_rounding_explains_the_numbers_only_what_is_not_finite_is_placed() {
+        use super::super::exam::Floor;
+        use crate::dtype::Format;
+        use crate::tensor::Tensor;
+        let mut y = vec![0.0; 10_000];
+        (y[7], y[205]) = (6.0, f32::NAN);
+        let floors =
+            vec![Floor { name: "a floor".to_owned(), sigma: vec![1.0; 10_000], truncates: false }];
+        let exam =
+            Exam { y: Tensor::new(100, y), output: Format::F32, truth: vec![0.0; 10_000], floors };
+        let marks = exam.marks();
+        assert!(marks.z.within, "{:?}", marks.z);
+        let place = Place::of(&exam, &marks);
+        assert_eq!((place.values, place.row_span, place.column_span), (1, [2, 2], [5, 5]));
     }
 }

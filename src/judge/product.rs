@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::bits::{self, Epilogue};
-use super::exam::{Exam, Floor, most_rms, rounding};
+use super::exam::{Exam, FLUSHED, Floor, deviation, excess, is_larger, most_rms, rounding};
 use super::{Cause, Checksums, Judgement, Place, Whole, causes, scale_bugs, verdict};
 use crate::compare::MOST_DEVIATIONS;
 use crate::compute::ComputeError;
@@ -25,6 +25,9 @@ const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 const PROMOTION_INTERVAL: usize = 128;
 /// Fraction bits of an f32, which a tensor core's sum has at most.
 const F32_BITS: u32 = 23;
+
+/// Deviations of a balanced sum up to which it leans to no sign.
+const BALANCED: f64 = 3.0;
 
 /// Products above which not every value is compared unless that is asked for.
 const LARGE: usize = 1 << 31;
@@ -49,6 +52,41 @@ pub struct Product<'a> {
     pub chips: &'a [ChipName],
     /// Whether a schedule is confirmed on all values, however long that takes.
     pub all: bool,
+}
+
+/// A way to add along K.
+struct Adding {
+    name: String,
+    /// Its variance relative to `sum_k (x w)^2`.
+    of_terms: f64,
+    /// Its variance relative to the sum's square.
+    of_sum: f64,
+    /// What cutting products costs a sum that leans to one sign.
+    lean: Option<Lean>,
+    /// Whether its accumulator is narrow and cut, which makes sums smaller.
+    truncates: bool,
+}
+
+/// Products are cut toward zero at the last place of the running sum. Where signs balance
+/// these cuts cancel; of a sum that leans to one sign they take a share that grows with it.
+struct Lean {
+    /// The last place of a sum, relative.
+    unit: f64,
+    /// The share of K that is added in one chain.
+    part: f64,
+}
+
+impl Lean {
+    /// The variance of a sum of `inner` products.
+    fn variance(&self, dot: f64, terms: f64, inner: usize) -> f64 {
+        let beyond = dot.abs() * self.part - BALANCED * (terms * self.part).sqrt();
+        if !(beyond > 0.0 && terms > 0.0) {
+            return 0.0;
+        }
+        // Half of a last place for each product more of one sign; the sum grows to its end.
+        let share = self.unit * beyond / (2.0 * (terms / inner as f64).sqrt());
+        (if share < 1.0 { share } else { 1.0 } * dot).powi(2)
+    }
 }
 
 /// Some rows and columns of a product.
@@ -76,18 +114,24 @@ impl Product<'_> {
         let Exact { width, mut dots, terms } = exact(self.x, self.w)?;
         let alpha = f64::from(self.epilogue.alpha);
         let floors = self.accumulations();
-        let floors = floors.into_iter().map(|(name, of_terms, of_sum)| {
-            let sigma = dots.par_iter().zip(&terms).enumerate().map(|(index, (&dot, &terms))| {
-                let inner = alpha * alpha * (of_terms * terms + of_sum * dot * dot);
-                let result = alpha * dot + self.bias(index % width);
-                // A sum that nearly cancels is rounded where its error lies.
-                let size = larger(result.abs(), inner.sqrt());
-                let before = larger((alpha * dot).abs(), size);
-                let variance = inner + rounding(self.output, size) + rounding(Format::F32, before);
-                variance.sqrt() as f32
+        let floors =
+            floors.into_iter().map(|Adding { name, of_terms, of_sum, lean, truncates }| {
+                let sigma =
+                    dots.par_iter().zip(&terms).enumerate().map(|(index, (&dot, &terms))| {
+                        let leaning =
+                            lean.as_ref().map_or(0.0, |l| l.variance(dot, terms, self.x.width));
+                        let inner =
+                            alpha * alpha * (of_terms * terms + of_sum * dot * dot + leaning);
+                        let result = alpha * dot + self.bias(index % width);
+                        // A sum that nearly cancels is rounded where its error lies.
+                        let size = larger(result.abs(), inner.sqrt());
+                        let before = larger((alpha * dot).abs(), size);
+                        deviation(
+                            inner + rounding(self.output, size) + rounding(Format::F32, before),
+                        )
+                    });
+                Floor { name, sigma: sigma.collect(), truncates }
             });
-            Floor { name, sigma: sigma.collect() }
-        });
         let floors = floors.collect();
         for (index, dot) in dots.iter_mut().enumerate() {
             *dot = alpha * *dot + self.bias(index % width);
@@ -95,19 +139,24 @@ impl Product<'_> {
         Ok(Exam { y: self.y.clone(), output: self.output, truth: dots, floors })
     }
 
+    /// Whether FP8 codes have no scale.
+    fn lacks_scale(&self) -> bool {
+        let bare = |codes: &CodedTensor| codes.format.is_fp8() && codes.scales.is_none();
+        bare(self.x) || bare(self.w)
+    }
+
     fn bias(&self, column: usize) -> f64 {
         self.epilogue.bias.as_ref().map_or(0.0, |bias| f64::from(bias[column]))
     }
 
-    /// Ways to add along K, the finest first: the variance relative to `sum_k (x w)^2`
-    /// and to the sum's square.
+    /// Ways to add along K, the finest first.
     ///
     /// In f32 each of K additions rounds the running sum: `ulp^2 / 12` of s is
     /// `s^2 u^2 / (8 ln 2)` on average, and a random walk that ends at y has
     /// `sum s^2 = K / 6 sum (x w)^2 + K / 3 y^2`; a chain one after the other is the
     /// worst order, so any order is within it. A tensor core adds blocks of products
     /// that are cut to R bits below their largest: as [`crate::compute::floor`] has it.
-    fn accumulations(&self) -> Vec<(String, f64, f64)> {
+    fn accumulations(&self) -> Vec<Adding> {
         let inner = self.x.width;
         let step = F32_UNIT.powi(2) / (8.0 * std::f64::consts::LN_2);
         let length = inner as f64;
@@ -115,8 +164,14 @@ impl Product<'_> {
         let of_product = if self.x.format == Format::F32 { F32_UNIT.powi(2) / 3.0 } else { 0.0 };
         let f32_terms = length / 6.0 * step + of_product;
         let f32_sum = length / 3.0 * step;
-        let mut all = vec![("f32 additions in any order".to_owned(), f32_terms, f32_sum)];
-        let mut chains: Vec<(f64, (String, f64, f64))> = Vec::new();
+        let mut all = vec![Adding {
+            name: "f32 additions in any order".to_owned(),
+            of_terms: f32_terms,
+            of_sum: f32_sum,
+            lean: None,
+            truncates: false,
+        }];
+        let mut chains: Vec<Adding> = Vec::new();
         for chip in CHIPS.iter().filter(|chip| self.chips.contains(&chip.name)) {
             let Some(Unit::TensorCore(core)) = chip.unit(self.x.format, self.w.format) else {
                 continue;
@@ -139,18 +194,20 @@ impl Product<'_> {
                 };
                 let of_terms = steps * unit * unit + f32_terms;
                 let of_sum = (steps * unit / 2.0).powi(2) + f32_sum;
-                chains.push((of_terms + of_sum, (name, of_terms, of_sum)));
+                let lean = Some(Lean { unit, part: chain as f64 / length });
+                chains.push(Adding { name, of_terms, of_sum, lean, truncates: narrow });
             }
         }
-        chains.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let size = |adding: &Adding| adding.of_terms + adding.of_sum;
+        chains.sort_by(|a, b| size(b).total_cmp(&size(a)));
         // Of chips whose sums have the same name, the coarsest is enough.
-        let mut kept: Vec<(f64, (String, f64, f64))> = Vec::new();
+        let mut kept: Vec<Adding> = Vec::new();
         for chain in chains {
-            if !kept.iter().any(|(_, (name, ..))| *name == chain.1.0) {
+            if !kept.iter().any(|known| known.name == chain.name) {
                 kept.push(chain);
             }
         }
-        all.extend(kept.into_iter().rev().map(|(_, chain)| chain));
+        all.extend(kept.into_iter().rev());
         all
     }
 
@@ -210,7 +267,9 @@ impl Product<'_> {
         // Sums of several errors stand as close as single ones: their floor is their root of
         // squares.
         let limit = most_rms(checksums.count);
-        let sound = checksums.rms <= limit && checksums.max <= MOST_DEVIATIONS;
+        let sound = checksums.rms <= limit
+            && checksums.max <= MOST_DEVIATIONS
+            && !is_larger(checksums.larger);
         if !marks.z.within || !sound {
             return Ok(None);
         }
@@ -224,8 +283,8 @@ impl Product<'_> {
     /// exact values: `sum_j c_j y_ij` against `x_i . sum_j c_j w_j`, with signs c.
     fn checksums(&self, floor: &str) -> Result<Checksums, ComputeError> {
         let floors = self.accumulations();
-        let (_, of_terms, of_sum) =
-            floors.iter().find(|(name, ..)| name == floor).unwrap_or(&floors[0]);
+        let Adding { of_terms, of_sum, lean, truncates, .. } =
+            floors.iter().find(|adding| adding.name == floor).unwrap_or(&floors[0]);
         let (rows, width) = (self.y.rows(), self.y.width());
         let signs: Vec<f64> = Random::named("runner 2026 checksums v1", &[])
             .signs()
@@ -243,19 +302,26 @@ impl Product<'_> {
             for column in columns {
                 let y = f64::from(self.y.row(row)[column]);
                 let bias = self.bias(column);
+                let terms = sums.terms[index] / CHECKED.min(width) as f64;
+                let dot = (y - bias) / alpha;
+                let leaning = lean.as_ref().map_or(0.0, |l| l.variance(dot, terms, self.x.width));
                 seen += signs[column] * y;
                 exact += signs[column] * bias;
                 variance += of_sum * y * y
+                    + FLUSHED
+                    + alpha * alpha * leaning
                     + rounding(self.output, y)
                     + rounding(Format::F32, larger(y.abs(), bias.abs()));
             }
-            (seen - exact) / variance.sqrt()
+            let deviation = variance.sqrt();
+            (((seen - exact) / deviation) as f32, (exact / deviation) as f32)
         });
-        let each: Vec<f64> = each.collect();
-        let squares: f64 = each.iter().map(|z| z * z).sum();
-        let max = each.iter().fold(0.0, |most, z| larger(most, z.abs()));
+        let (each, sizes): (Vec<f32>, Vec<f32>) = each.unzip();
+        let squares: f64 = each.iter().map(|&z| f64::from(z).powi(2)).sum();
+        let max = each.iter().fold(0.0, |most, &z| larger(most, f64::from(z.abs())));
         let rms = (squares / each.len() as f64).sqrt();
-        Ok(Checksums { count: each.len(), of: CHECKED.min(width), rms, max })
+        let larger = if *truncates { excess(&each, &sizes, count) } else { 0.0 };
+        Ok(Checksums { count: each.len(), of: CHECKED.min(width), rms, max, larger })
     }
 
     fn by_value(&self) -> Result<Judgement, ComputeError> {
@@ -263,6 +329,14 @@ impl Product<'_> {
         let marks = exam.marks();
         let bits = bits::look(self.x, self.w, &exam, &self.epilogue, self.chips, self.all)?;
         let search = |place: &Place| -> Result<Vec<Cause>, ComputeError> {
+            if self.lacks_scale() {
+                // Any scale would fit some other scale that is not there.
+                let mut found = causes::of_product(self, &exam, place)?;
+                for cause in found.iter_mut().filter(|cause| cause.cause.contains("scale")) {
+                    cause.named = false;
+                }
+                return Ok(found);
+            }
             let mut found = scale_bugs::search(self, &exam, place)?;
             if !found.iter().any(|cause| cause.named) {
                 found.extend(causes::of_product(self, &exam, place)?);
@@ -276,4 +350,154 @@ impl Product<'_> {
 /// The larger of two sizes, neither of which is NaN where the exam compares.
 fn larger(a: f64, b: f64) -> f64 {
     if b > a { b } else { a }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::emulated::gemm::{Operand, gemm};
+    use crate::compute::emulated::schedule::Schedule;
+    use crate::compute::product::{codes, scales};
+    use crate::judge::Answer;
+
+    fn coded(seed: u64, [rows, width]: [usize; 2], format: Format, size: f64) -> CodedTensor {
+        let mut random = Random::at(seed);
+        let values = (0..rows * width).map(|_| (random.normal() * size) as f32);
+        let code = |value: f32| format.encode(value).to_le_bytes()[..format.bytes()].to_vec();
+        CodedTensor { format, rows, width, bytes: values.flat_map(code).collect(), scales: None }
+    }
+
+    fn product<'a>(
+        x: &'a CodedTensor,
+        w: &'a CodedTensor,
+        y: Tensor,
+        output: Format,
+    ) -> Product<'a> {
+        let epilogue = Epilogue { alpha: 1.0, bias: None };
+        Product { x, w, y, output, epilogue, chips: &[ChipName::Hopper], all: false }
+    }
+
+    fn rounded(x: &CodedTensor, w: &CodedTensor, times: f64, output: Format) -> Tensor {
+        let exact = exact(x, w).expect("a product");
+        let values = exact.dots.iter().map(|dot| output.round((times * dot) as f32));
+        Tensor::new(exact.width, values.collect())
+    }
+
+    /// As Hopper's FP8 accumulator adds, without promotion.
+    fn truncated(x: &CodedTensor, w: &CodedTensor) -> Tensor {
+        added(x, w, Format::Bf16)
+    }
+
+    /// As Hopper's tensor cores add, in one chain.
+    fn added(x: &CodedTensor, w: &CodedTensor, output: Format) -> Tensor {
+        scheduled(x, w, &Schedule::FAST, output)
+    }
+
+    fn scheduled(x: &CodedTensor, w: &CodedTensor, schedule: &Schedule, output: Format) -> Tensor {
+        let hopper = CHIPS.iter().find(|chip| chip.name == ChipName::Hopper).expect("a chip");
+        let unit = hopper.unit(x.format, w.format).expect("a unit");
+        let (x_codes, w_codes) = (codes(x).expect("codes"), codes(w).expect("codes"));
+        let x = Operand { codes: &x_codes, scales: scales(x).expect("scales") };
+        let w = Operand { codes: &w_codes, scales: scales(w).expect("scales") };
+        gemm(unit, schedule, &x, &w, output).expect("a product")
+    }
+
+    #[test]
+    fn values_below_f32s_normal_range_may_be_flushed() {
+        let x = coded(1, [8, 32], Format::F32, 1e-25);
+        let w = coded(2, [16, 32], Format::F32, 1e-19);
+        for y in [rounded(&x, &w, 1.0, Format::F32), Tensor::new(16, vec![0.0; 128])] {
+            let marks = product(&x, &w, y, Format::F32).exam().expect("an exam").marks();
+            assert!(marks.z.within && marks.z.rms < 1.0, "{:?}", marks.z);
+        }
+    }
+
+    #[test]
+    fn a_scale_that_is_too_large_is_no_truncation() {
+        for inner in [4096, 16384] {
+            let x = coded(3, [48, inner], Format::E4m3, 1.0);
+            let w = coded(4, [64, inner], Format::E4m3, 1.0);
+            let y = rounded(&x, &w, 1.02, Format::Bf16);
+            let judged = product(&x, &w, y, Format::Bf16).by_value().expect("a judgement");
+            assert_eq!(judged.answer, Answer::Wrong, "K {inner}: {}", judged.sentence);
+            assert!(judged.sentence.contains("1.02 times"), "{}", judged.sentence);
+        }
+    }
+
+    #[test]
+    fn a_row_whose_scale_is_too_large_is_no_truncation_of_the_others() {
+        let x = coded(5, [48, 8192], Format::E4m3, 1.0);
+        let w = coded(6, [256, 8192], Format::E4m3, 1.0);
+        let mut y = truncated(&x, &w).into_data();
+        let right = rounded(&x, &w, 1.02, Format::Bf16);
+        y[7 * 256..8 * 256].copy_from_slice(right.row(7));
+        let y = Tensor::new(256, y);
+        let judged = product(&x, &w, y, Format::Bf16).by_value().expect("a judgement");
+        assert_eq!(judged.answer, Answer::Wrong, "{}", judged.sentence);
+    }
+
+    #[test]
+    fn a_truncating_accumulator_is_within_its_own_floor() {
+        for (seed, inner) in [(10, 512), (20, 1024), (30, 4096), (40, 8192), (50, 16384)] {
+            for (more, size) in [(0, 1.0), (2, 0.05), (4, 30.0)] {
+                let x = coded(seed + more, [24, inner], Format::E4m3, size);
+                let w = coded(seed + more + 1, [32, inner], Format::E4m3, 0.5);
+                let marks = product(&x, &w, truncated(&x, &w), Format::Bf16).exam();
+                let marks = marks.expect("an exam").marks();
+                assert!(marks.z.within, "K {inner}, size {size}: {:?}", marks.z);
+            }
+        }
+    }
+
+    #[test]
+    fn a_promoted_and_scaled_product_is_within_rounding() {
+        for (seed, inner) in [(110, 512), (120, 4096), (130, 16384)] {
+            let mut x = coded(seed, [16, inner], Format::E4m3, 1.0);
+            let w = coded(seed + 1, [24, inner], Format::E4m3, 1.0);
+            x.scales = Some(crate::tensor_file::BlockScales::one(0.0123, 16, inner));
+            let y = scheduled(&x, &w, &Schedule::PROMOTED, Format::Bf16);
+            let marks = product(&x, &w, y, Format::Bf16).exam().expect("an exam").marks();
+            assert!(marks.z.within && marks.larger.is_none(), "K {inner}: {:?}", marks.z);
+        }
+    }
+
+    #[test]
+    fn sums_of_one_sign_are_within_a_truncating_accumulators_floor() {
+        let signed = |mut codes: CodedTensor, sign: u8| {
+            codes.bytes.iter_mut().for_each(|code| *code = *code & 0x7f | sign);
+            codes
+        };
+        for (seed, sign) in [(60, 0x00), (70, 0x80)] {
+            let x = signed(coded(seed, [24, 4096], Format::E4m3, 1.0), 0);
+            let w = signed(coded(seed + 1, [32, 4096], Format::E4m3, 1.0), sign);
+            let marks = product(&x, &w, truncated(&x, &w), Format::Bf16).exam();
+            let marks = marks.expect("an exam").marks();
+            assert!(marks.z.within, "{:?}", marks.z);
+        }
+    }
+
+    #[test]
+    fn sums_of_one_sign_in_f32_are_within_a_tensor_cores_floor() {
+        let positive = |seed, rows| {
+            let mut codes = coded(seed, [rows, 4096], Format::Bf16, 1.0);
+            codes.bytes.chunks_exact_mut(2).for_each(|code| code[1] &= 0x7f);
+            codes
+        };
+        let (x, w) = (positive(80, 24), positive(90, 32));
+        let y = added(&x, &w, Format::F32);
+        let marks = product(&x, &w, y, Format::F32).exam().expect("an exam").marks();
+        assert!(marks.z.within, "{:?}", marks.z);
+    }
+
+    #[test]
+    fn of_a_large_product_it_is_said_what_was_sampled() {
+        let x = coded(7, [80, 64], Format::Bf16, 1.0);
+        let w = coded(8, [1100, 64], Format::Bf16, 1.0);
+        let y = rounded(&x, &w, 1.0, Format::Bf16);
+        let judged = product(&x, &w, y, Format::Bf16).by_sample().expect("a judgement");
+        let judged = judged.expect("nothing to look at closely");
+        let sampled = "all others are within rounding in sums of 64";
+        assert!(judged.sentence.contains(sampled), "{}", judged.sentence);
+        assert!(judged.in_text().contains("over all sampled values"), "{}", judged.in_text());
+    }
 }

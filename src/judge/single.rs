@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::exam::{Exam, Floor, rounding};
+use super::exam::{Exam, Floor, deviation, rounding};
 use super::{Bits, Cause, Judgement, Place, causes, verdict};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::emulated::arm::Emulated;
@@ -132,9 +132,9 @@ impl Single<'_> {
                 let inner = value.variances[number];
                 let size = value.truth.abs();
                 let size = if size * size > inner { size } else { inner.sqrt() };
-                (inner + rounding(output, size) + rounding(Format::F32, size)).sqrt() as f32
+                deviation(inner + rounding(output, size) + rounding(Format::F32, size))
             });
-            Floor { name, sigma: sigma.collect() }
+            Floor { name, sigma: sigma.collect(), truncates: false }
         });
         let floors = floors.collect();
         Ok(Exam { y, output, truth: values.iter().map(|value| value.truth).collect(), floors })
@@ -348,13 +348,8 @@ fn rotated(
     output: Format,
 ) -> Vec<Value> {
     let angles = rope::angles(geometry, position);
-    let mut values: Vec<Value> = x
-        .iter()
-        .map(|&x| {
-            let plain = f64::from(f32::MIN_POSITIVE).powi(2);
-            Value { truth: f64::from(x), variances: vec![plain; 3] }
-        })
-        .collect();
+    let mut values: Vec<Value> =
+        x.iter().map(|&x| Value { truth: f64::from(x), variances: vec![0.0; 3] }).collect();
     for (head, x) in x.chunks_exact(head_dim).enumerate() {
         for (pair, &(sin, cos)) in angles.iter().enumerate() {
             let (first, second) = rope::pair(geometry, pair);
@@ -378,9 +373,8 @@ fn rotated(
                     + of_tables
                     + rounding(output, left.abs())
                     + rounding(output, right.abs());
-                let variances =
-                    [tables, angle, narrow].map(|v| v + f64::from(f32::MIN_POSITIVE).powi(2));
-                values[head * head_dim + place] = Value { truth, variances: variances.to_vec() };
+                values[head * head_dim + place] =
+                    Value { truth, variances: vec![tables, angle, narrow] };
             }
         }
     }
@@ -479,11 +473,7 @@ fn attention(
                 narrow_scores += moved * moved * rounding(narrow, score.abs()).min(1.0);
             }
             let chain = keys / 6.0 * ADDITION * squares + keys / 3.0 * ADDITION * truth * truth;
-            let plain = plain
-                + chain
-                + keys / 3.0 * ADDITION * truth * truth
-                + 3.0 * once(truth)
-                + f64::from(f32::MIN_POSITIVE).powi(2);
+            let plain = plain + chain + keys / 3.0 * ADDITION * truth * truth + 3.0 * once(truth);
             values.push(Value {
                 truth,
                 // Softmax may be rounded before or after its division.
@@ -492,4 +482,24 @@ fn attention(
         }
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn a_softmax_of_tiny_probabilities_is_within_rounding() {
+        let mut random = Random::at(5);
+        let x = Tensor::new(64, (0..640).map(|_| (random.normal() * 30.0) as f32).collect());
+        let y: Vec<Value> = (0..10).flat_map(|row| softmax(x.row(row))).collect();
+        for flushed in [false, true] {
+            let y = y.iter().map(|value| value.truth as f32);
+            let y = y.map(|y| if flushed && y < f32::MIN_POSITIVE { 0.0 } else { y });
+            let y = Tensor::new(64, y.collect());
+            let judged = Single::Softmax { x: &x }.judge(y, Format::F32).expect("a judgement");
+            assert!(judged.z.within && judged.z.rms < 1.1, "{:?}", judged.z);
+        }
+    }
 }

@@ -3,9 +3,9 @@
 //!
 //! It knows operands, a recording and a recipe; which claim fell is handed to it.
 
-use super::operands::recognised;
+use super::operands::{mostly, recognised};
 use super::product::Product;
-use super::{Answer, Epilogue, Judgement};
+use super::{Answer, Epilogue, Judgement, Place};
 use crate::compare::fingerprints::Fit;
 use crate::compare::{Diagnosis, Suspect};
 use crate::compute::ComputeError;
@@ -68,7 +68,8 @@ impl Recording<'_> {
             gain: 0.0,
         });
         let known = judgement.place.as_ref().map(|place| {
-            format!("{} values, {}; {}", place.values, place.in_words(), place.instead)
+            let noun = if place.values == 1 { "value" } else { "values" };
+            format!("{} {noun}, {}; {}", place.values, place.in_words(), place.instead)
         });
         Ok(Diagnosis {
             subject: suspect.subject,
@@ -87,6 +88,8 @@ impl Recording<'_> {
         })
     }
 
+    /// The product, with the recording's own output type: the narrowest of all its values, or
+    /// of nearly all.
     fn with_product<T>(
         &self,
         then: impl FnOnce(&Product<'_>) -> Result<T, ComputeError>,
@@ -103,6 +106,15 @@ impl Recording<'_> {
         let epilogue = Epilogue { alpha: 1.0, bias: None };
         let chips = [chip(recipe.chip).name];
         let y = observed.values();
-        then(&Product { x, w, y, output, epilogue, chips: &chips, all: true })
+        let mut product = Product { x, w, y, output, epilogue, chips: &chips, all: true };
+        if let Some(mostly) = mostly(observed) {
+            let exam = product.exam()?;
+            let marks = exam.marks();
+            // More are wrong than have another type than nearly all: the others are to blame.
+            if !marks.z.within && Place::of(&exam, &marks).values > mostly.others {
+                product.output = mostly.format;
+            }
+        }
+        then(&product)
     }
 }

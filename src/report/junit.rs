@@ -79,7 +79,7 @@ pub(super) fn measured(judgement: &Judgement) -> String {
     let [subject, judge] = judgement.compare;
     let value = judgement.value.map_or("no value".to_owned(), number);
     let site = judgement.site.as_ref().map_or(String::new(), |site| format!(" at {site}"));
-    let bound = match (judgement.min, judgement.max) {
+    let bound = match judgement.bounds() {
         (Some(min), Some(max)) => format!("{} to {}", number(min), number(max)),
         (Some(min), None) => format!("at least {}", number(min)),
         (None, Some(max)) => format!("at most {}", number(max)),

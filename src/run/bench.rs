@@ -601,23 +601,12 @@ impl Bench<'_> {
             return said_by(&action);
         }
         let started = Instant::now();
-        let diagnoses = match product {
-            Some([x, w, observed]) => {
-                let (x, w, observed) = (&x, &w, &observed);
-                let recording = Recording { x, w, observed, recipe: &stage.recipe };
-                vec![recording.diagnosis(&suspect)?]
+        let diagnoses = match self.look_closely(inputs, results, measures, &suspect, product) {
+            Ok(diagnosis) => vec![diagnosis],
+            Err(Failure::Compute(error)) if !matches!(error, ComputeError::Interrupted) => {
+                return Ok(vec![Diagnosis::unseen(&suspect, &error.to_string())]);
             }
-            None => {
-                let keyed = self.keyed(inputs, results)?;
-                let outputs = self.outputs_of(results)?;
-                let read = self.input_tensors(inputs)?;
-                let task = self.task(&read)?;
-                let (recipe, outputs) = (&stage.recipe, &outputs);
-                let scene = Scene { task: &task, recipe, outputs, measures };
-                let diagnosis = diagnose(&scene, &suspect)?;
-                self.check_all_unchanged(inputs, &keyed)?;
-                vec![diagnosis]
-            }
+            Err(failure) => return Err(failure),
         };
         let json = to_raw_value(&diagnoses)
             .map_err(|error| Failure::Bug(format!("a diagnosis cannot be encoded: {error}")))?;
@@ -626,6 +615,28 @@ impl Bench<'_> {
         let (walk, object) = (&walk, None);
         self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(diagnoses)
+    }
+
+    fn look_closely(
+        &self,
+        inputs: &Supplies,
+        results: &BTreeMap<Arm, Stored>,
+        measures: &StageMeasures,
+        suspect: &Suspect,
+        product: Option<[CodedTensor; 3]>,
+    ) -> Result<Diagnosis, Failure> {
+        let recipe = &self.prepared.stage.recipe;
+        if let Some([x, w, observed]) = &product {
+            return Ok(Recording { x, w, observed, recipe }.diagnosis(suspect)?);
+        }
+        let keyed = self.keyed(inputs, results)?;
+        let outputs = self.outputs_of(results)?;
+        let read = self.input_tensors(inputs)?;
+        let task = self.task(&read)?;
+        let scene = Scene { task: &task, recipe, outputs: &outputs, measures };
+        let diagnosis = diagnose(&scene, suspect)?;
+        self.check_all_unchanged(inputs, &keyed)?;
+        Ok(diagnosis)
     }
 
     /// The operands of a product of codes and what was recorded of it, where the stage is

@@ -6,10 +6,10 @@
 use crate::compare::{Measure, StageMeasures};
 use crate::compute::recorded;
 use crate::metric::Metric;
-use crate::op::{Arm, Op, Stream};
+use crate::op::{Arm, Op, Site, Stream};
 use crate::plan::PreparedStage;
 use crate::text::{grouped, number};
-use crate::verdict::{StageVerdict, Verdict};
+use crate::verdict::{Judgement, Outcome, StageVerdict, Verdict};
 
 /// Adds to a verdict's reason what is missing: first where nothing else is said of a bug.
 /// Values that are no numbers where the prediction has numbers are a bug, whatever the contract
@@ -39,6 +39,10 @@ pub(super) fn say(
             judged.why = format!("{unjudged}; {}", judged.why);
         }
         (Some(unjudged), _) => judged.why = format!("{}; {unjudged}", judged.why),
+    }
+    if matches!(judged.verdict, Verdict::Pass | Verdict::Drift) {
+        let left = judged_by_none(&judged.judgements, &measures.measures);
+        judged.why += &left.map_or(String::new(), |left| format!("; {left}"));
     }
     if let Some(strange) = not_finite(&measures.measures) {
         judged.verdict = Verdict::Structural;
@@ -81,6 +85,35 @@ fn held_to_nothing(measures: &[Measure]) -> Option<String> {
     let why = first.unmeasured.as_deref().unwrap_or("nothing could be compared");
     let (subject, site) = (first.subject, &first.site);
     Some(format!("not judged: `{site}` of {subject}, [{rows}, {width}]: {why}{more}"))
+}
+
+/// `held to no claim of its own: `blk.*.ffn_norm``: sites of an arm under test that no claim
+/// on what an op makes of its own input had a value for.
+fn judged_by_none(judgements: &[Judgement], measures: &[Measure]) -> Option<String> {
+    let is_local = |stream: Stream| matches!(stream, Stream::Anchored(_) | Stream::Predicted(_));
+    let local: Vec<&Judgement> = judgements
+        .iter()
+        .filter(|j| is_local(j.compare[1]) && j.metric != Metric::NonFinite)
+        .filter(|j| j.outcome != Outcome::Unmeasured)
+        .collect();
+    if local.is_empty() {
+        return None;
+    }
+    let is_judged = |site: &Site| {
+        let of_site = measures.iter().filter(|measure| measure.site == *site);
+        of_site.into_iter().any(|measure| {
+            local.iter().any(|j| j.judges(measure) && measure.metrics.contains_key(&j.metric))
+        })
+    };
+    let mut left: Vec<&Site> = Vec::new();
+    for measure in measures.iter().filter(|m| is_under_test(m) && is_local(m.judge)) {
+        if !left.contains(&&measure.site) && !is_judged(&measure.site) {
+            left.push(&measure.site);
+        }
+    }
+    let named = recorded::by_layer(&left).into_iter().map(|(shown, _)| format!("`{shown}`"));
+    let named: Vec<String> = named.collect();
+    (!named.is_empty()).then(|| format!("held to no claim of its own: {}", named.join(", ")))
 }
 
 /// What a recording lacks of which nothing follows a product: a lookup and a norm say nothing of

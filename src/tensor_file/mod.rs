@@ -51,7 +51,7 @@ pub enum TensorFileError {
         found: String,
     },
     /// The tensor is there and is not usable as asked.
-    #[error("tensor `{name}` of `{}` {problem}", path.display())]
+    #[error("{} {problem}", of(name, path))]
     Unusable {
         /// The file.
         path: PathBuf,
@@ -60,6 +60,13 @@ pub enum TensorFileError {
         /// Why not, and what to do.
         problem: String,
     },
+}
+
+fn of(name: &str, path: &Path) -> String {
+    match name {
+        "" => format!("`{}`", path.display()),
+        name => format!("tensor `{name}` of `{}`", path.display()),
+    }
 }
 
 /// How a file says its elements are stored.
@@ -287,6 +294,27 @@ impl TensorFile {
         Ok(CodedTensor { format, rows, width, bytes, scales })
     }
 
+    /// The whole numbers of a tensor that is stored as integers of four or eight bytes; nothing
+    /// where it is stored otherwise.
+    ///
+    /// # Errors
+    /// If it is missing or cut off.
+    pub fn integers(&self, name: Option<&str>) -> Result<Option<Vec<i64>>, TensorFileError> {
+        let entry = self.entry(name)?;
+        let Element::Words(size @ (4 | 8)) = entry.element else { return Ok(None) };
+        let bytes = self.bytes(entry)?;
+        let count: usize = entry.shape.iter().product();
+        if bytes.len() != count * size {
+            let (got, problem) = (bytes.len(), "bytes, and its shape says");
+            return Err(self.unusable(entry, format!("has {got} {problem} {}", count * size)));
+        }
+        let of_four = |word: &[u8; 4]| i64::from(i32::from_le_bytes(*word));
+        Ok(Some(match size {
+            4 => bytes.as_chunks().0.iter().map(of_four).collect(),
+            _ => bytes.as_chunks().0.iter().map(|word| i64::from_le_bytes(*word)).collect(),
+        }))
+    }
+
     fn entry(&self, name: Option<&str>) -> Result<&Entry, TensorFileError> {
         let wanted = match (name, self.entries.as_slice()) {
             (None, [only]) => return Ok(only),
@@ -488,8 +516,8 @@ fn narrowed(bytes: &[u8], wanted: Format) -> Result<Vec<u8>, String> {
         let code = wanted.encode(value);
         if wanted.decode(code).to_bits() != value.to_bits() && !value.is_nan() {
             return Err(format!(
-                "is stored as f32, and value {index}, {value:e}, is no {wanted}: leave `dtype` \
-                 away, or round the values before they are saved"
+                "is stored as f32, and value {index}, {value:e}, is no {wanted}: leave out \
+                 `dtype`, or round the values before they are saved"
             ));
         }
         codes.extend_from_slice(&code.to_le_bytes()[..wanted.bytes()]);
@@ -523,6 +551,7 @@ fn safetensors_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
                 Dtype::U8 | Dtype::I8 => Element::Words(1),
                 Dtype::U16 | Dtype::I16 => Element::Words(2),
                 Dtype::U32 | Dtype::I32 => Element::Words(4),
+                Dtype::U64 | Dtype::I64 => Element::Words(8),
                 _ => Element::Other,
             };
             Entry {

@@ -49,9 +49,10 @@ fn parse_header(header: &str) -> Result<(Element, Vec<usize>), String> {
         "<f2" => Element::Format(Format::F16),
         "<f8" => Element::F64,
         // NumPy has no bf16 and no FP8: libraries that add them store them as plain bytes.
-        "|u1" | "|i1" | "|V1" => Element::Words(1),
+        "|u1" | "|i1" | "|V1" | "<V1" | "<f1" => Element::Words(1),
         "<u2" | "<i2" | "|V2" | "<V2" => Element::Words(2),
         "<u4" | "<i4" => Element::Words(4),
+        "<u8" | "<i8" => Element::Words(8),
         other => {
             return Err(format!(
                 "its type `{other}` is not little-endian numbers; save it as `<f4`, `<f2` or `<f8`"

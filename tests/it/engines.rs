@@ -171,6 +171,44 @@ fn changes_that_are_planted_into_the_recording_are_located_and_named() {
 }
 
 #[test]
+fn a_norms_gain_that_is_wrong_is_falsified_although_the_sum_before_it_was_not_recorded() {
+    let project = recorded();
+    let stages = judged(&project);
+    let clean = stage(&stages, "rounding");
+    assert_eq!(clean["verdict"], "pass", "{}", clean["why"]);
+    spoil(&project, "model.layers.1.post_attention_layernorm", |rows| {
+        rows.iter_mut().flatten().for_each(|y| *y *= 1.1);
+    });
+    let stages = judged(&project);
+    let stage = stage(&stages, "rounding");
+    let why = stage["why"].as_str().expect("a reason");
+    assert_eq!(stage["verdict"], "structural", "{why}");
+    assert_eq!(stage["first"]["site"], "blk.1.ffn_norm", "{why}");
+}
+
+#[test]
+fn a_site_that_no_claim_holds_to_its_own_input_is_named() {
+    let project = recorded();
+    let contract = project.read("contracts/engine.toml");
+    project.write("contracts/engine.toml", &contract.replace(", \"blk.*.ffn_norm\"]", "]"));
+    let stages = judged(&project);
+    let why = stage(&stages, "rounding")["why"].as_str().expect("a reason");
+    assert!(why.contains("held to no claim of its own: `blk.*.ffn_norm`"), "{why}");
+}
+
+#[test]
+fn the_bound_that_chance_widened_is_the_one_that_is_printed() {
+    let project = recorded();
+    let stages = judged(&project);
+    let claims = stage(&stages, "rounding")["judgements"].as_array().expect("claims").clone();
+    let of_rms = claims.iter().find(|claim| claim["falsifier"] == "ENG-003").expect("ENG-003");
+    let most = of_rms["applied"][1].as_f64().expect("the bound of so few values");
+    assert!(most > 1.25, "{most}");
+    let said = project.runner(&["explain", "rounding"]).expect(0, "z_rms of");
+    assert!(said.out.contains("(1.25, widened for chance)"), "{}", said.out);
+}
+
+#[test]
 fn one_turned_bit_of_rope_is_an_answer_and_no_error() {
     let project = recorded();
     spoil(&project, "blk.0.q_rope", |rows| {

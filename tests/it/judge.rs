@@ -600,3 +600,249 @@ fn a_recording_of_one_tensor_needs_no_name_and_a_kernel_within_rounding_is_told_
     assert_eq!(said.code, Some(1), "{}\n{}", said.out, said.err);
     assert!(said.out.contains("known schedules, but z 0."), "{}", said.out);
 }
+
+/// Attention of one sequence in f64: `[tokens, heads, width]`, causal.
+fn attended([q, k, v]: [&[f32]; 3], [tokens, heads, kv_heads, width]: [usize; 4]) -> Vec<f32> {
+    let mut y = vec![0.0; tokens * heads * width];
+    for (row, head) in (0..tokens).flat_map(|row| (0..heads).map(move |head| (row, head))) {
+        let of_k = |key: usize| (key * kv_heads + head / (heads / kv_heads)) * width;
+        let of_q = (row * heads + head) * width;
+        let score = |key: usize| -> f64 {
+            let products = (0..width).map(|i| f64::from(q[of_q + i]) * f64::from(k[of_k(key) + i]));
+            products.sum::<f64>() / (width as f64).sqrt()
+        };
+        let powers: Vec<f64> = (0..=row).map(|key| score(key).exp()).collect();
+        let total: f64 = powers.iter().sum();
+        for i in 0..width {
+            let parts = powers.iter().enumerate();
+            y[of_q + i] = parts.map(|(key, p)| p / total * f64::from(v[of_k(key) + i])).sum();
+        }
+    }
+    bf16(&y)
+}
+
+#[test]
+fn the_sequences_of_a_batch_are_judged_one_by_one() {
+    let project = Project::new();
+    let [t, h, g, d] = [12, 4, 2, 16];
+    let q = drawn(91, 2 * t * h * d, 1.0, Format::Bf16);
+    let k = drawn(92, 2 * t * g * d, 1.0, Format::Bf16);
+    let v = drawn(93, 2 * t * g * d, 1.0, Format::Bf16);
+    let half = |values: &[f32], number: usize| {
+        values.chunks(values.len() / 2).nth(number).expect("a half").to_vec()
+    };
+    let y = (0..2).flat_map(|b| attended([&half(&q, b), &half(&k, b), &half(&v, b)], [t, h, g, d]));
+    let y: Vec<f32> = y.collect();
+    let judge = |shapes: [Vec<usize>; 4], y: &[f32], more: &[&str]| {
+        let [of_q, of_k, of_v, of_y] = shapes;
+        let tensors = [
+            ("q", Format::Bf16, of_q, q.as_slice()),
+            ("k", Format::Bf16, of_k, k.as_slice()),
+            ("v", Format::Bf16, of_v, v.as_slice()),
+            ("y", Format::Bf16, of_y, y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        project.runner(&[&["judge", "d.safetensors", "--op", "attention"], more].concat())
+    };
+    let apart = [vec![2, t, h, d], vec![2, t, g, d], vec![2, t, g, d], vec![2, t, h, d]];
+    let said = judge(apart.clone(), &y, &[]).expect(0, "batch 1: ");
+    assert!(said.out.contains("q is read as 2 sequences of 12 tokens of 4 heads"), "{}", said.out);
+    let joined = [vec![2, t, h * d], vec![2, t, g * d], vec![2, t, g * d], vec![2, t, h * d]];
+    let heads = ["--heads", "4", "--kv-heads", "2"];
+    judge(joined, &y, &heads).expect(0, "batch 1: ");
+    let mut swapped = y.clone();
+    swapped.rotate_left(t * h * d);
+    judge(apart.clone(), &swapped, &[]).expect(1, "batch 1: wrong");
+    // Heads before tokens are not read, and it is said what is.
+    let turned = [vec![2, h, t, d], vec![2, g, t, d], vec![2, g, t, d], vec![2, h, t, d]];
+    judge(turned, &y, &[]).expect(2, "q.swapaxes(-3, -2)");
+    let [q_shape, _, v_shape, y_shape] = apart;
+    let other = [q_shape, vec![4, t / 2, g, d], v_shape, y_shape];
+    judge(other, &y, &[]).expect(2, "give one sequence at a time");
+
+    // Each sequence of a batch begins at the first position.
+    let turn = |x: &[f32]| -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        for (row, head, pair) in
+            (0..t).flat_map(|r| (0..h).flat_map(move |h| (0..d / 2).map(move |p| (r, h, p))))
+        {
+            let angle = row as f64 * 10000f64.powf(-2.0 * pair as f64 / d as f64);
+            let first = (row * h + head) * d + pair;
+            let (a, b) = (f64::from(x[first]), f64::from(x[first + d / 2]));
+            y[first] = a * angle.cos() - b * angle.sin();
+            y[first + d / 2] = a * angle.sin() + b * angle.cos();
+        }
+        bf16(&y)
+    };
+    let rotated = [turn(&half(&q, 0)), turn(&half(&q, 1))].concat();
+    let shape = || vec![2, t, h, d];
+    write(
+        &project,
+        "r.safetensors",
+        &[("x", Format::Bf16, shape(), &q), ("y", Format::Bf16, shape(), &rotated)],
+    );
+    project.runner(&["judge", "r.safetensors", "--op", "rope"]).expect(0, "batch 1: ");
+    // Positions as NumPy makes them.
+    let whole: Vec<u8> = (0..t as i64).flat_map(i64::to_le_bytes).collect();
+    npy(&project, "p.npy", "<i8", [1, t], &whole);
+    let rope = ["judge", "r.safetensors", "--op", "rope", "--positions", "p.npy"];
+    project.runner(&rope).expect(0, "batch 1: ");
+}
+
+#[test]
+fn what_an_op_does_not_read_or_no_kernel_can_mean_is_refused() {
+    let dump = Dump::new(94, [16, 64, 24]);
+    let project = Project::new();
+    let tensors = [
+        ("x", Format::Bf16, vec![16, 64], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![24, 64], dump.w.as_slice()),
+        ("y", Format::F32, vec![16, 24], &dump.in_f32()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let judge = |more: &[&str]| project.runner(&[&["judge", "d.safetensors"], more].concat());
+    for (more, words) in [
+        (&["--eps", "3"][..], "`--eps` belongs to norm: matmul does not read it"),
+        (&["--heads", "7"], "`--heads` belongs to attention"),
+        (&["--op", "softmax", "--scale-x", "2"], "`--scale-x` belongs to matmul"),
+        (&["--op", "rope", "--window", "2"], "`--window` belongs to attention"),
+        (&["--alpha", "nan"], "`--alpha NaN` must be a finite number"),
+        (&["--alpha", "inf"], "`--alpha inf`"),
+        (&["--scale-x", "-1"], "a scale of x is -1"),
+        (&["--op", "rope", "--theta", "nan"], "`--theta NaN` must be a finite number above 0"),
+        (&["--op", "rope", "--theta", "-1"], "`--theta -1`"),
+        (&["--op", "attention", "--window", "0"], "`--window 0`"),
+        (&["--output", "bf16"], "`--output bf16` does not hold y"),
+    ] {
+        judge(more).expect(2, words);
+    }
+    let bytes: Vec<u8> = dump.x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    npy(&project, "x.npy", "<f4", [16, 64], &bytes);
+    let named = ["judge", "x.npy:foo", "d.safetensors:w", "d.safetensors:y"];
+    project.runner(&named).expect(2, "leave out `:foo`");
+    let codes: Vec<u8> = dump.x.iter().map(|&x| Format::E4m3.encode(x) as u8).collect();
+    npy(&project, "x8.npy", "<V1", [16, 64], &codes);
+    let files = ["judge", "x8.npy", "d.safetensors:w", "d.safetensors:y"];
+    let said = project.runner(&files).expect(2, "`x8.npy` is stored as plain 8-bit words");
+    assert!(said.err.contains("by `--dtype-x`, one of e4m3, e5m2"), "{}", said.err);
+    project.runner(&[&files[..], &["--dtype-x", "e4m3"]].concat()).expect(1, "x has no scale");
+    let other = ["judge", "d.safetensors:y", "d.safetensors:w", "d.safetensors:x"];
+    let said = project.runner(&[&other[..], &["--dtype-x", "f16"]].concat());
+    said.expect(2, "leave out `--dtype-x`, or");
+}
+
+#[test]
+fn a_bias_after_the_rounding_and_a_weight_that_was_rounded_are_named_for_what_they_are() {
+    let dump = Dump::new(95, [64, 256, 96]);
+    let bias = drawn(96, 96, 1.0, Format::Bf16);
+    let y: Vec<f32> = dump
+        .right()
+        .iter()
+        .enumerate()
+        .map(|(i, y)| Format::Bf16.round(y + bias[i % 96]))
+        .collect();
+    let project = Project::new();
+    let tensors = [
+        ("x", Format::Bf16, vec![64, 256], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![96, 256], dump.w.as_slice()),
+        ("bias", Format::Bf16, vec![96], bias.as_slice()),
+        ("y", Format::Bf16, vec![64, 96], y.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let words = ["output-rounded: the product is rounded to bf16 before the bias"];
+    wrong(project.runner(&["judge", "d.safetensors"]), &words);
+
+    let codes: Vec<f32> = dump.w.iter().map(|w| Format::E4m3.round(w / 0.01)).collect();
+    let rounded: Vec<f32> = codes.iter().map(|w| Format::Bf16.round(w * 0.013)).collect();
+    let mut kernel = Dump { w: rounded, exact: Vec::new(), ..dump };
+    kernel.exact = kernel.sums(0..256);
+    let tensors = [
+        ("x", Format::Bf16, vec![64, 256], kernel.x.as_slice()),
+        ("w", Format::E4m3, vec![96, 256], codes.as_slice()),
+        ("w_scale", Format::F32, vec![1], &[0.013]),
+        ("y", Format::Bf16, vec![64, 96], &kernel.right()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]);
+    let name = "other-format: w (e4m3 times its scale) rounded to bf16 before the product";
+    assert_eq!(said.out.matches(name).count(), 2, "in the sentence and once below:\n{}", said.out);
+    said.expect(1, name);
+}
+
+#[test]
+fn of_a_file_of_all_it_is_said_what_was_not_used_and_a_missing_scale_names_no_other() {
+    let [n, k, m] = [32, 256, 64];
+    let (x, w) = (drawn(97, n * k, 1.0, Format::F32), drawn(98, m * k, 0.05, Format::F32));
+    let ((xc, xs), (wc, ws)) = (quantised(&x, k, 1, k), quantised(&w, k, 1, k));
+    let y = scaled((&xc, &xs, [1, k]), (&wc, &ws, [1, k]), k);
+    let project = Project::new();
+    let judge = |scale: &str| {
+        let tensors = [
+            ("x", Format::E4m3, vec![n, k], xc.as_slice()),
+            ("w", Format::E4m3, vec![m, k], wc.as_slice()),
+            ("x_scale_inv", Format::F32, vec![n, 1], xs.as_slice()),
+            (scale, Format::F32, vec![m, 1], ws.as_slice()),
+            ("y", Format::Bf16, vec![n, m], y.as_slice()),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        project.runner(&["judge", "d.safetensors"])
+    };
+    judge("w_scale_inv").expect(0, "`w_scale_inv` of `d.safetensors` is taken as scale w");
+    let said = judge("factors").expect(1, "not used: `factors`");
+    assert!(said.out.contains("w has no scale"), "{}", said.out);
+    assert!(said.out.contains("not recognised"), "{}", said.out);
+}
+
+#[test]
+fn a_tile_in_another_type_than_nearly_all_is_blamed_and_the_others_are_not() {
+    let dump = Dump::new(99, [128, 256, 128]);
+    let mut y = dump.right();
+    for row in 32..64 {
+        for column in 64..96 {
+            y[row * 128 + column] *= 1.037;
+        }
+    }
+    let project = Project::new();
+    let tensors = [
+        ("x", Format::Bf16, vec![128, 256], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![128, 256], dump.w.as_slice()),
+        ("y", Format::F32, vec![128, 128], y.as_slice()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let said = project.runner(&["judge", "d.safetensors"]);
+    let words = ["nearly all of its values are bf16", "rows 32 to 63, columns 64 to 95"];
+    wrong(said, &words);
+
+    let project = crate::single::project();
+    write(&project, "d.safetensors", &tensors);
+    fs::remove_file(project.path("stages/pipeline.toml")).expect("removed");
+    let files = ["d.safetensors:x", "d.safetensors:w", "d.safetensors:y"];
+    let new = [&["new", "matmul", "g", "--from-files"], &files[..]].concat();
+    project.runner(&new).expect(0, "wrote `stages/g.toml`");
+    let said = project.runner(&["run", "stages", "--format", "json"]);
+    assert!(said.out.contains("rows 32 to 63, columns 64 to 95"), "{}", said.out);
+}
+
+#[test]
+fn a_stage_is_written_only_of_operands_that_fit_as_a_stage_reads_them() {
+    let dump = Dump::new(100, [16, 64, 24]);
+    let project = project();
+    let turned: Vec<f32> = (0..64)
+        .flat_map(|k| (0..24).map(move |m| (k, m)))
+        .map(|(k, m)| dump.w[m * 64 + k])
+        .collect();
+    let tensors = [
+        ("x", Format::Bf16, vec![16, 64], dump.x.as_slice()),
+        ("w", Format::Bf16, vec![24, 64], dump.w.as_slice()),
+        ("wt", Format::Bf16, vec![64, 24], turned.as_slice()),
+        ("y", Format::Bf16, vec![16, 24], &dump.right()),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let new = |id: &str, w: &str, y: &str| {
+        let files = ["d.safetensors:x", w, y];
+        project.runner(&[&["new", "matmul", id, "--from-files"], &files[..]].concat())
+    };
+    new("a", "d.safetensors:w", "d.safetensors:y").expect(0, "wrote");
+    new("b", "d.safetensors:wt", "d.safetensors:y").expect(2, "these fit with w as [K, M] only");
+    new("c", "d.safetensors:w", "d.safetensors:x").expect(2, "are no product");
+    assert!(!project.path("stages/b.toml").exists());
+}

@@ -216,8 +216,12 @@ pub fn rank(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     }
     let mut ranked: Vec<Fit> = Vec::new();
     while let Some(best) = best_of(&fits) {
+        let best = fits.remove(best);
+        if ranked.iter().any(|fit| fit.cause == best.cause && fit.detail == best.detail) {
+            continue;
+        }
         // The gain ranks and is not kept.
-        ranked.push(Fit { gain: 0.0, ..fits.remove(best) });
+        ranked.push(Fit { gain: 0.0, ..best });
         if ranked.len() == KEPT {
             break;
         }

@@ -3,6 +3,7 @@
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
+use crate::text::values_are;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "NaN or infinity appears where finite operands came in",
@@ -38,7 +39,8 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     };
     let rest = rest.filter(off).count();
     let detail = format!(
-        "{count} values are not finite, the first at [{row}, {column}]; every operand was finite"
+        "{} not finite, the first at [{row}, {column}]; every operand was finite",
+        values_are(count)
     );
     let fit = case.fit("non-finite-output", detail, 0, case.clean);
     // What is seen is no fit: the values are not finite.

@@ -15,7 +15,14 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let mut fits = Vec::new();
     for format in [Format::Bf16, Format::F16, Format::E4m3] {
-        let detail = format!("the result is rounded to {format}");
+        // The product that a bias is added to is rounded already.
+        let with_bias = case.gemm().is_some_and(|gemm| gemm.bias.is_some());
+        let detail = match with_bias && format == case.recipe.output {
+            true => {
+                format!("the product is rounded to {format} before the bias, and the sum again")
+            }
+            false => format!("the result is rounded to {format}"),
+        };
         let predicted = mapped(case.clean, |y| format.round(y));
         fits.extend(case.fit_if_any("output-rounded", detail, 0, &predicted));
         let detail = format!("the result is truncated to {format}");

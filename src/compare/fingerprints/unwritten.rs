@@ -3,6 +3,7 @@
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::tensor::Tensor;
+use crate::text::values_are;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a part of the result is zero: it was never written",
@@ -20,7 +21,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let first = pairs.clone().position(|(&s, &c)| zeroed(s, c)).unwrap_or(0);
     let predicted = pairs.map(|(&s, &c)| if zeroed(s, c) { s } else { c }).collect();
     let (row, column) = (first / case.subject.width(), first % case.subject.width());
-    let detail = format!("{count} values are zero, the first at [{row}, {column}]");
+    let detail = format!("{} zero, the first at [{row}, {column}]", values_are(count));
     let predicted = Tensor::new(case.subject.width(), predicted);
     let fit = case.fit("unwritten", detail, 0, &predicted);
     // Flushing makes single zeros too; only a result that is right elsewhere is unwritten.

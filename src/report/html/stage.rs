@@ -20,7 +20,7 @@ use crate::op::{Arm, LAYER_PROJECTIONS, Stream};
 use crate::record::{ArmState, StageRecord};
 use crate::report::commands::{explain, export, measures, of_stage};
 use crate::report::layers::Grid;
-use crate::text::share;
+use crate::text::{number, share};
 use crate::verdict::{Judgement, Outcome, Verdict};
 
 /// Stages of a run up to which all are unfolded.
@@ -209,6 +209,11 @@ fn bound(judgement: &Judgement, at: &str) -> Markup {
             (Some(min), None) => { "at least " (edge(min, "min")) }
             (None, Some(max)) => { "at most " (edge(max, "max")) }
             (None, None) => "none"
+        }
+        @if let Some(applied) = judgement.applied {
+            @let [least, most] = applied.map(|edge| edge.map(number));
+            ", widened for chance: "
+            (least.into_iter().chain(most).collect::<Vec<_>>().join(" to "))
         }
     }
 }
