@@ -25,6 +25,7 @@ use crate::judge::operands::recognised;
 use crate::op::{ChipName, FileTensor};
 use crate::tensor::Tensor;
 use crate::tensor_file::{self, TensorFileError};
+use crate::text::Shown;
 use crate::text::grouped;
 
 /// What to do.
@@ -118,7 +119,7 @@ pub enum ChipCommandError {
     #[error(transparent)]
     Compute(#[from] ComputeError),
     /// A file that cannot be written.
-    #[error("cannot write `{path}`: {source}; choose another place")]
+    #[error("cannot write `{}`: {source}; choose another place", path.shown())]
     Save {
         /// The file.
         path: PathBuf,
@@ -126,7 +127,7 @@ pub enum ChipCommandError {
         source: std::io::Error,
     },
     /// A file or tensor that is not what it should be.
-    #[error("`{path}`: {problem}")]
+    #[error("`{}`: {problem}", path.shown())]
     Content {
         /// The file.
         path: PathBuf,
@@ -329,7 +330,7 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
         None => writeln!(out, "y is not kept; `--save FILE` keeps it")?,
         Some(path) => {
             save(path, &y)?;
-            writeln!(out, "y written to `{}`", path.display())?;
+            writeln!(out, "y written to `{}`", path.shown())?;
         }
     }
     let exact = identified.is_none_or(|identified| identified.is_exact());

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::Format;
+use crate::text::Shown;
 
 /// Kernels that an op may be; the first one stands where nothing tells them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -278,12 +279,12 @@ impl EngineFile {
         const LARGEST: u64 = 1 << 16;
         let path = folder.join(name);
         let about = std::fs::metadata(&path);
-        let about = about.map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+        let about = about.map_err(|error| format!("cannot read `{}`: {error}", path.shown()))?;
         if !about.is_file() || about.len() > LARGEST {
-            return Err(format!("`{}` is no engine's file of TOML", path.display()));
+            return Err(format!("`{}` is no engine's file of TOML", path.shown()));
         }
-        let text = std::fs::read_to_string(&path);
-        let text = text.map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+        let text = crate::files::read_text(&path, LARGEST);
+        let text = text.map_err(|error| format!("cannot read `{}`: {error}", path.shown()))?;
         EngineFile::parse(&text, &path.display().to_string())
     }
 

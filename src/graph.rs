@@ -13,6 +13,7 @@ use petgraph::visit::{Dfs, Reversed};
 use crate::manifest::problem::{nearest, quoted_list};
 use crate::manifest::{Stage, cycle};
 use crate::op::StageId;
+use crate::text::one_line;
 
 /// Stages and their needs. An edge leads from a stage to one that needs it.
 #[derive(Clone, Debug)]
@@ -267,11 +268,6 @@ fn render_mermaid(graph: &Graph, stages: &BTreeMap<&StageId, &Stage>) -> String 
         }
     }
     text
-}
-
-/// Control characters and line breaks would break a table, a quote or a terminal.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The stages that an expression selects: `E` alone, `+E` with all that it

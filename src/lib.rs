@@ -13,6 +13,11 @@ pub mod random;
 pub mod tensor;
 pub mod text;
 
+// Beside everything: the only ways to a foreign file, to memory by a count, and to a terminal.
+pub mod files;
+pub mod memory;
+pub mod terminal;
+
 // Beside everything: the user's wish to stop.
 pub mod interrupt;
 

@@ -12,8 +12,10 @@ use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure, Site
 use crate::compute::GemmRecord;
 use crate::compute::shares::Shares;
 use crate::executor::command::CommandRecord;
+use crate::files;
 use crate::op::{Arm, Op, Recipe, StageId, Stream};
 use crate::plan::{GreedyRecord, SiteRecord};
+use crate::text::{Shown, shown};
 use crate::verdict::{First, Judgement, Outcome, Verdict, first_falsified};
 
 /// The version of [`RunRecord`].
@@ -222,7 +224,7 @@ pub enum ReadError {
     #[error(
         "`{}` has no run.json: the run was cut off{last}; run the stages again, what it finished \
          is in the cache",
-        folder.display()
+        folder.shown()
     )]
     CutOff {
         /// The run's folder.
@@ -231,7 +233,10 @@ pub enum ReadError {
         last: String,
     },
     /// The file or its folder cannot be read.
-    #[error("cannot read `{}`: {error}", path.display())]
+    #[error(
+        "cannot read `{}`: {error}; give another run, or run the stages again",
+        path.shown()
+    )]
     Unreadable {
         /// Its path.
         path: PathBuf,
@@ -239,19 +244,30 @@ pub enum ReadError {
         error: std::io::Error,
     },
     /// It is not a run.
-    #[error("`{}` is not a whole run.json: {error}; run the stages again", path.display())]
+    #[error("`{}` is not a whole run.json: {error}; run the stages again", path.shown())]
     Damaged {
         /// Its path.
         path: PathBuf,
         /// Where reading ended.
         error: serde_json::Error,
     },
+    /// It says that this version wrote it, and has something else in it.
+    #[error("`{}` is not what this runner writes: {}; run the stages again", path.shown(), shown(problem))]
+    Foreign {
+        /// Its path.
+        path: PathBuf,
+        /// What does not fit.
+        problem: String,
+    },
     /// Another version of the runner wrote it.
     #[error(
-        "`{}` was written by runner {writer} with schema {schema}, and this is runner {} with \
-         schema {SCHEMA}: {problem}; read it with runner {writer}",
-        path.display(),
-        env!("CARGO_PKG_VERSION")
+        "`{}` was written by runner {} with schema {}, and this is runner {} with schema \
+         {SCHEMA}: {problem}; read it with runner {}",
+        path.shown(),
+        shown(writer),
+        shown(schema),
+        env!("CARGO_PKG_VERSION"),
+        shown(writer)
     )]
     OtherVersion {
         /// Its path.
@@ -265,6 +281,9 @@ pub enum ReadError {
     },
 }
 
+/// The largest run.json that is read: some hundred thousand stages.
+const LARGEST_RUN: u64 = 4 << 30;
+
 impl RunRecord {
     /// Reads the run in a folder.
     ///
@@ -272,7 +291,7 @@ impl RunRecord {
     /// If it was cut off, is damaged, or comes from a version that wrote otherwise.
     pub fn read(folder: &Path) -> Result<RunRecord, ReadError> {
         let path = folder.join("run.json");
-        let text = match std::fs::read_to_string(&path) {
+        let text = match files::read_text(&path, LARGEST_RUN) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() => {
                 let last = last_event(folder);
@@ -293,13 +312,19 @@ impl RunRecord {
         if schema != SCHEMA {
             return Err(other("the formats differ".to_owned()));
         }
-        serde_json::from_value(json).map_err(|error| other(error.to_string()))
+        serde_json::from_value(json).map_err(|error| match writer.as_str() {
+            env!("CARGO_PKG_VERSION") => {
+                let (path, problem) = (path.clone(), error.to_string());
+                ReadError::Foreign { path, problem }
+            }
+            _ => other(error.to_string()),
+        })
     }
 }
 
 /// The last line of a run's events, in words.
 fn last_event(folder: &Path) -> String {
-    let text = std::fs::read_to_string(folder.join("events.jsonl")).unwrap_or_default();
+    let text = files::read_text(&folder.join("events.jsonl"), LARGEST_RUN).unwrap_or_default();
     let mut events = text.lines().filter_map(|line| serde_json::from_str(line).ok());
     let Some(last) = events.next_back() else { return String::new() };
     let last: serde_json::Value = last;

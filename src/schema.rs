@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::dtype::Format;
 use crate::manifest::names::PRESETS;
+use crate::manifest::{LONGEST_TIMEOUT, MOST_PATTERNS, MOST_THREADS};
 use crate::metric::Metric;
 use crate::op::{Arm, ChipName, Distribution, Engine, Stream};
 
@@ -199,7 +200,10 @@ fn settings() -> Value {
         "arms": says("who computes the stage", arms),
         "recipe": recipe(),
         "resources": says("what the stage takes of the machine", closed(&[], json!({
-            "threads": says("threads that compute; all where none is written", whole(1)),
+            "threads": says(
+                "threads that compute; all where none is written",
+                json!({ "type": "integer", "minimum": 1, "maximum": MOST_THREADS }),
+            ),
         }))),
     })
 }
@@ -391,7 +395,10 @@ fn program() -> Value {
         "inputs": says("files and folders that it reads", list(text(), 0)),
         "env": says("names of variables that it sees as the runner does", list(text(), 0)),
         "set": says("variables with values", texts()),
-        "timeout": says("seconds after which it is killed", whole(1)),
+        "timeout": says(
+            "seconds after which it is killed",
+            json!({ "type": "integer", "minimum": 1, "maximum": LONGEST_TIMEOUT }),
+        ),
         "retries": says(
             "how often it is started again after a failure",
             json!({ "type": "integer", "minimum": 0, "maximum": 10 }),
@@ -415,7 +422,7 @@ fn command() -> Value {
         json!({
             "outputs": says("files that it must write", list(text(), 0)),
             "accepts": says("exit statuses that count as a result; 0 where none is written", list(status, 1)),
-            "patterns": says("what is counted in its output", list(pattern, 0)),
+            "patterns": says("what is counted in its output", most(list(pattern, 0), MOST_PATTERNS)),
             "digests": says("the blake3 hash that an output must have, by path", texts()),
         }),
     );
@@ -556,6 +563,12 @@ fn texts() -> Value {
 
 fn list(items: Value, least: usize) -> Value {
     json!({ "type": "array", "minItems": least, "items": items })
+}
+
+/// The same list with at most so many items.
+fn most(mut list: Value, most: usize) -> Value {
+    list["maxItems"] = json!(most);
+    list
 }
 
 /// What a key means, for editors and the reference.

@@ -1,7 +1,10 @@
-//! Numbers as people read them, the same in every report, and patterns in the
-//! texts of programs.
+//! Numbers as people read them, the same in every report, patterns in the texts of
+//! programs, and names from outside that are put into a message.
 //!
-//! It knows digits and lines, not what is counted.
+//! It knows digits, letters and lines, not what is counted or named.
+
+use std::fmt;
+use std::path::Path;
 
 /// A number for people: four significant digits, plain where that is short.
 pub fn number(value: f64) -> String {
@@ -47,7 +50,67 @@ pub fn grouped(count: usize) -> String {
 /// # Errors
 /// In the words of the expression's parser.
 pub fn lines_pattern(pattern: &str) -> Result<regex::bytes::Regex, regex::Error> {
-    regex::bytes::RegexBuilder::new(pattern).multi_line(true).build()
+    /// Bytes of a compiled pattern: an alphabet repeated a hundred times fits.
+    const LARGEST: usize = 1 << 20;
+    regex::bytes::RegexBuilder::new(pattern).multi_line(true).size_limit(LARGEST).build()
+}
+
+/// A letter that may stand within a line, or what stands for one that may not: what a
+/// terminal obeys, what ends a line, and what turns the direction of writing.
+pub fn cleaned(c: char) -> char {
+    match c {
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+            '\u{fffd}'
+        }
+        c if c.is_control() => '\u{fffd}',
+        c => c,
+    }
+}
+
+/// A text as one line: white space stays white space, and what is not to be printed is
+/// replaced.
+pub fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_whitespace() { ' ' } else { cleaned(c) }).collect()
+}
+
+/// A name out of a file as it may be printed: one line, and no novel.
+pub fn shown(name: &str) -> String {
+    const LONGEST: usize = 120;
+    let printable = name.chars().map(cleaned);
+    match name.chars().count() {
+        0..=LONGEST => printable.collect(),
+        _ => printable.take(LONGEST).chain(['\u{2026}']).collect(),
+    }
+}
+
+/// What is said where the system starts no more threads.
+pub fn no_threads(wanted: usize, error: &dyn std::fmt::Display) -> String {
+    format!(
+        "the system does not start {wanted} threads ({error}); allow more processes (`ulimit -u`, \
+         the container's limit of pids), or ask for fewer cores"
+    )
+}
+
+/// A path as it may be printed: on one line, with nothing that a terminal obeys.
+pub trait Shown {
+    /// To be put into a message.
+    fn shown(&self) -> ShownPath<'_>;
+}
+
+impl Shown for Path {
+    fn shown(&self) -> ShownPath<'_> {
+        ShownPath(self)
+    }
+}
+
+/// See [`Shown`].
+pub struct ShownPath<'a>(&'a Path);
+
+impl fmt::Display for ShownPath<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_string_lossy();
+        text.chars().try_for_each(|c| fmt::Write::write_char(f, cleaned(c)))
+    }
 }
 
 /// A share as per cent, three significant digits.

@@ -12,13 +12,16 @@
 //! One line each, appended; the last one of a file and part counts. A line whose
 //! check is wrong (a flipped bit, a torn write) is reported and not believed.
 
+use crate::files;
+use crate::interrupt;
+use crate::text::Shown;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, Metadata};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use blake3::Hash;
 use rayon::prelude::*;
@@ -71,14 +74,36 @@ impl Stamp {
         let grain = if last % SECOND == 0 { 2 * SECOND } else { 20_000_000 };
         now.saturating_sub(last) > grain
     }
+}
 
-    /// Whether the file was written, or is another one, since it had the earlier stamp.
-    /// Its name, its mode and the number of its links may have changed.
-    pub fn is_written_since(&self, earlier: &Stamp) -> bool {
-        let written = |Stamp { device, inode, size, modified, .. }: &Stamp| {
+/// What is known of a file without reading it, to tell later whether it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Its stamp.
+    pub stamp: Stamp,
+    mode: u32,
+    links: u64,
+    is_file: bool,
+}
+
+impl Facts {
+    /// Of an opened or inspected file.
+    pub fn of(facts: &Metadata) -> Facts {
+        let (mode, links, is_file) = (facts.mode(), facts.nlink(), facts.is_file());
+        Facts { stamp: Stamp::of(facts), mode, links, is_file }
+    }
+
+    /// Whether the file was written, or is another one, since these were the facts. Its name,
+    /// its mode and the number of its links may have changed. Where something changed and
+    /// nothing shows what, it was written and given its old times back.
+    pub fn is_written_since(&self, earlier: &Facts) -> bool {
+        let content = |Stamp { device, inode, size, modified, .. }: &Stamp| {
             (*device, *inode, *size, *modified)
         };
-        written(self) != written(earlier)
+        let hidden = self.is_file
+            && self.stamp != earlier.stamp
+            && (self.mode, self.links) == (earlier.mode, earlier.links);
+        content(&self.stamp) != content(&earlier.stamp) || hidden
     }
 }
 
@@ -163,15 +188,24 @@ impl Stamps {
     /// # Errors
     /// If it cannot be read.
     pub fn digest(&self, path: &Path) -> std::io::Result<Hash> {
+        self.digest_until(path, None)
+    }
+
+    /// As [`Stamps::digest`], which gives up at a time.
+    pub(super) fn digest_until(
+        &self,
+        path: &Path,
+        until: Option<Instant>,
+    ) -> std::io::Result<Hash> {
         let stamp = Stamp::of(&std::fs::metadata(path)?);
         if let Some(digest) = self.known(&stamp, "") {
             return Ok(digest);
         }
-        let file = File::open(path)?;
+        let mut file = files::open(path)?;
         // Of what was opened, whatever the name has come to mean since.
         let stamp = Stamp::of(&file.metadata()?);
         let started = now();
-        let digest = hash_file(&file, stamp.size)?;
+        let digest = hash_file(&mut file, stamp.size, until)?;
         if Stamp::of(&file.metadata()?) == stamp {
             self.note(stamp, "", digest, (stamp.size, started));
         }
@@ -280,25 +314,53 @@ pub fn now() -> i64 {
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// Hashes an opened file: a large one mapped and by all threads.
-fn hash_file(file: &File, size: u64) -> std::io::Result<Hash> {
+/// Hashes an opened file, a large one by all threads. It is read and not mapped: under a map
+/// a file that somebody shortens would end the program.
+fn hash_file(file: &mut File, size: u64, until: Option<Instant>) -> std::io::Result<Hash> {
+    /// Files of the kernel's own say that they are empty; none is larger than this.
+    const OF_THE_KERNEL: u64 = 64 << 20;
+    let most = if size == 0 { OF_THE_KERNEL } else { size };
+    let mut left = most;
     let mut hasher = blake3::Hasher::new();
-    if size >= 128 << 10 {
-        // `update_mmap_rayon` takes a path; this is the same file by its open handle.
-        let handle = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
-        hasher.update_mmap_rayon(handle)?;
-    } else {
-        hasher.update_reader(file)?;
+    let mut buffer = vec![0; BLOCK.min(most as usize)];
+    while left > 0 {
+        if interrupt::requested() {
+            return Err(std::io::Error::other("stopped on request"));
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = match file.read(&mut buffer[..wanted]) {
+            Ok(0) => break,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            count => count?,
+        };
+        if count < WORTH_THREADS {
+            hasher.update(&buffer[..count]);
+        } else {
+            hasher.update_rayon(&buffer[..count]);
+        }
+        left -= count as u64;
+    }
+    if size > 0 && left > 0 {
+        let problem = "it became shorter while it was read; try again when nobody writes it";
+        return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, problem));
     }
     Ok(hasher.finalize())
 }
 
+/// Bytes that are read at once.
+const BLOCK: usize = 8 << 20;
+/// Fewer bytes are hashed faster by one thread.
+const WORTH_THREADS: usize = 128 << 10;
+
 /// Reads a file of this run's once more, now that a change would show.
 fn confirm(path: &Path) -> Option<(Stamp, Hash)> {
-    let file = File::open(path).ok()?;
+    let mut file = files::open(path).ok()?;
     let stamp = Stamp::of(&file.metadata().ok()?);
     let settled = stamp.settled(now());
-    let digest = hash_file(&file, stamp.size).ok()?;
+    let digest = hash_file(&mut file, stamp.size, None).ok()?;
     let unchanged = Stamp::of(&file.metadata().ok()?) == stamp;
     (settled && unchanged).then_some((stamp, digest))
 }
@@ -320,7 +382,7 @@ fn load(log: &Path, state: &mut State) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
         Err(error) => {
-            tracing::warn!("cannot read `{}`: {error}; files are hashed again", log.display());
+            tracing::warn!("cannot read `{}`: {error}; files are hashed again", log.shown());
             return;
         }
     };
@@ -338,7 +400,7 @@ fn load(log: &Path, state: &mut State) {
     if damaged > 0 {
         tracing::warn!(
             "{damaged} lines of `{}` are damaged and are not believed; their files are hashed again",
-            log.display()
+            log.shown()
         );
     }
 }

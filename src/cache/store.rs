@@ -20,7 +20,7 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -31,7 +31,10 @@ use serde_json::value::RawValue;
 
 use super::key::{Key, KeyWalk};
 use super::stamps::{Stamps, check_of};
+use crate::files;
 use crate::interrupt;
+use crate::model::synthetic;
+use crate::text::Shown;
 
 const LATEST: &str = "latest.log";
 const IN_USE: &str = "in-use";
@@ -45,7 +48,7 @@ const WORTH_SHARING: u64 = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
     /// The file system refused.
-    #[error("cannot {action} `{}`: {source}; check the folder's rights and the free space, or choose another with `--runs`", path.display())]
+    #[error("cannot {action} `{}`: {source}; check the folder's rights and the free space, or choose another with `--runs`", path.shown())]
     Io {
         /// What was tried.
         action: &'static str,
@@ -55,7 +58,7 @@ pub enum CacheError {
         source: std::io::Error,
     },
     /// A stored file is not what was stored.
-    #[error("`{}` is damaged ({problem}); it was moved aside and will be computed again", path.display())]
+    #[error("`{}` is damaged ({problem}); it was moved aside and will be computed again", path.shown())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -344,19 +347,23 @@ impl Store {
         self.root.join("attempts")
     }
 
-    /// Takes a finished file into the store by moving it; gives its hash.
+    /// Takes a finished file into the store by moving it; gives its hash, or nothing if it
+    /// could not be read until then.
     ///
     /// # Errors
     /// If it cannot be read or moved.
-    pub fn adopt(&self, file: &Path) -> Result<String, CacheError> {
-        let hash = Stamps::forgetful().digest(file).map_err(|source| io("read", file, source))?;
+    pub fn adopt(&self, file: &Path, until: Option<Instant>) -> Result<Option<String>, CacheError> {
+        let hash = match Stamps::forgetful().digest_until(file, until) {
+            Err(error) if error.kind() == ErrorKind::TimedOut => return Ok(None),
+            hash => hash.map_err(|source| io("read", file, source))?,
+        };
         let digest = hash.to_hex().to_string();
         let path = self.blob_path(&digest);
         let folder = path.parent().unwrap_or(&self.root);
         std::fs::create_dir_all(folder).map_err(|source| io("make", folder, source))?;
         // Also over one that is there: if that is damaged, this is its repair.
         std::fs::rename(file, &path).map_err(|source| io("write", &path, source))?;
-        Ok(digest)
+        Ok(Some(digest))
     }
 
     /// Whether something that a program wrote is there and is what it was; if it is
@@ -407,7 +414,7 @@ impl Store {
         }
         match taker(target) {
             Some(taker) => taker
-                .and_then(|mut taker| std::io::copy(&mut File::open(&path)?, &mut taker))
+                .and_then(|mut taker| std::io::copy(&mut files::open(&path)?, &mut taker))
                 .map(drop)
                 .map_err(|source| io("write", target, source)),
             None => copy_whole(&path, &followed(target), false),
@@ -446,6 +453,14 @@ impl Store {
         self.latest_keys().as_ref()?.keys.get(&name_of(who)).cloned()
     }
 
+    /// How many whole lines of the log are damaged. The last one may be half-written now.
+    pub(super) fn damaged_lines(&self) -> usize {
+        let bytes = std::fs::read(self.root.join(LATEST)).unwrap_or_default();
+        let whole = bytes.split_inclusive(|byte| *byte == b'\n');
+        let whole = whole.filter_map(|line| line.strip_suffix(b"\n"));
+        whole.filter(|line| !line.is_empty() && sound_line(line).is_none()).count()
+    }
+
     fn latest_keys(&self) -> MutexGuard<'_, Option<Latest>> {
         let mut guard = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         guard.get_or_insert_with(|| read_latest(&self.root.join(LATEST)));
@@ -456,9 +471,9 @@ impl Store {
     pub(super) fn move_aside(&self, path: &Path) {
         let aside = path.with_extension("damaged");
         if let Err(error) = std::fs::rename(path, &aside) {
-            tracing::warn!("cannot move `{}` aside: {error}", path.display());
+            tracing::warn!("cannot move `{}` aside: {error}", path.shown());
         } else {
-            tracing::warn!("`{}` was damaged and was moved aside", path.display());
+            tracing::warn!("`{}` was damaged and was moved aside", path.shown());
         }
     }
 }
@@ -466,7 +481,8 @@ impl Store {
 /// Whether this is the name of a file that a runner is writing, and will give another name:
 /// as `tempfile` makes it, with six letters and digits.
 pub fn is_draft(name: &OsStr) -> bool {
-    let drawn = name.as_encoded_bytes().strip_prefix(DRAFT.as_bytes());
+    let name = name.as_encoded_bytes();
+    let drawn = [DRAFT, synthetic::DRAFT].iter().find_map(|d| name.strip_prefix(d.as_bytes()));
     drawn.is_some_and(|drawn| drawn.len() == 6 && drawn.iter().all(u8::is_ascii_alphanumeric))
 }
 
@@ -493,16 +509,19 @@ fn latest_line(who: &str, key: &Key) -> String {
     format!("{text} {check}\n")
 }
 
+/// Who a line speaks of, and the key; none if its check does not fit.
+fn sound_line(line: &[u8]) -> Option<(&str, &str)> {
+    let (text, check) = std::str::from_utf8(line).ok()?.rsplit_once(' ')?;
+    (check_of(text.as_bytes()) == check).then(|| text.split_once(' '))?
+}
+
 fn read_latest(path: &Path) -> Latest {
     let mut latest = Latest::default();
     let bytes = std::fs::read(path).unwrap_or_default();
     let mut damaged = 0;
     for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
         latest.lines += 1;
-        let line = std::str::from_utf8(line).ok();
-        let sound = line.and_then(|line| line.rsplit_once(' '));
-        let sound = sound.filter(|(text, check)| check_of(text.as_bytes()) == *check);
-        match sound.and_then(|(text, _)| text.split_once(' ')) {
+        match sound_line(line) {
             Some((who, key)) => {
                 latest.keys.insert(who.to_owned(), Key(key.to_owned()));
             }
@@ -510,7 +529,7 @@ fn read_latest(path: &Path) -> Latest {
         }
     }
     if damaged > 0 {
-        tracing::warn!("{damaged} lines of `{}` are damaged and are ignored", path.display());
+        tracing::warn!("{damaged} lines of `{}` are damaged and are ignored", path.shown());
     }
     latest
 }

@@ -11,7 +11,9 @@ use std::time::SystemTime;
 use serde_json::Value;
 
 use super::key::KeyWalk;
-use super::store::{Action, CacheError, Store, decode_record, io};
+use super::stamps::Stamps;
+use super::store::{Action, CacheError, Store, decode_record, io, is_draft, unsealed};
+use crate::model::synthetic;
 
 /// One stored action.
 #[derive(Debug)]
@@ -45,8 +47,20 @@ pub struct Health {
     pub objects: usize,
     /// Bytes of sound objects.
     pub bytes: u64,
+    /// Sound generated models.
+    pub models: usize,
+    /// Lines of `latest.log` that are damaged, and are not believed.
+    pub lines: usize,
     /// What was damaged and was moved aside, and why.
     pub damaged: Vec<(PathBuf, &'static str)>,
+}
+
+impl Health {
+    /// Whether nothing was damaged that holds a result. A line of the log that nobody believes
+    /// costs a reason, and stays until the log is written anew.
+    pub fn is_sound(&self) -> bool {
+        self.damaged.is_empty()
+    }
 }
 
 /// What `gc` did.
@@ -111,46 +125,64 @@ impl Store {
         tensors.chain(blobs.map(|digest| self.blob_path(&digest))).collect()
     }
 
-    /// Reads everything; what is not what it was is moved aside.
+    /// Reads everything; what is not what it was is moved aside. What a run is writing has no
+    /// name yet and is left alone, and `gc` waits.
     ///
     /// # Errors
     /// If the folder cannot be read.
     pub fn verify(&self) -> Result<Health, CacheError> {
+        // A cache that cannot be written is verified too: nobody clears it.
+        let _in_use = self.in_use();
         let mut health = Health::default();
         for path in files_below(&self.root().join("actions"))? {
-            let bytes = std::fs::read(&path).map_err(|source| io("read", &path, source))?;
-            let problem = match decode_record(&bytes) {
-                None => Some("its check does not fit"),
-                Some(action) if KeyWalk::again(&action.fields).key() != action.key => {
-                    Some("its fields do not give its key")
-                }
-                Some(action) if self.action_path(&action.key) != path => {
-                    Some("it has the name of another")
-                }
-                Some(_) => None,
-            };
-            match problem {
-                None => health.actions += 1,
-                Some(problem) => {
-                    self.move_aside(&path);
-                    health.damaged.push((path, problem));
-                }
-            }
+            let problem = self.problem_of_record(&path)?;
+            health.actions += self.took(&mut health.damaged, &path, problem);
         }
         for path in files_below(&self.root().join("objects"))? {
-            let mut hasher = blake3::Hasher::new();
-            let hashed = hasher.update_mmap_rayon(&path).map(|hasher| hasher.finalize());
-            let hash = hashed.map_err(|source| io("read", &path, source))?;
-            let name = path.file_stem().map(|name| name.to_string_lossy().into_owned());
-            if name.as_deref() == Some(hash.to_hex().as_str()) {
-                health.objects += 1;
-                health.bytes += std::fs::metadata(&path).map_or(0, |facts| facts.len());
-            } else {
-                self.move_aside(&path);
-                health.damaged.push((path, "its hash is not its name"));
+            let problem = problem_of_object(&path)?;
+            let sound = self.took(&mut health.damaged, &path, problem);
+            health.objects += sound;
+            health.bytes += std::fs::metadata(&path).map_or(0, |facts| facts.len());
+        }
+        for path in files_below(&self.models())? {
+            let problem = problem_of_model(&path)?;
+            health.models += self.took(&mut health.damaged, &path, problem);
+        }
+        for path in files_below(&self.root().join("unchanged"))? {
+            let problem = problem_of_list(&path)?;
+            self.took(&mut health.damaged, &path, problem);
+        }
+        health.lines = self.damaged_lines();
+        Ok(health)
+    }
+
+    /// Moves a damaged file aside; gives the number of sound files, 1 or 0.
+    fn took(&self, damaged: &mut Vec<(PathBuf, &'static str)>, path: &Path, found: Found) -> usize {
+        match found {
+            Found::Sound => 1,
+            Found::NoneOfOurs => 0,
+            Found::Damaged(problem) => {
+                self.move_aside(path);
+                damaged.push((path.to_owned(), problem));
+                0
             }
         }
-        Ok(health)
+    }
+
+    fn problem_of_record(&self, path: &Path) -> Result<Found, CacheError> {
+        let Some(bytes) = still_there(path, std::fs::read(path))? else {
+            return Ok(Found::NoneOfOurs);
+        };
+        Ok(match decode_record(&bytes) {
+            None => Found::Damaged("its check does not fit"),
+            Some(action) if KeyWalk::again(&action.fields).key() != action.key => {
+                Found::Damaged("its fields do not give its key")
+            }
+            Some(action) if self.action_path(&action.key) != path => {
+                Found::Damaged("it has the name of another")
+            }
+            Some(_) => Found::Sound,
+        })
     }
 
     /// Removes actions that were not used for longest until the rest fits the budget, and
@@ -212,6 +244,13 @@ impl Store {
                 self.remove(&path, budget)?;
             }
         }
+        for folder in ["actions", "objects", "models", "programs", "unchanged"] {
+            for path in drafts_below(&self.root().join(folder))? {
+                cleared.files += 1;
+                cleared.freed += std::fs::metadata(&path).map_or(0, |facts| facts.len());
+                self.remove(&path, budget)?;
+            }
+        }
         // Nobody reads them now. In `locks` older runners kept theirs.
         for folder in ["unchanged", "locks"] {
             for path in files_below(&self.root().join(folder))? {
@@ -248,8 +287,74 @@ impl Store {
     }
 }
 
-/// All plain files below a folder but those moved aside, sorted; none if it is not there.
+/// What a look at a file showed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Sound,
+    Damaged(&'static str),
+    /// It went away meanwhile, or nothing is known of it.
+    NoneOfOurs,
+}
+
+/// A file of a living run's store may go, or be moved aside by another, at any moment.
+fn still_there<T>(path: &Path, read: std::io::Result<T>) -> Result<Option<T>, CacheError> {
+    match read {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some).map_err(|source| io("read", path, source)),
+    }
+}
+
+fn problem_of_object(path: &Path) -> Result<Found, CacheError> {
+    let hash = Stamps::forgetful().digest(path);
+    let Some(hash) = still_there(path, hash)? else { return Ok(Found::NoneOfOurs) };
+    let name = path.file_stem().map(|name| name.to_string_lossy().into_owned());
+    Ok(match name.as_deref() == Some(hash.to_hex().as_str()) {
+        true => Found::Sound,
+        false => Found::Damaged("its hash is not its name"),
+    })
+}
+
+/// A generated model is held to the digest that was noted when it was made.
+fn problem_of_model(path: &Path) -> Result<Found, CacheError> {
+    if path.extension().is_none_or(|ending| ending != "gguf") {
+        return Ok(Found::NoneOfOurs);
+    }
+    // The next run makes one for a model of an earlier version.
+    let Some(made) = synthetic::noted(path) else { return Ok(Found::NoneOfOurs) };
+    let hash = still_there(path, Stamps::forgetful().digest(path))?;
+    Ok(match hash {
+        None => Found::NoneOfOurs,
+        Some(hash) if hash == made => Found::Sound,
+        Some(_) => Found::Damaged("it is not what it was when it was made"),
+    })
+}
+
+fn problem_of_list(path: &Path) -> Result<Found, CacheError> {
+    let bytes = still_there(path, std::fs::read(path))?;
+    Ok(match bytes.as_deref().map(unsealed) {
+        None => Found::NoneOfOurs,
+        Some(Some(_)) => Found::Sound,
+        Some(None) => Found::Damaged("its check does not fit"),
+    })
+}
+
+/// All plain files below a folder but drafts and those moved aside, sorted; none if it is
+/// not there.
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>, CacheError> {
+    let mut files = all_below(folder)?;
+    files.retain(|path| !path.file_name().is_some_and(is_draft));
+    Ok(files)
+}
+
+/// What runs that were killed have left half-written. Nobody else's draft is there while
+/// nobody uses the store.
+fn drafts_below(folder: &Path) -> Result<Vec<PathBuf>, CacheError> {
+    let mut files = all_below(folder)?;
+    files.retain(|path| path.file_name().is_some_and(is_draft));
+    Ok(files)
+}
+
+fn all_below(folder: &Path) -> Result<Vec<PathBuf>, CacheError> {
     let mut files = Vec::new();
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {

@@ -7,7 +7,9 @@ use clap::{Args, Subcommand};
 
 use super::{FALSIFIED, PASS, keep, print, record_of, stamps_of, store_of};
 use crate::cache::{Budget, Held, Spare};
+use crate::manifest::problem::plural;
 use crate::record::RunRecord;
+use crate::text::Shown;
 
 /// The mark of a run whose results `gc` keeps.
 const PINNED: &str = "pinned";
@@ -68,15 +70,22 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
             let health = store.verify().map_err(failed)?;
             let mut text = String::new();
             for (path, problem) in &health.damaged {
-                text += &format!("damaged: `{}`: {problem}; moved aside\n", path.display());
+                text += &format!("damaged: `{}`: {problem}; moved aside\n", path.shown());
             }
-            let (actions, objects) = (health.actions, health.objects);
-            text += &format!(
-                "{actions} actions and {objects} objects are sound, {}\n",
-                size(health.bytes)
-            );
-            print(&text)?;
-            Ok(if health.damaged.is_empty() { PASS } else { FALSIFIED })
+            if health.lines > 0 {
+                text += &format!(
+                    "warning: {} of `latest.log` damaged; nobody believes them, and no result is lost\n",
+                    plural(health.lines, "line")
+                );
+            }
+            let (actions, objects, models) = (health.actions, health.objects, health.models);
+            text += &format!("{actions} actions and {objects} objects are sound, ");
+            text += &size(health.bytes);
+            if models > 0 {
+                text += &format!("; {} as made", plural(models, "generated model"));
+            }
+            print(&(text + "\n"))?;
+            Ok(if health.is_sound() { PASS } else { FALSIFIED })
         }
         CacheCommand::Gc { budget, dry_run } => {
             let pinned = pinned_objects(runs)?;
@@ -96,14 +105,14 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
         CacheCommand::Pin { run } => {
             let mark = mark_of(runs, run)?;
             std::fs::write(&mark, "")
-                .map_err(|e| format!("cannot write `{}`: {e}", mark.display()))?;
+                .map_err(|e| format!("cannot write `{}`: {e}", mark.shown()))?;
             print("pinned\n")
         }
         CacheCommand::Unpin { run } => {
             let mark = mark_of(runs, run)?;
             if mark.exists() {
                 std::fs::remove_file(&mark)
-                    .map_err(|e| format!("cannot remove `{}`: {e}", mark.display()))?;
+                    .map_err(|e| format!("cannot remove `{}`: {e}", mark.shown()))?;
             }
             print("not pinned\n")
         }
@@ -112,9 +121,8 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
             let mut text = String::new();
             for file in files {
                 let digest = stamps.digest(file);
-                let digest =
-                    digest.map_err(|e| format!("cannot read `{}`: {e}", file.display()))?;
-                text += &format!("{digest}  {}\n", file.display());
+                let digest = digest.map_err(|e| format!("cannot read `{}`: {e}", file.shown()))?;
+                text += &format!("{digest}  {}\n", file.shown());
             }
             keep(&stamps);
             print(&text)

@@ -12,6 +12,7 @@ use crate::manifest::{Overrides, Pipeline, Prompt, Stage};
 use crate::op::{LayerNumber, Op, Recorded};
 use crate::plan::PlanError;
 use crate::tensor_file::TensorFile;
+use crate::text::Shown;
 
 pub(super) fn check(folder: &Path) -> Result<u8, String> {
     let pipeline = load_pipeline(folder, &Overrides::default())?;
@@ -65,10 +66,10 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
             && !model.exists()
             && !is_made(model)
         {
-            found(not_there(model, &model.display(), "the manifest's folder"));
+            found(not_there(model, &model.shown(), "the manifest's folder"));
         }
         for file in stage.files().into_iter().filter(|file| !file.exists() && !is_made(file)) {
-            found(not_there(file, &file.display(), "the manifest's folder"));
+            found(not_there(file, &file.shown(), "the manifest's folder"));
         }
         tensors(stage).into_iter().for_each(&mut found);
     }
@@ -135,7 +136,7 @@ fn names(stage: &Stage, recorded: &Recorded, file: &TensorFile) -> Vec<String> {
         problems.push(format!(
             "no tensor of `{}` is called `{pattern}`, as `{site}` is by `[recorded.names]`; \
              {near}it has {}",
-            recorded.file.display(),
+            recorded.file.shown(),
             quoted_list(&patterns)
         ));
     }
@@ -148,7 +149,7 @@ fn names(stage: &Stage, recorded: &Recorded, file: &TensorFile) -> Vec<String> {
         problems.push(format!(
             "`{}` has {first} rows, and the prompt has {}: record the pass of this prompt, or set \
              `tokens` to those of the recorded pass",
-            recorded.file.display(),
+            recorded.file.shown(),
             plural(tokens.len(), "token")
         ));
     }

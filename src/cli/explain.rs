@@ -9,7 +9,7 @@ use crate::compute::arms::is_gemm;
 use crate::manifest::problem::plural;
 use crate::op::Stream;
 use crate::record::StageRecord;
-use crate::text::{grouped, number, percent};
+use crate::text::{grouped, number, one_line, percent};
 use crate::verdict::{Judgement, Outcome};
 
 /// Layers that are printed of a growth; of more, some are left out.
@@ -30,7 +30,7 @@ fn reasoning(stage: &StageRecord, run: &str) -> String {
     let mut text = String::new();
     let mut line = |words: String| {
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{words}");
+        let _ = writeln!(text, "{}", one_line(&words));
     };
     line(format!("Stage {} of run {run}: {}", stage.id, stage.title));
     line(format!("Verdict: {}. {}", stage.verdict, stage.why));

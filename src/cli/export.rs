@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{print, record_of, store_of};
 use crate::op::Arm;
+use crate::text::Shown;
 
 pub(super) fn export(
     run: &str,
@@ -29,6 +30,6 @@ pub(super) fn export(
     print(&format!(
         "{} sites of {stage} {arm} of run {id} in {}\n",
         result.sites.len(),
-        out.display()
+        out.shown()
     ))
 }

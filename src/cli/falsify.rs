@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::{FALSIFIED, PASS, graph_of, print};
-use crate::cache::Store;
+use crate::cache::{Stamps, Store};
 use crate::dtype::Format;
 use crate::falsify::{
     Alarm, Beside, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plant, Plot, Setting, Trial, bugs,
@@ -18,6 +18,7 @@ use crate::graph::{Graph, select};
 use crate::manifest::Pipeline;
 use crate::op::{Arm, Recipe};
 use crate::plan::open_model;
+use crate::terminal::tell_line;
 use crate::verdict::Verdict;
 
 #[derive(Args)]
@@ -105,7 +106,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
         );
     }
     let folder = tempfile::tempdir().map_err(|error| format!("cannot make a folder: {error}"))?;
-    let store = Store::new(folder.path());
+    let (store, stamps) = (Store::new(folder.path()), Stamps::forgetful());
     let beside = Beside::new(&store, args.gpu)?;
     let mut trials = Vec::new();
     let mut silent: Option<BTreeSet<String>> = None;
@@ -122,7 +123,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                 Some(text) => select(&graph, &pipeline.stages, text).map_err(|e| e.to_string())?,
             };
             let base = pipeline.stages.first().ok_or("the folder has no stage")?;
-            let open = open_model(&base.model, base.seed, &store)?;
+            let open = open_model(&base.model, base.seed, &store, &stamps)?;
             for gemm in &args.recipes {
                 let recipe = Recipe { gemm: gemm.format(), ..base.recipe };
                 for (number, bug) in wanted.iter().enumerate() {
@@ -159,7 +160,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                         };
                         let plot = Plot { bug, site: site.clone(), seed, role, noise };
                         let trial = try_bug(&setting, plot)?;
-                        eprintln!("{}", line_of(&trial));
+                        tell_line(&line_of(&trial));
                         of_model.push(trial);
                     }
                 }
@@ -231,7 +232,7 @@ fn clean(args: &FalsifyArgs) -> Result<CleanTally, String> {
     };
     clean_runs(&runs, &|alarm| {
         let Alarm { setting, stage, verdict, why } = alarm;
-        eprintln!("clean: {setting}, stage {stage}: {verdict}: {why}");
+        tell_line(&format!("clean: {setting}, stage {stage}: {verdict}: {why}"));
     })
 }
 

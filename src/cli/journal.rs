@@ -3,6 +3,7 @@
 //! `events.jsonl` is the journal of a run: a line is there before the work that it
 //! names begins, and after it has ended.
 
+use crate::terminal::tell_line;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -15,7 +16,9 @@ pub(super) fn tell_what_was_cut_off(runs: &Path, run: &str) {
         0 => "between two stages".to_owned(),
         _ => format!("while it ran {}", open.into_iter().collect::<Vec<_>>().join(", ")),
     };
-    eprintln!("run {run} was cut off {what}; this one carries on from what it had finished");
+    tell_line(&format!(
+        "run {run} was cut off {what}; this one carries on from what it had finished"
+    ));
 }
 
 /// The arms that started and did not end. A last line that was cut off names nothing.

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use clap::{Args, ValueEnum};
 
 use super::chip::chip_name;
-use super::{FALSIFIED, PASS, print};
+use super::{FALSIFIED, PASS, print, print_bytes};
 use crate::compute::ComputeError;
 use crate::compute::emulated::chip::CHIPS;
 use crate::dtype::Format;
@@ -21,7 +21,7 @@ use crate::model::{Rope, RopeLayout};
 use crate::op::ChipName;
 use crate::tensor::Tensor;
 use crate::tensor_file::TensorFile;
-use crate::text::values_are;
+use crate::text::{Shown, values_are};
 
 /// Rows and columns on which readings of the axes are told apart.
 const SAMPLE: (usize, usize) = (16, 64);
@@ -229,7 +229,7 @@ pub(super) fn judge(args: &JudgeArgs) -> Result<u8, String> {
             });
             let text = serde_json::to_string_pretty(&json)
                 .map_err(|error| format!("the answer cannot be encoded: {error}"))?;
-            print(&(text + "\n"))?
+            print_bytes((text + "\n").as_bytes())?
         }
     };
     Ok(if worst == Answer::Wrong { FALSIFIED } else { PASS })
@@ -284,7 +284,7 @@ fn find(args: &JudgeArgs) -> Result<Found, JudgeError> {
                     usage(format!(
                         "`{}` has no tensor that is {what} by its name; it has {}; write \
                          FILE:TENSOR for each of {}",
-                        file.file.display(),
+                        file.file.shown(),
                         opened.found(),
                         names.join(", ")
                     ))

@@ -3,7 +3,7 @@
 //! One file per command; what several share stands here. It parses, calls and
 //! prints. Exit codes: 0 pass, 1 falsified, 2 bad manifest
 //! or usage, 3 nothing was measured, 4 a required arm could not run, 70 a bug of
-//! ours, 130 stopped on request.
+//! ours, 74 the disk is full or a limit of the system was met, 130 stopped on request.
 
 mod cache;
 mod check;
@@ -30,7 +30,6 @@ mod unchanged;
 mod watch;
 
 use std::collections::BTreeSet;
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -48,7 +47,7 @@ use run::RunArgs;
 use schema::SchemaOf;
 use watch::WatchArgs;
 
-use crate::cache::{Stamps, Store};
+use crate::cache::{CacheError, Stamps, Store};
 use crate::compute::arms::Shipped;
 use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
@@ -57,6 +56,8 @@ use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
 use crate::plan::{Plan, PlanError};
 use crate::record::RunRecord;
+use crate::terminal;
+use crate::text::{Shown, no_threads, one_line};
 
 /// Nothing to complain about.
 const PASS: u8 = 0;
@@ -66,6 +67,8 @@ const FALSIFIED: u8 = 1;
 const USAGE: u8 = 2;
 /// A bug of ours.
 const BUG: u8 = 70;
+/// The system refused: a full disk, a limit on files or threads.
+const SYSTEM: u8 = 74;
 /// Stopped on request, as shells have it for SIGINT.
 const INTERRUPTED: u8 = 130;
 
@@ -76,7 +79,7 @@ const INTERRUPTED: u8 = 130;
     version,
     after_help = "Exit codes: 0 pass, 1 falsified, 2 bad manifest or usage, \
     3 nothing was measured, 4 a required arm could not run, 70 a bug of ours, \
-    130 stopped on request.
+    74 the disk is full or a limit of the system was met, 130 stopped on request.
 
 Examples:
   runner run stages/                          five questions about the built-in model
@@ -273,20 +276,95 @@ pub fn main() -> u8 {
     let level = ["warn", "info", "debug"][usize::from(cli.verbose.min(2))];
     let filter = tracing_subscriber::EnvFilter::try_from_env("RUNNER_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match carry_out(cli.command) {
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| terminal::Log).init();
+    hear_of_large_files();
+    match begin(cli.command) {
         Ok(code) => code,
-        Err(message) => {
-            eprintln!("{}", message.trim_end());
-            USAGE
+        Err(Failed { text, code }) => {
+            terminal::tell_line(text.trim_end());
+            code
         }
+    }
+}
+
+/// A command that came to no end, with a text for the user.
+#[derive(Debug)]
+struct Failed {
+    text: String,
+    code: u8,
+}
+
+impl From<String> for Failed {
+    fn from(text: String) -> Failed {
+        Failed { text, code: USAGE }
+    }
+}
+
+impl Failed {
+    /// Where the system refused, and not what was typed or written is wrong.
+    fn system(text: String) -> Failed {
+        Failed { text, code: SYSTEM }
+    }
+
+    /// A file that could not be written.
+    fn written(error: &CacheError) -> Failed {
+        match error {
+            CacheError::Io { source, .. } => Failed::of_io(error.to_string(), source),
+            CacheError::Damaged { .. } => error.to_string().into(),
+        }
+    }
+
+    fn of_io(text: String, source: &std::io::Error) -> Failed {
+        use std::io::ErrorKind::{FileTooLarge, OutOfMemory, QuotaExceeded, StorageFull};
+        match source.kind() {
+            FileTooLarge | OutOfMemory | QuotaExceeded | StorageFull => Failed::system(text),
+            _ => text.into(),
+        }
+    }
+}
+
+/// Threads for what is computed, made before anything needs them: what finds none later
+/// would end in a panic.
+fn ready_threads() -> Result<(), Failed> {
+    let wanted = std::thread::available_parallelism().map_or(1, usize::from);
+    let built = rayon::ThreadPoolBuilder::new().build_global();
+    built.map_err(|error| Failed::system(format!("error: {}", no_threads(wanted, &error))))
+}
+
+/// What a write beyond a limit on files' sizes raises ends the program without a word; the
+/// write fails too, and that is told. Programs that are started have the signal as usual.
+fn hear_of_large_files() {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+    extern "C" fn nothing(_: nix::libc::c_int) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler does nothing.
+    let set = unsafe { sigaction(Signal::SIGXFSZ, &action) };
+    if let Err(error) = set {
+        tracing::debug!("a limit on files will end the program: {error}");
+    }
+}
+
+/// Makes ready what a command needs, and carries it out.
+fn begin(command: Command) -> Result<u8, Failed> {
+    match &command {
+        // They compute nothing; the process server has to have one thread.
+        Command::ProcessServer | Command::Check { .. } | Command::Graph { .. } => {}
+        Command::Watch(_) | Command::Completions { .. } | Command::Man { .. } => {}
+        Command::Reference | Command::New(_) | Command::Schema { .. } => {}
+        _ => ready_threads()?,
+    }
+    match command {
+        Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
+        command => Ok(carry_out(command)?),
     }
 }
 
 /// Carries out a command; an error is a text for the user, and bad usage.
 fn carry_out(command: Command) -> Result<u8, String> {
     match command {
-        Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
+        Command::Run(args) => {
+            run::run_stages(&args, &shipped(args.runs())).map_err(|failed| failed.text)
+        }
         Command::Plan(args) => plan::plan_stages(&args),
         Command::Check { folder } => check::check(&folder),
         Command::Graph { folder, format } => {
@@ -329,21 +407,15 @@ fn carry_out(command: Command) -> Result<u8, String> {
 
 /// Prints to stdout; a reader who has gone away is no error.
 fn print(text: &str) -> Result<u8, String> {
-    print_bytes(text.as_bytes())
+    terminal::print(text).map(|()| PASS)
 }
 
 fn print_bytes(bytes: &[u8]) -> Result<u8, String> {
-    match std::io::stdout().write_all(bytes) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(format!("cannot write to stdout: {error}"))
-        }
-        _ => Ok(PASS),
-    }
+    terminal::print_bytes(bytes).map(|()| PASS)
 }
 
 fn load_pipeline(folder: &Path, overrides: &Overrides) -> Result<Pipeline, String> {
-    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    load(folder, overrides).map_err(|problems| problems.render(colour))
+    load(folder, overrides).map_err(|problems| problems.render(terminal::coloured()))
 }
 
 fn graph_of(pipeline: &Pipeline) -> Result<Graph, String> {
@@ -421,7 +493,8 @@ fn make_plan<'a>(
 fn told_once(problems: Vec<PlanError>) -> String {
     let mut told: Vec<(String, Vec<String>)> = Vec::new();
     for PlanError::Stage { stage, file, problem } in problems {
-        let place = format!("`{stage}` (`{}`)", file.display());
+        let problem = one_line(&problem);
+        let place = format!("`{stage}` (`{}`)", file.shown());
         match told.iter_mut().find(|(earlier, _)| *earlier == problem) {
             Some((_, places)) => places.push(place),
             None => told.push((problem, vec![place])),
@@ -440,7 +513,7 @@ fn told_once(problems: Vec<PlanError>) -> String {
 /// The youngest folder that holds a finished run; names begin with the time.
 fn latest_run(runs: &Path) -> Result<String, String> {
     let entries = std::fs::read_dir(runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", runs.display()))?;
+        .map_err(|error| format!("cannot read `{}`: {error}", runs.shown()))?;
     let finished = entries.filter_map(|entry| {
         let entry = entry.ok()?;
         entry.path().join("run.json").is_file().then_some(())?;
@@ -449,7 +522,7 @@ fn latest_run(runs: &Path) -> Result<String, String> {
     });
     let latest = finished.max().map(|(_, id)| id);
     latest.ok_or_else(|| {
-        format!("`{}` holds no finished run; start one with `runner run`", runs.display())
+        format!("`{}` holds no finished run; start one with `runner run`", runs.shown())
     })
 }
 
@@ -458,7 +531,7 @@ fn record_of(run: &str, runs: &Path) -> Result<(PathBuf, RunRecord), String> {
     let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
     let folder = runs.join(&id);
     if !folder.is_dir() {
-        return Err(format!("`{}` holds no run `{id}`{}", runs.display(), near(&id, runs)));
+        return Err(format!("`{}` holds no run `{id}`{}", runs.shown(), near(&id, runs)));
     }
     let record = RunRecord::read(&folder).map_err(|error| error.to_string())?;
     Ok((folder, record))

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use super::print;
 use crate::judge::operands::{Axes, Layout, Source, read};
+use crate::text::Shown;
 
 #[derive(Args)]
 pub(super) struct NewArgs {
@@ -153,16 +154,16 @@ pub(super) fn new(args: &NewArgs) -> Result<u8, String> {
         args.id
     );
     write_new(&file, &manifest)?;
-    let mut said = format!("wrote `{}`\n", file.display());
+    let mut said = format!("wrote `{}`\n", file.shown());
     let beside = args.folder.parent().unwrap_or(Path::new("")).join("contracts");
     let contract_file = args.contracts.clone().unwrap_or(beside).join(format!("{contract}.toml"));
     if contract_file.exists() {
-        said += &format!("it is judged by `{}`, which is there\n", contract_file.display());
+        said += &format!("it is judged by `{}`, which is there\n", contract_file.shown());
     } else {
         write_new(&contract_file, text)?;
-        said += &format!("wrote `{}`\n", contract_file.display());
+        said += &format!("wrote `{}`\n", contract_file.shown());
     }
-    said += &format!("`runner check {}` checks them\n", args.folder.display());
+    said += &format!("`runner check {}` checks them\n", args.folder.shown());
     print(&said)
 }
 
@@ -221,7 +222,7 @@ fn from_files(args: &NewArgs, files: &[String]) -> Result<Scaffold<String>, Stri
 fn seen_from(folder: &Path, file: &Path) -> Result<String, String> {
     let whole = |path: &Path| {
         std::path::absolute(path)
-            .map_err(|error| format!("cannot find `{}`: {error}", path.display()))
+            .map_err(|error| format!("cannot find `{}`: {error}", path.shown()))
     };
     let (folder, file) = (whole(folder)?, whole(file)?);
     let (from, to): (Vec<_>, Vec<_>) = (folder.components().collect(), file.components().collect());
@@ -229,7 +230,7 @@ fn seen_from(folder: &Path, file: &Path) -> Result<String, String> {
     let mut path = PathBuf::new();
     path.extend(from[shared..].iter().map(|_| ".."));
     path.extend(&to[shared..]);
-    let text = path.to_str().ok_or_else(|| format!("`{}` is not UTF-8", path.display()))?;
+    let text = path.to_str().ok_or_else(|| format!("`{}` is not UTF-8", path.shown()))?;
     Ok(text.to_owned())
 }
 
@@ -241,7 +242,7 @@ fn write_new(path: &Path, text: &str) -> Result<(), String> {
             std::io::ErrorKind::AlreadyExists => "choose another id, or edit that file",
             _ => "choose another folder",
         };
-        format!("cannot write `{}`: {error}; {remedy}", path.display())
+        format!("cannot write `{}`: {error}; {remedy}", path.shown())
     };
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(cannot)?;

@@ -14,6 +14,8 @@ use crate::manifest::{Pipeline, Profile};
 use crate::nightly::{Summary, baseline, metrics, retention, sum_up};
 use crate::op::{Op, StageId};
 use crate::record::RunRecord;
+use crate::terminal::tell_line;
+use crate::text::Shown;
 
 #[derive(Args)]
 pub(super) struct NightlyArgs {
@@ -76,12 +78,12 @@ impl NightlyArgs {
             return Ok(None);
         }
         std::fs::create_dir_all(runs)
-            .map_err(|error| format!("cannot make `{}`: {error}", runs.display()))?;
+            .map_err(|error| format!("cannot make `{}`: {error}", runs.shown()))?;
         let path = runs.join(".lock");
-        let cannot = |error: std::io::Error| format!("cannot lock `{}`: {error}", path.display());
+        let cannot = |error: std::io::Error| format!("cannot lock `{}`: {error}", path.shown());
         let file = File::options().create(true).append(true).open(&path).map_err(cannot)?;
         if file.try_lock().is_err() {
-            eprintln!("another run holds `{}`; waiting for it to end", path.display());
+            tell_line(&format!("another run holds `{}`; waiting for it to end", path.shown()));
             file.lock().map_err(cannot)?;
         }
         Ok(Some(file))
@@ -106,7 +108,7 @@ impl NightlyArgs {
         let summary = match sum_up(record, runs) {
             Ok(summary) => summary,
             Err(problem) => {
-                eprintln!("warning: {problem}");
+                tell_line(&format!("warning: {problem}"));
                 return Ok(());
             }
         };
@@ -123,7 +125,7 @@ impl NightlyArgs {
             keep.map_or(Ok(()), |keep| retention::remove_old(runs, keep.get()).map(drop)),
         ];
         for problem in outcomes.into_iter().filter_map(Result::err) {
-            eprintln!("warning: {problem}");
+            tell_line(&format!("warning: {problem}"));
         }
         if said.is_empty() { Ok(()) } else { print(&said).map(drop) }
     }
@@ -187,7 +189,7 @@ pub(super) fn set_baseline(command: &BaselineCli) -> Result<u8, String> {
 /// One line per stage: its verdicts, oldest first, and how the decisive value moved.
 pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
     let entries = std::fs::read_dir(&args.runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", args.runs.display()))?;
+        .map_err(|error| format!("cannot read `{}`: {error}", args.runs.shown()))?;
     // By age: several runs of one second differ in nothing else.
     let finished = entries.filter_map(|entry| {
         let folder = entry.ok()?.path();
@@ -202,12 +204,12 @@ pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
         }
         match RunRecord::read(folder) {
             Ok(record) => records.push(record),
-            Err(problem) => eprintln!("left out: {problem}"),
+            Err(problem) => tell_line(&format!("left out: {problem}")),
         }
     }
     records.reverse();
     if records.is_empty() {
-        return Err(format!("`{}` holds no finished run", args.runs.display()));
+        return Err(format!("`{}` holds no finished run", args.runs.shown()));
     }
     let mut text = String::new();
     for record in &records {

@@ -6,6 +6,7 @@ use super::{Selection, keep, make_plan, print, selected, shipped, stamps_of, sto
 use crate::cache::Store;
 use crate::compute::arms::Workshop;
 use crate::plan::{Field, Plan, PlanLine};
+use crate::text::one_line;
 
 #[derive(Args)]
 pub(super) struct PlanArgs {
@@ -39,12 +40,13 @@ pub(super) fn lines(
     let width = lines.iter().map(|line| line.stage.0.len()).max().unwrap_or(0);
     let mut text = String::new();
     for PlanLine { stage, arm, action, why, fields } in &lines {
-        text += &format!("{:width$}  {:9}  {action:10}  {why}\n", stage.0, arm.name());
+        text += &format!("{:width$}  {:9}  {action:10}  {}\n", stage.0, arm.name(), one_line(why));
         for Field { name, value, before } in fields.iter().filter(|_| explain) {
-            text += &match before {
-                Some(before) => format!("    * {name}: {before} -> {value}\n"),
-                None => format!("      {name}: {value}\n"),
+            let line = match before {
+                Some(before) => format!("    * {name}: {before} -> {value}"),
+                None => format!("      {name}: {value}"),
             };
+            text += &(one_line(&line) + "\n");
         }
     }
     text

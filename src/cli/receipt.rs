@@ -9,6 +9,7 @@ use std::path::Path;
 use super::{print, record_of};
 use crate::metric::Metric;
 use crate::op::{Arm, Stream};
+use crate::text::Shown;
 
 pub(super) fn receipt(run: &str, out: &Path, runs: &Path) -> Result<u8, String> {
     let (_, mut record) = record_of(run, runs)?;
@@ -40,5 +41,5 @@ pub(super) fn receipt(run: &str, out: &Path, runs: &Path) -> Result<u8, String> 
     let json = serde_json::to_string(&record)
         .map_err(|error| format!("the receipt cannot be encoded: {error}"))?;
     crate::cache::write_whole(out, (json + "\n").as_bytes()).map_err(|error| error.to_string())?;
-    print(&format!("{compared} sites of run {id} in {}\n", out.display()))
+    print(&format!("{compared} sites of run {id} in {}\n", out.shown()))
 }

@@ -70,7 +70,8 @@ fn exit_codes(text: &mut String) {
     text.push_str(
         "## Exit codes\n| code | meaning |\n|---|---|\n| 0 | pass |\n| 1 | falsified; of `diff`: \
          something changed |\n| 2 | bad manifest or usage |\n| 3 | nothing was measured |\n\
-         | 4 | a required arm could not run |\n| 70 | a bug of ours |\n| 130 | stopped on request \
+         | 4 | a required arm could not run |\n| 70 | a bug of ours |\n\
+         | 74 | the disk is full or a limit of the system was met |\n| 130 | stopped on request \
          |\n\n",
     );
 }

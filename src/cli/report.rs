@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use super::{print, print_bytes, record_of};
 use crate::record::RunRecord;
 use crate::report::{annotations, arrow, csv, junit, markdown, page, sarif};
+use crate::text::Shown;
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -54,7 +55,7 @@ pub(super) fn report(args: &ReportArgs) -> Result<u8, String> {
     match args.out.clone().or(page) {
         Some(out) => {
             crate::cache::write_whole(&out, &bytes).map_err(|error| error.to_string())?;
-            print(&format!("{}\n", out.display()))
+            print(&format!("{}\n", out.shown()))
         }
         None => print_bytes(&bytes),
     }

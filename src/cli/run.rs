@@ -12,7 +12,8 @@ use rayon::prelude::*;
 use super::nightly::{self, NightlyArgs};
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
-    BUG, INTERRUPTED, Selection, journal, keep, make_plan, print, selected, stamps_of, store_of,
+    BUG, Failed, INTERRUPTED, Selection, journal, keep, make_plan, print, print_bytes, selected,
+    stamps_of, store_of,
 };
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
@@ -23,7 +24,8 @@ use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
 use crate::report::{Bars, EventLog, Lines, Sinks};
 use crate::report::{annotations, drift, junit, markdown, page, table};
 use crate::run::{Options, run};
-use crate::text::grouped;
+use crate::terminal::{tell, tell_line};
+use crate::text::{Shown, grouped, no_threads};
 use crate::verdict::Verdict;
 
 #[derive(Args)]
@@ -79,7 +81,7 @@ enum OutputFormat {
 pub(super) const SEPARATOR: &str = ",\n    ";
 
 /// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome.
-pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, String> {
+pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, Failed> {
     let began = crate::cache::now();
     let runs = &args.selection.runs;
     let _alone = args.nightly.alone(runs)?;
@@ -102,7 +104,9 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     {
         stages = super::select_stages(&graph, &pipeline, expression)?;
     }
-    ctrlc::set_handler(on_signal).map_err(|error| format!("cannot watch for Ctrl-C: {error}"))?;
+    ctrlc::set_handler(on_signal).map_err(|error| {
+        Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
+    })?;
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = args.selection.force;
@@ -110,18 +114,19 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         let text = super::plan::lines(&plan, &store, workshop, args.explain);
         if args.dry_run {
             keep(&stamps);
-            return print(&text);
+            return Ok(print(&text)?);
         }
-        eprint!("{text}");
+        tell(&text);
     }
-    let _in_use = store.in_use().map_err(|error| error.to_string())?;
+    let _in_use = store.in_use().map_err(|error| Failed::written(&error))?;
 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
     let mut sinks = sinks(args, &folder)?;
     let processes = Processes::of_this_program();
     let (attempts, cut_off) = Attempts::open(&store.attempts(), &id).map_err(|error| {
-        format!("cannot make a folder for attempts in `{}`: {error}", runs.display())
+        let place = runs.shown();
+        Failed::of_io(format!("cannot make a folder for attempts in `{place}`: {error}"), &error)
     })?;
     for earlier in cut_off {
         journal::tell_what_was_cut_off(runs, &earlier);
@@ -185,12 +190,14 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     if json.is_err() || page.is_err() {
         unchanged::forget(&store);
     }
-    let (json, ()) = (json?, page?);
+    let json = json?;
     tell_github(&record);
     if let Some(bug) = &finished.bug {
-        eprintln!("a bug of ours, please report it: {bug}");
+        tell_line(&format!("a bug of ours, please report it: {bug}"));
     }
+    // Also where a page found no room: what was computed is told.
     show(args, &record, record.stages.len(), json, &folder)?;
+    page?;
     args.nightly.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
     Ok(exit_code)
 }
@@ -218,25 +225,25 @@ fn cannot_encode(error: serde_json::Error) -> String {
 }
 
 /// Writes run.json, and returns it.
-fn write_json(head: &RunRecord, stages: &str, folder: &Path) -> Result<String, String> {
+fn write_json(head: &RunRecord, stages: &str, folder: &Path) -> Result<String, Failed> {
     let json = whole_json(head, stages)?;
     crate::cache::write_whole(&folder.join("run.json"), json.as_bytes())
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| Failed::written(&error))?;
     Ok(json)
 }
 
 /// Writes what people and build servers read.
-fn write_page(record: &RunRecord, runs: &Path, folder: &Path) -> Result<(), String> {
+fn write_page(record: &RunRecord, runs: &Path, folder: &Path) -> Result<(), Failed> {
     let page = page(record, &runs.display().to_string());
     crate::cache::write_whole(&folder.join("report.html"), page.as_bytes())
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| Failed::written(&error))?;
     let junit = junit(record).map_err(|error| format!("junit.xml cannot be encoded: {error}"))?;
     crate::cache::write_whole(&folder.join("junit.xml"), junit.as_bytes())
-        .map_err(|error| error.to_string())
+        .map_err(|error| Failed::written(&error))
 }
 
 /// The end of a run that found everything as the last one left it.
-fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> {
+fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, Failed> {
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(&args.selection.runs, &started, &unchanged.plan)?;
     let mut sinks = sinks(args, &folder)?;
@@ -269,7 +276,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
     let json = whole_json(&record, &json)?;
     // Not flushed to disk: a run that changed nothing has nothing to lose.
     std::fs::write(folder.join("run.json"), &json)
-        .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
+        .map_err(|error| cannot_write(folder.as_path(), &error))?;
     record.stages = shown;
     show(args, &record, count, json, &folder)?;
     // Where there are many stages the record holds only some: nothing can be compared.
@@ -280,9 +287,13 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, String> 
     Ok(record.exit_code)
 }
 
-fn sinks(args: &RunArgs, folder: &Path) -> Result<Sinks, String> {
+fn cannot_write(folder: &Path, error: &std::io::Error) -> Failed {
+    Failed::of_io(format!("cannot write to `{}`: {error}", folder.shown()), error)
+}
+
+fn sinks(args: &RunArgs, folder: &Path) -> Result<Sinks, Failed> {
     let log = std::fs::File::create(folder.join("events.jsonl"))
-        .map_err(|error| format!("cannot write to `{}`: {error}", folder.display()))?;
+        .map_err(|error| cannot_write(folder, &error))?;
     let bars = args.format == OutputFormat::Human && std::io::stderr().is_terminal();
     let mut sinks: Vec<Box<dyn Sink>> = vec![Box::new(EventLog::new(log))];
     if bars && !args.quiet {
@@ -303,12 +314,12 @@ fn show(
     folder: &Path,
 ) -> Result<u8, String> {
     if args.format == OutputFormat::Json {
-        return print(&(json + "\n"));
+        return print_bytes((json + "\n").as_bytes());
     }
     // A run that changed nothing has no time for a page; `runner report` makes it.
     let pages = ["report.html", "run.json"].map(|name| folder.join(name));
     let page = pages.iter().find(|page| page.is_file()).unwrap_or(&pages[1]);
-    let place = page.display().to_string();
+    let place = page.shown().to_string();
     if count <= SHOWN_ONE_BY_ONE {
         let drawn = args.format == OutputFormat::Human && speaks_unicode();
         let drift = drift(record, drawn, terminal_width());
@@ -332,7 +343,7 @@ fn on_signal() {
     if interrupt::requested() {
         std::process::exit(i32::from(INTERRUPTED));
     }
-    eprintln!("stopping; once more to stop at once");
+    tell_line("stopping; once more to stop at once");
     interrupt::request();
 }
 
@@ -348,7 +359,7 @@ fn tell_github(record: &RunRecord) {
     if std::env::var("GITHUB_ACTIONS").as_deref() != Ok("true") {
         return;
     }
-    eprint!("{}", annotations(record));
+    tell(&annotations(record));
     let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY") else { return };
     let summary = std::fs::OpenOptions::new().create(true).append(true).open(path);
     let written = summary.and_then(|mut file| file.write_all(markdown(record).as_bytes()));
@@ -370,9 +381,11 @@ fn make_run_folder(
     runs: &Path,
     started: &Timestamp,
     plan: &str,
-) -> Result<(String, PathBuf), String> {
-    let cannot = |path: &Path, error: &dyn std::fmt::Display| {
-        format!("cannot make `{}`: {error}; choose another folder with `--runs`", path.display())
+) -> Result<(String, PathBuf), Failed> {
+    let cannot = |path: &Path, error: &std::io::Error| {
+        let place = path.shown();
+        let text = format!("cannot make `{place}`: {error}; choose another folder with `--runs`");
+        Failed::of_io(text, error)
     };
     std::fs::create_dir_all(runs).map_err(|error| cannot(runs, &error))?;
     let stem = format!("{}-{plan}", started.strftime("%Y%m%dT%H%M%SZ"));

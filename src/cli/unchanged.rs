@@ -21,12 +21,14 @@ use super::run::SEPARATOR;
 use crate::cache::{KeyWalk, Stamp, Store, seal_of, sealed, unsealed, write_whole};
 use crate::compute::arms::Workshop;
 use crate::executor::command;
+use crate::executor::command::sealed_value;
 use crate::op::{Arm, InputRef, Op, Recipe, Site, StageId};
 use crate::plan::Plan;
 use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::is_of_drift;
 use crate::run::MadeByArm;
 use crate::tensor_file;
+use crate::text::Shown;
 use crate::verdict::Verdict;
 
 /// Above so many stages only those that did not pass are shown one by one.
@@ -94,7 +96,7 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
     let place = place(store)?;
     let list = std::fs::read(place.with_extension("list")).ok()?;
     let Some(text) = unsealed(&list) else {
-        tracing::warn!("`{}.list` is damaged and is not believed", place.display());
+        tracing::warn!("`{}.list` is damaged and is not believed", place.shown());
         return None;
     };
     let list: List = serde_json::from_slice(text).ok()?;
@@ -103,7 +105,7 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
             .and_then(|facts| if facts.is_symlink() { std::fs::metadata(path) } else { Ok(facts) })
             .is_ok_and(|facts| Stamp::of(&facts).to_words() == *stamp)
     };
-    let unchanged = list.variables.iter().all(|(name, value)| std::env::var(name).ok() == *value)
+    let unchanged = list.variables.iter().all(|(name, value)| variable(name) == *value)
         && list.looked_at.par_iter().with_min_len(256).all(same)
         && list.present.iter().all(|path| path.is_file())
         && list.arms.iter().all(|arm| *arm == ArmFacts::now(arm.arm, arm.recipe, workshop));
@@ -113,7 +115,7 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
     let json = std::fs::read(place.with_extension("json")).ok()?;
     let seal = seal_of(&json);
     let Some(json) = unsealed(&json) else {
-        tracing::warn!("`{}.json` is damaged and is not believed", place.display());
+        tracing::warn!("`{}.json` is damaged and is not believed", place.shown());
         return None;
     };
     // Else another runner is between its two files.
@@ -269,7 +271,12 @@ fn as_shown(stage: &StageRecord, run: &RunRecord) -> StageRecord {
 fn variables(plan: &Plan<'_>) -> BTreeMap<String, Option<String>> {
     let commands = plan.stages.iter().filter_map(|prepared| prepared.stage.op.command());
     let names = commands.flat_map(|op| op.env.iter().map(String::as_str).chain(["PATH"]));
-    names.map(|name| (name.to_owned(), std::env::var(name).ok())).collect()
+    names.map(|name| (name.to_owned(), variable(name))).collect()
+}
+
+/// What stands for a variable's value: the list is no place for secrets.
+fn variable(name: &str) -> Option<String> {
+    sealed_value(name, &std::env::var(name).ok())
 }
 
 /// All paths that decided what the run did, or nothing if one of them changed while

@@ -12,6 +12,8 @@ use clap::Args;
 
 use super::PASS;
 use crate::manifest::{Overrides, load};
+use crate::terminal::tell_line;
+use crate::text::Shown;
 
 /// Between two looks at the folders.
 const PAUSE: Duration = Duration::from_millis(300);
@@ -44,13 +46,13 @@ pub(super) fn watch(args: &WatchArgs) -> Result<u8, String> {
             .arg(&args.folder)
             .args(&args.arguments)
             .status()
-            .map_err(|error| format!("cannot start `{}`: {error}", program.display()))?;
+            .map_err(|error| format!("cannot start `{}`: {error}", program.shown()))?;
         made += 1;
         if args.times == Some(made) {
             return Ok(PASS);
         }
         let code = status.code().map_or("a signal".to_owned(), |code| format!("exit code {code}"));
-        eprintln!("ended with {code}; waiting for a change in `{}`", args.folder.display());
+        tell_line(&format!("ended with {code}; waiting for a change in `{}`", args.folder.shown()));
         while stamps(&args.folder)? == seen {
             std::thread::sleep(PAUSE);
         }
@@ -72,7 +74,7 @@ fn stamps(folder: &Path) -> Result<BTreeMap<PathBuf, (Option<SystemTime>, u64)>,
         let entries = match std::fs::read_dir(folder) {
             Ok(entries) => entries,
             Err(error) if *needed => {
-                return Err(format!("cannot read `{}`: {error}", folder.display()));
+                return Err(format!("cannot read `{}`: {error}", folder.shown()));
             }
             Err(_) => continue,
         };

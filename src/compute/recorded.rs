@@ -11,6 +11,7 @@ use crate::model::Model;
 use crate::op::{FileTensor, LAYER_SITES, Op, Recorded, Site, in_layer};
 use crate::tensor::Tensor;
 use crate::tensor_file::{CodedTensor, TensorFile, TensorFileError};
+use crate::text::Shown;
 
 /// Names that a sentence lists.
 const SHOWN: usize = 6;
@@ -68,7 +69,7 @@ pub fn recorded(
     {
         return Err(TensorFileError::Missing { path, name, found }.into());
     }
-    output.arithmetic = format!("as recorded in `{}`", recorded.file.display());
+    output.arithmetic = format!("as recorded in `{}`", recorded.file.shown());
     Ok(output)
 }
 
@@ -107,7 +108,7 @@ pub fn absent(
         .collect();
     let mut text = format!(
         "`{}` has no tensor for {} of {} sites: {}",
-        recorded.file.display(),
+        recorded.file.shown(),
         missing.len(),
         sites.len(),
         listed(&wanted)

@@ -7,6 +7,7 @@
 //! A run holds the lock of its own folder for as long as it lives; a folder whose
 //! lock is free was left behind by a run that was killed.
 
+use crate::text::Shown;
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -124,7 +125,7 @@ fn remove(folder: &Path) {
                     std::thread::sleep(Duration::from_millis(5));
                     continue;
                 }
-                tracing::warn!("cannot remove `{}`: {error}", folder.display());
+                tracing::warn!("cannot remove `{}`: {error}", folder.shown());
             }
             _ => {}
         }

@@ -7,21 +7,23 @@
 //! programs, not stages or verdicts.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Attempts, ProcessError, Processes, Request, Status};
-use crate::cache::{self, CacheError, KeyWalk, Stamp, Stamps, Store};
+use crate::cache::{self, CacheError, Facts, KeyWalk, Stamps, Store};
 use crate::op::Command;
+use crate::text::{Shown, one_line};
 
 /// Where commands look for programs when nobody says where.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// An input folder nested deeper than this is taken for a loop of links.
 const DEEPEST: usize = 64;
+/// An output may always be read for as long.
+const LEAST_SECONDS_TO_READ: u64 = 10;
 
 /// What became of a command that ended by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,7 +108,7 @@ pub enum CommandError {
         looked_in: String,
     },
     /// An input is not there or cannot be read.
-    #[error("the input `{path}` cannot be read: {source}; paths are seen from `{}`", project.display())]
+    #[error("the input `{path}` cannot be read: {source}; paths are seen from `{}`", project.shown())]
     Input {
         /// The path.
         path: String,
@@ -121,6 +123,25 @@ pub enum CommandError {
          command writes into a folder that it reads, list the files that it reads"
     )]
     Changed(String),
+    /// A variable that no program could be given.
+    #[error(
+        "the variable `{0}` is not UTF-8, so the program cannot be given it; set it to a text, or \
+         take it out of `env`"
+    )]
+    Variable(String),
+    /// Its output takes longer to read than it may take to write.
+    #[error(
+        "the output `{path}` of {size} bytes could not be read within {seconds} s; write less, or \
+         allow more with `timeout`"
+    )]
+    Endless {
+        /// The output.
+        path: String,
+        /// Its size.
+        size: u64,
+        /// How long it was read.
+        seconds: u64,
+    },
     /// It ended well and left something out.
     #[error("it ended with status {status} and did not write `{path}`{but}")]
     NoOutput {
@@ -160,7 +181,7 @@ pub enum CommandError {
     #[error(transparent)]
     Cache(#[from] CacheError),
     /// The attempt's folder could not be made or read.
-    #[error("cannot {action} `{}`: {source}; check the free space and the folder's rights", path.display())]
+    #[error("cannot {action} `{}`: {source}; check the free space and the folder's rights", path.shown())]
     Io {
         /// What was tried.
         action: &'static str,
@@ -181,6 +202,8 @@ impl CommandError {
             CommandError::NoProgram { .. }
             | CommandError::Input { .. }
             | CommandError::Changed(_)
+            | CommandError::Variable(_)
+            | CommandError::Endless { .. }
             | CommandError::Escapes(_)
             | CommandError::Occupied(_)
             | CommandError::Stopped
@@ -209,7 +232,7 @@ pub struct Tools<'a> {
 pub struct Seen {
     program: PathBuf,
     /// Of the program, before it was read.
-    program_stamp: Stamp,
+    program_facts: Facts,
     /// When the look began.
     began: i64,
     /// Folders in which it was looked for, where another could appear.
@@ -217,17 +240,17 @@ pub struct Seen {
     program_digest: String,
     inputs: Vec<Input>,
     env: BTreeMap<String, String>,
-    /// Listed variables with their values; unset ones have none.
+    /// Listed variables with what stands for their values; unset ones have none.
     listed: BTreeMap<String, Option<String>>,
 }
 
 struct Input {
     path: String,
     digest: String,
-    /// The file, or the files of the folder, with their stamps before they were read.
-    files: Vec<(PathBuf, Stamp)>,
+    /// The file, or the files of the folder, as they were before they were read.
+    files: Vec<(PathBuf, Facts)>,
     /// The folder and those in it.
-    folders: Vec<(PathBuf, Stamp)>,
+    folders: Vec<(PathBuf, Facts)>,
 }
 
 /// What became of a file since it was looked at.
@@ -245,18 +268,22 @@ enum Since {
 /// If the program or an input is not there.
 pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, CommandError> {
     let began = cache::now();
-    let variable = |name: &str| std::env::var(name).ok();
-    let listed: BTreeMap<String, Option<String>> =
-        command.env.iter().map(|name| (name.clone(), variable(name))).collect();
+    let values = command.env.iter().map(|name| Ok((name.clone(), variable(name)?)));
+    let values: BTreeMap<String, Option<String>> = values.collect::<Result<_, CommandError>>()?;
+    let listed = values.iter().map(|(name, value)| (name.clone(), sealed_value(name, value)));
+    let listed = listed.collect();
     let mut env = command.set.clone();
-    env.extend(listed.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))));
-    let path = env.entry("PATH".to_owned());
-    let path = path.or_insert_with(|| variable("PATH").unwrap_or(DEFAULT_PATH.to_owned())).clone();
+    env.extend(values.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    let path = match env.get("PATH") {
+        Some(path) => path.clone(),
+        None => variable("PATH")?.unwrap_or(DEFAULT_PATH.to_owned()),
+    };
+    env.insert("PATH".to_owned(), path.clone());
 
     let name = command.argv.first().map(String::as_str).unwrap_or_default();
     let (program, searched) = find_program(name, &path, project)?;
     let unreadable = |source| io("read", &program, source);
-    let program_stamp = Stamp::of(&std::fs::metadata(&program).map_err(unreadable)?);
+    let program_facts = Facts::of(&std::fs::metadata(&program).map_err(unreadable)?);
     let digest = stamps.digest(&program).map_err(unreadable)?;
     let inputs = command.inputs.iter().map(|path| {
         look_at_input(path, project, stamps).map_err(|source| CommandError::Input {
@@ -269,12 +296,30 @@ pub fn look(command: &Command, project: &Path, stamps: &Stamps) -> Result<Seen, 
         inputs: inputs.collect::<Result<_, _>>()?,
         program_digest: digest.to_hex().to_string(),
         program,
-        program_stamp,
+        program_facts,
         began,
         searched,
         env,
         listed,
     })
+}
+
+/// A variable of the runner's own.
+fn variable(name: &str) -> Result<Option<String>, CommandError> {
+    match std::env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(std::env::VarError::NotUnicode(_)) => Err(CommandError::Variable(name.to_owned())),
+    }
+}
+
+/// What stands for a variable's value in keys, records and reasons: values are secrets as
+/// often as not.
+pub fn sealed_value(name: &str, value: &Option<String>) -> Option<String> {
+    let value = value.as_ref()?;
+    let text = format!("{name}={value}");
+    let digest = blake3::derive_key("runner 2026 value of a listed variable", text.as_bytes());
+    Some(blake3::Hash::from_bytes(digest).to_hex()[..16].to_owned())
 }
 
 impl Seen {
@@ -293,7 +338,7 @@ impl Seen {
 
     /// The inputs that were touched and have the same content.
     pub fn touched(&self, stamps: &Stamps) -> Vec<String> {
-        let touched = |input: &&Input| input.files.iter().any(|(_, stamp)| stamps.touched(stamp));
+        let touched = |input: &&Input| input.files.iter().any(|(_, f)| stamps.touched(&f.stamp));
         self.inputs.iter().filter(touched).map(|input| input.path.clone()).collect()
     }
 
@@ -301,13 +346,16 @@ impl Seen {
     /// written is, whatever stands in it now; one that was only touched, linked or looked at
     /// when it was young is read again, and so is a folder in which something came or went.
     pub fn changed(&self, tools: &Tools<'_>) -> Option<String> {
-        let since = |(path, stamp): &(PathBuf, Stamp)| match std::fs::metadata(path) {
-            Err(_) => Since::Written,
-            Ok(facts) if Stamp::of(&facts).is_written_since(stamp) => Since::Written,
-            Ok(facts) if Stamp::of(&facts) == *stamp && stamp.settled(self.began) => Since::Same,
-            Ok(_) => Since::Touched,
+        let since = |(path, earlier): &(PathBuf, Facts)| {
+            let Ok(facts) = std::fs::metadata(path) else { return Since::Written };
+            let now = Facts::of(&facts);
+            match () {
+                () if now.is_written_since(earlier) => Since::Written,
+                () if now == *earlier && earlier.stamp.settled(self.began) => Since::Same,
+                () => Since::Touched,
+            }
         };
-        let program = (self.program.clone(), self.program_stamp);
+        let program = (self.program.clone(), self.program_facts);
         let same = match since(&program) {
             Since::Same => true,
             Since::Written => false,
@@ -317,7 +365,7 @@ impl Seen {
             }
         };
         if !same {
-            return Some(self.program.display().to_string());
+            return Some(self.program.shown().to_string());
         }
         let is_another = |input: &&Input| {
             let files = input.files.iter().map(since).max().unwrap_or(Since::Same);
@@ -356,8 +404,7 @@ impl Seen {
         walk.field("argv", serde_json::json!(command.argv));
         walk.field("program", &self.program_digest);
         for (name, value) in &self.listed {
-            let value = value.as_ref().map_or("unset".to_owned(), |value| format!("{value:?}"));
-            walk.field(&format!("variable {name}"), value);
+            walk.field(&format!("variable {name}"), value.as_deref().unwrap_or("unset"));
         }
         for (name, value) in &command.set {
             walk.field(&format!("set {name}"), format!("{value:?}"));
@@ -442,7 +489,7 @@ fn once(
     }
     let accepted = command.accepts.contains(&status);
     let paths: &[String] = if accepted { &command.outputs } else { &[] };
-    let outputs = paths.iter().map(|path| take_output(path, status, &work, tools));
+    let outputs = paths.iter().map(|path| take_output(path, status, &work, command, tools));
     let record = CommandRecord {
         status,
         accepted,
@@ -505,6 +552,12 @@ fn stands(output: &FileRecord, project: &Path, stamps: &Stamps) -> bool {
 fn put_one_in_place(output: &FileRecord, tools: &Tools<'_>) -> Result<(), CommandError> {
     let target = tools.project.join(&output.path);
     let parent = target.parent().unwrap_or(tools.project);
+    // Before a missing folder is made: it could come to stand behind a link.
+    let there = parent.ancestors().find(|folder| folder.exists()).unwrap_or(tools.project);
+    let real = there.canonicalize().map_err(|source| io("find", there, source))?;
+    if !real.starts_with(tools.project) {
+        return Err(CommandError::Escapes(output.path.clone()));
+    }
     std::fs::create_dir_all(parent).map_err(|source| io("make", parent, source))?;
     let real = parent.canonicalize().map_err(|source| io("find", parent, source))?;
     if !real.starts_with(tools.project) {
@@ -549,22 +602,45 @@ fn take_output(
     path: &str,
     status: i32,
     work: &Path,
+    command: &Command,
     tools: &Tools<'_>,
 ) -> Result<FileRecord, CommandError> {
     let file = work.join(path);
     let missing = |but| CommandError::NoOutput { status, path: path.to_owned(), but };
+    if !stays_below(work, &file) {
+        return Err(missing(
+            " in its own folder: a link leads out of there, and what lies behind it is not \
+             touched; write the file itself",
+        ));
+    }
     let facts = std::fs::symlink_metadata(&file).map_err(|_| missing(""))?;
     if !facts.is_file() {
         return Err(missing(": what stands there is no regular file"));
     }
     let executable = facts.permissions().mode() & 0o100 != 0;
-    let digest = tools.store.adopt(&file)?;
+    // What is written in time is read in time: a file may claim more bytes than any disk has.
+    let seconds = command.timeout.map(|timeout| timeout.max(LEAST_SECONDS_TO_READ));
+    let until = seconds.and_then(|s| Instant::now().checked_add(Duration::from_secs(s)));
+    let digest = match tools.store.adopt(&file, until)? {
+        Some(digest) => digest,
+        None => {
+            let (path, size) = (path.to_owned(), facts.len());
+            return Err(CommandError::Endless { path, size, seconds: seconds.unwrap_or_default() });
+        }
+    };
     Ok(FileRecord { path: path.to_owned(), size: facts.len(), blake3: digest, executable })
+}
+
+/// Whether the folder of a file that a program was to write is still in its own: it may have
+/// put a link in the place of a folder.
+pub(super) fn stays_below(work: &Path, file: &Path) -> bool {
+    let folder = file.parent().and_then(|folder| folder.canonicalize().ok());
+    folder.is_none_or(|folder| folder.starts_with(work))
 }
 
 fn take_log(file: &Path, tools: &Tools<'_>) -> Result<Option<String>, CommandError> {
     let size = std::fs::metadata(file).map_err(|source| io("read", file, source))?.len();
-    if size == 0 { Ok(None) } else { Ok(Some(tools.store.adopt(file)?)) }
+    if size == 0 { Ok(None) } else { Ok(tools.store.adopt(file, None)?) }
 }
 
 /// A program's file, as `execvp` finds it and seen from the project's folder, and
@@ -581,7 +657,7 @@ fn find_program(
     let missing = |looked_in| CommandError::NoProgram { program: name.to_owned(), looked_in };
     if name.contains('/') {
         let file = Some(project.join(name)).filter(runs);
-        let file = file.ok_or_else(|| missing(format!("`{}`", project.display())))?;
+        let file = file.ok_or_else(|| missing(format!("`{}`", project.shown())))?;
         return Ok((file, Vec::new()));
     }
     let mut searched = Vec::new();
@@ -596,7 +672,8 @@ fn find_program(
     Err(missing(format!("PATH ({path})")))
 }
 
-/// One digest for an input. A folder's is over the paths and contents of its files.
+/// One digest for an input. A folder's is over everything that a program sees of it without
+/// being told: names, kinds, where links lead, what may be executed, and contents.
 fn look_at_input(path: &str, project: &Path, stamps: &Stamps) -> std::io::Result<Input> {
     let root = project.join(path);
     let facts = std::fs::metadata(&root)?;
@@ -604,26 +681,54 @@ fn look_at_input(path: &str, project: &Path, stamps: &Stamps) -> std::io::Result
         Input { path: path.to_owned(), digest: String::new(), files: vec![], folders: vec![] };
     if !facts.is_dir() {
         input.digest = stamps.digest(&root)?.to_hex().to_string();
-        input.files.push((root, Stamp::of(&facts)));
+        input.files.push((root, Facts::of(&facts)));
         return Ok(input);
     }
-    list_files(&root, &facts, DEEPEST, &mut input)?;
-    let mut walk = KeyWalk::new("folder");
-    for (file, _) in &input.files {
-        let name = file.strip_prefix(&root).unwrap_or(file);
-        walk.field(&name.to_string_lossy(), stamps.digest(file)?.to_hex());
-    }
+    let mut walk = KeyWalk::new("folder 2");
+    list_folder(&root, &facts, DEEPEST, &mut input, &mut |path, facts| {
+        let name = path.strip_prefix(&root).unwrap_or(path);
+        let link = std::fs::read_link(path).map(|to| format!(", a link to {}", unmistakable(&to)));
+        let link = link.unwrap_or_default();
+        let what = match facts.is_dir() {
+            true => "a folder".to_owned(),
+            false => {
+                let named = |error: std::io::Error| {
+                    std::io::Error::new(error.kind(), format!("`{}`: {error}", name.shown()))
+                };
+                stamps.digest(path).map_err(named)?.to_hex().to_string() + marked_executable(facts)
+            }
+        };
+        walk.field(&unmistakable(name), what + &link);
+        Ok(())
+    })?;
     input.digest = walk.key().0;
     Ok(input)
 }
 
-fn list_files(
+fn marked_executable(facts: &std::fs::Metadata) -> &'static str {
+    if facts.permissions().mode() & 0o111 == 0 { "" } else { ", executable" }
+}
+
+/// A path as a text that no other path has, also where it is not UTF-8.
+fn unmistakable(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let mut text = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        text += &chunk.valid().replace('\\', "\\\\");
+        text.extend(chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")));
+    }
+    text
+}
+
+/// Lists a folder with all that is in it, and shows each entry to `see`.
+fn list_folder(
     folder: &Path,
     facts: &std::fs::Metadata,
     deeper: usize,
     input: &mut Input,
+    see: &mut dyn FnMut(&Path, &std::fs::Metadata) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
-    input.folders.push((folder.to_owned(), Stamp::of(facts)));
+    input.folders.push((folder.to_owned(), Facts::of(facts)));
     if deeper == 0 {
         return Err(std::io::Error::other("its folders are nested too deeply; is a link a loop?"));
     }
@@ -634,10 +739,11 @@ fn list_files(
     paths.retain(|path| !path.file_name().is_some_and(cache::is_draft));
     for path in paths {
         let facts = std::fs::metadata(&path)?;
+        see(&path, &facts)?;
         if facts.is_dir() {
-            list_files(&path, &facts, deeper - 1, input)?;
+            list_folder(&path, &facts, deeper - 1, input, see)?;
         } else {
-            input.files.push((path, Stamp::of(&facts)));
+            input.files.push((path, Facts::of(&facts)));
         }
     }
     Ok(())
@@ -645,17 +751,21 @@ fn list_files(
 
 /// The last line that a command said to its stderr, for the reason of a failure.
 pub fn last_words(record: &CommandRecord, store: &Store) -> Option<String> {
+    last_line(&store.blob_path(record.stderr.as_ref()?), 200)
+}
+
+/// The last line of a log that says something, and at most so many characters of it.
+pub(super) fn last_line(log: &Path, most: usize) -> Option<String> {
     use std::io::{Read, Seek, SeekFrom};
     const LOOKED_AT: u64 = 4096;
-    let mut file = File::open(store.blob_path(record.stderr.as_ref()?)).ok()?;
+    let mut file = crate::files::open(log).ok()?;
     let size = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(LOOKED_AT))).ok()?;
     let mut bytes = Vec::new();
     file.take(LOOKED_AT).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
     let line = text.lines().rfind(|line| !line.trim().is_empty())?;
-    let plain = line.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
-    Some(plain.take(200).collect())
+    Some(one_line(line.trim()).chars().take(most).collect())
 }
 
 fn io(action: &'static str, path: &Path, source: std::io::Error) -> CommandError {

@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::command::{CommandError, Flaky, Seen, Tools, lay_out, tried};
+use super::command::{CommandError, Flaky, Seen, Tools, last_line, lay_out, stays_below, tried};
 use super::{Attempt, Request, Status};
 use crate::op::External;
 
@@ -124,7 +124,7 @@ fn once(
         })
         .map_err(CommandError::from)?;
     let said = || {
-        let words = last_words(&attempt.stderr());
+        let words = last_line(&attempt.stderr(), LAST_WORDS);
         words.map_or(String::new(), |words| format!("; it said: {words}"))
     };
     match ended.status {
@@ -140,20 +140,11 @@ fn once(
     }
     let tensors = work.join(External::TENSORS);
     // A link could lead to a file that somebody else still writes.
-    if !std::fs::symlink_metadata(&tensors).is_ok_and(|facts| facts.is_file()) {
+    let is_file = std::fs::symlink_metadata(&tensors).is_ok_and(|facts| facts.is_file());
+    if !is_file || !stays_below(&work, &tensors) {
         return Err(ExternalError::Nothing(said()));
     }
     Ok(Left { tensors, flaky: None, _attempt: attempt })
-}
-
-/// The last line of a log.
-fn last_words(file: &Path) -> Option<String> {
-    let bytes = std::fs::read(file).ok()?;
-    let tail = &bytes[bytes.len().saturating_sub(4096)..];
-    let text = String::from_utf8_lossy(tail).into_owned();
-    let line = text.lines().rfind(|line| !line.trim().is_empty())?;
-    let plain = line.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
-    Some(plain.take(LAST_WORDS).collect())
 }
 
 fn io(action: &'static str, path: &Path, source: std::io::Error) -> CommandError {

@@ -12,6 +12,7 @@ pub mod command;
 pub mod external;
 
 mod attempt;
+mod keeper;
 mod processes;
 mod protocol;
 mod server;

@@ -14,9 +14,13 @@ use std::time::{Duration, Instant};
 use super::protocol::{Order, Program, Reply};
 use super::server::SERVER_ARGUMENT;
 use crate::interrupt;
+use crate::text::Shown;
+use crate::text::no_threads;
 
 /// How often a waiting job looks whether the user wants to stop.
 const LOOK_UP: Duration = Duration::from_millis(50);
+/// How long an order to kill may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A program to run.
 #[derive(Clone, Debug)]
@@ -67,13 +71,22 @@ pub enum Status {
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     /// The system does not start it.
-    #[error("cannot start `{}`: {problem}", file.display())]
+    #[error("cannot start `{}`: {problem}", file.shown())]
     Refused {
         /// The program.
         file: PathBuf,
         /// The system's words.
         problem: String,
     },
+    /// Something of it could not be killed.
+    #[error(
+        "it started a process as another user, which it left alive and which cannot be ended from \
+         here; end it, and let the program wait for what it starts"
+    )]
+    Left,
+    /// The server does not start.
+    #[error("no program can be started: {0}")]
+    NoServer(String),
     /// The server is gone, and all programs with it.
     #[error("the process server ended while programs ran: {0}; run again")]
     Server(String),
@@ -113,7 +126,9 @@ impl Processes {
     pub fn run(&self, request: &Request) -> Result<Ended, ProcessError> {
         let started = Instant::now();
         let (id, replies) = self.start(request)?;
-        let deadline = request.timeout.map(|timeout| started + timeout);
+        // A time that no clock will show is none.
+        let deadline = request.timeout.and_then(|timeout| started.checked_add(timeout));
+        let mut ordered: Option<Instant> = None;
         let mut killed_for: Option<Status> = None;
         loop {
             let until = deadline.map_or(LOOK_UP, |deadline| {
@@ -124,6 +139,7 @@ impl Processes {
                     let file = PathBuf::from(request.argv.first().cloned().unwrap_or_default());
                     return Err(ProcessError::Refused { file, problem });
                 }
+                Ok(Reply::Left { .. }) => return Err(ProcessError::Left),
                 Ok(Reply::Ended { exit, signal, .. }) => {
                     let seconds = started.elapsed().as_secs_f64();
                     let by_itself = exit.map(Status::Exited).or(signal.map(Status::Killed));
@@ -140,6 +156,13 @@ impl Processes {
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(ProcessError::Server("it was killed".to_owned()));
                 }
+                Err(RecvTimeoutError::Timeout)
+                    if ordered.is_some_and(|ordered| ordered.elapsed() > PATIENCE) =>
+                {
+                    // Its keepers see that it is gone, and kill what they keep.
+                    self.end_server();
+                    return Err(ProcessError::Server("it did not answer".to_owned()));
+                }
                 Err(RecvTimeoutError::Timeout) if killed_for.is_some() => {}
                 Err(RecvTimeoutError::Timeout) => {
                     killed_for = if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -150,6 +173,7 @@ impl Processes {
                         None
                     };
                     if killed_for.is_some() {
+                        ordered = Some(Instant::now());
                         self.order(&Order::Kill { id })?;
                     }
                 }
@@ -160,13 +184,12 @@ impl Processes {
     fn start(&self, request: &Request) -> Result<(u64, Receiver<Reply>), ProcessError> {
         let mut env = request.env.clone();
         let temporary = request.temporary.display().to_string();
-        env.insert("TMPDIR".to_owned(), temporary.clone());
+        env.insert("TMPDIR".to_owned(), temporary);
         let program = Program {
             file: request.file.clone(),
             argv: request.argv.clone(),
             env,
             folder: request.folder.clone(),
-            mark: format!("TMPDIR={temporary}"),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             largest_file: request.largest_file,
@@ -174,7 +197,8 @@ impl Processes {
         let mut guard = locked(&self.server);
         if guard.as_mut().is_none_or(Server::is_dead) {
             *guard = None;
-            *guard = Some(Server::start(&self.program).map_err(server_error)?);
+            let started = Server::start(&self.program);
+            *guard = Some(started.map_err(|error| ProcessError::NoServer(error.to_string()))?);
         }
         let Some(server) = guard.as_mut() else {
             return Err(ProcessError::Server("it did not start".to_owned()));
@@ -185,6 +209,14 @@ impl Processes {
         locked(&server.waiting).insert(id, sender);
         server.send(&Order::Start { id, program }).map_err(server_error)?;
         Ok((id, receiver))
+    }
+
+    /// Ends a server that does not answer; the next program starts another.
+    fn end_server(&self) {
+        if let Some(mut server) = locked(&self.server).take() {
+            // It may have ended in this moment.
+            let _ = server.child.kill();
+        }
     }
 
     fn order(&self, order: &Order) -> Result<(), ProcessError> {
@@ -207,6 +239,8 @@ impl Server {
     fn start(program: &PathBuf) -> std::io::Result<Server> {
         let mut child = Command::new(program)
             .arg(SERVER_ARGUMENT)
+            // Every program can read what its ancestors were started with.
+            .env_clear()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // Ctrl-C at the terminal is the runner's to answer.
@@ -216,7 +250,13 @@ impl Server {
         let waiting: Arc<Mutex<BTreeMap<u64, Sender<Reply>>>> = Arc::default();
         if let Some(output) = child.stdout.take() {
             let waiting = Arc::clone(&waiting);
-            std::thread::spawn(move || deliver(output, &waiting));
+            let listen = move || deliver(output, &waiting);
+            if let Err(error) = std::thread::Builder::new().spawn(listen) {
+                // It ends by itself when nobody speaks to it any more.
+                drop(input);
+                let _ = child.wait();
+                return Err(std::io::Error::other(no_threads(1, &error)));
+            }
         }
         Ok(Server { child, input, waiting, last_id: 0 })
     }
@@ -250,7 +290,8 @@ fn deliver(output: ChildStdout, waiting: &Mutex<BTreeMap<u64, Sender<Reply>>>) {
         let Ok(line) = line else { break };
         match serde_json::from_str::<Reply>(&line) {
             Ok(reply) => {
-                let (Reply::Refused { id, .. } | Reply::Ended { id, .. }) = &reply;
+                let (Reply::Refused { id, .. } | Reply::Ended { id, .. } | Reply::Left { id }) =
+                    &reply;
                 if let Some(sender) = locked(waiting).remove(id) {
                     // A job that gave up does not listen.
                     let _ = sender.send(reply);

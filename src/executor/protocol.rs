@@ -27,8 +27,6 @@ pub(super) struct Program {
     pub env: BTreeMap<String, String>,
     /// Where it works.
     pub folder: PathBuf,
-    /// What stands in its environment and its children's, and nowhere else: `NAME=value`.
-    pub mark: String,
     /// The files that take its two streams.
     pub stdout: PathBuf,
     pub stderr: PathBuf,
@@ -43,4 +41,6 @@ pub(super) enum Reply {
     Refused { id: u64, problem: String },
     /// The program and everything that it started are dead. One of the two is there.
     Ended { id: u64, exit: Option<i32>, signal: Option<i32> },
+    /// The program is dead, and something that it started belongs to another user and lives.
+    Left { id: u64 },
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use crate::interrupt;
 use crate::manifest::Resources;
+use crate::text::Shown;
 
 /// How often a job that waits asks again.
 const ASK_AGAIN: Duration = Duration::from_millis(25);
@@ -62,7 +63,7 @@ pub enum SlotError {
         there: usize,
     },
     /// The files of the slots cannot be used.
-    #[error("cannot use `{}` to share this machine's resources: {source}", path.display())]
+    #[error("cannot use `{}` to share this machine's resources: {source}", path.shown())]
     Io {
         /// The file.
         path: PathBuf,
@@ -95,6 +96,27 @@ fn gpus() -> Vec<usize> {
     text.unwrap_or_default().lines().filter_map(mib).map(|mib| mib >> 10).collect()
 }
 
+/// Makes the folder, or sees that it is this user's alone: in a shared folder for temporary
+/// files anybody may have made it first.
+fn own_folder(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        made => return made,
+    }
+    let facts = std::fs::symlink_metadata(folder)?;
+    if facts.is_dir() && facts.uid() == rustix::process::getuid().as_raw() {
+        return Ok(());
+    }
+    Err(std::io::Error::new(
+        std::io::ErrorKind::PermissionDenied,
+        "somebody else made it; set XDG_RUNTIME_DIR to a folder of yours",
+    ))
+}
+
 impl Slots {
     /// The slots of this machine, shared by all runners of this user.
     pub fn here() -> Slots {
@@ -119,7 +141,7 @@ impl Slots {
         }
         self.check(asked)?;
         let failed = |source| SlotError::Io { path: self.folder.clone(), source };
-        std::fs::create_dir_all(&self.folder).map_err(failed)?;
+        own_folder(&self.folder).map_err(failed)?;
         let mut told = false;
         loop {
             if interrupt::requested() {

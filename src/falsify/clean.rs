@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{Alarm, Beside, Setting, load, try_clean, with_recipe};
-use crate::cache::Store;
+use crate::cache::{Stamps, Store};
 use crate::dtype::Format;
 use crate::graph::Graph;
 use crate::interrupt;
@@ -121,7 +121,7 @@ fn clean_run(runs: &CleanRuns<'_>, number: u64) -> Result<CleanTally, String> {
     let model = &runs.models[(number % runs.models.len() as u64) as usize];
     let recipe = drawn_recipe(&mut random);
     let seed = random.below(1 << 30) as u64;
-    let open = open_model(model, seed, &store)?;
+    let open = open_model(model, seed, &store, &Stamps::forgetful())?;
     let tokens = drawn_tokens(&mut random, &open.model, number);
     let pipeline = with_recipe(&load(runs.folder, model, None)?, recipe);
     let pipeline = on_tokens(&pipeline, &tokens, seed);

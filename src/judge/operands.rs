@@ -11,6 +11,7 @@ use crate::dtype::Format;
 use crate::op::FileTensor;
 use crate::tensor::Tensor;
 use crate::tensor_file::{BlockScales, CodedTensor, TensorFile, TensorFileError};
+use crate::text::Shown;
 
 /// Why a dump cannot be judged.
 #[derive(Debug, thiserror::Error)]
@@ -119,8 +120,8 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     if source.tensor.is_none() && file.names().count() > 1 {
         return Err(JudgeError::Usage(format!(
             "`{}` holds several tensors: write `{}:NAME` for {name}; it has {}",
-            source.file.display(),
-            source.file.display(),
+            source.file.shown(),
+            source.file.shown(),
             file.found()
         )));
     }

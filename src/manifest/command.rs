@@ -4,7 +4,7 @@
 //! It knows paths as text: whether a file is there is found out when it is read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use super::fields::{Fields, Put};
 use super::problem::{At, Findings, Problem, short};
@@ -28,11 +28,12 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     let set = table.take::<BTreeMap<String, String>>("set", findings);
     let effort = read_effort(&mut table, findings);
     let accepts = table.list::<i32>("accepts", findings);
-    let patterns: Vec<_> = table
-        .tables("patterns", findings)
-        .into_iter()
-        .map(|pattern| read_pattern(pattern, findings))
-        .collect();
+    let mut tables = table.tables("patterns", findings);
+    let sound_count = check_count(&tables, findings);
+    // Each is compiled, which takes its time.
+    tables.truncate(MOST_PATTERNS);
+    let patterns: Vec<_> =
+        tables.into_iter().map(|pattern| read_pattern(pattern, findings)).collect();
     let digests = table.take::<BTreeMap<String, String>>("digests", findings);
     table.finish(findings);
 
@@ -41,7 +42,7 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     let outputs_named: BTreeSet<&str> = outputs.iter().map(|put| put.value.as_str()).collect();
     let patterns: Option<Vec<(OutputPattern, At)>> = patterns.into_iter().collect();
     let patterns = patterns?;
-    sound &= check_patterns(&patterns, &outputs_named, findings);
+    sound &= sound_count && check_patterns(&patterns, &outputs_named, findings);
     sound &= check_digests(digests.as_ref(), &outputs_named, findings);
     let variables = check_variables(env, set, findings)?;
     let accepts = check_accepts(accepts, findings)?;
@@ -70,6 +71,9 @@ pub(super) fn read(mut table: Fields<'_>, findings: &mut Findings) -> Option<Raw
     })
 }
 
+/// Ten years.
+pub(crate) const LONGEST_TIMEOUT: u64 = 10 * 366 * 24 * 3600;
+
 /// How long and how often a program is tried.
 pub(super) struct Effort {
     pub timeout: Option<u64>,
@@ -85,6 +89,16 @@ pub(super) fn read_effort(table: &mut Fields<'_>, findings: &mut Findings) -> Op
         findings.push(
             Problem::new("`timeout` is 0", "write the seconds after which the program is killed")
                 .at_if(timeout.at.as_ref(), "nothing could run"),
+        );
+        sound = false;
+    }
+    if let Some(timeout) = timeout.as_ref().filter(|timeout| timeout.value > LONGEST_TIMEOUT) {
+        findings.push(
+            Problem::new(
+                "`timeout` is out of range",
+                format!("write at most {LONGEST_TIMEOUT} seconds, or leave it out for no limit"),
+            )
+            .at_if(timeout.at.as_ref(), "this number"),
         );
         sound = false;
     }
@@ -269,6 +283,21 @@ fn read_pattern(mut table: Fields<'_>, findings: &mut Findings) -> Option<(Outpu
     Some((OutputPattern { name: name.value, of, pattern: pattern.value }, opening))
 }
 
+/// Patterns that a command may have.
+pub(crate) const MOST_PATTERNS: usize = 100;
+
+fn check_count(patterns: &[Fields<'_>], findings: &mut Findings) -> bool {
+    let Some(beyond) = patterns.get(MOST_PATTERNS) else { return true };
+    findings.push(
+        Problem::new(
+            format!("a command has {} patterns", patterns.len()),
+            format!("write at most {MOST_PATTERNS}; `a|b` looks for both in one"),
+        )
+        .at(&beyond.opening(), "the first one too many"),
+    );
+    false
+}
+
 fn check_patterns(
     patterns: &[(OutputPattern, At)],
     outputs: &BTreeSet<&str>,
@@ -379,6 +408,46 @@ fn check_accepts(accepts: Option<Put<Vec<Put<i32>>>>, findings: &mut Findings) -
         .at_if(list.at.as_ref(), "no such status"),
     );
     None
+}
+
+/// Where a runner keeps results, seen from the project's folder.
+const CACHE: &str = "runs/cache";
+
+/// An output may not take the place of a manifest, of the contract that judges it, or of
+/// what the runner itself keeps. `kept` are the folders of stages and contracts.
+pub(super) fn check_places(stages: &[RawStage], kept: &[&Path], findings: &mut Findings) {
+    let project = kept.first().and_then(|stages| plain(stages).parent().map(Path::to_owned));
+    let Some(project) = project else { return };
+    for output in stages.iter().flat_map(|stage| stage.op.iter().flat_map(|op| &op.files.outputs)) {
+        let path = project.join(&output.value);
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let is_manifest = path.extension().is_some_and(|ending| ending == "toml")
+            && kept.iter().any(|kept| plain(kept) == folder);
+        let label = match () {
+            () if is_manifest => "manifests and contracts lie here",
+            () if Path::new(&output.value).starts_with(CACHE) => "the runner keeps results here",
+            () => continue,
+        };
+        findings.push(
+            Problem::new(
+                format!("the output `{}` would overwrite what a run is made of", output.value),
+                "write it to another folder",
+            )
+            .at_if(output.at.as_ref(), label),
+        );
+    }
+}
+
+/// A path from the root, without `.` and `..`; links are not followed.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in std::path::absolute(path).unwrap_or(path.to_owned()).components() {
+        match part {
+            Component::ParentDir => drop(plain.pop()),
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 /// A stage that reads what another writes needs it; a file that two write is a problem.

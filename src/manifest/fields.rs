@@ -5,6 +5,7 @@
 //! nobody asked for is left over and reported. It knows TOML, not what the keys
 //! mean.
 
+use crate::text::Shown;
 use std::ops::Range;
 use std::path::Path;
 
@@ -36,9 +37,8 @@ const LARGEST: u64 = 1 << 20;
 
 /// The text of a manifest, or a problem that says why there is none.
 pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> {
-    use std::io::Read;
     let failed = |why: String, help: &str| Problem::new(why, help).in_path(path);
-    let shown = path.display();
+    let shown = path.shown();
     let about_access = "make the file readable, or move it out of the folder";
 
     let facts = match std::fs::metadata(path) {
@@ -48,6 +48,13 @@ pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> 
             return None;
         }
     };
+    if leads_out(path) {
+        findings.push(failed(
+            format!("`{shown}` is a link that leads out of the project"),
+            "put the file itself here: what a manifest may show is what lies in the project",
+        ));
+        return None;
+    }
     if !facts.is_file() {
         findings.push(failed(
             format!("`{shown}` is not a regular file"),
@@ -55,20 +62,20 @@ pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> 
         ));
         return None;
     }
-    let mut bytes = Vec::new();
-    let read =
-        std::fs::File::open(path).and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes));
-    if let Err(error) = read {
-        findings.push(failed(format!("cannot read `{shown}`: {error}"), about_access));
-        return None;
-    }
-    if bytes.len() as u64 > LARGEST {
-        findings.push(failed(
-            format!("`{shown}` is larger than 1 MiB"),
-            "a manifest is a short text; is this another file with the ending `.toml`?",
-        ));
-        return None;
-    }
+    let bytes = match crate::files::read_whole(path, LARGEST) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::FileTooLarge => {
+            findings.push(failed(
+                format!("`{shown}` is larger than 1 MiB"),
+                "a manifest is a short text; is this another file with the ending `.toml`?",
+            ));
+            return None;
+        }
+        Err(error) => {
+            findings.push(failed(format!("cannot read `{shown}`: {error}"), about_access));
+            return None;
+        }
+    };
     match String::from_utf8(bytes) {
         Ok(text) => Some(text),
         Err(error) => {
@@ -82,6 +89,20 @@ pub(super) fn read_text(path: &Path, findings: &mut Findings) -> Option<String> 
             ));
             None
         }
+    }
+}
+
+/// Whether a manifest or contract is a link to a file beyond the folder that holds its own:
+/// messages show lines of what they are about, and not everything is to be shown.
+fn leads_out(path: &Path) -> bool {
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|facts| facts.is_symlink());
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok();
+    let project = folder.as_deref().and_then(Path::parent);
+    let real = path.canonicalize().ok();
+    match (project, real) {
+        (Some(project), Some(real)) => is_link && !real.starts_with(project),
+        _ => is_link,
     }
 }
 
@@ -99,7 +120,7 @@ pub(super) fn parse<'text>(
         let at = At { source, span: error.span().unwrap_or(0..0) };
         findings.push(
             Problem::new(
-                format!("cannot parse `{}` as TOML", findings.path(source).display()),
+                format!("cannot parse `{}` as TOML", findings.path(source).shown()),
                 "correct the syntax; the rest of this file was not checked",
             )
             .at(&at, error.message()),

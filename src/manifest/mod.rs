@@ -25,11 +25,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+pub(crate) use command::{LONGEST_TIMEOUT, MOST_PATTERNS};
 pub use problem::Problems;
 pub use profile::Profile;
+pub(crate) use settings::MOST_THREADS;
 
 use crate::metric::Metric;
 use crate::op::{Arm, External, Op, Recipe, Recorded, Site, StageId, Stream};
+use crate::text::Shown;
 use contract::RawContract;
 use fields::Fields;
 use problem::{Findings, Problem};
@@ -274,6 +277,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
     family::expand_needs(&mut stages);
     let (contracts, unread_contracts) = read_contracts(&contracts_folder, &stages, &mut findings);
     command::add_implied_needs(&mut stages, &mut findings);
+    command::check_places(&stages, &[folder, &contracts_folder], &mut findings);
     let all = check::Folder {
         stages: &stages,
         contracts: &contracts,
@@ -322,7 +326,7 @@ fn check_overrides(overrides: &Overrides, findings: &mut Findings) -> RawSetting
 
 /// The names of a folder's `*.toml` files, sorted; hidden files are not manifests.
 fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec<PathBuf>> {
-    let shown = folder.display();
+    let shown = folder.shown();
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) => {
@@ -339,7 +343,7 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
         }
     };
     let unreadable = |path: &Path| {
-        let title = format!("`{}` has a name that is not UTF-8", path.display());
+        let title = format!("`{}` has a name that is not UTF-8", path.shown());
         Problem::new(title, "rename it: reports and keys hold names as text").in_path(path)
     };
     if folder.to_str().is_none() {
@@ -436,7 +440,7 @@ fn read_stages(
     if files.iter().all(|path| path.ends_with(DEFAULTS)) {
         findings.push(
             Problem::new(
-                format!("`{}` holds no stage", folder.display()),
+                format!("`{}` holds no stage", folder.shown()),
                 "add a manifest, as `a.toml` with `id`, `title`, `contract` and an op",
             )
             .in_path(folder),

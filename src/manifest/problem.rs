@@ -3,6 +3,7 @@
 //!
 //! It knows texts and places in them. It knows neither TOML nor stages.
 
+use crate::text::{Shown, one_line};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
@@ -52,7 +53,7 @@ impl Problems {
     }
 
     fn draw<'a>(&'a self, problem: &'a Problem) -> Group<'a> {
-        let mut group = Group::with_title(Level::ERROR.primary_title(&*problem.title));
+        let mut group = Group::with_title(Level::ERROR.primary_title(one_line(&problem.title)));
         // One snippet per file, the first spot's file first.
         let mut drawn: Vec<usize> = Vec::new();
         for spot in &problem.spots {
@@ -61,23 +62,22 @@ impl Problems {
             }
             drawn.push(spot.at.source);
             let source = &self.sources[spot.at.source];
-            let mut snippet =
-                Snippet::source(&*source.text).path(source.path.display().to_string());
+            let mut snippet = Snippet::source(&*source.text).path(source.path.shown().to_string());
             for (index, other) in problem.spots.iter().enumerate() {
                 if other.at.source == spot.at.source {
                     let kind =
                         if index == 0 { AnnotationKind::Primary } else { AnnotationKind::Context };
                     snippet = snippet.annotation(
-                        kind.span(source.drawable(&other.at.span)).label(&*other.label),
+                        kind.span(source.drawable(&other.at.span)).label(one_line(&other.label)),
                     );
                 }
             }
             group = group.element(snippet);
         }
         if let Some(path) = &problem.path {
-            group = group.element(Origin::path(path.display().to_string()));
+            group = group.element(Origin::path(path.shown().to_string()));
         }
-        group.element(Level::HELP.message(&*problem.help))
+        group.element(Level::HELP.message(lines_of(&problem.help)))
     }
 
     fn count(&self) -> String {
@@ -222,6 +222,11 @@ impl Findings {
         self.list.dedup();
         Err(Problems { sources: self.sources, list: self.list })
     }
+}
+
+/// As [`one_line`], each line for itself.
+fn lines_of(text: &str) -> String {
+    text.split('\n').map(one_line).collect::<Vec<_>>().join("\n")
 }
 
 /// `1 file`, `2 files`.

@@ -194,7 +194,7 @@ impl RawSettings {
             seed: self.seed.as_ref().map_or(DEFAULT_SEED, |seed| seed.value),
             arms: arms?,
             recipe: recipe?,
-            resources: self.resources.check(),
+            resources: self.resources.check(findings)?,
         })
     }
 
@@ -216,6 +216,8 @@ impl RawSettings {
     }
 }
 
+/// The most threads that a stage may ask for.
+pub(crate) const MOST_THREADS: usize = 1024;
 const DEFAULT_MODEL: &str = "synthetic:qwen2-tiny";
 const DEFAULT_TOKENS: [u32; 4] = [791, 374, 264, 1296];
 const DEFAULT_SEED: u64 = 1;
@@ -255,15 +257,27 @@ impl RawResources {
         }
     }
 
-    fn check(&self) -> Resources {
+    fn check(&self, findings: &mut Findings) -> Option<Resources> {
+        if let Some(threads) = self.threads.as_ref().filter(|put| put.value.get() > MOST_THREADS) {
+            findings.push(
+                Problem::new(
+                    format!("`threads` cannot be {}", threads.value),
+                    format!(
+                        "write at most {MOST_THREADS}; more than a machine's cores gain nothing"
+                    ),
+                )
+                .at_if(threads.at.as_ref(), "out of range"),
+            );
+            return None;
+        }
         let count = |put: &Option<Put<usize>>| put.as_ref().map_or(0, |put| put.value);
-        Resources {
+        Some(Resources {
             threads: self.threads.as_ref().map(|threads| threads.value),
             cores: count(&self.cores),
             memory: count(&self.memory),
             gpus: count(&self.gpus),
             gpu_memory: count(&self.gpu_memory),
-        }
+        })
     }
 }
 

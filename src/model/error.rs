@@ -2,13 +2,15 @@
 //!
 //! It knows no format: the readers say what they found, this module words it.
 
+use crate::text::Shown;
+pub(super) use crate::text::shown;
 use std::path::{Path, PathBuf};
 
 /// Why a model could not be opened or used.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The operating system refused.
-    #[error("cannot {action} `{}`: {source}{}", path.display(), remedy_of(source))]
+    #[error("cannot {action} `{}`: {source}{}", path.shown(), remedy_of(source))]
     Io {
         /// What was attempted.
         action: &'static str,
@@ -18,7 +20,7 @@ pub enum ModelError {
         source: std::io::Error,
     },
     /// The file contradicts its format or itself.
-    #[error("`{}` is not a sound model: {}{problem}; {remedy}", path.display(), of_tensor(tensor))]
+    #[error("`{}` is not a sound model: {}{problem}; {remedy}", path.shown(), of_tensor(tensor))]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -30,7 +32,7 @@ pub enum ModelError {
         remedy: String,
     },
     /// The file is sound, but needs something that would be computed wrongly.
-    #[error("`{}` is not supported: {}{problem}; {remedy}", path.display(), of_tensor(tensor))]
+    #[error("`{}` is not supported: {}{problem}; {remedy}", path.shown(), of_tensor(tensor))]
     Unsupported {
         /// The file.
         path: PathBuf,
@@ -42,7 +44,7 @@ pub enum ModelError {
         remedy: String,
     },
     /// The model has no tensor of that name.
-    #[error("`{}` has no tensor `{tensor}`; the nearest names are {}", path.display(), list(nearest))]
+    #[error("`{}` has no tensor `{tensor}`; the nearest names are {}", path.shown(), list(nearest))]
     NoTensor {
         /// The file.
         path: PathBuf,
@@ -60,7 +62,7 @@ pub enum ModelError {
         problem: String,
     },
     /// The vocabulary cannot be used for this text or these tokens.
-    #[error("cannot tokenize with `{}`: {problem}; {remedy}", path.display())]
+    #[error("cannot tokenize with `{}`: {problem}; {remedy}", path.shown())]
     Tokenizer {
         /// The model.
         path: PathBuf,
@@ -92,15 +94,6 @@ fn of_tensor(tensor: &Option<String>) -> String {
 
 fn list(names: &[String]) -> String {
     names.iter().map(|name| format!("`{}`", shown(name))).collect::<Vec<_>>().join(", ")
-}
-
-/// A name out of a file as it may be printed: no control characters, no novels.
-pub(super) fn shown(name: &str) -> String {
-    let printable = name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
-    match name.chars().count() {
-        0..=120 => printable.collect(),
-        _ => printable.take(120).chain(['\u{2026}']).collect(),
-    }
 }
 
 /// A fault that does not know yet in which file it is.

@@ -12,18 +12,18 @@ mod gguf_writer;
 mod safetensors;
 pub mod synthetic;
 mod tokenizer;
+mod tokenizer_parts;
 mod weights;
 
 use std::collections::btree_map::Entry as MapEntry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use memmap2::{Mmap, MmapMut};
-
+use crate::files::{self, Mapped};
+use crate::text::Shown;
 pub use config::{Architecture, Config, Rope, RopeLayout};
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
@@ -49,7 +49,7 @@ pub struct Model {
 /// A file of weights.
 struct MappedFile {
     path: PathBuf,
-    map: Mmap,
+    map: Mapped,
     /// None for bytes in memory.
     opened: Option<OpenedFile>,
 }
@@ -88,7 +88,7 @@ enum Vocabulary {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Model({})", self.path.display())
+        write!(f, "Model({})", self.path.shown())
     }
 }
 
@@ -97,7 +97,7 @@ impl Model {
     /// safetensors.
     ///
     /// The files are mapped. Somebody who changes one while it is open changes the
-    /// tensors under the program, and one who truncates it ends the program.
+    /// tensors under the program, and one who truncates it ends the program, which names it.
     pub fn open(path: &Path) -> Result<Model, ModelError> {
         let metadata = std::fs::metadata(path).map_err(|source| io("open", path, source))?;
         if metadata.is_dir() {
@@ -110,14 +110,16 @@ impl Model {
 
     /// Opens a GGUF file that is already in memory; `path` is its name in errors.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Model, ModelError> {
-        // An anonymous map, so that the tensors are aligned as in a file.
-        let mut copy = MmapMut::map_anon(bytes.len()).map_err(|source| io("copy", path, source))?;
-        copy.copy_from_slice(bytes);
-        let file = copy.make_read_only().map_err(|source| io("copy", path, source))?;
+        // In a map, so that the tensors are aligned as in a file.
+        let file = Mapped::copy(bytes).map_err(|source| io("copy", path, source))?;
         Model::open_gguf(path, file, None)
     }
 
-    fn open_gguf(path: &Path, file: Mmap, opened: Option<OpenedFile>) -> Result<Model, ModelError> {
+    fn open_gguf(
+        path: &Path,
+        file: Mapped,
+        opened: Option<OpenedFile>,
+    ) -> Result<Model, ModelError> {
         if !gguf::is_gguf(&file) {
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
@@ -381,15 +383,24 @@ fn io(action: &'static str, path: &Path, source: std::io::Error) -> ModelError {
 
 /// Reads a file that must be small.
 fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
-    let file = File::open(path).map_err(|source| io("open", path, source))?;
-    let mut bytes = Vec::new();
-    file.take(LARGEST_SMALL_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|source| io("read", path, source))?;
-    if bytes.len() as u64 > LARGEST_SMALL_FILE {
-        return Err(Fault::malformed("it is larger than 64 MiB", FETCH_AGAIN).at(path));
+    files::read_whole(path, LARGEST_SMALL_FILE).map_err(|source| {
+        if source.kind() == std::io::ErrorKind::FileTooLarge {
+            return Fault::malformed("it is larger than 64 MiB", FETCH_AGAIN).at(path);
+        }
+        unopened(path, source)
+    })
+}
+
+/// A file that is not opened, since the system refuses or it is no file.
+fn unopened(path: &Path, source: std::io::Error) -> ModelError {
+    if source.kind() != std::io::ErrorKind::InvalidInput {
+        return io("open", path, source);
     }
-    Ok(bytes)
+    Fault::malformed(
+        "it is not a regular file",
+        "give a GGUF file or a folder with config.json and safetensors",
+    )
+    .at(path)
 }
 
 /// Name, type, `[rows, width]` and place of a GGUF file's tensor.
@@ -411,26 +422,8 @@ pub(crate) fn gguf_tensors(path: &Path, file: &[u8]) -> Result<Vec<GgufTensor>, 
 ///
 /// # Errors
 /// If it cannot be opened or is no file.
-pub(crate) fn map(path: &Path) -> Result<(Mmap, OpenedFile), ModelError> {
-    let file = File::open(path).map_err(|source| io("open", path, source))?;
-    let facts = file.metadata().map_err(|source| io("inspect", path, source))?;
-    if !facts.is_file() {
-        return Err(Fault::malformed(
-            "it is not a regular file",
-            "give a GGUF file or a folder with config.json and safetensors",
-        )
-        .at(path));
-    }
-    let map = map_file(&file).map_err(|source| io("map", path, source))?;
+pub(crate) fn map(path: &Path) -> Result<(Mapped, OpenedFile), ModelError> {
+    let file = files::open(path).map_err(|source| unopened(path, source))?;
+    let (map, facts) = Mapped::of(&file, path).map_err(|source| io("map", path, source))?;
     Ok((map, OpenedFile { file, facts }))
-}
-
-fn map_file(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is read-only and private to this process. What is not sound in
-    // principle is that another process may change or truncate the file while it is
-    // mapped: the bytes would change under a `&[u8]`, or an access past the new end
-    // would raise SIGBUS. Weights are only ever decoded as plain numbers, for which
-    // every bit pattern is valid, and the documentation of `Model::open` says that the
-    // files must be left alone.
-    unsafe { Mmap::map(file) }
 }

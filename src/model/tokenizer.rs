@@ -4,8 +4,11 @@
 //! GGUF's metadata or from `tokenizer.json`. It knows nothing of weights. The
 //! library trusts a vocabulary's merges, so they are checked before it sees them.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Once;
 
 use serde::Deserialize;
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
@@ -19,6 +22,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::error::{Fault, ModelError, shown};
 use super::gguf::Header;
+use super::tokenizer_parts;
 
 /// A fault of the vocabulary, which leaves the weights usable.
 #[derive(Clone, Debug)]
@@ -52,9 +56,7 @@ pub(super) struct Tokenizer {
 
 impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerFault> {
-        let encoding = self
-            .library
-            .encode_fast(text, true)
+        let encoding = guarded(|| self.library.encode_fast(text, true))
             .map_err(|error| TokenizerFault::new(format!("the text is refused: {error}")))?;
         Ok(self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
@@ -64,10 +66,28 @@ impl Tokenizer {
         {
             return Err(TokenizerFault::new(format!("the vocabulary has no token {token}")));
         }
-        self.library
-            .decode(tokens, false)
+        guarded(|| self.library.decode(tokens, false))
             .map_err(|error| TokenizerFault::new(format!("the tokens are refused: {error}")))
     }
+}
+
+/// What the library answers. Should it panic on something that nobody foresaw, that is its
+/// answer.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    thread_local!(static INSIDE: Cell<bool> = const { Cell::new(false) });
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !INSIDE.get() {
+                usual(panic);
+            }
+        }));
+    });
+    INSIDE.set(true);
+    let answer = catch_unwind(AssertUnwindSafe(call));
+    INSIDE.set(false);
+    answer.unwrap_or_else(|_| Err("the tokenizer's library cannot work with it".into()))
 }
 
 /// How a text is cut before the merges apply, and what else goes with that cut.
@@ -292,8 +312,9 @@ pub(super) fn from_json(json: &[u8]) -> Result<Tokenizer, TokenizerFault> {
         };
         check_merge(left, right, |token| model.vocab.contains_key(token))?;
     }
-    let mut library =
-        tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| failed(e.to_string()))?;
+    tokenizer_parts::check(&json).map_err(failed)?;
+    let mut library = guarded(|| tokenizers::Tokenizer::from_bytes(json.to_string()))
+        .map_err(|error| failed(error.to_string()))?;
     // Some files carry the settings of a training run.
     library.with_truncation(None).map_err(|error| failed(error.to_string()))?;
     library.with_padding(None);

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::op::{Arm, StageId};
 use crate::record::{RunRecord, StageRecord};
+use crate::text::Shown;
 use crate::text::number;
 use crate::verdict::{Judgement, Verdict};
 
@@ -40,12 +41,12 @@ pub fn of(run: &RunRecord, runs: &Path) -> Result<Option<RunRecord>, String> {
     let path = place(run, runs);
     match std::fs::read(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(format!("cannot read the baseline `{}`: {error}", path.display())),
+        Err(error) => Err(format!("cannot read the baseline `{}`: {error}", path.shown())),
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
             format!(
                 "the baseline `{}` is not of this version: {error}; set it anew with `runner \
                  baseline set RUN`",
-                path.display()
+                path.shown()
             )
         }),
     }

@@ -3,6 +3,7 @@
 //!
 //! It removes only what has the name of a run and holds a finished one.
 
+use crate::text::Shown;
 use std::path::{Path, PathBuf};
 
 /// Removes all but the youngest `keep` finished runs; gives the names of those that
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// If the folder cannot be read, or a run not removed.
 pub fn remove_old(runs: &Path, keep: usize) -> Result<Vec<String>, String> {
     let entries = std::fs::read_dir(runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", runs.display()))?;
+        .map_err(|error| format!("cannot read `{}`: {error}", runs.shown()))?;
     let mut finished: Vec<(String, PathBuf)> = entries
         .filter_map(|entry| {
             let entry = entry.ok()?;
@@ -29,7 +30,7 @@ pub fn remove_old(runs: &Path, keep: usize) -> Result<Vec<String>, String> {
     let mut gone = Vec::new();
     for (name, path) in finished.into_iter().take(old) {
         std::fs::remove_dir_all(&path)
-            .map_err(|error| format!("cannot remove `{}`: {error}", path.display()))?;
+            .map_err(|error| format!("cannot remove `{}`: {error}", path.shown()))?;
         gone.push(name);
     }
     Ok(gone)

@@ -17,8 +17,9 @@ use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
-use crate::model::synthetic::{Preset, ensure};
+use crate::model::synthetic::{Preset, ensure_by};
 use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
+use crate::text::Shown;
 
 mod sources;
 
@@ -61,7 +62,7 @@ pub struct PreparedStage<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
     /// A stage's model or prompt is not usable.
-    #[error("stage `{stage}` (`{}`): {problem}", file.display())]
+    #[error("stage `{stage}` (`{}`): {problem}", file.shown())]
     Stage {
         /// The stage.
         stage: StageId,
@@ -204,7 +205,9 @@ impl<'a> Plan<'a> {
             }
             let model = models
                 .entry((stage.model.clone(), stage.seed))
-                .or_insert_with(|| open_model(&stage.model, stage.seed, store).map(Arc::new))
+                .or_insert_with(|| {
+                    open_model(&stage.model, stage.seed, store, stamps).map(Arc::new)
+                })
                 .clone();
             let prepared = model.and_then(|model| {
                 let tokens = tokens_of(stage, &model.model)?;
@@ -376,7 +379,7 @@ impl<'a> Plan<'a> {
 
     /// Who remembers the last action of a stage's arm.
     pub fn who(&self, stage: &Stage, arm: Arm) -> String {
-        format!("{}\u{0}{}\u{0}{arm}", self.folder.display(), stage.id)
+        format!("{}\u{0}{}\u{0}{arm}", self.folder.shown(), stage.id)
     }
 
     /// Why an action runs although its stage ran before, or that it never did.
@@ -416,7 +419,7 @@ impl<'a> Plan<'a> {
     pub fn touched_files(&self, prepared: &PreparedStage<'_>) -> Vec<String> {
         let model = prepared.model.iter().flat_map(|model| model.model.opened_files());
         let touched = model.filter(|(_, _, facts)| self.stamps.touched(&Stamp::of(facts)));
-        touched.map(|(path, ..)| path.display().to_string()).collect()
+        touched.map(|(path, ..)| path.shown().to_string()).collect()
     }
 
     /// What a run would do, item by item.
@@ -537,7 +540,12 @@ fn op_without_inputs(op: &Op) -> serde_json::Value {
 ///
 /// # Errors
 /// In words, with the remedy.
-pub fn open_model(source: &str, seed: u64, store: &Store) -> Result<OpenModel, String> {
+pub fn open_model(
+    source: &str,
+    seed: u64,
+    store: &Store,
+    stamps: &Stamps,
+) -> Result<OpenModel, String> {
     // `gc` waits while a model is made. A cache that cannot be written is none of its cares.
     let _in_use = source.starts_with("synthetic:").then(|| store.in_use());
     let path = match source.strip_prefix("synthetic:") {
@@ -546,7 +554,8 @@ pub fn open_model(source: &str, seed: u64, store: &Store) -> Result<OpenModel, S
                 let known: Vec<&str> = Preset::ALL.iter().map(|preset| preset.name()).collect();
                 format!("no synthetic model is called `{name}`; known: {}", known.join(", "))
             })?;
-            ensure(preset, seed, &store.models()).map_err(|error| error.to_string())?
+            ensure_by(preset, seed, &store.models(), &|path| stamps.digest(path))
+                .map_err(|error| error.to_string())?
         }
         None => Path::new(source).to_owned(),
     };

@@ -7,10 +7,11 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::cache::{self, KeyWalk, Stamp, Stamps};
+use crate::cache::{self, Facts, KeyWalk, Stamp, Stamps};
 use crate::model::Model;
 use crate::op::{FileTensor, InputRef};
 use crate::tensor_file;
+use crate::text::Shown;
 
 /// A model with the digests of the tensors that were asked for.
 pub struct OpenModel {
@@ -28,9 +29,9 @@ impl OpenModel {
         let mut files = self.model.opened_files();
         let written = files.find(|(path, file, facts)| {
             let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
-            now.map_or(true, |now| Stamp::of(&now).is_written_since(&Stamp::of(facts)))
+            now.map_or(true, |now| Facts::of(&now).is_written_since(&Facts::of(facts)))
         });
-        written.map(|(path, ..)| path.display().to_string())
+        written.map(|(path, ..)| path.shown().to_string())
     }
 
     /// What lies in the model's folder beside its weights.
@@ -97,8 +98,8 @@ impl OpenModel {
 pub struct Sources {
     /// As fields of its key.
     pub fields: Vec<(String, String)>,
-    /// The files, each with its stamp from before it was read.
-    files: Vec<(PathBuf, Stamp)>,
+    /// The files, each as it was before it was read.
+    files: Vec<(PathBuf, Facts)>,
 }
 
 impl Sources {
@@ -114,17 +115,17 @@ impl Sources {
     ) -> Result<(), SourceError> {
         let unreadable = |source| SourceError::File { path: path.to_owned(), source };
         let facts = std::fs::metadata(path).map_err(unreadable)?;
-        let stamp = Stamp::of(&facts);
+        let looked_at = Facts::of(&facts);
         if facts.is_dir() {
             for file in tensor_file::members(path) {
                 let member = file.file_name().unwrap_or_default().to_string_lossy();
                 self.file(&format!("{name} {member}"), &file, stamps)?;
             }
-            self.files.push((path.to_owned(), stamp));
+            self.files.push((path.to_owned(), looked_at));
             return Ok(());
         }
         self.field(name, stamps.digest(path).map_err(unreadable)?.to_hex());
-        self.files.push((path.to_owned(), stamp));
+        self.files.push((path.to_owned(), looked_at));
         Ok(())
     }
 
@@ -144,9 +145,9 @@ impl Sources {
 
     /// A file that was written since these were looked at, or is gone.
     pub fn written(&self) -> Option<&Path> {
-        let written = |(path, stamp): &&(PathBuf, Stamp)| {
+        let written = |(path, earlier): &&(PathBuf, Facts)| {
             let now = std::fs::metadata(path);
-            now.map_or(true, |now| Stamp::of(&now).is_written_since(stamp))
+            now.map_or(true, |now| Facts::of(&now).is_written_since(earlier))
         };
         self.files.iter().find(written).map(|(path, _)| path.as_path())
     }
@@ -162,7 +163,7 @@ pub enum SourceError {
     #[error("{0}")]
     Program(String),
     /// A file.
-    #[error("cannot read `{}`: {source}", path.display())]
+    #[error("cannot read `{}`: {source}; correct the path in the manifest, or make the file", path.shown())]
     File {
         /// The file.
         path: PathBuf,
@@ -185,6 +186,14 @@ mod tests {
         assert_eq!(sources.written(), None);
         std::fs::hard_link(&path, folder.path().join("y")).expect("linked");
         assert_eq!(sources.written(), None);
+        let time = std::fs::metadata(&path).and_then(|facts| facts.modified()).expect("a time");
+        let mut back = Sources::default();
+        back.file("x", &path, &Stamps::forgetful()).expect("read");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&path, "1").expect("written");
+        let file = std::fs::File::options().write(true).open(&path).expect("opened");
+        file.set_modified(time).expect("set");
+        assert_eq!(back.written(), Some(path.as_path()), "whatever its time says");
         std::thread::sleep(std::time::Duration::from_millis(20));
         std::fs::write(&path, "1").expect("written");
         assert_eq!(sources.written(), Some(path.as_path()));

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::places::line;
 use crate::record::RunRecord;
-use crate::text::share;
+use crate::text::{cleaned, share};
 use crate::verdict::Verdict;
 
 /// A workflow command for each stage that did not pass.
@@ -60,7 +60,7 @@ fn cell(text: &str) -> String {
                 safe.push(c);
             }
             c if c.is_control() => safe.push(' '),
-            c => safe.push(c),
+            c => safe.push(cleaned(c)),
         }
     }
     safe
@@ -68,7 +68,8 @@ fn cell(text: &str) -> String {
 
 /// Text after the `::` of a workflow command.
 fn message(text: &str) -> String {
-    text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A")
+    let text = text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A");
+    text.chars().map(cleaned).collect()
 }
 
 /// A property of a workflow command.
@@ -83,6 +84,7 @@ mod tests {
     #[test]
     fn text_cannot_leave_its_place() {
         assert_eq!(property("a,b:c\n::x"), "a%2Cb%3Ac%0A%3A%3Ax");
+        assert_eq!(property("\x1b[2J\u{9b}\u{202e}"), "\u{fffd}[2J\u{fffd}\u{fffd}");
         assert_eq!(cell("a|b<img>\nc"), "a\\|b&lt;img&gt; c");
     }
 }

@@ -7,9 +7,14 @@ use std::path::Path;
 
 use toml::de::DeTable;
 
+use crate::files;
+
+/// No manifest is larger: what is, is another file.
+const LARGEST: u64 = 1 << 20;
+
 /// The line, counted from 1, at which a stage's breach is shown.
 pub(super) fn line(file: &str) -> usize {
-    let Ok(text) = std::fs::read_to_string(Path::new(file)) else { return 1 };
+    let Ok(text) = files::read_text(Path::new(file), LARGEST) else { return 1 };
     let (table, _) = DeTable::parse_recoverable(&text);
     let key = ["contract", "id"].iter().find_map(|wanted| {
         table.get_ref().iter().find(|(key, _)| key.get_ref() == wanted).map(|(key, _)| key.span())

@@ -8,6 +8,8 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use crate::event::{Event, Sink};
 use crate::op::{Arm, StageId};
 use crate::record::ArmState;
+use crate::terminal::tell_line;
+use crate::text::one_line;
 
 /// Between two lines about an arm that goes on, where there are no bars.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
@@ -93,26 +95,21 @@ impl Sink for Lines {
                 if told.elapsed() >= BETWEEN_LINES {
                     *told = Instant::now();
                     let pace = pace((*done, *total), *bytes, began.elapsed());
-                    tell(format!("{stage}  {:9}  {pace}", arm.name()));
+                    tell_line(&format!("{stage}  {:9}  {pace}", arm.name()));
                 }
             }
             Event::ArmFinished { stage, arm, .. } => {
                 self.running.remove(&(stage.clone(), *arm));
                 if let Some(line) = reason(event) {
-                    tell(line);
+                    tell_line(&line);
                 }
             }
             Event::StageJudged { stage, verdict, .. } => {
-                tell(format!("{stage}  judged     {verdict}"));
+                tell_line(&format!("{stage}  judged     {verdict}"));
             }
             _ => {}
         }
     }
-}
-
-/// Writes a line to stderr in one piece.
-fn tell(line: String) {
-    eprint!("{}", line + "\n");
 }
 
 /// How far an arm is, how fast, and how long the rest takes if it goes on like this.
@@ -146,7 +143,7 @@ fn reason(event: &Event) -> Option<String> {
         ArmState::Error => format!("error: {why}"),
         ArmState::Blocked => format!("blocked: {why}"),
     };
-    Some(format!("{stage}  {:9}  {what}", arm.name()))
+    Some(format!("{stage}  {:9}  {}", arm.name(), one_line(&what)))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::record::{ArmState, RunRecord, StageRecord};
-use crate::text::share;
+use crate::text::{one_line, share};
 
 /// The table, as wide as it needs or wrapped to `width` columns.
 pub fn table(run: &RunRecord, place: &str, width: usize) -> String {
@@ -80,7 +80,7 @@ fn all_reused(stage: &StageRecord) -> bool {
 /// Words in lines of at most `width` columns.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     // What moves a terminal's cursor is no part of a reason.
-    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let text = one_line(text);
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
         let last = lines.last_mut().map(|line| line.chars().count()).unwrap_or(0);

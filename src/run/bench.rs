@@ -32,6 +32,7 @@ use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sour
 use crate::record::ArmState;
 use crate::tensor::Tensor;
 use crate::tensor_file::{self, CodedTensor};
+use crate::text::Shown;
 use crate::verdict::{self, first_falsified, judge};
 
 /// What a thread is to do.
@@ -96,6 +97,8 @@ pub(super) enum Failure {
     Changed(String),
     #[error("what the program wrote is unusable: {0}; correct the program, nothing of it was kept")]
     Written(String),
+    #[error("{0}")]
+    Refused(String),
     #[error("a bug of ours: {0}")]
     Bug(String),
 }
@@ -203,14 +206,14 @@ impl Bench<'_> {
         // A program opens the model's files itself.
         let by_name = arm == Arm::External;
         let written = self.prepared.model.as_ref().and_then(|model| model.written(by_name));
-        let written = written.or_else(|| sources.written().map(|path| path.display().to_string()));
+        let written = written.or_else(|| sources.written().map(|path| path.shown().to_string()));
         if let Some(file) = written {
             return Err(Failure::Changed(file));
         }
         let now = match self.sources(arm, inputs) {
             // It was there before.
             Err(SourceError::File { path, .. }) => {
-                return Err(Failure::Changed(path.display().to_string()));
+                return Err(Failure::Changed(path.shown().to_string()));
             }
             now => now?.fields,
         };
@@ -747,6 +750,14 @@ impl Bench<'_> {
                 let model = self.prepared.model.as_ref();
                 let model = model.ok_or_else(|| Failure::Bug("no model gives a width".into()))?;
                 let width = input_width(&self.prepared.stage.op, place, &model.model)?;
+                // The values and, beside them, their exact form and what is made of them.
+                let bytes = (made.rows as u64).saturating_mul(width as u64).saturating_mul(16);
+                crate::memory::ask(bytes).map_err(|problem| {
+                    Failure::Refused(format!(
+                        "an input of `rows = {}` and width {width}: {problem}",
+                        made.rows
+                    ))
+                })?;
                 Ok(generate(made, place, width))
             }
         }

@@ -6,6 +6,7 @@
 //! emits events.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
@@ -22,6 +23,7 @@ use crate::interrupt;
 use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
 use crate::plan::{Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
+use crate::text::no_threads;
 use crate::verdict::{First, Verdict, judge, reason};
 
 mod bench;
@@ -230,8 +232,15 @@ impl<'a> Engine<'a> {
                     at_hand += 1;
                     if threads < at_hand {
                         let (orders, sender) = (&orders, sender.clone());
-                        scope.spawn(move || serve(orders, &sender));
-                        threads += 1;
+                        let serving = sender.clone();
+                        let started = std::thread::Builder::new()
+                            .spawn_scoped(scope, move || serve(orders, &serving));
+                        match started {
+                            Ok(_) => threads += 1,
+                            // Those that there are go on; where there is none, this one works.
+                            Err(_) if threads > 0 => {}
+                            Err(_) => serve_one(orders, &sender),
+                        }
                     }
                 }
                 if at_hand == 0 {
@@ -614,6 +623,14 @@ fn serve(orders: &Mutex<Receiver<Handed<'_>>>, sender: &Sender<Message>) {
     }
 }
 
+/// One job, which has been handed out already.
+fn serve_one(orders: &Mutex<Receiver<Handed<'_>>>, sender: &Sender<Message>) {
+    let handed = orders.lock().unwrap_or_else(PoisonError::into_inner).try_recv();
+    if let Ok(Handed { bench, job, order }) = handed {
+        work(&bench, job, order, sender);
+    }
+}
+
 fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
     let attempt = AssertUnwindSafe(|| {
@@ -624,14 +641,16 @@ fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
             }),
             Order::Measure { inputs, results } => bench.measure(&inputs, results),
         };
-        match bench.prepared.stage.resources.threads {
+        // A command computes nothing here, and more threads than cores gain nothing.
+        let stage = bench.prepared.stage;
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = stage.resources.threads.map(|threads| threads.get().min(cores));
+        match threads.filter(|_| stage.op.command().is_none()) {
             None => attempt(),
-            Some(threads) => {
-                match rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build() {
-                    Ok(pool) => pool.install(attempt),
-                    Err(error) => Err(Failure::Bug(error.to_string())),
-                }
-            }
+            Some(threads) => match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
+                Ok(pool) => pool.install(attempt),
+                Err(error) => Err(Failure::Refused(no_threads(threads, &error))),
+            },
         }
     });
     let outcome = catch_unwind(attempt).unwrap_or_else(|panic| {

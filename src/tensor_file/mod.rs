@@ -12,7 +12,6 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::dtype::Format;
@@ -20,6 +19,7 @@ use crate::manifest::problem::nearest;
 use crate::model::{self, ModelError, Weight, WeightType};
 use crate::op::{FileScale, FileTensor};
 use crate::tensor::Tensor;
+use crate::text::{Shown, shown};
 
 pub use scales::BlockScales;
 
@@ -33,7 +33,10 @@ pub enum TensorFileError {
     #[error(transparent)]
     File(#[from] ModelError),
     /// The file is not what its name says.
-    #[error("`{}` cannot be read: {problem}", path.display())]
+    #[error(
+        "`{}` cannot be read: {problem}; write it again, or fetch it anew",
+        path.shown()
+    )]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -41,7 +44,7 @@ pub enum TensorFileError {
         problem: String,
     },
     /// There is no such tensor. What was found ends with the name that was probably meant.
-    #[error("`{}` has no tensor `{name}`; it has {found}", path.display())]
+    #[error("`{}` has no tensor `{}`; it has {found}", path.shown(), shown(name))]
     Missing {
         /// The file.
         path: PathBuf,
@@ -64,8 +67,8 @@ pub enum TensorFileError {
 
 fn of(name: &str, path: &Path) -> String {
     match name {
-        "" => format!("`{}`", path.display()),
-        name => format!("tensor `{name}` of `{}`", path.display()),
+        "" => format!("`{}`", path.shown()),
+        name => format!("tensor `{}` of `{}`", shown(name), path.shown()),
     }
 }
 
@@ -82,6 +85,18 @@ enum Element {
     Blocks(WeightType),
     /// Something that holds no numbers for us.
     Other,
+}
+
+impl Element {
+    /// Bytes of one; 1 where that is not said.
+    fn size(self) -> usize {
+        match self {
+            Element::Format(format) => format.bytes(),
+            Element::F64 => 8,
+            Element::Words(bytes) => bytes,
+            Element::Blocks(_) | Element::Other => 1,
+        }
+    }
 }
 
 impl std::fmt::Display for Element {
@@ -112,7 +127,7 @@ struct Entry {
 pub struct TensorFile {
     path: PathBuf,
     /// One file, or those of a folder.
-    maps: Vec<Mmap>,
+    maps: Vec<crate::files::Mapped>,
     entries: Vec<Entry>,
     archive: bool,
 }
@@ -233,7 +248,8 @@ impl TensorFile {
         for (index, entry) in self.entries.iter().take(SHOWN).enumerate() {
             let comma = if index > 0 { ", " } else { "" };
             // Writing to a string cannot fail.
-            let _ = write!(text, "{comma}`{}` {} {:?}", entry.name, entry.element, entry.shape);
+            let _ =
+                write!(text, "{comma}`{}` {} {:?}", shown(&entry.name), entry.element, entry.shape);
         }
         match self.entries.len() {
             0 => "no tensor at all".to_owned(),

@@ -97,10 +97,20 @@ pub(super) fn unpack(file: &[u8], name: &str) -> Result<Vec<u8>, String> {
     if member.size() > LARGEST_MEMBER {
         return Err(format!("it says it has {} bytes", member.size()));
     }
-    let size = member.size();
+    let mut member = member;
     let mut bytes = Vec::new();
-    member.take(size).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    let (_, _, data) = parse(&bytes)?;
+    let mut read = |most: u64, bytes: &mut Vec<u8>| {
+        member.by_ref().take(most).read_to_end(bytes).map_err(|error| error.to_string())
+    };
+    read((LARGEST_HEADER + 12) as u64, &mut bytes)?;
+    let (element, shape, data) = parse(&bytes)?;
     bytes.drain(..data.start);
+    // One byte more than the shape needs tells that there are too many. A small file may
+    // unpack to more than any memory holds.
+    let needed = shape.iter().try_fold(element.size(), |size, next| size.checked_mul(*next));
+    let needed = needed.ok_or_else(|| format!("its shape {shape:?} is too large"))?;
+    crate::memory::ask(needed as u64)?;
+    let more = (needed as u64 + 1).saturating_sub(bytes.len() as u64);
+    read(more, &mut bytes)?;
     Ok(bytes)
 }

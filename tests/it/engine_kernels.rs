@@ -650,6 +650,43 @@ fn one_call_of_each_operation_of_vllm_sglang_and_torchao_is_met_in_every_bit() {
     }
 }
 
+#[test]
+fn what_vllm_computes_of_decoded_tokens_is_met_in_every_bit() {
+    let o = safetensors(&fixture("vllm-decode.safetensors"));
+    let matrix = |name: &str| o[name].matrix();
+    let mut tally = Tally::default();
+    let (q, k, v, y) = (matrix("attn.q"), matrix("attn.k"), matrix("attn.v"), matrix("attn.y"));
+    let heads = Heads::causal(14, 2, 64);
+    // A query within the prompt, then the decoded ones, each with the keys up to its own.
+    for (index, position) in [148].into_iter().chain(300..307).enumerate() {
+        let queries = if position < 300 { 300 } else { 1 };
+        let plan = Plan::flash3(64, queries);
+        let keys = 0..position + 1;
+        let (k, v) = (k.some_rows(keys.clone()), v.some_rows(keys));
+        let ours = flash(unit(B), B, &q.some_rows(index..index + 1), &k, &v, &heads, &plan);
+        tally.compare("attention", ours.data(), y.row(index));
+    }
+    let (x, w) = (codes(B, &matrix("product.x")), codes(B, &matrix("product.w")));
+    let schedule = Schedule::FAST.with_split_k(3);
+    let linear = Linear { schedule, ..Linear::new(unit(B), x.width(), B) };
+    let ours = linear.apply(&x, &w, None).expect("a product");
+    tally.compare("product in 3 parts", ours.data(), &o["product.y"].values);
+    let norm = RmsNorm::vllm(B, 1e-6, 3584, 157, true);
+    let ours = norm.apply(&matrix("norm.x"), &o["norm.gain"].values);
+    tally.compare("norm", ours.data(), &o["norm.y"].values);
+    tally.finish("decoded tokens");
+    // What another order or another tile gives is not the same.
+    let another = |sum| RmsNorm { sum, ..norm }.apply(&matrix("norm.x"), &o["norm.gain"].values);
+    for sum in
+        [RowSum::Cub { threads: 256, pairs: true }, RowSum::Block { threads: 448, vector: 8 }]
+    {
+        assert_ne!(another(sum).data(), &o["norm.y"].values[..], "{sum:?}");
+    }
+    let wide = Plan::flash3(64, 2);
+    let ours = flash(unit(B), B, &q.some_rows(7..8), &k, &v, &heads, &wide);
+    assert_ne!(ours.data(), y.row(7));
+}
+
 /// A function of one number.
 type Function = fn(f32) -> f32;
 /// What it would be without rounding.

@@ -331,6 +331,15 @@ fn hostile_safetensors_are_refused() {
     assert!(refusal(&file(&format!("{{{overflow}}}"), 8)).contains("header"));
 }
 
+/// A model with this `tokenizer.json`, which lies in the folder.
+pub fn with_tokenizer(json: &serde_json::Value) -> (tempfile::TempDir, Model) {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&open(&draft("llama").write()).unwrap(), folder.path(), |_| {});
+    fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let model = Model::open(folder.path()).unwrap();
+    (folder, model)
+}
+
 #[test]
 fn a_folders_tokenizer_is_its_tokenizer_json() {
     let folder = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ mod external;
 mod faults;
 mod foreign_engine;
 mod golden;
+mod hostile;
 mod hugging_face;
 mod judge;
 mod manifest;

@@ -57,3 +57,88 @@ fn no_file_names_a_path_beside_the_checkout_or_the_host_of_a_registry() {
     }
     assert!(named.is_empty(), "{}", named.join("\n"));
 }
+
+/// What may stand in one place of the sources alone, and where: each guard is made once.
+const GUARDED: [(&str, &[&str]); 9] = [
+    ("eprint!", &[]),
+    ("eprintln!", &[]),
+    (" println!", &[]),
+    (" print!", &[]),
+    ("io::stderr().lock", &["terminal.rs"]),
+    // The process server speaks to the runner, and `chip` writes as it computes.
+    ("stdout().lock", &["terminal.rs", "executor/server.rs", "cli/chip.rs"]),
+    ("Mmap::map(", &["files/mapped.rs"]),
+    (".is_control()", &["text.rs", "report/github.rs"]),
+    // A keeper starts the user's programs; the others start the runner itself, the driver's own
+    // tool, and what `--notify` names.
+    (
+        "Command::new(",
+        &[
+            "executor/keeper.rs",
+            "executor/processes.rs",
+            "executor/slots.rs",
+            "cli/nightly.rs",
+            "cli/watch.rs",
+        ],
+    ),
+];
+
+/// Files that may open others without `files`: they open what the runner itself has written, or
+/// the kernel's own.
+const OPENING: [&str; 18] = [
+    "files/mod.rs",
+    "cache/",
+    "cli/unchanged.rs",
+    "cli/journal.rs",
+    "cli/run.rs",
+    "cli/watch.rs",
+    "nightly/baseline.rs",
+    "executor/attempt.rs",
+    "executor/keeper.rs",
+    "executor/slots.rs",
+    "compute/cuda/",
+    // A person names these files on the command line, and may name a pipe.
+    "compute/emulated/vectors.rs",
+    "compute/emulated/captures.rs",
+    "compute/emulated/dequant.rs",
+    "memory.rs",
+    "report/log.rs",
+    "falsify/",
+    "cli/doctor.rs",
+];
+
+/// The part of a source file that is no test.
+fn without_tests(text: &str) -> &str {
+    text.split("#[cfg(test)]").next().unwrap_or(text)
+}
+
+#[test]
+fn each_guard_stands_in_its_place_alone() {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    files_below(&sources, &mut files);
+    let mut beside = Vec::new();
+    for file in files.iter().filter(|file| file.extension().is_some_and(|ending| ending == "rs")) {
+        let name = file.strip_prefix(&sources).expect("below").display().to_string();
+        let text = fs::read_to_string(file).expect("a source");
+        for (number, line) in without_tests(&text).lines().enumerate() {
+            if line.trim_start().starts_with("//") {
+                continue;
+            }
+            let mut found = |word: &str| beside.push(format!("src/{name}:{}: {word}", number + 1));
+            for (word, places) in GUARDED {
+                let line = format!(" {line}");
+                if line.contains(word) && !places.iter().any(|place| name == *place) {
+                    found(word);
+                }
+            }
+            let line = line.replace("TensorFile::open(", "");
+            for word in ["File::open(", "fs::read(", "fs::read_to_string("] {
+                if line.contains(word) && !OPENING.iter().any(|place| name.starts_with(place)) {
+                    found(word);
+                }
+            }
+        }
+    }
+    assert!(beside.is_empty(), "use `files`, `memory` or `terminal`:\n{}", beside.join("\n"));
+}

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Survey;
 use crate::cache::{KeyWalk, Stamp, now, sealed, unsealed, write_whole};
+use crate::text::Shown;
 
 /// The file's name.
 const NAME: &str = "machine.json";
@@ -172,7 +173,7 @@ pub fn forget(folder: &Path) {
     let file = folder.join(NAME);
     match std::fs::remove_file(&file) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!("`{}` is wrong and cannot be removed: {error}", file.display());
+            tracing::warn!("`{}` is wrong and cannot be removed: {error}", file.shown());
         }
         _ => {}
     }

@@ -19,6 +19,7 @@ use super::gemm::{Operand, Scales};
 use super::quantize::{CodeData, Codes};
 use crate::dtype::Format;
 use crate::tensor::Tensor;
+use crate::text::Shown;
 
 /// One GEMM's operands with everything that a device made of them.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ impl Capture {
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// A folder or file that cannot be read.
-    #[error("cannot read captured GEMMs at `{}`: {source}", path.display())]
+    #[error("cannot read captured GEMMs at `{}`: {source}; check the path", path.shown())]
     Read {
         /// What was to be read.
         path: PathBuf,
@@ -74,7 +75,7 @@ pub enum CaptureError {
         source: std::io::Error,
     },
     /// A file that contradicts itself or the layout.
-    #[error("`{}` is no file of captured GEMMs: {problem}", path.display())]
+    #[error("`{}` is no file of captured GEMMs: {problem}; fetch it anew", path.shown())]
     Content {
         /// The file.
         path: PathBuf,

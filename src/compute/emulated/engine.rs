@@ -226,7 +226,7 @@ impl EngineArm {
         let before = stacked.iter().take_while(|part| part.name() != weight.name());
         let own = before.map(Weight::rows).sum::<usize>();
         let all: usize = stacked.iter().map(Weight::rows).sum();
-        if weight.width() % GROUP != 0 || all % 64 != 0 {
+        if !weight.width().is_multiple_of(GROUP) || !all.is_multiple_of(64) {
             return Err(ComputeError::Recipe(format!(
                 "vLLM gives a weight of [{all}, {}] to another kernel than DeepGEMM, which is not \
                  known to the bit",

@@ -21,6 +21,7 @@ use super::chip::{CHIPS, Chip, TensorCore, Unit};
 use super::tensor_core;
 use crate::dtype::{Format, Parts};
 use crate::op::ChipName;
+use crate::text::Shown;
 
 /// The outcome for one chip and format.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ pub enum VectorAccumulator {
 #[derive(Debug, thiserror::Error)]
 pub enum VectorError {
     /// A folder or file that cannot be read.
-    #[error("cannot read hardware vectors at `{path}`: {source}")]
+    #[error("cannot read hardware vectors at `{}`: {source}; check the path", path.shown())]
     Read {
         /// What was to be read.
         path: PathBuf,
@@ -61,7 +62,7 @@ pub enum VectorError {
         source: std::io::Error,
     },
     /// A file that is not safetensors or lacks a tensor.
-    #[error("`{path}` is no file of hardware vectors: {problem}")]
+    #[error("`{}` is no file of hardware vectors: {problem}; fetch it anew", path.shown())]
     Content {
         /// The file.
         path: PathBuf,
@@ -69,7 +70,10 @@ pub enum VectorError {
         problem: String,
     },
     /// A folder without a file of a known chip.
-    #[error("no safetensors file of a known chip in `{path}`; a file is named after its chip")]
+    #[error(
+        "no safetensors file of a known chip in `{}`; a file is named after its chip",
+        path.shown()
+    )]
     Nothing {
         /// The folder.
         path: PathBuf,

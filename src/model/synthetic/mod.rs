@@ -24,7 +24,7 @@ use rayon::prelude::*;
 use super::config::Architecture;
 use super::gguf_writer::{ALIGNMENT, HeaderWriter};
 use super::weights::WeightType;
-use super::{Model, ModelError, io as io_error};
+use super::{ModelError, io as io_error};
 use blocks::{Columns, RowWriter, stream};
 
 /// Part of the file's name. It grows when the same preset and seed give other bytes.
@@ -145,25 +145,112 @@ impl fmt::Display for Preset {
     }
 }
 
-/// The file of a preset in `cache_dir`, made if it is not there whole.
+/// How the name of a file begins that is being made here.
+pub const DRAFT: &str = ".synthetic-";
+/// What the name of the note beside a model ends with: the digest that it was made with.
+pub const NOTE: &str = "blake3";
+
+/// The file of a preset in `cache_dir`, made if it is not there as it was made.
 pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, ModelError> {
+    ensure_by(preset, seed, cache_dir, &|path| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(crate::files::open(path)?)?;
+        Ok(hasher.finalize())
+    })
+}
+
+/// As [`ensure`], with digests of files from somebody who may know them already.
+pub fn ensure_by(
+    preset: Preset,
+    seed: u64,
+    cache_dir: &Path,
+    digest: &dyn Fn(&Path) -> io::Result<blake3::Hash>,
+) -> Result<PathBuf, ModelError> {
     let path = cache_dir.join(format!("{preset}-seed{seed}-v{GENERATOR_VERSION}.gguf"));
-    // Opening checks every tensor's place against the file's length.
-    let is_whole = || path.exists() && Model::open(&path).is_ok();
-    if is_whole() {
+    if is_as_made(preset, seed, &path, digest) {
         return Ok(path);
     }
     let failed = |error| io_error("make the synthetic model", &path, error);
     std::fs::create_dir_all(cache_dir).map_err(failed)?;
-    let mut file = temporary_file(cache_dir).map_err(failed)?;
-    write(preset, seed, file.as_file_mut()).map_err(failed)?;
+    let (file, made) = draft(preset, seed, cache_dir).map_err(failed)?;
+    write_note(&path, made).map_err(failed)?;
     // Another runner may have made it meanwhile, and read it already.
     if let Err(unmoved) = file.persist_noclobber(&path)
-        && !is_whole()
+        && !is_as_made(preset, seed, &path, digest)
     {
         unmoved.file.persist(&path).map_err(|error| failed(error.error))?;
     }
     Ok(path)
+}
+
+/// Whether a model has the digest that its note says. Where there is no note, as runners
+/// left none before, the model is made once more for its digest alone.
+fn is_as_made(
+    preset: Preset,
+    seed: u64,
+    path: &Path,
+    digest: &dyn Fn(&Path) -> io::Result<blake3::Hash>,
+) -> bool {
+    if !path.is_file() {
+        return false;
+    }
+    let made = noted(path).or_else(|| {
+        let mut hasher = blake3::Hasher::new();
+        write(preset, seed, &mut hasher).ok()?;
+        let made = hasher.finalize();
+        // A folder that cannot be written is as good to read from.
+        let _ = write_note(path, made);
+        Some(made)
+    });
+    made.is_some() && digest(path).ok() == made
+}
+
+/// The digest that a model was made with, as the note beside it says.
+pub fn noted(model: &Path) -> Option<blake3::Hash> {
+    const LARGEST: u64 = 1 << 10;
+    let text = crate::files::read_whole(&model.with_extension(NOTE), LARGEST).ok()?;
+    blake3::Hash::from_hex(text.trim_ascii()).ok()
+}
+
+fn write_note(model: &Path, made: blake3::Hash) -> io::Result<()> {
+    let mut file = temporary_file(model.parent().unwrap_or(Path::new(".")))?;
+    writeln!(file, "{made}")?;
+    file.as_file().sync_data()?;
+    file.persist(model.with_extension(NOTE)).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// The model in a file that has no name yet, with its digest. It is flushed to disk: a name
+/// that leads to half of it would outlive a power cut.
+fn draft(
+    preset: Preset,
+    seed: u64,
+    folder: &Path,
+) -> io::Result<(tempfile::NamedTempFile, blake3::Hash)> {
+    let mut file = temporary_file(folder)?;
+    let mut out = Hashing { out: file.as_file_mut(), hasher: blake3::Hasher::new() };
+    write(preset, seed, &mut out)?;
+    let made = out.hasher.finalize();
+    file.as_file().sync_data()?;
+    Ok((file, made))
+}
+
+/// Hashes what it writes.
+struct Hashing<'a> {
+    out: &'a mut std::fs::File,
+    hasher: blake3::Hasher,
+}
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// A file that others may read once it is published, unlike `tempfile`'s own default.
@@ -171,7 +258,7 @@ fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.prefix(".synthetic-").tempfile_in(folder)
+    builder.prefix(DRAFT).tempfile_in(folder)
 }
 
 /// Writes the preset's GGUF file, a few megabytes at a time.

@@ -1,0 +1,123 @@
+//! Which parts of a `tokenizer.json` are handed to the library: kinds that llama, qwen2 and
+//! qwen3 are published with, with fields that the library can work with.
+//!
+//! The library trusts these parts: an empty text to put first, a template that names a token
+//! which is not there, or a table in a format of its own ends it in a panic or asks for all
+//! memory. It knows JSON, not vocabularies.
+
+use serde_json::Value;
+
+use super::error::shown;
+
+/// How deep sequences of parts may lie within each other.
+const DEEPEST: usize = 4;
+/// Characters that a part may cut off.
+const MOST_CUT: u64 = 64;
+
+/// The parts by their keys, and the kinds that each may have.
+const PARTS: [(&str, &[&str]); 4] = [
+    ("normalizer", &["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace"]),
+    ("pre_tokenizer", &["ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace"]),
+    ("post_processor", &["ByteLevel", "TemplateProcessing"]),
+    ("decoder", &["ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"]),
+];
+
+/// Where each part's sequences have their members.
+const MEMBERS: [&str; 4] = ["normalizers", "pretokenizers", "processors", "decoders"];
+
+/// Checks all parts.
+///
+/// # Errors
+/// In words, with the part.
+pub(super) fn check(json: &Value) -> Result<(), String> {
+    for ((part, kinds), members) in PARTS.into_iter().zip(MEMBERS) {
+        let Some(value) = json.get(part).filter(|value| !value.is_null()) else { continue };
+        check_part(value, kinds, members, DEEPEST)
+            .map_err(|problem| format!("its `{part}` {problem}"))?;
+    }
+    Ok(())
+}
+
+fn check_part(part: &Value, kinds: &[&str], members: &str, deeper: usize) -> Result<(), String> {
+    let kind = part.get("type").and_then(Value::as_str).ok_or("has no `type`")?;
+    if kind == "Sequence" {
+        let list = part.get(members).and_then(Value::as_array);
+        let list = list.ok_or_else(|| format!("is a sequence without `{members}`"))?;
+        if deeper == 0 {
+            return Err("nests its sequences too deeply".to_owned());
+        }
+        return list.iter().try_for_each(|part| check_part(part, kinds, members, deeper - 1));
+    }
+    if !kinds.contains(&kind) {
+        let known = kinds.join(", ");
+        return Err(format!("is of the kind `{}`; read are {known} and sequences", shown(kind)));
+    }
+    check_fields(part, kind).map_err(|problem| format!("of the kind `{kind}` {problem}"))
+}
+
+fn check_fields(part: &Value, kind: &str) -> Result<(), String> {
+    match kind {
+        "Prepend" => some_text(part, "prepend"),
+        "Replace" => match part.pointer("/pattern/String").and_then(Value::as_str) {
+            Some(text) if !text.is_empty() => Ok(()),
+            _ => Err("replaces something else than a text".to_owned()),
+        },
+        "Split" => match part.pointer("/pattern/String").and_then(Value::as_str) {
+            Some("") => Err("splits at an empty text".to_owned()),
+            _ => Ok(()),
+        },
+        "Metaspace" => one_character(part, "replacement"),
+        "Strip" => one_character(part, "content").and_then(|()| {
+            let cut = ["start", "stop"].map(|key| part.get(key).and_then(Value::as_u64));
+            match cut.into_iter().all(|count| count.is_some_and(|count| count <= MOST_CUT)) {
+                true => Ok(()),
+                false => Err(format!("cuts off more than {MOST_CUT} characters")),
+            }
+        }),
+        "TemplateProcessing" => check_template(part),
+        _ => Ok(()),
+    }
+}
+
+fn some_text(part: &Value, key: &str) -> Result<(), String> {
+    match part.get(key).and_then(Value::as_str) {
+        Some(text) if !text.is_empty() => Ok(()),
+        _ => Err(format!("has no text as `{key}`")),
+    }
+}
+
+fn one_character(part: &Value, key: &str) -> Result<(), String> {
+    match part.get(key).and_then(Value::as_str).map(|text| text.chars().count()) {
+        Some(1) => Ok(()),
+        _ => Err(format!("has no single character as `{key}`")),
+    }
+}
+
+/// A template for one text names that text and tokens that it defines; one for two texts is
+/// never used, and is read all the same.
+fn check_template(part: &Value) -> Result<(), String> {
+    let tokens = part.get("special_tokens").and_then(Value::as_object);
+    let tokens = tokens.ok_or("defines no `special_tokens`")?;
+    for (name, token) in tokens {
+        let length = |key: &str| token.get(key).and_then(Value::as_array).map(Vec::len);
+        let whole = length("ids").is_some_and(|ids| ids > 0) && length("ids") == length("tokens");
+        if !whole || token.get("id").and_then(Value::as_str) != Some(name) {
+            return Err(format!("defines `{}` without its ids and tokens", shown(name)));
+        }
+    }
+    for (key, texts) in [("single", &["A"][..]), ("pair", &["A", "B"][..])] {
+        let pieces = part.get(key).and_then(Value::as_array);
+        for piece in pieces.ok_or_else(|| format!("has no list as `{key}`"))? {
+            let id = |path: &str| piece.pointer(path).and_then(Value::as_str);
+            let known = match (id("/Sequence/id"), id("/SpecialToken/id")) {
+                (Some(text), None) => texts.contains(&text),
+                (None, Some(token)) => tokens.contains_key(token),
+                _ => false,
+            };
+            if !known {
+                return Err(format!("names in `{key}` what it does not define"));
+            }
+        }
+    }
+    Ok(())
+}
