@@ -46,6 +46,14 @@ EXPECTED = {
             "rounding": ("pass", ""),
         },
     ),
+    "vllm": (
+        0,
+        {
+            f"{kind}-{what}": ("pass", "33 of 33 sites to the bit")
+            for kind in ["bf16", "fp8", "fp8-channel", "fp8-block"]
+            for what in ["sites", "pass"]
+        },
+    ),
 }
 # What PyTorch's examples come to with it, and without it.
 KERNELS = ["attention", "embed", "matmul", "rms-norm", "rope", "swiglu"]
