@@ -3,9 +3,11 @@
 //! It derives the streams that no arm computes (the anchored reference, the
 //! predicted floor) and measures every pair that a contract may ask for.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::account::{Account, accounts};
@@ -173,9 +175,13 @@ pub fn measure_stage(
             }
         }
         if let Some(reference) = reference.filter(|_| every_site && whole) {
-            let by_layer = anchored_by_layer(task, output)?;
+            if own.by_layer.get().is_none() {
+                // Whoever sets it meanwhile sets the same.
+                let _ = own.by_layer.set(anchored_by_layer(task, output)?);
+            }
+            let by_layer = own.by_layer.get().map_or(&[][..], Vec::as_slice);
             let sites = (subject, output.sites.as_slice());
-            all.growth.extend(growth(sites, &reference.sites, &by_layer, &own.sigmas));
+            all.growth.extend(growth(sites, &reference.sites, by_layer, &own.sigmas));
         }
     }
     Ok(all)
@@ -199,6 +205,8 @@ struct Own {
     local: Vec<Local>,
     truths: Vec<(Site, Tensor)>,
     sigmas: Vec<(Site, Deviations)>,
+    /// The reference layer by layer on the arm's own residual stream, once it was asked for.
+    by_layer: OnceCell<Vec<(Site, Tensor)>>,
 }
 
 impl Own {
@@ -207,7 +215,7 @@ impl Own {
         let truths = local.iter().map(|l| (l.site.clone(), l.truth.clone())).collect();
         let sigmas = local.iter().filter_map(|l| Some((l.site.clone(), l.sigma.clone()?)));
         let sigmas = sigmas.collect();
-        Ok(Own { local, truths, sigmas })
+        Ok(Own { local, truths, sigmas, by_layer: OnceCell::new() })
     }
 }
 
@@ -249,7 +257,7 @@ fn pairs(
     let judge: BTreeMap<&Site, &Tensor> = judge.iter().map(|(site, t)| (site, t)).collect();
     let floors: BTreeMap<&Site, &Deviations> = floors.iter().map(|(site, t)| (site, t)).collect();
     subject
-        .iter()
+        .par_iter()
         .map(|(site, tensor)| match judge.get(site) {
             Some(judged) => {
                 let predicted = Predicted { floor: floors.get(site).copied(), drawn };

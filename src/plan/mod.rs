@@ -590,6 +590,14 @@ fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
              context length is {context}; shorten the prompt or `decode`"
         ));
     }
+    let steps = stage.recipe.engine.map_or(0, |engine| engine.decoded);
+    if steps >= tokens.len() && steps > 0 {
+        return Err(format!(
+            "`recipe.decoded` says that {steps} tokens came in steps of their own, and `tokens` has \
+             {} in all, with the prompt's; write the prompt's and the decoded ones as `tokens`",
+            tokens.len()
+        ));
+    }
     Ok(tokens)
 }
 

@@ -98,8 +98,12 @@ fn the_engine_that_a_recording_shows_is_printed_as_its_file_and_predicts_the_pas
 type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
 
 fn rewrite(project: &Project, change: impl Fn(&mut Vec<Stored>)) {
-    let path = project.path("capture.safetensors");
-    let bytes = fs::read(&path).expect("the recording");
+    rewrite_file(project, "capture.safetensors", change);
+}
+
+fn rewrite_file(project: &Project, name: &str, change: impl Fn(&mut Vec<Stored>)) {
+    let path = project.path(name);
+    let bytes = fs::read(&path).expect("a file");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
     let mut tensors: Vec<Stored> = file
         .tensors()
@@ -373,12 +377,95 @@ fn changes_that_are_planted_into_a_recording_in_fp8_are_located_and_named() {
     }
 }
 
+type Weights = Vec<Stored>;
+
+/// Changes bf16 values of the weights whose names end so.
+fn reweigh(weights: &mut Weights, end: &str, change: impl Fn(&mut [f32])) {
+    let found = weights.iter_mut().find(|(name, ..)| name.ends_with(end));
+    let (_, _, _, data) = found.unwrap_or_else(|| panic!("no weight `{end}`"));
+    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let mut values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
+    change(&mut values);
+    let rounded = values.iter().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
+    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+}
+
+/// A project whose recording is what the same engine computes with other weights.
+fn with_other_weights(kind: &str, change: impl Fn(&mut Weights)) -> Project {
+    let faulty = of_vllm(kind);
+    rewrite_file(&faulty, "model/model.safetensors", change);
+    let sites = faulty.read("stages/sites.toml");
+    let (head, _) = sites.split_once("[recorded]").expect("a recording");
+    faulty.write("stages/sites.toml", &head.replace("exact-engine", "per-layer"));
+    let pipeline = faulty.read("stages/pipeline.toml");
+    faulty.write("stages/pipeline.toml", &pipeline.replace(", \"recorded\"", ""));
+    faulty.runner(&["run", "stages", "--select", "sites"]);
+    let export = ["export", "latest", "sites", "emulated", "made.safetensors"];
+    faulty.runner(&export).expect(0, "33 sites");
+    let project = of_vllm(kind);
+    fs::copy(faulty.path("made.safetensors"), project.path("capture.safetensors")).expect("copied");
+    project
+}
+
+#[test]
+fn what_an_fp8_engine_computes_with_wrong_weights_is_located_and_named() {
+    type Change = fn(&mut Weights);
+    let planted: [(&str, &str, Change); 6] = [
+        ("", "", |_| {}),
+        ("blk.1.ffn_down", "swapped-weight", |weights| {
+            let of = |name: &str| name.ends_with("layers.0.mlp.down_proj.weight");
+            let other = weights.iter().find(|(name, ..)| of(name)).expect("a weight").3.clone();
+            let own = weights.iter_mut().find(|w| w.0.ends_with("layers.1.mlp.down_proj.weight"));
+            own.expect("a weight").3 = other;
+        }),
+        ("blk.1.k", "bias-missing", |weights| {
+            reweigh(weights, "layers.1.self_attn.k_proj.bias", |bias| bias.fill(0.0));
+        }),
+        ("blk.1.ffn_norm", "weight-offset", |weights| {
+            let end = "layers.1.post_attention_layernorm.weight";
+            reweigh(weights, end, |gain| gain.iter_mut().for_each(|gain| *gain += 1.0));
+        }),
+        ("blk.1.attn_out", "transposed-weight", |weights| {
+            reweigh(weights, "layers.1.self_attn.o_proj.weight", |values| {
+                let square = values.to_vec();
+                for (index, value) in values.iter_mut().enumerate() {
+                    *value = square[index % 256 * 256 + index / 256];
+                }
+            });
+        }),
+        ("blk.1.v", "columns-permuted", |weights| {
+            reweigh(weights, "layers.1.self_attn.v_proj.weight", |rows| rows.rotate_left(64 * 256));
+            reweigh(weights, "layers.1.self_attn.v_proj.bias", |bias| bias.rotate_left(64));
+        }),
+    ];
+    for (kind, (site, cause, change)) in
+        ["fp8", "fp8-block", "fp8-channel"].iter().cycle().zip(planted)
+    {
+        let project = with_other_weights(kind, change);
+        let stages = judged(&project);
+        let stage = stage(&stages, "sites");
+        let why = stage["why"].as_str().expect("a reason");
+        if site.is_empty() {
+            assert_eq!(stage["verdict"], "pass", "{kind}: {why}");
+            continue;
+        }
+        let first = &stage["first"];
+        assert_eq!(
+            (&first["site"], &first["cause"]),
+            (&json!(site), &json!(cause)),
+            "{kind}: {why}"
+        );
+    }
+}
+
 #[test]
 fn decoded_tokens_are_for_engines_and_stand_in_a_recipe_alone() {
     let project = of_vllm("bf16");
     let text = project.read("stages/sites.toml");
     project.write("stages/sites.toml", &text.replace("engine = \"vllm\", ", ""));
     project.runner(&["check", "stages"]).expect(2, "`decoded` needs an `engine`");
+    project.write("stages/sites.toml", &text.replace("decoded = 7", "decoded = 40"));
+    project.runner(&["run", "stages"]).expect(2, "40 tokens came in steps of their own");
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/vllm.toml");
     let own = fs::read_to_string(shipped).expect("an engine") + "decoded = 3\n";
     project.write("mine.toml", &own);
