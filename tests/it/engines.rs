@@ -458,6 +458,45 @@ fn what_an_fp8_engine_computes_with_wrong_weights_is_located_and_named() {
     }
 }
 
+/// A prompt that is longer than what vLLM's kernels treat as few tokens; its recording is what
+/// the engine's own kernels compute.
+fn of_a_long_prompt(kind: &str) -> Project {
+    let project = of_vllm(kind);
+    fs::remove_file(project.path("stages/pass.toml")).expect("removed");
+    let text = project.read("stages/sites.toml");
+    let ids: Vec<String> = (0..150).map(|index| (index * 37 % 509 + 2).to_string()).collect();
+    let start = text.find("tokens").expect("tokens");
+    let end = start + text[start..].find('\n').expect("a line");
+    let text = format!("{}tokens = [{}]{}", &text[..start], ids.join(", "), &text[end..]);
+    let (head, _) = text.split_once("[recorded]").expect("a recording");
+    project.write("stages/sites.toml", &head.replace("exact-engine", "per-layer"));
+    let pipeline = project.read("stages/pipeline.toml");
+    project.write("stages/pipeline.toml", &pipeline.replace(", \"recorded\"", ""));
+    project.runner(&["run", "stages", "--select", "sites"]);
+    let export = ["export", "latest", "sites", "emulated", "capture.safetensors"];
+    fs::remove_file(project.path("capture.safetensors")).expect("removed");
+    project.runner(&export).expect(0, "33 sites");
+    project.write("stages/sites.toml", &text);
+    project.write("stages/pipeline.toml", &pipeline);
+    project
+}
+
+#[test]
+fn how_many_tokens_were_decoded_is_seen_and_is_inherited_beside_an_engine() {
+    for kind in ["fp8-channel", "bf16"] {
+        let project = of_a_long_prompt(kind);
+        let text = project.read("stages/sites.toml");
+        let verdict = || stage(&judged(&project), "sites")["verdict"].clone();
+        assert_eq!(verdict(), "pass", "{kind}");
+        project.write("stages/sites.toml", &text.replace(", decoded = 7", ""));
+        assert_eq!(verdict(), "structural", "{kind}: none was decoded");
+        let pipeline = project.read("stages/pipeline.toml");
+        let inherited = format!("{pipeline}recipe = {{ decoded = 7 }}\n");
+        project.write("stages/pipeline.toml", &inherited);
+        assert_eq!(verdict(), "pass", "{kind}: inherited");
+    }
+}
+
 #[test]
 fn decoded_tokens_are_for_engines_and_stand_in_a_recipe_alone() {
     let project = of_vllm("bf16");

@@ -118,7 +118,7 @@ impl EngineArm {
     /// RMSNorm of each group of `gain.len()` values; `name` is the gain's.
     ///
     /// # Errors
-    /// None so far.
+    /// As what computes a call.
     pub fn rms_norm(
         &self,
         x: &Tensor,
@@ -228,8 +228,10 @@ impl EngineArm {
         let all: usize = stacked.iter().map(Weight::rows).sum();
         if !weight.width().is_multiple_of(GROUP) || !all.is_multiple_of(64) {
             return Err(ComputeError::Recipe(format!(
-                "vLLM gives a weight of [{all}, {}] to another kernel than DeepGEMM, which is not \
-                 known to the bit",
+                "vLLM gives `{}`, stacked [{all}, {}], to another kernel than DeepGEMM, which is \
+                 not known to the bit; judge it by the contract `engine`, without `engine` in the \
+                 recipe",
+                weight.name(),
                 weight.width()
             )));
         }
