@@ -66,19 +66,9 @@ impl Diagnosis {
     /// and that stands.
     pub fn unseen(suspect: &Suspect, problem: &str) -> Diagnosis {
         Diagnosis {
-            subject: suspect.subject,
-            judge: suspect.judge,
-            site: suspect.site.clone(),
             op: suspect.site.0.clone(),
-            evidence: suspect.evidence.clone(),
-            ratio: None,
-            later_layers: 0,
-            also: Vec::new(),
-            prescribed: false,
-            within_rounding: false,
-            same_input: false,
             known: Some(format!("a closer look at it failed: {problem}")),
-            fits: Vec::new(),
+            ..plain(suspect)
         }
     }
 

@@ -175,11 +175,13 @@ pub fn measure_stage(
             }
         }
         if let Some(reference) = reference.filter(|_| every_site && whole) {
-            if own.by_layer.get().is_none() {
-                // Whoever sets it meanwhile sets the same.
-                let _ = own.by_layer.set(anchored_by_layer(task, output)?);
-            }
-            let by_layer = own.by_layer.get().map_or(&[][..], Vec::as_slice);
+            let by_layer = match own.by_layer.get() {
+                Some(known) => known,
+                None => {
+                    let anchored = anchored_by_layer(task, output)?;
+                    own.by_layer.get_or_init(|| anchored)
+                }
+            };
             let sites = (subject, output.sites.as_slice());
             all.growth.extend(growth(sites, &reference.sites, by_layer, &own.sigmas));
         }

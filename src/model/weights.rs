@@ -1,7 +1,8 @@
 //! One tensor of a model file: its bytes, and its values a few rows at a time.
 //!
 //! It knows block formats, not files: the readers hand it bytes whose length
-//! they have checked against the shape. The codecs of the block types are
+//! they have checked against the shape. Of its model it only remembers which it is, for
+//! whoever needs the weights beside it. The codecs of the block types are
 //! candle's; the plain float types are decoded here, where they need no
 //! alignment and no copy.
 
@@ -182,12 +183,6 @@ impl fmt::Display for WeightType {
 /// Values decoded through candle at once: its result stays in the L1 and L2 caches.
 const CHUNK: usize = 8192;
 
-/// The weights of a block that engines stack to one matrix.
-const STACKED: [&[&str]; 2] = [
-    &[".attn_q.weight", ".attn_k.weight", ".attn_v.weight"],
-    &[".ffn_gate.weight", ".ffn_up.weight"],
-];
-
 /// A tensor in its file, row-major `[rows, width]`; a vector has one row.
 #[derive(Clone, Copy)]
 pub struct Weight<'a> {
@@ -233,22 +228,9 @@ impl<'a> Weight<'a> {
         Weight { model: Some(model), ..self }
     }
 
-    /// The weights that engines hold as one matrix, in the order of its rows: queries, keys
-    /// and values, or gate and up. It alone where it is none of these, or of no model.
-    ///
-    /// # Errors
-    /// If the model's file does not give one of them.
-    pub fn stacked(&self) -> Result<Vec<Weight<'a>>, ModelError> {
-        let parts = STACKED.iter().find_map(|parts| {
-            let own = parts.iter().find(|part| self.name.ends_with(*part))?;
-            Some((self.name.strip_suffix(own)?, parts))
-        });
-        match (self.model, parts) {
-            (Some(model), Some((block, parts))) => {
-                parts.iter().map(|part| model.tensor(&format!("{block}{part}"))).collect()
-            }
-            _ => Ok(vec![*self]),
-        }
+    /// The model that it is one of; a weight that was made alone is of none.
+    pub fn model(&self) -> Option<&'a Model> {
+        self.model
     }
 
     /// The canonical name, such as `blk.0.attn_q.weight`.

@@ -593,8 +593,8 @@ fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
     let steps = stage.recipe.engine.map_or(0, |engine| engine.decoded);
     if steps >= tokens.len() && steps > 0 {
         return Err(format!(
-            "`recipe.decoded` says that {steps} tokens came in steps of their own, and `tokens` has \
-             {} in all, with the prompt's; write the prompt's and the decoded ones as `tokens`",
+            "`decoded = {steps}` leaves no token for the prompt: `tokens` has {} in all; list the \
+             prompt's tokens and the decoded ones in `tokens`, or write a smaller `decoded`",
             tokens.len()
         ));
     }

@@ -440,6 +440,11 @@ fn transformers_models_are_met_in_every_bit_from_the_token_ids_alone() {
     replay_transformers(&data("engines/llama-sdpa-333"), Ran::Sdpa);
 }
 
+fn decoded(codes: &Codes) -> Tensor {
+    let rows = (0..codes.rows()).flat_map(|row| codes.decode_row(row));
+    Tensor::new(codes.width(), rows.collect())
+}
+
 /// Every operation of a capture of vLLM, SGLang or a package of PyTorch's.
 fn replay_operations(path: &Path) {
     let capture = Capture::open(path);
@@ -492,12 +497,14 @@ fn replay_operations(path: &Path) {
                 let (x, out) = if of_sglang { (given(0), 1) } else { (given(1), 0) };
                 let rule = if of_sglang { Quantise::SGLANG } else { Quantise::VLLM };
                 let x = x.matrix();
-                let (values, scales) = rule.apply(&x, x.width());
+                let (codes, scales) = rule.grouped(&x, x.width());
+                let values = decoded(&codes);
                 tally.compare(op, values.data(), &after(out).values);
                 tally.compare(op, &scales, &after(2).values);
             }
             "_C::per_token_group_fp8_quant" => {
-                let (values, scales) = Quantise::VLLM_GROUP.apply(&given(0).matrix(), 128);
+                let (codes, scales) = Quantise::VLLM_GROUP.grouped(&given(0).matrix(), 128);
+                let values = decoded(&codes);
                 tally.compare(op, values.data(), &after(1).values);
                 tally.compare(op, &scales, &after(2).values);
             }

@@ -63,6 +63,16 @@ fn stage<'s>(stages: &'s [Value], id: &str) -> &'s Value {
     stages.iter().find(|stage| stage["id"] == id).expect("a stage")
 }
 
+/// The headline of the stage `sites` names this site and this cause.
+fn assert_named(project: &Project, site: &str, cause: &str) {
+    let stages = judged(project);
+    let stage = stage(&stages, "sites");
+    let why = &stage["why"];
+    assert_eq!(stage["verdict"], "structural", "{site}: {why}");
+    let first = &stage["first"];
+    assert_eq!((&first["site"], &first["cause"]), (&json!(site), &json!(cause)), "{why}");
+}
+
 #[test]
 fn every_site_of_a_transformers_pass_is_to_the_bit_and_so_is_the_pass_from_its_tokens() {
     let stages = judged(&recorded());
@@ -165,12 +175,7 @@ fn changes_that_are_planted_into_the_recording_are_located_and_named() {
     for (tensor, site, cause, change) in cases {
         let project = recorded();
         spoil(&project, tensor, change);
-        let stages = judged(&project);
-        let stage = stage(&stages, "sites");
-        let why = stage["why"].as_str().expect("a reason");
-        assert_eq!(stage["verdict"], "structural", "{tensor}: {why}");
-        let first = &stage["first"];
-        assert_eq!((&first["site"], &first["cause"]), (&json!(site), &json!(cause)), "{why}");
+        assert_named(&project, site, cause);
     }
 }
 
@@ -368,12 +373,7 @@ fn changes_that_are_planted_into_a_recording_in_fp8_are_located_and_named() {
     for (site, cause, change) in planted {
         let project = of_vllm("fp8-block");
         spoil(&project, site, change);
-        let stages = judged(&project);
-        let stage = stage(&stages, "sites");
-        let why = stage["why"].as_str().expect("a reason");
-        assert_eq!(stage["verdict"], "structural", "{site}: {why}");
-        let first = &stage["first"];
-        assert_eq!((&first["site"], &first["cause"]), (&json!(site), &json!(cause)), "{why}");
+        assert_named(&project, site, cause);
     }
 }
 
@@ -408,9 +408,9 @@ fn with_other_weights(kind: &str, change: impl Fn(&mut Weights)) -> Project {
 }
 
 #[test]
-fn what_an_fp8_engine_computes_with_wrong_weights_is_located_and_named() {
+fn what_an_engine_computes_with_wrong_weights_is_located_and_named() {
     type Change = fn(&mut Weights);
-    let planted: [(&str, &str, Change); 6] = [
+    let planted: [(&str, &str, Change); 8] = [
         ("", "", |_| {}),
         ("blk.1.ffn_down", "swapped-weight", |weights| {
             let of = |name: &str| name.ends_with("layers.0.mlp.down_proj.weight");
@@ -437,24 +437,27 @@ fn what_an_fp8_engine_computes_with_wrong_weights_is_located_and_named() {
             reweigh(weights, "layers.1.self_attn.v_proj.weight", |rows| rows.rotate_left(64 * 256));
             reweigh(weights, "layers.1.self_attn.v_proj.bias", |bias| bias.rotate_left(64));
         }),
+        ("blk.0.ffn_up", "scale-wrong", |weights| {
+            reweigh(weights, "layers.0.mlp.up_proj.weight", |values| {
+                values.iter_mut().for_each(|value| *value *= 1.25);
+            });
+        }),
+        ("blk.1.ffn_gate", "one-tile", |weights| {
+            reweigh(weights, "layers.1.mlp.gate_proj.weight", |rows| {
+                rows.chunks_mut(256).skip(128).take(128).for_each(|row| row[..128].fill(0.0));
+            });
+        }),
     ];
-    for (kind, (site, cause, change)) in
-        ["fp8", "fp8-block", "fp8-channel"].iter().cycle().zip(planted)
-    {
+    let kinds = ["fp8", "fp8-block", "fp8-channel", "bf16"];
+    for (kind, (site, cause, change)) in kinds.iter().cycle().zip(planted) {
         let project = with_other_weights(kind, change);
-        let stages = judged(&project);
-        let stage = stage(&stages, "sites");
-        let why = stage["why"].as_str().expect("a reason");
         if site.is_empty() {
-            assert_eq!(stage["verdict"], "pass", "{kind}: {why}");
-            continue;
+            let stages = judged(&project);
+            let stage = stage(&stages, "sites");
+            assert_eq!(stage["verdict"], "pass", "{kind}: {}", stage["why"]);
+        } else {
+            assert_named(&project, site, cause);
         }
-        let first = &stage["first"];
-        assert_eq!(
-            (&first["site"], &first["cause"]),
-            (&json!(site), &json!(cause)),
-            "{kind}: {why}"
-        );
     }
 }
 
@@ -504,7 +507,7 @@ fn decoded_tokens_are_for_engines_and_stand_in_a_recipe_alone() {
     project.write("stages/sites.toml", &text.replace("engine = \"vllm\", ", ""));
     project.runner(&["check", "stages"]).expect(2, "`decoded` needs an `engine`");
     project.write("stages/sites.toml", &text.replace("decoded = 7", "decoded = 40"));
-    project.runner(&["run", "stages"]).expect(2, "40 tokens came in steps of their own");
+    project.runner(&["run", "stages"]).expect(2, "`decoded = 40` leaves no token for the prompt");
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/vllm.toml");
     let own = fs::read_to_string(shipped).expect("an engine") + "decoded = 3\n";
     project.write("mine.toml", &own);

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::{Case, Fit, Null, rank};
+use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::departure::{Steps, matmul_rows};
 use crate::compute::emulated::arm::Emulated;
@@ -68,8 +69,13 @@ impl Bench {
         call.on(&self.arm).expect("a call that the arm can compute")
     }
 
-    /// The fingerprints of a call that returned `wrong`, the best first.
-    pub fn fits(&self, call: &Call<'_>, wrong: &Tensor) -> Vec<Fit> {
+    /// What `test` finds in a call that returned `wrong`.
+    pub fn found(
+        &self,
+        call: &Call<'_>,
+        wrong: &Tensor,
+        test: impl Fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>,
+    ) -> Vec<Fit> {
         let clean = self.clean(call);
         let truth = call.on(&Reference).expect("a call that the reference can compute");
         let null = Null::of(call, &clean, &self.arm, &self.recipe).expect("a null model");
@@ -85,7 +91,12 @@ impl Bench {
             model: Some(&self.model),
             recorded: &self.recorded,
         };
-        rank(&case).expect("fingerprints")
+        test(&case).expect("fingerprints")
+    }
+
+    /// The fingerprints of a call that returned `wrong`, the best first.
+    pub fn fits(&self, call: &Call<'_>, wrong: &Tensor) -> Vec<Fit> {
+        self.found(call, wrong, rank)
     }
 
     /// The cause that is named must be this one.

@@ -317,9 +317,8 @@ impl<'a> Case<'a> {
         detail: String,
         call: &Call<'_>,
     ) -> Result<Option<Fit>, ComputeError> {
-        let by_engine = |name| self.arm.engine().is_some_and(|engine| engine.quantises(name));
         if let Call::Matmul { x, weight, bias } = *call
-            && !by_engine(weight.name())
+            && !self.arm.engine().is_some_and(|engine| engine.quantises(weight.name()))
         {
             return self.fit_gemm(cause, detail, Gemm { x, weight, bias }, &Steps::of(self.recipe));
         }

@@ -52,12 +52,10 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Null;
     use super::super::bench::Bench;
     use super::*;
     use crate::compute::call::{Call, MadeWeight};
     use crate::compute::reference::Reference;
-    use crate::op::Site;
 
     #[test]
     fn an_arm_that_computed_in_bf16_or_not_at_all_is_recognised() {
@@ -84,25 +82,10 @@ mod tests {
         let call = Call::Matmul { x: &x, weight: made.weight().expect("a weight"), bias: None };
         let recipe = Recipe { gemm: Format::Bf16, output: Format::Bf16, ..bench.recipe };
         let arm = Emulated::new(&recipe).expect("an arm");
-        let clean = call.on(&arm).expect("a product");
-        let mut subject = clean.clone();
+        let in_bf16 = Bench { recipe, arm, ..Bench::default() };
+        let mut subject = in_bf16.clean(&call);
         subject.data_mut()[7] *= 1.0078125;
-        let null = Null::of(&call, &clean, &arm, &recipe).expect("null models");
-        let truth = call.on(&Reference).expect("a product");
-        let site = Site("blk.1.q".to_owned());
-        let case = Case {
-            site: &site,
-            call: &call,
-            subject: &subject,
-            clean: &clean,
-            truth: &truth,
-            null: &null,
-            arm: &arm,
-            recipe: &recipe,
-            model: None,
-            recorded: &[],
-        };
-        let fits = test(&case).expect("fits");
+        let fits = in_bf16.found(&call, &subject, test);
         assert!(fits.iter().all(|fit| !fit.detail.starts_with("f16")), "{fits:?}");
     }
 }

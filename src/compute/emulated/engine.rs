@@ -165,11 +165,11 @@ impl EngineArm {
     ) -> Result<Tensor, ComputeError> {
         match self.kernels.linear_of(weight.name()).first() {
             None | Some(LinearKernel::Cublas) => {
-                let operands = Operands::of(self, x, weight, bias)?;
+                let operands = Operands::of(self, weight, bias)?;
                 let (outputs, inner) = (weight.rows(), x.width());
                 self.by_calls(x, |x, tokens| {
                     let parts = self.kernels.split_k.parts(tokens, outputs, inner);
-                    operands.of_rows(codes(self.format, x)).product(parts)
+                    operands.product(&codes(self.format, x), parts)
                 })
             }
             Some(kernel) => self.fp8_product(kernel, x, weight, bias),
@@ -187,9 +187,7 @@ impl EngineArm {
         let unit = self.fp8_unit.as_ref().ok_or_else(|| {
             ComputeError::Recipe("the engine multiplies FP8, and the chip cannot".to_owned())
         })?;
-        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
-        let bias: Option<Vec<f32>> =
-            bias.map(|bias| bias.into_iter().map(|b| self.format.round(b)).collect());
+        let bias = self.held_bias(bias)?;
         if kernel == LinearKernel::VllmFp8Block {
             return self.block_product(unit, x, weight, bias);
         }
@@ -198,7 +196,7 @@ impl EngineArm {
             LinearKernel::VllmFp8Channel => Quantise::VLLM.grouped(&held, held.width()),
             _ => {
                 let mut most = 0_f32;
-                for part in weight.stacked()? {
+                for part in stacked(weight)? {
                     most = most.max(absmax(self.held(&part, 0..part.rows())?.data()));
                 }
                 let scale = Quantise::VLLM_TENSOR.scale_of(&[most]);
@@ -222,7 +220,7 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Vec<f32>>,
     ) -> Result<Tensor, ComputeError> {
-        let stacked = weight.stacked()?;
+        let stacked = stacked(weight)?;
         let before = stacked.iter().take_while(|part| part.name() != weight.name());
         let own = before.map(Weight::rows).sum::<usize>();
         let all: usize = stacked.iter().map(Weight::rows).sum();
@@ -253,6 +251,12 @@ impl EngineArm {
         // The bias is an addition of its own, and rounds once more.
         finish(&mut y, bias.as_deref(), self.format);
         Ok(y)
+    }
+
+    /// A bias as the engine holds it.
+    fn held_bias(&self, bias: Option<Weight<'_>>) -> Result<Option<Vec<f32>>, ComputeError> {
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        Ok(bias.map(|bias| bias.into_iter().map(|b| self.format.round(b)).collect()))
     }
 
     /// Rows of a weight as the engine holds them before it quantises.
@@ -458,13 +462,13 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<(), ComputeError> {
-        let operands = Operands::of(self, x, weight, bias)?;
+        let operands = Operands::of(self, weight, bias)?;
         let calls = self.calls(x.rows());
         let (mut names, mut products, mut data) = (Vec::new(), Vec::new(), Vec::new());
         for (rows, tokens) in &calls {
             let observed = choice.observed.some_rows(rows.clone());
-            let operands = operands.of_rows(codes(self.format, &x.some_rows(rows.clone())));
-            let (name, parts, y) = operands.order_of(&observed)?;
+            let x = codes(self.format, &x.some_rows(rows.clone()));
+            let (name, parts, y) = operands.order_of(&x, &observed)?;
             let (outputs, inner) = (weight.rows(), x.width());
             products.push(SplitK { tokens: *tokens, outputs, inner, parts });
             data.extend(y.into_data());
@@ -479,6 +483,24 @@ impl EngineArm {
         }
         Ok(())
     }
+}
+
+/// The weights that engines stack to one matrix, in the order of its rows: queries, keys and
+/// values, or gate and up. The weight alone where it is none of these, or of no model.
+fn stacked(weight: Weight<'_>) -> Result<Vec<Weight<'_>>, ComputeError> {
+    const STACKED: [&[&str]; 2] = [
+        &[".attn_q.weight", ".attn_k.weight", ".attn_v.weight"],
+        &[".ffn_gate.weight", ".ffn_up.weight"],
+    ];
+    let parts = STACKED.iter().find_map(|parts| {
+        let own = parts.iter().find(|part| weight.name().ends_with(*part))?;
+        Some((weight.name().strip_suffix(own)?, parts))
+    });
+    let (Some(model), Some((block, parts))) = (weight.model(), parts) else {
+        return Ok(vec![weight]);
+    };
+    let parts = parts.iter().map(|part| Ok(model.tensor(&format!("{block}{part}"))?));
+    parts.collect()
 }
 
 /// A kernel's name as the engine's file has it.
@@ -518,11 +540,10 @@ fn differing(a: &Tensor, b: &Tensor) -> usize {
     pairs.filter(|(a, b)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())).count()
 }
 
-/// A product's operands as the engine holds them.
+/// What a product's activation meets, as the engine holds it.
 struct Operands {
     unit: Unit,
     format: Format,
-    x: Codes,
     w: Codes,
     bias: Option<Vec<f32>>,
 }
@@ -530,42 +551,32 @@ struct Operands {
 impl Operands {
     fn of(
         arm: &EngineArm,
-        x: &Tensor,
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Operands, ComputeError> {
         let format = arm.format;
         let w = Tensor::new(weight.width(), weight.to_vec()?);
-        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
-        let round = |bias: Vec<f32>| bias.into_iter().map(|b| format.round(b)).collect();
-        Ok(Operands {
-            unit: arm.unit,
-            format,
-            x: codes(format, x),
-            w: codes(format, &w),
-            bias: bias.map(round),
-        })
+        Ok(Operands { unit: arm.unit, format, w: codes(format, &w), bias: arm.held_bias(bias)? })
     }
 
-    /// The same with other rows of x.
-    fn of_rows(&self, x: Codes) -> Operands {
-        Operands { x, w: self.w.clone(), bias: self.bias.clone(), ..*self }
-    }
-
-    fn product(&self, parts: u32) -> Result<Tensor, ComputeError> {
+    fn product(&self, x: &Codes, parts: u32) -> Result<Tensor, ComputeError> {
         let schedule = Schedule::FAST.with_split_k(parts);
-        let linear = Linear { schedule, ..Linear::new(&self.unit, self.x.width(), self.format) };
-        Ok(linear.apply(&self.x, &self.w, self.bias.as_deref())?)
+        let linear = Linear { schedule, ..Linear::new(&self.unit, x.width(), self.format) };
+        Ok(linear.apply(x, &self.w, self.bias.as_deref())?)
     }
 
     /// The order whose sums are nearest to the engine's: its name, the parts of K, and what it
     /// gives.
-    fn order_of(&self, observed: &Tensor) -> Result<(String, u32, Tensor), ComputeError> {
-        let chain = self.product(1)?;
+    fn order_of(
+        &self,
+        x: &Codes,
+        observed: &Tensor,
+    ) -> Result<(String, u32, Tensor), ComputeError> {
+        let chain = self.product(x, 1)?;
         let mut best = (format!("{CUBLAS} in one chain"), 1, differing(&chain, observed), chain);
         if best.2 > 0 {
-            for parts in self.parts_that_fit(observed)? {
-                let y = self.product(parts)?;
+            for parts in self.parts_that_fit(x, observed)? {
+                let y = self.product(x, parts)?;
                 let mismatches = differing(&y, observed);
                 if mismatches < best.2 {
                     best = (format!("{CUBLAS} in {parts} parts of K"), parts, mismatches, y);
@@ -579,22 +590,22 @@ impl Operands {
     }
 
     /// The numbers of parts of K whose sums are the engine's on a sample.
-    fn parts_that_fit(&self, observed: &Tensor) -> Result<Vec<u32>, ComputeError> {
+    fn parts_that_fit(&self, x: &Codes, observed: &Tensor) -> Result<Vec<u32>, ComputeError> {
         let (rows, columns) = (observed.rows().min(SAMPLE.0), observed.width().min(SAMPLE.1));
-        if (observed.rows(), observed.width()) != (self.x.rows(), self.w.rows()) {
+        if (observed.rows(), observed.width()) != (x.rows(), self.w.rows()) {
             return Ok(Vec::new());
         }
         let some = |codes: &Codes, count: usize| codes.select_rows(&(0..count).collect::<Vec<_>>());
         let sample = Operands {
             unit: self.unit,
             format: self.format,
-            x: some(&self.x, rows),
             w: some(&self.w, columns),
             bias: self.bias.as_ref().map(|bias| bias[..columns].to_vec()),
         };
+        let x = some(x, rows);
         let mut fitting = Vec::new();
         for parts in 2..=MOST_PARTS {
-            let y = sample.product(parts)?;
+            let y = sample.product(&x, parts)?;
             let equal = (0..rows).all(|row| {
                 let pairs = y.row(row).iter().zip(&observed.row(row)[..columns]);
                 pairs.into_iter().all(|(a, b)| a.to_bits() == b.to_bits())

@@ -31,7 +31,7 @@
 //! on the same H200 captures and in two transformers models, and at 25 shapes on the
 //! H100; FlashAttention 3 in vLLM on an H200 at 8 tokens and on an H100 at 33 to 300 with 7
 //! decoded ones (heads of 64 and 128 values), and in the fa3-fwd package at 32. FlashAttention
-//! 3 splits long keys over the chip where few heads decode, which is not worked out. cuDNN
+//! 3 splits more than four blocks of keys where few tiles fill the chip, which is not worked out. cuDNN
 //! at one query and 1,000 keys of 128 values splits the keys, which is not worked
 //! out; nor is the memory-efficient kernel.
 

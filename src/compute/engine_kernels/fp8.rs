@@ -103,15 +103,6 @@ impl Quantise {
         if self.scale == ScaleRule::PowerOfTwo { power_of_two_above(scale) } else { scale }
     }
 
-    /// The code of a value.
-    #[inline]
-    pub fn code_of(&self, x: f32, scale: f32) -> u32 {
-        self.format.encode(match self.code {
-            CodeRule::Divided => x / scale,
-            CodeRule::TimesInverse => x * (1.0 / scale),
-        })
-    }
-
     /// Codes of rows of which each has its scale.
     pub fn codes(&self, rows: &Tensor, scales: &[f32]) -> Codes {
         let mut codes = Codes::zeros(self.format, rows.rows(), rows.width());
@@ -146,21 +137,6 @@ impl Quantise {
                 quantize_row(self.format, &scaled, 1.0, codes);
             }
         }
-    }
-
-    /// Codes and scales of rows, one scale for each `group` values of a row; the
-    /// whole row shares one where `group` is its width.
-    pub fn apply(&self, x: &Tensor, group: usize) -> (Tensor, Vec<f32>) {
-        let mut scales = Vec::new();
-        let mut values = Vec::with_capacity(x.data().len());
-        for row in 0..x.rows() {
-            for group in x.row(row).chunks(group.max(1)) {
-                let scale = self.scale_of(group);
-                scales.push(scale);
-                values.extend(group.iter().map(|&x| self.format.decode(self.code_of(x, scale))));
-            }
-        }
-        (Tensor::new(x.width(), values), scales)
     }
 }
 
