@@ -16,18 +16,21 @@ use crate::text::Shown;
 /// Names that a sentence lists.
 const SHOWN: usize = 6;
 
-/// The tensors of the op's sites; `tokens` is how many
-/// the prompt has, where that is not checked elsewhere. A forward pass whose file
-/// lacks some of them is read as far as it goes: [`absent`] says what is missing.
+/// The tensor of a recording that says which tokens it is of, where it has one.
+const IDS: &str = "ids";
+
+/// The tensors of the op's sites; `tokens` are the prompt's, where they are not checked
+/// elsewhere. A forward pass whose file lacks some of them is read as far as it goes:
+/// [`absent`] says what is missing.
 ///
 /// # Errors
 /// If the file is not readable, holds none of the sites, lacks one that an op of few sites
-/// must make, or is the pass of another number of tokens.
+/// must make, or is the pass of other tokens.
 pub fn recorded(
     op: &Op,
     recorded: &Recorded,
     model: Option<&Model>,
-    tokens: Option<usize>,
+    tokens: Option<&[u32]>,
 ) -> Result<Output, ComputeError> {
     let file = TensorFile::open(&recorded.file)?;
     let mut output = Output::default();
@@ -41,6 +44,9 @@ pub fn recorded(
         );
         return Err(TensorFileError::Malformed { path: recorded.file.clone(), problem }.into());
     }
+    if let (Some(tokens), Op::Forward { .. } | Op::Embed { .. }) = (tokens, op) {
+        check_ids(&file, recorded, tokens)?;
+    }
     let mut missing = None;
     for site in sites {
         match read(&file, recorded, &site, model) {
@@ -53,13 +59,13 @@ pub fn recorded(
     }
     if let (Some((site, first)), Some(tokens)) = (output.sites.first(), tokens)
         && matches!(op, Op::Forward { .. } | Op::Embed { .. })
-        && output.sites.iter().all(|(_, tensor)| tensor.rows() != tokens)
+        && output.sites.iter().all(|(_, tensor)| tensor.rows() != tokens.len())
     {
         let problem = format!(
             "has {} rows, and the prompt has {}: record the pass of this prompt, or set `tokens` \
              to those of the recorded pass",
             first.rows(),
-            count(tokens, "token")
+            count(tokens.len(), "token")
         );
         let (path, name) = (recorded.file.clone(), recorded.tensor_of(site));
         return Err(TensorFileError::Unusable { path, name, problem }.into());
@@ -71,6 +77,34 @@ pub fn recorded(
     }
     output.arithmetic = format!("as recorded in `{}`", recorded.file.shown());
     Ok(output)
+}
+
+/// Refuses a recording that says itself that it is of other tokens.
+fn check_ids(
+    file: &TensorFile,
+    recorded: &Recorded,
+    tokens: &[u32],
+) -> Result<(), TensorFileError> {
+    if !file.names().any(|name| name == IDS) {
+        return Ok(());
+    }
+    let Some(ids) = file.integers(Some(IDS))? else { return Ok(()) };
+    let differs = |(a, b): (&i64, &u32)| *a != i64::from(*b);
+    let problem = match ids.iter().zip(tokens).position(differs) {
+        Some(place) => format!(
+            "says that token {place} of the recorded pass is {}, and it is {} in the stage",
+            ids[place], tokens[place]
+        ),
+        None if ids.len() != tokens.len() => format!(
+            "says that the recorded pass has {}, and the stage has {}",
+            count(ids.len(), "token"),
+            tokens.len()
+        ),
+        None => return Ok(()),
+    };
+    let problem = format!("{problem}: write its numbers as `tokens`, or record that prompt's pass");
+    let (path, name) = (recorded.file.clone(), IDS.to_owned());
+    Err(TensorFileError::Unusable { path, name, problem })
 }
 
 /// Which of the op's sites a file holds no tensor for, in a sentence that also lists what the

@@ -271,7 +271,7 @@ impl Bench<'_> {
                 one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
             }
             (op, Arm::Recorded, Some(from)) => {
-                Ok(Some(recorded(op, from, model, Some(self.prepared.tokens.len()))?))
+                Ok(Some(recorded(op, from, model, Some(&self.prepared.tokens))?))
             }
             (_, Arm::External, _) => self.asked(inputs, slots).map(Some),
             (Op::Gemm { x, w }, arm, from) => {

@@ -252,6 +252,23 @@ fn what_is_handed_in_and_held_to_nothing_is_no_ground_for_a_pass() {
 }
 
 #[test]
+fn a_recording_that_says_that_it_is_of_other_tokens_is_no_bug_of_the_engine() {
+    let project = of_vllm("fp8");
+    let text = project.read("stages/sites.toml");
+    let other = text.replacen("tokens   = [300, ", "tokens   = [301, ", 1);
+    assert_ne!(other, text);
+    project.write("stages/sites.toml", &other);
+    let stages = judged(&project);
+    let stage = stage(&stages, "sites");
+    let why = stage["why"].as_str().expect("a reason");
+    assert_eq!(stage["verdict"], "error", "{why}");
+    assert!(
+        why.contains("token 0 of the recorded pass is 300, and it is 301 in the stage"),
+        "{why}"
+    );
+}
+
+#[test]
 fn the_file_of_an_engine_that_is_not_known_to_the_bit_is_whole_and_says_so() {
     let project = recorded();
     for layer in 0..2 {
