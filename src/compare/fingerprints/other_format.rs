@@ -83,8 +83,9 @@ mod tests {
         let recipe = Recipe { gemm: Format::Bf16, output: Format::Bf16, ..bench.recipe };
         let arm = Emulated::new(&recipe).expect("an arm");
         let in_bf16 = Bench { recipe, arm, ..Bench::default() };
-        let mut subject = in_bf16.clean(&call);
-        subject.data_mut()[7] *= 1.0078125;
+        // A product in the recipe's format that was not rounded to its output.
+        let unrounded = Emulated::new(&Recipe { output: Format::F32, ..recipe });
+        let subject = call.on(&unrounded.expect("an arm")).expect("a product");
         let fits = in_bf16.found(&call, &subject, test);
         assert!(fits.iter().all(|fit| !fit.detail.starts_with("f16")), "{fits:?}");
     }
