@@ -126,18 +126,170 @@ pub enum SwigluKernel {
     Unrounded,
 }
 
-/// Into how many parts a library cuts K where a product has this shape.
+/// How a library adds a product up along K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Order {
+    /// Parts of K, each a chain of its own; they are added in f32.
+    pub parts: u32,
+    /// Elements of K in the tiles that are dealt to the parts.
+    pub tile: u32,
+    /// Whether each part is rounded to the stream's type before.
+    pub rounded: bool,
+    /// Products that one instruction adds: 16, or 8 (`mma.m16n8k8`).
+    pub instruction: u32,
+    /// Where K is no multiple of 16 bytes: the tile whose rest comes first, if it is not the
+    /// one that [`residue_tile`](crate::compute::engine_kernels::linear::residue_tile) says.
+    pub rest: Option<u32>,
+}
+
+impl Order {
+    /// One chain along K.
+    pub const CHAIN: Order =
+        Order { parts: 1, tile: 64, rounded: false, instruction: 16, rest: None };
+
+    /// Orders that were seen, the plainest first. What sets two apart where K is one part, or
+    /// aligned, is left out there.
+    pub fn family(inner: usize) -> Vec<Order> {
+        /// The most parts that are tried.
+        const MOST_PARTS: u32 = 16;
+        const INSTRUCTIONS: [u32; 2] = [16, 8];
+        let rests: &[Option<u32>] =
+            if inner.is_multiple_of(8) { &[None] } else { &[None, Some(32), Some(64), Some(128)] };
+        let mut all = Vec::new();
+        for &rest in rests {
+            all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, rest, ..Order::CHAIN }));
+        }
+        for rounded in [false, true] {
+            for tile in [64, 32] {
+                // A part beyond the last tile would be empty.
+                let tiles = inner.div_ceil(tile as usize) as u32;
+                for parts in 2..=MOST_PARTS.min(tiles) {
+                    let cut = Order { parts, tile, rounded, ..Order::CHAIN };
+                    all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, ..cut }));
+                }
+            }
+        }
+        all
+    }
+
+    /// It in words, after a library's name; `stream` is the type that parts are rounded to.
+    pub fn in_words(&self, stream: Format) -> String {
+        let mut words = match self.parts {
+            1 => "in one chain".to_owned(),
+            parts => format!("in {parts} parts of K"),
+        };
+        if self.parts > 1 && self.rounded {
+            words += &format!(" rounded to {stream}");
+        }
+        if self.instruction != Order::CHAIN.instruction {
+            words += &format!(" of {} products at a time", self.instruction);
+        }
+        words
+    }
+}
+
+/// What a product is made of.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProductOf {
+    /// An activation and a weight.
+    #[default]
+    Weight,
+    /// Queries and keys, in eager attention.
+    Scores,
+    /// Attention's weights and values, in eager attention.
+    Values,
+}
+
+/// How a library adds where a product has this shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SplitK {
+pub struct Product {
+    /// What is multiplied.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub of: ProductOf,
     /// Rows of the activation.
     pub tokens: usize,
     /// Rows of the weight.
     pub outputs: usize,
     /// Elements of K.
     pub inner: usize,
-    /// Parts of K.
+    /// As [`Order::parts`].
+    #[serde(default = "one_part")]
     pub parts: u32,
+    /// As [`Order::tile`].
+    #[serde(default = "usual_tile", skip_serializing_if = "is_usual_tile")]
+    pub tile: u32,
+    /// As [`Order::rounded`].
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rounded: bool,
+    /// As [`Order::instruction`].
+    #[serde(default = "usual_instruction", skip_serializing_if = "is_usual_instruction")]
+    pub instruction: u32,
+    /// As [`Order::rest`].
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rest: Option<u32>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn one_part() -> u32 {
+    Order::CHAIN.parts
+}
+
+fn usual_tile() -> u32 {
+    Order::CHAIN.tile
+}
+
+fn is_usual_tile(tile: &u32) -> bool {
+    *tile == Order::CHAIN.tile
+}
+
+fn usual_instruction() -> u32 {
+    Order::CHAIN.instruction
+}
+
+fn is_usual_instruction(instruction: &u32) -> bool {
+    *instruction == Order::CHAIN.instruction
+}
+
+impl Product {
+    /// A product of this shape, added in this order.
+    pub fn new(of: ProductOf, [tokens, outputs, inner]: [usize; 3], order: Order) -> Product {
+        let Order { parts, tile, rounded, instruction, rest } = order;
+        Product { of, tokens, outputs, inner, parts, tile, rounded, instruction, rest }
+    }
+
+    /// Tokens, outputs and elements of K.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.tokens, self.outputs, self.inner]
+    }
+
+    /// The order.
+    pub fn order(&self) -> Order {
+        let Product { parts, tile, rounded, instruction, rest, .. } = *self;
+        Order { parts, tile, rounded, instruction, rest }
+    }
+
+    /// What is wrong with it, in words.
+    fn problem(&self) -> Option<String> {
+        if self.parts == 0 || self.parts > 64 {
+            return Some(format!("K cannot be cut into {} parts", self.parts));
+        }
+        if ![8, 16].contains(&self.instruction) {
+            let given = self.instruction;
+            return Some(format!("`instruction` is 8 or 16 products, and {given} is here"));
+        }
+        let tiles = [32, 64, 128];
+        if !tiles.contains(&self.tile) || self.rest.is_some_and(|rest| !tiles.contains(&rest)) {
+            return Some("`tile` and `rest` are 32, 64 or 128 elements of K".to_owned());
+        }
+        None
+    }
 }
 
 /// The kernels that an engine may run, op by op.
@@ -158,17 +310,14 @@ pub struct EngineKernels {
     pub attention: Choices<AttentionKernel>,
     /// Of `silu(gate) * up`.
     pub swiglu: Choices<SwigluKernel>,
-    /// Shapes of products whose K the library cuts; of others it is one chain.
-    #[serde(default, skip_serializing_if = "Splits::is_empty")]
-    pub split_k: Splits,
+    /// Shapes of products that the library adds in an order of their own; of others K is one
+    /// chain.
+    #[serde(default, alias = "split_k", skip_serializing_if = "Products::is_empty")]
+    pub products: Products,
     /// How many of the last tokens came in steps of their own, with a KV cache. A recipe says
     /// it; an engine's file does not.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub decoded: usize,
-}
-
-fn is_zero(count: &usize) -> bool {
-    *count == 0
 }
 
 impl EngineKernels {
@@ -181,59 +330,58 @@ impl EngineKernels {
 
 /// A list of shapes, as an engine's file has it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(into = "Vec<SplitK>", try_from = "Vec<SplitK>")]
-pub struct Splits([Option<SplitK>; MOST_SPLITS]);
+#[serde(into = "Vec<Product>", try_from = "Vec<Product>")]
+pub struct Products([Option<Product>; MOST_PRODUCTS]);
 
 /// The most shapes that an engine's file lists: a model has a handful.
-pub const MOST_SPLITS: usize = 16;
+pub const MOST_PRODUCTS: usize = 16;
 
-impl Splits {
+impl Products {
     /// Whether every product is one chain.
     pub fn is_empty(&self) -> bool {
         self.0.iter().all(Option::is_none)
     }
 
-    /// The parts of a product of this shape.
-    pub fn parts(&self, tokens: usize, outputs: usize, inner: usize) -> u32 {
-        let listed = self.0.iter().flatten();
-        let mut fitting = listed
-            .filter(|split| (split.tokens, split.outputs, split.inner) == (tokens, outputs, inner));
-        fitting.next().map_or(1, |split| split.parts)
+    /// The order of a product of this shape.
+    pub fn order(&self, of: ProductOf, shape: [usize; 3]) -> Order {
+        let mut listed = self.0.iter().flatten();
+        let found = listed.find(|product| product.of == of && product.shape() == shape);
+        found.map_or(Order::CHAIN, Product::order)
     }
 }
 
-impl From<Splits> for Vec<SplitK> {
-    fn from(splits: Splits) -> Vec<SplitK> {
-        splits.0.into_iter().flatten().collect()
+impl From<Products> for Vec<Product> {
+    fn from(products: Products) -> Vec<Product> {
+        products.0.into_iter().flatten().collect()
     }
 }
 
-impl TryFrom<Vec<SplitK>> for Splits {
+impl TryFrom<Vec<Product>> for Products {
     type Error = String;
 
-    fn try_from(listed: Vec<SplitK>) -> Result<Splits, String> {
-        if listed.len() > MOST_SPLITS {
+    fn try_from(listed: Vec<Product>) -> Result<Products, String> {
+        if listed.len() > MOST_PRODUCTS {
             return Err(format!(
-                "`split_k` lists at most {MOST_SPLITS} shapes, and {} are here",
+                "`products` lists at most {MOST_PRODUCTS} shapes, and {} are here",
                 listed.len()
             ));
         }
-        if let Some(split) = listed.iter().find(|split| split.parts == 0 || split.parts > 64) {
-            return Err(format!("K cannot be cut into {} parts", split.parts));
+        if let Some(problem) = listed.iter().find_map(Product::problem) {
+            return Err(problem);
         }
-        let shape = |split: &SplitK| [split.tokens, split.outputs, split.inner];
-        let twice = |(place, split): &(usize, &SplitK)| {
-            listed[..*place].iter().any(|earlier| shape(earlier) == shape(split))
+        let key = |product: &Product| (product.of, product.shape());
+        let twice = |(place, product): &(usize, &Product)| {
+            listed[..*place].iter().any(|earlier| key(earlier) == key(product))
         };
-        if let Some((_, split)) = listed.iter().enumerate().find(twice) {
-            let [tokens, outputs, inner] = shape(split);
+        if let Some((_, product)) = listed.iter().enumerate().find(twice) {
+            let [tokens, outputs, inner] = product.shape();
             return Err(format!(
-                "`split_k` lists tokens = {tokens}, outputs = {outputs}, inner = {inner} twice"
+                "`products` lists tokens = {tokens}, outputs = {outputs}, inner = {inner} twice"
             ));
         }
-        let mut splits = [None; MOST_SPLITS];
-        splits.iter_mut().zip(listed).for_each(|(place, split)| *place = Some(split));
-        Ok(Splits(splits))
+        let mut products = [None; MOST_PRODUCTS];
+        products.iter_mut().zip(listed).for_each(|(place, product)| *place = Some(product));
+        Ok(Products(products))
     }
 }
 
@@ -329,9 +477,23 @@ mod tests {
         let error = EngineFile::parse(&text, "mine").expect_err("refused");
         assert!(error.contains("eagre") && error.contains("flash-2"), "{error}");
         let cut = "{ tokens = 8, outputs = 64, inner = 256, parts = 2 }";
-        let text = format!("{}\nsplit_k = [{cut}, {cut}]", SHIPPED[0].1);
-        let error = EngineFile::parse(&text, "mine").expect_err("refused");
+        let listing = |products: &str| {
+            let text = format!("{}\nproducts = [{products}]", SHIPPED[0].1);
+            EngineFile::parse(&text, "mine")
+        };
+        let error = listing(&format!("{cut}, {cut}")).expect_err("refused");
         assert!(error.contains("outputs = 64, inner = 256 twice"), "{error}");
+        let scores = cut.replace("{ ", "{ of = \"scores\", ");
+        assert!(listing(&format!("{cut}, {scores}")).is_ok());
+        for (key, words) in [
+            ("parts = 65", "cut into 65 parts"),
+            ("instruction = 4", "8 or 16 products, and 4"),
+            ("tile = 48", "32, 64 or 128"),
+            ("rest = 7", "32, 64 or 128"),
+        ] {
+            let error = listing(&cut.replace("parts = 2", key)).expect_err("refused");
+            assert!(error.contains(words), "{error}");
+        }
         let text = SHIPPED[0].1.replace("stream = \"bf16\"", "stream = \"e4m3\"");
         assert!(EngineFile::parse(&text, "mine").expect_err("refused").contains("e4m3"));
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::{print, record_of};
 use crate::compare::SiteKernel;
 use crate::dtype::Format;
-use crate::engine::{MOST_SPLITS, SplitK};
+use crate::engine::{MOST_PRODUCTS, Order, Product, ProductOf};
 use crate::record::StageRecord;
 
 /// The ops of an engine's file: the key, and how the kernels found are called.
@@ -79,30 +79,35 @@ fn file(stage: &StageRecord) -> String {
         let listed: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
         let _ = writeln!(text, "{key:9} = [{}]{remark}", listed.join(", "));
     }
-    let mut cuts: BTreeMap<[usize; 3], BTreeSet<u32>> = BTreeMap::new();
+    let mut orders: BTreeMap<(ProductOf, [usize; 3]), Vec<Order>> = BTreeMap::new();
     let exact = stage.kernels.iter().filter(|kernel| kernel.mismatches == 0);
-    for SplitK { tokens, outputs, inner, parts } in
-        exact.flat_map(|kernel| kernel.products.iter().copied())
-    {
-        cuts.entry([tokens, outputs, inner]).or_default().insert(parts);
+    for product in exact.flat_map(|kernel| kernel.products.iter()) {
+        let known = orders.entry((product.of, product.shape())).or_default();
+        if !known.contains(&product.order()) {
+            known.push(product.order());
+        }
     }
-    // A file says one number for a shape, and lists so many shapes.
+    // A file says one order for a shape, and lists so many shapes.
     let (mut listed, mut left_out) = (Vec::new(), Vec::new());
-    for ([tokens, outputs, inner], parts) in cuts {
-        let shape = format!("tokens = {tokens}, outputs = {outputs}, inner = {inner}");
-        match parts.iter().copied().collect::<Vec<u32>>().as_slice() {
-            [1] => {}
-            [parts] if listed.len() < MOST_SPLITS => {
-                listed.push(format!("    {{ {shape}, parts = {parts} }},"));
+    for ((of, shape), orders) in orders {
+        match orders.as_slice() {
+            [Order::CHAIN] => {}
+            [order] if listed.len() < MOST_PRODUCTS => {
+                listed.push(format!("    {},", inline(&Product::new(of, shape, *order))));
             }
-            parts => {
-                let parts: Vec<String> = parts.iter().map(u32::to_string).collect();
-                left_out.push(format!("# open: {shape}: K in {} parts", parts.join(" and in ")));
+            orders => {
+                let [tokens, outputs, inner] = shape;
+                let orders: Vec<String> =
+                    orders.iter().map(|order| order.in_words(stream)).collect();
+                left_out.push(format!(
+                    "# open: tokens = {tokens}, outputs = {outputs}, inner = {inner}: K {}",
+                    orders.join(" and ")
+                ));
             }
         }
     }
     if !listed.is_empty() {
-        let _ = writeln!(text, "split_k = [\n{}\n]", listed.join("\n"));
+        let _ = writeln!(text, "products = [\n{}\n]", listed.join("\n"));
     }
     for line in left_out {
         let _ = writeln!(text, "{line}");
@@ -117,11 +122,22 @@ fn file(stage: &StageRecord) -> String {
     text
 }
 
-/// A site's kernels under the names of an engine's file: orders of cuBLAS are one kernel, and
-/// the product that makes the logits is an op of its own.
+/// A product as an engine's file lists it.
+fn inline(product: &Product) -> String {
+    let table = toml::Table::try_from(product).unwrap_or_default();
+    let fields: Vec<String> = table.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+    format!("{{ {} }}", fields.join(", "))
+}
+
+/// A site's kernels under the names of an engine's file: orders of cuBLAS are one kernel, those
+/// of eager attention another, and the product that makes the logits is an op of its own.
 fn as_in_file(found: &SiteKernel) -> SiteKernel {
     let renamed = |name: &String| {
-        let product = if name.starts_with("cuBLAS") { "product cublas" } else { name };
+        let product = match name.split_once(", ") {
+            _ if name.starts_with("cuBLAS") => "product cublas",
+            Some((kernel, _)) => kernel,
+            None => name,
+        };
         match product.strip_prefix("product ") {
             Some(kernel) if found.site.0 == "logits" => format!("output {kernel}"),
             _ => product.to_owned(),

@@ -22,7 +22,7 @@ pub use account::Account;
 pub use diagnosis::{Diagnosis, MOST_DEVIATIONS, Scene, Suspect, diagnose};
 pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;
-pub use stage::{SiteKernel, StageMeasures, measure_arms, measure_stage};
+pub use stage::{Extent, SiteKernel, StageMeasures, measure_arms, measure_stage};
 
 use crate::compute::floor::Deviations;
 use crate::compute::forward::Greedy;

@@ -19,7 +19,7 @@ use crate::compute::ComputeError;
 use crate::compute::arms::{Local, Output, Task, anchored_by_layer, by_engine, drawn, local};
 use crate::compute::floor::Deviations;
 use crate::compute::shares::Shares;
-use crate::engine::SplitK;
+use crate::engine::Product;
 use crate::metric::Metric;
 use crate::op::{Arm, Capture, LOGITS_IN_BATCH, Op, Recipe, Site, Stream};
 use crate::tensor::Tensor;
@@ -65,9 +65,21 @@ pub struct SiteKernel {
     /// Other kernels that fit as well: these values do not tell them apart.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<String>,
-    /// Of a product the shape of each call, and into how many parts K is cut.
+    /// Of a product the shape of each call, and the order in which it is added.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub products: Vec<SplitK>,
+    pub products: Vec<Product>,
+}
+
+/// How much of a stage is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Extent {
+    /// Arms against each other and against an engine's kernels. What the reference makes of an
+    /// arm's own inputs, and the floors there, cost three passes more and say nothing of an
+    /// arm whose every bit is predicted.
+    Bits,
+    /// Everything.
+    Whole,
 }
 
 /// Measures what the arms made of a stage. Where an engine's own arithmetic stands in
@@ -80,6 +92,7 @@ pub fn measure_stage(
     recipe: &Recipe,
     emulated_engine: bool,
     outputs: &BTreeMap<Arm, Output>,
+    extent: Extent,
 ) -> Result<StageMeasures, ComputeError> {
     let mut all = StageMeasures::default();
     let reference = outputs.get(&Arm::Reference);
@@ -109,14 +122,16 @@ pub fn measure_stage(
         // Equal tensors have equal inputs: what was computed for one arm holds for the other.
         let own = match &known {
             Some((twin, own)) if same_bits(twin, output) => Rc::clone(own),
-            _ if reference.is_some() => Rc::new(Own::of(task, recipe, output)?),
+            _ if reference.is_some() && extent == Extent::Whole => {
+                Rc::new(Own::of(task, recipe, output)?)
+            }
             _ => Rc::new(Own::default()),
         };
         known = Some((output, Rc::clone(&own)));
         let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
         all.accounts.extend(accounts);
         all.shares.extend(shares.map(|shares| (subject, shares)));
-        if every_site && !own.truths.is_empty() {
+        if !own.truths.is_empty() && every_site {
             // Local errors first: they tell where something starts.
             let mut local =
                 pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas, &[]);
@@ -137,6 +152,8 @@ pub fn measure_stage(
                 }
             }
             all.measures.extend(local);
+        }
+        if reference.is_some() && every_site {
             let by_engine = match arm {
                 Arm::Recorded | Arm::External | Arm::Device => by_engine(task, recipe, output)?,
                 _ => Vec::new(),
@@ -174,7 +191,8 @@ pub fn measure_stage(
                 all.greedy.push(greedy((subject, a), (judge.0, b), sigma));
             }
         }
-        if let Some(reference) = reference.filter(|_| every_site && whole) {
+        let grows = every_site && whole && extent == Extent::Whole;
+        if let Some(reference) = reference.filter(|_| grows) {
             let by_layer = match own.by_layer.get() {
                 Some(known) => known,
                 None => {

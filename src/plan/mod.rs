@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{Action, KeyWalk, Stamp, Stamps, Store};
+use crate::compare::Extent;
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, tensors_read};
 use crate::compute::forward::Greedy;
@@ -366,11 +367,13 @@ impl<'a> Plan<'a> {
         &self,
         prepared: &PreparedStage<'_>,
         arms: &BTreeMap<Arm, String>,
+        extent: Extent,
     ) -> KeyWalk {
         let mut walk = KeyWalk::new("measures");
         walk.field("code", MEASURES_CODE);
         walk.field("arms code", ARMS_CODE);
         walk.field("recipe", serde_json::json!(prepared.stage.recipe));
+        walk.field("extent", serde_json::json!(extent));
         for (arm, key) in arms {
             walk.field(arm.name(), key);
         }

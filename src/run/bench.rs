@@ -13,7 +13,7 @@ use serde_json::value::to_raw_value;
 use super::Options;
 use crate::cache::{Action, ActionLock, CacheError, KeyWalk, NewAction, Store};
 use crate::compare::{
-    Diagnosis, Scene, StageMeasures, Suspect, diagnose, measure_arms, measure_outcome,
+    Diagnosis, Extent, Scene, StageMeasures, Suspect, diagnose, measure_arms, measure_outcome,
     measure_stage,
 };
 use crate::compute::arms::{Output, Task, compute, input_width, site_names, tensors_read};
@@ -25,7 +25,7 @@ use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
 use crate::judge::stage::Recording;
-use crate::manifest::IfFails;
+use crate::manifest::{Falsifier, IfFails};
 use crate::model::Model;
 use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
@@ -33,7 +33,7 @@ use crate::record::ArmState;
 use crate::tensor::Tensor;
 use crate::tensor_file::{self, CodedTensor};
 use crate::text::Shown;
-use crate::verdict::{self, first_falsified, judge};
+use crate::verdict::{self, StageVerdict, Verdict, first_falsified, judge};
 
 /// What a thread is to do.
 pub(super) enum Order {
@@ -555,14 +555,50 @@ impl Bench<'_> {
         if let Op::Command(op) = &self.prepared.stage.op {
             return self.measure_command(op, &results);
         }
-        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
-        let walk = self.plan.measure_walk(self.prepared, &keys.collect());
-        let mut measures = match self.store.find(&walk.key()) {
-            Some(action) => said_by(&action)?,
-            None => self.measure_anew(inputs, &results, &walk)?,
-        };
+        let extent = self.extent();
+        let (mut walk, mut measures) = self.measured(inputs, &results, extent)?;
+        if extent == Extent::Bits && self.judged(&measures).verdict != Verdict::Pass {
+            // Something is left to explain, and for that everything may matter.
+            (walk, measures) = self.measured(inputs, &results, Extent::Whole)?;
+        }
         measures.diagnoses = self.diagnosis(inputs, &results, &walk, &measures)?;
         Ok(Outcome::Measures(Box::new(measures)))
+    }
+
+    /// What the stage's contract asks for, where an engine's kernels are known.
+    fn extent(&self) -> Extent {
+        let stage = self.prepared.stage;
+        let every_site = matches!(stage.op, Op::Forward { capture: Capture::EverySite, .. });
+        let bits = |falsifier: &Falsifier| {
+            let [_, judge] = falsifier.compare;
+            matches!(judge, Stream::Arm(Arm::Emulated) | Stream::Predicted(_))
+        };
+        let contract = &self.plan.pipeline.contracts[&stage.contract];
+        let known = stage.recipe.engine.is_some() && every_site;
+        if known && contract.falsifiers.iter().all(bits) { Extent::Bits } else { Extent::Whole }
+    }
+
+    /// The measures by the stage's contract.
+    fn judged(&self, measures: &StageMeasures) -> StageVerdict {
+        let stage = self.prepared.stage;
+        let contract = self.plan.pipeline.contracts[&stage.contract].read_by(&stage.arms);
+        judge(&contract, &measures.measures, &stage.arms, &BTreeMap::new())
+    }
+
+    /// The measures and what they are kept by: those at hand, else made anew.
+    fn measured(
+        &self,
+        inputs: &Supplies,
+        results: &BTreeMap<Arm, Stored>,
+        extent: Extent,
+    ) -> Result<(KeyWalk, StageMeasures), Failure> {
+        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
+        let walk = self.plan.measure_walk(self.prepared, &keys.collect(), extent);
+        let measures = match self.store.find(&walk.key()) {
+            Some(action) => said_by(&action)?,
+            None => self.measure_anew(inputs, results, &walk, extent)?,
+        };
+        Ok((walk, measures))
     }
 
     /// Looks at the first site that the stage's contract falsifies, or finds what was seen
@@ -576,9 +612,7 @@ impl Bench<'_> {
     ) -> Result<Vec<Diagnosis>, Failure> {
         let stage = self.prepared.stage;
         let whole_pass_only = matches!(stage.op, Op::Forward { capture: Capture::Logits, .. });
-        let contract = self.plan.pipeline.contracts[&stage.contract].read_by(&stage.arms);
-        let judgements =
-            judge(&contract, &measures.measures, &stage.arms, &BTreeMap::new()).judgements;
+        let judgements = self.judged(measures).judgements;
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
             return Ok(Vec::new());
         };
@@ -661,6 +695,7 @@ impl Bench<'_> {
         inputs: &Supplies,
         results: &BTreeMap<Arm, Stored>,
         walk: &KeyWalk,
+        extent: Extent,
     ) -> Result<StageMeasures, Failure> {
         let started = Instant::now();
         let stage = self.prepared.stage;
@@ -669,7 +704,8 @@ impl Bench<'_> {
         let measures = if stage.op.reads_model() {
             let read = self.input_tensors(inputs)?;
             let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
-            let measures = measure_stage(&self.task(&read)?, &stage.recipe, engine, &outputs)?;
+            let task = self.task(&read)?;
+            let measures = measure_stage(&task, &stage.recipe, engine, &outputs, extent)?;
             self.check_all_unchanged(inputs, &keyed)?;
             measures
         } else {

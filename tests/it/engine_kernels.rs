@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use runner::compute::AttentionShape;
+use runner::compute::call::Call as OpCall;
 use runner::compute::emulated::chip::{Unit, chip};
+use runner::compute::emulated::engine::EngineArm;
 use runner::compute::emulated::gemm::{Operand, Scales};
 use runner::compute::emulated::quantize::{CodeData, Codes};
 use runner::compute::emulated::schedule::{Epilogue, Schedule};
@@ -26,6 +29,8 @@ use runner::compute::engine_kernels::row_sum::RowSum;
 use runner::compute::engine_kernels::softmax::softmax;
 use runner::compute::engine_kernels::{cuda_math, sfu};
 use runner::dtype::Format;
+use runner::engine::{EngineFile, Product};
+use runner::model::{Rope, RopeLayout, Weight, WeightType};
 use runner::op::ChipName;
 use runner::tensor::Tensor;
 use serde_json::Value;
@@ -961,4 +966,83 @@ fn replay_probes(o: &BTreeMap<String, Array>) {
 #[test]
 fn drawn_inputs_give_what_pytorch_gave_on_an_h100() {
     replay_probes(&safetensors(&fixture("probes.safetensors")));
+}
+
+/// What the engine `transformers` chooses for an op whose result is known, and how many values
+/// that leaves.
+fn chosen(format: Format, call: &OpCall<'_>, observed: &Tensor) -> (String, usize, Vec<Product>) {
+    let file = EngineFile::find("transformers", Path::new(".")).expect("ships");
+    let arm = EngineArm::new(file.kernels, format, *unit(format), None);
+    let chosen = arm.choose(call, observed).expect("computed");
+    (chosen.kernel, chosen.mismatches, chosen.products)
+}
+
+#[test]
+fn the_orders_in_which_pytorch_adds_unaligned_and_small_products_are_found() {
+    let o = safetensors(&fixture("transformers-orders.safetensors"));
+    // The case, the type, and what is known of the order from all values of the pass.
+    for (case, format, expected) in [
+        (121, B, "cuBLAS in one chain of 8 products at a time"),
+        (102, B, ""),
+        (58, B, "of 8 products at a time"),
+        (115, B, "cuBLAS in 4 parts of K rounded to bf16"),
+        (66, B, "cuBLAS in 7 parts of K rounded to bf16"),
+        (112, Format::F16, "cuBLAS in 14 parts of K rounded to f16"),
+        (144, Format::F16, "cuBLAS in 14 parts of K of 8 products at a time"),
+        (118, B, "cuBLAS in 8 parts of K of 8 products at a time"),
+    ] {
+        let of = |name: &str| &o[&format!("{case}/{name}")];
+        let (x, w, y) = (of("x").matrix(), of("w"), of("y").matrix());
+        let kind = if format == B { WeightType::BF16 } else { WeightType::F16 };
+        let [rows, width] = [w.shape[0], w.shape[1]];
+        let weight = Weight::new("output.weight", kind, rows, width, &w.bytes).expect("a weight");
+        let call = OpCall::Matmul { x: &x, weight, bias: None };
+        let (kernel, mismatches, _) = chosen(format, &call, &y);
+        assert_eq!(mismatches, 0, "case {case}: {kernel}");
+        assert!(kernel.contains(expected), "case {case}: {kernel}");
+    }
+}
+
+#[test]
+fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
+    let o = safetensors(&fixture("transformers-orders.safetensors"));
+    for (case, format, [heads, head_dim]) in [
+        (144, Format::F16, [2, 128]),
+        (146, Format::F16, [2, 128]),
+        (116, B, [1, 80]),
+        (109, B, [1, 128]),
+        (91, B, [1, 80]),
+    ] {
+        let of = |name: &str| o[&format!("{case}/{name}")].matrix();
+        let (q, k, v) = (of("q"), of("k"), of("v"));
+        let shape = AttentionShape { heads, kv_heads: 1, head_dim, first_position: 0 };
+        let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
+        let (kernel, mismatches, products) = chosen(format, &call, &of("attn"));
+        assert_eq!(mismatches, 0, "case {case}: {kernel}");
+        assert!(kernel.starts_with("attention eager, "), "case {case}: {kernel}");
+        assert_eq!(products.len(), 2, "case {case}");
+        if case == 91 {
+            assert!(kernel.ends_with("values in 5 parts of K rounded to bf16"), "{kernel}");
+        }
+    }
+}
+
+#[test]
+fn frequencies_of_heads_that_are_no_power_of_two_wide_divide_in_f32() {
+    let o = safetensors(&fixture("transformers-orders.safetensors"));
+    for (case, format, head_dim, theta) in
+        [(105, Format::F16, 96, 1e6), (84, Format::F16, 80, 5e5), (51, B, 96, 1e4)]
+    {
+        let of = |name: &str| o[&format!("{case}/{name}")].matrix();
+        let layout = RopeLayout::Halves;
+        let rope = Rope { theta, layout, dimensions: head_dim, factors: None, linear_scale: 1.0 };
+        let x = of("turned");
+        let call = OpCall::Rope { x: &x, rope: &rope, head_dim, first_position: 0 };
+        let (kernel, mismatches, _) = chosen(format, &call, &of("y"));
+        assert_eq!(
+            (kernel.as_str(), mismatches),
+            ("rope transformers-f32-frequencies", 0),
+            "{case}"
+        );
+    }
 }

@@ -3,16 +3,16 @@
 //!
 //! It knows kernels and operands; the kernels' arithmetic is `compute/engine_kernels`'.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::chip::Unit;
 use super::quantize::{Codes, absmax};
-use super::schedule::Schedule;
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
-use crate::compute::engine_kernels::attention::{Heads, Products, eager};
+use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
 use crate::compute::engine_kernels::flash::{Plan, flash};
 use crate::compute::engine_kernels::fp8::{
     GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
@@ -23,7 +23,8 @@ use crate::compute::engine_kernels::rope::{self, Rotation, Table};
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
 use crate::engine::{
-    AttentionKernel, EngineKernels, LinearKernel, NormKernel, RopeKernel, SplitK, SwigluKernel,
+    AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
+    RopeKernel, SwigluKernel,
 };
 use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
@@ -32,10 +33,16 @@ use crate::tensor::Tensor;
 const CUBLAS: &str = "cuBLAS";
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys.
 const PROCESSORS: usize = 132;
-/// The most parts of K that are tried.
-const MOST_PARTS: u32 = 16;
-/// Rows and columns of a product on which other orders are tried first.
+/// Rows and columns on which other orders are tried first: those where the usual one fails.
 const SAMPLE: (usize, usize) = (8, 64);
+
+/// How many orders are tried on everything, where one costs so many multiply-adds: few values
+/// tell orders apart badly, and of few all may be tried.
+fn most_tried(multiply_adds: usize) -> usize {
+    /// Some seconds of one core.
+    const AFFORDED: usize = 4_000_000_000;
+    (AFFORDED / multiply_adds.max(1)).clamp(4, 256)
+}
 
 /// An engine's kernels on a chip.
 #[derive(Clone, Copy, Debug)]
@@ -59,8 +66,8 @@ pub struct Chosen {
     pub mismatches: usize,
     /// Other kernels that fit as well.
     pub also: Vec<String>,
-    /// Of a product the shapes of its calls and the parts of K: what an engine's file lists.
-    pub products: Vec<SplitK>,
+    /// Of a product the shapes of its calls and their orders: what an engine's file lists.
+    pub products: Vec<Product>,
 }
 
 impl EngineArm {
@@ -168,8 +175,9 @@ impl EngineArm {
                 let operands = Operands::of(self, weight, bias)?;
                 let (outputs, inner) = (weight.rows(), x.width());
                 self.by_calls(x, |x, tokens| {
-                    let parts = self.kernels.split_k.parts(tokens, outputs, inner);
-                    operands.product(&codes(self.format, x), parts)
+                    let shape = [tokens, outputs, inner];
+                    let order = self.kernels.products.order(ProductOf::Weight, shape);
+                    operands.product(&codes(self.format, x), order)
                 })
             }
             Some(kernel) => self.fp8_product(kernel, x, weight, bias),
@@ -304,7 +312,9 @@ impl EngineArm {
         }
         let format = self.format;
         let frequency = |pair: usize| {
-            let exponent = (2 * pair) as f64 / geometry.dimensions as f64;
+            // The engines divide in f32, and raise to a power in f32 too.
+            let exponent = (2 * pair) as f32 / geometry.dimensions as f32;
+            let exponent = f64::from(exponent);
             let frequency = 1.0 / (libm::pow(geometry.theta, exponent) as f32);
             if kernel == RopeKernel::Transformers { format.round(frequency) } else { frequency }
         };
@@ -349,7 +359,7 @@ impl EngineArm {
         let one = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Tensor, ComputeError> {
             let plan = match kernel {
                 AttentionKernel::Eager => {
-                    let products = Products::new(&self.unit, self.format, &own, k.rows());
+                    let products = self.eager_products(&own, q.rows(), k.rows());
                     return Ok(eager(&products, q, k, v, &own)?);
                 }
                 AttentionKernel::Flash2 => {
@@ -375,6 +385,78 @@ impl EngineArm {
             data.extend(one(&q.some_rows(rows), &k, &v)?.into_data());
         }
         Ok(Tensor::new(heads * head_dim, data))
+    }
+
+    /// The products of eager attention as the engine's file has them.
+    fn eager_products(&self, heads: &Heads, queries: usize, keys: usize) -> attention::Products {
+        let usual = attention::Products::new(&self.unit, self.format, heads, keys);
+        let listed = |of, shape| self.kernels.products.order(of, shape);
+        let scores = listed(ProductOf::Scores, [queries, keys, heads.head_dim]);
+        let values = listed(ProductOf::Values, [queries, heads.head_dim, keys]);
+        usual.in_order(scores, values)
+    }
+
+    /// Offers eager attention in the order whose sums fit best, where the usual one does not.
+    fn choose_eager(
+        &self,
+        choice: &mut Choice<'_>,
+        [q, k, v]: [&Tensor; 3],
+        shape: AttentionShape,
+    ) -> Result<(), ComputeError> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let heads = Heads::causal(heads, kv_heads, head_dim);
+        let (queries, keys) = (q.rows(), k.rows());
+        let usual = attention::Products::new(&self.unit, self.format, &heads, keys);
+        let y = eager(&usual, q, k, v, &heads)?;
+        let same = (y.rows(), y.width()) == (choice.observed.rows(), choice.observed.width());
+        if !same || self.calls(queries).len() > 1 {
+            return Ok(());
+        }
+        let differs = |row: &usize| !same_row(y.row(*row), choice.observed.row(*row));
+        let rows: Vec<usize> = (0..queries).filter(differs).take(SAMPLE.0).collect();
+        let some = |x: &Tensor| {
+            let values = rows.iter().flat_map(|row| x.row(*row).to_vec());
+            Tensor::new(x.width(), values.collect())
+        };
+        let (asked, observed) = (some(q), some(choice.observed));
+        let seen: Vec<usize> = rows.iter().map(|&row| heads.seen(row, queries, keys)).collect();
+        let most = most_tried(2 * queries * keys * heads.heads * head_dim);
+        let mut fitting = Vec::new();
+        'found: for values in Order::family(keys) {
+            for instruction in [16, 8] {
+                let scores = Order { instruction, ..Order::CHAIN };
+                let products = usual.in_order(scores, values);
+                let y = eager_of(&products, &asked, k, v, &heads, &seen)?;
+                if differing(&y, &observed) == 0 {
+                    fitting.push((scores, values));
+                }
+                if fitting.len() == most {
+                    break 'found;
+                }
+            }
+        }
+        for (scores, values) in fitting {
+            let y = eager(&usual.in_order(scores, values), q, k, v, &heads)?;
+            let exact = differing(&y, choice.observed) == 0;
+            let words = |of: &str, order: Order| {
+                let usual = order == Order::CHAIN;
+                let words = (!usual).then(|| format!(", {of} {}", order.in_words(self.format)));
+                words.unwrap_or_default()
+            };
+            let (of_scores, of_values) = (words("scores", scores), words("values", values));
+            choice.offer(format!("attention eager{of_scores}{of_values}"), y);
+            if exact {
+                let of = |of, shape, order| Product::new(of, shape, order);
+                if let Some(best) = &mut choice.best {
+                    best.products = vec![
+                        of(ProductOf::Scores, [queries, keys, head_dim], scores),
+                        of(ProductOf::Values, [queries, head_dim, keys], values),
+                    ];
+                }
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// `silu(gate) * up`.
@@ -440,6 +522,10 @@ impl EngineArm {
                     let y = self.attention_by(kernel, q, k, v, shape)?;
                     choice.offer(format!("attention {}", name_of(kernel)), y);
                 }
+                let exact = choice.best.as_ref().is_some_and(|best| best.mismatches == 0);
+                if !exact && self.kernels.attention.all().any(|k| k == AttentionKernel::Eager) {
+                    self.choose_eager(&mut choice, [q, k, v], shape)?;
+                }
             }
             Call::SwiGlu { gate, up } => {
                 for kernel in self.kernels.swiglu.all() {
@@ -468,11 +554,11 @@ impl EngineArm {
         for (rows, tokens) in &calls {
             let observed = choice.observed.some_rows(rows.clone());
             let x = codes(self.format, &x.some_rows(rows.clone()));
-            let (name, parts, y) = operands.order_of(&x, &observed)?;
-            let (outputs, inner) = (weight.rows(), x.width());
-            products.push(SplitK { tokens: *tokens, outputs, inner, parts });
+            let (order, y) = operands.order_of(&x, &observed)?;
+            let shape = [*tokens, weight.rows(), x.width()];
+            products.push(Product::new(ProductOf::Weight, shape, order));
             data.extend(y.into_data());
-            names.push(name);
+            names.push(format!("{CUBLAS} {}", order.in_words(self.format)));
         }
         names.dedup();
         choice.offer(names.join(", decoded "), Tensor::new(weight.rows().max(1), data));
@@ -534,6 +620,11 @@ impl Choice<'_> {
     }
 }
 
+/// Whether two rows have the same bits.
+fn same_row(a: &[f32], b: &[f32]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
 /// Values whose bits differ; one NaN is as good as another.
 fn differing(a: &Tensor, b: &Tensor) -> usize {
     let pairs = a.data().iter().zip(b.data());
@@ -559,59 +650,69 @@ impl Operands {
         Ok(Operands { unit: arm.unit, format, w: codes(format, &w), bias: arm.held_bias(bias)? })
     }
 
-    fn product(&self, x: &Codes, parts: u32) -> Result<Tensor, ComputeError> {
-        let schedule = Schedule::FAST.with_split_k(parts);
-        let linear = Linear { schedule, ..Linear::new(&self.unit, x.width(), self.format) };
+    fn product(&self, x: &Codes, order: Order) -> Result<Tensor, ComputeError> {
+        let linear = Linear::new(&self.unit, x.width(), self.format).in_order(order);
         Ok(linear.apply(x, &self.w, self.bias.as_deref())?)
     }
 
-    /// The order whose sums are nearest to the engine's: its name, the parts of K, and what it
-    /// gives.
-    fn order_of(
-        &self,
-        x: &Codes,
-        observed: &Tensor,
-    ) -> Result<(String, u32, Tensor), ComputeError> {
-        let chain = self.product(x, 1)?;
-        let mut best = (format!("{CUBLAS} in one chain"), 1, differing(&chain, observed), chain);
-        if best.2 > 0 {
-            for parts in self.parts_that_fit(x, observed)? {
-                let y = self.product(x, parts)?;
+    /// The order whose sums are nearest to the engine's, and what it gives.
+    fn order_of(&self, x: &Codes, observed: &Tensor) -> Result<(Order, Tensor), ComputeError> {
+        let chain = self.product(x, Order::CHAIN)?;
+        let mut least = differing(&chain, observed);
+        let mut best = (Order::CHAIN, chain);
+        if least > 0 {
+            for order in self.orders_that_fit(x, observed, &best.1)? {
+                let y = self.product(x, order)?;
                 let mismatches = differing(&y, observed);
-                if mismatches < best.2 {
-                    best = (format!("{CUBLAS} in {parts} parts of K"), parts, mismatches, y);
+                if mismatches < least {
+                    (least, best) = (mismatches, (order, y));
                 }
-                if mismatches == 0 {
+                if least == 0 {
                     break;
                 }
             }
         }
-        Ok((best.0, best.1, best.3))
+        Ok(best)
     }
 
-    /// The numbers of parts of K whose sums are the engine's on a sample.
-    fn parts_that_fit(&self, x: &Codes, observed: &Tensor) -> Result<Vec<u32>, ComputeError> {
-        let (rows, columns) = (observed.rows().min(SAMPLE.0), observed.width().min(SAMPLE.1));
+    /// The orders whose sums are the engine's on a sample: rows and columns in which those of
+    /// one chain are not.
+    fn orders_that_fit(
+        &self,
+        x: &Codes,
+        observed: &Tensor,
+        chain: &Tensor,
+    ) -> Result<Vec<Order>, ComputeError> {
         if (observed.rows(), observed.width()) != (x.rows(), self.w.rows()) {
             return Ok(Vec::new());
         }
-        let some = |codes: &Codes, count: usize| codes.select_rows(&(0..count).collect::<Vec<_>>());
+        let differs = |row: &usize| !same_row(chain.row(*row), observed.row(*row));
+        let rows: Vec<usize> = (0..observed.rows()).filter(differs).take(SAMPLE.0).collect();
+        let mut columns = BTreeSet::new();
+        for &row in &rows {
+            let pairs = chain.row(row).iter().zip(observed.row(row)).enumerate();
+            let differing = pairs.filter(|(_, (a, b))| a.to_bits() != b.to_bits());
+            columns.extend(differing.map(|(column, _)| column).take(SAMPLE.1 / SAMPLE.0));
+        }
+        let columns: Vec<usize> = columns.into_iter().collect();
         let sample = Operands {
             unit: self.unit,
             format: self.format,
-            w: some(&self.w, columns),
-            bias: self.bias.as_ref().map(|bias| bias[..columns].to_vec()),
+            w: self.w.select_rows(&columns),
+            bias: self.bias.as_ref().map(|bias| columns.iter().map(|&c| bias[c]).collect()),
         };
-        let x = some(x, rows);
+        let asked = x.select_rows(&rows);
+        let values = rows.iter().flat_map(|&row| columns.iter().map(move |&c| (row, c)));
+        let values = values.map(|(row, column)| observed.row(row)[column]);
+        let expected = Tensor::new(columns.len().max(1), values.collect());
+        let most = most_tried(observed.data().len() * x.width());
         let mut fitting = Vec::new();
-        for parts in 2..=MOST_PARTS {
-            let y = sample.product(&x, parts)?;
-            let equal = (0..rows).all(|row| {
-                let pairs = y.row(row).iter().zip(&observed.row(row)[..columns]);
-                pairs.into_iter().all(|(a, b)| a.to_bits() == b.to_bits())
-            });
-            if equal {
-                fitting.push(parts);
+        for order in Order::family(x.width()) {
+            if differing(&sample.product(&asked, order)?, &expected) == 0 {
+                fitting.push(order);
+            }
+            if fitting.len() == most {
+                break;
             }
         }
         Ok(fitting)

@@ -198,6 +198,15 @@ impl Codes {
         }
     }
 
+    /// Some columns of every row.
+    pub fn some_columns(&self, columns: std::ops::Range<usize>) -> Codes {
+        let mut some = Codes::zeros(self.format, self.rows, columns.len());
+        for row in 0..self.rows {
+            some.row_mut(row).copy_from(self.row(row).slice(columns.clone()));
+        }
+        some
+    }
+
     /// The values of one row before any scale.
     pub fn decode_row(&self, row: usize) -> Vec<f32> {
         self.row(row).iter().map(|code| self.format.decode(code)).collect()

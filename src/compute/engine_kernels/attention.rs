@@ -17,6 +17,7 @@ use super::softmax::softmax;
 use crate::compute::emulated::chip::Unit;
 use crate::compute::emulated::gemm::GemmError;
 use crate::dtype::Format;
+use crate::engine::Order;
 use crate::tensor::Tensor;
 
 /// The heads of an attention and what may be seen.
@@ -83,6 +84,11 @@ impl Products {
             values: Linear::new(unit, keys, format),
         }
     }
+
+    /// The same in other orders.
+    pub fn in_order(self, scores: Order, values: Order) -> Products {
+        Products { scores: self.scores.in_order(scores), values: self.values.in_order(values) }
+    }
 }
 
 /// The output of eager attention, `[queries, heads * head_dim]`, in the format of
@@ -97,6 +103,22 @@ pub fn eager(
     v: &Tensor,
     heads: &Heads,
 ) -> Result<Tensor, GemmError> {
+    let seen: Vec<usize> = (0..q.rows()).map(|row| heads.seen(row, q.rows(), k.rows())).collect();
+    eager_of(products, q, k, v, heads, &seen)
+}
+
+/// The same of some queries, of which each sees so many keys.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn eager_of(
+    products: &Products,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: &Heads,
+    seen: &[usize],
+) -> Result<Tensor, GemmError> {
     let format = products.scores.output;
     let width = heads.head_dim;
     let outputs = (0..heads.heads)
@@ -107,11 +129,10 @@ pub fn eager(
             let k = codes(format, &head_of(k, kv, width));
             let v = codes(format, &transposed(&head_of(v, kv, width)));
             let mut p = products.scores.apply(&q, &k, None)?;
-            let (queries, keys) = (p.rows(), p.width());
-            for row in 0..queries {
+            for (row, &seen) in seen.iter().enumerate() {
                 let row_of = p.row_mut(row);
                 row_of.iter_mut().for_each(|score| *score = format.round(*score * heads.scale));
-                let (seen, masked) = row_of.split_at_mut(heads.seen(row, queries, keys));
+                let (seen, masked) = row_of.split_at_mut(seen);
                 // What a mask leaves is exp of it, 0, and 0 changes no sum.
                 masked.fill(f32::NEG_INFINITY);
                 if !seen.is_empty() {
