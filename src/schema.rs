@@ -140,6 +140,11 @@ pub fn contract() -> Value {
                 "patterns of the sites that it judges; every site where none is written",
                 list(text(), 1),
             ),
+            "unless_exact": says(
+                "leaves out sites of which the recipe's engine makes every bit from the subject's \
+                 own input; false where none is written",
+                json!({ "type": "boolean" }),
+            ),
             "min": says("the smallest value that passes; this or `max`, or both", number()),
             "max": says("the largest value that passes", number()),
             "if_fails": says(

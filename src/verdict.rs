@@ -106,6 +106,9 @@ pub struct Judgement {
     /// does not say is not read: every other site would seem judged.
     #[serde(deserialize_with = "Option::deserialize")]
     pub sites: Option<Vec<String>>,
+    /// Whether sites are left out of which an engine's kernels make every bit.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unless_exact: bool,
     /// The smallest value that passes.
     pub min: Option<f64>,
     /// The largest value that passes.
@@ -139,6 +142,13 @@ pub struct Judgement {
     pub sites_falsified: usize,
     /// Sites without a value.
     pub sites_unmeasured: usize,
+    /// Sites that were left out because an engine's kernels make their every bit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sites_exact: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl Judgement {
@@ -178,7 +188,10 @@ impl Judgement {
 
     /// The sites that it falsifies, in the order of the measures.
     pub fn falsified_sites<'m>(&self, measures: &'m [Measure]) -> Vec<&'m Site> {
-        let of_claim = measures.iter().filter(|measure| self.judges(measure));
+        let left_out = exact_sites(self.unless_exact, self.compare[0], measures);
+        let of_claim = measures
+            .iter()
+            .filter(|measure| self.judges(measure) && !left_out.contains(&measure.site));
         let outside = of_claim.filter(|measure| {
             let value = measure.metrics.get(&self.metric).copied().filter(|v| v.is_finite());
             value.map_or(not_finite(measure).is_some(), |value| !self.within(measure, value))
@@ -384,6 +397,17 @@ fn missing_arm(compare: [Stream; 2], absent: &BTreeMap<Arm, String>) -> Option<S
     })
 }
 
+/// The sites of a subject of which an engine's kernels make every bit from its own input, where
+/// a claim leaves them out.
+fn exact_sites(unless_exact: bool, subject: Stream, measures: &[Measure]) -> BTreeSet<&Site> {
+    let exact = |measure: &&Measure| {
+        measure.subject == subject
+            && measure.judge == Stream::Predicted(subject.arm())
+            && measure.metrics.get(&Metric::BitMismatches) == Some(&0.0)
+    };
+    measures.iter().filter(|_| unless_exact).filter(exact).map(|measure| &measure.site).collect()
+}
+
 fn judge_one(
     falsifier: &Falsifier,
     measures: &[Measure],
@@ -396,6 +420,7 @@ fn judge_one(
         compare: falsifier.compare,
         metric: falsifier.metric,
         sites: falsifier.sites.clone(),
+        unless_exact: falsifier.unless_exact,
         min: falsifier.min,
         max: falsifier.max,
         why: falsifier.why.clone(),
@@ -411,13 +436,19 @@ fn judge_one(
         sites_judged: 0,
         sites_falsified: 0,
         sites_unmeasured: 0,
+        sites_exact: 0,
     };
     let [subject, judge] = falsifier.compare;
+    let left_out = exact_sites(falsifier.unless_exact, subject, measures);
     let mut worst: Option<f64> = None;
     let relevant = measures.iter().filter(|measure| {
         measure.subject == subject && measure.judge == judge && falsifier.applies_to(&measure.site)
     });
     for measure in relevant {
+        if left_out.contains(&measure.site) {
+            judgement.sites_exact += 1;
+            continue;
+        }
         let value = measure.metrics.get(&falsifier.metric).copied().filter(|v| v.is_finite());
         // NaN passes no bound: a claim about such a site is falsified, whatever it measures.
         if let (None, Some(count)) = (value, not_finite(measure)) {
@@ -453,11 +484,17 @@ fn judge_one(
             judgement.put_nearest(measure, value, used);
         }
     }
-    judgement.outcome = match (judgement.sites_falsified, judgement.sites_judged) {
+    let settled = judgement.sites_judged + judgement.sites_exact;
+    judgement.outcome = match (judgement.sites_falsified, settled) {
         (0, 0) => Outcome::Unmeasured,
         (0, _) => Outcome::Held,
         _ => Outcome::Falsified,
     };
+    if judgement.sites_judged == 0 && judgement.sites_exact > 0 {
+        let sites = judgement.sites_exact;
+        judgement.reason =
+            Some(format!("the engine's kernels make every bit of all {sites} sites"));
+    }
     if judgement.outcome == Outcome::Unmeasured && judgement.reason.is_none() {
         let [subject, judge] = falsifier.compare;
         let hint = match judge {

@@ -33,6 +33,7 @@ struct RawFalsifier {
     metric: Option<Put<Metric>>,
     /// `Some(None)` where the key is absent: every site.
     sites: Option<Option<Vec<Put<String>>>>,
+    unless_exact: bool,
     min: Option<Put<f64>>,
     max: Option<Put<f64>>,
     why: Option<Put<String>>,
@@ -233,6 +234,8 @@ impl RawFalsifier {
             table.list::<String>("sites", findings);
             Some(None)
         };
+        let unless_exact = table.take::<bool>("unless_exact", findings);
+        let unless_exact = unless_exact.is_some_and(|put| put.value);
         let min = table.take("min", findings);
         let max = table.take("max", findings);
         let if_fails = table
@@ -247,6 +250,7 @@ impl RawFalsifier {
             compare,
             metric,
             sites,
+            unless_exact,
             min,
             max,
             why,
@@ -303,6 +307,7 @@ impl RawFalsifier {
             compare: self.compare?.map(|stream| stream.value),
             metric: self.metric?.value,
             sites: sites.map(|list| list.into_iter().map(|site| site.value).collect()),
+            unless_exact: self.unless_exact,
             min: self.min.map(|bound| bound.value),
             max: self.max.map(|bound| bound.value),
             why: self.why?.value,

@@ -198,6 +198,9 @@ pub struct Falsifier {
     pub metric: Metric,
     /// Patterns of sites, see [`names_site`]; every site if absent.
     pub sites: Option<Vec<String>>,
+    /// Whether it leaves out a site whose every bit is what the recipe's engine makes of the
+    /// subject's own input.
+    pub unless_exact: bool,
     /// The smallest value that passes.
     pub min: Option<f64>,
     /// The largest value that passes.

@@ -381,6 +381,7 @@ fn sites_are_matched_by_whole_parts() {
         compare: [Stream::Arm(Arm::Device), Stream::Arm(Arm::Emulated)],
         metric,
         sites: sites.map(|list| list.iter().map(|site| (*site).to_owned()).collect()),
+        unless_exact: false,
         min: None,
         max: Some(0.0),
         why: "w".into(),

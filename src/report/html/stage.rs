@@ -164,7 +164,13 @@ fn claim(judgement: &Judgement, at: &str) -> Markup {
                         (figure(judgement.sites_falsified as f64, &format!("{at}/sites_falsified")))
                         " outside, "
                         (figure(judgement.sites_unmeasured as f64, &format!("{at}/sites_unmeasured")))
-                        " without a value. Sites: "
+                        " without a value"
+                        @if judgement.sites_exact > 0 {
+                            ", "
+                            (figure(judgement.sites_exact as f64, &format!("{at}/sites_exact")))
+                            " left out because an engine's kernels make their every bit"
+                        }
+                        ". Sites: "
                         @match &judgement.sites {
                             Some(patterns) => { @for pattern in patterns { code { (pattern) } " " } }
                             None => "all"
