@@ -160,7 +160,7 @@ impl Order {
             all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, rest, ..Order::CHAIN }));
         }
         for rounded in [false, true] {
-            for tile in [64, 32] {
+            for tile in [64, 8] {
                 // A part beyond the last tile would be empty.
                 let tiles = inner.div_ceil(tile as usize) as u32;
                 for parts in 2..=MOST_PARTS.min(tiles) {
@@ -284,9 +284,11 @@ impl Product {
             let given = self.instruction;
             return Some(format!("`instruction` is 8 or 16 products, and {given} is here"));
         }
-        let tiles = [32, 64, 128];
-        if !tiles.contains(&self.tile) || self.rest.is_some_and(|rest| !tiles.contains(&rest)) {
-            return Some("`tile` and `rest` are 32, 64 or 128 elements of K".to_owned());
+        if ![8, 16, 32, 64, 128].contains(&self.tile) {
+            return Some("`tile` is 8, 16, 32, 64 or 128 elements of K".to_owned());
+        }
+        if self.rest.is_some_and(|rest| ![32, 64, 128].contains(&rest)) {
+            return Some("`rest` is 32, 64 or 128 elements of K".to_owned());
         }
         None
     }
@@ -488,8 +490,8 @@ mod tests {
         for (key, words) in [
             ("parts = 65", "cut into 65 parts"),
             ("instruction = 4", "8 or 16 products, and 4"),
-            ("tile = 48", "32, 64 or 128"),
-            ("rest = 7", "32, 64 or 128"),
+            ("tile = 48", "`tile` is 8, 16, 32, 64 or 128"),
+            ("rest = 7", "`rest` is 32, 64 or 128"),
         ] {
             let error = listing(&cut.replace("parts = 2", key)).expect_err("refused");
             assert!(error.contains(words), "{error}");

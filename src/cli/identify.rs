@@ -124,9 +124,11 @@ fn file(stage: &StageRecord) -> String {
 
 /// A product as an engine's file lists it.
 fn inline(product: &Product) -> String {
+    const KEYS: [&str; 9] =
+        ["of", "tokens", "outputs", "inner", "parts", "tile", "rounded", "instruction", "rest"];
     let table = toml::Table::try_from(product).unwrap_or_default();
-    let fields: Vec<String> = table.iter().map(|(key, value)| format!("{key} = {value}")).collect();
-    format!("{{ {} }}", fields.join(", "))
+    let fields = KEYS.iter().filter_map(|key| Some(format!("{key} = {}", table.get(*key)?)));
+    format!("{{ {} }}", fields.collect::<Vec<String>>().join(", "))
 }
 
 /// A site's kernels under the names of an engine's file: orders of cuBLAS are one kernel, those
@@ -173,5 +175,58 @@ fn kernels_of(kernels: &[SiteKernel], prefix: &str) -> Vec<String> {
             listed
         }
         _ => seen,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_is_listed_as_an_engines_file_reads_it() {
+        let order = Order { parts: 5, tile: 8, rounded: true, instruction: 8, rest: Some(32) };
+        for (of, order, written) in [
+            (
+                ProductOf::Weight,
+                Order { parts: 3, ..Order::CHAIN },
+                "{ tokens = 4, outputs = 8, inner = 96, parts = 3 }",
+            ),
+            (
+                ProductOf::Values,
+                order,
+                "{ of = \"values\", tokens = 4, outputs = 8, inner = 96, parts = 5, tile = 8, \
+                 rounded = true, instruction = 8, rest = 32 }",
+            ),
+        ] {
+            let product = Product::new(of, [4, 8, 96], order);
+            assert_eq!(inline(&product), written);
+            let read: toml::Table = format!("products = [{written}]").parse().expect("TOML");
+            let products: Vec<Product> = read["products"].clone().try_into().expect("a list");
+            assert_eq!(products, [product]);
+        }
+    }
+
+    #[test]
+    fn orders_of_cublas_and_of_eager_attention_are_no_kernels_of_their_own() {
+        let named = |site: &str, kernel: &str| {
+            let found = SiteKernel {
+                subject: crate::op::Stream::Arm(crate::op::Arm::Recorded),
+                site: crate::op::Site(site.to_owned()),
+                kernel: kernel.to_owned(),
+                mismatches: 0,
+                values: 1,
+                also: Vec::new(),
+                products: Vec::new(),
+            };
+            as_in_file(&found).kernel
+        };
+        assert_eq!(named("logits", "cuBLAS in 5 parts of K rounded to bf16"), "output cublas");
+        assert_eq!(
+            named("blk.0.q", "cuBLAS in one chain, decoded cuBLAS in 2 parts of K"),
+            "product cublas"
+        );
+        let eager = "attention eager, scores in one chain of 8 products at a time";
+        assert_eq!(named("blk.0.attn", eager), "attention eager");
+        assert_eq!(named("blk.0.attn", "attention flash-2"), "attention flash-2");
     }
 }

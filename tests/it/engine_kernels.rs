@@ -990,6 +990,8 @@ fn the_orders_in_which_pytorch_adds_unaligned_and_small_products_are_found() {
         (112, Format::F16, "cuBLAS in 14 parts of K rounded to f16"),
         (144, Format::F16, "cuBLAS in 14 parts of K of 8 products at a time"),
         (118, B, "cuBLAS in 8 parts of K of 8 products at a time"),
+        // 560 elements in parts of 72: K is dealt in tiles of 8.
+        (1198, B, "cuBLAS in 8 parts of K rounded to bf16"),
     ] {
         let of = |name: &str| &o[&format!("{case}/{name}")];
         let (x, w, y) = (of("x").matrix(), of("w"), of("y").matrix());
@@ -1012,6 +1014,8 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
         (116, B, [1, 80]),
         (109, B, [1, 128]),
         (91, B, [1, 80]),
+        // f16 rows of 1,410 scores: a softmax of its own, whose threads count from an address.
+        (1149, Format::F16, [1, 80]),
     ] {
         let of = |name: &str| o[&format!("{case}/{name}")].matrix();
         let (q, k, v) = (of("q"), of("k"), of("v"));
@@ -1019,8 +1023,8 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
         let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
         let (kernel, mismatches, products) = chosen(format, &call, &of("attn"));
         assert_eq!(mismatches, 0, "case {case}: {kernel}");
-        assert!(kernel.starts_with("attention eager, "), "case {case}: {kernel}");
-        assert_eq!(products.len(), 2, "case {case}");
+        assert!(kernel.starts_with("attention eager"), "case {case}: {kernel}");
+        assert_eq!(products.is_empty(), case == 1149, "case {case}: {kernel}");
         if case == 91 {
             assert!(kernel.ends_with("values in 5 parts of K rounded to bf16"), "{kernel}");
         }

@@ -419,14 +419,13 @@ impl EngineArm {
             Tensor::new(x.width(), values.collect())
         };
         let (asked, observed) = (some(q), some(choice.observed));
-        let seen: Vec<usize> = rows.iter().map(|&row| heads.seen(row, queries, keys)).collect();
         let most = most_tried(2 * queries * keys * heads.heads * head_dim);
         let mut fitting = Vec::new();
         'found: for values in Order::family(keys) {
             for instruction in [16, 8] {
                 let scores = Order { instruction, ..Order::CHAIN };
                 let products = usual.in_order(scores, values);
-                let y = eager_of(&products, &asked, k, v, &heads, &seen)?;
+                let y = eager_of(&products, (&asked, &rows, queries), k, v, &heads)?;
                 if differing(&y, &observed) == 0 {
                     fitting.push((scores, values));
                 }

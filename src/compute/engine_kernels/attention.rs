@@ -13,7 +13,7 @@
 use rayon::prelude::*;
 
 use super::linear::{Linear, codes};
-use super::softmax::softmax;
+use super::softmax::{softmax, softmax_of_f16};
 use crate::compute::emulated::chip::Unit;
 use crate::compute::emulated::gemm::GemmError;
 use crate::dtype::Format;
@@ -103,21 +103,20 @@ pub fn eager(
     v: &Tensor,
     heads: &Heads,
 ) -> Result<Tensor, GemmError> {
-    let seen: Vec<usize> = (0..q.rows()).map(|row| heads.seen(row, q.rows(), k.rows())).collect();
-    eager_of(products, q, k, v, heads, &seen)
+    let rows: Vec<usize> = (0..q.rows()).collect();
+    eager_of(products, (q, &rows, q.rows()), k, v, heads)
 }
 
-/// The same of some queries, of which each sees so many keys.
+/// The same of some queries: `q` holds those at `rows`, of so many in all.
 ///
 /// # Errors
 /// If shapes do not fit.
 pub fn eager_of(
     products: &Products,
-    q: &Tensor,
+    (q, rows, queries): (&Tensor, &[usize], usize),
     k: &Tensor,
     v: &Tensor,
     heads: &Heads,
-    seen: &[usize],
 ) -> Result<Tensor, GemmError> {
     let format = products.scores.output;
     let width = heads.head_dim;
@@ -126,17 +125,20 @@ pub fn eager_of(
         .map(|head| {
             let kv = heads.kv_head(head);
             let q = codes(format, &head_of(q, head, width));
-            let k = codes(format, &head_of(k, kv, width));
+            let keys = codes(format, &head_of(k, kv, width));
             let v = codes(format, &transposed(&head_of(v, kv, width)));
-            let mut p = products.scores.apply(&q, &k, None)?;
-            for (row, &seen) in seen.iter().enumerate() {
-                let row_of = p.row_mut(row);
+            let mut p = products.scores.apply(&q, &keys, None)?;
+            for (index, &row) in rows.iter().enumerate() {
+                let seen = heads.seen(row, queries, k.rows());
+                let row_of = p.row_mut(index);
                 row_of.iter_mut().for_each(|score| *score = format.round(*score * heads.scale));
                 let (seen, masked) = row_of.split_at_mut(seen);
                 // What a mask leaves is exp of it, 0, and 0 changes no sum.
                 masked.fill(f32::NEG_INFINITY);
-                if !seen.is_empty() {
-                    softmax(row_of);
+                match (seen.is_empty(), format) {
+                    (true, _) => {}
+                    (_, Format::F16) => softmax_of_f16(row_of, head * queries + row),
+                    _ => softmax(row_of),
                 }
                 row_of.iter_mut().for_each(|p| *p = format.round(*p));
             }

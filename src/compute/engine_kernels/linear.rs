@@ -55,6 +55,9 @@ pub fn residue_tile(format: Format, inner: usize) -> Option<usize> {
     }
 }
 
+/// The tile whose rest is chained first within a part of unaligned K.
+const PART_TILE: usize = 32;
+
 impl Linear {
     /// One chain along K of operands in the output's format, with the rest first where
     /// K is unaligned.
@@ -113,12 +116,13 @@ impl Linear {
         }
         // Operands that do not fit are refused where they are multiplied.
         let fits = x.width() == w.width();
-        if !fits || (!self.rounded_parts && self.residue_tile.is_none()) {
+        let tile = self.schedule.split_tile_bytes as usize / self.output.bytes();
+        let whole_blocks = tile.is_multiple_of(self.unit.products());
+        if !fits || (whole_blocks && !self.rounded_parts && self.residue_tile.is_none()) {
             return multiply(&self.schedule, x, w);
         }
-        // A kernel whose rows are unaligned deals its tiles first; the rest is the last part's.
-        let tile = self.schedule.split_tile_bytes as usize / self.output.bytes();
-        let tile = self.residue_tile.map(|_| tile);
+        // A kernel whose rows are unaligned deals K first; the rest is that of the last part.
+        let tile = self.residue_tile.map(|_| PART_TILE);
         let mut sums = Tensor::zeros(x.rows(), w.rows());
         for step in self.schedule.steps(x.width(), x.format()) {
             let columns = |codes: &Codes| codes.some_columns(step.inner.clone());
