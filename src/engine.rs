@@ -147,23 +147,38 @@ impl Order {
     pub const CHAIN: Order =
         Order { parts: 1, tile: 64, rounded: false, instruction: 16, rest: None };
 
-    /// Orders that were seen, the plainest first. What sets two apart where K is one part, or
-    /// aligned, is left out there.
-    pub fn family(inner: usize) -> Vec<Order> {
+    /// Orders that were seen, the plainest first; those that add alike are listed once.
+    /// `usual_rest` is the tile whose rest comes first where an order names none.
+    pub fn family(inner: usize, usual_rest: Option<usize>) -> Vec<Order> {
         /// The most parts that are tried.
         const MOST_PARTS: u32 = 16;
         const INSTRUCTIONS: [u32; 2] = [16, 8];
-        let rests: &[Option<u32>] =
-            if inner.is_multiple_of(8) { &[None] } else { &[None, Some(32), Some(64), Some(128)] };
         let mut all = Vec::new();
-        for &rest in rests {
-            all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, rest, ..Order::CHAIN }));
+        let mut rests: Vec<usize> = Vec::new();
+        let listed = usual_rest.map(|_| [Some(32), Some(64), Some(128)]);
+        for rest in [None].into_iter().chain(listed.into_iter().flatten()) {
+            let first =
+                rest.or(usual_rest.map(|tile| tile as u32)).map_or(0, |t| inner % t as usize);
+            if rest.is_none() || !rests.contains(&first) {
+                rests.push(first);
+                all.extend(INSTRUCTIONS.map(|instruction| Order {
+                    instruction,
+                    rest,
+                    ..Order::CHAIN
+                }));
+            }
         }
         for rounded in [false, true] {
+            let mut lengths = Vec::new();
             for tile in [64, 8] {
                 // A part beyond the last tile would be empty.
                 let tiles = inner.div_ceil(tile as usize) as u32;
                 for parts in 2..=MOST_PARTS.min(tiles) {
+                    let length = tiles.div_ceil(parts) * tile;
+                    if length as usize >= inner || lengths.contains(&length) {
+                        continue;
+                    }
+                    lengths.push(length);
                     let cut = Order { parts, tile, rounded, ..Order::CHAIN };
                     all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, ..cut }));
                 }
@@ -183,6 +198,12 @@ impl Order {
         }
         if self.instruction != Order::CHAIN.instruction {
             words += &format!(" of {} products at a time", self.instruction);
+        }
+        if self.parts > 1 && self.tile != Order::CHAIN.tile {
+            words += &format!(" dealt in tiles of {}", self.tile);
+        }
+        if let Some(rest) = self.rest {
+            words += &format!(" after the rest of tiles of {rest}");
         }
         words
     }
@@ -467,6 +488,29 @@ mod tests {
             assert_eq!(engine.name, name);
             let text = toml::to_string(&engine).expect("TOML");
             assert_eq!(EngineFile::parse(&text, name).expect("an engine"), engine);
+        }
+    }
+
+    #[test]
+    fn a_family_of_orders_lists_none_twice_that_adds_alike() {
+        let part = |order: &Order, inner: usize| {
+            inner.div_ceil(order.tile as usize).div_ceil(order.parts as usize) * order.tile as usize
+        };
+        for (inner, rest) in
+            [(96, None), (560, None), (3584, None), (335, Some(32)), (38, Some(128))]
+        {
+            let family = Order::family(inner, rest);
+            assert_eq!(family[0], Order::CHAIN);
+            let adds = |order: &Order| {
+                let first = order.rest.map_or(rest.unwrap_or(8), |tile| tile as usize);
+                let cut = (order.parts > 1).then(|| (part(order, inner), order.rounded));
+                (order.instruction, cut, if order.parts > 1 { 0 } else { inner % first })
+            };
+            let mut seen: Vec<_> = family.iter().map(adds).collect();
+            seen.sort_unstable();
+            let all = seen.len();
+            seen.dedup();
+            assert_eq!(seen.len(), all, "{inner}");
         }
     }
 

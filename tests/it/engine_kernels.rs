@@ -1026,7 +1026,7 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
         assert!(kernel.starts_with("attention eager"), "case {case}: {kernel}");
         assert_eq!(products.is_empty(), case == 1149, "case {case}: {kernel}");
         if case == 91 {
-            assert!(kernel.ends_with("values in 5 parts of K rounded to bf16"), "{kernel}");
+            assert!(kernel.contains("values in 5 parts of K rounded to bf16"), "{kernel}");
         }
     }
 }

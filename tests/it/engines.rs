@@ -5,7 +5,12 @@
 use std::fs;
 use std::path::Path;
 
+use runner::compute::emulated::chip::chip;
+use runner::compute::engine_kernels::linear::{Linear, codes};
 use runner::dtype::Format;
+use runner::engine::Order;
+use runner::op::ChipName;
+use runner::tensor::Tensor;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
@@ -103,6 +108,81 @@ fn the_engine_that_a_recording_shows_is_printed_as_its_file_and_predicts_the_pas
     let stages = judged(&project);
     assert_eq!(stage(&stages, "pass")["verdict"], "pass", "{}", stage(&stages, "pass")["why"]);
     project.runner(&["identify", "nothing"]).expect(2, "has no stage `nothing`");
+}
+
+/// The values of a bf16 tensor of a file.
+fn bf16_of(file: &Path, name: &str) -> Tensor {
+    let bytes = fs::read(file).expect("a file");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let view = file.tensor(name).expect("the tensor");
+    let words = view.data().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let values = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
+    Tensor::new(view.shape()[1], values)
+}
+
+#[test]
+fn rounded_parts_of_a_product_are_arithmetic_and_stand_in_the_engines_file() {
+    let project = recorded();
+    // The logits as cuBLAS makes them where it keeps the sums of two parts of K in bf16.
+    let (x, w) = (
+        bf16_of(&example("capture.safetensors"), "model.norm"),
+        bf16_of(&example("model/model.safetensors"), "lm_head.weight"),
+    );
+    let unit = chip(ChipName::Hopper).unit(Format::Bf16, Format::Bf16).expect("hopper bf16");
+    let order = Order { parts: 2, rounded: true, ..Order::CHAIN };
+    let product = Linear::new(unit, x.width(), Format::Bf16).in_order(order);
+    let codes = |x: &Tensor| codes(Format::Bf16, x);
+    let y = product.apply(&codes(&x), &codes(&w), None).expect("a product");
+    spoil(&project, "lm_head", |rows| {
+        rows.iter_mut().enumerate().for_each(|(row, to)| *to = y.row(row).to_vec());
+    });
+    let stages = judged(&project);
+    let named = "cuBLAS in 2 parts of K rounded to bf16";
+    for id in ["sites", "rounding"] {
+        let stage = stage(&stages, id);
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "pass", "{why}");
+        assert!(why.contains("31 of 31 sites to the bit") && why.contains(named), "{why}");
+    }
+    // Rounded parts lie outside the floor of one rounding: the claim leaves the site out.
+    let claims = stage(&stages, "rounding")["judgements"].as_array().expect("judgements");
+    let claim = claims.iter().find(|claim| claim["falsifier"] == "ENG-002").expect("the claim");
+    assert_eq!((&claim["outcome"], &claim["sites_exact"]), (&json!("held"), &json!(31)));
+    // The pass follows once the file says so.
+    assert_eq!(stage(&stages, "pass")["verdict"], "structural");
+    let file = project.runner(&["identify", "sites"]).expect(0, "31 of 31 sites").out;
+    let listed = "{ tokens = 33, outputs = 512, inner = 256, parts = 2, rounded = true },";
+    assert!(file.contains(listed), "{file}");
+    project.write("identified.toml", &file);
+    let pipeline = project.read("stages/pipeline.toml");
+    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
+    project.write("stages/pipeline.toml", &own);
+    let stages = judged(&project);
+    assert_eq!(stage(&stages, "pass")["verdict"], "pass", "{}", stage(&stages, "pass")["why"]);
+    // A scale that is 2 % wrong on top of it is no order of additions.
+    spoil(&project, "lm_head", |rows| rows.iter_mut().flatten().for_each(|y| *y *= 1.02));
+    let stages = judged(&project);
+    for id in ["sites", "rounding"] {
+        let stage = stage(&stages, id);
+        assert_eq!(stage["verdict"], "structural", "{}", stage["why"]);
+        assert_eq!(stage["first"]["site"], "logits", "{}", stage["why"]);
+    }
+}
+
+#[test]
+fn a_contract_that_asks_for_bits_is_measured_in_full_once_a_bit_differs() {
+    let project = recorded();
+    let anchored = |stages: &[Value]| {
+        let measures = stage(stages, "sites")["measures"].as_array().expect("measures").clone();
+        measures.iter().filter(|measure| measure["judge"] == "reference@recorded").count()
+    };
+    let stages = judged(&project);
+    assert_eq!(stage(&stages, "sites")["verdict"], "pass");
+    assert_eq!(anchored(&stages), 0);
+    spoil(&project, "blk.0.attn", |rows| rows[7][3] *= 1.5);
+    let stages = judged(&project);
+    assert_eq!(stage(&stages, "sites")["verdict"], "structural");
+    assert!(anchored(&stages) >= 31);
 }
 
 type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
@@ -208,6 +288,11 @@ fn a_site_that_no_claim_holds_to_its_own_input_is_named() {
 #[test]
 fn the_bound_that_chance_widened_is_the_one_that_is_printed() {
     let project = recorded();
+    // Beside an engine every site is to the bit, and the claim leaves it out.
+    let floors = "{ gemm = \"bf16\", output = \"bf16\", stream = \"bf16\" }";
+    let pipeline = project.read("stages/pipeline.toml");
+    let pipeline = pipeline.replace("{ engine = \"transformers\" }", floors);
+    project.write("stages/pipeline.toml", &pipeline);
     let stages = judged(&project);
     let claims = stage(&stages, "rounding")["judgements"].as_array().expect("claims").clone();
     let of_rms = claims.iter().find(|claim| claim["falsifier"] == "ENG-003").expect("ENG-003");

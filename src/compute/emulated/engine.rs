@@ -17,7 +17,7 @@ use crate::compute::engine_kernels::flash::{Plan, flash};
 use crate::compute::engine_kernels::fp8::{
     GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
 };
-use crate::compute::engine_kernels::linear::{Linear, codes, finish};
+use crate::compute::engine_kernels::linear::{Linear, codes, finish, residue_tile};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
 use crate::compute::{AttentionShape, ComputeError};
@@ -421,7 +421,7 @@ impl EngineArm {
         let (asked, observed) = (some(q), some(choice.observed));
         let most = most_tried(2 * queries * keys * heads.heads * head_dim);
         let mut fitting = Vec::new();
-        'found: for values in Order::family(keys) {
+        'found: for values in Order::family(keys, residue_tile(self.format, keys)) {
             for instruction in [16, 8] {
                 let scores = Order { instruction, ..Order::CHAIN };
                 let products = usual.in_order(scores, values);
@@ -434,6 +434,8 @@ impl EngineArm {
                 }
             }
         }
+        let mut found: Option<Vec<Product>> = None;
+        let mut also = Vec::new();
         for (scores, values) in fitting {
             let y = eager(&usual.in_order(scores, values), q, k, v, &heads)?;
             let exact = differing(&y, choice.observed) == 0;
@@ -443,17 +445,23 @@ impl EngineArm {
                 words.unwrap_or_default()
             };
             let (of_scores, of_values) = (words("scores", scores), words("values", values));
-            choice.offer(format!("attention eager{of_scores}{of_values}"), y);
-            if exact {
-                let of = |of, shape, order| Product::new(of, shape, order);
-                if let Some(best) = &mut choice.best {
-                    best.products = vec![
-                        of(ProductOf::Scores, [queries, keys, head_dim], scores),
-                        of(ProductOf::Values, [queries, head_dim, keys], values),
-                    ];
-                }
-                break;
+            let name = format!("attention eager{of_scores}{of_values}");
+            match (&found, exact) {
+                (None, _) => choice.offer(name, y),
+                (Some(_), true) => also.push(name),
+                (Some(_), false) => {}
             }
+            if exact && found.is_none() {
+                let of = |of, shape, order| Product::new(of, shape, order);
+                found = Some(vec![
+                    of(ProductOf::Scores, [queries, keys, head_dim], scores),
+                    of(ProductOf::Values, [queries, head_dim, keys], values),
+                ]);
+            }
+        }
+        if let (Some(best), Some(products)) = (&mut choice.best, found) {
+            best.products = products;
+            best.also.extend(some_names(also));
         }
         Ok(())
     }
@@ -550,10 +558,14 @@ impl EngineArm {
         let operands = Operands::of(self, weight, bias)?;
         let calls = self.calls(x.rows());
         let (mut names, mut products, mut data) = (Vec::new(), Vec::new(), Vec::new());
+        let mut also = Vec::new();
         for (rows, tokens) in &calls {
             let observed = choice.observed.some_rows(rows.clone());
             let x = codes(self.format, &x.some_rows(rows.clone()));
-            let (order, y) = operands.order_of(&x, &observed)?;
+            let (order, y, others) = operands.order_of(&x, &observed)?;
+            also.extend(
+                others.iter().map(|other| format!("{CUBLAS} {}", other.in_words(self.format))),
+            );
             let shape = [*tokens, weight.rows(), x.width()];
             products.push(Product::new(ProductOf::Weight, shape, order));
             data.extend(y.into_data());
@@ -565,9 +577,22 @@ impl EngineArm {
             && best.kernel.starts_with(CUBLAS)
         {
             best.products = products;
+            best.also.extend(some_names(also));
         }
         Ok(())
     }
+}
+
+/// The first names, and how many more there are.
+fn some_names(mut names: Vec<String>) -> Vec<String> {
+    /// As many as a reader takes in.
+    const SHOWN: usize = 2;
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    let more = names.len().saturating_sub(SHOWN);
+    names.truncate(SHOWN);
+    names.extend((more > 0).then(|| format!("one of {more} more orders")));
+    names
 }
 
 /// The weights that engines stack to one matrix, in the order of its rows: queries, keys and
@@ -654,24 +679,29 @@ impl Operands {
         Ok(linear.apply(x, &self.w, self.bias.as_deref())?)
     }
 
-    /// The order whose sums are nearest to the engine's, and what it gives.
-    fn order_of(&self, x: &Codes, observed: &Tensor) -> Result<(Order, Tensor), ComputeError> {
+    /// The order whose sums are nearest to the engine's, what it gives, and, where that is not
+    /// one chain, the other orders that fit as well.
+    fn order_of(
+        &self,
+        x: &Codes,
+        observed: &Tensor,
+    ) -> Result<(Order, Tensor, Vec<Order>), ComputeError> {
         let chain = self.product(x, Order::CHAIN)?;
         let mut least = differing(&chain, observed);
         let mut best = (Order::CHAIN, chain);
+        let mut also = Vec::new();
         if least > 0 {
             for order in self.orders_that_fit(x, observed, &best.1)? {
                 let y = self.product(x, order)?;
                 let mismatches = differing(&y, observed);
                 if mismatches < least {
                     (least, best) = (mismatches, (order, y));
-                }
-                if least == 0 {
-                    break;
+                } else if mismatches == 0 {
+                    also.push(order);
                 }
             }
         }
-        Ok(best)
+        Ok((best.0, best.1, also))
     }
 
     /// The orders whose sums are the engine's on a sample: rows and columns in which those of
@@ -706,7 +736,7 @@ impl Operands {
         let expected = Tensor::new(columns.len().max(1), values.collect());
         let most = most_tried(observed.data().len() * x.width());
         let mut fitting = Vec::new();
-        for order in Order::family(x.width()) {
+        for order in Order::family(x.width(), residue_tile(self.format, x.width())) {
             if differing(&sample.product(&asked, order)?, &expected) == 0 {
                 fitting.push(order);
             }
