@@ -1032,16 +1032,20 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
 }
 
 #[test]
-fn frequencies_of_heads_that_are_no_power_of_two_wide_divide_in_f32() {
+fn frequencies_divide_in_f32_and_are_powers_as_the_cpu_makes_them() {
     let o = safetensors(&fixture("transformers-orders.safetensors"));
-    for (case, format, head_dim, theta) in
-        [(105, Format::F16, 96, 1e6), (84, Format::F16, 80, 5e5), (51, B, 96, 1e4)]
-    {
+    for (case, format, head_dim, theta, first_position) in [
+        (105, Format::F16, 96, 1e6, 0),
+        (84, Format::F16, 80, 5e5, 0),
+        (51, B, 96, 1e4, 0),
+        // Here the 20th power is not the nearest f32.
+        (1070, Format::F16, 96, 1e4, 219),
+    ] {
         let of = |name: &str| o[&format!("{case}/{name}")].matrix();
         let layout = RopeLayout::Halves;
         let rope = Rope { theta, layout, dimensions: head_dim, factors: None, linear_scale: 1.0 };
         let x = of("turned");
-        let call = OpCall::Rope { x: &x, rope: &rope, head_dim, first_position: 0 };
+        let call = OpCall::Rope { x: &x, rope: &rope, head_dim, first_position };
         let (kernel, mismatches, _) = chosen(format, &call, &of("y"));
         assert_eq!(
             (kernel.as_str(), mismatches),

@@ -13,6 +13,7 @@ use super::quantize::{Codes, absmax};
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
+use crate::compute::engine_kernels::cpu_math;
 use crate::compute::engine_kernels::flash::{Plan, flash};
 use crate::compute::engine_kernels::fp8::{
     GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
@@ -311,12 +312,17 @@ impl EngineArm {
             ));
         }
         let format = self.format;
+        let on_cpu = |exponent| cpu_math::pow(geometry.theta as f32, exponent);
         let frequency = |pair: usize| {
             // The engines divide in f32, and raise to a power in f32 too.
             let exponent = (2 * pair) as f32 / geometry.dimensions as f32;
-            let exponent = f64::from(exponent);
-            let frequency = 1.0 / (libm::pow(geometry.theta, exponent) as f32);
-            if kernel == RopeKernel::Transformers { format.round(frequency) } else { frequency }
+            let nearest = || libm::pow(geometry.theta, f64::from(exponent)) as f32;
+            match kernel {
+                RopeKernel::Transformers => format.round(1.0 / on_cpu(exponent)),
+                RopeKernel::TransformersF32Frequencies => 1.0 / on_cpu(exponent),
+                // Made on the GPU, whose power no recording has told from the nearest f32.
+                RopeKernel::Vllm | RopeKernel::Sglang => 1.0 / nearest(),
+            }
         };
         let frequencies: Vec<f32> = (0..geometry.dimensions / 2).map(frequency).collect();
         let positions: Vec<u32> = (0..x.rows()).map(|row| (first_position + row) as u32).collect();

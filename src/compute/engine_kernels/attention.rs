@@ -8,7 +8,9 @@
 //! `linear.rs`. Evidence: all five tensors of three attentions on an H200 (48, 200
 //! and 300 tokens), 0 of 203,776 outputs differ; of 20 more shapes in bf16 and f16 on
 //! an H100 none differ but 1 of 256 values of one query over 500 keys in f16, where
-//! both products have schedules that are not worked out.
+//! both products have schedules that are not worked out. Of 499 small transformers passes on
+//! an H100 and an H200 the 16 attentions that were looked at, because these orders did not meet
+//! them, are met by others of [`Order::family`] and by the softmax of f16 scores.
 
 use rayon::prelude::*;
 

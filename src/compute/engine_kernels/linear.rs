@@ -18,9 +18,9 @@
 //! 44 shapes on an H100 all without split-K fit; those with it fit the number of
 //! parts that `identify` finds. Of 499 small transformers passes on an H100 and an H200 (PyTorch
 //! 2.11) the products that one chain did not meet were looked at, up to four of each kind: the
-//! orders of [`Order::family`] give every bit of 21 of them, and of four logits of 1 and 9 tokens in
-//! f16 they do not. 1001 outputs were added 8 products at a time, 500 outputs of 8 to 112 tokens
-//! in 4 to 16 rounded parts.
+//! orders of [`Order::family`] give every bit of 14 of them, and of four logits of 1 and 9 tokens in
+//! f16 they do not. 1001 outputs were added 8 products at a time, in up to 14 parts; 500 outputs
+//! of 8 to 34 tokens in 4 to 8 rounded parts.
 
 use crate::compute::emulated::chip::{TensorCore, Unit};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};

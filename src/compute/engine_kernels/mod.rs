@@ -8,6 +8,7 @@
 pub mod sfu;
 mod sfu_rows;
 pub mod cuda_math;
+pub mod cpu_math;
 pub mod row_sum;
 pub mod norm;
 pub mod softmax;
