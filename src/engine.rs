@@ -148,11 +148,13 @@ impl Order {
         Order { parts: 1, tile: 64, rounded: false, instruction: 16, rest: None };
 
     /// Orders that were seen, the plainest first; those that add alike are listed once.
-    /// `usual_rest` is the tile whose rest comes first where an order names none.
-    pub fn family(inner: usize, usual_rest: Option<usize>) -> Vec<Order> {
+    /// `usual_rest` is the tile whose rest comes first where an order names none. 8 products at a
+    /// time were seen only where rows of an operand or of the result are no multiple of 16 bytes.
+    pub fn family(outputs: usize, inner: usize, usual_rest: Option<usize>) -> Vec<Order> {
         /// The most parts that are tried.
         const MOST_PARTS: u32 = 16;
-        const INSTRUCTIONS: [u32; 2] = [16, 8];
+        let aligned = outputs.is_multiple_of(8) && inner.is_multiple_of(8);
+        let instructions: &[u32] = if aligned { &[16] } else { &[16, 8] };
         let mut all = Vec::new();
         let mut rests: Vec<usize> = Vec::new();
         let listed = usual_rest.map(|_| [Some(32), Some(64), Some(128)]);
@@ -161,11 +163,8 @@ impl Order {
                 rest.or(usual_rest.map(|tile| tile as u32)).map_or(0, |t| inner % t as usize);
             if rest.is_none() || !rests.contains(&first) {
                 rests.push(first);
-                all.extend(INSTRUCTIONS.map(|instruction| Order {
-                    instruction,
-                    rest,
-                    ..Order::CHAIN
-                }));
+                let by = |&instruction: &u32| Order { instruction, rest, ..Order::CHAIN };
+                all.extend(instructions.iter().map(by));
             }
         }
         for rounded in [false, true] {
@@ -180,7 +179,8 @@ impl Order {
                     }
                     lengths.push(length);
                     let cut = Order { parts, tile, rounded, ..Order::CHAIN };
-                    all.extend(INSTRUCTIONS.map(|instruction| Order { instruction, ..cut }));
+                    let by = |&instruction: &u32| Order { instruction, ..cut };
+                    all.extend(instructions.iter().map(by));
                 }
             }
         }
@@ -310,6 +310,23 @@ impl Product {
         }
         if self.rest.is_some_and(|rest| ![32, 64, 128].contains(&rest)) {
             return Some("`rest` is 32, 64 or 128 elements of K".to_owned());
+        }
+        if self.rest.is_some() && (self.inner.is_multiple_of(8) || self.parts > 1) {
+            let why = "`rest` is for one chain along a K that is no multiple of 8";
+            return Some(format!(
+                "{why}, and here are parts = {}, inner = {}",
+                self.parts, self.inner
+            ));
+        }
+        if self.parts == 1 && (self.rounded || self.tile != Order::CHAIN.tile) {
+            return Some("`tile` and `rounded` are for K in parts; write `parts`".to_owned());
+        }
+        if self.order() == Order::CHAIN {
+            let [tokens, outputs, inner] = self.shape();
+            return Some(format!(
+                "`products` lists tokens = {tokens}, outputs = {outputs}, inner = {inner} without an \
+                 order; write `parts`, `instruction` or `rest`, or leave the shape out"
+            ));
         }
         None
     }
@@ -499,7 +516,7 @@ mod tests {
         for (inner, rest) in
             [(96, None), (560, None), (3584, None), (335, Some(32)), (38, Some(128))]
         {
-            let family = Order::family(inner, rest);
+            let family = Order::family(1001, inner, rest);
             assert_eq!(family[0], Order::CHAIN);
             let adds = |order: &Order| {
                 let first = order.rest.map_or(rest.unwrap_or(8), |tile| tile as usize);
@@ -536,6 +553,10 @@ mod tests {
             ("instruction = 4", "8 or 16 products, and 4"),
             ("tile = 48", "`tile` is 8, 16, 32, 64 or 128"),
             ("rest = 7", "`rest` is 32, 64 or 128"),
+            ("rest = 32", "no multiple of 8"),
+            ("rounded = true", "write `parts`"),
+            ("tile = 8", "write `parts`"),
+            ("parts = 1", "without an order"),
         ] {
             let error = listing(&cut.replace("parts = 2", key)).expect_err("refused");
             assert!(error.contains(words), "{error}");

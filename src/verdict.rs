@@ -404,6 +404,7 @@ fn exact_sites(unless_exact: bool, subject: Stream, measures: &[Measure]) -> BTr
         measure.subject == subject
             && measure.judge == Stream::Predicted(subject.arm())
             && measure.metrics.get(&Metric::BitMismatches) == Some(&0.0)
+            && measure.metrics.get(&Metric::NonFinite).is_none_or(|count| *count == 0.0)
     };
     measures.iter().filter(|_| unless_exact).filter(exact).map(|measure| &measure.site).collect()
 }
@@ -490,7 +491,7 @@ fn judge_one(
         (0, _) => Outcome::Held,
         _ => Outcome::Falsified,
     };
-    if judgement.sites_judged == 0 && judgement.sites_exact > 0 {
+    if (judgement.sites_judged, judgement.sites_unmeasured) == (0, 0) && judgement.sites_exact > 0 {
         let sites = judgement.sites_exact;
         judgement.reason =
             Some(format!("the engine's kernels make every bit of all {sites} sites"));

@@ -37,7 +37,7 @@ pub(super) fn identify(stage: &str, run: &str, runs: &Path) -> Result<u8, String
 }
 
 /// The engine's file: kernels that give every site of their op to the bit, and the shapes of
-/// products whose K is cut. Where no kernel does, the nearest ones stand, and of an op that was
+/// products that are added in an order of their own. Where no kernel does, the nearest ones stand, and of an op that was
 /// not recorded the recipe's: a comment says so, and the file is whole.
 fn file(stage: &StageRecord) -> String {
     let mut text = String::new();
@@ -95,14 +95,14 @@ fn file(stage: &StageRecord) -> String {
             [order] if listed.len() < MOST_PRODUCTS => {
                 listed.push(format!("    {},", inline(&Product::new(of, shape, *order))));
             }
+            [order] => left_out.push(format!(
+                "# left out, a file lists {MOST_PRODUCTS}: {}",
+                inline(&Product::new(of, shape, *order))
+            )),
             orders => {
-                let [tokens, outputs, inner] = shape;
                 let orders: Vec<String> =
-                    orders.iter().map(|order| order.in_words(stream)).collect();
-                left_out.push(format!(
-                    "# open: tokens = {tokens}, outputs = {outputs}, inner = {inner}: K {}",
-                    orders.join(" and ")
-                ));
+                    orders.iter().map(|order| inline(&Product::new(of, shape, *order))).collect();
+                left_out.push(format!("# open, one of: {}", orders.join(", ")));
             }
         }
     }

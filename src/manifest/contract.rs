@@ -33,7 +33,7 @@ struct RawFalsifier {
     metric: Option<Put<Metric>>,
     /// `Some(None)` where the key is absent: every site.
     sites: Option<Option<Vec<Put<String>>>>,
-    unless_exact: bool,
+    unless_exact: Option<Put<bool>>,
     min: Option<Put<f64>>,
     max: Option<Put<f64>>,
     why: Option<Put<String>>,
@@ -235,7 +235,6 @@ impl RawFalsifier {
             Some(None)
         };
         let unless_exact = table.take::<bool>("unless_exact", findings);
-        let unless_exact = unless_exact.is_some_and(|put| put.value);
         let min = table.take("min", findings);
         let max = table.take("max", findings);
         let if_fails = table
@@ -296,6 +295,19 @@ impl RawFalsifier {
                 .at_if(sites.first().and_then(|site| site.at.as_ref()), "leaves them out"),
             );
         }
+        if let (Some(put), Some([_, judge]), Some(metric)) =
+            (self.unless_exact.as_ref().filter(|put| put.value), &self.compare, &self.metric)
+            && (!matches!(judge.value, Stream::Anchored(_)) || metric.value == Metric::NonFinite)
+        {
+            found(
+                Problem::new(
+                    "`unless_exact` leaves sites out of a claim on what an op does with its own input",
+                    "judge against `reference@` the subject, by another metric than `non_finite`, or \
+                     leave the key out",
+                )
+                .at_if(put.at.as_ref(), "this claim would leave out what it is to see"),
+            );
+        }
         if !sound {
             return None;
         }
@@ -307,7 +319,7 @@ impl RawFalsifier {
             compare: self.compare?.map(|stream| stream.value),
             metric: self.metric?.value,
             sites: sites.map(|list| list.into_iter().map(|site| site.value).collect()),
-            unless_exact: self.unless_exact,
+            unless_exact: self.unless_exact.is_some_and(|put| put.value),
             min: self.min.map(|bound| bound.value),
             max: self.max.map(|bound| bound.value),
             why: self.why?.value,

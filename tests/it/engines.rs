@@ -170,6 +170,19 @@ fn rounded_parts_of_a_product_are_arithmetic_and_stand_in_the_engines_file() {
 }
 
 #[test]
+fn a_claim_on_drift_or_on_infinities_leaves_no_site_out() {
+    let project = recorded();
+    let contract = project.read("contracts/engine.toml");
+    for claim in ["ENG-001", "ENG-007"] {
+        let (before, after) = contract.split_once(claim).expect("the claim");
+        let after = after.replacen("if_fails", "unless_exact = true\nif_fails", 1);
+        project.write("contracts/engine.toml", &format!("{before}{claim}{after}"));
+        let said = project.runner(&["check", "stages"]);
+        said.expect(2, "`unless_exact` leaves sites out of a claim on what an op does");
+    }
+}
+
+#[test]
 fn a_contract_that_asks_for_bits_is_measured_in_full_once_a_bit_differs() {
     let project = recorded();
     let anchored = |stages: &[Value]| {
