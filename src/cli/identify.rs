@@ -37,8 +37,9 @@ pub(super) fn identify(stage: &str, run: &str, runs: &Path) -> Result<u8, String
 }
 
 /// The engine's file: kernels that give every site of their op to the bit, and the shapes of
-/// products that are added in an order of their own. Where no kernel does, the nearest ones stand, and of an op that was
-/// not recorded the recipe's: a comment says so, and the file is whole.
+/// products that are added in an order of their own. Where no kernel does, the nearest ones
+/// stand, and of an op that was not recorded the recipe's: a comment says so, and the file is
+/// whole.
 fn file(stage: &StageRecord) -> String {
     let mut text = String::new();
     let stream = stage.recipe.stream.unwrap_or(Format::Bf16);
@@ -181,28 +182,34 @@ fn kernels_of(kernels: &[SiteKernel], prefix: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Products;
 
     #[test]
     fn a_product_is_listed_as_an_engines_file_reads_it() {
-        let order = Order { parts: 5, tile: 8, rounded: true, instruction: 8, rest: Some(32) };
+        let cut = Order { parts: 5, tile: 8, rounded: true, instruction: 8, rest: None };
         for (of, order, written) in [
             (
                 ProductOf::Weight,
                 Order { parts: 3, ..Order::CHAIN },
-                "{ tokens = 4, outputs = 8, inner = 96, parts = 3 }",
+                "{ tokens = 4, outputs = 8, inner = 95, parts = 3 }",
             ),
             (
                 ProductOf::Values,
-                order,
-                "{ of = \"values\", tokens = 4, outputs = 8, inner = 96, parts = 5, tile = 8, \
-                 rounded = true, instruction = 8, rest = 32 }",
+                cut,
+                "{ of = \"values\", tokens = 4, outputs = 8, inner = 95, parts = 5, tile = 8, \
+                 rounded = true, instruction = 8 }",
+            ),
+            (
+                ProductOf::Weight,
+                Order { rest: Some(32), ..Order::CHAIN },
+                "{ tokens = 4, outputs = 8, inner = 95, parts = 1, rest = 32 }",
             ),
         ] {
-            let product = Product::new(of, [4, 8, 96], order);
+            let product = Product::new(of, [4, 8, 95], order);
             assert_eq!(inline(&product), written);
             let read: toml::Table = format!("products = [{written}]").parse().expect("TOML");
-            let products: Vec<Product> = read["products"].clone().try_into().expect("a list");
-            assert_eq!(products, [product]);
+            let products: Products = read["products"].clone().try_into().expect("a list");
+            assert_eq!(Vec::from(products), [product]);
         }
     }
 

@@ -131,7 +131,7 @@ pub fn measure_stage(
         let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
         all.accounts.extend(accounts);
         all.shares.extend(shares.map(|shares| (subject, shares)));
-        if !own.truths.is_empty() && every_site {
+        if every_site && !own.truths.is_empty() {
             // Local errors first: they tell where something starts.
             let mut local =
                 pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas, &[]);

@@ -99,13 +99,8 @@ fn every_site_of_a_transformers_pass_is_to_the_bit_and_so_is_the_pass_from_its_t
 fn the_engine_that_a_recording_shows_is_printed_as_its_file_and_predicts_the_pass() {
     let project = recorded();
     project.run();
-    let file = project.runner(&["identify", "sites"]).expect(0, "31 of 31 sites to the bit").out;
+    let (stages, file) = judged_as_identified(&project);
     assert!(file.contains("attention = [\"eager\"]"), "{file}");
-    project.write("identified.toml", &file);
-    let pipeline = project.read("stages/pipeline.toml");
-    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
-    project.write("stages/pipeline.toml", &own);
-    let stages = judged(&project);
     assert_eq!(stage(&stages, "pass")["verdict"], "pass", "{}", stage(&stages, "pass")["why"]);
     project.runner(&["identify", "nothing"]).expect(2, "has no stage `nothing`");
 }
@@ -115,9 +110,27 @@ fn bf16_of(file: &Path, name: &str) -> Tensor {
     let bytes = fs::read(file).expect("a file");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
     let view = file.tensor(name).expect("the tensor");
-    let words = view.data().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let values = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
-    Tensor::new(view.shape()[1], values)
+    Tensor::new(view.shape()[1], bf16_values(view.data()))
+}
+
+fn bf16_values(bytes: &[u8]) -> Vec<f32> {
+    let words = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    words.map(|word| f32::from_bits(u32::from(word) << 16)).collect()
+}
+
+fn bf16_bytes<'v>(values: impl IntoIterator<Item = &'v f32>) -> Vec<u8> {
+    let rounded = values.into_iter().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
+    rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect()
+}
+
+/// What the engine that `identify` prints makes of the stages; and its file.
+fn judged_as_identified(project: &Project) -> (Vec<Value>, String) {
+    let file = project.runner(&["identify", "sites"]).expect(0, "31 of 31 sites to the bit").out;
+    project.write("identified.toml", &file);
+    let pipeline = project.read("stages/pipeline.toml");
+    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
+    project.write("stages/pipeline.toml", &own);
+    (judged(project), file)
 }
 
 #[test]
@@ -150,14 +163,9 @@ fn rounded_parts_of_a_product_are_arithmetic_and_stand_in_the_engines_file() {
     assert_eq!((&claim["outcome"], &claim["sites_exact"]), (&json!("held"), &json!(31)));
     // The pass follows once the file says so.
     assert_eq!(stage(&stages, "pass")["verdict"], "structural");
-    let file = project.runner(&["identify", "sites"]).expect(0, "31 of 31 sites").out;
+    let (stages, file) = judged_as_identified(&project);
     let listed = "{ tokens = 33, outputs = 512, inner = 256, parts = 2, rounded = true },";
     assert!(file.contains(listed), "{file}");
-    project.write("identified.toml", &file);
-    let pipeline = project.read("stages/pipeline.toml");
-    let own = pipeline.replace("\"transformers\" }", "\"../identified.toml\" }");
-    project.write("stages/pipeline.toml", &own);
-    let stages = judged(&project);
     assert_eq!(stage(&stages, "pass")["verdict"], "pass", "{}", stage(&stages, "pass")["why"]);
     // A scale that is 2 % wrong on top of it is no order of additions.
     spoil(&project, "lm_head", |rows| rows.iter_mut().flatten().for_each(|y| *y *= 1.02));
@@ -238,12 +246,9 @@ fn changed(tensors: &mut [Stored], name: &str, change: &impl Fn(&mut Vec<Vec<f32
     let (_, dtype, shape, data) = found.expect("the tensor");
     let width = shape[1];
     assert_eq!(*dtype, Dtype::BF16);
-    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
-    let mut rows: Vec<Vec<f32>> = values.chunks(width).map(<[f32]>::to_vec).collect();
+    let mut rows: Vec<Vec<f32>> = bf16_values(data).chunks(width).map(<[f32]>::to_vec).collect();
     change(&mut rows);
-    let rounded = rows.iter().flatten().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
-    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+    *data = bf16_bytes(rows.iter().flatten());
     *shape = vec![rows.len(), width];
 }
 
@@ -498,11 +503,9 @@ type Weights = Vec<Stored>;
 fn reweigh(weights: &mut Weights, end: &str, change: impl Fn(&mut [f32])) {
     let found = weights.iter_mut().find(|(name, ..)| name.ends_with(end));
     let (_, _, _, data) = found.unwrap_or_else(|| panic!("no weight `{end}`"));
-    let words = data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let mut values: Vec<f32> = words.map(|word| f32::from_bits(u32::from(word) << 16)).collect();
+    let mut values = bf16_values(data);
     change(&mut values);
-    let rounded = values.iter().map(|value| Format::Bf16.round(*value).to_bits() >> 16);
-    *data = rounded.flat_map(|bits| (bits as u16).to_le_bytes()).collect();
+    *data = bf16_bytes(&values);
 }
 
 /// A project whose recording is what the same engine computes with other weights.

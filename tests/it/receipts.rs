@@ -11,6 +11,7 @@ use runner::model::Model;
 use runner::op::{Arm, ChipName, Op, Recipe};
 use runner::plan::open_model;
 use runner::record::{RunRecord, StageRecord};
+use runner::text::grouped;
 
 /// The receipts, by file name.
 fn receipts() -> Vec<(String, RunRecord)> {
@@ -35,6 +36,8 @@ fn receipts() -> Vec<(String, RunRecord)> {
 #[test]
 fn receipts_of_engines_are_to_the_bit_at_every_site() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs/receipts/engines");
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = std::fs::read_to_string(readme).expect("a README");
     let mut seen = 0;
     for entry in std::fs::read_dir(folder).expect("a folder") {
         let text = std::fs::read_to_string(entry.expect("an entry").path()).expect("readable");
@@ -46,6 +49,11 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
             assert!(kernels.iter().all(|kernel| kernel["mismatches"] == 0));
             let sites = stage["sites"].as_array().map_or(&[][..], Vec::as_slice);
             assert!(sites.iter().all(|site| site[2] == 0));
+            if !sites.is_empty() {
+                let values: u64 = sites.iter().filter_map(|site| site[1].as_u64()).sum();
+                let said = grouped(values as usize);
+                assert!(readme.contains(&said), "README does not say {said} values");
+            }
             seen += kernels.len() + sites.len();
         }
     }

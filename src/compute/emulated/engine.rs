@@ -37,16 +37,16 @@ const PROCESSORS: usize = 132;
 /// Rows and columns on which other orders are tried first: those where the usual one fails.
 const SAMPLE: (usize, usize) = (8, 64);
 
-/// How many orders are tried on everything, where one costs so many multiply-adds: few values
-/// tell orders apart badly, and of few all may be tried.
-fn most_tried(multiply_adds: usize) -> usize {
-    (AFFORDED / multiply_adds.max(1)).min(256)
-}
-
 /// Multiply-adds that a search for an order may cost: some seconds of one core.
 const AFFORDED: usize = 4_000_000_000;
-/// Orders that fit a sample and are tried on everything until one is exact, whatever that costs.
-const TRIED_AT_LEAST: usize = 12;
+
+/// Whether another order that fits a sample is tried on everything, after so many of this cost.
+/// Until one is exact some are tried whatever they cost; then others only to name them.
+fn is_tried(tried: usize, found: bool, multiply_adds: usize) -> bool {
+    const AT_LEAST: usize = 12;
+    let afforded = AFFORDED / multiply_adds.max(1);
+    tried < if found { afforded } else { afforded.max(AT_LEAST) }
+}
 
 /// An engine's kernels on a chip.
 #[derive(Clone, Copy, Debug)]
@@ -420,11 +420,12 @@ impl EngineArm {
         }
     }
 
-    /// Offers eager attention in the order whose sums fit best, where the usual one does not. Of
-    /// decoded tokens none is looked for.
+    /// Offers eager attention in the order whose sums fit best, where what it gave in the listed
+    /// one is not what was observed. Of decoded tokens none is looked for.
     fn choose_eager(
         &self,
         choice: &mut Choice<'_>,
+        listed: &Tensor,
         [q, k, v]: [&Tensor; 3],
         shape: AttentionShape,
     ) -> Result<(), ComputeError> {
@@ -432,22 +433,17 @@ impl EngineArm {
         let heads = Heads::causal(heads, kv_heads, head_dim);
         let (queries, keys) = (q.rows(), k.rows());
         let usual = attention::Products::new(&self.unit, self.format, &heads, keys);
-        let y = eager(&usual, q, k, v, &heads)?;
-        let same = (y.rows(), y.width()) == (choice.observed.rows(), choice.observed.width());
-        if !same || self.calls(queries).len() > 1 {
+        if self.calls(queries).len() > 1 {
             return Ok(());
         }
         let family = Order::family(head_dim, keys, residue_tile(self.format, keys));
         let of_scores: &[u32] = if keys.is_multiple_of(8) { &[16] } else { &[16, 8] };
         // Of long rows a few tell as much as many of short ones.
         let row_costs = 2 * keys * heads.heads * head_dim;
-        let count = most_tried(row_costs * family.len() * of_scores.len()).clamp(1, SAMPLE.0);
-        let differs = |row: &usize| !same_row(y.row(*row), choice.observed.row(*row));
+        let a_row = row_costs * family.len() * of_scores.len();
+        let count = (AFFORDED / a_row.max(1)).clamp(1, SAMPLE.0);
+        let differs = |row: &usize| !same_row(listed.row(*row), choice.observed.row(*row));
         let rows: Vec<usize> = (0..queries).filter(differs).take(count).collect();
-        if rows.is_empty() {
-            choice.offer("attention eager", y);
-            return Ok(());
-        }
         let some = |x: &Tensor| {
             let values = rows.iter().flat_map(|row| x.row(*row).to_vec());
             Tensor::new(x.width(), values.collect())
@@ -464,11 +460,10 @@ impl EngineArm {
                 }
             }
         }
-        let most = most_tried(row_costs * queries);
         let mut found: Option<Vec<Product>> = None;
         let mut also = Vec::new();
         for (tried, (scores, values)) in fitting.into_iter().enumerate() {
-            if tried >= if found.is_none() { most.max(TRIED_AT_LEAST) } else { most } {
+            if !is_tried(tried, found.is_some(), row_costs * queries) {
                 break;
             }
             let y = eager(&usual.in_order(scores, values), q, k, v, &heads)?;
@@ -559,20 +554,20 @@ impl EngineArm {
                 }
             }
             Call::Attention { q, k, v, shape } => {
-                let mut eager_off = None;
+                let mut eager = None;
                 for kernel in self.kernels.attention.all() {
                     let y = self.attention_by(kernel, q, k, v, shape)?;
                     if kernel == AttentionKernel::Eager {
-                        eager_off = Some(differing_of(&y, observed));
+                        eager = Some((choice.mismatches(&y), y.clone()));
                     }
                     choice.offer(format!("attention {}", name_of(kernel)), y);
                 }
                 let exact = choice.best.as_ref().is_some_and(|best| best.mismatches == 0);
-                match eager_off {
-                    Some(0) => self.list_eager(&mut choice, q, k, shape),
+                match eager {
+                    Some((0, _)) => self.list_eager(&mut choice, q, k, shape),
                     // Rounded parts leave a quarter of the values off; another kernel more.
-                    Some(off) if !exact && off <= observed.data().len() / 2 => {
-                        self.choose_eager(&mut choice, [q, k, v], shape)?;
+                    Some((off, y)) if !exact && off <= observed.data().len() / 2 => {
+                        self.choose_eager(&mut choice, &y, [q, k, v], shape)?;
                     }
                     _ => {}
                 }
@@ -602,14 +597,15 @@ impl EngineArm {
         let calls = self.calls(x.rows());
         let (mut names, mut products, mut data) = (Vec::new(), Vec::new(), Vec::new());
         let mut also = Vec::new();
-        for (rows, tokens) in &calls {
+        for (call, (rows, tokens)) in calls.iter().enumerate() {
             let observed = choice.observed.some_rows(rows.clone());
             let x = codes(self.format, &x.some_rows(rows.clone()));
             let shape = [*tokens, weight.rows(), x.width()];
             let listed = self.kernels.products.order(ProductOf::Weight, shape);
             let (order, y, others) = operands.order_of(&x, &observed, listed)?;
+            let who = if call == 0 { CUBLAS.to_owned() } else { format!("decoded {CUBLAS}") };
             also.extend(
-                others.iter().map(|other| format!("{CUBLAS} {}", other.in_words(self.format))),
+                others.iter().map(|other| format!("{who} {}", other.in_words(self.format))),
             );
             products.push(Product::new(ProductOf::Weight, shape, order));
             data.extend(y.into_data());
@@ -672,10 +668,15 @@ struct Choice<'a> {
 }
 
 impl Choice<'_> {
+    /// Values that differ from what was observed; all of them where the shape does.
+    fn mismatches(&self, tensor: &Tensor) -> usize {
+        let same = (tensor.rows(), tensor.width()) == (self.observed.rows(), self.observed.width());
+        if same { differing(tensor, self.observed) } else { tensor.data().len() }
+    }
+
     fn offer(&mut self, name: impl AsRef<str>, tensor: Tensor) {
         let name = name.as_ref().to_owned();
-        let same = (tensor.rows(), tensor.width()) == (self.observed.rows(), self.observed.width());
-        let mismatches = if same { differing(&tensor, self.observed) } else { tensor.data().len() };
+        let mismatches = self.mismatches(&tensor);
         match &mut self.best {
             Some(best) if mismatches == best.mismatches => best.also.push(name),
             Some(best) if mismatches > best.mismatches => {}
@@ -686,12 +687,6 @@ impl Choice<'_> {
             }
         }
     }
-}
-
-/// Values whose bits differ; all of them where the shapes do.
-fn differing_of(a: &Tensor, b: &Tensor) -> usize {
-    let same = (a.rows(), a.width()) == (b.rows(), b.width());
-    if same { differing(a, b) } else { b.data().len() }
 }
 
 /// Whether two rows have the same bits.
@@ -742,14 +737,13 @@ impl Operands {
         let mut best = (Order::CHAIN, chain);
         let mut also = Vec::new();
         if least > 0 {
-            let most = most_tried(observed.data().len() * x.width());
             let mut fitting = self.orders_that_fit(x, observed, &best.1)?;
             if listed != Order::CHAIN {
                 fitting.retain(|order| *order != listed);
                 fitting.insert(0, listed);
             }
             for (tried, order) in fitting.into_iter().enumerate() {
-                if tried >= if least > 0 { most.max(TRIED_AT_LEAST) } else { most } {
+                if !is_tried(tried, least == 0, observed.data().len() * x.width()) {
                     break;
                 }
                 let y = self.product(x, order)?;

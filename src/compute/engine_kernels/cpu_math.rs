@@ -77,8 +77,12 @@ impl Pair {
     }
 }
 
-/// `base^exponent` of a base that is a positive normal number, where the result is one too.
+/// `base^exponent`, where the result is a normal number. A base that is no positive normal number
+/// is raised by libm: what SLEEF makes of those was not looked at.
 pub fn pow(base: f32, exponent: f32) -> f32 {
+    if !base.is_normal() || base < 0.0 {
+        return libm::powf(base, exponent);
+    }
     exp(log(base).scaled(exponent))
 }
 
@@ -144,5 +148,7 @@ mod tests {
         let nearest = libm::pow(1e4, f64::from(exponent)) as f32;
         assert_ne!(pow(1e4, exponent), nearest);
         assert_eq!(pow(1e4, 0.0), 1.0);
+        assert_eq!(pow(f32::INFINITY, 0.0), 1.0);
+        assert_eq!(pow(f32::INFINITY, 0.5), f32::INFINITY);
     }
 }

@@ -3,7 +3,7 @@
 //! It knows codes and a schedule; one chain's arithmetic is `compute/emulated`'s.
 //!
 //! Three things stand beside the schedule. The bias is added in f32, before the one
-//! rounding. And where a row of K is not a multiple of 16 bytes, cuBLAS takes a
+//! rounding. Where a row of K is not a multiple of 16 bytes, cuBLAS takes a
 //! CUTLASS kernel, which begins with what its tiles leave over: the first `K mod 128`
 //! elements (in bf16 `K mod 32` of an odd K) are chained first, filled up with zeros, then
 //! whole tiles follow. And where it cuts K into parts, PyTorch lets it keep their sums in the
@@ -107,11 +107,10 @@ impl Linear {
             let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
             gemm(&self.unit, schedule, &operand(x), &operand(w), Format::F32)
         };
+        let whole = self.schedule.with_split_k(1);
         let chain = |tile: Option<usize>, x: &Codes, w: &Codes| match tile {
-            Some(tile) => {
-                multiply(&Schedule::FAST, &residue_first(x, tile), &residue_first(w, tile))
-            }
-            None => multiply(&Schedule::FAST, x, w),
+            Some(tile) => multiply(&whole, &residue_first(x, tile), &residue_first(w, tile)),
+            None => multiply(&whole, x, w),
         };
         if self.schedule.split_k <= 1 {
             return chain(self.residue_tile, x, w);
