@@ -156,4 +156,5 @@ class Hooks:
         return {site: self.kept[site].contiguous() for site in sites}
 
 
-main()
+if __name__ == "__main__":
+    main()

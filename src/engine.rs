@@ -64,12 +64,14 @@ pub enum LinearKernel {
     VllmFp8Channel,
     /// vLLM's online FP8 in blocks of 128, by DeepGEMM.
     VllmFp8Block,
+    /// llama.cpp's on CUDA, by the weight's type and the number of tokens.
+    GgmlCuda,
 }
 
 impl LinearKernel {
     /// Whether it multiplies FP8 codes.
     pub fn is_fp8(self) -> bool {
-        self != LinearKernel::Cublas
+        !matches!(self, LinearKernel::Cublas | LinearKernel::GgmlCuda)
     }
 }
 
@@ -83,6 +85,8 @@ pub enum NormKernel {
     TorchFused,
     /// vLLM's.
     Vllm,
+    /// llama.cpp's on CUDA.
+    GgmlCuda,
 }
 
 /// Kernels of rotary position embedding.
@@ -98,6 +102,8 @@ pub enum RopeKernel {
     Vllm,
     /// A table in f32, rotated in f32 and rounded once.
     Sglang,
+    /// llama.cpp's on CUDA: no table, and fast math.
+    GgmlCuda,
 }
 
 /// Kernels of attention.
@@ -114,6 +120,12 @@ pub enum AttentionKernel {
     Flash3,
     /// cuDNN, as PyTorch's `sdpa` runs it on Hopper.
     Cudnn,
+    /// llama.cpp's on CUDA without FlashAttention, over a cache in f16.
+    #[serde(rename = "ggml-cuda-f16-cache")]
+    GgmlCudaF16Cache,
+    /// The same over a cache in f32.
+    #[serde(rename = "ggml-cuda-f32-cache")]
+    GgmlCudaF32Cache,
 }
 
 /// Kernels of `silu(gate) * up`.
@@ -124,6 +136,8 @@ pub enum SwigluKernel {
     Rounded,
     /// It is not.
     Unrounded,
+    /// llama.cpp's on CUDA: fast math.
+    GgmlCuda,
 }
 
 /// How a library adds a product up along K.
@@ -150,7 +164,13 @@ impl Order {
     /// Orders that were seen, the plainest first; those that add alike are listed once.
     /// `usual_rest` is the tile whose rest comes first where an order names none. 8 products at a
     /// time were seen only where rows of an operand or of the result are no multiple of 16 bytes.
-    pub fn family(outputs: usize, inner: usize, usual_rest: Option<usize>) -> Vec<Order> {
+    /// `widest` is the tile of 128 bytes: 64 elements of 16 bits, 32 of TF32.
+    pub fn family(
+        outputs: usize,
+        inner: usize,
+        usual_rest: Option<usize>,
+        widest: u32,
+    ) -> Vec<Order> {
         /// The most parts that are tried.
         const MOST_PARTS: u32 = 16;
         let aligned = outputs.is_multiple_of(8) && inner.is_multiple_of(8);
@@ -169,7 +189,7 @@ impl Order {
         }
         for rounded in [false, true] {
             let mut lengths = Vec::new();
-            for tile in [64, 8] {
+            for tile in [widest, 8] {
                 // A part beyond the last tile would be empty.
                 let tiles = inner.div_ceil(tile as usize) as u32;
                 for parts in 2..=MOST_PARTS.min(tiles) {
@@ -366,6 +386,39 @@ impl EngineKernels {
         let makes_logits = matches!(weight, "output.weight" | "token_embd.weight");
         self.output.as_ref().filter(|_| makes_logits).unwrap_or(&self.linear)
     }
+
+    /// What of its kernels cannot pass tensors of that type: llama.cpp's pass `f32`, all others
+    /// `bf16` or `f16`.
+    pub fn stream_problem(&self, stream: Format) -> Option<String> {
+        use AttentionKernel::{GgmlCudaF16Cache, GgmlCudaF32Cache};
+        let linear = self.linear.all().chain(self.output.iter().flat_map(Choices::all));
+        let are_ggml: Vec<bool> = linear
+            .map(|kernel| kernel == LinearKernel::GgmlCuda)
+            .chain(self.rms_norm.all().map(|kernel| kernel == NormKernel::GgmlCuda))
+            .chain(self.rope.all().map(|kernel| kernel == RopeKernel::GgmlCuda))
+            .chain(
+                self.attention
+                    .all()
+                    .map(|kernel| matches!(kernel, GgmlCudaF16Cache | GgmlCudaF32Cache)),
+            )
+            .chain(self.swiglu.all().map(|kernel| kernel == SwigluKernel::GgmlCuda))
+            .collect();
+        let all = are_ggml.iter().all(|ggml| *ggml);
+        match (stream, all, are_ggml.contains(&true)) {
+            (Format::F32, true, _) | (Format::Bf16 | Format::F16, _, false) => None,
+            (_, false, true) => Some(
+                "it lists kernels `ggml-cuda`, whose stream is `f32`, beside others, whose stream \
+                 is `bf16` or `f16`"
+                    .to_owned(),
+            ),
+            (other, true, _) => {
+                Some(format!("its stream is `{other}`; its kernels `ggml-cuda` pass `f32`"))
+            }
+            (other, ..) => {
+                Some(format!("its stream is `{other}`; its kernels pass `bf16` or `f16`"))
+            }
+        }
+    }
 }
 
 /// A list of shapes, as an engine's file has it.
@@ -438,13 +491,14 @@ pub struct EngineFile {
 }
 
 /// The engines that ship: their names and their files.
-pub const SHIPPED: [(&str, &str); 6] = [
+pub const SHIPPED: [(&str, &str); 7] = [
     ("transformers", include_str!("../engines/transformers.toml")),
     ("vllm", include_str!("../engines/vllm.toml")),
     ("vllm-fp8", include_str!("../engines/vllm-fp8.toml")),
     ("vllm-fp8-channel", include_str!("../engines/vllm-fp8-channel.toml")),
     ("vllm-fp8-block", include_str!("../engines/vllm-fp8-block.toml")),
     ("sglang", include_str!("../engines/sglang.toml")),
+    ("llama-cpp-cuda", include_str!("../engines/llama-cpp-cuda.toml")),
 ];
 
 impl EngineFile {
@@ -485,11 +539,9 @@ impl EngineFile {
                  beside `engine`"
             ));
         }
-        match file.stream {
-            Format::Bf16 | Format::F16 => Ok(file),
-            other => Err(format!(
-                "engine `{name}`: its stream is `{other}`; the known kernels pass `bf16` or `f16`"
-            )),
+        match file.kernels.stream_problem(file.stream) {
+            Some(problem) => Err(format!("engine `{name}`: {problem}")),
+            None => Ok(file),
         }
     }
 }
@@ -516,7 +568,7 @@ mod tests {
         for (inner, rest) in
             [(96, None), (560, None), (3584, None), (335, Some(32)), (38, Some(128))]
         {
-            let family = Order::family(1001, inner, rest);
+            let family = Order::family(1001, inner, rest, 64);
             assert_eq!(family[0], Order::CHAIN);
             let adds = |order: &Order| {
                 let first = order.rest.map_or(rest.unwrap_or(8), |tile| tile as usize);

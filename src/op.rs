@@ -171,7 +171,7 @@ impl Scale {
     /// stream's type.
     pub fn of(kernel: LinearKernel) -> Option<Scale> {
         let (weight, activation) = match kernel {
-            LinearKernel::Cublas => return None,
+            LinearKernel::Cublas | LinearKernel::GgmlCuda => return None,
             LinearKernel::VllmFp8 => (WeightScale::Tensor, ActivationScale::Token),
             LinearKernel::VllmFp8Channel => (WeightScale::Channel, ActivationScale::Token),
             LinearKernel::VllmFp8Block => (WeightScale::Block128, ActivationScale::Block128),

@@ -188,7 +188,7 @@ impl Judgement {
 
     /// The sites that it falsifies, in the order of the measures.
     pub fn falsified_sites<'m>(&self, measures: &'m [Measure]) -> Vec<&'m Site> {
-        let left_out = exact_sites(self.unless_exact, self.compare[0], measures);
+        let left_out = exact_sites(self.unless_exact, self.compare, measures);
         let of_claim = measures
             .iter()
             .filter(|measure| self.judges(measure) && !left_out.contains(&measure.site));
@@ -397,16 +397,27 @@ fn missing_arm(compare: [Stream; 2], absent: &BTreeMap<Arm, String>) -> Option<S
     })
 }
 
-/// The sites of a subject of which an engine's kernels make every bit from its own input, where
-/// a claim leaves them out.
-fn exact_sites(unless_exact: bool, subject: Stream, measures: &[Measure]) -> BTreeSet<&Site> {
+/// The sites of a subject that a claim leaves out: those of which an engine's kernels make every
+/// bit from its own input. A claim on the whole pass leaves out all or none: where every site is
+/// such, the pass is what these kernels make of the tokens.
+fn exact_sites(
+    unless_exact: bool,
+    [subject, judge]: [Stream; 2],
+    measures: &[Measure],
+) -> BTreeSet<&Site> {
     let exact = |measure: &&Measure| {
-        measure.subject == subject
-            && measure.judge == Stream::Predicted(subject.arm())
-            && measure.metrics.get(&Metric::BitMismatches) == Some(&0.0)
+        measure.metrics.get(&Metric::BitMismatches) == Some(&0.0)
             && measure.metrics.get(&Metric::NonFinite).is_none_or(|count| *count == 0.0)
     };
-    measures.iter().filter(|_| unless_exact).filter(exact).map(|measure| &measure.site).collect()
+    let of_kernels = |measure: &&Measure| {
+        measure.subject == subject && measure.judge == Stream::Predicted(subject.arm())
+    };
+    let predicted = measures.iter().filter(|_| unless_exact).filter(of_kernels);
+    let of_an_op = matches!(judge, Stream::Anchored(_));
+    if !of_an_op && !predicted.clone().all(|measure| exact(&measure)) {
+        return BTreeSet::new();
+    }
+    predicted.filter(exact).map(|measure| &measure.site).collect()
 }
 
 fn judge_one(
@@ -440,7 +451,7 @@ fn judge_one(
         sites_exact: 0,
     };
     let [subject, judge] = falsifier.compare;
-    let left_out = exact_sites(falsifier.unless_exact, subject, measures);
+    let left_out = exact_sites(falsifier.unless_exact, falsifier.compare, measures);
     let mut worst: Option<f64> = None;
     let relevant = measures.iter().filter(|measure| {
         measure.subject == subject && measure.judge == judge && falsifier.applies_to(&measure.site)

@@ -297,13 +297,14 @@ impl RawFalsifier {
         }
         if let (Some(put), Some([_, judge]), Some(metric)) =
             (self.unless_exact.as_ref().filter(|put| put.value), &self.compare, &self.metric)
-            && (!matches!(judge.value, Stream::Anchored(_)) || metric.value == Metric::NonFinite)
+            && (!matches!(judge.value, Stream::Anchored(_) | Stream::Arm(Arm::Reference))
+                || metric.value == Metric::NonFinite)
         {
             found(
                 Problem::new(
-                    "`unless_exact` leaves sites out of a claim on what an op does with its own input",
-                    "judge against `reference@` the subject, by another metric than `non_finite`, or \
-                     leave the key out",
+                    "`unless_exact` leaves sites out of a claim on what the reference says of them",
+                    "judge against `reference` or `reference@` the subject, by another metric than \
+                     `non_finite`, or leave the key out",
                 )
                 .at_if(put.at.as_ref(), "this claim would leave out what it is to see"),
             );

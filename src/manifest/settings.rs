@@ -550,14 +550,13 @@ impl RawRecipe {
                 .at_if(stream.at.as_ref(), "an operand format"),
             );
         }
-        if let (Some(_), Some(put)) = (&self.engine, &self.stream)
-            && put.value == Format::F32
+        if let (Some(engine), Some(put)) = (&self.engine, &self.stream)
+            && let Some(problem) = engine.value.kernels.stream_problem(put.value)
         {
             problems.push(
                 Problem::new(
-                    "the engine's kernels pass `bf16` or `f16`",
-                    "write one of them as `stream`, or leave `engine` out: its floors are then \
-                     those of f32",
+                    format!("of the engine `{}`: {problem}", engine.value.name),
+                    "leave `stream` or `engine` out",
                 )
                 .at_if(put.at.as_ref(), "another type"),
             );

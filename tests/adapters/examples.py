@@ -46,6 +46,14 @@ EXPECTED = {
             "rounding": ("pass", ""),
         },
     ),
+    "llama-cpp-cuda": (
+        0,
+        {
+            "sites": ("pass", "33 of 33 sites to the bit"),
+            "pass": ("pass", "recorded = emulated, 0 of "),
+            "rounding": ("pass", "33 of 33 sites to the bit"),
+        },
+    ),
     "vllm": (
         0,
         {

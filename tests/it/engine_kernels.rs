@@ -27,7 +27,7 @@ use runner::compute::engine_kernels::norm::{RmsNorm, add};
 use runner::compute::engine_kernels::rope::{self, Rotation, Table};
 use runner::compute::engine_kernels::row_sum::RowSum;
 use runner::compute::engine_kernels::softmax::softmax;
-use runner::compute::engine_kernels::{cuda_math, sfu};
+use runner::compute::engine_kernels::{cuda_math, ggml, sfu};
 use runner::dtype::Format;
 use runner::engine::{EngineFile, Order, Product};
 use runner::model::{Rope, RopeLayout, Weight, WeightType};
@@ -975,6 +975,68 @@ fn chosen(format: Format, call: &OpCall<'_>, observed: &Tensor) -> (String, usiz
     let arm = EngineArm::new(file.kernels, format, *unit(format), None);
     let chosen = arm.choose(call, observed).expect("computed");
     (chosen.kernel, chosen.mismatches, chosen.products)
+}
+
+/// What an op of llama.cpp on CUDA comes to: the kernel in words, values that differ, and orders.
+fn of_llama_cpp(call: &OpCall<'_>, observed: &Tensor) -> (String, usize, Vec<Product>) {
+    let file = EngineFile::find("llama-cpp-cuda", Path::new(".")).expect("an engine");
+    let arm = EngineArm::new(file.kernels, Format::F32, *unit(Format::F32), None);
+    let chosen = arm.choose(call, observed).expect("computed");
+    (chosen.kernel, chosen.mismatches, chosen.products)
+}
+
+#[test]
+fn products_of_llama_cpp_on_cuda_are_met_in_every_bit_for_every_type_of_weight() {
+    let o = safetensors(&fixture("llama-cpp-cuda.safetensors"));
+    let kinds: Vec<&str> =
+        o.keys().filter_map(|key| key.strip_prefix("product.")?.strip_suffix(".w")).collect();
+    assert_eq!(kinds.len(), 31);
+    for case in kinds {
+        let of = |name: &str| &o[&format!("product.{case}.{name}")];
+        let (x, w, y) = (of("x").matrix(), of("w"), of("y").matrix());
+        let (name, tokens) = case.split_once('.').expect("a type and a number of tokens");
+        let kind = WeightType::ALL.into_iter().find(|kind| kind.name().eq_ignore_ascii_case(name));
+        let kind = kind.expect("a type");
+        let weight = Weight::new("blk.0.attn_k.weight", kind, y.width(), x.width(), &w.bytes);
+        let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
+        let (kernel, mismatches, products) = of_llama_cpp(&call, &y);
+        assert_eq!(mismatches, 0, "{case}: {kernel}");
+        let float = matches!(kind, WeightType::F32 | WeightType::F16 | WeightType::BF16);
+        let expected = match (float, tokens) {
+            (false, "6") => "ggml MMVQ",
+            (false, _) => "ggml MMQ",
+            (true, "1") => "ggml mul_mat_vec_f",
+            (true, "6") => "ggml mul_mat_f",
+            (true, _) => "cuBLAS",
+        };
+        assert!(kernel.starts_with(&format!("{expected} of {kind}")), "{case}: {kernel}");
+        assert_eq!(!products.is_empty(), expected == "cuBLAS", "{case}");
+        // Other codes in one block of the weight, and outputs differ.
+        let mut wrong = w.bytes.clone();
+        let block = kind.block_bytes();
+        wrong[block / 2..block].iter_mut().for_each(|byte| *byte ^= 2);
+        let weight = Weight::new("blk.0.attn_k.weight", kind, y.width(), x.width(), &wrong);
+        let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
+        assert!(of_llama_cpp(&call, &y).1 > 0, "{case}");
+    }
+}
+
+#[test]
+fn attention_and_norms_of_llama_cpp_on_cuda_are_met_in_every_bit() {
+    let o = safetensors(&fixture("llama-cpp-cuda.safetensors"));
+    for (case, cache) in [("f32.40", "f32"), ("f16.17", "f16"), ("f16.3", "f16"), ("f32.6", "f32")]
+    {
+        let of = |name: &str| o[&format!("attention.{case}.{name}")].matrix();
+        let (q, k, v, y) = (of("q"), of("k"), of("v"), of("y"));
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
+        let (kernel, mismatches, _) = of_llama_cpp(&call, &y);
+        assert_eq!(mismatches, 0, "{case}: {kernel}");
+        assert_eq!(kernel, format!("attention ggml-cuda-{cache}-cache"));
+    }
+    let [x, y] = ["norm.x", "norm.y"].map(|name| o[name].matrix());
+    let normed = ggml::rms_norm(&x, &o["norm.gain"].values, 1e-6);
+    assert_eq!(normed.to_le_bytes(), y.to_le_bytes());
 }
 
 #[test]

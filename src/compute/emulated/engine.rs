@@ -21,13 +21,14 @@ use crate::compute::engine_kernels::fp8::{
 use crate::compute::engine_kernels::linear::{Linear, codes, finish, residue_tile};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
+use crate::compute::engine_kernels::{ggml, ggml_blocks};
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
 use crate::engine::{
     AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
     RopeKernel, SwigluKernel,
 };
-use crate::model::{Rope, RopeLayout, Weight};
+use crate::model::{Rope, RopeLayout, Weight, WeightType};
 use crate::tensor::Tensor;
 
 /// What the orders of its products are called by.
@@ -147,6 +148,9 @@ impl EngineArm {
         (name, gain): (&str, &[f32]),
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
+        if kernel == NormKernel::GgmlCuda {
+            return Ok(ggml::rms_norm(x, gain, eps));
+        }
         let gain: Vec<f32> = gain.iter().map(|gain| self.format.round(*gain)).collect();
         // Where a residual stream comes in, vLLM's norm adds it; the first one and those of
         // heads have none.
@@ -158,7 +162,9 @@ impl EngineArm {
             let norm = match kernel {
                 NormKernel::Transformers => RmsNorm::transformers(self.format, eps, rows),
                 NormKernel::TorchFused => RmsNorm::torch_fused(self.format, eps),
-                NormKernel::Vllm => RmsNorm::vllm(self.format, eps, width, rows, fused),
+                NormKernel::Vllm | NormKernel::GgmlCuda => {
+                    RmsNorm::vllm(self.format, eps, width, rows, fused)
+                }
             };
             Ok(norm.apply(x, &gain))
         })
@@ -184,8 +190,81 @@ impl EngineArm {
                     operands.product(&codes(self.format, x), order)
                 })
             }
+            Some(LinearKernel::GgmlCuda) => self.ggml_product(x, weight, bias),
             Some(kernel) => self.fp8_product(kernel, x, weight, bias),
         }
+    }
+
+    /// llama.cpp's product, and its bias, an addition of its own.
+    fn ggml_product(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        let product = GgmlProduct::of(self, weight, bias)?;
+        let mut data = Vec::new();
+        for rows in self.steps(x.rows()) {
+            let x = x.some_rows(rows);
+            let order = self.kernels.products.order(ProductOf::Weight, product.shape(&x));
+            data.extend(product.apply(&x, order)?.into_data());
+        }
+        Ok(Tensor::new(weight.rows().max(1), data))
+    }
+
+    /// Offers llama.cpp's product; where cuBLAS makes it, in the order that fits best.
+    fn choose_ggml(
+        &self,
+        choice: &mut Choice<'_>,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<(), ComputeError> {
+        let product = GgmlProduct::of(self, weight, bias)?;
+        let (mut data, mut names, mut products, mut also) = (vec![], vec![], vec![], vec![]);
+        for (step, rows) in self.steps(x.rows()).into_iter().enumerate() {
+            let (x, observed) = (x.some_rows(rows.clone()), choice.observed.some_rows(rows));
+            let shape = product.shape(&x);
+            let listed = self.kernels.products.order(ProductOf::Weight, shape);
+            let of_step = |name: &str| match step {
+                0 => format!("{name} of {}", weight.kind()),
+                _ => format!("decoded {name} of {}", weight.kind()),
+            };
+            match product.by_blas(&x) {
+                Some(operands) => {
+                    let codes = codes(operands.format, &x);
+                    let (order, y, others) = operands.order_of(&codes, &observed, listed)?;
+                    let in_words = |order: &Order| {
+                        format!("{} {}", of_step(CUBLAS), order.in_words(operands.format))
+                    };
+                    names.push(in_words(&order));
+                    also.extend(others.iter().map(in_words));
+                    products.push(Product::new(ProductOf::Weight, shape, order));
+                    data.extend(y.into_data());
+                }
+                None => {
+                    names.push(of_step(product.name(&x)));
+                    data.extend(product.apply(&x, listed)?.into_data());
+                }
+            }
+        }
+        names.dedup();
+        let name = names.join(", ");
+        choice.offer(&name, Tensor::new(weight.rows().max(1), data));
+        if let Some(best) = choice.best.as_mut().filter(|best| best.kernel == name) {
+            products.dedup();
+            best.products = products;
+            best.also.extend(some_names(also));
+        }
+        Ok(())
+    }
+
+    /// The rows of each step of the engine: the prompt's, and each decoded token's.
+    fn steps(&self, rows: usize) -> Vec<Range<usize>> {
+        let calls = self.calls(rows);
+        let Some(((first, _), decoded)) = calls.split_first() else { return Vec::new() };
+        let decoded = decoded.iter().flat_map(|(rows, _)| rows.clone());
+        [first.clone()].into_iter().chain(decoded.map(|row| row..row + 1)).collect()
     }
 
     /// The product of an FP8 kernel, weight and activation quantised as it does.
@@ -304,10 +383,12 @@ impl EngineArm {
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
         // Dividing positions or frequencies is not how these engines hold other kinds of RoPE.
-        if geometry.layout != RopeLayout::Halves
-            || geometry.factors.is_some()
-            || geometry.linear_scale != 1.0
-        {
+        let plain = geometry.factors.is_none() && geometry.linear_scale == 1.0;
+        if kernel == RopeKernel::GgmlCuda && plain {
+            let turned = (geometry.theta as f32, geometry.dimensions);
+            return Ok(ggml::rope(x, geometry.layout, turned, head_dim, first_position));
+        }
+        if geometry.layout != RopeLayout::Halves || !plain {
             return Err(ComputeError::Recipe(
                 "the engine's rotary kernels turn halves of a head by plain frequencies; take the \
                  model's Hugging Face folder, or a recipe with `stream` and without `engine`"
@@ -324,7 +405,7 @@ impl EngineArm {
                 RopeKernel::Transformers => format.round(1.0 / on_cpu(exponent)),
                 RopeKernel::TransformersF32Frequencies => 1.0 / on_cpu(exponent),
                 // Made on the GPU, whose power no recording has told from the nearest f32.
-                RopeKernel::Vllm | RopeKernel::Sglang => 1.0 / nearest(),
+                RopeKernel::Vllm | RopeKernel::Sglang | RopeKernel::GgmlCuda => 1.0 / nearest(),
             }
         };
         let frequencies: Vec<f32> = (0..geometry.dimensions / 2).map(frequency).collect();
@@ -334,7 +415,7 @@ impl EngineArm {
                 (format, Rotation::RoundsProducts)
             }
             RopeKernel::Vllm => (format, Rotation::Fused),
-            RopeKernel::Sglang => (Format::F32, Rotation::Fused),
+            RopeKernel::Sglang | RopeKernel::GgmlCuda => (Format::F32, Rotation::Fused),
         };
         let table = Table::new(&positions, &frequencies, 1.0, table);
         Ok(rope::apply(rotation, format, x, head_dim, &table))
@@ -364,7 +445,10 @@ impl EngineArm {
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
-        let own = Heads::causal(heads, kv_heads, head_dim);
+        let mut own = Heads::causal(heads, kv_heads, head_dim);
+        if matches!(kernel, AttentionKernel::GgmlCudaF16Cache | AttentionKernel::GgmlCudaF32Cache) {
+            own.scale = ggml::score_scale(head_dim);
+        }
         let one = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Tensor, ComputeError> {
             let plan = match kernel {
                 AttentionKernel::Eager => {
@@ -376,19 +460,22 @@ impl EngineArm {
                 }
                 AttentionKernel::Flash3 => Plan::flash3(head_dim, q.rows()),
                 AttentionKernel::Cudnn => Plan::CUDNN,
+                AttentionKernel::GgmlCudaF16Cache => {
+                    return Ok(ggml::attention(q, k, v, &own, Format::F16)?);
+                }
+                AttentionKernel::GgmlCudaF32Cache => {
+                    return Ok(ggml::attention(q, k, v, &own, Format::F32)?);
+                }
             };
             Ok(flash(&self.unit, self.format, q, k, v, &own, &plan))
         };
-        let calls = self.calls(q.rows());
-        if calls.len() == 1 {
+        if self.calls(q.rows()).len() == 1 {
             return one(q, k, v);
         }
         // Each decoded token sees the keys up to its own.
         let before = k.rows() - q.rows();
-        let (prompt, decoded) = (calls[0].0.clone(), calls[1].0.clone());
-        let steps = [prompt].into_iter().chain(decoded.map(|row| row..row + 1));
         let mut data = Vec::new();
-        for rows in steps {
+        for rows in self.steps(q.rows()) {
             let keys = 0..before + rows.end;
             let (k, v) = (k.some_rows(keys.clone()), v.some_rows(keys));
             data.extend(one(&q.some_rows(rows), &k, &v)?.into_data());
@@ -436,7 +523,7 @@ impl EngineArm {
         if self.calls(queries).len() > 1 {
             return Ok(());
         }
-        let family = Order::family(head_dim, keys, residue_tile(self.format, keys));
+        let family = Order::family(head_dim, keys, residue_tile(self.format, keys), 64);
         let of_scores: &[u32] = if keys.is_multiple_of(8) { &[16] } else { &[16, 8] };
         // Of long rows a few tell as much as many of short ones.
         let row_costs = 2 * keys * heads.heads * head_dim;
@@ -502,6 +589,9 @@ impl EngineArm {
     }
 
     fn swiglu_by(&self, kernel: SwigluKernel, gate: &Tensor, up: &Tensor) -> Tensor {
+        if kernel == SwigluKernel::GgmlCuda {
+            return ggml::swiglu(gate, up);
+        }
         let rounds_activation = kernel == SwigluKernel::Rounded;
         let gated = Gated { activation: Activation::Silu, format: self.format, rounds_activation };
         gated.apply(gate, up)
@@ -539,6 +629,9 @@ impl EngineArm {
                     match kernel {
                         LinearKernel::Cublas => {
                             self.choose_order(&mut choice, x, weight, bias)?;
+                        }
+                        LinearKernel::GgmlCuda => {
+                            self.choose_ggml(&mut choice, x, weight, bias)?;
                         }
                         kernel => {
                             let y = self.fp8_product(kernel, x, weight, bias)?;
@@ -700,12 +793,107 @@ fn differing(a: &Tensor, b: &Tensor) -> usize {
     pairs.filter(|(a, b)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())).count()
 }
 
+/// The format of a weight that is in no blocks.
+fn float_of(kind: WeightType) -> Option<Format> {
+    match kind {
+        WeightType::F32 => Some(Format::F32),
+        WeightType::F16 => Some(Format::F16),
+        WeightType::BF16 => Some(Format::Bf16),
+        _ => None,
+    }
+}
+
+/// A product of llama.cpp's on CUDA.
+struct GgmlProduct<'w> {
+    weight: Weight<'w>,
+    bias: Option<Vec<f32>>,
+    /// Where the weight is in no blocks: its format, its values, and how cuBLAS holds them.
+    float: Option<(Format, Tensor, Operands)>,
+}
+
+impl<'w> GgmlProduct<'w> {
+    fn of(
+        arm: &EngineArm,
+        weight: Weight<'w>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<GgmlProduct<'w>, ComputeError> {
+        let bias = arm.held_bias(bias)?;
+        let float = match float_of(weight.kind()) {
+            Some(format) => {
+                let w = Tensor::new(weight.width(), weight.to_vec()?);
+                let operands = Operands::ggml(arm, format, &w, bias.clone());
+                Some((format, w, operands))
+            }
+            None => None,
+        };
+        Ok(GgmlProduct { weight, bias, float })
+    }
+
+    fn shape(&self, x: &Tensor) -> [usize; 3] {
+        [x.rows(), self.weight.rows(), x.width()]
+    }
+
+    fn kernel(&self, x: &Tensor) -> Option<ggml::Kernel> {
+        let (format, ..) = self.float.as_ref()?;
+        Some(ggml::kernel(*format, ggml::Part::Weight, self.shape(x)))
+    }
+
+    /// What cuBLAS multiplies, where it does.
+    fn by_blas(&self, x: &Tensor) -> Option<&Operands> {
+        let (_, _, operands) = self.float.as_ref()?;
+        (self.kernel(x) == Some(ggml::Kernel::Blas)).then_some(operands)
+    }
+
+    fn name(&self, x: &Tensor) -> &'static str {
+        match self.kernel(x) {
+            Some(ggml::Kernel::Vectors) => "ggml mul_mat_vec_f",
+            Some(ggml::Kernel::Warps) => "ggml mul_mat_f",
+            Some(ggml::Kernel::Blas) => CUBLAS,
+            None if x.rows() <= ggml_blocks::VECTOR_ROWS => "ggml MMVQ",
+            None => "ggml MMQ",
+        }
+    }
+
+    fn apply(&self, x: &Tensor, order: Order) -> Result<Tensor, ComputeError> {
+        let (weight, kind) = (self.weight, self.weight.kind());
+        if let Some(operands) = self.by_blas(x) {
+            return operands.product(&codes(operands.format, x), order);
+        }
+        let y = match &self.float {
+            Some((format, w, _)) => ggml::product(x, w, *format, ggml::Part::Weight)?,
+            None if ggml_blocks::is_known(kind) && x.width() == weight.width() => {
+                ggml_blocks::product(x, kind, weight.bytes(), weight.rows(), PROCESSORS)
+            }
+            None => {
+                return Err(ComputeError::Recipe(format!(
+                    "llama.cpp's product on CUDA of `{}`, {kind} of width {}, with an activation \
+                     of width {} is not known",
+                    weight.name(),
+                    weight.width(),
+                    x.width()
+                )));
+            }
+        };
+        Ok(with_bias(y, self.bias.as_deref()))
+    }
+}
+
+/// The sums and a bias in f32.
+fn with_bias(mut y: Tensor, bias: Option<&[f32]>) -> Tensor {
+    if let Some(bias) = bias {
+        y.add_to_rows(bias);
+    }
+    y
+}
+
 /// What a product's activation meets, as the engine holds it.
 struct Operands {
     unit: Unit,
     format: Format,
     w: Codes,
     bias: Option<Vec<f32>>,
+    /// Whether llama.cpp calls cuBLAS.
+    by_ggml: bool,
 }
 
 impl Operands {
@@ -716,10 +904,21 @@ impl Operands {
     ) -> Result<Operands, ComputeError> {
         let format = arm.format;
         let w = Tensor::new(weight.width(), weight.to_vec()?);
-        Ok(Operands { unit: arm.unit, format, w: codes(format, &w), bias: arm.held_bias(bias)? })
+        let (w, bias) = (codes(format, &w), arm.held_bias(bias)?);
+        Ok(Operands { unit: arm.unit, format, w, bias, by_ggml: false })
+    }
+
+    /// Those that llama.cpp gives to cuBLAS.
+    fn ggml(arm: &EngineArm, format: Format, w: &Tensor, bias: Option<Vec<f32>>) -> Operands {
+        let format = ggml::blas_format(format);
+        Operands { unit: arm.unit, format, w: codes(format, w), bias, by_ggml: true }
     }
 
     fn product(&self, x: &Codes, order: Order) -> Result<Tensor, ComputeError> {
+        if self.by_ggml {
+            let y = ggml::by_blas(x, &self.w, ggml::Part::Weight, order)?;
+            return Ok(with_bias(y, self.bias.as_deref()));
+        }
         let linear = Linear::new(&self.unit, x.width(), self.format).in_order(order);
         Ok(linear.apply(x, &self.w, self.bias.as_deref())?)
     }
@@ -781,6 +980,7 @@ impl Operands {
         let sample = Operands {
             unit: self.unit,
             format: self.format,
+            by_ggml: self.by_ggml,
             w: self.w.select_rows(&columns),
             bias: self.bias.as_ref().map(|bias| columns.iter().map(|&c| bias[c]).collect()),
         };
@@ -789,8 +989,9 @@ impl Operands {
         let values = values.map(|(row, column)| observed.row(row)[column]);
         let expected = Tensor::new(columns.len().max(1), values.collect());
         let mut fitting = Vec::new();
-        let rest = residue_tile(self.format, x.width());
-        for order in Order::family(self.w.rows(), x.width(), rest) {
+        let rest = residue_tile(self.format, x.width()).filter(|_| !self.by_ggml);
+        let widest = 128 / self.format.bytes() as u32;
+        for order in Order::family(self.w.rows(), x.width(), rest, widest) {
             if differing(&sample.product(&asked, order)?, &expected) == 0 {
                 fitting.push(order);
             }

@@ -18,3 +18,5 @@ pub mod linear;
 pub mod attention;
 pub mod flash;
 pub mod fp8;
+pub mod ggml;
+pub mod ggml_blocks;
