@@ -8,6 +8,7 @@ Usage: examples.py RUNNER [--torch], with `python3` in PATH as the examples shal
 import json
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def main():
             (work / name).symlink_to(ROOT / name)
         for name, (status, stages) in EXPECTED.items():
             check(work, name, status, stages)
+        recording_of_llama_cpp(work)
     print(f"{len(EXPECTED)} examples have their verdicts")
 
 
@@ -101,6 +103,24 @@ def check(work, name, status, stages):
     if name == "llama-cpp":
         assert all(FITS in stage["why"] for stage in run["stages"]), run["stages"]
     print(f"{name}: {', '.join(f'{stage} {verdict}' for stage, (verdict, _) in stages.items())}")
+
+
+def recording_of_llama_cpp(work):
+    """What the adapter records by itself: every site of a graph that does not name them all."""
+    command = ["python3", "adapters/llamacpp.py", "--model", "examples/llama-cpp-cuda/model.gguf"]
+    command += ["--tokens", "7,42,9", "--decode", "3", "--out", "recording.safetensors"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    data = (work / "recording.safetensors").read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    start, end = header.pop("ids")["data_offsets"]
+    ids = struct.unpack("<5q", data[8 + size + start : 8 + size + end])
+    assert ids[:3] == (7, 42, 9), ids
+    # 15 sites of each of 2 layers, the embedding, the last norm and the logits.
+    assert len(header) == 33 and "blk.1.attn_out" in header, sorted(header)
+    assert all(tensor["shape"][0] == 5 for tensor in header.values()), header
+    print(f"llama.cpp's recording: {len(header)} sites, ids {ids}")
 
 
 main()

@@ -217,6 +217,10 @@ pub fn blas_format(format: Format) -> Format {
 /// If shapes do not fit.
 pub fn by_blas(x: &Codes, w: &Codes, part: Part, order: Order) -> Result<Tensor, GemmError> {
     let format = x.format();
+    if x.width() != w.width() {
+        // Refused in words where it is multiplied.
+        return chain(format, x, w);
+    }
     let in_half = format == Format::F16 && part != Part::Scores;
     let tile = order.tile * format.bytes() as u32;
     let cut = Schedule { split_k: order.parts, split_tile_bytes: tile, ..Schedule::FAST };
@@ -354,7 +358,12 @@ fn in_halves(x: &Codes, w: &Codes) -> Tensor {
         .map(|at| {
             let (x, w) = (&x[at / w.len()], &w[at % w.len()]);
             let blocks = x.chunks(PRODUCTS).zip(w.chunks(PRODUCTS));
-            blocks.fold(0.0, |sum, (x, w)| add_in_half(x, w, Half::of(sum)))
+            blocks.fold(0.0, |sum: f32, (x, w)| match (x, w) {
+                // A sum that overflowed stays so; operands that did are told as NaN.
+                _ if !sum.is_finite() => sum,
+                _ if x.iter().zip(w).any(|(x, w)| x.is_special() || w.is_special()) => f32::NAN,
+                _ => add_in_half(x, w, Half::of(sum)),
+            })
         })
         .collect();
     Tensor::new(w.len().max(1), data)
@@ -374,6 +383,11 @@ impl Half {
         let significand = if exponent == 0 { fraction } else { fraction | 1024 };
         let significand = if bits >> 15 == 0 { significand } else { -significand };
         Half { significand, exponent: exponent.max(1) - 15 }
+    }
+
+    /// Whether it is an infinity or NaN.
+    fn is_special(self) -> bool {
+        self.exponent == 16
     }
 }
 
@@ -439,4 +453,31 @@ pub fn attention(
         y.set_columns(head * width, output);
     }
     Ok(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn halves(values: &[f32]) -> Codes {
+        codes(Format::F16, &Tensor::new(values.len(), values.to_vec()))
+    }
+
+    #[test]
+    fn a_sum_in_f16_is_rounded_once_overflows_and_keeps_nan() {
+        // An f32 would round this to a tie.
+        let almost = 1606.5 + 1.0 / f64::from(1 << 14);
+        assert_eq!(to_half(almost / 4096.0), 1607.0 / 4096.0);
+        assert_eq!(to_half(-almost / 4096.0), -1607.0 / 4096.0);
+        let one = |x: &[f32], w: &[f32]| in_halves(&halves(x), &halves(w)).data()[0];
+        assert_eq!(one(&[3.0; 20], &[0.5; 20]), 30.0);
+        assert_eq!(one(&[60000.0; 20], &[2.0; 20]), f32::INFINITY);
+        assert!(one(&[f32::NAN; 20], &[0.5; 20]).is_nan());
+    }
+
+    #[test]
+    fn operands_of_other_widths_are_refused_in_words() {
+        let (x, w) = (halves(&[1.0; 32]), halves(&[1.0; 16]));
+        assert!(by_blas(&x, &w, Part::Weight, Order::CHAIN).is_err());
+    }
 }
