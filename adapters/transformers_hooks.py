@@ -1,18 +1,28 @@
-"""Every site of a model as PyTorch computes it, for the runner's external arm.
+"""Every site of a model as PyTorch computes it: a recording, or the runner's external arm.
 
-Loads the model with transformers, hooks its modules, runs the prompt once and writes
-`tensors.safetensors`: a tensor for each site of `request.json`, f32 [tokens, width].
+Loads the model with transformers, hooks its modules, runs the prompt and writes a tensor for
+each site, `[tokens, width]`.
 
     pip install torch "transformers>=4.56" accelerate gguf
 
-The model is a GGUF file, which transformers dequantises, or a Hugging Face folder. The
-options stand in the manifest's `argv`, so that they are part of the result's key: a device
-that was found by itself would not be.
+    python transformers_hooks.py --model FOLDER --tokens 1,2,3 --device cuda --dtype bfloat16 \\
+        --attention sdpa --decode 8 --out capture.safetensors
+    python transformers_hooks.py              # as a program of [external]: reads request.json
+
+The model is a GGUF file, which transformers dequantises, or a Hugging Face folder. With
+`--decode N` the model goes on for N tokens with its KV cache, one step each: the recording then
+has the rows of the prompt and of every decoded token but the last, and `ids` says which tokens
+they are. With `--batch N` the prompt is the first of N of the same length, of which the others
+are drawn; its rows alone are kept.
+
+As a program it writes `tensors.safetensors`, in f32. Its options then stand in the manifest's
+`argv`, so that they are part of the result's key: a device that was found by itself would not be.
 """
 
 import argparse
 import json
 import os
+import random
 import sys
 
 try:
@@ -27,28 +37,92 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main():
     options = read_options()
-    with open("request.json") as file:
-        request = json.load(file)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch sees no GPU here; list what it needs in `env`, or use cpu")
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    if options.model:
+        record(options)
+        return
+    with open("request.json") as file:
+        request = json.load(file)
     model = load(request["model"], options)
     hooks = Hooks(model, set(request["sites"]), request["parameters"]["rope"]["layout"])
     tokens = torch.tensor([request["tokens"]], device=options.device)
     with torch.inference_mode():
         model(input_ids=tokens, use_cache=False)
     save_file(hooks.tensors(request["sites"]), "tensors.safetensors")
-    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{versions}, {name_of(options.device)}, {options.dtype}, {options.attention}")
+    print(", ".join(about(options).values()))
+
+
+def record(options):
+    """Writes the recording of a prompt, of what the model makes of it, and of which tokens."""
+    tokens = read_tokens(options.tokens)
+    model = load(options.model, options)
+    hooks = Hooks(model, None, "halves")
+    prompts = [tokens, *others(tokens, options.batch - 1, model.config.vocab_size)]
+    ids = list(tokens)
+    tokens = torch.tensor(prompts, device=options.device)
+    cache = None
+    parts = []
+    with torch.inference_mode():
+        for step in range(max(1, options.decode)):
+            if step > 0:
+                ids.append(int(tokens[0]))
+            result = model(input_ids=tokens, past_key_values=cache, use_cache=options.decode > 0)
+            cache = result.past_key_values
+            tokens = result.logits[:, -1:].argmax(-1)
+            parts.append(hooks.kept)
+            hooks.kept = {}
+    kept = {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+    kept["ids"] = torch.tensor([ids])
+    metadata = about(options) | {"batch": str(options.batch)}
+    save_file(kept, options.out, metadata=metadata)
+    print(f"{options.out}: {len(kept) - 1} sites of {len(ids)} tokens, {', '.join(metadata.values())}")
+
+
+def read_tokens(text):
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError as error:
+        sys.exit(f"--tokens {text}: ids with commas, please: {error}")
+
+
+def others(tokens, count, vocabulary):
+    """Prompts as long as this one, the same in every call."""
+    dice = random.Random(0)
+    return [[dice.randrange(vocabulary) for _ in tokens] for _ in range(count)]
+
+
+def about(options):
+    return {
+        "torch": f"PyTorch {torch.__version__}",
+        "engine": f"transformers {transformers.__version__}",
+        "gpu": name_of(options.device),
+        "arithmetic": f"{options.dtype}, {options.attention}",
+    }
 
 
 def read_options():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", help="a Hugging Face folder; without it request.json says it")
+    parser.add_argument("--tokens", help="ids of the prompt, with commas")
+    parser.add_argument("--decode", type=int, default=0, help="tokens to go on for")
+    parser.add_argument("--batch", type=int, default=1, help="prompts that are computed together")
+    parser.add_argument("--out", default="capture.safetensors")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"])
     parser.add_argument("--tf32", action="store_true", help="f32 products on tensor cores")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.model and not options.tokens:
+        parser.error("--model goes with --tokens")
+    if options.model and not os.path.isdir(options.model):
+        parser.error(f"--model {options.model}: no such folder; a recording is of a Hugging Face folder")
+    if not options.model and (options.decode or options.batch != 1):
+        parser.error("--decode and --batch are for recordings: give --model and --tokens")
+    if options.batch < 1 or options.decode < 0:
+        parser.error("--batch is 1 or more, --decode 0 or more")
+    return options
 
 
 def name_of(device):
@@ -72,7 +146,10 @@ def load(path, options):
 
 
 class Hooks:
-    """Keeps what the modules of a llama, qwen2 or qwen3 read and write, by the site's name."""
+    """Keeps what the modules of a llama, qwen2 or qwen3 read and write, by the site's name.
+
+    Of a batch the first sequence's is kept. `wanted` are the sites to keep; all for None.
+    """
 
     def __init__(self, model, wanted, layout):
         self.kept = {}
@@ -139,14 +216,14 @@ class Hooks:
         """Heads whose halves turn against each other as heads whose neighbours do."""
         if not self.interleaved:
             return tensor
-        halves = tensor.reshape(1, tensor.shape[1], -1, 2, self.head_dim // 2)
+        halves = tensor.reshape(*tensor.shape[:2], -1, 2, self.head_dim // 2)
         return halves.transpose(-1, -2)
 
     def keep(self, site, tensor):
-        if site in self.wanted:
+        if self.wanted is None or site in self.wanted:
             rows = tensor.shape[1]
             # A copy: the model may go on to write where it stands.
-            self.kept[site] = tensor.detach().float().cpu().reshape(rows, -1).clone()
+            self.kept[site] = tensor[0].detach().float().cpu().reshape(rows, -1).clone()
 
     def tensors(self, sites):
         missing = [site for site in sites if site not in self.kept]

@@ -10,9 +10,10 @@ through the engine's own scheduler and writes a tensor for each site, `[tokens, 
 
 With `--decode N` the engine goes on for N tokens with its KV cache, one step each: the
 recording then has the rows of the prompt and of every decoded token but the last, and
-`ids` says which tokens they are. Logits are the engine's own `compute_logits` of one
-position at a time, as it computes them for each token that it generates; those that it
-computed itself in the pass must have the same bits, or nothing is written.
+`ids` says which tokens they are. With `--batch N` the prompt is the first of N of the same
+length, of which the others are drawn; its rows alone are kept. Logits are the engine's own `compute_logits` of one
+position of every prompt at a time, as it computes them for each token that it generates; those
+that it computed itself in the pass must have the same bits, or nothing is written.
 
 The engine runs in this process, eager, without CUDA graphs and without a prefix cache:
 hooks see nothing else.
@@ -21,6 +22,7 @@ hooks see nothing else.
 import argparse
 import json
 import os
+import random
 import sys
 
 for key, value in {
@@ -66,6 +68,7 @@ def read_options():
     parser.add_argument("--model", help="a Hugging Face folder; without it request.json says it")
     parser.add_argument("--tokens", help="ids of the prompt, with commas")
     parser.add_argument("--decode", type=int, default=0, help="tokens to go on for")
+    parser.add_argument("--batch", type=int, default=1, help="prompts that are computed together")
     parser.add_argument("--out", default="capture.safetensors")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--quantization", help="fp8, fp8_per_channel, fp8_per_block")
@@ -73,8 +76,10 @@ def read_options():
     options = parser.parse_args()
     if options.model and not options.tokens:
         parser.error("--model goes with --tokens")
-    if not options.model and options.decode:
-        parser.error("--decode is for recordings: give --model and --tokens")
+    if not options.model and (options.decode or options.batch != 1):
+        parser.error("--decode and --batch are for recordings: give --model and --tokens")
+    if options.batch < 1 or options.decode < 0:
+        parser.error("--batch is 1 or more, --decode 0 or more")
     return options
 
 
@@ -89,22 +94,24 @@ def record(path, tokens, options):
         dtype=options.dtype,
         quantization=options.quantization,
         max_model_len=length,
-        # The whole prompt in one pass.
-        max_num_batched_tokens=max(2048, length),
-        max_num_seqs=1,
+        # The whole prompt, and all of them, in one pass.
+        max_num_batched_tokens=max(2048, length * options.batch),
+        max_num_seqs=options.batch,
         gpu_memory_utilization=options.memory,
         enforce_eager=True,
         enable_prefix_caching=False,
         async_scheduling=False,
         seed=0,
     )
-    (sites,) = engine.apply_model(Sites)
+    (sites,) = engine.apply_model(lambda model: Sites(model, options.batch))
     asked = vllm.SamplingParams(
         temperature=0.0, max_tokens=max(1, options.decode), ignore_eos=True, detokenize=False
     )
-    (answer,) = engine.generate([{"prompt_token_ids": tokens}], asked, use_tqdm=False)
-    decoded = list(answer.outputs[0].token_ids)
-    sites.end()
+    prompts = [tokens, *others(tokens, options.batch - 1, engine)]
+    asked_for = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = engine.generate(asked_for, asked, use_tqdm=False)
+    decoded = list(answers[0].outputs[0].token_ids)
+    sites.end(len(tokens))
     ids = tokens + decoded[: max(1, options.decode) - 1]
     kept = sites.joined(len(ids))
     kept["ids"] = torch.tensor([ids])
@@ -113,16 +120,25 @@ def record(path, tokens, options):
         "torch": f"PyTorch {torch.__version__}",
         "gpu": torch.cuda.get_device_name(),
         "arithmetic": options.quantization or options.dtype,
+        "batch": str(options.batch),
         "decoded": ",".join(map(str, decoded)),
     }
     return kept, about
 
 
+def others(tokens, count, engine):
+    """Prompts as long as this one, the same in every call."""
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    dice = random.Random(0)
+    return [[dice.randrange(vocabulary) for _ in tokens] for _ in range(count)]
+
+
 class Sites:
     """Keeps what the modules of a llama, qwen2 or qwen3 return, by the site's name."""
 
-    def __init__(self, model):
+    def __init__(self, model, batch):
         self.kept = {}
+        self.batch = batch
         self.model = model
         self.ended = False
         inner = getattr(model, "model", None)
@@ -191,22 +207,36 @@ class Sites:
             self.own_logits.append(result.detach().to("cpu", copy=True))
         return result
 
-    def end(self):
-        """No more is kept; logits of every position follow, one at a time."""
+    def end(self, prompt):
+        """No more is kept; logits of every position follow, one position at a time.
+
+        The engine computes the rows of all prompts below one another: the prompts' first, and
+        then one row of each for every decoded token.
+        """
         self.ended = True
+        steps = self.kept["embed"]
+        expected = [prompt] + [1] * (len(steps) - 1)
+        if [len(step) for step in steps] != [rows * self.batch for rows in expected]:
+            shown = ", ".join(str(len(step)) for step in steps[:5])
+            sys.exit(f"the engine did not compute all prompts in each step: it had {shown} rows")
         device = next(self.model.parameters()).device
-        normed = torch.cat(self.kept["output_norm"]).to(device)
+        normed = [step.reshape(self.batch, -1, step.shape[-1]) for step in self.kept["output_norm"]]
+        normed = torch.cat(normed, dim=1).to(device)
         with torch.inference_mode():
-            rows = [self.compute_logits(normed[row : row + 1]).cpu() for row in range(len(normed))]
+            positions = range(normed.shape[1])
+            rows = [self.compute_logits(normed[:, at].contiguous()).cpu() for at in positions]
         own = torch.cat(self.own_logits)
-        if not torch.equal(own, torch.cat(rows[len(rows) - len(own) :])):
+        if not torch.equal(own, torch.cat(rows[len(rows) - len(self.own_logits) :])):
             sys.exit("logits of one position differ from those that the engine computed itself")
         self.kept["logits"] = rows
 
     def joined(self, rows):
-        kept = {name: torch.cat(parts).contiguous() for name, parts in self.kept.items()}
-        # Queries and keys that a norm took head by head have a row for each token again.
-        kept = {name: tensor.reshape(rows, -1) for name, tensor in kept.items()}
+        """The first prompt's rows of all steps."""
+        kept = {}
+        for name, steps in self.kept.items():
+            first = [step.reshape(self.batch, step.shape[0] // self.batch, -1)[0] for step in steps]
+            # Queries and keys that a norm took head by head have a row for each token again.
+            kept[name] = torch.cat(first).reshape(rows, -1).contiguous()
         return kept
 
 

@@ -149,7 +149,8 @@ pub struct Order {
     pub tile: u32,
     /// Whether each part is rounded to the stream's type before.
     pub rounded: bool,
-    /// Products that one instruction adds: 16, or 8 (`mma.m16n8k8`).
+    /// Products that one instruction adds: 16, or 8 (`mma.m16n8k8`); 1 where no tensor core
+    /// multiplies, and 16 lanes add every sixteenth product in f32.
     pub instruction: u32,
     /// Where K is no multiple of 16 bytes: the tile whose rest comes first, if it is not the
     /// one that [`residue_tile`](crate::compute::engine_kernels::linear::residue_tile) says.
@@ -161,9 +162,15 @@ impl Order {
     pub const CHAIN: Order =
         Order { parts: 1, tile: 64, rounded: false, instruction: 16, rest: None };
 
+    /// Whether lanes of f32 add, and no tensor core.
+    pub fn is_by_lanes(&self) -> bool {
+        self.instruction == 1
+    }
+
     /// Orders that were seen, the plainest first; those that add alike are listed once.
     /// `usual_rest` is the tile whose rest comes first where an order names none. 8 products at a
-    /// time were seen only where rows of an operand or of the result are no multiple of 16 bytes.
+    /// time, and lanes, were seen only where rows of an operand or of the result are no multiple of
+    /// 8 values.
     /// `widest` is the tile of 128 bytes: 64 elements of 16 bits, 32 of TF32.
     pub fn family(
         outputs: usize,
@@ -204,11 +211,15 @@ impl Order {
                 }
             }
         }
+        all.extend((!aligned).then_some(Order { instruction: 1, ..Order::CHAIN }));
         all
     }
 
     /// It in words, after a library's name; `stream` is the type that parts are rounded to.
     pub fn in_words(&self, stream: Format) -> String {
+        if self.is_by_lanes() {
+            return "in 16 lanes of f32".to_owned();
+        }
         let mut words = match self.parts {
             1 => "in one chain".to_owned(),
             parts => format!("in {parts} parts of K"),
@@ -278,6 +289,14 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+fn one_prompt() -> usize {
+    1
+}
+
+fn is_one(batch: &usize) -> bool {
+    *batch == one_prompt()
+}
+
 fn one_part() -> u32 {
     Order::CHAIN.parts
 }
@@ -321,9 +340,14 @@ impl Product {
         if self.parts == 0 || self.parts > 64 {
             return Some(format!("K cannot be cut into {} parts", self.parts));
         }
-        if ![8, 16].contains(&self.instruction) {
+        if ![1, 8, 16].contains(&self.instruction) {
             let given = self.instruction;
-            return Some(format!("`instruction` is 8 or 16 products, and {given} is here"));
+            return Some(format!("`instruction` is 1, 8 or 16 products, and {given} is here"));
+        }
+        if self.order().is_by_lanes() && (self.parts > 1 || self.rest.is_some()) {
+            return Some(
+                "`instruction = 1` is for one sum along K, without `parts` or `rest`".to_owned(),
+            );
         }
         if ![8, 16, 32, 64, 128].contains(&self.tile) {
             return Some("`tile` is 8, 16, 32, 64 or 128 elements of K".to_owned());
@@ -378,6 +402,10 @@ pub struct EngineKernels {
     /// it; an engine's file does not.
     #[serde(default, skip_serializing_if = "is_default")]
     pub decoded: usize,
+    /// How many prompts of the same length each step held, of which this one was the first. A
+    /// recipe says it; an engine's file does not.
+    #[serde(default = "one_prompt", skip_serializing_if = "is_one")]
+    pub batch: usize,
 }
 
 impl EngineKernels {
@@ -387,12 +415,11 @@ impl EngineKernels {
         self.output.as_ref().filter(|_| makes_logits).unwrap_or(&self.linear)
     }
 
-    /// What of its kernels cannot pass tensors of that type: llama.cpp's pass `f32`, all others
-    /// `bf16` or `f16`.
-    pub fn stream_problem(&self, stream: Format) -> Option<String> {
+    /// Whether a kernel of each op is llama.cpp's.
+    fn are_ggml(&self) -> Vec<bool> {
         use AttentionKernel::{GgmlCudaF16Cache, GgmlCudaF32Cache};
         let linear = self.linear.all().chain(self.output.iter().flat_map(Choices::all));
-        let are_ggml: Vec<bool> = linear
+        linear
             .map(|kernel| kernel == LinearKernel::GgmlCuda)
             .chain(self.rms_norm.all().map(|kernel| kernel == NormKernel::GgmlCuda))
             .chain(self.rope.all().map(|kernel| kernel == RopeKernel::GgmlCuda))
@@ -402,7 +429,18 @@ impl EngineKernels {
                     .map(|kernel| matches!(kernel, GgmlCudaF16Cache | GgmlCudaF32Cache)),
             )
             .chain(self.swiglu.all().map(|kernel| kernel == SwigluKernel::GgmlCuda))
-            .collect();
+            .collect()
+    }
+
+    /// Whether llama.cpp's kernels are among them.
+    pub fn is_ggml(&self) -> bool {
+        self.are_ggml().contains(&true)
+    }
+
+    /// What of its kernels cannot pass tensors of that type: llama.cpp's pass `f32`, all others
+    /// `bf16` or `f16`.
+    pub fn stream_problem(&self, stream: Format) -> Option<String> {
+        let are_ggml = self.are_ggml();
         let all = are_ggml.iter().all(|ggml| *ggml);
         match (stream, all, are_ggml.contains(&true)) {
             (Format::F32, true, _) | (Format::Bf16 | Format::F16, _, false) => None,
@@ -533,9 +571,11 @@ impl EngineFile {
     fn parse(text: &str, name: &str) -> Result<EngineFile, String> {
         let file: EngineFile =
             toml::from_str(text).map_err(|error| format!("engine `{name}`: {error}"))?;
-        if file.kernels.decoded > 0 {
+        let of_recipes =
+            [("decoded", file.kernels.decoded > 0), ("batch", !is_one(&file.kernels.batch))];
+        if let Some((key, _)) = of_recipes.iter().find(|(_, written)| *written) {
             return Err(format!(
-                "engine `{name}`: `decoded` is no key of an engine's file; write it in the recipe, \
+                "engine `{name}`: `{key}` is no key of an engine's file; write it in the recipe, \
                  beside `engine`"
             ));
         }

@@ -257,6 +257,10 @@ fn recipe() -> Value {
                     "how many of the last tokens the engine computed in steps of their own, with a KV cache",
                     whole(0),
                 ),
+                "batch": says(
+                    "how many prompts of the same length each step of the engine held; this one was the first",
+                    whole(1),
+                ),
                 "stream": says(
                     "the type in which a foreign engine passes tensors from op to op",
                     json!({ "enum": ["f32", "bf16", "f16"] }),

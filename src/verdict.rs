@@ -299,17 +299,15 @@ pub fn judge(
 /// Adds to a verdict's reason what is known beyond its contract: of a bug where
 /// it starts and what it is, of a clean GEMM its floor.
 pub fn reason(judged: &mut StageVerdict, measures: &StageMeasures, diagnosis: Option<&Diagnosis>) {
-    match judged.verdict {
-        Verdict::Structural => {
-            if let Some(diagnosis) = diagnosis {
-                let mut parts = vec![diagnosis.place(), diagnosis.sentence()];
-                parts.extend(diagnosis.aftermath());
-                parts.push(std::mem::take(&mut judged.why));
-                parts.extend(bits_before(&measures.measures, diagnosis));
-                judged.why = parts.join("; ");
-            }
+    match (judged.verdict, diagnosis) {
+        (Verdict::Structural | Verdict::Drift, Some(diagnosis)) => {
+            let mut parts = vec![diagnosis.place(), diagnosis.sentence()];
+            parts.extend(diagnosis.aftermath());
+            parts.push(std::mem::take(&mut judged.why));
+            parts.extend(bits_before(&measures.measures, diagnosis));
+            judged.why = parts.join("; ");
         }
-        Verdict::Pass | Verdict::Drift => {
+        (Verdict::Pass | Verdict::Drift, None) => {
             if let Some(line) = kernels_in_words(&measures.kernels) {
                 judged.why = format!("{line}; {}", judged.why);
                 return;

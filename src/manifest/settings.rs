@@ -46,6 +46,7 @@ struct RawRecipe {
     stream: Option<Put<Format>>,
     engine: Option<Put<EngineFile>>,
     decoded: Option<Put<usize>>,
+    batch: Option<Put<NonZeroU32>>,
     chip: Option<Put<ChipName>>,
     algorithm: Option<Put<u32>>,
     tile: Option<Put<u32>>,
@@ -372,6 +373,7 @@ impl RawRecipe {
             stream: table.choice("stream", &FORMATS, findings),
             engine: read_engine(&mut table, folder, findings),
             decoded: table.take("decoded", findings),
+            batch: table.take("batch", findings),
             chip: table.choice("chip", &CHIPS, findings),
             ..RawRecipe::default()
         };
@@ -426,6 +428,7 @@ impl RawRecipe {
             stream: inherited.stream.clone(),
             chip: inherited.chip.clone(),
             decoded: inherited.decoded.clone(),
+            batch: inherited.batch.clone(),
             ..RawRecipe::default()
         };
         let inherited = if self.engine.is_some() { &of_engine } else { inherited };
@@ -438,6 +441,7 @@ impl RawRecipe {
             stream: self.stream.or_else(|| inherited.stream.clone()),
             engine: self.engine.or_else(|| inherited.engine.clone()),
             decoded: self.decoded.or_else(|| inherited.decoded.clone()),
+            batch: self.batch.or_else(|| inherited.batch.clone()),
             chip: self.chip.or_else(|| inherited.chip.clone()),
             algorithm: self.algorithm.or_else(|| inherited.algorithm.clone()),
             tile: self.tile.or_else(|| inherited.tile.clone()),
@@ -561,14 +565,36 @@ impl RawRecipe {
                 .at_if(put.at.as_ref(), "another type"),
             );
         }
-        if let (None, Some(put)) = (&self.engine, &self.decoded) {
+        let beside = [
+            (
+                "decoded",
+                "how many tokens came in steps of their own",
+                self.decoded.as_ref().map(|put| &put.at),
+            ),
+            ("batch", "how many prompts a step held", self.batch.as_ref().map(|put| &put.at)),
+        ];
+        for (key, what, at) in beside {
+            if let (None, Some(at)) = (&self.engine, at) {
+                problems.push(
+                    Problem::new(
+                        format!("`{key}` needs an `engine`"),
+                        format!("write `engine` too: {what} decides which of its kernels ran"),
+                    )
+                    .at_if(at.as_ref(), "no engine beside it"),
+                );
+            }
+        }
+        if let (Some(engine), Some(put)) = (&self.engine, &self.batch)
+            && put.value.get() > 1
+            && engine.value.kernels.is_ggml()
+        {
             problems.push(
                 Problem::new(
-                    "`decoded` needs an `engine`",
-                    "write `engine` too: how many tokens came in steps of their own decides which \
-                     of its kernels ran",
+                    format!("`batch` is not known for the engine `{}`", engine.value.name),
+                    "leave `batch` out, and record one prompt at a time: what llama.cpp's kernels \
+                     make of a row within a batch was not looked at",
                 )
-                .at_if(put.at.as_ref(), "no engine beside it"),
+                .at_if(put.at.as_ref(), "several prompts in a step"),
             );
         }
         let missing = formats_missing_on(chip.value);
@@ -595,6 +621,7 @@ impl RawRecipe {
             stream,
             engine: self.engine.as_ref().map(|engine| EngineKernels {
                 decoded: self.decoded.as_ref().map_or(0, |decoded| decoded.value),
+                batch: self.batch.as_ref().map_or(1, |batch| batch.value.get() as usize),
                 ..engine.value.kernels
             }),
             pin: Pin {

@@ -26,6 +26,7 @@ use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
 use crate::judge::stage::Recording;
 use crate::manifest::{Falsifier, IfFails};
+use crate::metric::Metric;
 use crate::model::Model;
 use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
@@ -602,7 +603,8 @@ impl Bench<'_> {
     }
 
     /// Looks at the first site that the stage's contract falsifies, or finds what was seen
-    /// there before. A stage that passes, or is beyond a budget only, has nothing to look at.
+    /// there before. A stage that passes has nothing to look at, nor has one that is beyond a
+    /// budget only, unless that is of bits: the first that differs has a place and a cause.
     fn diagnosis(
         &self,
         inputs: &Supplies,
@@ -616,8 +618,10 @@ impl Bench<'_> {
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
             return Ok(Vec::new());
         };
-        let Some(site) = first.site.clone().filter(|_| first.if_fails == IfFails::Structural)
-        else {
+        let of_bits = first.metric == Metric::BitMismatches
+            && matches!(first.compare[1], Stream::Arm(Arm::Emulated) | Stream::Predicted(_));
+        let looked_at = of_bits || first.if_fails == IfFails::Structural;
+        let Some(site) = first.site.clone().filter(|_| looked_at) else {
             return Ok(Vec::new());
         };
         let [subject, judge] = first.compare;

@@ -55,6 +55,14 @@ EXPECTED = {
             "rounding": ("pass", "33 of 33 sites to the bit"),
         },
     ),
+    "batch-invariance": (
+        1,
+        {
+            "alone": ("pass", "33 of 33 sites to the bit"),
+            "within": ("pass", "33 of 33 sites to the bit"),
+            "G": ("drift", "layer 1, ffn_gate; other-schedule"),
+        },
+    ),
     "vllm": (
         0,
         {

@@ -29,7 +29,7 @@ use runner::compute::engine_kernels::row_sum::RowSum;
 use runner::compute::engine_kernels::softmax::softmax;
 use runner::compute::engine_kernels::{cuda_math, ggml, sfu};
 use runner::dtype::Format;
-use runner::engine::{EngineFile, Order, Product};
+use runner::engine::{EngineFile, EngineKernels, Order, Product};
 use runner::model::{Rope, RopeLayout, Weight, WeightType};
 use runner::op::ChipName;
 use runner::tensor::Tensor;
@@ -979,8 +979,18 @@ fn chosen(format: Format, call: &OpCall<'_>, observed: &Tensor) -> (String, usiz
 
 /// What an op of llama.cpp on CUDA comes to: the kernel in words, values that differ, and orders.
 fn of_llama_cpp(call: &OpCall<'_>, observed: &Tensor) -> (String, usize, Vec<Product>) {
+    decoded_by_llama_cpp(0, call, observed)
+}
+
+/// The same where so many of the last tokens came in steps of their own.
+fn decoded_by_llama_cpp(
+    decoded: usize,
+    call: &OpCall<'_>,
+    observed: &Tensor,
+) -> (String, usize, Vec<Product>) {
     let file = EngineFile::find("llama-cpp-cuda", Path::new(".")).expect("an engine");
-    let arm = EngineArm::new(file.kernels, Format::F32, *unit(Format::F32), None);
+    let kernels = EngineKernels { decoded, ..file.kernels };
+    let arm = EngineArm::new(kernels, Format::F32, *unit(Format::F32), None);
     let chosen = arm.choose(call, observed).expect("computed");
     (chosen.kernel, chosen.mismatches, chosen.products)
 }
@@ -990,7 +1000,7 @@ fn products_of_llama_cpp_on_cuda_are_met_in_every_bit_for_every_type_of_weight()
     let o = safetensors(&fixture("llama-cpp-cuda.safetensors"));
     let kinds: Vec<&str> =
         o.keys().filter_map(|key| key.strip_prefix("product.")?.strip_suffix(".w")).collect();
-    assert_eq!(kinds.len(), 31);
+    assert_eq!(kinds.len(), 33);
     for case in kinds {
         let of = |name: &str| &o[&format!("product.{case}.{name}")];
         let (x, w, y) = (of("x").matrix(), of("w"), of("y").matrix());
@@ -1003,7 +1013,7 @@ fn products_of_llama_cpp_on_cuda_are_met_in_every_bit_for_every_type_of_weight()
         assert_eq!(mismatches, 0, "{case}: {kernel}");
         let float = matches!(kind, WeightType::F32 | WeightType::F16 | WeightType::BF16);
         let expected = match (float, tokens) {
-            (false, "6") => "ggml MMVQ",
+            (false, "6" | "7") => "ggml MMVQ",
             (false, _) => "ggml MMQ",
             (true, "1") => "ggml mul_mat_vec_f",
             (true, "6") => "ggml mul_mat_f",
@@ -1019,6 +1029,69 @@ fn products_of_llama_cpp_on_cuda_are_met_in_every_bit_for_every_type_of_weight()
         let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
         assert!(of_llama_cpp(&call, &y).1 > 0, "{case}");
     }
+}
+
+#[test]
+fn tokens_that_llama_cpp_decoded_one_by_one_are_products_of_their_own() {
+    let o = safetensors(&fixture("llama-cpp-cuda.safetensors"));
+    let (x, y) = (o["decoded.q3_K.x"].matrix(), o["decoded.q3_K.y"].matrix());
+    let bytes = &o["product.q3_K.7.w"].bytes;
+    let weight = Weight::new("blk.0.attn_output.weight", WeightType::Q3K, 32, 1024, bytes);
+    let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
+    let (kernel, mismatches, _) = decoded_by_llama_cpp(4, &call, &y);
+    assert_eq!(mismatches, 0, "{kernel}");
+    assert_eq!(kernel, "ggml MMVQ of Q3_K");
+    // In one step they would be another kernel's.
+    assert!(of_llama_cpp(&call, &y).1 > 0);
+}
+
+#[test]
+fn a_part_of_k_that_is_dealt_in_tiles_of_8_begins_with_its_rest() {
+    let o = safetensors(&fixture("transformers-parts.safetensors"));
+    let (x, w, y) = (o["x"].matrix(), &o["w"], o["y"].matrix());
+    let weight = Weight::new("output.weight", WeightType::BF16, 8, x.width(), &w.bytes);
+    let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
+    let (kernel, mismatches, _) = chosen(B, &call, &y);
+    assert_eq!(mismatches, 0, "{kernel}");
+    assert!(kernel.contains("in 11 parts of K rounded to bf16 dealt in tiles of 8"), "{kernel}");
+}
+
+#[test]
+fn few_rows_by_an_odd_number_of_outputs_are_added_in_16_lanes_of_f32() {
+    let o = safetensors(&fixture("lanes.safetensors"));
+    for (name, kind) in [("f32", WeightType::F32), ("f16", WeightType::F16)] {
+        let of = |part: &str| &o[&format!("{name}.{part}")];
+        let (x, w, y) = (of("x").matrix(), of("w"), of("y").matrix());
+        let weight = Weight::new("output.weight", kind, y.width(), x.width(), &w.bytes);
+        let call = OpCall::Matmul { x: &x, weight: weight.expect("a weight"), bias: None };
+        let (kernel, mismatches, products) = match kind {
+            WeightType::F32 => of_llama_cpp(&call, &y),
+            _ => chosen(Format::F16, &call, &y),
+        };
+        assert_eq!(mismatches, 0, "{name}: {kernel}");
+        assert!(kernel.ends_with("in 16 lanes of f32"), "{name}: {kernel}");
+        assert_eq!(products.iter().map(|product| product.instruction).collect::<Vec<_>>(), [1]);
+        // Listed in an engine's file, it is what the engine computes of itself.
+        let engine = if kind == WeightType::F32 { "llama-cpp-cuda" } else { "transformers" };
+        let mut kernels = EngineFile::find(engine, Path::new(".")).expect("ships").kernels;
+        kernels.products = products.try_into().expect("one");
+        let format = if kind == WeightType::F32 { Format::F32 } else { Format::F16 };
+        let arm = EngineArm::new(kernels, format, *unit(format), None);
+        let weight = Weight::new("output.weight", kind, y.width(), x.width(), &w.bytes);
+        let computed = arm.matmul(&x, weight.expect("a weight"), None).expect("computed");
+        assert_eq!(computed.to_le_bytes(), y.to_le_bytes(), "{name}");
+    }
+}
+
+#[test]
+fn scores_of_a_single_head_of_keys_are_a_product_of_vectors_at_any_length() {
+    let o = safetensors(&fixture("lanes.safetensors"));
+    let of = |name: &str| o[&format!("attention.{name}")].matrix();
+    let (q, k, v, y) = (of("q"), of("k"), of("v"), of("y"));
+    let shape = AttentionShape { heads: 4, kv_heads: 1, head_dim: 32, first_position: 663 };
+    let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
+    let (kernel, mismatches, _) = of_llama_cpp(&call, &y);
+    assert_eq!((kernel.as_str(), mismatches), ("attention ggml-cuda-f16-cache", 0));
 }
 
 #[test]

@@ -57,6 +57,54 @@ fn of_vllm(kind: &str) -> Project {
     project
 }
 
+#[test]
+fn bits_that_depend_on_the_batch_are_located_and_the_change_of_schedule_is_named() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/batch-invariance");
+    let mut project = project();
+    for name in ["pipeline", "alone", "within", "G"] {
+        let text = fs::read_to_string(folder.join(format!("stages/{name}.toml"))).expect("a stage");
+        let text = text.replace("contracts = \"../../../contracts\"\n", "");
+        project = project.file(&format!("stages/{name}.toml"), &text);
+    }
+    fs::create_dir_all(project.path("model")).expect("a folder");
+    for file in ["model/config.json", "model/model.safetensors", "alone.safetensors"] {
+        fs::copy(folder.join(file), project.path(file)).expect("copied");
+    }
+    fs::copy(folder.join("within-16.safetensors"), project.path("within-16.safetensors"))
+        .expect("copied");
+    let plain = ["run", "stages", "--format", "plain"];
+    project
+        .runner(&plain)
+        .expect(1, "33 of 33 sites to the bit")
+        .expect(1, "layer 1, ffn_gate; other-schedule: accumulated fast, split-K 1, scaled by w, then by x")
+        .expect(1, "(explains all 15,360 values to the bit)")
+        .expect(1, "G forward drift")
+        .expect(1, "alone forward pass")
+        .expect(1, "within forward pass");
+    // The number of rows decides: 9 times 7 are 63, still the kernel of few; 10 times 7 are not.
+    let within = project.read("stages/within.toml");
+    let whole = "{ engine = \"vllm-fp8-channel\", decoded = 3, batch = 16 }";
+    assert!(within.contains(whole));
+    for (batch, code, verdict) in [(9, 1, "within forward structural"), (10, 0, "pass")] {
+        let text = within.replace("batch = 16", &format!("batch = {batch}"));
+        project.write("stages/within.toml", &text);
+        project.runner(&[&plain[..], &["--select", "within"]].concat()).expect(code, verdict);
+    }
+    for (recipe, help) in [
+        ("{ batch = 2 }", "`batch` needs an `engine`"),
+        ("{ engine = \"llama-cpp-cuda\", batch = 2 }", "`batch` is not known for the engine"),
+        ("{ engine = \"vllm\", batch = 0 }", "`batch`"),
+    ] {
+        project.write("stages/within.toml", &within.replace(whole, recipe));
+        project.runner(&["check", "stages"]).expect(2, help);
+    }
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/vllm.toml");
+    let own = fs::read_to_string(shipped).expect("an engine") + "batch = 3\n";
+    project.write("mine.toml", &own);
+    project.write("stages/within.toml", &within.replace(whole, "{ engine = \"../mine.toml\" }"));
+    project.runner(&["check", "stages"]).expect(2, "`batch` is no key of an engine's file");
+}
+
 /// The recording of llama.cpp on CUDA, with its three stages.
 fn of_llama_cpp() -> Project {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/llama-cpp-cuda");

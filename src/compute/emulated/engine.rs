@@ -3,13 +3,14 @@
 //!
 //! It knows kernels and operands; the kernels' arithmetic is `compute/engine_kernels`'.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::chip::Unit;
-use super::quantize::{Codes, absmax};
+use super::ggml_product::GgmlProduct;
+use super::orders::{Operands, differing, is_tried, rows_afforded, same_row, some_names};
+use super::quantize::absmax;
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
@@ -18,37 +19,21 @@ use crate::compute::engine_kernels::flash::{Plan, flash};
 use crate::compute::engine_kernels::fp8::{
     GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
 };
-use crate::compute::engine_kernels::linear::{Linear, codes, finish, residue_tile};
+use crate::compute::engine_kernels::ggml;
+use crate::compute::engine_kernels::linear::{finish, residue_tile};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
-use crate::compute::engine_kernels::{ggml, ggml_blocks};
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
 use crate::engine::{
     AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
     RopeKernel, SwigluKernel,
 };
-use crate::model::{Rope, RopeLayout, Weight, WeightType};
+use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
 
-/// What the orders of its products are called by.
-const CUBLAS: &str = "cuBLAS";
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys.
 const PROCESSORS: usize = 132;
-/// Rows and columns on which other orders are tried first: those where the usual one fails.
-const SAMPLE: (usize, usize) = (8, 64);
-
-/// Multiply-adds that a search for an order may cost: some seconds of one core.
-const AFFORDED: usize = 4_000_000_000;
-
-/// Whether another order that fits a sample is tried on everything, after so many of this cost.
-/// Until one is exact some are tried whatever they cost; then others only to name them.
-fn is_tried(tried: usize, found: bool, multiply_adds: usize) -> bool {
-    const AT_LEAST: usize = 12;
-    let afforded = AFFORDED / multiply_adds.max(1);
-    tried < if found { afforded } else { afforded.max(AT_LEAST) }
-}
-
 /// An engine's kernels on a chip.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineArm {
@@ -98,13 +83,15 @@ impl EngineArm {
     }
 
     /// The calls in which the rows of a tensor came: the prompt's in one, and those of decoded
-    /// tokens, of which each had a call of its own. With each the tokens of a call.
+    /// tokens, of which each had a call of its own. With each the rows of a call: those of the
+    /// other prompts of a batch stood beside them.
     fn calls(&self, rows: usize) -> Vec<(Range<usize>, usize)> {
+        let batch = self.kernels.batch;
         match rows.checked_sub(self.kernels.decoded) {
             Some(prompt) if prompt > 0 && prompt < rows => {
-                vec![(0..prompt, prompt), (prompt..rows, 1)]
+                vec![(0..prompt, batch * prompt), (prompt..rows, batch)]
             }
-            _ => vec![(0..rows, rows)],
+            _ => vec![(0..rows, batch * rows)],
         }
     }
 
@@ -115,8 +102,8 @@ impl EngineArm {
         compute: impl Fn(&Tensor, usize) -> Result<Tensor, ComputeError>,
     ) -> Result<Tensor, ComputeError> {
         let calls = self.calls(x.rows());
-        if calls.len() == 1 {
-            return compute(x, x.rows());
+        if let [(_, tokens)] = calls[..] {
+            return compute(x, tokens);
         }
         let (mut width, mut data) = (x.width(), Vec::new());
         for (rows, tokens) in calls {
@@ -148,9 +135,6 @@ impl EngineArm {
         (name, gain): (&str, &[f32]),
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
-        if kernel == NormKernel::GgmlCuda {
-            return Ok(ggml::rms_norm(x, gain, eps));
-        }
         let gain: Vec<f32> = gain.iter().map(|gain| self.format.round(*gain)).collect();
         // Where a residual stream comes in, vLLM's norm adds it; the first one and those of
         // heads have none.
@@ -162,9 +146,8 @@ impl EngineArm {
             let norm = match kernel {
                 NormKernel::Transformers => RmsNorm::transformers(self.format, eps, rows),
                 NormKernel::TorchFused => RmsNorm::torch_fused(self.format, eps),
-                NormKernel::Vllm | NormKernel::GgmlCuda => {
-                    RmsNorm::vllm(self.format, eps, width, rows, fused)
-                }
+                NormKernel::Vllm => RmsNorm::vllm(self.format, eps, width, rows, fused),
+                NormKernel::GgmlCuda => return Ok(ggml::rms_norm(x, &gain, eps)),
             };
             Ok(norm.apply(x, &gain))
         })
@@ -182,12 +165,11 @@ impl EngineArm {
     ) -> Result<Tensor, ComputeError> {
         match self.kernels.linear_of(weight.name()).first() {
             None | Some(LinearKernel::Cublas) => {
-                let operands = Operands::of(self, weight, bias)?;
+                let operands = self.operands(weight, bias)?;
                 let (outputs, inner) = (weight.rows(), x.width());
                 self.by_calls(x, |x, tokens| {
                     let shape = [tokens, outputs, inner];
-                    let order = self.kernels.products.order(ProductOf::Weight, shape);
-                    operands.product(&codes(self.format, x), order)
+                    operands.product(x, self.kernels.products.order(ProductOf::Weight, shape))
                 })
             }
             Some(LinearKernel::GgmlCuda) => self.ggml_product(x, weight, bias),
@@ -202,7 +184,7 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
-        let product = GgmlProduct::of(self, weight, bias)?;
+        let product = GgmlProduct::of(self.unit, weight, self.held_bias(bias)?)?;
         let mut data = Vec::new();
         for rows in self.steps(x.rows()) {
             let x = x.some_rows(rows);
@@ -212,51 +194,33 @@ impl EngineArm {
         Ok(Tensor::new(weight.rows().max(1), data))
     }
 
-    /// Offers llama.cpp's product; where cuBLAS makes it, in the order that fits best.
-    fn choose_ggml(
+    /// What cuBLAS multiplies for PyTorch.
+    fn operands(
         &self,
-        choice: &mut Choice<'_>,
-        x: &Tensor,
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
-    ) -> Result<(), ComputeError> {
-        let product = GgmlProduct::of(self, weight, bias)?;
-        let (mut data, mut names, mut products, mut also) = (vec![], vec![], vec![], vec![]);
-        for (step, rows) in self.steps(x.rows()).into_iter().enumerate() {
-            let (x, observed) = (x.some_rows(rows.clone()), choice.observed.some_rows(rows));
-            let shape = product.shape(&x);
-            let listed = self.kernels.products.order(ProductOf::Weight, shape);
-            let of_step = |name: &str| match step {
-                0 => format!("{name} of {}", weight.kind()),
-                _ => format!("decoded {name} of {}", weight.kind()),
-            };
-            match product.by_blas(&x) {
-                Some(operands) => {
-                    let codes = codes(operands.format, &x);
-                    let (order, y, others) = operands.order_of(&codes, &observed, listed)?;
-                    let in_words = |order: &Order| {
-                        format!("{} {}", of_step(CUBLAS), order.in_words(operands.format))
-                    };
-                    names.push(in_words(&order));
-                    also.extend(others.iter().map(in_words));
-                    products.push(Product::new(ProductOf::Weight, shape, order));
-                    data.extend(y.into_data());
-                }
-                None => {
-                    names.push(of_step(product.name(&x)));
-                    data.extend(product.apply(&x, listed)?.into_data());
-                }
-            }
-        }
-        names.dedup();
-        let name = names.join(", ");
-        choice.offer(&name, Tensor::new(weight.rows().max(1), data));
-        if let Some(best) = choice.best.as_mut().filter(|best| best.kernel == name) {
-            products.dedup();
-            best.products = products;
-            best.also.extend(some_names(also));
-        }
-        Ok(())
+    ) -> Result<Operands, ComputeError> {
+        let w = Tensor::new(weight.width(), weight.to_vec()?);
+        Ok(Operands::torch(self.unit, self.format, &w, self.held_bias(bias)?))
+    }
+
+    /// A call of cuBLAS in the order that fits best.
+    fn call_of(
+        &self,
+        operands: &Operands,
+        (x, observed): (&Tensor, &Tensor),
+        shape: [usize; 3],
+        of: &str,
+    ) -> Result<Made, ComputeError> {
+        let listed = self.kernels.products.order(ProductOf::Weight, shape);
+        let (order, tensor, others) = operands.order_of(x, observed, listed)?;
+        let in_words = |order: &Order| format!("cuBLAS{of} {}", order.in_words(operands.format()));
+        Ok(Made {
+            kernel: in_words(&order),
+            also: others.iter().map(in_words).collect(),
+            product: Some(Product::new(ProductOf::Weight, shape, order)),
+            tensor,
+        })
     }
 
     /// The rows of each step of the engine: the prompt's, and each decoded token's.
@@ -456,6 +420,8 @@ impl EngineArm {
                     return Ok(eager(&products, q, k, v, &own)?);
                 }
                 AttentionKernel::Flash2 => {
+                    // The heads of all prompts of a batch fill the chip together.
+                    let heads = heads * self.kernels.batch;
                     Plan::flash2(heads, head_dim, q.rows(), k.rows(), PROCESSORS)
                 }
                 AttentionKernel::Flash3 => Plan::flash3(head_dim, q.rows()),
@@ -527,8 +493,7 @@ impl EngineArm {
         let of_scores: &[u32] = if keys.is_multiple_of(8) { &[16] } else { &[16, 8] };
         // Of long rows a few tell as much as many of short ones.
         let row_costs = 2 * keys * heads.heads * head_dim;
-        let a_row = row_costs * family.len() * of_scores.len();
-        let count = (AFFORDED / a_row.max(1)).clamp(1, SAMPLE.0);
+        let count = rows_afforded(row_costs * family.len() * of_scores.len());
         let differs = |row: &usize| !same_row(listed.row(*row), choice.observed.row(*row));
         let rows: Vec<usize> = (0..queries).filter(differs).take(count).collect();
         let some = |x: &Tensor| {
@@ -628,10 +593,28 @@ impl EngineArm {
                 for kernel in self.kernels.linear_of(weight.name()).all() {
                     match kernel {
                         LinearKernel::Cublas => {
-                            self.choose_order(&mut choice, x, weight, bias)?;
+                            let operands = self.operands(weight, bias)?;
+                            let calls = self.calls(x.rows()).into_iter().map(|(rows, tokens)| {
+                                let shape = [tokens, weight.rows(), x.width()];
+                                let pair = (&x.some_rows(rows.clone()), &observed.some_rows(rows));
+                                self.call_of(&operands, pair, shape, "")
+                            });
+                            choice.offer_calls(calls.collect::<Result<_, _>>()?);
                         }
                         LinearKernel::GgmlCuda => {
-                            self.choose_ggml(&mut choice, x, weight, bias)?;
+                            let product =
+                                GgmlProduct::of(self.unit, weight, self.held_bias(bias)?)?;
+                            let calls = self.steps(x.rows()).into_iter().map(|rows| {
+                                let (x, observed) =
+                                    (x.some_rows(rows.clone()), observed.some_rows(rows));
+                                let Some(operands) = product.by_blas(&x) else {
+                                    let tensor = product.apply(&x, Order::CHAIN)?;
+                                    return Ok(Made::by(product.name(&x), tensor));
+                                };
+                                let of = format!(" of {}", weight.kind());
+                                self.call_of(operands, (&x, &observed), product.shape(&x), &of)
+                            });
+                            choice.offer_calls(calls.collect::<Result<_, ComputeError>>()?);
                         }
                         kernel => {
                             let y = self.fp8_product(kernel, x, weight, bias)?;
@@ -676,56 +659,6 @@ impl EngineArm {
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
     }
-
-    /// Offers the order in which cuBLAS adds that fits best: one chain, or parts of K, for
-    /// each call.
-    fn choose_order(
-        &self,
-        choice: &mut Choice<'_>,
-        x: &Tensor,
-        weight: Weight<'_>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<(), ComputeError> {
-        let operands = Operands::of(self, weight, bias)?;
-        let calls = self.calls(x.rows());
-        let (mut names, mut products, mut data) = (Vec::new(), Vec::new(), Vec::new());
-        let mut also = Vec::new();
-        for (call, (rows, tokens)) in calls.iter().enumerate() {
-            let observed = choice.observed.some_rows(rows.clone());
-            let x = codes(self.format, &x.some_rows(rows.clone()));
-            let shape = [*tokens, weight.rows(), x.width()];
-            let listed = self.kernels.products.order(ProductOf::Weight, shape);
-            let (order, y, others) = operands.order_of(&x, &observed, listed)?;
-            let who = if call == 0 { CUBLAS.to_owned() } else { format!("decoded {CUBLAS}") };
-            also.extend(
-                others.iter().map(|other| format!("{who} {}", other.in_words(self.format))),
-            );
-            products.push(Product::new(ProductOf::Weight, shape, order));
-            data.extend(y.into_data());
-            names.push(format!("{CUBLAS} {}", order.in_words(self.format)));
-        }
-        names.dedup();
-        choice.offer(names.join(", decoded "), Tensor::new(weight.rows().max(1), data));
-        if let Some(best) = &mut choice.best
-            && best.kernel.starts_with(CUBLAS)
-        {
-            best.products = products;
-            best.also.extend(some_names(also));
-        }
-        Ok(())
-    }
-}
-
-/// The first names, and how many more there are.
-fn some_names(mut names: Vec<String>) -> Vec<String> {
-    /// As many as a reader takes in.
-    const SHOWN: usize = 2;
-    let mut seen = BTreeSet::new();
-    names.retain(|name| seen.insert(name.clone()));
-    let more = names.len().saturating_sub(SHOWN);
-    names.truncate(SHOWN);
-    names.extend((more > 0).then(|| format!("one of {more} more orders")));
-    names
 }
 
 /// The weights that engines stack to one matrix, in the order of its rows: queries, keys and
@@ -751,6 +684,24 @@ fn name_of(kernel: impl serde::Serialize) -> String {
     match serde_json::to_value(kernel) {
         Ok(serde_json::Value::String(name)) => name,
         _ => String::new(),
+    }
+}
+
+/// What a call of the engine came to.
+struct Made {
+    /// The kernel in words.
+    kernel: String,
+    /// Other orders that fit as well, in words.
+    also: Vec<String>,
+    /// Where cuBLAS multiplied, its shape and order.
+    product: Option<Product>,
+    tensor: Tensor,
+}
+
+impl Made {
+    /// By a kernel without orders.
+    fn by(kernel: String, tensor: Tensor) -> Made {
+        Made { kernel, also: Vec::new(), product: None, tensor }
     }
 }
 
@@ -780,222 +731,26 @@ impl Choice<'_> {
             }
         }
     }
-}
 
-/// Whether two rows have the same bits.
-fn same_row(a: &[f32], b: &[f32]) -> bool {
-    a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
-}
-
-/// Values whose bits differ; one NaN is as good as another.
-fn differing(a: &Tensor, b: &Tensor) -> usize {
-    let pairs = a.data().iter().zip(b.data());
-    pairs.filter(|(a, b)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())).count()
-}
-
-/// The format of a weight that is in no blocks.
-fn float_of(kind: WeightType) -> Option<Format> {
-    match kind {
-        WeightType::F32 => Some(Format::F32),
-        WeightType::F16 => Some(Format::F16),
-        WeightType::BF16 => Some(Format::Bf16),
-        _ => None,
-    }
-}
-
-/// A product of llama.cpp's on CUDA.
-struct GgmlProduct<'w> {
-    weight: Weight<'w>,
-    bias: Option<Vec<f32>>,
-    /// Where the weight is in no blocks: its format, its values, and how cuBLAS holds them.
-    float: Option<(Format, Tensor, Operands)>,
-}
-
-impl<'w> GgmlProduct<'w> {
-    fn of(
-        arm: &EngineArm,
-        weight: Weight<'w>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<GgmlProduct<'w>, ComputeError> {
-        let bias = arm.held_bias(bias)?;
-        let float = match float_of(weight.kind()) {
-            Some(format) => {
-                let w = Tensor::new(weight.width(), weight.to_vec()?);
-                let operands = Operands::ggml(arm, format, &w, bias.clone());
-                Some((format, w, operands))
+    /// Offers what the calls of an op came to, the prompt's first: their rows below one another.
+    fn offer_calls(&mut self, calls: Vec<Made>) {
+        let (mut names, mut also, mut products, mut data) = (vec![], vec![], vec![], vec![]);
+        for (call, made) in calls.into_iter().enumerate() {
+            let prefix = if call == 0 { "" } else { "decoded " };
+            if call == 0 || names.first() != Some(&made.kernel) {
+                names.push(format!("{prefix}{}", made.kernel));
             }
-            None => None,
-        };
-        Ok(GgmlProduct { weight, bias, float })
-    }
-
-    fn shape(&self, x: &Tensor) -> [usize; 3] {
-        [x.rows(), self.weight.rows(), x.width()]
-    }
-
-    fn kernel(&self, x: &Tensor) -> Option<ggml::Kernel> {
-        let (format, ..) = self.float.as_ref()?;
-        Some(ggml::kernel(*format, ggml::Part::Weight, self.shape(x)))
-    }
-
-    /// What cuBLAS multiplies, where it does.
-    fn by_blas(&self, x: &Tensor) -> Option<&Operands> {
-        let (_, _, operands) = self.float.as_ref()?;
-        (self.kernel(x) == Some(ggml::Kernel::Blas)).then_some(operands)
-    }
-
-    fn name(&self, x: &Tensor) -> &'static str {
-        match self.kernel(x) {
-            Some(ggml::Kernel::Vectors) => "ggml mul_mat_vec_f",
-            Some(ggml::Kernel::Warps) => "ggml mul_mat_f",
-            Some(ggml::Kernel::Blas) => CUBLAS,
-            None if x.rows() <= ggml_blocks::VECTOR_ROWS => "ggml MMVQ",
-            None => "ggml MMQ",
+            also.extend(made.also.iter().map(|other| format!("{prefix}{other}")));
+            products.extend(made.product);
+            data.extend(made.tensor.into_data());
         }
-    }
-
-    fn apply(&self, x: &Tensor, order: Order) -> Result<Tensor, ComputeError> {
-        let (weight, kind) = (self.weight, self.weight.kind());
-        if let Some(operands) = self.by_blas(x) {
-            return operands.product(&codes(operands.format, x), order);
+        names.dedup();
+        products.dedup();
+        let name = names.join(", ");
+        self.offer(&name, Tensor::new(self.observed.width().max(1), data));
+        if let Some(best) = self.best.as_mut().filter(|best| best.kernel == name) {
+            best.products = products;
+            best.also.extend(some_names(also));
         }
-        let y = match &self.float {
-            Some((format, w, _)) => ggml::product(x, w, *format, ggml::Part::Weight)?,
-            None if ggml_blocks::is_known(kind) && x.width() == weight.width() => {
-                ggml_blocks::product(x, kind, weight.bytes(), weight.rows(), PROCESSORS)
-            }
-            None => {
-                return Err(ComputeError::Recipe(format!(
-                    "llama.cpp's product on CUDA of `{}`, {kind} of width {}, with an activation \
-                     of width {} is not known",
-                    weight.name(),
-                    weight.width(),
-                    x.width()
-                )));
-            }
-        };
-        Ok(with_bias(y, self.bias.as_deref()))
-    }
-}
-
-/// The sums and a bias in f32.
-fn with_bias(mut y: Tensor, bias: Option<&[f32]>) -> Tensor {
-    if let Some(bias) = bias {
-        y.add_to_rows(bias);
-    }
-    y
-}
-
-/// What a product's activation meets, as the engine holds it.
-struct Operands {
-    unit: Unit,
-    format: Format,
-    w: Codes,
-    bias: Option<Vec<f32>>,
-    /// Whether llama.cpp calls cuBLAS.
-    by_ggml: bool,
-}
-
-impl Operands {
-    fn of(
-        arm: &EngineArm,
-        weight: Weight<'_>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<Operands, ComputeError> {
-        let format = arm.format;
-        let w = Tensor::new(weight.width(), weight.to_vec()?);
-        let (w, bias) = (codes(format, &w), arm.held_bias(bias)?);
-        Ok(Operands { unit: arm.unit, format, w, bias, by_ggml: false })
-    }
-
-    /// Those that llama.cpp gives to cuBLAS.
-    fn ggml(arm: &EngineArm, format: Format, w: &Tensor, bias: Option<Vec<f32>>) -> Operands {
-        let format = ggml::blas_format(format);
-        Operands { unit: arm.unit, format, w: codes(format, w), bias, by_ggml: true }
-    }
-
-    fn product(&self, x: &Codes, order: Order) -> Result<Tensor, ComputeError> {
-        if self.by_ggml {
-            let y = ggml::by_blas(x, &self.w, ggml::Part::Weight, order)?;
-            return Ok(with_bias(y, self.bias.as_deref()));
-        }
-        let linear = Linear::new(&self.unit, x.width(), self.format).in_order(order);
-        Ok(linear.apply(x, &self.w, self.bias.as_deref())?)
-    }
-
-    /// The order whose sums are nearest to the engine's, what it gives, and, where that is not
-    /// one chain, the other orders that fit as well.
-    fn order_of(
-        &self,
-        x: &Codes,
-        observed: &Tensor,
-        listed: Order,
-    ) -> Result<(Order, Tensor, Vec<Order>), ComputeError> {
-        let chain = self.product(x, Order::CHAIN)?;
-        let mut least = differing(&chain, observed);
-        let mut best = (Order::CHAIN, chain);
-        let mut also = Vec::new();
-        if least > 0 {
-            let mut fitting = self.orders_that_fit(x, observed, &best.1)?;
-            if listed != Order::CHAIN {
-                fitting.retain(|order| *order != listed);
-                fitting.insert(0, listed);
-            }
-            for (tried, order) in fitting.into_iter().enumerate() {
-                if !is_tried(tried, least == 0, observed.data().len() * x.width()) {
-                    break;
-                }
-                let y = self.product(x, order)?;
-                let mismatches = differing(&y, observed);
-                if mismatches < least {
-                    (least, best) = (mismatches, (order, y));
-                } else if mismatches == 0 {
-                    also.push(order);
-                }
-            }
-        }
-        Ok((best.0, best.1, also))
-    }
-
-    /// The orders whose sums are the engine's on a sample: rows and columns in which those of
-    /// one chain are not.
-    fn orders_that_fit(
-        &self,
-        x: &Codes,
-        observed: &Tensor,
-        chain: &Tensor,
-    ) -> Result<Vec<Order>, ComputeError> {
-        if (observed.rows(), observed.width()) != (x.rows(), self.w.rows()) {
-            return Ok(Vec::new());
-        }
-        let differs = |row: &usize| !same_row(chain.row(*row), observed.row(*row));
-        let rows: Vec<usize> = (0..observed.rows()).filter(differs).take(SAMPLE.0).collect();
-        let mut columns = BTreeSet::new();
-        for &row in &rows {
-            let pairs = chain.row(row).iter().zip(observed.row(row)).enumerate();
-            let differing = pairs.filter(|(_, (a, b))| a.to_bits() != b.to_bits());
-            columns.extend(differing.map(|(column, _)| column).take(SAMPLE.1 / SAMPLE.0));
-        }
-        let columns: Vec<usize> = columns.into_iter().collect();
-        let sample = Operands {
-            unit: self.unit,
-            format: self.format,
-            by_ggml: self.by_ggml,
-            w: self.w.select_rows(&columns),
-            bias: self.bias.as_ref().map(|bias| columns.iter().map(|&c| bias[c]).collect()),
-        };
-        let asked = x.select_rows(&rows);
-        let values = rows.iter().flat_map(|&row| columns.iter().map(move |&c| (row, c)));
-        let values = values.map(|(row, column)| observed.row(row)[column]);
-        let expected = Tensor::new(columns.len().max(1), values.collect());
-        let mut fitting = Vec::new();
-        let rest = residue_tile(self.format, x.width()).filter(|_| !self.by_ggml);
-        let widest = 128 / self.format.bytes() as u32;
-        for order in Order::family(self.w.rows(), x.width(), rest, widest) {
-            if differing(&sample.product(&asked, order)?, &expected) == 0 {
-                fitting.push(order);
-            }
-        }
-        Ok(fitting)
     }
 }

@@ -4,6 +4,8 @@ pub mod arm;
 pub mod chip;
 pub mod dequant;
 pub mod engine;
+mod ggml_product;
+mod orders;
 pub mod kernels;
 pub mod schedule;
 pub mod quantize;

@@ -40,6 +40,7 @@ use rayon::prelude::*;
 use super::attention::{Heads, head_of, transposed};
 use super::cuda_math;
 use super::linear::codes;
+use super::row_sum;
 use super::sfu;
 use crate::compute::emulated::chain::{Chain, Stretch};
 use crate::compute::emulated::chip::Unit;
@@ -354,7 +355,8 @@ impl Tile<'_> {
             .collect();
         let largest = logarithms.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let largest = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
-        let sum = butterfly(logarithms.iter().map(|x| cuda_math::exp(x - largest)).collect());
+        let shares: Vec<f32> = logarithms.iter().map(|x| cuda_math::exp(x - largest)).collect();
+        let sum = row_sum::tree(&shares);
         let logarithm =
             if sum == 0.0 || sum.is_nan() { f32::INFINITY } else { cuda_math::log(sum) + largest };
         for (part, &own) in logarithms.iter().enumerate() {
@@ -365,17 +367,4 @@ impl Tile<'_> {
         }
         output.iter_mut().for_each(|output| *output = self.format.round(*output));
     }
-}
-
-/// The sum of parts as threads add it by shuffles across: halves meet first.
-fn butterfly(mut values: Vec<f32>) -> f32 {
-    values.resize(values.len().next_power_of_two(), 0.0);
-    while values.len() > 1 {
-        let half = values.len() / 2;
-        for index in 0..half {
-            values[index] += values[index + half];
-        }
-        values.truncate(half);
-    }
-    values.first().copied().unwrap_or(0.0)
 }

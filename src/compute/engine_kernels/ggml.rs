@@ -26,7 +26,8 @@ use std::cmp::Ordering;
 use rayon::prelude::*;
 
 use super::attention::{Heads, head_of, transposed};
-use super::linear::codes;
+use super::linear::{by_lanes, codes};
+use super::row_sum::warps;
 use super::sfu;
 use crate::compute::emulated::chip::{Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
@@ -40,29 +41,6 @@ use crate::tensor::Tensor;
 
 const WARP: usize = 32;
 
-/// Lanes are added by butterflies, the distant ones first.
-fn butterfly(lanes: &mut [f32; WARP]) -> f32 {
-    let mut distance = WARP / 2;
-    while distance > 0 {
-        for lane in 0..distance {
-            lanes[lane] += lanes[lane + distance];
-        }
-        distance /= 2;
-    }
-    lanes[0]
-}
-
-/// The sum over the threads of a block: each warp's, then the warps'.
-fn block_sum(threads: &[f32]) -> f32 {
-    let mut warps = [0.0; WARP];
-    for (warp, lanes) in warps.iter_mut().zip(threads.chunks(WARP)) {
-        let mut own = [0.0; WARP];
-        own[..lanes.len()].copy_from_slice(lanes);
-        *warp = butterfly(&mut own);
-    }
-    if threads.len() > WARP { butterfly(&mut warps) } else { warps[0] }
-}
-
 /// RMSNorm of each row with its gain.
 pub fn rms_norm(x: &Tensor, gain: &[f32], eps: f32) -> Tensor {
     let width = gain.len().max(1);
@@ -74,7 +52,7 @@ pub fn rms_norm(x: &Tensor, gain: &[f32], eps: f32) -> Tensor {
             sums.iter_mut().zip(part).for_each(|(sum, x)| *sum = x.mul_add(*x, *sum));
         }
         let inverse = sfu::rcp_ftz(width as f32);
-        let scale = sfu::rsqrt_ftz(block_sum(&sums).mul_add(inverse, eps));
+        let scale = sfu::rsqrt_ftz(warps(&sums).mul_add(inverse, eps));
         row.iter_mut().zip(gain).for_each(|(x, gain)| *x = scale * *x * gain);
     });
     y
@@ -147,7 +125,7 @@ pub fn softmax(row: &mut [f32], scale: f32, seen: usize) {
             *sum += *x;
         }
     }
-    let inverse = sfu::rcp_ftz(block_sum(&sums));
+    let inverse = sfu::rcp_ftz(warps(&sums));
     shown.iter_mut().for_each(|x| *x *= inverse);
 }
 
@@ -156,8 +134,11 @@ pub fn softmax(row: &mut [f32], scale: f32, seen: usize) {
 pub enum Part {
     /// An activation and a weight.
     Weight,
-    /// Queries and keys, whose sums are asked for in f32.
-    Scores,
+    /// Queries and keys of so many heads of keys, whose sums are asked for in f32.
+    Scores {
+        /// Heads of keys.
+        key_heads: usize,
+    },
     /// Attention's weights and values.
     Values,
 }
@@ -176,12 +157,19 @@ pub enum Kernel {
 /// The kernel that multiplies `rows` rows of `inner` values by `outputs` rows of that format.
 pub fn kernel(format: Format, part: Part, [rows, outputs, inner]: [usize; 3]) -> Kernel {
     let few = if format == Format::F32 { 3 } else { 1 };
-    let thin = outputs <= 512 || part == Part::Weight || format == Format::F32;
+    // A weight, and the keys of a single head, are one matrix.
+    let one = matches!(part, Part::Weight | Part::Scores { key_heads: 1 });
+    let thin = outputs <= 512 || one || format == Format::F32;
     if rows <= few && inner.is_multiple_of(2) && thin {
         return Kernel::Vectors;
     }
     let whole = inner.is_multiple_of(WARP * words(format)) && outputs.is_multiple_of(WARP);
     if rows <= 16 && whole { Kernel::Warps } else { Kernel::Blas }
+}
+
+/// Whether sums are kept in f16.
+fn in_half(format: Format, part: Part) -> bool {
+    format == Format::F16 && !matches!(part, Part::Scores { .. })
 }
 
 /// Values in 32 bits.
@@ -196,12 +184,9 @@ fn words(format: Format) -> usize {
 /// If shapes do not fit.
 pub fn product(x: &Tensor, w: &Tensor, format: Format, part: Part) -> Result<Tensor, GemmError> {
     match kernel(format, part, [x.rows(), w.rows(), x.width()]) {
-        Kernel::Vectors => Ok(by_vectors(x, w, format == Format::F16 && part != Part::Scores)),
+        Kernel::Vectors => Ok(by_vectors(x, w, in_half(format, part))),
         Kernel::Warps => by_warps(x, w, format),
-        Kernel::Blas => {
-            let held = blas_format(format);
-            by_blas(&codes(held, x), &codes(held, w), part, Order::CHAIN)
-        }
+        Kernel::Blas => by_blas(x, w, format, part, Order::CHAIN),
     }
 }
 
@@ -211,30 +196,42 @@ pub fn blas_format(format: Format) -> Format {
 }
 
 /// The product as cuBLAS makes it, in f32 or, of f16 that is no score, in f16; of bf16 weights
-/// the result is rounded to bf16.
+/// the result is rounded to bf16. The values of `w` are exactly those of `format`.
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn by_blas(x: &Codes, w: &Codes, part: Part, order: Order) -> Result<Tensor, GemmError> {
-    let format = x.format();
-    if x.width() != w.width() {
-        // Refused in words where it is multiplied.
-        return chain(format, x, w);
-    }
-    let in_half = format == Format::F16 && part != Part::Scores;
-    let tile = order.tile * format.bytes() as u32;
-    let cut = Schedule { split_k: order.parts, split_tile_bytes: tile, ..Schedule::FAST };
-    let mut y = Tensor::zeros(x.rows(), w.rows());
-    for step in cut.steps(x.width(), format) {
-        let inner = step.inner;
-        let columns = |codes: &Codes| codes.some_columns(inner.clone());
-        let (x, w) = (columns(x), columns(w));
-        let sums = if in_half { in_halves(&x, &w) } else { chain(format, &x, &w)? };
-        for (y, sum) in y.data_mut().iter_mut().zip(sums.data()) {
-            let sum = if order.rounded { format.round(*sum) } else { *sum };
-            *y = if in_half { Format::F16.round(*y + sum) } else { *y + sum };
+pub fn by_blas(
+    x: &Tensor,
+    w: &Tensor,
+    format: Format,
+    part: Part,
+    order: Order,
+) -> Result<Tensor, GemmError> {
+    let in_half = in_half(format, part);
+    let held = blas_format(format);
+    let mut y = if order.is_by_lanes() && !in_half {
+        // No tensor core: f32 stays whole.
+        by_lanes(&codes(format, x), &codes(format, w))?
+    } else {
+        let (x, w) = (codes(held, x), codes(held, w));
+        if x.width() != w.width() {
+            // Refused in words where it is multiplied.
+            return chain(held, &x, &w);
         }
-    }
+        let tile = order.tile * held.bytes() as u32;
+        let cut = Schedule { split_k: order.parts, split_tile_bytes: tile, ..Schedule::FAST };
+        let mut y = Tensor::zeros(x.rows(), w.rows());
+        for step in cut.steps(x.width(), held) {
+            let columns = |codes: &Codes| codes.some_columns(step.inner.clone());
+            let (x, w) = (columns(&x), columns(&w));
+            let sums = if in_half { in_halves(&x, &w) } else { chain(held, &x, &w)? };
+            for (y, sum) in y.data_mut().iter_mut().zip(sums.data()) {
+                let sum = if order.rounded { held.round(*sum) } else { *sum };
+                *y = if in_half { Format::F16.round(*y + sum) } else { *y + sum };
+            }
+        }
+        y
+    };
     if format == Format::Bf16 && part == Part::Weight {
         y.data_mut().iter_mut().for_each(|y| *y = format.round(*y));
     }
@@ -275,7 +272,7 @@ fn by_vectors(x: &Tensor, w: &Tensor, in_half: bool) -> Tensor {
             }
         }
         let sums: Vec<f32> = sums.iter().map(|sum| sum[0] + sum[1]).collect();
-        block_sum(&sums)
+        warps(&sums)
     };
     let data: Vec<f32> = (0..x.rows())
         .flat_map(|row| (0..w.rows()).map(move |output| (row, output)))
@@ -441,7 +438,8 @@ pub fn attention(
         .into_par_iter()
         .map(|head| {
             let kv = heads.kv_head(head);
-            let mut p = product(&head_of(q, head, width), &held(k, kv), cache, Part::Scores)?;
+            let scores = Part::Scores { key_heads: heads.kv_heads };
+            let mut p = product(&head_of(q, head, width), &held(k, kv), cache, scores)?;
             for row in 0..p.rows() {
                 softmax(p.row_mut(row), heads.scale, heads.seen(row, q.rows(), k.rows()));
             }

@@ -20,6 +20,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use super::row_sum::tree;
 use super::sfu;
 use crate::model::WeightType;
 use crate::tensor::Tensor;
@@ -171,18 +172,6 @@ struct Rounded {
     sums: Vec<f32>,
 }
 
-/// `warp_reduce_sum`: lanes are added by butterflies, the distant ones first.
-fn butterfly<const LANES: usize>(mut lanes: [f32; LANES]) -> f32 {
-    let mut distance = LANES / 2;
-    while distance > 0 {
-        for lane in 0..distance {
-            lanes[lane] += lanes[lane + distance];
-        }
-        distance /= 2;
-    }
-    lanes[0]
-}
-
 /// Halves away from zero.
 fn to_code(x: f32) -> i8 {
     x.round() as i8
@@ -199,10 +188,8 @@ fn round_for_vectors(row: &[f32]) -> Rounded {
         rounded
             .codes
             .extend(block.iter().map(|x| if most == 0.0 { 0 } else { to_code(x * inverse) }));
-        let mut lanes = [0.0; BLOCK];
-        lanes[..block.len()].copy_from_slice(block);
         rounded.scales.push(to_half(scale));
-        rounded.sums.push(to_half(butterfly(lanes)));
+        rounded.sums.push(to_half(tree(block)));
     }
     rounded
 }
@@ -249,12 +236,7 @@ fn round_for_tiles(row: &[f32], layout: Layout) -> Rounded {
             for (lane, four) in lanes.iter_mut().zip(block.chunks(4)) {
                 *lane = four.iter().copied().reduce(|a, b| a + b).unwrap_or(0.0);
             }
-            let sum = if per_sum == 32 {
-                butterfly(lanes)
-            } else {
-                butterfly([lanes[0], lanes[1], lanes[2], lanes[3]])
-            };
-            rounded.sums.push(to_half(sum));
+            rounded.sums.push(to_half(tree(&lanes[..per_sum / 4])));
         }
     }
     rounded
@@ -380,7 +362,7 @@ fn vector_sum(kind: WeightType, row: &[Block], x: &Rounded, warps: usize) -> f32
             *total += threads[32 * warp + lane];
         }
     }
-    butterfly(lanes)
+    tree(&lanes)
 }
 
 /// Adds blocks `[from, to)` of 32 of a row to one chain, as a tile of MMQ does.

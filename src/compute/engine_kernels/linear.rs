@@ -18,11 +18,16 @@
 //! 44 shapes on an H100 all without split-K fit; those with it fit the number of
 //! parts that `identify` finds. Of 499 small transformers passes on an H100 and an H200 (PyTorch
 //! 2.11) the products that one chain did not meet were looked at, up to four of each kind: the
-//! orders of [`Order::family`] give every bit of 14 of them, and of four logits of 1 and 9 tokens in
+//! orders of [`Order::family`] give every bit of 15 of them, and of three logits of 1 token in
 //! f16 they do not. 1001 outputs were added 8 products at a time, in up to 14 parts; 500 outputs
 //! of 8 to 34 tokens in 4 to 8 rounded parts. Parts of 136 elements, of K dealt in tiles of 8, begin
-//! with their rest: 0 of 69,500 values differ on an H200, and 1 with the rest last.
+//! with their rest: 0 of 69,500 values differ on an H200, and 1 with the rest last. 16 lanes without a
+//! tensor core give every bit of 5,500 logits of llama.cpp in f32 (11 rows, 500 outputs, K of 448) and
+//! of 9,009 of transformers in f16 (9 rows, 1001 outputs, K of 384), which a tensor core's orders do not.
 
+use rayon::prelude::*;
+
+use super::attention::transposed;
 use crate::compute::emulated::chip::{TensorCore, Unit};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
 use crate::compute::emulated::quantize::{Codes, quantize_row};
@@ -43,6 +48,8 @@ pub struct Linear {
     pub residue_tile: Option<usize>,
     /// Whether the sum of each part of K is rounded to the result's format.
     pub rounded_parts: bool,
+    /// Whether no tensor core multiplies: see [`by_lanes`].
+    pub lanes: bool,
     /// The format of the result.
     pub output: Format,
 }
@@ -70,6 +77,7 @@ impl Linear {
             schedule: Schedule::FAST,
             residue_tile: residue_tile(output, inner),
             rounded_parts: false,
+            lanes: false,
             output,
         }
     }
@@ -80,7 +88,10 @@ impl Linear {
             Unit::TensorCore(core) => {
                 // An instruction of half the products: on chips whose blocks are smaller they
                 // are what is added at once anyway.
-                let products = core.products.min(order.instruction as usize);
+                let products = match order.instruction as usize {
+                    1 => core.products,
+                    products => core.products.min(products),
+                };
                 Unit::TensorCore(TensorCore { products, ..core })
             }
             unit => unit,
@@ -89,7 +100,8 @@ impl Linear {
         let schedule = Schedule { split_k: order.parts, split_tile_bytes, ..self.schedule };
         let rest = order.rest.map(|tile| tile as usize);
         let residue_tile = self.residue_tile.map(|tile| rest.unwrap_or(tile));
-        Linear { unit, schedule, residue_tile, rounded_parts: order.rounded, ..self }
+        let (rounded_parts, lanes) = (order.rounded, order.is_by_lanes());
+        Linear { unit, schedule, residue_tile, rounded_parts, lanes, ..self }
     }
 
     /// `x[N, K] w[M, K]^T + bias[M]`.
@@ -104,6 +116,9 @@ impl Linear {
 
     /// The sums along K, in f32.
     fn sums(&self, x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
+        if self.lanes {
+            return by_lanes(x, w);
+        }
         let multiply = |schedule: &Schedule, x: &Codes, w: &Codes| {
             let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
             gemm(&self.unit, schedule, &operand(x), &operand(w), Format::F32)
@@ -137,6 +152,43 @@ impl Linear {
         }
         Ok(sums)
     }
+}
+
+/// A kernel of cuBLAS for few rows without a tensor core: `x[N, K] w[M, K]^T` in f32. Each of 16
+/// lanes adds every sixteenth product with one rounding each, 256 elements of K at a time; what a
+/// lane has of these 256 is added to what it had, and the lanes follow each other in one sum.
+///
+/// # Errors
+/// If the operands' K differ.
+pub fn by_lanes(x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
+    const LANES: usize = 16;
+    const TURN: usize = 256;
+    if x.width() != w.width() {
+        return Err(GemmError::Inner { x: x.width(), w: w.width() });
+    }
+    if x.rows() == 0 || w.rows() == 0 {
+        return Err(GemmError::Empty { n: x.rows(), m: w.rows(), k: x.width() });
+    }
+    let one = |x: &[f32], w: &[f32]| {
+        let mut lanes = [0.0f32; LANES];
+        for (x, w) in x.chunks(TURN).zip(w.chunks(TURN)) {
+            let mut turn = [0.0f32; LANES];
+            for (x, w) in x.chunks(LANES).zip(w.chunks(LANES)) {
+                for ((sum, x), w) in turn.iter_mut().zip(x).zip(w) {
+                    *sum = x.mul_add(*w, *sum);
+                }
+            }
+            lanes.iter_mut().zip(turn).for_each(|(lane, turn)| *lane += turn);
+        }
+        lanes.iter().fold(0.0, |sum, lane| sum + lane)
+    };
+    let rows: Vec<Vec<f32>> = (0..x.rows()).map(|row| x.decode_row(row)).collect();
+    let mut y = Tensor::zeros(w.rows(), x.rows());
+    y.data_mut().par_chunks_exact_mut(x.rows()).enumerate().for_each(|(output, y)| {
+        let w = w.decode_row(output);
+        y.iter_mut().zip(&rows).for_each(|(y, x)| *y = one(x, &w));
+    });
+    Ok(transposed(&y))
 }
 
 /// The epilogue of f32 sums: the bias, and one rounding.

@@ -54,10 +54,7 @@ impl RowSum {
                     let lane = &mut lanes[index % threads.max(1)];
                     values.iter().for_each(|value| *lane += value);
                 }
-                let mut warps: Vec<f32> =
-                    lanes.chunks(WARP).map(|lanes| tree(lanes.to_vec())).collect();
-                warps.resize(WARP, 0.0);
-                if lanes.len() == WARP { warps[0] } else { tree(warps) }
+                warps(&lanes)
             }
             RowSum::Cub { threads, pairs } => {
                 let mut lanes = vec![0.0f32; threads.next_multiple_of(WARP).max(WARP)];
@@ -110,16 +107,27 @@ fn torch_sum(row: &[f32], rows: usize) -> f32 {
         .map(|&[first, second, third, fourth]| first + second + third + fourth)
         .collect();
     // First the threads of each row of x, then, where there are several, those rows.
-    let mut rows: Vec<f32> = sums.chunks(x).map(|sums| tree(sums.to_vec())).collect();
-    rows.resize(rows.len().next_power_of_two(), 0.0);
-    tree(rows)
+    tree(&sums.chunks(x).map(tree).collect::<Vec<f32>>())
 }
 
-/// Halves are folded until one number is left: shared memory, then shuffles
-/// downwards.
-fn tree(mut sums: Vec<f32>) -> f32 {
+/// The sum over the threads of a block: each warp's by a [`tree`], then the warps' by one of 32.
+pub fn warps(threads: &[f32]) -> f32 {
+    let mut sums: Vec<f32> = threads.chunks(WARP).map(tree).collect();
+    sums.resize(WARP, 0.0);
+    if threads.len() > WARP { tree(&sums) } else { sums[0] }
+}
+
+/// Halves are folded until one number is left, the distant ones first: shared memory, then
+/// shuffles downwards or across. Lanes up to the next power of two hold zeros.
+pub fn tree(lanes: &[f32]) -> f32 {
+    let mut sums = lanes.to_vec();
+    sums.resize(sums.len().next_power_of_two(), 0.0);
     while sums.len() > 1 {
-        fold(&mut sums);
+        let half = sums.len() / 2;
+        for index in 0..half {
+            sums[index] += sums[index + half];
+        }
+        sums.truncate(half);
     }
     sums[0]
 }
@@ -131,12 +139,4 @@ fn neighbours(lanes: &[f32]) -> f32 {
         sums = sums.chunks(2).map(|pair| pair.iter().fold(0.0, |sum, value| sum + value)).collect();
     }
     sums[0]
-}
-
-fn fold(sums: &mut Vec<f32>) {
-    let half = sums.len() / 2;
-    for index in 0..half {
-        sums[index] += sums[index + half];
-    }
-    sums.truncate(half);
 }
