@@ -10,12 +10,14 @@ use clap::{Args, ValueEnum};
 use super::{FALSIFIED, PASS, graph_of, print};
 use crate::cache::{Stamps, Store};
 use crate::dtype::Format;
+use crate::falsify::catalogue::Bug;
 use crate::falsify::{
     Alarm, Beside, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plant, Plot, Setting, Trial, bugs,
-    chosen, clean_runs, load, sites_of, try_bug, vacuous, with_noise, with_recipe,
+    chosen, clean_runs, load, recordings, sites_of, try_bug, try_recording, vacuous, with_noise,
+    with_recipe,
 };
 use crate::graph::{Graph, select};
-use crate::manifest::Pipeline;
+use crate::manifest::{Overrides, Pipeline};
 use crate::op::{Arm, Recipe};
 use crate::plan::open_model;
 use crate::terminal::tell_line;
@@ -23,7 +25,9 @@ use crate::verdict::Verdict;
 
 #[derive(Args)]
 pub(super) struct FalsifyArgs {
-    /// The folder of stages.
+    /// The folder of stages. Where stages of it hold a recording of every site to an engine's
+    /// kernels, bugs are planted into the recording, and what stands of models, recipes, tokens,
+    /// roles and noise is theirs.
     #[arg(default_value = "stages")]
     folder: PathBuf,
     /// Models to plant into, with commas: `synthetic:<preset>`, GGUF files or folders.
@@ -110,9 +114,15 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
     let beside = Beside::new(&store, args.gpu)?;
     let mut trials = Vec::new();
     let mut silent: Option<BTreeSet<String>> = None;
+    let of_recordings = match args.models.is_empty() && !args.clean_only {
+        true => into_recordings(args, &wanted, &beside, &store)?,
+        false => None,
+    };
+    let planted_already = of_recordings.is_some();
+    trials.extend(of_recordings.into_iter().flatten());
     let tiny = ["synthetic:qwen2-tiny", "synthetic:llama-tiny"].map(str::to_owned);
     let models = if args.models.is_empty() { tiny.as_slice() } else { args.models.as_slice() };
-    for model in models.iter().filter(|_| !args.clean_only) {
+    for model in models.iter().filter(|_| !args.clean_only && !planted_already) {
         let whole = load(&args.folder, model, Some(args.tokens.clone()))?;
         let mut of_model = Vec::new();
         for &noise in &args.noise {
@@ -184,12 +194,72 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
     let whole_catalogue = args.bugs.is_none()
         && args.every.get() == 1
         && args.select.is_none()
+        && !planted_already
         && args.noise.contains(&Noise::None);
     let silent: Vec<String> =
         silent.unwrap_or_default().into_iter().filter(|_| whole_catalogue).collect();
     let (text, good) = report(&trials, &tally, args.clean, &silent);
     print(&text)?;
     Ok(if good { PASS } else { FALSIFIED })
+}
+
+/// Plants into the recordings that the folder's stages hold to an engine's kernels; nothing where
+/// they hold none.
+fn into_recordings(
+    args: &FalsifyArgs,
+    wanted: &[&'static Bug],
+    beside: &Beside,
+    store: &Store,
+) -> Result<Option<Vec<Trial>>, String> {
+    let whole = crate::manifest::load(&args.folder, &Overrides::default())
+        .map_err(|problems| problems.render(false))?;
+    let groups = recordings(&whole);
+    if groups.is_empty() {
+        return Ok(None);
+    }
+    let folder = tempfile::tempdir().map_err(|error| format!("cannot make a folder: {error}"))?;
+    let mut trials = Vec::new();
+    for (name, pipeline) in &groups {
+        let graph = graph_of(pipeline)?;
+        let stages: BTreeSet<_> = match &args.select {
+            None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
+            // Those of other recordings are no stages of this group.
+            Some(text) => {
+                let all = select(&graph_of(&whole)?, &whole.stages, text);
+                let all: BTreeSet<_> = all.map_err(|error| error.to_string())?;
+                let own = pipeline.stages.iter().map(|stage| stage.id.clone());
+                own.filter(|id| all.contains(id)).collect()
+            }
+        };
+        let Some(base) = pipeline.stages.iter().find(|stage| stages.contains(&stage.id)) else {
+            continue;
+        };
+        let open = open_model(&base.model, base.seed, store, &beside.stamps)?;
+        for (number, bug) in wanted.iter().enumerate() {
+            // Repeats and batches of an engine are not at hand.
+            let of_passes = bug.plant == Plant::Flicker || bug.in_batch;
+            if of_passes || bug.fp8 && !base.recipe.gemm.is_fp8() {
+                continue;
+            }
+            let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
+            let sites = sites_of(bug, &open.model);
+            let site = sites[chosen(seed, sites.len())].clone();
+            let (role, noise) = (Arm::Recorded, Noise::None);
+            let setting = Setting {
+                name: format!("{name}, recorded"),
+                pipeline,
+                graph: &graph,
+                stages: &stages,
+                store,
+                beside,
+            };
+            let plot = Plot { bug, site, seed, role, noise };
+            let trial = try_recording(&setting, plot, folder.path())?;
+            tell_line(&line_of(&trial));
+            trials.push(trial);
+        }
+    }
+    Ok(Some(trials))
 }
 
 fn short(model: &str) -> &str {
@@ -302,7 +372,11 @@ fn report(trials: &[Trial], tally: &CleanTally, clean: u64, silent: &[String]) -
     let above = group(Arm::Emulated, true);
     let with_device = [group(Arm::Device, true), group(Arm::Device, false)];
     let of_passes = Score::of(real.iter().copied().filter(|trial| trial.of_passes));
-    if trials.iter().any(|trial| trial.noise == Noise::None) {
+    let recorded = [group(Arm::Recorded, true), group(Arm::Recorded, false)];
+    if trials.iter().any(|trial| trial.role == Arm::Recorded) {
+        text += &recorded[0].row("into a recording, above the floor", true);
+        text += &recorded[1].row("into a recording, below the floor", true);
+    } else if trials.iter().any(|trial| trial.noise == Noise::None) {
         text += &above.row("without a device, above the floor", true);
         text += &group(Arm::Emulated, false).row("without a device, below the floor", true);
         text += &with_device[0].row("with a device, above the floor", true);
@@ -349,6 +423,7 @@ fn report(trials: &[Trial], tally: &CleanTally, clean: u64, silent: &[String]) -
     let told = of_passes.detected == of_passes.trials;
     let good = whole(&above)
         && with_device.iter().all(whole)
+        && whole(&recorded[0])
         && with_noise.iter().all(whole)
         && told
         && false_alarms == 0;
@@ -383,7 +458,8 @@ fn confusion(trials: &[&Trial]) -> String {
 fn misses(trials: &[&Trial]) -> String {
     let mut text = String::new();
     for trial in trials {
-        let must = trial.above_floor() || (trial.role == Arm::Device && trial.noise == Noise::None);
+        let bit_by_bit = trial.role == Arm::Device;
+        let must = trial.above_floor() || (bit_by_bit && trial.noise == Noise::None);
         let problem = if !must {
             continue;
         } else if !trial.detected {

@@ -108,6 +108,22 @@ pub const CATALOGUE: &[Bug] = &[
         Plant::PerToken,
     )
     .fp8(),
+    bug(
+        "weight scale rounded up to a power of two, codes kept",
+        &["scale-power-of-two", "scale-wrong"],
+        GEMMS,
+        Plant::WPowerOfTwo,
+    )
+    .fp8()
+    .public(),
+    bug(
+        "activation scale rounded up to a power of two, codes kept",
+        &["scale-power-of-two", "scale-wrong"],
+        GEMMS,
+        Plant::XPowerOfTwo,
+    )
+    .fp8()
+    .public(),
     bug("one column times 1.2", &["column-scale"], GEMMS, Plant::Column(1.2)),
     bug("one row times 0.5", &["row-scale"], GEMMS, Plant::Row(0.5)),
     // Conversions.
@@ -323,8 +339,29 @@ pub const CATALOGUE: &[Bug] = &[
         Plant::RopeFirst,
     ),
     bug("RoPE left out", &["rope-missing", "stale-output"], ROPES, Plant::RopeMissing),
+    bug(
+        "RoPE positions, frequencies and angles in bf16",
+        &["rope-precision"],
+        ROPES,
+        Plant::RopeAngles(Format::Bf16),
+    )
+    .public(),
     bug("RoPE factors ignored", &["rope-factors"], ROPES, Plant::RopeFactorsIgnored),
     // Attention.
+    bug(
+        "keys and values through e4m3 at a scale of 1",
+        &["kv-cache-format"],
+        &["attn"],
+        Plant::CacheKept(Format::E4m3, true),
+    )
+    .public(),
+    bug(
+        "keys and values through e5m2 at a scale for each tensor",
+        &["kv-cache-format"],
+        &["attn"],
+        Plant::CacheKept(Format::E5m2, false),
+    )
+    .public(),
     bug("softmax scale not applied", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(0)),
     bug("softmax scale applied twice", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(1)),
     bug("softmax with base 2", &["softmax-scale"], &["attn"], Plant::SoftmaxScale(2)),

@@ -10,6 +10,7 @@ pub mod catalogue;
 mod clean;
 mod noise;
 mod plant;
+mod recording;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -42,6 +43,7 @@ pub use clean::{CleanRuns, CleanTally, MODELS as CLEAN_MODELS, clean_runs};
 pub use noise::Noise;
 pub use plant::Plant;
 use plant::{Ground, planted};
+pub use recording::{recordings, try_recording};
 
 /// What is planted where.
 pub struct Plot {
@@ -243,46 +245,52 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
     let model = plan.stages.iter().find_map(|prepared| prepared.model.clone());
     let model = model.ok_or("no selected stage has a model")?;
     let rows = plan.stages.iter().map(|prepared| prepared.tokens.len()).max().unwrap_or(0);
-    let (bug, site, role, noise) = (plot.bug, plot.site.clone(), plot.role, plot.noise);
     let clean = Clean { gpu: setting.beside.gpu };
     let effect = Mutex::default();
     let workshop = Planted(Arc::new(Secret { plot, model, rows, clean, effect }));
     let stages = run_quietly(setting, &plan, &workshop);
-    let effect = workshop.effect();
     for stage in &stages {
         // Nobody asks for a planted result again.
-        let object = stage.arms.get(&role).and_then(|record| record.object.as_ref());
+        let planted = stage.arms.get(&workshop.plot().role);
+        let object = planted.and_then(|record| record.object.as_ref());
         if let Some(object) = object {
             let _ = std::fs::remove_file(setting.store.object_path(object));
         }
     }
+    Ok(trial_of(setting, workshop.plot(), workshop.effect(), &stages))
+}
+
+/// What stages said to what was planted.
+fn trial_of(setting: &Setting<'_>, plot: &Plot, effect: Effect, stages: &[StageRecord]) -> Trial {
+    let Plot { bug, site, role, noise, .. } = plot;
+    let fallen = |stage: &StageRecord| stage.verdict == Verdict::Structural;
     let mut trial = Trial {
         bug: bug.name.to_owned(),
         expected: bug.causes.iter().map(|&cause| cause.to_owned()).collect(),
         setting: setting.name.clone(),
-        role,
-        noise,
-        site,
-        of_passes: role == Arm::Reference || bug.in_batch,
+        role: *role,
+        noise: *noise,
+        site: site.clone(),
+        of_passes: *role == Arm::Reference || bug.in_batch,
         effect,
-        detected: stages.iter().any(|stage| stage.verdict == Verdict::Structural),
+        detected: stages.iter().any(fallen),
         found: Vec::new(),
         named: None,
         sentence: String::new(),
         why: String::new(),
-        fired: fired(&stages),
+        fired: fired(stages),
         error: stages
             .iter()
             .find(|stage| stage.verdict == Verdict::Error)
             .map(|stage| format!("stage {}: {}", stage.id, stage.why)),
     };
-    if let Some(diagnosis) = note_places(&stages, &mut trial) {
+    if let Some(diagnosis) = note_places(stages, &mut trial) {
         trial.named = diagnosis.cause().map(|fit| fit.cause.clone());
         trial.sentence = diagnosis.sentence();
         let stage = stages.iter().find(|stage| stage.diagnoses.contains(diagnosis));
         trial.why = stage.map(|stage| format!("{}: {}", stage.id, stage.why)).unwrap_or_default();
     }
-    Ok(trial)
+    trial
 }
 
 /// The places that the stages name, and the diagnosis that says most.
@@ -440,6 +448,10 @@ struct Secret {
 }
 
 impl Planted {
+    fn plot(&self) -> &Plot {
+        &self.0.plot
+    }
+
     fn effect(&self) -> Effect {
         *self.0.effect.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -490,7 +502,10 @@ impl Workshop for Planted {
                     made: &made,
                     inputs: &inputs,
                 };
-                planted(secret.plot.bug.plant, site, call, &clean, &ground)?
+                let spoilt = planted(secret.plot.bug.plant, site, call, &clean, &ground)?;
+                // An engine passes on what its stream holds.
+                let held = |y| if emulated.engine().is_some() { emulated.streamed(y) } else { y };
+                spoilt.map(held)
             } else {
                 None
             };

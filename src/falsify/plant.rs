@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::chosen;
+use crate::compare::fingerprints::{cache_format, rope_angles};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::departure::{
     Converted, Edit, Steps, flushed, keep, matmul_rows, only_inner, read_as, requantised, scaled,
@@ -36,6 +37,8 @@ pub enum Plant {
     WSaturated(f32),
     PerChannel,
     PerToken,
+    WPowerOfTwo,
+    XPowerOfTwo,
     Column(f32),
     Row(f32),
     TruncateX,
@@ -95,6 +98,7 @@ pub enum Plant {
     RopeFirst,
     RopeMissing,
     RopeFactorsIgnored,
+    RopeAngles(Format),
     SoftmaxScale(u8),
     MaskMissing,
     MaskStrict,
@@ -102,6 +106,7 @@ pub enum Plant {
     HeadsModulo,
     HeadsFirst,
     KeysForValues,
+    CacheKept(Format, bool),
     GateForUp,
     Gelu,
     Relu,
@@ -222,6 +227,10 @@ struct Gemm<'a> {
     ground: &'a Ground<'a>,
 }
 
+fn to_power_of_two(scale: f32) -> f32 {
+    2f32.powf(scale.log2().ceil())
+}
+
 fn as_e5m2(operand: Converted<'_>) -> Converted<'_> {
     let other = if operand.codes.format() == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
     read_as(operand, other)
@@ -250,6 +259,11 @@ impl Gemm<'_> {
 
     /// Bugs of the conversion, the accumulation and the epilogue.
     fn by_steps(&self, plant: Plant) -> Made {
+        let engine = self.ground.arm.engine();
+        if engine.is_some_and(|engine| !engine.multiplies_plainly(self.weight.name())) {
+            // An engine that quantises takes steps of its own.
+            return Ok(None);
+        }
         let recipe = self.ground.recipe;
         let inner = self.x.width();
         let scheduled = Schedule::of(recipe);
@@ -259,6 +273,8 @@ impl Gemm<'_> {
             Plant::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
             Plant::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
             Plant::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
+            Plant::XPowerOfTwo => self.with(&|o| scaled(o, to_power_of_two), &keep),
+            Plant::WPowerOfTwo => self.with(&keep, &|o| scaled(o, to_power_of_two)),
             Plant::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
             Plant::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
             Plant::TruncateX => self.with(&truncated, &keep),
@@ -581,6 +597,10 @@ fn rotation(
             Ok(Some(Tensor::new(x.width(), data)))
         }
         Plant::RopeMissing => Ok(Some(x.clone())),
+        Plant::RopeAngles(format) => {
+            let angles = (format, true);
+            Ok(Some(ground.arm.streamed(rope_angles::turned(x, geometry, head_dim, first, angles))))
+        }
         Plant::RopeFactorsIgnored if geometry.factors.is_some() => {
             turned(&Rope { factors: None, ..geometry.clone() }, first)
         }
@@ -640,6 +660,10 @@ fn attention(
     };
     let root = (head_dim as f32).sqrt();
     match plant {
+        Plant::CacheKept(format, unscaled) => {
+            let kept = |x: &Tensor| cache_format::kept(x, format, unscaled);
+            Ok(Some(arm.attention(q, &kept(k), &kept(v), shape)?))
+        }
         Plant::SoftmaxScale(0) => scaled(root),
         Plant::SoftmaxScale(1) => scaled(1.0 / root),
         Plant::SoftmaxScale(_) => scaled(std::f32::consts::LN_2),

@@ -58,6 +58,35 @@ fn of_vllm(kind: &str) -> Project {
 }
 
 #[test]
+fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
+    let project = recorded();
+    let all = ["falsify", "stages", "--select", "sites,pass", "--json", "trials.json"];
+    // Some of each kind; CI's last step plants the whole catalogue.
+    project
+        .runner(&[&all[..], &["--every", "12"]].concat())
+        .expect(0, "into a recording, above the floor");
+    let trials: Value = serde_json::from_str(&project.read("trials.json")).expect("JSON");
+    let trials = trials.as_array().expect("trials");
+    assert!(trials.len() >= 6, "{} trials", trials.len());
+    // What moved a value without end is written as null.
+    let above = |trial: &&Value| trial["effect"]["moved"].as_f64().is_none_or(|moved| moved > 7.5);
+    let off: Vec<&Value> = trials.iter().filter(above).collect();
+    assert!(off.len() >= 5, "{} above the floor", off.len());
+    for trial in off {
+        assert_eq!(trial["role"], "recorded");
+        assert_eq!(trial["detected"], true, "{trial}");
+        assert_eq!(trial["found"], json!([trial["site"]]), "{trial}");
+    }
+    // A planted layout is one that the engine's own kernel computes.
+    let layout = ["--bugs", "RoPE in the other layout", "--json", "trials.json"];
+    project.runner(&[&all[..4], &layout[..]].concat()).expect(0, "rope-layout");
+    // Nothing of the recording was changed.
+    project
+        .runner(&["run", "stages", "--select", "sites,pass"])
+        .expect(0, "31 of 31 sites to the bit");
+}
+
+#[test]
 fn bits_that_depend_on_the_batch_are_located_and_the_change_of_schedule_is_named() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/batch-invariance");
     let mut project = project();

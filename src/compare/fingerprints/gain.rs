@@ -17,14 +17,22 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 const NEAR: f64 = 2e-3;
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
-    let bias = match case.gemm().and_then(|gemm| gemm.bias) {
-        Some(bias) => bias.to_vec()?,
-        None => vec![0.0; case.subject.width()],
+    let none = vec![0.0; case.subject.width()];
+    let Some(bias) = case.gemm().and_then(|gemm| gemm.bias) else {
+        return Ok(with_factor(case, &none, "")?.into_iter().collect());
     };
+    // Before the bias is added, or after.
+    let before = with_factor(case, &bias.to_vec()?, "")?;
+    let after = with_factor(case, &none, ", its bias included")?;
+    Ok(before.into_iter().chain(after).collect())
+}
+
+/// The fit of one factor of all outputs less a bias.
+fn with_factor(case: &Case<'_>, bias: &[f32], of: &str) -> Result<Option<Fit>, ComputeError> {
     let (mut sc, mut cc) = (0.0, 0.0);
     for row in 0..case.subject.rows() {
         let pairs = case.subject.row(row).iter().zip(case.clean.row(row));
-        for (column, ((&s, &c), &bias)) in pairs.zip(&bias).enumerate() {
+        for (column, ((&s, &c), &bias)) in pairs.zip(bias).enumerate() {
             let (s, c) = (f64::from(s) - f64::from(bias), f64::from(c) - f64::from(bias));
             if s.is_finite() && c.is_finite() && case.trains(row, column) {
                 sc += s * c;
@@ -34,18 +42,18 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     }
     let factor = sc / cc;
     if !factor.is_finite() || factor == 0.0 {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let mut data = Vec::with_capacity(case.clean.data().len());
     for row in 0..case.clean.rows() {
-        for (&c, &bias) in case.clean.row(row).iter().zip(&bias) {
+        for (&c, &bias) in case.clean.row(row).iter().zip(bias) {
             let c = f64::from(c) - f64::from(bias);
             data.push((c * factor + f64::from(bias)) as f32);
         }
     }
     let predicted = Tensor::new(case.clean.width(), data);
-    let (cause, detail) = name(case, factor)?;
-    Ok(case.fit_if_any(cause, detail, 1, &predicted).into_iter().collect())
+    let (cause, detail) = name(case, factor, of)?;
+    Ok(case.fit_if_any(cause, detail, 1, &predicted))
 }
 
 /// A factor in words: small ones as what they add.
@@ -59,9 +67,9 @@ pub(super) fn factor_of(factor: f64) -> String {
 }
 
 /// Whether the factor is one of the operands' scales.
-fn name(case: &Case<'_>, factor: f64) -> Result<(&'static str, String), ComputeError> {
+fn name(case: &Case<'_>, factor: f64, of: &str) -> Result<(&'static str, String), ComputeError> {
     let near = |value: f64| (factor / value - 1.0).abs() < NEAR;
-    let times = format!("every output is {}", factor_of(factor));
+    let times = format!("every output{of} is {}", factor_of(factor));
     let Call::Matmul { x, weight, .. } = *case.call else {
         return Ok(("scale-wrong", times));
     };
@@ -107,6 +115,20 @@ mod tests {
         {
             let steps = Steps { x: x_edit, ..Steps::of(&bench.recipe) };
             bench.expect(cause, &call, &bench.matmul(&x, weight, &steps));
+        }
+    }
+
+    #[test]
+    fn a_factor_that_stands_on_the_bias_too_is_one_factor() {
+        let bench = Bench::default();
+        let x = bench.tensor(4, 256, 1);
+        let (weight, bias) =
+            (bench.weight("blk.1.attn_q.weight"), bench.weight("blk.1.attn_q.bias"));
+        let call = Call::Matmul { x: &x, weight, bias: Some(bias) };
+        let clean = call.on(&bench.arm).expect("computed");
+        for factor in [-1.0, 0.72] {
+            let wrong = clean.data().iter().map(|y| y * factor).collect();
+            bench.expect("scale-wrong", &call, &Tensor::new(clean.width(), wrong));
         }
     }
 }

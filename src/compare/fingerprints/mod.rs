@@ -8,6 +8,7 @@
 
 mod activation_function;
 mod bias;
+pub mod cache_format;
 mod causal_mask;
 mod e5m2_read;
 mod epsilon;
@@ -16,6 +17,7 @@ mod gain;
 mod gqa_map;
 mod k_range;
 mod narrow_accumulation;
+mod narrow_operand;
 mod non_finite;
 mod null;
 mod norm_gain;
@@ -26,12 +28,15 @@ mod permuted_outputs;
 mod permuted_weight;
 mod quantised_activations;
 mod residual;
+pub mod rope_angles;
 mod rope_geometry;
 mod rounded_output;
 mod row_or_column_gain;
 mod saturated;
+mod scale_choice;
 mod scale_granularity;
 mod scale_order;
+mod scores;
 mod softmax_scale;
 mod stale_input;
 mod stale_rows;
@@ -88,15 +93,18 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 36] = [
+pub const ALL: [&Fingerprint; 41] = [
+    &narrow_operand::FINGERPRINT,
     &non_finite::FINGERPRINT,
     &other_format::FINGERPRINT,
     &wrong_row::FINGERPRINT,
     &rope_geometry::FINGERPRINT,
+    &rope_angles::FINGERPRINT,
     &causal_mask::FINGERPRINT,
     &gqa_map::FINGERPRINT,
     &swapped_operands::FINGERPRINT,
     &residual::FINGERPRINT,
+    &scores::FINGERPRINT,
     &unwritten::FINGERPRINT,
     &stale_rows::FINGERPRINT,
     &permuted_outputs::FINGERPRINT,
@@ -110,6 +118,7 @@ pub const ALL: [&Fingerprint; 36] = [
     &rounded_output::FINGERPRINT,
     &gain::FINGERPRINT,
     &scale_granularity::FINGERPRINT,
+    &scale_choice::FINGERPRINT,
     &scale_order::FINGERPRINT,
     &row_or_column_gain::FINGERPRINT,
     &k_range::FINGERPRINT,
@@ -123,6 +132,7 @@ pub const ALL: [&Fingerprint; 36] = [
     &norm_mean::FINGERPRINT,
     &epsilon::FINGERPRINT,
     &softmax_scale::FINGERPRINT,
+    &cache_format::FINGERPRINT,
     &activation_function::FINGERPRINT,
     &tile::FINGERPRINT,
 ];

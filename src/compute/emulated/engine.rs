@@ -23,6 +23,7 @@ use crate::compute::engine_kernels::ggml;
 use crate::compute::engine_kernels::linear::{finish, residue_tile};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
+use crate::compute::rope as rotary;
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
 use crate::engine::{
@@ -74,6 +75,12 @@ impl EngineArm {
     /// Whether the product with a weight of that name multiplies FP8 codes.
     pub fn quantises(&self, weight: &str) -> bool {
         self.kernels.linear_of(weight).first().is_some_and(LinearKernel::is_fp8)
+    }
+
+    /// Whether cuBLAS multiplies by the weight of that name, its values as the stream holds them.
+    pub fn multiplies_plainly(&self, weight: &str) -> bool {
+        let kernel = self.kernels.linear_of(weight).first();
+        kernel.is_none_or(|kernel| kernel == LinearKernel::Cublas)
     }
 
     /// Rows as the engine holds them.
@@ -352,12 +359,29 @@ impl EngineArm {
             let turned = (geometry.theta as f32, geometry.dimensions);
             return Ok(ggml::rope(x, geometry.layout, turned, head_dim, first_position));
         }
-        if geometry.layout != RopeLayout::Halves || !plain {
+        if !plain {
             return Err(ComputeError::Recipe(
-                "the engine's rotary kernels turn halves of a head by plain frequencies; take the \
-                 model's Hugging Face folder, or a recipe with `stream` and without `engine`"
+                "the engine's rotary kernels turn heads by plain frequencies, and the model scales \
+                 them; take a recipe with `stream` and without `engine`"
                     .to_owned(),
             ));
+        }
+        if geometry.layout != RopeLayout::Halves {
+            // Pairs of neighbours turn as the pairs of halves do.
+            let halves = Rope { layout: RopeLayout::Halves, ..geometry.clone() };
+            let places = |pair: usize| (rotary::pair(geometry, pair), rotary::pair(&halves, pair));
+            let places: Vec<_> = (0..geometry.dimensions / 2).map(places).collect();
+            let mut turned = x.clone();
+            move_pairs(x, &mut turned, head_dim, places.iter().copied());
+            let turned = self.rope_by(kernel, &turned, &halves, head_dim, first_position)?;
+            let mut y = turned.clone();
+            move_pairs(
+                &turned,
+                &mut y,
+                head_dim,
+                places.iter().map(|&(own, halves)| (halves, own)),
+            );
+            return Ok(y);
         }
         let format = self.format;
         let on_cpu = |exponent| cpu_math::pow(geometry.theta as f32, exponent);
@@ -658,6 +682,23 @@ impl EngineArm {
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
+    }
+}
+
+/// Copies the two values of each pair of each head from one place to another.
+fn move_pairs(
+    from: &Tensor,
+    to: &mut Tensor,
+    head_dim: usize,
+    places: impl Iterator<Item = ((usize, usize), (usize, usize))>,
+) {
+    for (old, new) in places {
+        for row in 0..from.rows() {
+            let heads = to.row_mut(row).chunks_exact_mut(head_dim);
+            for (to, from) in heads.zip(from.row(row).chunks_exact(head_dim)) {
+                (to[new.0], to[new.1]) = (from[old.0], from[old.1]);
+            }
+        }
     }
 }
 

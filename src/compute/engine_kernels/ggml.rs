@@ -475,7 +475,9 @@ mod tests {
 
     #[test]
     fn operands_of_other_widths_are_refused_in_words() {
-        let (x, w) = (halves(&[1.0; 32]), halves(&[1.0; 16]));
-        assert!(by_blas(&x, &w, Part::Weight, Order::CHAIN).is_err());
+        let (x, w) = (Tensor::new(32, vec![1.0; 32]), Tensor::new(16, vec![1.0; 16]));
+        for order in [Order::CHAIN, Order { instruction: 1, ..Order::CHAIN }] {
+            assert!(by_blas(&x, &w, Format::F32, Part::Weight, order).is_err());
+        }
     }
 }

@@ -1,0 +1,129 @@
+//! Attention whose scores, mask or running maximum have too narrow a range.
+
+use super::{Case, Fingerprint, Fit};
+use crate::compute::call::Call;
+use crate::compute::{AttentionShape, ComputeError};
+use crate::dtype::Format;
+use crate::tensor::Tensor;
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "attention's scores are kept in f16, or its mask is a finite number",
+    causes: &["f16-scores", "finite-mask"],
+    test,
+};
+
+/// Numbers that stood for minus infinity in public reports.
+const MASKS: [f64; 4] = [-1e4, -3e4, -5e4, -65504.0];
+
+/// Scores below are kept well by f16: a step of 2 is an eighth in heads of 256 values.
+const COARSE: f64 = 2048.0;
+
+fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
+    let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
+    let scale = 1.0 / (shape.head_dim as f64).sqrt();
+    let infinite = f64::NEG_INFINITY;
+    let half = |score: f64| f64::from(Format::F16.round(score as f32));
+    let mut fits = Vec::new();
+    let largest = largest_score(q, k, shape);
+    if largest < COARSE {
+        return Ok(fits);
+    }
+    let in_half = |seen: bool, raw: f64| if seen { half(raw) * scale } else { infinite };
+    let predicted = attended((q, k, v), shape, &in_half, infinite);
+    let detail = "scores are kept in f16 before they are scaled: infinite beyond 65504".to_owned();
+    fits.extend(case.fit_if_any("f16-scores", detail, 0, &predicted));
+    for mask in MASKS.into_iter().filter(|mask| largest * scale > -mask) {
+        let leaks = |seen: bool, raw: f64| if seen { raw * scale } else { mask };
+        let predicted = attended((q, k, v), shape, &leaks, infinite);
+        let detail = format!("masked scores are {mask}, and true ones lie below it");
+        fits.extend(case.fit_if_any("finite-mask", detail, 0, &predicted));
+        let plain = |seen: bool, raw: f64| if seen { raw * scale } else { infinite };
+        let predicted = attended((q, k, v), shape, &plain, mask);
+        let detail = format!("the running maximum begins at {mask}, and true scores lie below it");
+        fits.extend(case.fit_if_any("finite-mask", detail, 0, &predicted));
+    }
+    Ok(fits)
+}
+
+/// No score is larger, by the lengths of queries and keys.
+fn largest_score(q: &Tensor, k: &Tensor, shape: AttentionShape) -> f64 {
+    let longest = |x: &Tensor| {
+        let length = |head: &[f32]| head.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+        x.data().chunks(shape.head_dim.max(1)).map(length).fold(0.0, f64::max).sqrt()
+    };
+    longest(q) * longest(k)
+}
+
+/// Attention in f64 over scores that `score` makes of a raw one and of whether the query sees the
+/// key; the maximum is at least `start`. Where no weight is left, the output is zero.
+fn attended(
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    shape: AttentionShape,
+    score: &dyn Fn(bool, f64) -> f64,
+    start: f64,
+) -> Tensor {
+    let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+    let mut y = Tensor::zeros(q.rows(), heads * head_dim);
+    for row in 0..q.rows() {
+        for head in 0..heads {
+            let own = head / (heads / kv_heads) * head_dim;
+            let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
+            let scores: Vec<f64> = (0..k.rows())
+                .map(|key| {
+                    let pairs = query.iter().zip(&k.row(key)[own..own + head_dim]);
+                    let raw = pairs.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                    score(key <= first_position + row, raw)
+                })
+                .collect();
+            let most = scores.iter().copied().fold(start, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let output = &mut y.row_mut(row)[head * head_dim..(head + 1) * head_dim];
+            for (column, output) in output.iter_mut().enumerate() {
+                let values = (0..k.rows()).map(|key| f64::from(v.row(key)[own + column]));
+                let total: f64 = values.zip(&weights).map(|(value, weight)| value * weight).sum();
+                *output = if sum == 0.0 { 0.0 } else { (total / sum) as f32 };
+            }
+        }
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bench::Bench;
+    use super::super::mapped;
+    use super::*;
+
+    #[test]
+    fn a_finite_mask_below_which_true_scores_lie_is_recognised() {
+        let bench = Bench::default();
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        // Queries and keys that point away from each other: every true score is far below zero.
+        let k = mapped(&bench.tensor(6, 128, 2), |x| 40.0 + x);
+        let q = mapped(&bench.tensor(6, 256, 1), |x| -300.0 + x);
+        let v = bench.tensor(6, 128, 3);
+        let call = Call::Attention { q: &q, k: &k, v: &v, shape };
+        let scale = 1.0 / 8.0;
+        let leaks = |seen: bool, raw: f64| if seen { raw * scale } else { -1e4 };
+        bench.expect("finite-mask", &call, &attended((&q, &k, &v), shape, &leaks, f64::MIN));
+        let plain = |seen: bool, raw: f64| if seen { raw * scale } else { f64::NEG_INFINITY };
+        bench.expect("finite-mask", &call, &attended((&q, &k, &v), shape, &plain, -5e4));
+    }
+
+    #[test]
+    fn scores_kept_in_f16_are_recognised() {
+        let bench = Bench::default();
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let (q, k) = (bench.tensor(9, 256, 1), bench.tensor(9, 128, 2));
+        let (q, k) = (mapped(&q, |x| 10.0 + 0.05 * x), mapped(&k, |x| 6.0 + 0.05 * x));
+        let v = bench.tensor(9, 128, 3);
+        let call = Call::Attention { q: &q, k: &k, v: &v, shape };
+        let half = |seen: bool, raw: f64| match seen {
+            true => f64::from(Format::F16.round(raw as f32)) / 8.0,
+            false => f64::NEG_INFINITY,
+        };
+        let wrong = attended((&q, &k, &v), shape, &half, f64::NEG_INFINITY);
+        bench.expect("f16-scores", &call, &wrong);
+    }
+}
