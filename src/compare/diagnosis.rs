@@ -223,11 +223,13 @@ pub struct Scene<'a> {
 pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, ComputeError> {
     let Suspect { subject, judge, site, .. } = suspect;
     let of_suspect = |m: &&Measure| m.subject == *subject && m.judge == *judge && m.site == *site;
-    let measure = scene.measures.measures.iter().find(of_suspect);
     if subject == judge {
-        let of_passes = measure.and_then(|m| not_deterministic(m).or_else(|| batch_dependent(m)));
+        // The logits within a batch are held to their repeats, and to the logits alone.
+        let mut own = scene.measures.measures.iter().filter(of_suspect);
+        let of_passes = own.find_map(|m| not_deterministic(m).or_else(|| batch_dependent(m)));
         return Ok(of_passes.unwrap_or_else(|| plain(suspect)));
     }
+    let measure = scene.measures.measures.iter().find(of_suspect);
     let Some(output) = scene.outputs.get(&subject.arm()) else { return Ok(plain(suspect)) };
     let exact = matches!(judge, Stream::Arm(Arm::Emulated) | Stream::Predicted(_));
     let local = !exact && is_gemm(site);

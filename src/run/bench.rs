@@ -34,7 +34,7 @@ use crate::record::ArmState;
 use crate::tensor::Tensor;
 use crate::tensor_file::{self, CodedTensor};
 use crate::text::Shown;
-use crate::verdict::{self, StageVerdict, Verdict, first_falsified, judge};
+use crate::verdict::{self, Judgement, StageVerdict, Verdict, first_falsified, judge};
 
 /// What a thread is to do.
 pub(super) enum Order {
@@ -618,6 +618,13 @@ impl Bench<'_> {
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
             return Ok(Vec::new());
         };
+        // Of a whole pass an arm against itself says what it is, of the same site.
+        let own = |j: &&Judgement| {
+            let fell = j.outcome == verdict::Outcome::Falsified && j.site == first.site;
+            fell && j.compare[0] == j.compare[1]
+        };
+        let of_itself = judgements.iter().find(own).filter(|_| whole_pass_only);
+        let first = of_itself.unwrap_or(first);
         let of_bits = first.metric == Metric::BitMismatches
             && matches!(first.compare[1], Stream::Arm(Arm::Emulated) | Stream::Predicted(_));
         let looked_at = of_bits || first.if_fails == IfFails::Structural;

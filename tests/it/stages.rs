@@ -274,3 +274,13 @@ fn a_planted_bug_stands_in_a_record_for_the_browser() {
     std::fs::write(folder.join("run.json"), json).expect("it can be written");
     assert_eq!(RunRecord::read(&folder).expect("it can be read"), record);
 }
+
+#[test]
+fn logits_that_depend_on_their_batch_are_named_in_whichever_arm() {
+    let project = crate::single::project();
+    let shipped = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("stages");
+    let stages = shipped.to_str().expect("a path");
+    let asked = ["falsify", stages, "--models", "synthetic:qwen2-tiny", "--recipes", "bf16"];
+    let asked = [&asked[..], &["--select", "A", "--bugs", "longer batch"]].concat();
+    project.runner(&asked).expect(0, "batch-dependence above batch-dependence 2");
+}
