@@ -26,8 +26,8 @@ use crate::verdict::Verdict;
 #[derive(Args)]
 pub(super) struct FalsifyArgs {
     /// The folder of stages. Where stages of it hold a recording of every site to an engine's
-    /// kernels, bugs are planted into the recording, and what stands of models, recipes, tokens,
-    /// roles and noise is theirs.
+    /// kernels, bugs are planted into the recording unless `--models` is given; `--recipes`,
+    /// `--tokens`, `--roles`, `--noise` and `--gpu` then have no effect.
     #[arg(default_value = "stages")]
     folder: PathBuf,
     /// Models to plant into, with commas: `synthetic:<preset>`, GGUF files or folders.
@@ -142,7 +142,10 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                     }
                     let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
                     let sites = sites_of(bug, &open.model);
-                    let site = sites[chosen(seed, sites.len())].clone();
+                    let Some(site) = sites.get(chosen(seed, sites.len())).cloned() else {
+                        // A model of one layer has no layer before.
+                        continue;
+                    };
                     // An engine of somebody else's stands for the device, and repeats and batches of
                     // it are not at hand.
                     if noise != Noise::None && (bug.plant == Plant::Flicker || bug.in_batch) {
@@ -243,7 +246,10 @@ fn into_recordings(
             }
             let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
             let sites = sites_of(bug, &open.model);
-            let site = sites[chosen(seed, sites.len())].clone();
+            let Some(site) = sites.get(chosen(seed, sites.len())).cloned() else {
+                // A model of one layer has no layer before.
+                continue;
+            };
             let (role, noise) = (Arm::Recorded, Noise::None);
             let setting = Setting {
                 name: format!("{name}, recorded"),
@@ -258,6 +264,11 @@ fn into_recordings(
             tell_line(&line_of(&trial));
             trials.push(trial);
         }
+    }
+    if trials.is_empty() {
+        return Err("no bug was planted: `--select` names no stage that holds a recording to an \
+                    engine's kernels, or no bug of `--bugs` is for one"
+            .to_owned());
     }
     Ok(Some(trials))
 }
@@ -458,8 +469,7 @@ fn confusion(trials: &[&Trial]) -> String {
 fn misses(trials: &[&Trial]) -> String {
     let mut text = String::new();
     for trial in trials {
-        let bit_by_bit = trial.role == Arm::Device;
-        let must = trial.above_floor() || (bit_by_bit && trial.noise == Noise::None);
+        let must = trial.above_floor() || (trial.role == Arm::Device && trial.noise == Noise::None);
         let problem = if !must {
             continue;
         } else if !trial.detected {

@@ -106,7 +106,7 @@ pub fn matmul_rows(
     if let Some(bias) = bias {
         y.add_to_rows(&bias[rows]);
     }
-    // Who asks for another output than the recipe's rounds it to the stream's type as he likes.
+    // Another output than the recipe's is rounded to the stream's type by the caller.
     Ok(if steps.output == recipe.output { arm.streamed(y) } else { y })
 }
 
@@ -178,6 +178,11 @@ pub fn only_inner<'v>(operand: Converted<'v>, kept: impl Fn(usize) -> bool) -> C
 pub fn scaled<'v>(operand: Converted<'v>, change: impl Fn(f32) -> f32) -> Converted<'v> {
     let scales = changed_scales(&operand.scales, change);
     Converted { scales, ..operand }
+}
+
+/// The power of two at or above a scale.
+pub fn up_to_power_of_two(scale: f32) -> f32 {
+    2f32.powf(scale.log2().ceil())
 }
 
 /// Converted again with scales times `factor`: below 1 large values saturate.

@@ -10,7 +10,7 @@ use crate::compare::fingerprints::{cache_format, rope_angles};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::departure::{
     Converted, Edit, Steps, flushed, keep, matmul_rows, only_inner, read_as, requantised, scaled,
-    truncated,
+    truncated, up_to_power_of_two,
 };
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
@@ -227,10 +227,6 @@ struct Gemm<'a> {
     ground: &'a Ground<'a>,
 }
 
-fn to_power_of_two(scale: f32) -> f32 {
-    2f32.powf(scale.log2().ceil())
-}
-
 fn as_e5m2(operand: Converted<'_>) -> Converted<'_> {
     let other = if operand.codes.format() == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
     read_as(operand, other)
@@ -273,8 +269,8 @@ impl Gemm<'_> {
             Plant::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
             Plant::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
             Plant::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
-            Plant::XPowerOfTwo => self.with(&|o| scaled(o, to_power_of_two), &keep),
-            Plant::WPowerOfTwo => self.with(&keep, &|o| scaled(o, to_power_of_two)),
+            Plant::XPowerOfTwo => self.with(&|o| scaled(o, up_to_power_of_two), &keep),
+            Plant::WPowerOfTwo => self.with(&keep, &|o| scaled(o, up_to_power_of_two)),
             Plant::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
             Plant::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
             Plant::TruncateX => self.with(&truncated, &keep),
@@ -487,7 +483,7 @@ impl Gemm<'_> {
                 };
                 (1..rows).for_each(|row| y.row_mut(row).copy_from_slice(stale.row(row)));
             }
-            Plant::TileUnwritten => {
+            Plant::TileUnwritten if width >= 32 => {
                 let first = chosen(seed, width / 32) * 32;
                 (0..rows).for_each(|row| y.row_mut(row)[first..first + 32].fill(0.0));
             }

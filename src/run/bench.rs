@@ -623,7 +623,8 @@ impl Bench<'_> {
             let fell = j.outcome == verdict::Outcome::Falsified && j.site == first.site;
             fell && j.compare[0] == j.compare[1]
         };
-        let of_itself = judgements.iter().find(own).filter(|_| whole_pass_only);
+        let apart = first.compare[0] != first.compare[1];
+        let of_itself = judgements.iter().find(own).filter(|_| whole_pass_only && apart);
         let first = of_itself.unwrap_or(first);
         let of_bits = first.metric == Metric::BitMismatches
             && matches!(first.compare[1], Stream::Arm(Arm::Emulated) | Stream::Predicted(_));

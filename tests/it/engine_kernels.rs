@@ -1057,7 +1057,7 @@ fn a_part_of_k_that_is_dealt_in_tiles_of_8_begins_with_its_rest() {
 }
 
 #[test]
-fn few_rows_by_an_odd_number_of_outputs_are_added_in_16_lanes_of_f32() {
+fn few_rows_by_outputs_that_are_no_multiple_of_8_are_added_in_16_lanes_of_f32() {
     let o = safetensors(&fixture("lanes.safetensors"));
     for (name, kind) in [("f32", WeightType::F32), ("f16", WeightType::F16)] {
         let of = |part: &str| &o[&format!("{name}.{part}")];

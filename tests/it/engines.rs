@@ -61,7 +61,7 @@ fn of_vllm(kind: &str) -> Project {
 fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
     let project = recorded();
     let all = ["falsify", "stages", "--select", "sites,pass", "--json", "trials.json"];
-    // Some of each kind; CI's last step plants the whole catalogue.
+    // Some of each kind; `.ci/run` plants more.
     project
         .runner(&[&all[..], &["--every", "12"]].concat())
         .expect(0, "into a recording, above the floor");
@@ -76,10 +76,18 @@ fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
         assert_eq!(trial["role"], "recorded");
         assert_eq!(trial["detected"], true, "{trial}");
         assert_eq!(trial["found"], json!([trial["site"]]), "{trial}");
+        let named = trial["expected"].as_array().is_some_and(|all| all.contains(&trial["named"]));
+        assert!(named, "{trial}");
     }
     // A planted layout is one that the engine's own kernel computes.
     let layout = ["--bugs", "RoPE in the other layout", "--json", "trials.json"];
-    project.runner(&[&all[..4], &layout[..]].concat()).expect(0, "rope-layout");
+    project.runner(&[&all[..4], &layout[..]].concat()).expect(0, "rope-layout above rope-layout 1");
+    // A stage that holds no recording has none to plant into, and says so.
+    let text = project.read("stages/pass.toml").replace("\"pass\"", "\"other\"");
+    let arms = "arms = [\"reference\", \"emulated\"]\n";
+    project.write("stages/other.toml", &text.replace("\n[forward]", &format!("{arms}\n[forward]")));
+    project.runner(&["falsify", "stages", "--select", "other"]).expect(2, "no bug was planted");
+    fs::remove_file(project.path("stages/other.toml")).expect("removed");
     // Nothing of the recording was changed.
     project
         .runner(&["run", "stages", "--select", "sites,pass"])

@@ -61,6 +61,33 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
     assert_eq!(seen, 5 * 2 * 423);
 }
 
+/// What README says of clean passes is what their receipts count.
+#[test]
+fn receipts_of_clean_passes_count_what_the_readme_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).expect("readable");
+    let receipt = |name: &str| -> serde_json::Value {
+        serde_json::from_str(&read(&format!("runs/receipts/clean/{name}.json"))).expect("JSON")
+    };
+    let readme = read("README.md").split_whitespace().collect::<Vec<_>>().join(" ");
+    let transformers = receipt("h200-transformers");
+    assert_eq!(transformers["passed"], 500);
+    assert_eq!(transformers["cases"].as_array().map(Vec::len), Some(500));
+    let count = |key: &str| grouped(transformers[key].as_u64().expect("a number") as usize);
+    let said = format!("{} of {} sites are to the bit", count("sites_to_the_bit"), count("sites"));
+    assert!(readme.contains(&said), "README does not say `{said}`");
+    let llama = receipt("h200-llama-cpp-cuda");
+    let cases = llama["cases"].as_object().expect("cases");
+    assert_eq!(cases.len(), 150);
+    let (mut sites, mut off) = (0, 0);
+    for case in cases.values() {
+        sites += case["sites"].as_u64().expect("a number") as usize;
+        off += case["sites_not_to_the_bit"].as_array().expect("a list").len();
+    }
+    let said = format!("{} of {} sites were to the bit", grouped(sites - off), grouped(sites));
+    assert!(readme.contains(&said), "README does not say `{said}`");
+}
+
 #[test]
 fn receipts_are_of_a_gpu_and_name_every_site_that_was_compared() {
     let receipts = receipts();

@@ -23,7 +23,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     };
     // Before the bias is added, or after.
     let before = with_factor(case, &bias.to_vec()?, "")?;
-    let after = with_factor(case, &none, ", its bias included")?;
+    let after = with_factor(case, &none, ", its bias included,")?;
     Ok(before.into_iter().chain(after).collect())
 }
 

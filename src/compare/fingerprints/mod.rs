@@ -316,8 +316,8 @@ impl<'a> Case<'a> {
     }
 
     /// Computes a call by the recipe's arithmetic and says how well it fits. What that
-    /// arithmetic has no kernel for explains nothing: an engine's rotary kernels turn halves
-    /// only, and a hypothesis may ask for interleaved pairs.
+    /// arithmetic has no kernel for explains nothing: an engine's rotary kernels turn by plain
+    /// frequencies, and a hypothesis may ask for scaled ones.
     ///
     /// # Errors
     /// As the call.

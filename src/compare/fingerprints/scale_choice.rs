@@ -3,7 +3,7 @@
 
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
-use crate::compute::departure::{Edit, Steps, keep, requantised, scaled};
+use crate::compute::departure::{Edit, Steps, keep, requantised, scaled, up_to_power_of_two};
 use crate::compute::emulated::quantize::absmax;
 use crate::op::WeightScale;
 use crate::text::number;
@@ -23,7 +23,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     if !case.recipe.gemm.is_fp8() || engine.is_some_and(|e| e.quantises(gemm.weight.name())) {
         return Ok(Vec::new());
     }
-    let up: &Edit = &|operand| scaled(operand, |scale| 2f32.powf(scale.log2().ceil()));
+    let up: &Edit = &|operand| scaled(operand, up_to_power_of_two);
     let mut fits = Vec::new();
     for (what, x, w) in [
         ("the weight's scales are", &keep as &Edit, up),
@@ -82,8 +82,27 @@ mod tests {
         let x = bench.tensor(4, 256, 1);
         let weight = bench.weight("blk.1.attn_q.weight");
         let call = Call::Matmul { x: &x, weight, bias: None };
-        let up: &Edit = &|operand| scaled(operand, |scale| 2f32.powf(scale.log2().ceil()));
+        let up: &Edit = &|operand| scaled(operand, up_to_power_of_two);
         let steps = Steps { x: up, w: up, ..Steps::of(&bench.recipe) };
         bench.expect("scale-power-of-two", &call, &bench.matmul(&x, weight, &steps));
+    }
+    #[test]
+    fn the_scale_of_the_largest_of_fused_weights_is_recognised() {
+        let bench = Bench::default();
+        let x = bench.tensor(4, 256, 1);
+        let all = ["attn_q", "attn_k", "attn_v"].map(|part| format!("blk.1.{part}.weight"));
+        let most = |name: &String| absmax(&bench.weight(name).to_vec().expect("a weight's values"));
+        let largest = all.iter().map(most).fold(0.0, f32::max);
+        let mut seen = 0;
+        for name in all.iter().filter(|name| most(name) < largest) {
+            let weight = bench.weight(name);
+            let ratio = largest / most(name);
+            let w: &Edit = &|operand| requantised(operand, ratio);
+            let steps = Steps { w, ..Steps::of(&bench.recipe) };
+            let call = Call::Matmul { x: &x, weight, bias: None };
+            bench.expect("scale-of-the-group", &call, &bench.matmul(&x, weight, &steps));
+            seen += 1;
+        }
+        assert!(seen > 0, "all weights have one largest value");
     }
 }

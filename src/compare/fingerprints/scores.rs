@@ -1,5 +1,7 @@
 //! Attention whose scores, mask or running maximum have too narrow a range.
 
+use rayon::prelude::*;
+
 use super::{Case, Fingerprint, Fit};
 use crate::compute::call::Call;
 use crate::compute::{AttentionShape, ComputeError};
@@ -55,17 +57,19 @@ fn largest_score(q: &Tensor, k: &Tensor, shape: AttentionShape) -> f64 {
 }
 
 /// Attention in f64 over scores that `score` makes of a raw one and of whether the query sees the
-/// key; the maximum is at least `start`. Where no weight is left, the output is zero.
+/// key; the maximum is at least `start`. Where no weight is left the output is zero, and NaN where
+/// every score is minus infinity.
 fn attended(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     shape: AttentionShape,
-    score: &dyn Fn(bool, f64) -> f64,
+    score: &(dyn Fn(bool, f64) -> f64 + Sync),
     start: f64,
 ) -> Tensor {
     let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
     let mut y = Tensor::zeros(q.rows(), heads * head_dim);
-    for row in 0..q.rows() {
-        for head in 0..heads {
+    let rows = y.data_mut().par_chunks_exact_mut((heads * head_dim).max(1));
+    rows.enumerate().for_each(|(row, y)| {
+        for (head, output) in y.chunks_exact_mut(head_dim.max(1)).enumerate() {
             let own = head / (heads / kv_heads) * head_dim;
             let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
             let scores: Vec<f64> = (0..k.rows())
@@ -78,14 +82,13 @@ fn attended(
             let most = scores.iter().copied().fold(start, f64::max);
             let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
             let sum: f64 = weights.iter().sum();
-            let output = &mut y.row_mut(row)[head * head_dim..(head + 1) * head_dim];
             for (column, output) in output.iter_mut().enumerate() {
                 let values = (0..k.rows()).map(|key| f64::from(v.row(key)[own + column]));
                 let total: f64 = values.zip(&weights).map(|(value, weight)| value * weight).sum();
                 *output = if sum == 0.0 { 0.0 } else { (total / sum) as f32 };
             }
         }
-    }
+    });
     y
 }
 

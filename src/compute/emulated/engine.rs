@@ -33,8 +33,10 @@ use crate::engine::{
 use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
 
-/// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys.
-const PROCESSORS: usize = 132;
+/// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys, and among
+/// which llama.cpp deals its tiles.
+pub(super) const PROCESSORS: usize = 132;
+
 /// An engine's kernels on a chip.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineArm {
@@ -333,7 +335,7 @@ impl EngineArm {
     /// Rotation of every head.
     ///
     /// # Errors
-    /// If the model's pairs are no halves of a head.
+    /// If the model scales its frequencies.
     pub fn rope(
         &self,
         x: &Tensor,
@@ -778,14 +780,18 @@ impl Choice<'_> {
         let (mut names, mut also, mut products, mut data) = (vec![], vec![], vec![], vec![]);
         for (call, made) in calls.into_iter().enumerate() {
             let prefix = if call == 0 { "" } else { "decoded " };
-            if call == 0 || names.first() != Some(&made.kernel) {
-                names.push(format!("{prefix}{}", made.kernel));
+            let name = match names.first() == Some(&made.kernel) {
+                // Decoded by the prompt's own kernel.
+                true => made.kernel,
+                false => format!("{prefix}{}", made.kernel),
+            };
+            if !names.contains(&name) {
+                names.push(name);
             }
             also.extend(made.also.iter().map(|other| format!("{prefix}{other}")));
             products.extend(made.product);
             data.extend(made.tensor.into_data());
         }
-        names.dedup();
         products.dedup();
         let name = names.join(", ");
         self.offer(&name, Tensor::new(self.observed.width().max(1), data));

@@ -3,6 +3,7 @@
 //! It knows weights in blocks and in floats; the kernels' arithmetic is
 //! `compute/engine_kernels/ggml.rs`'s and `ggml_blocks.rs`'s.
 
+use super::engine::PROCESSORS;
 use super::orders::{Operands, with_bias};
 use crate::compute::ComputeError;
 use crate::compute::emulated::chip::Unit;
@@ -11,9 +12,6 @@ use crate::dtype::Format;
 use crate::engine::Order;
 use crate::model::{Weight, WeightType};
 use crate::tensor::Tensor;
-
-/// Multiprocessors of an H100 and an H200, among which MMQ deals its tiles.
-const PROCESSORS: usize = 132;
 
 /// The format of a weight that is in no blocks.
 fn float_of(kind: WeightType) -> Option<Format> {

@@ -96,9 +96,12 @@ impl Operands {
         Operands { unit, format, held: Held::Ggml(w), bias }
     }
 
-    /// The format of the stream, which orders in words name.
+    /// The format that parts are rounded to, which orders in words name.
     pub fn format(&self) -> Format {
-        self.format
+        match self.held {
+            Held::Codes(_) => self.format,
+            Held::Ggml(_) => ggml::blas_format(self.format),
+        }
     }
 
     /// The weight's rows.
@@ -211,11 +214,15 @@ impl Operands {
         let values = values.map(|(row, column)| observed.row(row)[column]);
         let expected = Tensor::new(columns.len().max(1), values.collect());
         let mut fitting = Vec::new();
-        let (rest, bytes) = match self.held {
-            Held::Codes(_) => (residue_tile(self.format, x.width()), self.format.bytes()),
-            Held::Ggml(_) => (None, ggml::blas_format(self.format).bytes()),
+        let rest = match self.held {
+            Held::Codes(_) => residue_tile(self.format, x.width()),
+            Held::Ggml(_) => None,
         };
-        for order in Order::family(self.outputs(), x.width(), rest, 128 / bytes as u32) {
+        let bytes = self.format().bytes();
+        // Sums in f16 are a tensor core's.
+        let lanes = !(matches!(self.held, Held::Ggml(_)) && self.format == Format::F16);
+        let family = Order::family(self.outputs(), x.width(), rest, 128 / bytes as u32);
+        for order in family.into_iter().filter(|order| lanes || !order.is_by_lanes()) {
             if differing(&sample.product(&asked, order)?, &expected) == 0 {
                 fitting.push(order);
             }

@@ -88,7 +88,7 @@ impl Plan {
     pub const CUDNN: Plan = Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Cudnn };
 
     /// What PyTorch's FlashAttention 2 chooses on a chip of so many
-    /// multiprocessors, for one sequence without dropout.
+    /// multiprocessors, for the heads of one sequence, or of all of a batch, without dropout.
     pub fn flash2(
         heads: usize,
         head_dim: usize,
