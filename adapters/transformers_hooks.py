@@ -58,6 +58,10 @@ def record(options):
     """Writes the recording of a prompt, of what the model makes of it, and of which tokens."""
     tokens = read_tokens(options.tokens)
     model = load(options.model, options)
+    beyond = [token for token in tokens if not 0 <= token < model.config.vocab_size]
+    if beyond:
+        known = model.config.vocab_size
+        sys.exit(f"--tokens: {beyond[0]} is no token of this model, whose vocabulary has {known}")
     hooks = Hooks(model, None, "halves")
     prompts = [tokens, *others(tokens, options.batch - 1, model.config.vocab_size)]
     ids = list(tokens)

@@ -13,8 +13,8 @@ use crate::dtype::Format;
 use crate::falsify::catalogue::Bug;
 use crate::falsify::{
     Alarm, Beside, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plant, Plot, Setting, Trial, bugs,
-    chosen, clean_runs, load, recordings, sites_of, try_bug, try_recording, vacuous, with_noise,
-    with_recipe,
+    chosen, clean_runs, load, not_clean, recordings, sites_of, try_bug, try_recording, vacuous,
+    with_noise, with_recipe,
 };
 use crate::graph::{Graph, select};
 use crate::manifest::{Overrides, Pipeline};
@@ -237,6 +237,17 @@ fn into_recordings(
         let Some(base) = pipeline.stages.iter().find(|stage| stages.contains(&stage.id)) else {
             continue;
         };
+        let setting = Setting {
+            name: format!("{name}, recorded"),
+            pipeline,
+            graph: &graph,
+            stages: &stages,
+            store,
+            beside,
+        };
+        if let Some(problem) = not_clean(&setting)? {
+            return Err(problem);
+        }
         let open = open_model(&base.model, base.seed, store, &beside.stamps)?;
         for (number, bug) in wanted.iter().enumerate() {
             // Repeats and batches of an engine are not at hand.
@@ -251,24 +262,20 @@ fn into_recordings(
                 continue;
             };
             let (role, noise) = (Arm::Recorded, Noise::None);
-            let setting = Setting {
-                name: format!("{name}, recorded"),
-                pipeline,
-                graph: &graph,
-                stages: &stages,
-                store,
-                beside,
-            };
             let plot = Plot { bug, site, seed, role, noise };
             let trial = try_recording(&setting, plot, folder.path())?;
             tell_line(&line_of(&trial));
             trials.push(trial);
         }
     }
-    if trials.is_empty() {
-        return Err("no bug was planted: `--select` names no stage that holds a recording to an \
-                    engine's kernels, or no bug of `--bugs` is for one"
-            .to_owned());
+    // Where nothing could be planted nothing was tried, and that is no pass.
+    if trials.iter().all(|trial| trial.error.is_some()) {
+        let why = trials.into_iter().find_map(|trial| trial.error).unwrap_or_else(|| {
+            "`--select` names no stage that holds a recording to an engine's kernels, or no bug of \
+             `--bugs` is for one"
+                .to_owned()
+        });
+        return Err(format!("no bug was planted: {why}"));
     }
     Ok(Some(trials))
 }

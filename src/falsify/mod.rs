@@ -43,7 +43,7 @@ pub use clean::{CleanRuns, CleanTally, MODELS as CLEAN_MODELS, clean_runs};
 pub use noise::Noise;
 pub use plant::Plant;
 use plant::{Ground, planted};
-pub use recording::{recordings, try_recording};
+pub use recording::{not_clean, recordings, try_recording};
 
 /// What is planted where.
 pub struct Plot {

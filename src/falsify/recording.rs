@@ -9,7 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::{Clean, Effect, Planted, Plot, Secret, Setting, Trial, plan_of, run_quietly, trial_of};
+use super::{
+    Alarm, Clean, Effect, Planted, Plot, Secret, Setting, Trial, plan_of, run_quietly, trial_of,
+    try_clean,
+};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, Workshop, compute};
 use crate::manifest::{IfFails, Pipeline, Stage};
@@ -49,6 +52,21 @@ pub fn recordings(pipeline: &Pipeline) -> Vec<(String, Pipeline)> {
     all
 }
 
+/// Why bugs cannot be planted into the recording of a group of stages: only of one that these stages
+/// pass is the pass of the recipe's kernels what the engine left.
+///
+/// # Errors
+/// If the plan cannot be made.
+pub fn not_clean(setting: &Setting<'_>) -> Result<Option<String>, String> {
+    let alarms = try_clean(setting)?;
+    Ok(alarms.first().map(|Alarm { stage, verdict, why, .. }| {
+        format!(
+            "stage {stage} must pass before bugs are planted into its recording, and it is \
+             {verdict}: {why}"
+        )
+    }))
+}
+
 /// Plants a bug into the recording of a group of stages, and notes what they say of it; the
 /// recording lies in `folder` meanwhile.
 ///
@@ -69,8 +87,9 @@ pub fn try_recording(setting: &Setting<'_>, plot: Plot, folder: &Path) -> Result
     let task = Task { op: &stage.op, model: &model.model, tokens: &tokens, input: None };
     let made = match compute(&task, &*ops, words, &mut |_| {}) {
         // The engine has no kernel for what the bug asks: nothing is planted.
-        Err(ComputeError::Recipe(_)) => {
-            return Ok(trial_of(setting, workshop.plot(), Effect::default(), &[]));
+        Err(error @ ComputeError::Recipe(_)) => {
+            let trial = trial_of(setting, workshop.plot(), Effect::default(), &[]);
+            return Ok(Trial { error: Some(error.to_string()), ..trial });
         }
         made => made.map_err(|error| error.to_string())?,
     };

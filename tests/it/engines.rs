@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::Path;
 
+use runner::compare::MOST_DEVIATIONS;
 use runner::compute::emulated::chip::chip;
 use runner::compute::engine_kernels::linear::{Linear, codes};
 use runner::dtype::Format;
@@ -69,7 +70,9 @@ fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
     let trials = trials.as_array().expect("trials");
     assert!(trials.len() >= 6, "{} trials", trials.len());
     // What moved a value without end is written as null.
-    let above = |trial: &&Value| trial["effect"]["moved"].as_f64().is_none_or(|moved| moved > 7.5);
+    let above = |trial: &&Value| {
+        trial["effect"]["moved"].as_f64().is_none_or(|moved| moved > MOST_DEVIATIONS)
+    };
     let off: Vec<&Value> = trials.iter().filter(above).collect();
     assert!(off.len() >= 5, "{} above the floor", off.len());
     for trial in off {
@@ -92,6 +95,11 @@ fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
     project
         .runner(&["run", "stages", "--select", "sites,pass"])
         .expect(0, "31 of 31 sites to the bit");
+    // A recording that does not pass is none to plant into: it would not be looked at.
+    let capture = fs::read(project.path("capture.safetensors")).expect("readable");
+    fs::write(project.path("capture.safetensors"), &capture[..1000]).expect("written");
+    let wrong = project.runner(&["falsify", "stages", "--select", "sites"]);
+    wrong.expect(2, "stage sites must pass before bugs are planted into its recording");
 }
 
 #[test]

@@ -48,6 +48,15 @@ mod tests {
     use crate::compute::AttentionShape;
 
     #[test]
+    fn values_come_back_as_e4m3_holds_them() {
+        // Three bits of fraction: 0.3 lies between 0.28125 and 0.3125, 600 beyond the largest.
+        let x = Tensor::new(4, vec![0.3, -600.0, 17.0, 2e-4]);
+        assert_eq!(kept(&x, Format::E4m3, true).data(), [0.3125, -448.0, 16.0, 0.0]);
+        // With a scale of its own the largest is exact.
+        assert_eq!(kept(&x, Format::E4m3, false).data()[1], -600.0);
+    }
+
+    #[test]
     fn a_cache_in_fp8_is_recognised_with_its_scale() {
         let bench = Bench::default();
         let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));

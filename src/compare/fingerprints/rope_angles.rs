@@ -68,6 +68,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn position_301_is_300_in_bf16() {
+        let bench = Bench::default();
+        let rope = bench.model.config().rope.clone();
+        let mut x = Tensor::zeros(1, 64);
+        x.row_mut(0)[0] = 1.0;
+        // The first pair turns by the position itself.
+        let y = turned(&x, &rope, 64, 301, (Format::Bf16, true));
+        let (first, second) = rope::pair(&rope, 0);
+        let (sin, cos) = 300f64.sin_cos();
+        assert_eq!((y.row(0)[first], y.row(0)[second]), (cos as f32, sin as f32));
+    }
+
+    #[test]
     fn positions_and_frequencies_in_bf16_are_recognised() {
         let bench = Bench::default();
         let x = bench.tensor(5, 256, 1);

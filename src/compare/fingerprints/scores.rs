@@ -98,6 +98,22 @@ mod tests {
     use super::super::mapped;
     use super::*;
 
+    /// The smallest form of a public report: one head of width 1, and a row that sees the first
+    /// key alone, whose score of -20,000 lies below a mask of -10,000.
+    #[test]
+    fn the_masked_key_of_a_public_report_wins() {
+        let column = |values: [f32; 2]| Tensor::new(1, values.to_vec());
+        let (q, k, v) = (column([-20000.0, 0.0]), column([1.0, 0.0]), column([1.0, 100.0]));
+        let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, first_position: 0 };
+        let row_0 = |mask: f64, start: f64| {
+            let score = |seen: bool, raw: f64| if seen { raw } else { mask };
+            attended((&q, &k, &v), shape, &score, start).row(0)[0]
+        };
+        assert_eq!(row_0(f64::NEG_INFINITY, f64::NEG_INFINITY), 1.0);
+        assert_eq!(row_0(-1e4, f64::NEG_INFINITY), 100.0);
+        assert_eq!(row_0(f64::NEG_INFINITY, -1e4), 0.0);
+    }
+
     #[test]
     fn a_finite_mask_below_which_true_scores_lie_is_recognised() {
         let bench = Bench::default();
