@@ -26,6 +26,10 @@ import re
 import struct
 import sys
 
+# A CUDA graph of one node that is observed may be launched for another: with CUDA graphs, what
+# llama.cpp computes while it is observed is not what it computes otherwise.
+os.environ.setdefault("GGML_CUDA_DISABLE_GRAPHS", "1")
+
 try:
     import llama_cpp
 except ImportError as error:

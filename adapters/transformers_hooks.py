@@ -102,7 +102,7 @@ def about(options):
         "torch": f"PyTorch {torch.__version__}",
         "engine": f"transformers {transformers.__version__}",
         "gpu": name_of(options.device),
-        "arithmetic": f"{options.dtype}, {options.attention}",
+        "arithmetic": f"{options.quantization or options.dtype}, {options.attention}",
     }
 
 
@@ -117,6 +117,7 @@ def read_options():
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--attention", default="eager", choices=["eager", "sdpa"])
     parser.add_argument("--tf32", action="store_true", help="f32 products on tensor cores")
+    parser.add_argument("--quantization", choices=["torchao-fp8-row"], help="of all linear layers but the last")
     options = parser.parse_args()
     if options.model and not options.tokens:
         parser.error("--model goes with --tokens")
@@ -146,7 +147,24 @@ def load(path, options):
         local_files_only=True,
         **gguf,
     )
-    return model.to(options.device).eval()
+    model = model.to(options.device).eval()
+    if options.quantization:
+        quantise(model)
+    return model
+
+
+def quantise(model):
+    """torchao's FP8 in every linear layer but the one that makes the logits."""
+    try:
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+    except ImportError as error:
+        sys.exit(f"{error}: pip install torchao")
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(model, config, lambda module, _: isinstance(module, torch.nn.Linear) and module is not model.lm_head)
 
 
 class Hooks:

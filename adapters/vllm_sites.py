@@ -73,6 +73,7 @@ def read_options():
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--quantization", help="fp8, fp8_per_channel, fp8_per_block")
     parser.add_argument("--memory", type=float, default=0.9, help="of the GPU, that vLLM may take")
+    parser.add_argument("--cache", type=float, help="GiB of the KV cache; else what --memory leaves")
     options = parser.parse_args()
     if options.model and not options.tokens:
         parser.error("--model goes with --tokens")
@@ -88,6 +89,9 @@ def record(path, tokens, options):
     if not os.path.isdir(path):
         sys.exit("give a Hugging Face folder: vLLM's support of GGUF is experimental")
     length = len(tokens) + max(1, options.decode)
+    # With a cache of a given size vLLM does not look at the GPU's memory, which engines side by
+    # side change under each other.
+    cache = {"kv_cache_memory_bytes": int(options.cache * 2**30)} if options.cache else {}
     engine = vllm.LLM(
         model=path,
         skip_tokenizer_init=True,
@@ -102,6 +106,7 @@ def record(path, tokens, options):
         enable_prefix_caching=False,
         async_scheduling=False,
         seed=0,
+        **cache,
     )
     (sites,) = engine.apply_model(lambda model: Sites(model, options.batch))
     asked = vllm.SamplingParams(

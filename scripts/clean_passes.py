@@ -6,10 +6,11 @@
 
 Each pass is one stage with the contract `engine`: a stage that does not pass is a false alarm. The
 shapes follow from the seed alone: llama, qwen2 and qwen3; bf16 and f16; eager and sdpa; heads of 32
-to 128; 1 to 1,500 tokens. `--contract exact-engine` asks for every bit instead.
+to 128; 1 to 1,500 tokens. `--quantization torchao-fp8-row` records them in torchao's FP8. `--contract exact-engine` asks for every bit instead.
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -20,7 +21,7 @@ try:
     import torch
     import transformers
     from safetensors.torch import save_file
-    from transformers_hooks import DTYPES, Hooks
+    from transformers_hooks import DTYPES, Hooks, quantise
 except ImportError as error:
     sys.exit(f'{error}: pip install torch "transformers>=5" safetensors')
 
@@ -40,6 +41,10 @@ def main():
         file.write(PIPELINE.format(contracts=os.path.abspath(options.contracts)))
     for seed in range(options.seed, options.seed + options.count):
         case = draw(random.Random(seed))
+        if options.quantization:
+            # FP8 products take widths of 16 values.
+            unit = math.lcm(16, case["heads"])
+            case["type"], case["hidden"] = "bfloat16", -(-case["hidden"] // unit) * unit
         record(options, seed, case)
         print(f"{seed}: {case}", flush=True)
 
@@ -51,6 +56,7 @@ def read_options():
     parser.add_argument("--seed", type=int, default=1, help="of the first pass; the next ones count up")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--contract", default="engine")
+    parser.add_argument("--quantization", choices=["torchao-fp8-row"], help="of all passes, which are in bf16 then")
     here = os.path.dirname(__file__)
     parser.add_argument("--contracts", default=os.path.join(here, "..", "contracts"))
     return parser.parse_args()
@@ -112,6 +118,8 @@ def record(options, seed, case):
     model = model.to(dtype=DTYPES[case["type"]], device=options.device).eval()
     folder = os.path.join(options.out, f"{seed}")
     model.save_pretrained(folder)
+    if options.quantization:
+        quantise(model)
     sites = ["embed", "output_norm", "logits"]
     sites += [f"blk.{layer}.{site}" for layer in range(case["layers"]) for site in SITES]
     hooks = Hooks(model, set(sites), "halves")
@@ -121,7 +129,10 @@ def record(options, seed, case):
         model(input_ids=torch.tensor([tokens], device=options.device), use_cache=False)
     save_file(hooks.kept, os.path.join(folder, "capture.safetensors"))
     stream = "f16" if case["type"] == "float16" else "bf16"
-    stage = STAGE.format(seed=seed, contract=options.contract, tokens=tokens, stream=stream)
+    engine = "torchao" if options.quantization else "transformers"
+    stage = STAGE.format(
+        seed=seed, contract=options.contract, tokens=tokens, stream=stream, engine=engine
+    )
     with open(os.path.join(options.out, "stages", f"{seed}.toml"), "w") as file:
         file.write(f"# {case}\n{stage}")
 
@@ -135,7 +146,7 @@ title    = "Is a clean pass of transformers called clean?"
 contract = "{contract}"
 model    = "../{seed}"
 tokens   = {tokens}
-recipe   = {{ engine = "transformers", stream = "{stream}" }}
+recipe   = {{ engine = "{engine}", stream = "{stream}" }}
 
 [forward]
 capture = "every-site"

@@ -24,9 +24,35 @@ impl<T: Copy> Choices<T> {
         self.0.iter().flatten().copied()
     }
 
+    /// Whether there are several.
+    pub fn is_open(&self) -> bool {
+        self.all().nth(1).is_some()
+    }
+
     /// The first one.
     pub fn first(&self) -> Option<T> {
         self.all().next()
+    }
+}
+
+impl<T: Copy + Serialize> Choices<T> {
+    /// The same with those first that a recording shows at more sites than the listed first one.
+    fn led_by(self, shown: &impl Fn(&str) -> usize) -> Choices<T> {
+        let sites = |kernel: &T| shown(&name_of(kernel));
+        let mut all: Vec<T> = self.all().collect();
+        let most = all.iter().map(sites).max().unwrap_or(0);
+        if all.first().is_some_and(|first| sites(first) < most) {
+            all.sort_by_key(|kernel| std::cmp::Reverse(sites(kernel)));
+        }
+        Choices::try_from(all).unwrap_or(self)
+    }
+}
+
+/// A kernel's name as the engine's file has it.
+pub fn name_of(kernel: impl Serialize) -> String {
+    match serde_json::to_value(kernel) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => String::new(),
     }
 }
 
@@ -64,6 +90,10 @@ pub enum LinearKernel {
     VllmFp8Channel,
     /// vLLM's online FP8 in blocks of 128, by DeepGEMM.
     VllmFp8Block,
+    /// SGLang's FP8: activations per token, weights per output.
+    SglangFp8,
+    /// torchao's dynamic FP8 of rows: activations per token, weights per output.
+    TorchaoFp8Row,
     /// llama.cpp's on CUDA, by the weight's type and the number of tokens.
     GgmlCuda,
 }
@@ -115,9 +145,12 @@ pub enum AttentionKernel {
     /// FlashAttention 2, as PyTorch's `sdpa` runs it.
     #[serde(rename = "flash-2")]
     Flash2,
-    /// FlashAttention 3.
+    /// FlashAttention 3, of keys that lie side by side.
     #[serde(rename = "flash-3")]
     Flash3,
+    /// FlashAttention 3 over a cache in pages, as vLLM builds and calls it.
+    #[serde(rename = "flash-3-paged")]
+    Flash3Paged,
     /// cuDNN, as PyTorch's `sdpa` runs it on Hopper.
     Cudnn,
     /// llama.cpp's on CUDA without FlashAttention, over a cache in f16.
@@ -415,6 +448,28 @@ impl EngineKernels {
         self.output.as_ref().filter(|_| makes_logits).unwrap_or(&self.linear)
     }
 
+    /// Whether some op but the products may be one of several kernels.
+    pub fn is_open(&self) -> bool {
+        self.rms_norm.is_open()
+            || self.rope.is_open()
+            || self.attention.is_open()
+            || self.swiglu.is_open()
+    }
+
+    /// The same with those kernels first that a recording shows; `shown` says at how many sites
+    /// a kernel gives every bit, by its name in words such as `rope vllm`.
+    pub fn led_by(mut self, shown: impl Fn(&str) -> usize) -> EngineKernels {
+        let of = |op: &'static str| {
+            let shown = &shown;
+            move |name: &str| shown(&format!("{op} {name}"))
+        };
+        self.rms_norm = self.rms_norm.led_by(&of("norm"));
+        self.rope = self.rope.led_by(&of("rope"));
+        self.attention = self.attention.led_by(&of("attention"));
+        self.swiglu = self.swiglu.led_by(&of("swiglu"));
+        self
+    }
+
     /// Whether a kernel of each op is llama.cpp's.
     fn are_ggml(&self) -> Vec<bool> {
         use AttentionKernel::{GgmlCudaF16Cache, GgmlCudaF32Cache};
@@ -529,13 +584,15 @@ pub struct EngineFile {
 }
 
 /// The engines that ship: their names and their files.
-pub const SHIPPED: [(&str, &str); 7] = [
+pub const SHIPPED: [(&str, &str); 9] = [
     ("transformers", include_str!("../engines/transformers.toml")),
     ("vllm", include_str!("../engines/vllm.toml")),
     ("vllm-fp8", include_str!("../engines/vllm-fp8.toml")),
     ("vllm-fp8-channel", include_str!("../engines/vllm-fp8-channel.toml")),
     ("vllm-fp8-block", include_str!("../engines/vllm-fp8-block.toml")),
     ("sglang", include_str!("../engines/sglang.toml")),
+    ("sglang-fp8", include_str!("../engines/sglang-fp8.toml")),
+    ("torchao", include_str!("../engines/torchao.toml")),
     ("llama-cpp-cuda", include_str!("../engines/llama-cpp-cuda.toml")),
 ];
 

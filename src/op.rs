@@ -166,6 +166,28 @@ impl Default for Recipe {
     }
 }
 
+impl Recipe {
+    /// What a manifest's recipe is that says an engine and no more.
+    pub fn of_engine(kernels: EngineKernels, stream: Format) -> Recipe {
+        let scale = kernels.linear.first().and_then(Scale::of);
+        let blocks = |scale: &Scale| scale.activation == ActivationScale::Block128;
+        let default = Recipe::default();
+        Recipe {
+            gemm: if scale.is_some() { Format::E4m3 } else { stream },
+            scale: scale.unwrap_or(default.scale),
+            accumulate: match scale {
+                Some(scale) if !blocks(&scale) => Accumulate::Fast,
+                _ => default.accumulate,
+            },
+            output: stream,
+            chip: ChipName::Hopper,
+            stream: Some(stream),
+            engine: Some(kernels),
+            pin: Pin::NONE,
+        }
+    }
+}
+
 impl Scale {
     /// The scales of an engine's FP8 product; nothing where it multiplies values of the
     /// stream's type.
@@ -173,7 +195,9 @@ impl Scale {
         let (weight, activation) = match kernel {
             LinearKernel::Cublas | LinearKernel::GgmlCuda => return None,
             LinearKernel::VllmFp8 => (WeightScale::Tensor, ActivationScale::Token),
-            LinearKernel::VllmFp8Channel => (WeightScale::Channel, ActivationScale::Token),
+            LinearKernel::VllmFp8Channel
+            | LinearKernel::SglangFp8
+            | LinearKernel::TorchaoFp8Row => (WeightScale::Channel, ActivationScale::Token),
             LinearKernel::VllmFp8Block => (WeightScale::Block128, ActivationScale::Block128),
         };
         Some(Scale { weight, activation })

@@ -1,11 +1,11 @@
 //! `runner chip measure`: this machine's GPU held to its chip's arithmetic.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::{FALSIFIED, PASS, print, store_of};
-use crate::compute::cuda::{Measured, Trial, measure};
+use crate::compute::cuda::{Measured, MeasuredFunction, Trial, measure, measure_functions};
 use crate::dtype::Format;
 use crate::op::Accumulate;
 use crate::text::grouped;
@@ -24,6 +24,12 @@ pub(super) struct MeasureArgs {
     /// Only the algorithm that the device arm uses, not all that are offered.
     #[arg(long)]
     chosen: bool,
+    /// Not products, but the functions of one number: the special function unit's and CUDA's.
+    #[arg(long)]
+    functions: bool,
+    /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them.
+    #[arg(long, default_value_t = 251, value_parser = clap::value_parser!(u32).range(1..), requires = "functions")]
+    every: u32,
     /// The folder of runs, where compiled kernels are kept.
     #[arg(long, default_value = "runs")]
     runs: PathBuf,
@@ -41,6 +47,9 @@ fn shape(text: &str) -> Result<[usize; 3], String> {
 /// Measures and prints a line per algorithm; falsified if the chosen one differs.
 pub(super) fn measure_chip(args: &MeasureArgs) -> Result<u8, String> {
     let programs = store_of(&args.runs).programs();
+    if args.functions {
+        return measure_all_functions(args.every, &programs);
+    }
     print(
         "N,M,K                format  accumulate  output  differ of sampled  TFLOP/s  schedule; algorithm\n",
     )?;
@@ -65,6 +74,34 @@ pub(super) fn measure_chip(args: &MeasureArgs) -> Result<u8, String> {
         }
     }
     Ok(outcome)
+}
+
+/// Measures and prints a line per function; falsified if a result differs.
+fn measure_all_functions(every: u32, programs: &Path) -> Result<u8, String> {
+    print("function             differ of compared inputs\n")?;
+    let (mut outcome, mut printed) = (PASS, Ok(()));
+    measure_functions(every, Some(programs), |found| {
+        if found.differing > 0 {
+            outcome = FALSIFIED;
+        }
+        if printed.is_ok() {
+            printed = print(&line_of(&found)).map(|_| ());
+        }
+    })
+    .map_err(|error| error.to_string())?;
+    printed.map(|()| outcome)
+}
+
+fn line_of(found: &MeasuredFunction) -> String {
+    let example = found.first.map_or(String::new(), |first| {
+        format!("; of {:e} it is {:e}, not {:e}", first.input, first.observed, first.expected)
+    });
+    format!(
+        "{:20} {:>6} of {}{example}\n",
+        found.name,
+        grouped(found.differing as usize),
+        grouped(found.compared as usize)
+    )
 }
 
 fn line(trial: &Trial, one: &Measured) -> String {

@@ -21,6 +21,7 @@ mod measure;
 mod new;
 mod nightly;
 mod plan;
+mod predict;
 mod reference;
 mod receipt;
 mod report;
@@ -42,6 +43,7 @@ use judge::JudgeArgs;
 use new::NewArgs;
 use nightly::{BaselineCli, HistoryArgs};
 use plan::PlanArgs;
+use predict::PredictArgs;
 use report::ReportArgs;
 use run::RunArgs;
 use schema::SchemaOf;
@@ -155,6 +157,8 @@ enum Command {
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
     },
+    /// Say what an engine answers to a prompt, without that engine and without a GPU.
+    Predict(PredictArgs),
     /// Plant bugs and see that every falsifier fires, at the right place.
     Falsify(FalsifyArgs),
     /// The cache: list, verify, clear away, pin.
@@ -389,6 +393,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Doctor => doctor::examine(),
         Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
         Command::Identify { stage, run, runs } => identify::identify(&stage, &run, &runs),
+        Command::Predict(args) => predict::predict(&args),
         Command::Falsify(args) => falsify::falsify(&args),
         Command::Report(args) => report::report(&args),
         Command::Diff(args) => diff::changes(&args),

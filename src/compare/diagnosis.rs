@@ -10,13 +10,14 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::fingerprints::{Case, Fit, Null, describe, rank};
-use super::{Growth, Measure, StageMeasures};
+use super::{Growth, Measure, SiteKernel, StageMeasures};
 use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, is_gemm, on_recorded};
-use crate::compute::call::Watched;
+use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
 use crate::metric::Metric;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, flow, in_layer, read_by_site};
+use crate::tensor::Tensor;
 use crate::text::{grouped, number};
 
 /// Deviations that no value exceeds: the union bound over 17 million values at a
@@ -53,6 +54,10 @@ pub struct Diagnosis {
     /// Whether the op read what the judge's op read, to the bit.
     #[serde(default)]
     pub same_input: bool,
+    /// The kernel of the engine that gives every bit of the site from the arm's own input, where
+    /// the pass took another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_kernel: Option<String>,
     /// What is known of the difference where nothing names it: how many values, where, how
     /// large.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,9 +85,17 @@ impl Diagnosis {
     /// What is wrong, in a sentence.
     pub fn sentence(&self) -> String {
         match (self.cause(), self.fits.first()) {
-            _ if self.prescribed => "identical to the prediction from the same input: these \
-                                     inputs exceed the estimated rounding error"
-                .to_owned(),
+            _ if self.prescribed => match &self.known {
+                Some(known) => format!("what these kernels make of its input, to the bit: {known}"),
+                None => "identical to the prediction from the same input: these inputs exceed the \
+                         estimated rounding error"
+                    .to_owned(),
+            },
+            _ if self.other_kernel.is_some() => format!(
+                "{} gives these bits, and the pass takes what the engine's file lists first: save \
+                 what `runner identify` prints of this recording, and name that file as `engine`",
+                self.other_kernel.as_deref().unwrap_or_default()
+            ),
             (Some(fit), _) if fit.is_exact() => {
                 format!(
                     "{}: {} (explains all {} values to the bit)",
@@ -151,6 +164,9 @@ impl Diagnosis {
             }
             Stream::Arm(judge) => format!("first site too far from {judge}"),
             Stream::Anchored(_) => "first site outside its floor".to_owned(),
+            Stream::Predicted(_) if self.prescribed => {
+                "first site that is wrong although a kernel of the engine gives it".to_owned()
+            }
             Stream::Predicted(_) => "first site that no kernel of the engine gives".to_owned(),
         };
         match in_layer(&self.site.0) {
@@ -246,6 +262,12 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
         diagnosis.known = examined.known;
         diagnosis.fits = examined.fits;
     }
+    if *judge == Stream::Arm(Arm::Emulated) && diagnosis.same_input && !diagnosis.prescribed {
+        let own = |found: &&SiteKernel| found.subject.arm() == subject.arm() && found.site == *site;
+        let found = scene.measures.kernels.iter().find(own);
+        diagnosis.other_kernel =
+            found.filter(|found| found.mismatches == 0).map(|found| found.kernel.clone());
+    }
     Ok(diagnosis)
 }
 
@@ -281,6 +303,7 @@ fn plain(suspect: &Suspect) -> Diagnosis {
         prescribed: false,
         within_rounding: false,
         same_input: false,
+        other_kernel: None,
         known: None,
         fits: Vec::new(),
     }
@@ -357,7 +380,7 @@ fn examine(
             let needed = !single && output.site(site).is_none();
             return match needed && scene.recipe.engine.is_some() {
                 true => call.on(&arm),
-                false => Ok(crate::tensor::Tensor::zeros(rows, width)),
+                false => Ok(Tensor::zeros(rows, width)),
             };
         }
         let clean = call.on(&arm)?;
@@ -382,7 +405,7 @@ fn examine(
             op: call.op().to_owned(),
             prescribed,
             within_rounding: !prescribed && null.explains(subject, &clean),
-            known: (!prescribed).then(|| describe(&case)).flatten(),
+            known: if prescribed { not_finite(call, subject) } else { describe(&case) },
             fits,
         };
         let mut found = found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -392,6 +415,22 @@ fn examine(
     on_recorded(scene.task, &watched, output)?;
     drop(watched);
     Ok(found.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
+}
+
+/// What NaN and infinities come of that the op must give, and where they begin; nothing where
+/// there are none.
+fn not_finite(call: &Call<'_>, subject: &Tensor) -> Option<String> {
+    let spoilt = |x: &Tensor, row: usize| x.row(row).iter().any(|value| !value.is_finite());
+    let row = (0..subject.rows()).find(|&row| spoilt(subject, row))?;
+    Some(match call {
+        Call::Matmul { x, .. } if spoilt(x, row) => {
+            format!("row {row} came in with NaN or infinities")
+        }
+        Call::Matmul { x, .. } if x.row(row).iter().all(|&value| value == 0.0) => {
+            format!("row {row} came in as zeros alone, whose scale is 0, and 0 / 0 is NaN")
+        }
+        _ => format!("row {row} is the first with NaN or infinities"),
+    })
 }
 
 /// An arm that does not repeat itself.
@@ -446,6 +485,7 @@ fn of_passes(measure: &Measure, op: &str, cause: &str, detail: String) -> Diagno
         prescribed: false,
         within_rounding: false,
         same_input: true,
+        other_kernel: None,
         known: None,
         fits: vec![fit],
     }

@@ -385,6 +385,44 @@ pub fn by_engine(
     Ok(sites.collect())
 }
 
+/// Layers of a recording that tell which kernels ran.
+const TELLING: u32 = 2;
+
+/// The recipe with those of its engine's kernels first that a recording shows: of each op but
+/// the products the one that gives every bit at most sites of the first layers. Orders of
+/// products stay as the engine's file lists them: they follow from shapes, not from an engine.
+///
+/// # Errors
+/// As the ops.
+pub fn led_by_recording(
+    task: &Task<'_>,
+    recipe: &Recipe,
+    recorded: &Output,
+) -> Result<Recipe, ComputeError> {
+    let arm = Emulated::new(recipe)?;
+    let (Some(engine), Some(kernels), Op::Forward { .. }) = (arm.engine(), recipe.engine, task.op)
+    else {
+        return Ok(*recipe);
+    };
+    let shown: Mutex<BTreeMap<String, usize>> = Mutex::default();
+    let watched = Watched::new(|site, call| {
+        let [rows, width] = call.shape();
+        let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
+        let Some(observed) = recorded.site(site).filter(fits) else { return call.on(&arm) };
+        if crate::op::in_layer(&site.0).is_some_and(|(layer, _)| layer < TELLING) {
+            let exact = engine.exact_kernels(call, observed)?;
+            let mut shown = shown.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            exact.into_iter().for_each(|name| *shown.entry(name).or_default() += 1);
+        }
+        Ok(observed.clone())
+    });
+    visit_recorded(task, &watched, recorded)?;
+    drop(watched);
+    let shown = shown.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let led = kernels.led_by(|name| shown.get(name).copied().unwrap_or(0));
+    Ok(Recipe { engine: Some(led), ..*recipe })
+}
+
 /// Whether a GEMM makes this site.
 pub fn is_gemm(site: &Site) -> bool {
     let projections = crate::op::LAYER_PROJECTIONS;

@@ -83,6 +83,7 @@ impl Recording<'_> {
             prescribed: judgement.answer == Answer::ToTheBit,
             within_rounding: judgement.answer == Answer::WithinRounding,
             same_input: true,
+            other_kernel: None,
             known,
             fits: fits.collect(),
         })

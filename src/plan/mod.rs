@@ -299,8 +299,14 @@ impl<'a> Plan<'a> {
                 sources.field("engine", serde_json::json!(engine));
             }
         }
-        // A product's emulated arm takes its schedule from what was recorded.
-        let identifies = matches!(stage.op, Op::Gemm { .. }) && arm == Arm::Emulated;
+        // A product's emulated arm takes its schedule from what was recorded, and a pass's its
+        // kernels, where the engine may be one of several.
+        let open = stage.recipe.engine.is_some_and(|engine| engine.is_open());
+        let identifies = match stage.op {
+            Op::Gemm { .. } => arm == Arm::Emulated,
+            Op::Forward { .. } => arm == Arm::Emulated && open,
+            _ => false,
+        };
         if let Some(recorded) = &stage.recorded
             && (arm == Arm::Recorded || identifies)
         {

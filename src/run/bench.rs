@@ -16,7 +16,9 @@ use crate::compare::{
     Diagnosis, Extent, Scene, StageMeasures, Suspect, diagnose, measure_arms, measure_outcome,
     measure_stage,
 };
-use crate::compute::arms::{Output, Task, compute, input_width, site_names, tensors_read};
+use crate::compute::arms::{
+    Output, Task, compute, input_width, led_by_recording, site_names, tensors_read,
+};
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
 use crate::compute::recorded::{check_written, recorded};
@@ -28,7 +30,7 @@ use crate::judge::stage::Recording;
 use crate::manifest::{Falsifier, IfFails};
 use crate::metric::Metric;
 use crate::model::Model;
-use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
+use crate::op::{self, Arm, Capture, Input, InputRef, Op, Recipe, Site, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
 use crate::record::ArmState;
 use crate::tensor::Tensor;
@@ -159,16 +161,18 @@ impl Bench<'_> {
             Some(output) => output,
             None => {
                 let inputs = self.input_tensors(inputs)?;
+                let task = self.task(&inputs)?;
                 let engine = stage.external.as_ref().and_then(|external| external.emulate);
                 let (ops, arithmetic) = match (arm, engine) {
                     (Arm::Emulated, Some(op::Engine::LlamaCpp)) => {
                         let ops: Box<dyn Ops> = Box::new(EightBit);
                         (ops, eight_bit::IN_WORDS.to_owned())
                     }
+                    (Arm::Emulated, _) => workshop.ops(arm, &self.recipe_of_pass(&task)?)?,
                     _ => workshop.ops(arm, &stage.recipe)?,
                 };
                 let mut made = Made::default();
-                compute(&self.task(&inputs)?, ops.as_ref(), arithmetic, &mut |tensor| {
+                compute(&task, ops.as_ref(), arithmetic, &mut |tensor| {
                     made.sites += 1;
                     made.bytes += size_of_val(tensor.data()) as u64;
                     tell(News::Made(made));
@@ -184,6 +188,21 @@ impl Bench<'_> {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    /// The recipe of a whole pass: beside a recording, the engine's kernels in the order that it
+    /// shows. What is wrong with the recording is the recorded arm's to say.
+    fn recipe_of_pass(&self, task: &Task<'_>) -> Result<Recipe, ComputeError> {
+        let PreparedStage { stage, model, tokens, .. } = self.prepared;
+        let open = stage.recipe.engine.is_some_and(|engine| engine.is_open());
+        let (Some(from), Op::Forward { .. }, true) = (&stage.recorded, &stage.op, open) else {
+            return Ok(stage.recipe);
+        };
+        let model = model.as_ref().map(|open| &open.model);
+        match recorded(&stage.op, from, model, Some(tokens)) {
+            Ok(seen) => led_by_recording(task, &stage.recipe, &seen),
+            Err(_) => Ok(stage.recipe),
+        }
     }
 
     fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Sources, SourceError> {
@@ -682,6 +701,11 @@ impl Bench<'_> {
         let outputs = self.outputs_of(results)?;
         let read = self.input_tensors(inputs)?;
         let task = self.task(&read)?;
+        let led = match suspect.judge {
+            Stream::Arm(Arm::Emulated) => self.recipe_of_pass(&task)?,
+            _ => *recipe,
+        };
+        let recipe = &led;
         let scene = Scene { task: &task, recipe, outputs: &outputs, measures };
         let diagnosis = diagnose(&scene, suspect)?;
         self.check_all_unchanged(inputs, &keyed)?;

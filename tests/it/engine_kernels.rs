@@ -18,7 +18,7 @@ use runner::compute::emulated::quantize::{CodeData, Codes};
 use runner::compute::emulated::schedule::{Epilogue, Schedule};
 use runner::compute::engine_kernels::activation::{Activation, Gated, gelu, gelu_tanh, silu};
 use runner::compute::engine_kernels::attention::{Heads, Products, eager, transposed};
-use runner::compute::engine_kernels::flash::{Plan, flash};
+use runner::compute::engine_kernels::flash::{Flash3Call, Plan, flash};
 use runner::compute::engine_kernels::fp8::{
     Quantise, block_scaled_mm, cutlass_scaled_mm, scaled_mm,
 };
@@ -579,16 +579,18 @@ fn replay_operations(path: &Path) {
                 let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[1], k.shape[1], q.shape[2]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
-                let y =
-                    flash(unit(B), B, &q, &k, &v, &heads, &Plan::flash3(heads.head_dim, q.rows()));
+                let sizes = [1, q.rows(), k.rows()];
+                let plan = Plan::flash3(Flash3Call::Paged, &heads, sizes, PROCESSORS);
+                let y = flash(unit(B), B, &q, &k, &v, &heads, &plan);
                 tally.compare(op, y.data(), &after(3).values);
             }
             "fa3_fwd::_flash_attn_forward" => {
                 let [q, k, v] = [0, 1, 2].map(&given);
                 let heads = Heads::causal(q.shape[2], k.shape[2], q.shape[3]);
                 let [q, k, v] = [q, k, v].map(|x| x.joined_heads());
-                let y =
-                    flash(unit(B), B, &q, &k, &v, &heads, &Plan::flash3(heads.head_dim, q.rows()));
+                let sizes = [1, q.rows(), k.rows()];
+                let plan = Plan::flash3(Flash3Call::Contiguous, &heads, sizes, PROCESSORS);
+                let y = flash(unit(B), B, &q, &k, &v, &heads, &plan);
                 tally.compare(op, y.data(), &capture.out(call).values);
             }
             "aten::_scaled_dot_product_cudnn_attention" => {
@@ -672,8 +674,8 @@ fn what_vllm_computes_of_decoded_tokens_is_met_in_every_bit() {
     // A query within the prompt, then the decoded ones, each with the keys up to its own.
     for (index, position) in [148].into_iter().chain(300..307).enumerate() {
         let queries = if position < 300 { 300 } else { 1 };
-        let plan = Plan::flash3(64, queries);
         let keys = 0..position + 1;
+        let plan = Plan::flash3(Flash3Call::Paged, &heads, [1, queries, keys.end], PROCESSORS);
         let (k, v) = (k.some_rows(keys.clone()), v.some_rows(keys));
         let ours = flash(unit(B), B, &q.some_rows(index..index + 1), &k, &v, &heads, &plan);
         tally.compare("attention", ours.data(), y.row(index));
@@ -694,9 +696,90 @@ fn what_vllm_computes_of_decoded_tokens_is_met_in_every_bit() {
     {
         assert_ne!(another(sum).data(), &o["norm.y"].values[..], "{sum:?}");
     }
-    let wide = Plan::flash3(64, 2);
+    let wide =
+        Plan { keys: 128, ..Plan::flash3(Flash3Call::Paged, &heads, [1, 1, 307], PROCESSORS) };
     let ours = flash(unit(B), B, &q.some_rows(7..8), &k, &v, &heads, &wide);
     assert_ne!(ours.data(), y.row(7));
+}
+
+#[test]
+fn flash_attention_3_over_split_keys_is_met_in_every_bit() {
+    let o = safetensors(&fixture("flash-3.safetensors"));
+    let numbers =
+        |name: &str| o[name].values.iter().map(|&number| number as usize).collect::<Vec<usize>>();
+    let (mut tally, mut split) = (Tally::default(), 0);
+    for case in [19, 62, 74, 109, 178] {
+        let named = |what: &str| format!("{case}.{what}");
+        let [count, kv_heads, width] = numbers(&named("shape"))[..] else { panic!("three") };
+        let heads = Heads::causal(count, kv_heads, width);
+        let (rows, kept) = (numbers(&named("rows")), numbers(&named("heads")));
+        let [q, k, v] = ["q", "k", "v"].map(|name| o[&named(name)].matrix());
+        // One case is f16: what bf16 cannot hold says so.
+        let bf16 = q.data().iter().all(|&value| B.round(value) == value);
+        let format = if bf16 { B } else { Format::F16 };
+        let some = |y: &Tensor| -> Vec<f32> {
+            let head = |&head: &usize| head * width..(head + 1) * width;
+            let row = |&row: &usize| kept.iter().flat_map(move |h| y.row(row)[head(h)].to_vec());
+            rows.iter().flat_map(row).collect()
+        };
+        let calls = [(Flash3Call::Paged, "paged"), (Flash3Call::Contiguous, "contiguous")];
+        for (call, name) in calls {
+            let Some(wanted) = o.get(&named(name)) else { continue };
+            let plan = Plan::flash3(call, &heads, [1, q.rows(), k.rows()], PROCESSORS);
+            let ours = |plan: &Plan| some(&flash(unit(format), format, &q, &k, &v, &heads, plan));
+            tally.compare(name, &ours(&plan), &wanted.values);
+            let whole = Plan { parts: 1, ..plan };
+            if plan != whole {
+                split += 1;
+                assert_ne!(ours(&whole), wanted.values, "case {case}: one part gives other bits");
+            }
+        }
+    }
+    assert_eq!(split, 7, "all but one of them split the keys");
+    tally.finish("FlashAttention 3 over split keys");
+}
+
+#[test]
+fn vllms_frequencies_are_powers_as_cuda_makes_them() {
+    // Of heads of 128 and base 10^6, pair 18: the nearest f32 is the neighbour. At position 850 the
+    // table's cosine then rounds to another bf16, and four values of seven heads differed from
+    // a pass of vLLM 0.26 on an H200 that CUDA's power meets.
+    let (base, exponent) = (1e6f32, 36.0 / 128.0);
+    let cosine = |power: f32| {
+        let table = rope::Table::new(&[850], &[1.0 / power], 1.0, B);
+        table.cos.data()[0]
+    };
+    let nearest = f64::from(base).powf(f64::from(exponent)) as f32;
+    assert_eq!(cosine(cuda_math::pow(base, exponent)), 0.174_804_69);
+    assert_eq!(cosine(nearest), 0.175_781_25);
+}
+
+#[test]
+fn the_sine_of_a_negative_zero_is_one() {
+    assert_eq!(cuda_math::sin(-0.0).to_bits(), (-0.0f32).to_bits());
+    assert_eq!(cuda_math::sin(0.0).to_bits(), 0);
+}
+
+#[test]
+fn a_row_without_a_scale_becomes_what_the_engine_makes_of_it() {
+    let x = Tensor::new(4, vec![0.0, 0.0, 0.0, 0.0, 1.0, f32::NAN, 2.0, 3.0, 1.0, 2.0, 3.0, 4.0]);
+    let product = |rule: Quantise| {
+        let (codes, scales) = rule.grouped(&x, 4);
+        let w = Tensor::new(4, vec![1.0, 2.0, 3.0, 4.0]);
+        let (w, w_scales) = rule.grouped(&w, 4);
+        let x = Operand { codes: &codes, scales: Scales::Row(scales) };
+        let w = Operand { codes: &w, scales: Scales::Row(w_scales) };
+        let y = scaled_mm(unit(Format::E4m3), &Schedule::FAST, &x, &w, None, B);
+        y.expect("a product").into_data()
+    };
+    let [zeros, nan, plain] = product(Quantise::torchao(B))[..] else { panic!("three rows") };
+    assert!(zeros.is_nan() && nan.is_nan(), "0 / 0, and a NaN that came in");
+    assert!((29.0..31.0).contains(&plain), "{plain}");
+    for guarded in [Quantise::SGLANG, Quantise::VLLM] {
+        let [zeros, nan, _] = product(guarded)[..] else { panic!("three rows") };
+        assert_eq!(zeros, 0.0);
+        assert!(nan.is_nan());
+    }
 }
 
 /// A function of one number.

@@ -58,6 +58,123 @@ fn of_vllm(kind: &str) -> Project {
     project
 }
 
+/// The recording in torchao's FP8, of the same model.
+fn of_torchao() -> Project {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/torchao");
+    let mut project = project();
+    for name in ["pipeline", "sites", "pass"] {
+        let text = fs::read_to_string(folder.join(format!("stages/{name}.toml"))).expect("a stage");
+        let text = text.replace("contracts = \"../../../contracts\"\n", "");
+        let text = text.replace("../../transformers-bf16/model", "../model");
+        project = project.file(&format!("stages/{name}.toml"), &text);
+    }
+    fs::create_dir_all(project.path("model")).expect("a folder");
+    for file in ["model/config.json", "model/model.safetensors"] {
+        fs::copy(example(file), project.path(file)).expect("copied");
+    }
+    fs::copy(folder.join("capture.safetensors"), project.path("capture.safetensors"))
+        .expect("copied");
+    project
+}
+
+#[test]
+fn torchaos_fp8_is_met_in_every_bit_whichever_kernel_its_file_lists_first() {
+    let project = of_torchao();
+    for stage in judged(&project) {
+        assert_eq!(stage["verdict"], "pass", "{}", stage["why"]);
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/torchao.toml");
+    let shipped = fs::read_to_string(folder).expect("readable");
+    let turned = shipped
+        .replace(
+            "[\"transformers-f32-frequencies\", \"transformers\"]",
+            "[\"transformers\", \"transformers-f32-frequencies\"]",
+        )
+        .replace(
+            "[\"flash-2\", \"cudnn\", \"eager\", \"flash-3\"]",
+            "[\"eager\", \"cudnn\", \"flash-2\"]",
+        );
+    assert_ne!(turned, shipped);
+    project.write("mine.toml", &turned);
+    let pipeline = project.read("stages/pipeline.toml").replace("\"torchao\"", "\"../mine.toml\"");
+    project.write("stages/pipeline.toml", &pipeline);
+    for stage in judged(&project) {
+        assert_eq!(stage["verdict"], "pass", "{}", stage["why"]);
+    }
+    // Without a choice there is nothing that the recording could lead to.
+    project.write("mine.toml", &turned.replace(", \"transformers-f32-frequencies\"]", "]"));
+    for stage in judged(&project) {
+        assert_eq!(stage["verdict"], "structural", "{}", stage["why"]);
+        assert_eq!(stage["first"]["site"], "blk.0.q_rope", "{}", stage["why"]);
+    }
+}
+
+#[test]
+fn what_vllm_answers_is_predicted_from_the_prompt_alone() {
+    let project = of_vllm("fp8-block");
+    let pipeline = project.read("stages/pass.toml");
+    let tokens = pipeline.lines().find_map(|line| line.strip_prefix("tokens   = ["));
+    let tokens: Vec<&str> = tokens.expect("tokens").trim_end_matches(']').split(", ").collect();
+    let (prompt, decoded) = tokens.split_at(33);
+    let mut command = vec!["predict", "--engine", "vllm-fp8-block", "--model", "model"];
+    let prompt = prompt.join(",");
+    command.extend(["--tokens", &prompt, "--decode", "8", "--out", "out.safetensors"]);
+    let said = format!("decoded: {},413", decoded.join(","));
+    project.runner(&command).expect(0, &said);
+    let logits = |name: &str| -> Vec<f32> {
+        let bytes = fs::read(project.path(name)).expect("a file");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let view = file.tensor("logits").expect("logits");
+        match view.dtype() {
+            Dtype::BF16 => bf16_values(view.data()),
+            _ => view
+                .data()
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+        }
+    };
+    assert_eq!(logits("out.safetensors"), logits("capture.safetensors"));
+    for (wrong, remedy) in [
+        (["--engine", "vlm"], "vllm-fp8-block"),
+        (["--stream", "f32"], "its kernels pass `bf16` or `f16`"),
+        (["--tokens", "1,512"], "out of the model's vocabulary of 512 tokens"),
+        (["--model", "none"], "none"),
+    ] {
+        let mut command = vec!["predict"];
+        for pair in [["--engine", "vllm"], ["--model", "model"], ["--tokens", "1,2"]] {
+            if pair[0] != wrong[0] {
+                command.extend(pair);
+            }
+        }
+        command.extend(wrong);
+        project.runner(&command).expect(2, remedy);
+    }
+}
+
+#[test]
+fn nan_that_an_engines_kernel_makes_of_a_row_of_zeros_is_told_from_a_wrong_kernel() {
+    let project = of_torchao();
+    // Token 7's embedding is zeros alone, as a padding token's is.
+    let token = 44;
+    rewrite_file(&project, "model/model.safetensors", |tensors| {
+        changed(tensors, "model.embed_tokens.weight", &|rows: &mut Vec<Vec<f32>>| {
+            rows[token].fill(0.0);
+        });
+    });
+    for (site, value) in
+        [("embed", 0.0), ("blk.0.attn_norm", 0.0), ("blk.0.q", f32::NAN), ("blk.0.k", f32::NAN)]
+    {
+        spoil(&project, site, |rows| rows[7].fill(value));
+    }
+    let stages = judged(&project);
+    let sites = stages.iter().find(|stage| stage["id"] == "sites").expect("the stage");
+    assert_eq!(sites["first"]["site"], "blk.0.q", "{}", sites["why"]);
+    let why = sites["why"].as_str().expect("words");
+    let said = "row 7 came in as zeros alone, whose scale is 0, and 0 / 0 is NaN";
+    assert!(why.contains(said), "{why}");
+}
+
 #[test]
 fn falsify_plants_into_a_recording_and_finds_what_it_planted() {
     let project = recorded();

@@ -86,6 +86,36 @@ fn receipts_of_clean_passes_count_what_the_readme_says() {
     }
     let said = format!("{} of {} sites were to the bit", grouped(sites - off), grouped(sites));
     assert!(readme.contains(&said), "README does not say `{said}`");
+    // Those that `scripts/count_clean_passes.py` counted.
+    for (name, passes, words) in [
+        ("h200-vllm", 46, "{} of {} sites, 414,257,664 values"),
+        (
+            "h200-torchao",
+            100,
+            "{} of {} sites are to the bit; in six of them torchao itself makes NaN",
+        ),
+        ("h200-llama-cpp-cuda-2", 120, "{} of {} sites are to the bit, and of SmolLM2-135M"),
+        ("h200-llama-cpp-smollm2", 12, "{} of {}. Their lists"),
+    ] {
+        let receipt = receipt(name);
+        let cases = receipt["cases"].as_object().expect("cases");
+        assert_eq!((receipt["passes"].as_u64(), cases.len()), (Some(passes), passes as usize));
+        let (mut sites, mut off) = (0, 0);
+        for case in cases.values() {
+            sites += case["sites"].as_u64().expect("a number") as usize;
+            off += case["sites_not_to_the_bit"].as_array().expect("a list").len();
+        }
+        let said =
+            words.replacen("{}", &grouped(sites - off), 1).replacen("{}", &grouped(sites), 1);
+        assert!(readme.contains(&said), "README does not say `{said}`");
+        if name == "h200-vllm" {
+            let values: u64 = cases.values().filter_map(|case| case["values"].as_u64()).sum();
+            assert_eq!(grouped(values as usize), "414,257,664");
+            let verdicts = |case: &serde_json::Value| case["verdicts"].as_object().cloned();
+            let all = cases.values().filter_map(verdicts).flat_map(|verdicts| verdicts.into_iter());
+            assert!(all.into_iter().all(|(_, verdict)| verdict == "pass"));
+        }
+    }
 }
 
 #[test]

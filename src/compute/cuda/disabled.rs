@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::{Measured, Piece, Survey, Trial};
+use super::{Measured, MeasuredFunction, Piece, Survey, Trial};
 use crate::compute::{ComputeError, Ops};
 use crate::op::{ChipName, Recipe};
 
@@ -37,6 +37,18 @@ pub fn facts(_: Option<&Path>) -> Vec<(String, String)> {
 /// # Errors
 /// Always.
 pub fn measure(_: &Trial, _: Option<&Path>) -> Result<Vec<Measured>, ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// Measures every function of one number.
+///
+/// # Errors
+/// Always.
+pub fn measure_functions(
+    _: u32,
+    _: Option<&Path>,
+    _: impl FnMut(MeasuredFunction),
+) -> Result<(), ComputeError> {
     Err(ComputeError::Recipe(WHY.to_owned()))
 }
 

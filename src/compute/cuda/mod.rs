@@ -15,6 +15,8 @@ mod arm;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
+mod functions;
+#[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
 mod kernels;
@@ -33,9 +35,11 @@ mod disabled;
 mod enabled;
 
 #[cfg(not(feature = "cuda"))]
-pub use disabled::{chip_here, facts, measure, ops, survey, why_unavailable};
+pub use disabled::{chip_here, facts, measure, measure_functions, ops, survey, why_unavailable};
 #[cfg(feature = "cuda")]
 pub use enabled::{chip_here, facts, ops, survey, why_unavailable};
+#[cfg(feature = "cuda")]
+pub use functions::measure_functions;
 #[cfg(feature = "cuda")]
 pub use probe::measure;
 
@@ -102,4 +106,28 @@ pub struct Measured {
     pub identified: Option<String>,
     /// Median time of a product, in seconds.
     pub seconds: f64,
+}
+
+/// A function of one number, as this machine's GPU computes it.
+#[derive(Clone, Copy, Debug)]
+pub struct MeasuredFunction {
+    /// Its name: an instruction of PTX, or a function of CUDA's math library.
+    pub name: &'static str,
+    /// Inputs that were compared.
+    pub compared: u64,
+    /// Those whose results differ in their bits from the prediction.
+    pub differing: u64,
+    /// The first of them.
+    pub first: Option<Differs>,
+}
+
+/// A result that is not the predicted one.
+#[derive(Clone, Copy, Debug)]
+pub struct Differs {
+    /// The function's operand.
+    pub input: f32,
+    /// What it should return.
+    pub expected: f32,
+    /// What the GPU returned.
+    pub observed: f32,
 }

@@ -71,7 +71,7 @@ pub fn compile(capability: (i32, i32), folder: Option<&Path>) -> Result<String, 
     {
         return Ok(text);
     }
-    let text = compile_now(options)?;
+    let text = compile_now(SOURCE, options)?;
     if let Some(path) = kept
         && let Err(error) = crate::cache::write_whole(&path, text.as_bytes())
     {
@@ -80,9 +80,18 @@ pub fn compile(capability: (i32, i32), folder: Option<&Path>) -> Result<String, 
     Ok(text)
 }
 
-fn compile_now(options: Vec<String>) -> Result<String, String> {
+/// The functions of `kernels/functions.cu` for a chip, with nvcc's usual options, as PTX text.
+///
+/// # Errors
+/// In words, if NVRTC is missing or refuses the source.
+pub fn compile_functions(source: &str, (major, minor): (i32, i32)) -> Result<String, String> {
+    version().ok_or("NVRTC is not installed (libnvrtc)")?;
+    compile_now(source, vec![format!("--gpu-architecture=sm_{major}{minor}")])
+}
+
+fn compile_now(source: &str, options: Vec<String>) -> Result<String, String> {
     let options = CompileOptions { options, ..CompileOptions::default() };
-    let compiled = compile_ptx_with_opts(SOURCE, options);
+    let compiled = compile_ptx_with_opts(source, options);
     let compiled = compiled.map_err(|error| match error {
         CompileError::CompileError { log, options, .. } => format!(
             "NVRTC refuses the kernels with {}: {}",

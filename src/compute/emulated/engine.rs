@@ -8,27 +8,29 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::chip::Unit;
+use super::gemm::{Operand, Scales};
 use super::ggml_product::GgmlProduct;
 use super::orders::{Operands, differing, is_tried, rows_afforded, same_row, some_names};
 use super::quantize::absmax;
+use super::schedule::Schedule;
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
-use crate::compute::engine_kernels::cpu_math;
-use crate::compute::engine_kernels::flash::{Plan, flash};
+use crate::compute::engine_kernels::flash::{Flash3Call, Plan, flash};
 use crate::compute::engine_kernels::fp8::{
-    GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm,
+    GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm, scaled_mm,
 };
 use crate::compute::engine_kernels::ggml;
 use crate::compute::engine_kernels::linear::{finish, residue_tile};
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
+use crate::compute::engine_kernels::{cpu_math, cuda_math};
 use crate::compute::rope as rotary;
 use crate::compute::{AttentionShape, ComputeError};
 use crate::dtype::Format;
 use crate::engine::{
     AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
-    RopeKernel, SwigluKernel,
+    RopeKernel, SwigluKernel, name_of,
 };
 use crate::model::{Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
@@ -256,6 +258,19 @@ impl EngineArm {
             return self.block_product(unit, x, weight, bias);
         }
         let held = self.held(&weight, 0..weight.rows())?;
+        let by_row = match kernel {
+            LinearKernel::SglangFp8 => Some(Quantise::SGLANG),
+            LinearKernel::TorchaoFp8Row => Some(Quantise::torchao(self.format)),
+            _ => None,
+        };
+        if let Some(by_row) = by_row {
+            let (w, scales) = by_row.grouped(&held, held.width());
+            let w = Operand { codes: &w, scales: Scales::Row(scales) };
+            let (x, scales) = by_row.grouped(x, x.width());
+            let x = Operand { codes: &x, scales: Scales::Row(scales) };
+            let bias = bias.as_deref();
+            return Ok(scaled_mm(unit, &Schedule::FAST, &x, &w, bias, self.format)?);
+        }
         let (codes, scales) = match kernel {
             LinearKernel::VllmFp8Channel => Quantise::VLLM.grouped(&held, held.width()),
             _ => {
@@ -390,12 +405,14 @@ impl EngineArm {
         let frequency = |pair: usize| {
             // The engines divide in f32, and raise to a power in f32 too.
             let exponent = (2 * pair) as f32 / geometry.dimensions as f32;
-            let nearest = || libm::pow(geometry.theta, f64::from(exponent)) as f32;
             match kernel {
                 RopeKernel::Transformers => format.round(1.0 / on_cpu(exponent)),
                 RopeKernel::TransformersF32Frequencies => 1.0 / on_cpu(exponent),
-                // Made on the GPU, whose power no recording has told from the nearest f32.
-                RopeKernel::Vllm | RopeKernel::Sglang | RopeKernel::GgmlCuda => 1.0 / nearest(),
+                // Made on the GPU.
+                RopeKernel::Vllm | RopeKernel::Sglang => {
+                    1.0 / cuda_math::pow(geometry.theta as f32, exponent)
+                }
+                RopeKernel::GgmlCuda => 1.0 / libm::pow(geometry.theta, f64::from(exponent)) as f32,
             }
         };
         let frequencies: Vec<f32> = (0..geometry.dimensions / 2).map(frequency).collect();
@@ -450,7 +467,14 @@ impl EngineArm {
                     let heads = heads * self.kernels.batch;
                     Plan::flash2(heads, head_dim, q.rows(), k.rows(), PROCESSORS)
                 }
-                AttentionKernel::Flash3 => Plan::flash3(head_dim, q.rows()),
+                AttentionKernel::Flash3 | AttentionKernel::Flash3Paged => {
+                    let call = match kernel {
+                        AttentionKernel::Flash3Paged => Flash3Call::Paged,
+                        _ => Flash3Call::Contiguous,
+                    };
+                    let sizes = [self.kernels.batch, q.rows(), k.rows()];
+                    Plan::flash3(call, &own, sizes, PROCESSORS)
+                }
                 AttentionKernel::Cudnn => Plan::CUDNN,
                 AttentionKernel::GgmlCudaF16Cache => {
                     return Ok(ggml::attention(q, k, v, &own, Format::F16)?);
@@ -685,6 +709,54 @@ impl EngineArm {
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
     }
+
+    /// The kernels that give every bit of what was observed, in words; nothing of a product, and
+    /// of an op of which the engine lists one kernel. Of eager attention no other order is tried.
+    ///
+    /// # Errors
+    /// As the ops.
+    pub fn exact_kernels(
+        &self,
+        call: &Call<'_>,
+        observed: &Tensor,
+    ) -> Result<Vec<String>, ComputeError> {
+        let kernels = &self.kernels;
+        let choice = Choice { observed, best: None };
+        let mut exact = Vec::new();
+        let mut offer = |name: String, y: Tensor| {
+            if choice.mismatches(&y) == 0 {
+                exact.push(name);
+            }
+        };
+        match *call {
+            Call::RmsNorm { x, gain, eps } if kernels.rms_norm.is_open() => {
+                let (name, gain) = (gain.name(), gain.to_vec()?);
+                for kernel in kernels.rms_norm.all() {
+                    let y = self.rms_norm_by(kernel, x, (name, &gain), eps)?;
+                    offer(format!("norm {}", name_of(kernel)), y);
+                }
+            }
+            Call::Rope { x, rope, head_dim, first_position } if kernels.rope.is_open() => {
+                for kernel in kernels.rope.all() {
+                    let y = self.rope_by(kernel, x, rope, head_dim, first_position)?;
+                    offer(format!("rope {}", name_of(kernel)), y);
+                }
+            }
+            Call::Attention { q, k, v, shape } if kernels.attention.is_open() => {
+                for kernel in kernels.attention.all() {
+                    let y = self.attention_by(kernel, q, k, v, shape)?;
+                    offer(format!("attention {}", name_of(kernel)), y);
+                }
+            }
+            Call::SwiGlu { gate, up } if kernels.swiglu.is_open() => {
+                for kernel in kernels.swiglu.all() {
+                    offer(format!("swiglu {}", name_of(kernel)), self.swiglu_by(kernel, gate, up));
+                }
+            }
+            _ => {}
+        }
+        Ok(exact)
+    }
 }
 
 /// Copies the two values of each pair of each head from one place to another.
@@ -720,14 +792,6 @@ fn stacked(weight: Weight<'_>) -> Result<Vec<Weight<'_>>, ComputeError> {
     };
     let parts = parts.iter().map(|part| Ok(model.tensor(&format!("{block}{part}"))?));
     parts.collect()
-}
-
-/// A kernel's name as the engine's file has it.
-fn name_of(kernel: impl serde::Serialize) -> String {
-    match serde_json::to_value(kernel) {
-        Ok(serde_json::Value::String(name)) => name,
-        _ => String::new(),
-    }
 }
 
 /// What a call of the engine came to.

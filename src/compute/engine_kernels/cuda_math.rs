@@ -141,7 +141,8 @@ const TWO_OVER_PI: [u32; 6] =
 fn quarter_turns(x: f32) -> (i32, f32) {
     let magnitude = x.abs();
     if magnitude < 105_615.0 {
-        let quarters = (x * bits(0x3f22_f983)).round_ties_even();
+        // An integer in between: of -0 it is 0.
+        let quarters = (x * bits(0x3f22_f983)).round_ties_even() as i32 as f32;
         let rest = quarters.mul_add(bits(0xbfc9_0fda), x);
         let rest = quarters.mul_add(bits(0xb3a2_2168), rest);
         return (quarters as i32, quarters.mul_add(bits(0xa7c2_34c5), rest));

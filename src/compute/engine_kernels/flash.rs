@@ -31,7 +31,11 @@
 //! on the same H200 captures and in two transformers models, and at 25 shapes on the
 //! H100; FlashAttention 3 in vLLM on an H200 at 8 tokens and on an H100 at 33 to 300 with 7
 //! decoded ones (heads of 64 and 128 values), and in the fa3-fwd package at 32. FlashAttention
-//! 3 splits more than four blocks of keys where few tiles fill the chip, which is not worked out. cuDNN
+//! 3 over split keys: 0 of 538,208 outputs of vLLM 0.26's build at 245 shapes (192 of them split, into up to
+//! 45 parts) and 0 of 211,104 of fa3-fwd 0.0.3 at 60 shapes (41 split, up to 38 parts), heads of 32 to 256
+//! values, on an H200; the number of parts was right at 377 of 377 shapes. Its parts follow from
+//! vLLM's and Dao-AILab's `heuristics.h`, `tile_size.h`, `flash_prepare_scheduler.cu`, `block.h`,
+//! their sum from `flash_fwd_combine_kernel.h`. cuDNN
 //! at one query and 1,000 keys of 128 values splits the keys, which is not worked
 //! out; nor is the memory-efficient kernel.
 
@@ -60,8 +64,20 @@ pub struct Plan {
     pub keys: usize,
     /// Parts over which the blocks of keys are dealt; 1 is no split.
     pub parts: usize,
+    /// Query heads of one key head that share a tile: a query's rows of these heads lie
+    /// together. It matters where keys are split.
+    pub packed: usize,
     /// Whose kernel.
     pub kernel: FlashKernel,
+}
+
+/// How FlashAttention 3 is given its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flash3Call {
+    /// Side by side, as many for each sequence: the package's plain function.
+    Contiguous,
+    /// In pages of a cache, of sequences of their own lengths: vLLM's build and call.
+    Paged,
 }
 
 /// Whose kernel of fused attention; the file's head has the table.
@@ -76,16 +92,57 @@ pub enum FlashKernel {
 }
 
 impl Plan {
-    /// FlashAttention 3 on Hopper for heads of up to 128 values. One query alone counts as no
-    /// causal call, and narrow heads then take larger blocks of keys.
-    pub fn flash3(head_dim: usize, queries: usize) -> Plan {
-        let keys = if queries == 1 && head_dim <= 64 { 192 } else { 128 };
-        Plan { queries: 128, keys, parts: 1, kernel: FlashKernel::Flash3 }
+    /// What FlashAttention 3 chooses on a Hopper chip of so many multiprocessors, for
+    /// so many queries and keys of each of `batch` sequences.
+    ///
+    /// With one query a causal call is none, but for a cache in pages with heads of 65 to 128
+    /// values.
+    pub fn flash3(
+        call: Flash3Call,
+        heads: &Heads,
+        [batch, queries, keys]: [usize; 3],
+        processors: usize,
+    ) -> Plan {
+        let packed = (heads.heads / heads.kv_heads.max(1)).max(1);
+        let paged = call == Flash3Call::Paged;
+        let width = heads.head_dim;
+        let causal = queries > 1 || (paged && (65..=128).contains(&width));
+        // Few rows take one group of warps, where vLLM has compiled that.
+        let one_group = paged && matches!(width, 64 | 128) && queries * packed <= 64;
+        let (rows, block) = match width {
+            0..=64 if one_group => (64, 192),
+            0..=64 if causal => (192, 128),
+            0..=64 if paged => (192, 160),
+            0..=64 => (192, 192),
+            65..=96 => (192, if paged { 128 } else { 144 }),
+            97..=128 if one_group => (64, 128),
+            97..=128 => (128, if causal || paged { 128 } else { 176 }),
+            129..=192 => (128, if paged { 96 } else { 112 }),
+            _ => (128, 80),
+        };
+        let (tiles, blocks) = ((queries * packed).div_ceil(rows), keys.div_ceil(block));
+        // Of sequences of unknown lengths the first count is that of one.
+        let together = if paged { 1 } else { batch };
+        let most = if blocks <= 4 { 1 } else { processors.min(blocks) };
+        let parts = parts(together * heads.kv_heads * tiles, processors, most, |_| true);
+        let parts = match call {
+            Flash3Call::Paged if parts > 1 => {
+                // A tenth more than what each multiprocessor gets of all blocks.
+                let all = (batch * tiles * blocks) as f32 * 1.1 * heads.kv_heads as f32;
+                let each = (all / processors as f32).ceil() as usize;
+                blocks.div_ceil(each.max(1)).clamp(1, parts)
+            }
+            _ => parts,
+        };
+        // One part is the same whichever rows share a tile.
+        let (packed, queries) = if parts > 1 { (packed, rows) } else { (1, 128) };
+        Plan { queries, keys: block, parts, packed, kernel: FlashKernel::Flash3 }
     }
 
     /// cuDNN on Hopper for heads of up to 128 values: what `sdpa` of transformers
     /// takes there.
-    pub const CUDNN: Plan = Plan { queries: 128, keys: 128, parts: 1, kernel: FlashKernel::Cudnn };
+    pub const CUDNN: Plan =
+        Plan { queries: 128, keys: 128, parts: 1, packed: 1, kernel: FlashKernel::Cudnn };
 
     /// What PyTorch's FlashAttention 2 chooses on a chip of so many
     /// multiprocessors, for the heads of one sequence, or of all of a batch, without dropout.
@@ -102,31 +159,34 @@ impl Plan {
             _ => 64,
         };
         let blocks = keys.div_ceil(split_keys);
+        // Parts of as many blocks as one part less leaves are of no use.
+        let useful =
+            |parts: usize| parts == 1 || blocks.div_ceil(parts) != blocks.div_ceil(parts - 1);
         // 128 threads a block: two blocks count for one multiprocessor.
-        let parts = parts(heads * queries.div_ceil(64), 2 * processors, blocks);
+        let slots = 2 * processors;
+        let parts = parts(heads * queries.div_ceil(64), slots, slots.min(blocks), useful);
+        let kernel = FlashKernel::Flash2;
         if parts > 1 {
-            return Plan { queries: 64, keys: split_keys, parts, kernel: FlashKernel::Flash2 };
+            return Plan { queries: 64, keys: split_keys, parts, packed: 1, kernel };
         }
         let keys = if head_dim <= 64 { 128 } else { 64 };
-        Plan { queries: 128, keys, parts: 1, kernel: FlashKernel::Flash2 }
+        Plan { queries: 128, keys, parts: 1, packed: 1, kernel }
     }
 }
 
-/// FlashAttention's heuristic: the fewest parts that fill the chip to 85 % of the
-/// best that any number of parts does.
-fn parts(tiles: usize, slots: usize, blocks: usize) -> usize {
+/// FlashAttention's heuristic: the fewest parts, of at most `most`, that fill the chip to 85 %
+/// of the best that any useful number of parts does.
+fn parts(tiles: usize, slots: usize, most: usize, useful: impl Fn(usize) -> bool) -> usize {
     if tiles as f32 >= 0.8 * slots as f32 {
         return 1;
     }
-    let most = 128.min(slots).min(blocks);
-    let eligible =
-        |parts: usize| parts == 1 || blocks.div_ceil(parts) != blocks.div_ceil(parts - 1);
     let efficiency = |parts: usize| {
         let waves = (tiles * parts) as f32 / slots as f32;
         waves / waves.ceil()
     };
-    let best = (1..=most).filter(|&parts| eligible(parts)).map(efficiency).fold(0.0, f32::max);
-    (1..=most).find(|&parts| eligible(parts) && efficiency(parts) >= 0.85 * best).unwrap_or(1)
+    let tried = || (1..=most.min(128)).filter(|&parts| useful(parts));
+    let best = tried().map(efficiency).fold(0.0, f32::max);
+    tried().find(|&parts| efficiency(parts) >= 0.85 * best).unwrap_or(1)
 }
 
 /// The output of a FlashAttention, `[queries, heads * head_dim]`.
@@ -148,14 +208,23 @@ pub fn flash(
             (k, codes(format, &transposed(&head_of(v, head, width))))
         })
         .collect();
+    let packed = plan.packed;
+    let rows = q.rows() * packed;
+    // The first head of those that share tiles, and the tile's first row.
     let tiles: Vec<(usize, usize)> = (0..heads.heads)
-        .flat_map(|head| (0..q.rows()).step_by(plan.queries).map(move |first| (head, first)))
+        .step_by(packed)
+        .flat_map(|head| (0..rows).step_by(plan.queries).map(move |first| (head, first)))
         .collect();
+    // Where a row stands in `q`: its query, and the first of its head's columns.
+    let place = |head: usize, row: usize| (row / packed, (head + row % packed) * width);
     let computed: Vec<Vec<f32>> = tiles
         .par_iter()
         .map(|&(head, first)| {
-            let last = (first + plan.queries).min(q.rows());
-            let rows = (first..last).flat_map(|row| &q.row(row)[head * width..(head + 1) * width]);
+            let last = (first + plan.queries).min(rows);
+            let rows = (first..last).flat_map(|row| {
+                let (query, column) = place(head, row);
+                &q.row(query)[column..column + width]
+            });
             let q_tile = codes(format, &Tensor::new(width, rows.copied().collect()));
             let (k, v) = &operands[heads.kv_head(head)];
             let tile =
@@ -166,13 +235,14 @@ pub fn flash(
     let mut y = Tensor::zeros(q.rows(), heads.heads * width);
     for (&(head, first), output) in tiles.iter().zip(&computed) {
         for (row, values) in output.chunks_exact(width).enumerate() {
-            y.row_mut(first + row)[head * width..(head + 1) * width].copy_from_slice(values);
+            let (query, column) = place(head, first + row);
+            y.row_mut(query)[column..column + width].copy_from_slice(values);
         }
     }
     y
 }
 
-/// A tile of queries of one head.
+/// A tile of queries of one head, or of the heads that share it.
 struct Tile<'a> {
     chain: Chain,
     format: Format,
@@ -184,7 +254,7 @@ struct Tile<'a> {
     v: &'a Codes,
     heads: &'a Heads,
     plan: &'a Plan,
-    /// The first query of the tile among all.
+    /// The first row of the tile among all.
     first: usize,
     /// Queries in all.
     queries: usize,
@@ -204,11 +274,15 @@ impl Tile<'_> {
     fn output(&self) -> Vec<f32> {
         let keys = self.k.rows();
         // The tile's last row, whether or not a query stands there, says which blocks it visits.
-        let seen = self.heads.seen(self.first + self.plan.queries - 1, self.queries, keys);
-        let visited = seen.div_ceil(self.plan.keys);
-        let a_part = keys.div_ceil(self.plan.keys).div_ceil(self.plan.parts);
+        let visited = self.seen(self.plan.queries - 1).div_ceil(self.plan.keys);
+        let dealt = match self.plan.kernel {
+            FlashKernel::Flash3 => visited,
+            FlashKernel::Flash2 | FlashKernel::Cudnn => keys.div_ceil(self.plan.keys),
+        };
+        let a_part = dealt.div_ceil(self.plan.parts);
         let parts: Vec<Part> = (0..self.plan.parts)
-            .map(|part| self.part(part * a_part..((part + 1) * a_part).min(visited)))
+            .map(|part| (part * a_part).min(visited)..((part + 1) * a_part).min(visited))
+            .map(|blocks| self.part(blocks))
             .collect();
         let width = self.heads.head_dim;
         let mut output = vec![0.0; self.q.rows() * width];
@@ -216,6 +290,11 @@ impl Tile<'_> {
             self.finish(&parts, row, output);
         }
         output
+    }
+
+    /// The keys that a row of the tile sees.
+    fn seen(&self, row: usize) -> usize {
+        self.heads.seen((self.first + row) / self.plan.packed, self.queries, self.k.rows())
     }
 
     /// The blocks of keys, in the kernel's order.
@@ -240,8 +319,7 @@ impl Tile<'_> {
             let k = Stretch { codes: self.k, rows: first..first + count, inner: 0..width };
             self.chain.accumulate(&q, &k, &mut scores);
             for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let seen = self.heads.seen(self.first + row, self.queries, self.k.rows());
-                let seen = seen.saturating_sub(first).min(count);
+                let seen = self.seen(row).saturating_sub(first).min(count);
                 let scale = self.weigh(scores, seen, turn == 0, row, &mut part);
                 if turn > 0 {
                     let output = &mut part.output[row * width..(row + 1) * width];
@@ -345,6 +423,20 @@ impl Tile<'_> {
             }
             return;
         }
+        let weights = match self.plan.kernel {
+            FlashKernel::Flash3 => self.weights_of_flash3(parts, &sums, row),
+            FlashKernel::Flash2 | FlashKernel::Cudnn => self.weights_of_flash2(parts, &sums, row),
+        };
+        for (part, weight) in weights.into_iter().enumerate() {
+            for (output, value) in output.iter_mut().zip(values(part)) {
+                *output = weight.mul_add(value * inverse(sums[part]), *output);
+            }
+        }
+        output.iter_mut().for_each(|output| *output = self.format.round(*output));
+    }
+
+    /// What the parts of a row count for.
+    fn weights_of_flash2(&self, parts: &[Part], sums: &[f32], row: usize) -> Vec<f32> {
         let logarithms: Vec<f32> = sums
             .iter()
             .zip(parts)
@@ -353,18 +445,42 @@ impl Tile<'_> {
                 _ => part.maxima[row].mul_add(self.heads.scale, cuda_math::log_fast(sum)),
             })
             .collect();
-        let largest = logarithms.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let largest = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
+        let largest = largest_of(&logarithms);
         let shares: Vec<f32> = logarithms.iter().map(|x| cuda_math::exp(x - largest)).collect();
         let sum = row_sum::tree(&shares);
         let logarithm =
             if sum == 0.0 || sum.is_nan() { f32::INFINITY } else { cuda_math::log(sum) + largest };
-        for (part, &own) in logarithms.iter().enumerate() {
-            let weight = cuda_math::exp(own - logarithm);
-            for (output, value) in output.iter_mut().zip(values(part)) {
-                *output = weight.mul_add(value * inverse(sums[part]), *output);
-            }
-        }
-        output.iter_mut().for_each(|output| *output = self.format.round(*output));
+        logarithms.into_iter().map(|own| cuda_math::exp(own - logarithm)).collect()
     }
+
+    /// What the parts of a row count for, with fast math.
+    fn weights_of_flash3(&self, parts: &[Part], sums: &[f32], row: usize) -> Vec<f32> {
+        let scale = self.factor() * std::f32::consts::LN_2;
+        let logarithms: Vec<f32> = sums
+            .iter()
+            .zip(parts)
+            .map(|(&sum, part)| match sum {
+                0.0 => f32::NEG_INFINITY,
+                _ => part.maxima[row].mul_add(scale, cuda_math::log_fast(sum)),
+            })
+            .collect();
+        let largest = largest_of(&logarithms);
+        let shares: Vec<f32> =
+            logarithms.iter().map(|x| cuda_math::exp_fast(x - largest)).collect();
+        // So many threads share a row's parts; each adds up its own first.
+        let threads = if self.heads.head_dim <= 64 { 16 } else { 32 };
+        let mut lanes = vec![0.0f32; threads];
+        for (part, share) in shares.iter().enumerate() {
+            lanes[part % threads] += share;
+        }
+        let sum = row_sum::tree(&lanes);
+        let inverse = if sum == 0.0 || sum.is_nan() { 0.0 } else { sfu::rcp_ftz(sum) };
+        shares.into_iter().map(|share| share * inverse).collect()
+    }
+}
+
+/// The largest, or 0 where none is a number.
+fn largest_of(logarithms: &[f32]) -> f32 {
+    let largest = logarithms.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if largest == f32::NEG_INFINITY { 0.0 } else { largest }
 }

@@ -5,7 +5,8 @@
 //! | who | scale | code |
 //! | --- | --- | --- |
 //! | vLLM, per token | `absmax / 448` | `x / scale` |
-//! | SGLang, per token | `absmax * (1/448)` | `x / scale`, or times its inverse |
+//! | SGLang, per token and per output of a weight | `absmax * (1/448)` | `x / scale`, or times its inverse |
+//! | torchao, per token and per output of a weight | `absmax / 448`, rounded to the type of the values | `x / scale` |
 //! | per group of 128, for DeepGEMM | the power of two at or above `absmax / 448` | `x / scale` |
 //! | vLLM, a weight with one scale | `absmax / 448` | times the inverse of the scale |
 //! | vLLM, a weight in blocks | twice: `absmax / 448`, then a power of two of those values | times the inverse |
@@ -38,6 +39,8 @@ pub const GROUP: usize = 128;
 pub enum ScaleRule {
     /// One IEEE division by the format's largest value.
     Divided,
+    /// The quotient, rounded to this format.
+    DividedIn(Format),
     /// A product with the rounded reciprocal of the format's largest value.
     Multiplied,
     /// The power of two at or above the quotient.
@@ -92,11 +95,17 @@ impl Quantise {
         least_scale: 0.0,
     };
 
+    /// torchao's of rows of values in this format.
+    pub const fn torchao(values: Format) -> Quantise {
+        Quantise { scale: ScaleRule::DividedIn(values), least_scale: 0.0, ..Quantise::VLLM }
+    }
+
     /// The scale of values that share one.
     pub fn scale_of(&self, values: &[f32]) -> f32 {
         let (absmax, most) = (absmax(values), self.format.max_finite());
         let scale = match self.scale {
             ScaleRule::Divided | ScaleRule::PowerOfTwo => absmax / most,
+            ScaleRule::DividedIn(format) => format.round(absmax / most),
             ScaleRule::Multiplied => absmax * (1.0 / most),
         };
         let scale = if scale < self.least_scale { self.least_scale } else { scale };
@@ -111,7 +120,8 @@ impl Quantise {
         codes
     }
 
-    /// Codes and scales of rows, one scale for each `group` values of a row.
+    /// Codes and scales of rows, one scale for each `group` values of a row. Where that would be
+    /// no positive finite number it is 1, and the codes are what makes the sums right.
     pub fn grouped(&self, x: &Tensor, group: usize) -> (Codes, Vec<f32>) {
         let blocks = x.width().div_ceil(group).max(1);
         let mut codes = Codes::zeros(self.format, x.rows(), x.width());
@@ -119,9 +129,19 @@ impl Quantise {
         let written = codes.rows_mut().into_par_iter().zip(scales.par_chunks_mut(blocks));
         written.enumerate().for_each(|(row, (mut codes, scales))| {
             for (block, values) in x.row(row).chunks(group).enumerate() {
-                scales[block] = self.scale_of(values);
+                let scale = self.scale_of(values);
                 let mut part = codes.slice(block * group, values.len());
-                self.write(values, scales[block], &mut part);
+                if scale > 0.0 && scale < f32::INFINITY {
+                    scales[block] = scale;
+                    self.write(values, scale, &mut part);
+                    continue;
+                }
+                // A NaN or an infinity, and 0 / 0 where no scale is the smallest: a NaN among the
+                // codes, so that every sum that they enter is one. An inverse of 0 is guarded.
+                scales[block] = 1.0;
+                let guarded = scale == 0.0 && self.code == CodeRule::TimesInverse;
+                let all = if guarded { 0.0 } else { f32::NAN };
+                quantize_row(self.format, &vec![all; values.len()], 1.0, &mut part);
             }
         });
         (codes, scales)
