@@ -125,6 +125,8 @@ def read_options():
         parser.error(f"--model {options.model}: no such folder; a recording is of a Hugging Face folder")
     if not options.model and (options.decode or options.batch != 1):
         parser.error("--decode and --batch are for recordings: give --model and --tokens")
+    if options.quantization and options.dtype != "bfloat16":
+        parser.error("--quantization goes with --dtype bfloat16")
     if options.batch < 1 or options.decode < 0:
         parser.error("--batch is 1 or more, --decode 0 or more")
     return options
@@ -163,6 +165,10 @@ def quantise(model):
         )
     except ImportError as error:
         sys.exit(f"{error}: pip install torchao")
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and (layer.in_features % 16 or layer.out_features % 16):
+            if layer is not model.lm_head:
+                sys.exit(f"{name} is {layer.out_features} by {layer.in_features}: torchao leaves out what is no multiple of 16")
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model, config, lambda module, _: isinstance(module, torch.nn.Linear) and module is not model.lm_head)
 

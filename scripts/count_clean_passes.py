@@ -18,6 +18,8 @@ def main():
     for stage in run["stages"]:
         seed = stage["id"].rsplit("-", 1)[-1]
         case = cases.setdefault(seed, {"shape": shape_of(stage["file"]), "verdicts": {}})
+        if stage["contract"][0] in case["verdicts"]:
+            sys.exit(f"two stages of {seed} have one contract: count runs of clean passes alone")
         case["verdicts"][stage["contract"][0]] = stage["verdict"]
         sites = [site for site in stage["kernels"] if site["subject"] == "recorded"]
         case["sites"] = len(sites)

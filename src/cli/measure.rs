@@ -27,7 +27,8 @@ pub(super) struct MeasureArgs {
     /// Not products, but the functions of one number: the special function unit's and CUDA's.
     #[arg(long)]
     functions: bool,
-    /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them.
+    /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them, and an
+    /// odd number else: an even one leaves out every float that ends in a bit of 1.
     #[arg(long, default_value_t = 251, value_parser = clap::value_parser!(u32).range(1..), requires = "functions")]
     every: u32,
     /// The folder of runs, where compiled kernels are kept.

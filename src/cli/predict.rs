@@ -86,6 +86,14 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
             "token {token} is out of the model's vocabulary of {vocabulary} tokens; give smaller ids"
         ));
     }
+    let context = model.config().context_length;
+    let positions = tokens.len().saturating_add(args.decode.saturating_sub(1));
+    if positions > context {
+        return Err(format!(
+            "{positions} positions are needed, and the model's context length is {context}; shorten the prompt \
+             or --decode"
+        ));
+    }
     let mut kernels = file.kernels;
     kernels.batch = args.batch as usize;
     let recipe = Recipe::of_engine(kernels, stream);
@@ -97,6 +105,14 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let mut report = String::new();
     for turn in 0..=args.decode {
         let row = logits.row(logits.rows() - 1);
+        if let Some(place) = row.iter().position(|logit| logit.is_nan()) {
+            print(&report)?;
+            return Err(format!(
+                "the logit of token {place} after position {} is NaN: the engine's kernels make that of this \
+                 model, and no token follows",
+                tokens.len() - 1
+            ));
+        }
         let best = largest(row, SHOWN);
         let position = tokens.len() - 1;
         report += &format!("after token {} at position {position}: ", tokens[position]);
@@ -129,6 +145,7 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
         report += &format!("decoded: {}\n", decoded.join(","));
     }
     if let Some(out) = &args.out {
+        print(&std::mem::take(&mut report))?;
         write(out, &Tensor::new(vocabulary, all), &tokens[..computed])?;
         report += &format!("written to {}\n", out.shown());
     }
@@ -138,7 +155,7 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
 /// The places of the largest values, the first of equal ones first.
 fn largest(row: &[f32], count: usize) -> Vec<usize> {
     let mut places: Vec<usize> = (0..row.len()).collect();
-    places.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+    places.sort_by(|&a, &b| row[b].partial_cmp(&row[a]).unwrap_or(std::cmp::Ordering::Equal));
     places.truncate(count);
     places
 }

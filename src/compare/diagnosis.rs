@@ -15,6 +15,7 @@ use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, is_gemm, on_recorded};
 use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
+use crate::engine::LinearKernel;
 use crate::metric::Metric;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, flow, in_layer, read_by_site};
 use crate::tensor::Tensor;
@@ -91,11 +92,22 @@ impl Diagnosis {
                          estimated rounding error"
                     .to_owned(),
             },
-            _ if self.other_kernel.is_some() => format!(
-                "{} gives these bits, and the pass takes what the engine's file lists first: save \
-                 what `runner identify` prints of this recording, and name that file as `engine`",
-                self.other_kernel.as_deref().unwrap_or_default()
-            ),
+            _ if self.other_kernel.is_some() => {
+                let kernel = self.other_kernel.as_deref().unwrap_or_default();
+                // An order of additions stands in words behind the kernel's name.
+                let of_order = kernel.starts_with("cuBLAS") || kernel.contains(", ");
+                let but = match of_order {
+                    true => {
+                        "the pass adds as the engine's file lists it: save what `runner identify` prints of \
+                         this recording, and name that file as `engine`"
+                    }
+                    false => {
+                        "the pass takes one kernel for each op: the one that most sites of the first two \
+                         layers show, else the first that the engine's file lists"
+                    }
+                };
+                format!("{kernel} gives these bits, and {but}")
+            }
             (Some(fit), _) if fit.is_exact() => {
                 format!(
                     "{}: {} (explains all {} values to the bit)",
@@ -405,7 +417,10 @@ fn examine(
             op: call.op().to_owned(),
             prescribed,
             within_rounding: !prescribed && null.explains(subject, &clean),
-            known: if prescribed { not_finite(call, subject) } else { describe(&case) },
+            known: match prescribed {
+                true => not_finite(call, subject, scene.recipe),
+                false => describe(&case),
+            },
             fits,
         };
         let mut found = found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -419,14 +434,21 @@ fn examine(
 
 /// What NaN and infinities come of that the op must give, and where they begin; nothing where
 /// there are none.
-fn not_finite(call: &Call<'_>, subject: &Tensor) -> Option<String> {
+fn not_finite(call: &Call<'_>, subject: &Tensor, recipe: &Recipe) -> Option<String> {
+    // Of the engines only torchao was seen to divide by the scale of a row of zeros.
+    let divides = |weight: &str| {
+        let kernel = recipe.engine.and_then(|engine| engine.linear_of(weight).first());
+        kernel == Some(LinearKernel::TorchaoFp8Row)
+    };
     let spoilt = |x: &Tensor, row: usize| x.row(row).iter().any(|value| !value.is_finite());
     let row = (0..subject.rows()).find(|&row| spoilt(subject, row))?;
     Some(match call {
         Call::Matmul { x, .. } if spoilt(x, row) => {
             format!("row {row} came in with NaN or infinities")
         }
-        Call::Matmul { x, .. } if x.row(row).iter().all(|&value| value == 0.0) => {
+        Call::Matmul { x, weight, .. }
+            if divides(weight.name()) && x.row(row).iter().all(|&value| value == 0.0) =>
+        {
             format!("row {row} came in as zeros alone, whose scale is 0, and 0 / 0 is NaN")
         }
         _ => format!("row {row} is the first with NaN or infinities"),

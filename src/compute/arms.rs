@@ -388,13 +388,32 @@ pub fn by_engine(
 /// Layers of a recording that tell which kernels ran.
 const TELLING: u32 = 2;
 
+/// The recipe of a whole pass: beside a recording of every site, the engine's kernels in the order
+/// that it shows. What is wrong with the recording is the recorded arm's to say.
+///
+/// # Errors
+/// As the ops.
+pub fn recipe_of_pass(
+    task: &Task<'_>,
+    recipe: &Recipe,
+    recorded: Option<&crate::op::Recorded>,
+) -> Result<Recipe, ComputeError> {
+    let open = recipe.engine.is_some_and(|engine| engine.is_open());
+    let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    let Some(from) = recorded.filter(|_| open && every_site) else { return Ok(*recipe) };
+    match super::recorded::recorded(task.op, from, Some(task.model), Some(task.tokens)) {
+        Ok(seen) => led_by_recording(task, recipe, &seen),
+        Err(_) => Ok(*recipe),
+    }
+}
+
 /// The recipe with those of its engine's kernels first that a recording shows: of each op but
 /// the products the one that gives every bit at most sites of the first layers. Orders of
 /// products stay as the engine's file lists them: they follow from shapes, not from an engine.
 ///
 /// # Errors
 /// As the ops.
-pub fn led_by_recording(
+fn led_by_recording(
     task: &Task<'_>,
     recipe: &Recipe,
     recorded: &Output,

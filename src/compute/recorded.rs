@@ -129,7 +129,8 @@ pub fn absent(
         return Ok(None);
     }
     let used: BTreeSet<String> = sites.iter().map(name_of).collect();
-    let unused: Vec<&str> = has.into_iter().filter(|name| !used.contains(*name)).collect();
+    let known = |name: &str| name == IDS || used.contains(name);
+    let unused: Vec<&str> = has.into_iter().filter(|name| !known(name)).collect();
     let wanted: Vec<String> = by_layer(&missing)
         .into_iter()
         .map(|(shown, site)| {

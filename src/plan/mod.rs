@@ -304,7 +304,7 @@ impl<'a> Plan<'a> {
         let open = stage.recipe.engine.is_some_and(|engine| engine.is_open());
         let identifies = match stage.op {
             Op::Gemm { .. } => arm == Arm::Emulated,
-            Op::Forward { .. } => arm == Arm::Emulated && open,
+            Op::Forward { capture: op::Capture::EverySite, .. } => arm == Arm::Emulated && open,
             _ => false,
         };
         if let Some(recorded) = &stage.recorded

@@ -17,7 +17,7 @@ use crate::compare::{
     measure_stage,
 };
 use crate::compute::arms::{
-    Output, Task, compute, input_width, led_by_recording, site_names, tensors_read,
+    Output, Task, compute, input_width, recipe_of_pass, site_names, tensors_read,
 };
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
@@ -30,7 +30,7 @@ use crate::judge::stage::Recording;
 use crate::manifest::{Falsifier, IfFails};
 use crate::metric::Metric;
 use crate::model::Model;
-use crate::op::{self, Arm, Capture, Input, InputRef, Op, Recipe, Site, Stream};
+use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord, SourceError, Sources, reused};
 use crate::record::ArmState;
 use crate::tensor::Tensor;
@@ -168,7 +168,10 @@ impl Bench<'_> {
                         let ops: Box<dyn Ops> = Box::new(EightBit);
                         (ops, eight_bit::IN_WORDS.to_owned())
                     }
-                    (Arm::Emulated, _) => workshop.ops(arm, &self.recipe_of_pass(&task)?)?,
+                    (Arm::Emulated, _) => workshop.ops(
+                        arm,
+                        &recipe_of_pass(&task, &stage.recipe, stage.recorded.as_ref())?,
+                    )?,
                     _ => workshop.ops(arm, &stage.recipe)?,
                 };
                 let mut made = Made::default();
@@ -188,21 +191,6 @@ impl Bench<'_> {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
-    }
-
-    /// The recipe of a whole pass: beside a recording, the engine's kernels in the order that it
-    /// shows. What is wrong with the recording is the recorded arm's to say.
-    fn recipe_of_pass(&self, task: &Task<'_>) -> Result<Recipe, ComputeError> {
-        let PreparedStage { stage, model, tokens, .. } = self.prepared;
-        let open = stage.recipe.engine.is_some_and(|engine| engine.is_open());
-        let (Some(from), Op::Forward { .. }, true) = (&stage.recorded, &stage.op, open) else {
-            return Ok(stage.recipe);
-        };
-        let model = model.as_ref().map(|open| &open.model);
-        match recorded(&stage.op, from, model, Some(tokens)) {
-            Ok(seen) => led_by_recording(task, &stage.recipe, &seen),
-            Err(_) => Ok(stage.recipe),
-        }
     }
 
     fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Sources, SourceError> {
@@ -701,8 +689,9 @@ impl Bench<'_> {
         let outputs = self.outputs_of(results)?;
         let read = self.input_tensors(inputs)?;
         let task = self.task(&read)?;
+        let from = self.prepared.stage.recorded.as_ref();
         let led = match suspect.judge {
-            Stream::Arm(Arm::Emulated) => self.recipe_of_pass(&task)?,
+            Stream::Arm(Arm::Emulated) => recipe_of_pass(&task, recipe, from)?,
             _ => *recipe,
         };
         let recipe = &led;

@@ -137,7 +137,8 @@ impl Quantise {
                     continue;
                 }
                 // A NaN or an infinity, and 0 / 0 where no scale is the smallest: a NaN among the
-                // codes, so that every sum that they enter is one. An inverse of 0 is guarded.
+                // codes, so that every sum that they enter is one, as recordings of torchao show. An
+                // inverse of 0 is guarded. What vLLM and SGLang make of NaN was not recorded.
                 scales[block] = 1.0;
                 let guarded = scale == 0.0 && self.code == CodeRule::TimesInverse;
                 let all = if guarded { 0.0 } else { f32::NAN };
