@@ -89,7 +89,8 @@ def draw(dice):
     }
 
 
-def record(options, seed, case):
+def made(seed, case):
+    """A random model of that shape, in f32 on the CPU."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
         CONFIGS[case["architecture"]](
@@ -101,7 +102,7 @@ def record(options, seed, case):
             num_hidden_layers=case["layers"],
             vocab_size=case["vocabulary"],
             max_position_embeddings=4096,
-            rms_norm_eps=case["eps"],
+            rms_norm_eps=case.get("eps", 1e-6),
             rope_theta=case["theta"],
             tie_word_embeddings=case["tied"],
             initializer_range=case["spread"],
@@ -109,12 +110,17 @@ def record(options, seed, case):
             eos_token_id=0,
             pad_token_id=0,
         ),
-        attn_implementation=case["attention"],
+        attn_implementation=case.get("attention"),
     )
     for name, parameter in model.named_parameters():
         # Gains of 1 and biases of 0 would hide what is done with them.
         if name.endswith("norm.weight") or name.endswith("bias"):
             parameter.data += torch.randn_like(parameter) * 0.1
+    return model
+
+
+def record(options, seed, case):
+    model = made(seed, case)
     model = model.to(dtype=DTYPES[case["type"]], device=options.device).eval()
     folder = os.path.join(options.out, f"{seed}")
     model.save_pretrained(folder)

@@ -19,16 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 try:
     import torch
-    import transformers
+    from clean_passes import CONFIGS, PIPELINE, made
+    from safetensors import safe_open
 except ImportError as error:
     sys.exit(f"{error}: pip install vllm")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
 ENGINES = {
     None: "vllm",
     "fp8": "vllm-fp8",
@@ -45,7 +41,7 @@ def main():
     write(out, "stages/pipeline.toml", PIPELINE.format(contracts=contracts))
     cases = {seed: draw(random.Random(seed)) for seed in range(options.seed, options.seed + options.count)}
     for seed, case in cases.items():
-        make(os.path.join(out, f"{seed}"), seed, case)
+        made(seed, case).to(torch.bfloat16).save_pretrained(os.path.join(out, f"{seed}"))
     with ThreadPoolExecutor(options.jobs) as pool:
         failed = list(pool.map(lambda item: record(out, options, *item), cases.items()))
     if any(failed):
@@ -95,33 +91,6 @@ def draw(dice):
     }
 
 
-def make(folder, seed, case):
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        CONFIGS[case["architecture"]](
-            hidden_size=case["hidden"],
-            head_dim=case["head"],
-            num_attention_heads=case["heads"],
-            num_key_value_heads=case["key_heads"],
-            intermediate_size=case["ffn"],
-            num_hidden_layers=case["layers"],
-            vocab_size=case["vocabulary"],
-            max_position_embeddings=4096,
-            rope_theta=case["theta"],
-            tie_word_embeddings=case["tied"],
-            initializer_range=case["spread"],
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-    for name, parameter in model.named_parameters():
-        # Gains of 1 and biases of 0 would hide what is done with them.
-        if name.endswith("norm.weight") or name.endswith("bias"):
-            parameter.data += torch.randn_like(parameter) * 0.1
-    model.to(torch.bfloat16).save_pretrained(folder)
-
-
 def record(out, options, seed, case):
     """Whether the recording failed."""
     folder = os.path.join(out, f"{seed}")
@@ -156,8 +125,6 @@ def record(out, options, seed, case):
 
 
 def ids_of(capture):
-    from safetensors import safe_open
-
     with safe_open(capture, "pt") as file:
         return file.get_tensor("ids").flatten().tolist()
 
@@ -166,10 +133,6 @@ def write(folder, name, text):
     with open(os.path.join(folder, name), "w") as file:
         file.write(text)
 
-
-PIPELINE = """contracts = "{contracts}"
-arms = ["reference", "emulated", "recorded"]
-"""
 
 STAGE = """id       = "{id}"
 title    = "Is a clean pass of vLLM called clean?"

@@ -1,6 +1,6 @@
 """Counts what a run of clean passes came to: a small receipt of a run.json that may be large.
 
-    python scripts/count_clean_passes.py runs/20261128T160224Z-d1c8f004/run.json > receipt.json
+    python scripts/count_clean_passes.py runs/RUN/run.json > receipt.json
 
 For each stage its verdict, the shape that was drawn (the first line of the stage's file), the sites that some kernel
 gives to the bit, and of the others how many values differ.

@@ -25,7 +25,7 @@ pub(super) struct MeasureArgs {
     #[arg(long)]
     chosen: bool,
     /// Not products, but the functions of one number: the special function unit's and CUDA's.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["formats", "output", "shapes", "chosen"])]
     functions: bool,
     /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them, and an
     /// odd number else: an even one leaves out every float that ends in a bit of 1.

@@ -14,8 +14,9 @@ use crate::compute::emulated::arm::Emulated;
 use crate::compute::forward::{KvCache, Sites, forward};
 use crate::dtype::Format;
 use crate::engine::EngineFile;
+use crate::manifest::Prompt;
 use crate::op::{Recipe, Site};
-use crate::plan::open_model;
+use crate::plan::{encoded, open_model};
 use crate::tensor::Tensor;
 use crate::text::{Shown, grouped};
 
@@ -73,27 +74,14 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let store = store_of(&args.runs);
     let open = open_model(&args.model, 0, &store, &Stamps::forgetful())?;
     let model = &open.model;
-    let mut tokens = match &args.prompt {
-        Some(text) => model.encode(text).map_err(|error| error.to_string())?,
-        None => args.tokens.clone(),
-    };
     let vocabulary = model.config().vocabulary;
-    if tokens.is_empty() {
-        return Err("the prompt has no tokens; give a text or token ids".to_owned());
-    }
-    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
-        return Err(format!(
-            "token {token} is out of the model's vocabulary of {vocabulary} tokens; give smaller ids"
-        ));
-    }
-    let context = model.config().context_length;
-    let positions = tokens.len().saturating_add(args.decode.saturating_sub(1));
-    if positions > context {
-        return Err(format!(
-            "{positions} positions are needed, and the model's context length is {context}; shorten the prompt \
-             or --decode"
-        ));
-    }
+    let prompt = match &args.prompt {
+        Some(text) => Prompt::Text(text.clone()),
+        None => Prompt::Tokens(args.tokens.clone()),
+    };
+    // The last token is only sampled, as engines do.
+    let mut tokens = encoded(&prompt, args.decode.saturating_sub(1), model)?;
+    let given = tokens.len();
     let mut kernels = file.kernels;
     kernels.batch = args.batch as usize;
     let recipe = Recipe::of_engine(kernels, stream);
@@ -103,45 +91,43 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let mut logits = forward(model, &arm, &tokens, &mut cache, &mut Nothing).map_err(words)?;
     let mut all = logits.data().to_vec();
     let mut report = String::new();
-    for turn in 0..=args.decode {
+    loop {
         let row = logits.row(logits.rows() - 1);
+        let position = tokens.len() - 1;
         if let Some(place) = row.iter().position(|logit| logit.is_nan()) {
             print(&report)?;
             return Err(format!(
-                "the logit of token {place} after position {} is NaN: the engine's kernels make that of this \
-                 model, and no token follows",
-                tokens.len() - 1
+                "the logit of token {place} after position {position} is NaN: the engine's kernels make \
+                 that of this model, and no token follows"
             ));
         }
         let best = largest(row, SHOWN);
-        let position = tokens.len() - 1;
-        report += &format!("after token {} at position {position}: ", tokens[position]);
         let listed: Vec<String> =
             best.iter().map(|&token| format!("{token} ({})", row[token])).collect();
-        report += &format!("{}\n", listed.join(", "));
-        if turn == args.decode {
+        report += &format!(
+            "after token {} at position {position}: {}\n",
+            tokens[position],
+            listed.join(", ")
+        );
+        if args.decode > 0 {
+            tokens.push(best[0] as u32);
+        }
+        if tokens.len() >= given + args.decode {
             break;
         }
-        let next = best[0] as u32;
-        tokens.push(next);
-        if turn + 1 < args.decode {
-            // The last token is only sampled, as engines do.
-            logits = forward(model, &arm, &[next], &mut cache, &mut Nothing).map_err(words)?;
-            all.extend_from_slice(logits.data());
-        } else {
-            break;
-        }
+        let last = &tokens[tokens.len() - 1..];
+        logits = forward(model, &arm, last, &mut cache, &mut Nothing).map_err(words)?;
+        all.extend_from_slice(logits.data());
     }
     let computed = all.len() / vocabulary;
     report += &format!(
-        "{} logits of {} positions by the kernels of `{}`\n",
+        "{} logits of {computed} {} by the kernels of `{}`\n",
         grouped(all.len()),
-        computed,
+        if computed == 1 { "position" } else { "positions" },
         file.name
     );
     if args.decode > 0 {
-        let decoded: Vec<String> =
-            tokens[tokens.len() - args.decode..].iter().map(u32::to_string).collect();
+        let decoded: Vec<String> = tokens[given..].iter().map(u32::to_string).collect();
         report += &format!("decoded: {}\n", decoded.join(","));
     }
     if let Some(out) = &args.out {
@@ -170,8 +156,11 @@ fn write(path: &Path, logits: &Tensor, tokens: &[u32]) -> Result<(), String> {
         })
         .map_err(|error| error.to_string())?;
     let file = safetensors::serialize(views, None).map_err(|error| error.to_string())?;
-    crate::cache::write_whole(path, &file)
-        .map_err(|error| format!("cannot write `{}`: {error}; choose another place", path.shown()))
+    crate::cache::write_whole(path, &file).map_err(|error| {
+        let cause = std::error::Error::source(&error);
+        let cause = cause.map_or_else(|| error.to_string(), ToString::to_string);
+        format!("cannot write `{}`: {cause}; choose another place with --out", path.shown())
+    })
 }
 
 /// Keeps no site.

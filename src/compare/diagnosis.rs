@@ -518,6 +518,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_kernel_that_the_pass_did_not_take_is_told_from_an_order() {
+        let suspect = Suspect {
+            subject: Stream::Arm(Arm::Recorded),
+            judge: Stream::Arm(Arm::Emulated),
+            site: Site("blk.2.attn".to_owned()),
+            evidence: String::new(),
+            falsified: BTreeSet::new(),
+        };
+        let said = |kernel: &str| {
+            let other_kernel = Some(kernel.to_owned());
+            Diagnosis { other_kernel, ..plain(&suspect) }.sentence()
+        };
+        assert!(said("attention flash-2").contains("takes one kernel for each op"));
+        for order in ["cuBLAS in 3 parts of K", "attention eager, scores in one chain"] {
+            assert!(said(order).contains("`runner identify`"), "{}", said(order));
+        }
+    }
+
+    #[test]
     fn a_closer_look_that_failed_leaves_what_the_claim_saw() {
         let suspect = Suspect {
             subject: Stream::Arm(Arm::Recorded),

@@ -388,6 +388,13 @@ pub fn by_engine(
 /// Layers of a recording that tell which kernels ran.
 const TELLING: u32 = 2;
 
+/// Whether a whole pass takes the engine's kernels in the order that a recording shows: it has
+/// every site, and the engine lists several for some op.
+pub fn reads_kernels(op: &Op, recipe: &Recipe) -> bool {
+    let open = recipe.engine.is_some_and(|engine| engine.is_open());
+    open && matches!(op, Op::Forward { capture: Capture::EverySite, .. })
+}
+
 /// The recipe of a whole pass: beside a recording of every site, the engine's kernels in the order
 /// that it shows. What is wrong with the recording is the recorded arm's to say.
 ///
@@ -398,9 +405,9 @@ pub fn recipe_of_pass(
     recipe: &Recipe,
     recorded: Option<&crate::op::Recorded>,
 ) -> Result<Recipe, ComputeError> {
-    let open = recipe.engine.is_some_and(|engine| engine.is_open());
-    let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
-    let Some(from) = recorded.filter(|_| open && every_site) else { return Ok(*recipe) };
+    let Some(from) = recorded.filter(|_| reads_kernels(task.op, recipe)) else {
+        return Ok(*recipe);
+    };
     match super::recorded::recorded(task.op, from, Some(task.model), Some(task.tokens)) {
         Ok(seen) => led_by_recording(task, recipe, &seen),
         Err(_) => Ok(*recipe),

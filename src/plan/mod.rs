@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{Action, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
-use crate::compute::arms::{Workshop, tensors_read};
+use crate::compute::arms::{Workshop, reads_kernels, tensors_read};
 use crate::compute::forward::Greedy;
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
@@ -301,12 +301,8 @@ impl<'a> Plan<'a> {
         }
         // A product's emulated arm takes its schedule from what was recorded, and a pass's its
         // kernels, where the engine may be one of several.
-        let open = stage.recipe.engine.is_some_and(|engine| engine.is_open());
-        let identifies = match stage.op {
-            Op::Gemm { .. } => arm == Arm::Emulated,
-            Op::Forward { capture: op::Capture::EverySite, .. } => arm == Arm::Emulated && open,
-            _ => false,
-        };
+        let identifies = arm == Arm::Emulated
+            && (matches!(stage.op, Op::Gemm { .. }) || reads_kernels(&stage.op, &stage.recipe));
         if let Some(recorded) = &stage.recorded
             && (arm == Arm::Recorded || identifies)
         {
@@ -573,7 +569,28 @@ pub fn open_model(
 }
 
 fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
-    let tokens = match &stage.prompt {
+    let decode = match stage.op {
+        Op::Forward { decode, .. } => decode as usize,
+        _ => 0,
+    };
+    let tokens = encoded(&stage.prompt, decode, model)?;
+    let steps = stage.recipe.engine.map_or(0, |engine| engine.decoded);
+    if steps >= tokens.len() && steps > 0 {
+        return Err(format!(
+            "`decoded = {steps}` leaves no token for the prompt: `tokens` has {} in all; list the \
+             prompt's tokens and the decoded ones in `tokens`, or write a smaller `decoded`",
+            tokens.len()
+        ));
+    }
+    Ok(tokens)
+}
+
+/// The tokens of a prompt that goes on for `decode` positions.
+///
+/// # Errors
+/// In words, if there are none, if the vocabulary lacks one, or if the context is too short.
+pub fn encoded(prompt: &Prompt, decode: usize, model: &Model) -> Result<Vec<u32>, String> {
+    let tokens = match prompt {
         Prompt::Tokens(tokens) => tokens.clone(),
         Prompt::Text(text) => model.encode(text).map_err(|error| error.to_string())?,
     };
@@ -588,23 +605,12 @@ fn tokens_of(stage: &Stage, model: &Model) -> Result<Vec<u32>, String> {
             tokens[place]
         ));
     }
-    let decode = match stage.op {
-        Op::Forward { decode, .. } => decode as usize,
-        _ => 0,
-    };
-    let (positions, context) = (tokens.len() + decode, model.config().context_length);
+    let positions = tokens.len().saturating_add(decode);
+    let context = model.config().context_length;
     if positions > context {
         return Err(format!(
             "{positions} positions are needed (prompt and decoded tokens), but the model's \
              context length is {context}; shorten the prompt or `decode`"
-        ));
-    }
-    let steps = stage.recipe.engine.map_or(0, |engine| engine.decoded);
-    if steps >= tokens.len() && steps > 0 {
-        return Err(format!(
-            "`decoded = {steps}` leaves no token for the prompt: `tokens` has {} in all; list the \
-             prompt's tokens and the decoded ones in `tokens`, or write a smaller `decoded`",
-            tokens.len()
         ));
     }
     Ok(tokens)

@@ -2,7 +2,8 @@
 
 #![cfg(feature = "cuda")]
 
-use runner::compute::cuda::program::{KERNELS, compile};
+use runner::compute::cuda::functions;
+use runner::compute::cuda::program::{KERNELS, compile, compile_usual};
 
 #[test]
 #[ignore = "needs libnvrtc, which .ci/run installs; run with --include-ignored"]
@@ -24,6 +25,12 @@ fn every_kernel_compiles_for_every_chip_and_nothing_is_contracted() {
             "ex2.approx",
         ] {
             assert!(!program.contains(loose), "{capability:?}: `{loose}`");
+        }
+        let program_of_functions = compile_usual(&functions::source(), capability);
+        let program_of_functions =
+            program_of_functions.unwrap_or_else(|e| panic!("{capability:?}: {e}"));
+        for own in [".entry functions(", "lg2.approx.ftz.f32", "cos.approx.ftz.f32"] {
+            assert!(program_of_functions.contains(own), "{capability:?}: `{own}`");
         }
         let hardware = program.contains("cvt.rn.satfinite.e4m3x2.f32");
         assert_eq!(hardware, capability >= (8, 9), "{capability:?}");

@@ -388,7 +388,13 @@ fn rounded_parts_of_a_product_are_arithmetic_and_stand_in_the_engines_file() {
     let claim = claims.iter().find(|claim| claim["falsifier"] == "ENG-002").expect("the claim");
     assert_eq!((&claim["outcome"], &claim["sites_exact"]), (&json!("held"), &json!(31)));
     // The pass follows once the file says so.
-    assert_eq!(stage(&stages, "pass")["verdict"], "structural");
+    let pass = stage(&stages, "pass");
+    assert_eq!(pass["verdict"], "structural");
+    let why = pass["why"].as_str().expect("a reason");
+    let said = format!(
+        "logits; {named} gives these bits, and the pass adds as the engine's file lists it"
+    );
+    assert!(why.contains(&said), "{why}");
     let (stages, file) = judged_as_identified(&project);
     let listed = "{ tokens = 33, outputs = 512, inner = 256, parts = 2, rounded = true },";
     assert!(file.contains(listed), "{file}");

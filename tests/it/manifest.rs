@@ -284,6 +284,18 @@ fn a_folder_without_pipeline_toml_has_the_shipped_defaults() {
 }
 
 #[test]
+fn a_recipe_that_says_an_engine_alone_is_the_one_that_predict_takes() {
+    for (name, _) in runner::engine::SHIPPED {
+        let recipe = format!("[recipe]\nengine = \"{name}\"\n");
+        let engine = format!("model = \"x.gguf\"\ntokens = [5]\n{STAGE}{recipe}");
+        let pipeline = Folder::new().stage(&engine).load().expect("sound");
+        let file = runner::engine::EngineFile::find(name, Path::new(".")).expect("ships");
+        let own = runner::op::Recipe::of_engine(file.kernels, file.stream);
+        assert_eq!(pipeline.stages[0].recipe, own, "{name}");
+    }
+}
+
+#[test]
 fn a_stage_inherits_and_overrides_key_by_key() {
     let folder = Folder::new()
         .file(

@@ -5,8 +5,9 @@
 //! `compute/engine_kernels/{sfu,cuda_math}.rs` predicts; any NaN equals any other.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 use rayon::prelude::*;
 
@@ -17,14 +18,13 @@ use super::{Differs, MeasuredFunction};
 use crate::compute::ComputeError;
 use crate::compute::engine_kernels::{cuda_math, sfu};
 
-const SOURCE: &str = include_str!("kernels/functions.cu");
 /// Inputs of a launch.
 const LAUNCH: u64 = 1 << 24;
 
 /// A function's name, and what is predicted of it.
 type Predicted = (&'static str, fn(f32) -> f32);
 
-/// The functions, by their numbers in `functions.cu`; `powf` comes after them.
+/// The functions, an instruction of PTX or one of CUDA's math library; `powf` comes after them.
 const FUNCTIONS: [Predicted; 22] = [
     ("ex2.approx.ftz.f32", sfu::ex2_ftz),
     ("ex2.approx.f32", sfu::ex2),
@@ -50,6 +50,18 @@ const FUNCTIONS: [Predicted; 22] = [
     ("erff", cuda_math::erf),
 ];
 
+/// The kernel's source: the numbers of `which` are the places in [`FUNCTIONS`].
+pub fn source() -> String {
+    let case = |(number, (name, _)): (usize, &Predicted)| match name.contains('.') {
+        true => {
+            format!("case {number}: asm(\"{name} %0, %1;\" : \"=f\"(y) : \"f\"(x)); return y;\n")
+        }
+        false => format!("case {number}: return {name}(x);\n"),
+    };
+    let cases: String = FUNCTIONS.iter().enumerate().map(case).collect();
+    include_str!("kernels/functions.cu").replace("CASES", &cases)
+}
+
 /// Every function over every `step`-th of the 2^32 floats, in the order of their bits.
 ///
 /// # Errors
@@ -62,7 +74,11 @@ pub fn measure_functions(
     let gpus = gpus(programs).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
     let gpu = gpus.first().ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))?;
     let program =
-        program::compile_functions(SOURCE, gpu.facts.capability).map_err(ComputeError::Recipe)?;
+        program::compile_usual(&source(), gpu.facts.capability).map_err(ComputeError::Recipe)?;
+    let (stream, function) = gpu.with("the functions", |state| {
+        let module = state.context.load_module(Ptx::from_src(&*program))?;
+        Ok((state.context.new_stream()?, module.load_function("functions")?))
+    })?;
     let step = u64::from(step.max(1));
     let inputs = (1u64 << 32).div_ceil(step);
     for which in 0..=FUNCTIONS.len() {
@@ -70,8 +86,8 @@ pub fn measure_functions(
         let mut found = MeasuredFunction { name, compared: 0, differing: 0, first: None };
         for first in (0..inputs).step_by(LAUNCH as usize) {
             let count = LAUNCH.min(inputs - first);
-            let theirs = gpu.with("a function", |state| {
-                on_device(&state.context, &program, which as i32, [first, step, count])
+            let theirs = gpu.with("a function", |_| {
+                on_device(&stream, &function, which as i32, [first, step, count])
             })?;
             let (differing, example) = compared(which, first, step, &theirs);
             found.compared += theirs.len() as u64;
@@ -84,20 +100,18 @@ pub fn measure_functions(
 }
 
 fn on_device(
-    context: &std::sync::Arc<CudaContext>,
-    program: &str,
+    stream: &Arc<CudaStream>,
+    function: &CudaFunction,
     which: i32,
     [first, step, count]: [u64; 3],
 ) -> Result<Vec<f32>, DeviceError> {
-    let stream = context.new_stream()?;
-    let function = context.load_module(Ptx::from_src(program))?.load_function("functions")?;
     let mut y = stream.alloc_zeros::<f32>(count as usize)?;
     let config = LaunchConfig {
         grid_dim: (count.div_ceil(256) as u32, 1, 1),
         block_dim: (256, 1, 1),
         shared_mem_bytes: 0,
     };
-    let mut launch = stream.launch_builder(&function);
+    let mut launch = stream.launch_builder(function);
     launch.arg(&mut y).arg(&which).arg(&first).arg(&step).arg(&count);
     // SAFETY: the arguments are those of the kernel, in its order and of its types, and `y` holds
     // the `count` values that it writes.

@@ -15,7 +15,7 @@ mod arm;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
-mod functions;
+pub mod functions;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]

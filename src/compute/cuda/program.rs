@@ -80,11 +80,11 @@ pub fn compile(capability: (i32, i32), folder: Option<&Path>) -> Result<String, 
     Ok(text)
 }
 
-/// The functions of `kernels/functions.cu` for a chip, with nvcc's usual options, as PTX text.
+/// Another source compiled for a chip with nvcc's usual options, as PTX text.
 ///
 /// # Errors
 /// In words, if NVRTC is missing or refuses the source.
-pub fn compile_functions(source: &str, (major, minor): (i32, i32)) -> Result<String, String> {
+pub fn compile_usual(source: &str, (major, minor): (i32, i32)) -> Result<String, String> {
     version().ok_or("NVRTC is not installed (libnvrtc)")?;
     compile_now(source, vec![format!("--gpu-architecture=sm_{major}{minor}")])
 }

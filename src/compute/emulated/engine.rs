@@ -38,6 +38,8 @@ use crate::tensor::Tensor;
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys, and among
 /// which llama.cpp deals its tiles.
 pub(super) const PROCESSORS: usize = 132;
+/// The kernel of attention whose products have orders, in words.
+const EAGER: &str = "attention eager";
 
 /// An engine's kernels on a chip.
 #[derive(Clone, Copy, Debug)]
@@ -632,13 +634,6 @@ impl EngineArm {
                 }
                 choice.offer("a lookup", self.embedded(rows));
             }
-            Call::RmsNorm { x, gain, eps } => {
-                let (name, gain) = (gain.name(), gain.to_vec()?);
-                for kernel in self.kernels.rms_norm.all() {
-                    let y = self.rms_norm_by(kernel, x, (name, &gain), eps)?;
-                    choice.offer(format!("norm {}", name_of(kernel)), y);
-                }
-            }
             Call::Matmul { x, weight, bias } => {
                 for kernel in self.kernels.linear_of(weight.name()).all() {
                     match kernel {
@@ -673,21 +668,14 @@ impl EngineArm {
                     }
                 }
             }
-            Call::Rope { x, rope, head_dim, first_position } => {
-                for kernel in self.kernels.rope.all() {
-                    let turned = self.rope_by(kernel, x, rope, head_dim, first_position)?;
-                    choice.offer(format!("rope {}", name_of(kernel)), turned);
-                }
-            }
             Call::Attention { q, k, v, shape } => {
                 let mut eager = None;
-                for kernel in self.kernels.attention.all() {
-                    let y = self.attention_by(kernel, q, k, v, shape)?;
-                    if kernel == AttentionKernel::Eager {
+                self.each_kernel(call, &mut |name, y| {
+                    if name == EAGER {
                         eager = Some((choice.mismatches(&y), y.clone()));
                     }
-                    choice.offer(format!("attention {}", name_of(kernel)), y);
-                }
+                    choice.offer(name, y);
+                })?;
                 let exact = choice.best.as_ref().is_some_and(|best| best.mismatches == 0);
                 match eager {
                     Some((0, _)) => self.list_eager(&mut choice, q, k, shape),
@@ -698,11 +686,8 @@ impl EngineArm {
                     _ => {}
                 }
             }
-            Call::SwiGlu { gate, up } => {
-                for kernel in self.kernels.swiglu.all() {
-                    let y = self.swiglu_by(kernel, gate, up);
-                    choice.offer(format!("swiglu {}", name_of(kernel)), y);
-                }
+            Call::RmsNorm { .. } | Call::Rope { .. } | Call::SwiGlu { .. } => {
+                self.each_kernel(call, &mut |name, y| choice.offer(name, y))?;
             }
             Call::Add { a, b } => choice.offer("an addition", self.add(a, b)),
         }
@@ -720,42 +705,61 @@ impl EngineArm {
         call: &Call<'_>,
         observed: &Tensor,
     ) -> Result<Vec<String>, ComputeError> {
-        let kernels = &self.kernels;
+        let is_open = match call {
+            Call::RmsNorm { .. } => self.kernels.rms_norm.is_open(),
+            Call::Rope { .. } => self.kernels.rope.is_open(),
+            Call::Attention { .. } => self.kernels.attention.is_open(),
+            Call::SwiGlu { .. } => self.kernels.swiglu.is_open(),
+            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => false,
+        };
         let choice = Choice { observed, best: None };
         let mut exact = Vec::new();
-        let mut offer = |name: String, y: Tensor| {
-            if choice.mismatches(&y) == 0 {
-                exact.push(name);
-            }
-        };
+        if is_open {
+            self.each_kernel(call, &mut |name, y| {
+                if choice.mismatches(&y) == 0 {
+                    exact.push(name);
+                }
+            })?;
+        }
+        Ok(exact)
+    }
+
+    /// What each listed kernel of an op makes, with its name in words; nothing of a product, whose
+    /// kernels have orders, and of what has no kernels.
+    fn each_kernel(
+        &self,
+        call: &Call<'_>,
+        offer: &mut dyn FnMut(String, Tensor),
+    ) -> Result<(), ComputeError> {
+        let kernels = &self.kernels;
         match *call {
-            Call::RmsNorm { x, gain, eps } if kernels.rms_norm.is_open() => {
+            Call::RmsNorm { x, gain, eps } => {
                 let (name, gain) = (gain.name(), gain.to_vec()?);
                 for kernel in kernels.rms_norm.all() {
                     let y = self.rms_norm_by(kernel, x, (name, &gain), eps)?;
                     offer(format!("norm {}", name_of(kernel)), y);
                 }
             }
-            Call::Rope { x, rope, head_dim, first_position } if kernels.rope.is_open() => {
+            Call::Rope { x, rope, head_dim, first_position } => {
                 for kernel in kernels.rope.all() {
                     let y = self.rope_by(kernel, x, rope, head_dim, first_position)?;
                     offer(format!("rope {}", name_of(kernel)), y);
                 }
             }
-            Call::Attention { q, k, v, shape } if kernels.attention.is_open() => {
+            Call::Attention { q, k, v, shape } => {
                 for kernel in kernels.attention.all() {
                     let y = self.attention_by(kernel, q, k, v, shape)?;
                     offer(format!("attention {}", name_of(kernel)), y);
                 }
             }
-            Call::SwiGlu { gate, up } if kernels.swiglu.is_open() => {
+            Call::SwiGlu { gate, up } => {
                 for kernel in kernels.swiglu.all() {
                     offer(format!("swiglu {}", name_of(kernel)), self.swiglu_by(kernel, gate, up));
                 }
             }
-            _ => {}
+            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => {}
         }
-        Ok(exact)
+        Ok(())
     }
 }
 

@@ -121,7 +121,8 @@ impl Quantise {
     }
 
     /// Codes and scales of rows, one scale for each `group` values of a row. Where that would be
-    /// no positive finite number it is 1, and the codes are what makes the sums right.
+    /// no positive finite number it is 1, and the codes are NaN, or 0 where the kernel guards an
+    /// inverse of 0.
     pub fn grouped(&self, x: &Tensor, group: usize) -> (Codes, Vec<f32>) {
         let blocks = x.width().div_ceil(group).max(1);
         let mut codes = Codes::zeros(self.format, x.rows(), x.width());
@@ -137,8 +138,9 @@ impl Quantise {
                     continue;
                 }
                 // A NaN or an infinity, and 0 / 0 where no scale is the smallest: a NaN among the
-                // codes, so that every sum that they enter is one, as recordings of torchao show. An
-                // inverse of 0 is guarded. What vLLM and SGLang make of NaN was not recorded.
+                // codes, so that every sum that they enter is one, as recordings of torchao show. By
+                // its source SGLang takes 0 for the inverse of 0; what it and vLLM make of NaN was
+                // not recorded.
                 scales[block] = 1.0;
                 let guarded = scale == 0.0 && self.code == CodeRule::TimesInverse;
                 let all = if guarded { 0.0 } else { f32::NAN };
