@@ -23,6 +23,7 @@ const E4M3: Recipe = Recipe {
     chip: ChipName::Hopper,
     stream: None,
     engine: None,
+    emulate: None,
     pin: runner::op::Pin::NONE,
 };
 

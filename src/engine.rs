@@ -19,6 +19,13 @@ pub struct Choices<T: Copy>([Option<T>; MOST_CHOICES]);
 const MOST_CHOICES: usize = 6;
 
 impl<T: Copy> Choices<T> {
+    /// One kernel.
+    pub fn one(kernel: T) -> Choices<T> {
+        let mut all = [None; MOST_CHOICES];
+        all[0] = Some(kernel);
+        Choices(all)
+    }
+
     /// All of them, in their order.
     pub fn all(&self) -> impl Iterator<Item = T> + '_ {
         self.0.iter().flatten().copied()
@@ -444,7 +451,9 @@ pub struct EngineKernels {
 impl EngineKernels {
     /// The kernels of a product with the weight of that name.
     pub fn linear_of(&self, weight: &str) -> &Choices<LinearKernel> {
-        let makes_logits = matches!(weight, "output.weight" | "token_embd.weight");
+        // What a hypothesis makes of a weight has its name and some words behind it.
+        let name = weight.split(' ').next();
+        let makes_logits = matches!(name, Some("output.weight" | "token_embd.weight"));
         self.output.as_ref().filter(|_| makes_logits).unwrap_or(&self.linear)
     }
 
@@ -467,6 +476,21 @@ impl EngineKernels {
         self.rope = self.rope.led_by(&of("rope"));
         self.attention = self.attention.led_by(&of("attention"));
         self.swiglu = self.swiglu.led_by(&of("swiglu"));
+        self
+    }
+
+    /// The same where one op is known to be made by one kernel, by its name in words such as
+    /// `rope vllm`: that op lists it alone.
+    pub fn with_only(mut self, kernel: &str) -> EngineKernels {
+        fn only<T: Copy + Serialize>(choices: &mut Choices<T>, op: &str, kernel: &str) {
+            let own = |one: &T| kernel == format!("{op} {}", name_of(*one));
+            let one = choices.all().find(own);
+            *choices = one.map_or(*choices, Choices::one);
+        }
+        only(&mut self.rms_norm, "norm", kernel);
+        only(&mut self.rope, "rope", kernel);
+        only(&mut self.attention, "attention", kernel);
+        only(&mut self.swiglu, "swiglu", kernel);
         self
     }
 
@@ -577,14 +601,29 @@ impl TryFrom<Vec<Product>> for Products {
 pub struct EngineFile {
     /// Its name.
     pub name: String,
-    /// The type of its stream, where a recipe says no other.
-    pub stream: Format,
-    /// Its kernels.
-    pub kernels: EngineKernels,
+    /// The type of its stream, where a recipe says no other. Only the project's own kernels have
+    /// none: they pass f32, and a recipe says what they multiply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Format>,
+    /// What its products make of their activation, where that is known and their kernels are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<Activations>,
+    /// Its kernels, where they are known to the bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<EngineKernels>,
+}
+
+/// What an engine's products make of their activation before they multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activations {
+    /// 8-bit integers in the blocks that ggml pairs with the weight's type, as llama.cpp makes
+    /// them on a CPU.
+    Ggml8Bit,
 }
 
 /// The engines that ship: their names and their files.
-pub const SHIPPED: [(&str, &str); 9] = [
+pub const SHIPPED: [(&str, &str); 12] = [
     ("transformers", include_str!("../engines/transformers.toml")),
     ("vllm", include_str!("../engines/vllm.toml")),
     ("vllm-fp8", include_str!("../engines/vllm-fp8.toml")),
@@ -594,6 +633,9 @@ pub const SHIPPED: [(&str, &str); 9] = [
     ("sglang-fp8", include_str!("../engines/sglang-fp8.toml")),
     ("torchao", include_str!("../engines/torchao.toml")),
     ("llama-cpp-cuda", include_str!("../engines/llama-cpp-cuda.toml")),
+    ("llama-cpp-cpu", include_str!("../engines/llama-cpp-cpu.toml")),
+    ("f32", include_str!("../engines/f32.toml")),
+    ("runner", include_str!("../engines/runner.toml")),
 ];
 
 impl EngineFile {
@@ -628,18 +670,54 @@ impl EngineFile {
     fn parse(text: &str, name: &str) -> Result<EngineFile, String> {
         let file: EngineFile =
             toml::from_str(text).map_err(|error| format!("engine `{name}`: {error}"))?;
-        let of_recipes =
-            [("decoded", file.kernels.decoded > 0), ("batch", !is_one(&file.kernels.batch))];
+        let known = file.kernels.as_ref();
+        let of_recipes = [
+            ("decoded", known.is_some_and(|kernels| kernels.decoded > 0)),
+            ("batch", known.is_some_and(|kernels| !is_one(&kernels.batch))),
+        ];
         if let Some((key, _)) = of_recipes.iter().find(|(_, written)| *written) {
             return Err(format!(
                 "engine `{name}`: `{key}` is no key of an engine's file; write it in the recipe, \
                  beside `engine`"
             ));
         }
-        match file.kernels.stream_problem(file.stream) {
+        let problem = match (file.stream, known, file.activations) {
+            (None, Some(_), _) | (None, _, Some(_)) => {
+                Some("`stream` is missing, the type in which it passes tensors".to_owned())
+            }
+            (_, Some(_), Some(_)) => Some(
+                "`activations` has no use beside `kernels`, which say what each product is"
+                    .to_owned(),
+            ),
+            (Some(stream), Some(kernels), None) => kernels.stream_problem(stream),
+            (Some(Format::F32 | Format::Bf16 | Format::F16), None, _) => None,
+            (Some(other), None, _) => {
+                Some(format!("its stream is `{other}`, and is one of `f32`, `bf16` and `f16`"))
+            }
+            // Only the project's own kernels need say nothing.
+            (None, None, None) if SHIPPED.iter().any(|(shipped, _)| *shipped == name) => None,
+            (None, None, None) => {
+                Some("`stream` is missing, the type in which it passes tensors".to_owned())
+            }
+        };
+        match problem {
             Some(problem) => Err(format!("engine `{name}`: {problem}")),
             None => Ok(file),
         }
+    }
+
+    /// Its kernels and the type of its stream.
+    ///
+    /// # Errors
+    /// In words, where no kernel of it is known to the bit.
+    pub fn known(&self) -> Result<(EngineKernels, Format), String> {
+        self.kernels.zip(self.stream).ok_or_else(|| {
+            format!(
+                "no kernel of the engine `{}` is known to the bit, so its bits cannot be computed; \
+                 docs/engines.md lists those whose are",
+                self.name
+            )
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::Format;
-use crate::engine::{EngineKernels, LinearKernel};
+use crate::engine::{Choices, EngineKernels, LinearKernel};
 
 /// One way to compute a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -145,6 +145,9 @@ pub struct Recipe {
     /// The kernels of that engine, where they are known to the bit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineKernels>,
+    /// An engine of which no kernel is known to the bit, and what its products are is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub emulate: Option<Engine>,
     /// The library's algorithm, where the recipe insists on one.
     #[serde(default, skip_serializing_if = "Pin::is_empty")]
     pub pin: Pin,
@@ -161,6 +164,7 @@ impl Default for Recipe {
             chip: ChipName::Auto,
             stream: None,
             engine: None,
+            emulate: None,
             pin: Pin::NONE,
         }
     }
@@ -183,8 +187,24 @@ impl Recipe {
             chip: ChipName::Hopper,
             stream: Some(stream),
             engine: Some(kernels),
+            emulate: None,
             pin: Pin::NONE,
         }
+    }
+}
+
+impl Recipe {
+    /// The recipe with scales of another granularity; of an engine by that kernel of the same
+    /// engine which makes such scales. Nothing where it has none.
+    pub fn with_scale(&self, scale: Scale) -> Option<Recipe> {
+        let Some(kernels) = self.engine else { return Some(Recipe { scale, ..*self }) };
+        let of_vllm =
+            [LinearKernel::VllmFp8, LinearKernel::VllmFp8Channel, LinearKernel::VllmFp8Block];
+        let own = kernels.linear.first().filter(|own| of_vllm.contains(own))?;
+        let other = of_vllm.into_iter().find(|kernel| Scale::of(*kernel) == Some(scale))?;
+        let linear = Choices::one(other);
+        let engine = Some(EngineKernels { linear, ..kernels });
+        (other != own).then_some(Recipe { scale, engine, ..*self })
     }
 }
 
@@ -399,7 +419,7 @@ impl External {
 }
 
 /// An engine whose arithmetic is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Engine {
     /// llama.cpp on a CPU: activations rounded to 8 bits.
     #[serde(rename = "llama.cpp")]

@@ -508,7 +508,9 @@ fn judge_one(
     if judgement.outcome == Outcome::Unmeasured && judgement.reason.is_none() {
         let [subject, judge] = falsifier.compare;
         let hint = match judge {
-            Stream::Predicted(_) => "; the recipe must name an `engine`, as docs/engines.md says",
+            Stream::Predicted(_) => {
+                "; the recipe must name an `engine` whose kernels are known, as docs/engines.md says"
+            }
             _ => "",
         };
         let metric = falsifier.metric;

@@ -64,11 +64,12 @@ pub(super) struct PredictArgs {
 
 pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let file = EngineFile::find(&args.engine, Path::new("."))?;
-    let stream = args.stream.unwrap_or(file.stream);
-    if let Some(problem) = file.kernels.stream_problem(stream) {
+    let (mut kernels, stream) = file.known()?;
+    let stream = args.stream.unwrap_or(stream);
+    if let Some(problem) = kernels.stream_problem(stream) {
         return Err(format!("of the engine `{}`: {problem}; leave --stream out", file.name));
     }
-    if args.batch > 1 && file.kernels.is_ggml() {
+    if args.batch > 1 && kernels.is_ggml() {
         return Err("batches of llama.cpp are not known: leave --batch out".to_owned());
     }
     let store = store_of(&args.runs);
@@ -82,7 +83,6 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     // The last token is only sampled, as engines do.
     let mut tokens = encoded(&prompt, args.decode.saturating_sub(1), model)?;
     let given = tokens.len();
-    let mut kernels = file.kernels;
     kernels.batch = args.batch as usize;
     let recipe = Recipe::of_engine(kernels, stream);
     let arm = Emulated::new(&recipe).map_err(|error| error.to_string())?;

@@ -267,7 +267,7 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
     diagnosis.also.sort_by_key(flow);
     diagnosis.later_layers = inheriting(scene, suspect);
     diagnosis.same_input = same_input(scene, output, suspect);
-    if let Some(examined) = examine(scene, output, site)? {
+    if let Some(examined) = examine(scene, (subject.arm(), output), site)? {
         diagnosis.op = examined.op;
         diagnosis.prescribed = examined.prescribed;
         diagnosis.within_rounding = examined.within_rounding;
@@ -360,12 +360,12 @@ struct Examined {
 /// Computes one site's op again from the arm's own input, under every hypothesis.
 fn examine(
     scene: &Scene<'_>,
-    output: &Output,
+    (arm_of, output): (Arm, &Output),
     wanted: &Site,
 ) -> Result<Option<Examined>, ComputeError> {
     let Some(subject) = output.site(wanted) else { return Ok(None) };
     // Of a forward pass the op's input must be the arm's own, or nothing is said of it; but an
-    // engine's kernels give what a recording lacks to the bit.
+    // engine's kernels give what a recording lacks.
     if matches!(scene.task.op, Op::Forward { .. }) && scene.recipe.engine.is_none() {
         let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
         let read = read_by_site(wanted, qk_norms);
@@ -373,7 +373,12 @@ fn examine(
             return Ok(None);
         }
     }
-    let arm = Emulated::new(scene.recipe)?;
+    // Of several kernels the one that comes nearest is what the hypotheses change.
+    let own = |found: &&SiteKernel| found.site == *wanted && found.subject.arm() == arm_of;
+    let nearest = scene.measures.kernels.iter().find(own).map(|found| found.kernel.as_str());
+    let engine = scene.recipe.engine.map(|engine| engine.with_only(nearest.unwrap_or_default()));
+    let recipe = &Recipe { engine, ..*scene.recipe };
+    let arm = Emulated::new(recipe)?;
     let found: Mutex<Option<Examined>> = Mutex::new(None);
     let units = Mutex::new(0usize);
     let position = output.sites.iter().position(|(site, _)| site == wanted);
@@ -399,7 +404,7 @@ fn examine(
         let truth = call.on(&crate::compute::reference::Reference)?;
         let same = subject.data().iter().zip(clean.data());
         let prescribed = same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits());
-        let null = Null::of(call, &clean, &arm, scene.recipe)?;
+        let null = Null::of(call, &clean, &arm, recipe)?;
         let case = Case {
             site: wanted,
             call,
@@ -408,7 +413,7 @@ fn examine(
             truth: &truth,
             null: &null,
             arm: &arm,
-            recipe: scene.recipe,
+            recipe,
             model: Some(scene.task.model),
             recorded: &output.sites,
         };

@@ -16,7 +16,9 @@ use super::growth::{Growth, growth};
 use super::logits::{batch_ratio, flip_deviation, flips_unexplained};
 use super::{GreedyComparison, Measure, Predicted, greedy, measure};
 use crate::compute::ComputeError;
-use crate::compute::arms::{Local, Output, Task, anchored_by_layer, by_engine, drawn, local};
+use crate::compute::arms::{
+    EngineSite, Local, Output, Task, anchored_by_layer, by_engine, drawn, local,
+};
 use crate::compute::floor::Deviations;
 use crate::compute::shares::Shares;
 use crate::engine::Product;
@@ -158,8 +160,16 @@ pub fn measure_stage(
                 Arm::Recorded | Arm::External | Arm::Device => by_engine(task, recipe, output)?,
                 _ => Vec::new(),
             };
+            // What follows from a guess is held to nothing, unless it is met.
+            let finite = |tensor: &Tensor| tensor.data().iter().all(|value| value.is_finite());
+            let is_held = |found: &&EngineSite| {
+                let is_met = found.chosen.mismatches == 0;
+                let is_finite = output.site(&found.site).is_none_or(finite);
+                !found.guessed || is_met || !is_finite
+            };
             let predicted: Vec<(Site, Tensor)> = by_engine
                 .iter()
+                .filter(is_held)
                 .map(|found| (found.site.clone(), found.chosen.tensor.clone()))
                 .collect();
             if !predicted.is_empty() {

@@ -21,7 +21,8 @@ use super::shares::{Energies, energies};
 use super::{AttentionShape, ComputeError, GemmRecord, Ops, check_same_shape, cuda};
 use crate::model::Model;
 use crate::op::{
-    Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
+    Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, read_by_site, site_of_norm,
+    site_of_projection,
 };
 use crate::tensor::Tensor;
 
@@ -329,7 +330,7 @@ pub fn local(
     let forward = matches!(task.op, Op::Forward { .. });
     let qk_norms = task.model.has("blk.0.attn_q_norm.weight");
     let whole = |site: &Site| {
-        !forward || crate::op::read_by_site(site, qk_norms).iter().all(|read| held.contains(read))
+        !forward || read_by_site(site, qk_norms).iter().all(|read| held.contains(read))
     };
     let all = visited.into_iter().zip(floor.into_sigmas()).zip(followed);
     let locals = all.filter(|((visit, _), _)| visit.held).map(|((visit, sigma), energies)| {
@@ -347,11 +348,17 @@ pub struct EngineSite {
     pub site: Site,
     /// What the best of the kernels returned, and which one that is.
     pub chosen: Chosen,
+    /// Whether the op read what the subject lacks and another kernel than the engine's first may
+    /// have made.
+    pub guessed: bool,
 }
 
 /// Each site of a subject as the kernels of the recipe's engine give it from the subject's
 /// own inputs; of each op the kernel that comes nearest. Nothing where the recipe names no
 /// engine.
+///
+/// Where the subject lacks a site, the pass goes on with what the first kernel makes. If another
+/// one may have run there, what differs after it is no evidence.
 ///
 /// # Errors
 /// As the ops.
@@ -364,23 +371,34 @@ pub fn by_engine(
     let (Some(engine), Op::Forward { .. }) = (arm.engine(), task.op) else {
         return Ok(Vec::new());
     };
-    let chosen: Mutex<BTreeMap<Site, Chosen>> = Mutex::default();
+    let chosen: Mutex<BTreeMap<Site, (Chosen, bool)>> = Mutex::default();
+    let guessed: Mutex<BTreeSet<Site>> = Mutex::default();
+    let qk_norms = task.model.has("blk.0.attn_q_norm.weight");
     let watched = Watched::new(|site, call| {
         let [rows, width] = call.shape();
         let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
-        let Some(observed) = subject.site(site).filter(fits) else { return call.on(&arm) };
+        let mut guessed = guessed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let reads_guess = read_by_site(site, qk_norms).iter().any(|read| guessed.contains(read));
+        let Some(observed) = subject.site(site).filter(fits) else {
+            if reads_guess || !engine.settles(call) {
+                guessed.insert(site.clone());
+            }
+            drop(guessed);
+            return call.on(&arm);
+        };
+        drop(guessed);
         let best = engine.choose(call, observed)?;
         let tensor = best.tensor.clone();
         let mut chosen = chosen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        chosen.insert(site.clone(), best);
+        chosen.insert(site.clone(), (best, reads_guess));
         Ok(tensor)
     });
     let visited = visit_recorded(task, &watched, subject)?;
     drop(watched);
     let mut chosen = chosen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
     let sites = visited.into_iter().filter_map(|visit| {
-        let chosen = chosen.remove(&visit.site)?;
-        Some(EngineSite { site: visit.site, chosen })
+        let (chosen, guessed) = chosen.remove(&visit.site)?;
+        Some(EngineSite { site: visit.site, chosen, guessed })
     });
     Ok(sites.collect())
 }

@@ -12,6 +12,7 @@ use super::emulated::chip::chip;
 use super::emulated::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::emulated::quantize::{CodeData, Codes};
 use super::emulated::schedule::Schedule;
+pub use super::emulated::steps::{Converted, Edit, Steps, Whole, keep};
 use super::{ComputeError, check_matmul};
 use crate::dtype::Format;
 use crate::model::Weight;
@@ -22,43 +23,6 @@ use crate::tensor::Tensor;
 const CHUNK_ROWS: usize = 256;
 /// Elements of K that share a block scale.
 const BLOCK: usize = 128;
-
-/// An operand after its conversion.
-pub struct Converted<'v> {
-    /// The values that were converted, row-major.
-    pub values: &'v [f32],
-    /// Their codes.
-    pub codes: Codes,
-    /// What the codes are multiplied with.
-    pub scales: Scales,
-}
-
-/// What is done to an operand after its conversion.
-pub type Edit<'e> = dyn Fn(Converted<'_>) -> Converted<'_> + Sync + 'e;
-
-/// Leaves an operand as it is.
-pub fn keep(operand: Converted<'_>) -> Converted<'_> {
-    operand
-}
-
-/// A GEMM's steps. [`Steps::of`] is what the recipe prescribes.
-pub struct Steps<'e> {
-    /// After the activation's conversion.
-    pub x: &'e Edit<'e>,
-    /// After the conversion of some rows of the weight.
-    pub w: &'e Edit<'e>,
-    /// The order of additions.
-    pub schedule: Schedule,
-    /// The output's type.
-    pub output: Format,
-}
-
-impl Steps<'_> {
-    /// The steps of a recipe, none replaced.
-    pub fn of(recipe: &Recipe) -> Steps<'static> {
-        Steps { x: &keep, w: &keep, schedule: Schedule::of(recipe), output: recipe.output }
-    }
-}
 
 /// `x w^T + bias` for some rows of the weight, by these steps: `[x rows, rows]`.
 ///
@@ -74,10 +38,28 @@ pub fn matmul_rows(
     steps: &Steps<'_>,
 ) -> Result<Tensor, ComputeError> {
     check_matmul(x, &weight, bias.as_ref())?;
+    if let Some(engine) = arm.engine() {
+        let prescribed = Schedule::of(recipe);
+        let y = engine.fp8_rows((x, weight, bias), rows.clone(), steps, prescribed)?;
+        if let Some(y) = y {
+            return Ok(y);
+        }
+        if recipe.gemm.is_fp8() {
+            // The engine multiplies by this weight as the stream holds it.
+            let recipe = Recipe { gemm: recipe.stream.unwrap_or(recipe.output), ..*recipe };
+            let schedule = match steps.schedule == prescribed {
+                true => Schedule::of(&recipe),
+                false => steps.schedule,
+            };
+            let steps = Steps { schedule, ..*steps };
+            let arm = Emulated::new(&recipe)?;
+            return matmul_rows(&arm, &recipe, (x, weight, bias), rows, &steps);
+        }
+    }
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let whole = arm.absmax_of(weight)?;
     let (codes, scales) = arm.quantise_activation(x);
-    let edited = (steps.x)(Converted { values: x.data(), codes, scales });
+    let edited = (steps.x)(Converted { values: x.data(), codes, scales, first_row: 0 });
     let width = weight.width();
     let output = arm.before_bias(steps.output, bias.is_some());
     let starts: Vec<usize> = rows.clone().step_by(CHUNK_ROWS).collect();
@@ -88,7 +70,7 @@ pub fn matmul_rows(
             let mut values = vec![0.0; range.len() * width];
             weight.decode_rows(range, &mut values)?;
             let (codes, scales) = arm.quantise_weight_rows(&values, width, whole);
-            let w = (steps.w)(Converted { values: &values, codes, scales });
+            let w = (steps.w)(Converted { values: &values, codes, scales, first_row: start });
             let (x_format, w_format) = (edited.codes.format(), w.codes.format());
             let unit = chip(recipe.chip).unit(x_format, w_format).ok_or_else(|| {
                 ComputeError::Recipe(format!("no unit multiplies {x_format} by {w_format}"))
@@ -108,17 +90,6 @@ pub fn matmul_rows(
     }
     // Another output than the recipe's is rounded to the stream's type by the caller.
     Ok(if steps.output == recipe.output { arm.streamed(y) } else { y })
-}
-
-/// The scale of one element.
-pub fn scale_at(scales: &Scales, width: usize, row: usize, column: usize) -> f32 {
-    match scales {
-        Scales::Tensor(scale) => *scale,
-        Scales::Row(scales) => scales[row],
-        Scales::Block128 { rows_per_block, scales, .. } => {
-            scales[row / rows_per_block * width.div_ceil(BLOCK) + column / BLOCK]
-        }
-    }
 }
 
 /// Every code replaced by `change(row, column, code)`.
@@ -144,7 +115,7 @@ pub fn truncated(operand: Converted<'_>) -> Converted<'_> {
     let (format, width) = (operand.codes.format(), operand.codes.width());
     let codes = recoded(&operand.codes, format, |row, column, code| {
         let exact =
-            operand.values[row * width + column] / scale_at(&operand.scales, width, row, column);
+            operand.values[row * width + column] / operand.scales.of(row, column / BLOCK, width);
         if format.decode(code).abs() > exact.abs() { code - 1 } else { code }
     });
     Converted { codes, ..operand }
@@ -185,14 +156,172 @@ pub fn up_to_power_of_two(scale: f32) -> f32 {
     2f32.powf(scale.log2().ceil())
 }
 
+/// Where scales are powers of two by prescription: codes of the scales before they were rounded up,
+/// the rounded ones beside them. Elsewhere the scales rounded up, the codes as they are.
+pub fn rounded_up_beside_codes(operand: Converted<'_>) -> Converted<'_> {
+    let are_powers = |scales: &[f32]| scales.iter().all(|scale| scale.to_bits() & 0x7f_ffff == 0);
+    let (rows_per_block, scales) = match &operand.scales {
+        Scales::Row(scales) if are_powers(scales) => (1, scales),
+        Scales::Block128 { rows_per_block, scales, .. } if are_powers(scales) => {
+            (*rows_per_block, scales)
+        }
+        _ => return scaled(operand, up_to_power_of_two),
+    };
+    let (format, width) = (operand.codes.format(), operand.codes.width());
+    let by_row = matches!(operand.scales, Scales::Row(_));
+    let length = if by_row { width } else { BLOCK };
+    let blocks = width.div_ceil(length);
+    let mut most = vec![0f32; scales.len()];
+    for (index, value) in operand.values.iter().enumerate() {
+        let (row, column) = (index / width, index % width);
+        let most = &mut most[row / rows_per_block * blocks + column / length];
+        *most = most.max(value.abs());
+    }
+    let codes = recoded(&operand.codes, format, |row, column, code| {
+        let most = most[row / rows_per_block * blocks + column / length];
+        let value = operand.values[row * width + column];
+        if most > 0.0 { format.encode(value / (most / format.max_finite())) } else { code }
+    });
+    Converted { codes, ..operand }
+}
+
 /// Converted again with scales times `factor`: below 1 large values saturate.
 pub fn requantised(operand: Converted<'_>, factor: f32) -> Converted<'_> {
     let (format, width) = (operand.codes.format(), operand.codes.width());
     let scales = changed_scales(&operand.scales, |scale| scale * factor);
     let codes = recoded(&operand.codes, format, |row, column, _| {
-        format.encode(operand.values[row * width + column] / scale_at(&scales, width, row, column))
+        format.encode(operand.values[row * width + column] / scales.of(row, column / BLOCK, width))
     });
-    Converted { values: operand.values, codes, scales }
+    Converted { codes, scales, ..operand }
+}
+
+/// The scales of other rows, or of another weight, in place of an operand's own.
+pub fn with_scales_of<'v>(operand: Converted<'v>, whole: &Scales) -> Converted<'v> {
+    let (first_row, rows) = (operand.first_row, operand.codes.rows());
+    let scales = match whole {
+        Scales::Tensor(scale) => Scales::Tensor(*scale),
+        Scales::Row(scales) => match scales.get(first_row..first_row + rows) {
+            Some(scales) => Scales::Row(scales.to_vec()),
+            None => return operand,
+        },
+        Scales::Block128 { rows_per_block, scales, .. } => {
+            let blocks = operand.codes.width().div_ceil(BLOCK);
+            if (first_row + rows).div_ceil(*rows_per_block) * blocks > scales.len() {
+                return operand;
+            }
+            let (rows_per_block, scales) = (*rows_per_block, scales.clone());
+            Scales::Block128 { rows_per_block, first_row, scales }
+        }
+    };
+    Converted { scales, ..operand }
+}
+
+/// Converted again with one scale for all of these rows, `factor` times their largest, by a cast that
+/// makes NaN of what is too large, as E4M3's does: a scale that was set beforehand, and too small.
+pub fn unsaturated(operand: Converted<'_>, factor: f32) -> Converted<'_> {
+    let format = operand.codes.format();
+    // Half a step beyond the largest value; E4M3's largest has an even code, to which ties go.
+    let most = format.max_finite();
+    let step = most - format.decode(format.encode(most) - 1);
+    let largest = match &operand.scales {
+        Scales::Tensor(scale) => *scale,
+        Scales::Row(scales) | Scales::Block128 { scales, .. } => {
+            scales.iter().copied().fold(0.0, f32::max)
+        }
+    };
+    let set = scaled(operand, |_| factor * largest);
+    let cut = requantised(set, 1.0);
+    let (width, nan) = (cut.codes.width(), format.encode(f32::NAN));
+    let codes = recoded(&cut.codes, format, |row, column, code| {
+        let value = cut.values[row * width + column] / cut.scales.of(row, column / BLOCK, width);
+        if value.abs() > most + 0.5 * step { nan } else { code }
+    });
+    Converted { codes, ..cut }
+}
+
+/// Codes read as the format of the same width whose exponent bias is one larger and whose
+/// negative zero is its only NaN (`e4m3fnuz`, `e5m2fnuz`).
+pub fn read_as_fnuz(operand: Converted<'_>) -> Converted<'_> {
+    let format = operand.codes.format();
+    let nan = format.encode(f32::NAN);
+    let codes = recoded(&operand.codes, format, |_, _, code| if code == 0x80 { nan } else { code });
+    scaled(Converted { codes, ..operand }, |scale| 0.5 * scale)
+}
+
+/// The largest value of `e4m3fnuz`.
+pub const MOST_E4M3FNUZ: f32 = 240.0;
+
+/// Codes of at most that magnitude.
+pub fn clipped(operand: Converted<'_>, most: f32) -> Converted<'_> {
+    let format = operand.codes.format();
+    let codes = recoded(&operand.codes, format, |_, _, code| {
+        let value = format.decode(code);
+        if value.abs() > most { format.encode(most.copysign(value)) } else { code }
+    });
+    Converted { codes, ..operand }
+}
+
+/// Both operands of a GEMM after their conversion.
+///
+/// # Errors
+/// If the weight cannot be read.
+pub fn operands(
+    arm: &Emulated,
+    x: &Tensor,
+    weight: Weight<'_>,
+) -> Result<[Whole; 2], ComputeError> {
+    if let Some(engine) = arm.engine()
+        && let Some(operands) = engine.fp8_operands(x, weight)?
+    {
+        return Ok(operands);
+    }
+    let whole = arm.absmax_of(weight)?;
+    let (w_codes, w_scales) = arm.quantise_weight_rows(&weight.to_vec()?, weight.width(), whole);
+    let (x_codes, x_scales) = arm.quantise_activation(x);
+    Ok([(x_codes, x_scales, 0), (w_codes, w_scales, 0)])
+}
+
+/// `x w^T + bias` where both operands' scales make one factor, `factor` of their product: it is
+/// applied to the sum of each block of 128 where there are blocks, and to the whole sum elsewhere.
+///
+/// # Errors
+/// If the weight cannot be read, or the operands do not fit.
+pub fn matmul_by_factor(
+    arm: &Emulated,
+    recipe: &Recipe,
+    (x, weight, bias): (&Tensor, Weight<'_>, Option<Weight<'_>>),
+    factor: impl Fn(f32) -> f32 + Sync,
+) -> Result<Tensor, ComputeError> {
+    check_matmul(x, &weight, bias.as_ref())?;
+    let [(x, x_scales, _), (w, w_scales, before)] = operands(arm, x, weight)?;
+    let (width, outputs) = (x.width(), weight.rows());
+    let by_block = [&x_scales, &w_scales].iter().any(|s| matches!(s, Scales::Block128 { .. }));
+    let schedule = if by_block { Schedule::FAST } else { Schedule::of(recipe) };
+    let length = if by_block { BLOCK } else { width };
+    let unit = chip(recipe.chip).unit(x.format(), w.format()).ok_or_else(|| {
+        ComputeError::Recipe(format!("no unit multiplies {} by {}", x.format(), w.format()))
+    })?;
+    let mut y = Tensor::zeros(x.rows(), outputs);
+    for (block, start) in (0..width).step_by(length).enumerate() {
+        let inner = start..(start + length).min(width);
+        let bare = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+        let (x_part, w_part) = (x.some_columns(inner.clone()), w.some_columns(inner));
+        let x_part = prepare(unit, &bare(&x_part))?;
+        let sums = gemm_prepared(&schedule, &x_part, &bare(&w_part), Format::F32)?;
+        for row in 0..y.rows() {
+            let of_x = x_scales.of(row, block, width);
+            for (column, y) in y.row_mut(row).iter_mut().enumerate() {
+                let own = before + column;
+                *y += sums.row(row)[own] * factor(of_x * w_scales.of(own, block, width));
+            }
+        }
+    }
+    let output = arm.before_bias(recipe.output, bias.is_some());
+    y.data_mut().iter_mut().for_each(|y| *y = output.round(*y));
+    if let Some(bias) = bias {
+        y.add_to_rows(&bias.to_vec()?);
+    }
+    Ok(arm.streamed(y))
 }
 
 fn changed_scales(scales: &Scales, change: impl Fn(f32) -> f32) -> Scales {
@@ -222,6 +351,7 @@ mod tests {
         chip: ChipName::Hopper,
         stream: None,
         engine: None,
+        emulate: None,
         pin: Pin::NONE,
     };
 
@@ -253,6 +383,41 @@ mod tests {
     }
 
     #[test]
+    fn some_columns_of_an_engines_product_are_those_of_the_whole() {
+        use crate::engine::EngineFile;
+        use crate::model::Model;
+        use crate::model::synthetic::{Preset, write};
+        use std::path::Path;
+
+        let mut file = Vec::new();
+        write(Preset::Qwen2Tiny, 1, &mut file).expect("a synthetic model");
+        let model = Model::from_bytes(Path::new("qwen2-tiny"), &file).expect("a model");
+        let x = Tensor::new(256, values(7 * 256, 1));
+        for engine in ["vllm-fp8", "vllm-fp8-channel", "vllm-fp8-block", "sglang-fp8", "torchao"] {
+            let found = EngineFile::find(engine, Path::new(".")).expect("ships");
+            let (mut kernels, stream) = found.known().expect("known");
+            // The prompt's rows and three decoded ones: calls of their own.
+            kernels.decoded = 3;
+            let recipe = Recipe::of_engine(kernels, stream);
+            let arm = Emulated::new(&recipe).expect("a recipe");
+            for name in ["attn_q", "attn_k", "ffn_up"] {
+                let weight = model.tensor(&format!("blk.1.{name}.weight")).expect("a weight");
+                let bias = model.tensor(&format!("blk.1.{name}.bias")).ok();
+                let whole = arm.matmul(&x, weight, bias).expect("a product");
+                let (operands, steps) = ((&x, weight, bias), Steps::of(&recipe));
+                for rows in [0..weight.rows(), 0..weight.rows().min(128), 128..weight.rows()] {
+                    if rows.is_empty() {
+                        continue;
+                    }
+                    let some = matmul_rows(&arm, &recipe, operands, rows.clone(), &steps);
+                    let some = some.expect("a product");
+                    assert_eq!(some, whole.columns(rows.clone()), "{engine}, {name}, {rows:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_truncating_cast_never_grows_and_flushing_leaves_no_subnormal() {
         let values = values(4096, 3);
         for format in [Format::E4m3, Format::E5m2, Format::Bf16] {
@@ -262,6 +427,7 @@ mod tests {
                 values: &values,
                 codes: codes.clone(),
                 scales: Scales::Tensor(scale),
+                first_row: 0,
             };
             let cut = truncated(of(&codes));
             let all = |codes: &Codes| -> Vec<f32> {

@@ -13,7 +13,6 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use super::departure::scale_at;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
@@ -283,7 +282,7 @@ pub(super) fn rounding_errors(values: &[f32], codes: &Codes, scales: &Scales) ->
         let spans = values.chunks(SPAN).zip(errors.chunks_mut(SPAN));
         for (span, (values, errors)) in spans.enumerate() {
             let first = span * SPAN;
-            let scale = scale_at(scales, width, row, first);
+            let scale = scales.of(row, span, width);
             let pairs = errors.iter_mut().zip(values);
             let range = first..first + values.len();
             match codes.row(row) {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ComputeError;
 use super::call::Call;
-use super::departure::{Steps, matmul_rows, scale_at};
+use super::departure::{Steps, matmul_rows};
 use super::emulated::arm::Emulated;
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::Codes;
@@ -97,6 +97,16 @@ pub fn energies(
     subject: &Tensor,
 ) -> Result<Option<Energies>, ComputeError> {
     let Call::Matmul { x, weight, bias } = *call else { return Ok(None) };
+    // An engine converts otherwise than the recipe says; the steps that are followed are one
+    // arithmetic's.
+    let plain;
+    let (arm, recipe) = match recipe.engine {
+        Some(_) => {
+            plain = Recipe { engine: None, ..*recipe };
+            (&Emulated::new(&plain)?, &plain)
+        }
+        None => (arm, recipe),
+    };
     let fewest = if recipe.scale.weight == WeightScale::Block128 { BLOCK } else { FOLLOWED };
     let count = fewest.min(weight.rows());
     let width = weight.width();
@@ -145,7 +155,7 @@ fn dequantised(codes: &Codes, scales: &Scales) -> Vec<f64> {
     let mut values = Vec::with_capacity(codes.rows() * width);
     for row in 0..codes.rows() {
         for (column, value) in codes.decode_row(row).into_iter().enumerate() {
-            values.push(f64::from(value) * f64::from(scale_at(scales, width, row, column)));
+            values.push(f64::from(value) * f64::from(scales.of(row, column / BLOCK, width)));
         }
     }
     values

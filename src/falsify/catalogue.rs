@@ -124,6 +124,44 @@ pub const CATALOGUE: &[Bug] = &[
     )
     .fp8()
     .public(),
+    bug(
+        "activation cast without saturation by a scale that is set beforehand",
+        &["cast-without-saturation"],
+        GEMMS,
+        Plant::XUnsaturated(0.5),
+    )
+    .fp8()
+    .public(),
+    bug("weight codes read as e4m3fnuz", &["fp8-fnuz", "scale-wrong"], GEMMS, Plant::WReadAsFnuz)
+        .fp8(),
+    bug("activation codes clip at 240, as e4m3fnuz", &["fp8-fnuz"], GEMMS, Plant::XClippedAsFnuz)
+        .fp8(),
+    bug(
+        "last block of K with the scale of the block before",
+        &["scale-tail"],
+        LONG,
+        Plant::ScaleTail,
+    )
+    .fp8(),
+    bug(
+        "scales of another part of the fused weight",
+        &["scale-slice"],
+        &["k", "v", "ffn_up"],
+        Plant::ScaleSlice,
+    )
+    .fp8(),
+    bug("product of the scales formed in f16", &["scale-product"], GEMMS, Plant::ScaleProduct)
+        .fp8()
+        .public(),
+    bug("zero point of groups of 128 off by one", &["zero-point"], GEMMS, Plant::ZeroPoint(128))
+        .public(),
+    bug(
+        "keys interleaved for the number of query heads",
+        &["head-permutation"],
+        &["k"],
+        Plant::OtherHeads,
+    )
+    .public(),
     bug("one column times 1.2", &["column-scale"], GEMMS, Plant::Column(1.2)),
     bug("one row times 0.5", &["row-scale"], GEMMS, Plant::Row(0.5)),
     // Conversions.
@@ -134,11 +172,17 @@ pub const CATALOGUE: &[Bug] = &[
         .fp8()
         .public(),
     bug("weight subnormals flushed", &["subnormals-flushed"], GEMMS, Plant::FlushW).fp8(),
-    bug("weight codes read as the other FP8 format", &["wrong-fp8-format"], GEMMS, Plant::ReadW)
-        .fp8(),
+    // With a scale for each row its largest code is a NaN of the other format, and so is every sum.
+    bug(
+        "weight codes read as the other FP8 format",
+        &["wrong-fp8-format", "non-finite-output"],
+        GEMMS,
+        Plant::ReadW,
+    )
+    .fp8(),
     bug(
         "activation codes read as the other FP8 format",
-        &["wrong-fp8-format"],
+        &["wrong-fp8-format", "non-finite-output"],
         GEMMS,
         Plant::ReadX,
     )

@@ -174,7 +174,17 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         .filter(|&name| crate::compute::emulated::chip::chip(name).unit(gemm, gemm).is_some())
         .collect();
     let chip = chips[random.below(chips.len())];
-    Recipe { gemm, scale, accumulate, output, chip, stream: None, engine: None, pin: Pin::NONE }
+    Recipe {
+        gemm,
+        scale,
+        accumulate,
+        output,
+        chip,
+        stream: None,
+        engine: None,
+        emulate: None,
+        pin: Pin::NONE,
+    }
 }
 
 /// A prompt of 1 to 300 tokens, shorter for a larger model, so that every run is cheap;

@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 
 use super::chosen;
-use crate::compare::fingerprints::{cache_format, rope_angles};
+use crate::compare::fingerprints::scale_order::{sisters_of, with_tail_of_before};
+use crate::compare::fingerprints::{cache_format, head_permutation, rope_angles, zero_point};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::departure::{
-    Converted, Edit, Steps, flushed, keep, matmul_rows, only_inner, read_as, requantised, scaled,
-    truncated, up_to_power_of_two,
+    Converted, Edit, MOST_E4M3FNUZ, Steps, clipped, flushed, keep, matmul_by_factor, matmul_rows,
+    only_inner, operands, read_as, read_as_fnuz, requantised, rounded_up_beside_codes, scaled,
+    truncated, unsaturated, with_scales_of,
 };
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
@@ -39,6 +41,14 @@ pub enum Plant {
     PerToken,
     WPowerOfTwo,
     XPowerOfTwo,
+    XUnsaturated(f32),
+    WReadAsFnuz,
+    XClippedAsFnuz,
+    ScaleTail,
+    ScaleSlice,
+    ScaleProduct,
+    ZeroPoint(usize),
+    OtherHeads,
     Column(f32),
     Row(f32),
     TruncateX,
@@ -256,8 +266,7 @@ impl Gemm<'_> {
     /// Bugs of the conversion, the accumulation and the epilogue.
     fn by_steps(&self, plant: Plant) -> Made {
         let engine = self.ground.arm.engine();
-        if engine.is_some_and(|engine| !engine.multiplies_plainly(self.weight.name())) {
-            // An engine that quantises takes steps of its own.
+        if engine.is_some_and(|engine| !engine.takes_steps(self.weight.name())) {
             return Ok(None);
         }
         let recipe = self.ground.recipe;
@@ -269,8 +278,37 @@ impl Gemm<'_> {
             Plant::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
             Plant::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
             Plant::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
-            Plant::XPowerOfTwo => self.with(&|o| scaled(o, up_to_power_of_two), &keep),
-            Plant::WPowerOfTwo => self.with(&keep, &|o| scaled(o, up_to_power_of_two)),
+            Plant::XPowerOfTwo => self.with(&rounded_up_beside_codes, &keep),
+            Plant::WPowerOfTwo => self.with(&keep, &rounded_up_beside_codes),
+            Plant::XUnsaturated(factor) => self.with(&|o| unsaturated(o, factor), &keep),
+            Plant::WReadAsFnuz => self.with(&keep, &read_as_fnuz),
+            Plant::XClippedAsFnuz => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
+            Plant::ScaleTail => {
+                let [_, (codes, scales, _)] = operands(self.ground.arm, self.x, self.weight)?;
+                match with_tail_of_before(&scales, codes.width()) {
+                    Some(taken) => self.with(&keep, &|o| with_scales_of(o, &taken)),
+                    None => Ok(None),
+                }
+            }
+            Plant::ScaleSlice => {
+                let Some(sister) = sisters_of(self.weight.name()).into_iter().next() else {
+                    return Ok(None);
+                };
+                let sister = self.ground.model.tensor(&sister)?;
+                if sister.rows() < self.weight.rows() {
+                    return Ok(None);
+                }
+                let [_, (_, scales, before)] = operands(self.ground.arm, self.x, sister)?;
+                if matches!(scales, Scales::Tensor(_)) || before > 0 {
+                    return Ok(None);
+                }
+                self.with(&keep, &|o| with_scales_of(o, &scales))
+            }
+            Plant::ScaleProduct => {
+                let factor = |scale| Format::F16.round(scale);
+                let operands = (self.x, self.weight, self.bias);
+                Ok(Some(matmul_by_factor(self.ground.arm, recipe, operands, factor)?))
+            }
             Plant::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
             Plant::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
             Plant::TruncateX => self.with(&truncated, &keep),
@@ -379,9 +417,9 @@ impl Gemm<'_> {
         let Ground { arm, recipe, model, inputs, .. } = self.ground;
         let (x, weight, bias) = (self.x, self.weight, self.bias);
         let width = weight.width();
-        let other_scale = |scale: Scale| {
-            let arm = Emulated::new(&Recipe { scale, ..**recipe })?;
-            self.on(&arm, x, weight, bias)
+        let other_scale = |scale: Scale| match recipe.with_scale(scale) {
+            Some(recipe) => self.on(&Emulated::new(&recipe)?, x, weight, bias),
+            None => Ok(None),
         };
         let layers_name = |name: &str, back: u32| {
             let (layer, inner) = in_layer(name)?;
@@ -421,6 +459,25 @@ impl Gemm<'_> {
             Plant::NeighboursSwapped => self.rearranged(|k| k ^ 1),
             Plant::Interleaved if width.is_multiple_of(32) => {
                 self.rearranged(|k| k / 32 * 32 + k % 2 * 16 + k % 32 / 2)
+            }
+            Plant::ZeroPoint(group) => {
+                let moved = zero_point::shifted(&weight.to_vec()?, width, group);
+                let name = format!("{} shifted", weight.name());
+                let made = MadeWeight::new(name, weight.rows(), &moved);
+                self.on(*arm, x, made.weight()?, bias)
+            }
+            Plant::OtherHeads => {
+                let (heads, kv_heads) = (model.config().heads, model.config().kv_heads);
+                let rows = weight.rows();
+                if heads == kv_heads || !rows.is_multiple_of(2 * heads) {
+                    return Ok(None);
+                }
+                let values = weight.to_vec()?;
+                let order = head_permutation::for_other_heads(rows, kv_heads, heads);
+                let row = |row: usize| &values[row * width..(row + 1) * width];
+                let moved: Vec<f32> = order.into_iter().flat_map(row).copied().collect();
+                let made = MadeWeight::new(format!("{} moved", weight.name()), rows, &moved);
+                self.on(*arm, x, made.weight()?, bias)
             }
             Plant::PreviousLayersWeight => match layers_name(weight.name(), 1) {
                 Some(name) => self.on(*arm, x, model.tensor(&name)?, bias),

@@ -84,6 +84,7 @@ pub(super) fn of_product(
         chip,
         stream: None,
         engine: None,
+        emulate: None,
         pin: Pin::NONE,
     };
     let arm = Emulated::new(&recipe)?;

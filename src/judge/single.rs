@@ -312,6 +312,7 @@ fn recipe(output: Format) -> Recipe {
         chip: ChipName::Auto,
         stream: None,
         engine: None,
+        emulate: None,
         pin: Pin::NONE,
     }
 }

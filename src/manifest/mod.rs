@@ -118,6 +118,13 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// The engine whose arithmetic the emulated arm follows although no kernel of it is known
+    /// to the bit: the recipe's, or the program's.
+    pub fn emulates(&self) -> Option<crate::op::Engine> {
+        let of_program = self.external.as_ref().and_then(|external| external.emulate);
+        self.recipe.emulate.or(of_program)
+    }
+
     /// The files of tensors that it reads.
     pub fn files(&self) -> Vec<&Path> {
         let inputs = self.op.inputs();

@@ -10,7 +10,7 @@ use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
-use crate::engine::{EngineFile, EngineKernels};
+use crate::engine::{Activations, EngineFile, EngineKernels};
 use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, WeightScale};
 
 /// The settings as one file writes them; what it leaves out is inherited.
@@ -395,7 +395,8 @@ impl RawRecipe {
 
     /// An engine says what its products are: what stands beside it would not be read.
     fn beside_engine(&self) -> Vec<Problem> {
-        if self.engine.is_none() {
+        // The project's own kernels multiply what a recipe says.
+        if self.engine.as_ref().is_none_or(|engine| engine.value.stream.is_none()) {
             return Vec::new();
         }
         let written = [
@@ -424,14 +425,27 @@ impl RawRecipe {
 
     fn or(self, inherited: &RawRecipe) -> RawRecipe {
         // An engine stands in place of all that is inherited about products.
-        let of_engine = RawRecipe {
-            stream: inherited.stream.clone(),
-            chip: inherited.chip.clone(),
-            decoded: inherited.decoded.clone(),
-            batch: inherited.batch.clone(),
-            ..RawRecipe::default()
+        let of_engine = |engine: &EngineFile| match (engine.stream, engine.kernels) {
+            // The project's own kernels multiply what is inherited, and stand in place of the
+            // engine that would be.
+            (None, _) => RawRecipe {
+                stream: None,
+                engine: None,
+                decoded: None,
+                batch: None,
+                ..inherited.clone()
+            },
+            (Some(_), None) => RawRecipe { chip: inherited.chip.clone(), ..RawRecipe::default() },
+            (Some(_), Some(_)) => RawRecipe {
+                stream: inherited.stream.clone(),
+                chip: inherited.chip.clone(),
+                decoded: inherited.decoded.clone(),
+                batch: inherited.batch.clone(),
+                ..RawRecipe::default()
+            },
         };
-        let inherited = if self.engine.is_some() { &of_engine } else { inherited };
+        let of_engine = self.engine.as_ref().map(|engine| of_engine(&engine.value));
+        let inherited = of_engine.as_ref().unwrap_or(inherited);
         RawRecipe {
             gemm: self.gemm.or_else(|| inherited.gemm.clone()),
             weight: self.weight.or_else(|| inherited.weight.clone()),
@@ -455,10 +469,12 @@ impl RawRecipe {
         let default = Recipe::default();
         // An engine says the type of its stream and what its products are: of that type, or of
         // FP8 codes.
-        let of_engine = self.engine.as_ref().map(|engine| engine.value.stream);
+        let engine = self.engine.as_ref().map(|engine| &engine.value);
+        let kernels = engine.and_then(|engine| engine.kernels);
+        let of_engine = engine.and_then(|engine| engine.stream);
         let stream = value_of(&self.stream).or(of_engine);
-        let of_products = stream.filter(|_| self.engine.is_some());
-        let linear = self.engine.as_ref().and_then(|engine| engine.value.kernels.linear.first());
+        let of_products = stream.filter(|_| of_engine.is_some());
+        let linear = kernels.and_then(|kernels| kernels.linear.first());
         let scaled = linear.and_then(Scale::of);
         let gemm = match (of_products, scaled) {
             (Some(_), Some(_)) => Put::unwritten(Format::E4m3),
@@ -478,7 +494,7 @@ impl RawRecipe {
             None => or_default(&self.output, default.output),
         };
         // The engines' kernels are Hopper's, whatever stands in the machine that judges.
-        let of_engine = self.engine.as_ref().map(|_| ChipName::Hopper);
+        let of_engine = kernels.map(|_| ChipName::Hopper);
         let chip = or_default(&self.chip, of_engine.unwrap_or(default.chip));
 
         let mut problems = self.beside_engine();
@@ -555,7 +571,16 @@ impl RawRecipe {
             );
         }
         if let (Some(engine), Some(put)) = (&self.engine, &self.stream)
-            && let Some(problem) = engine.value.kernels.stream_problem(put.value)
+            && let Some(problem) = match (&engine.value.kernels, engine.value.stream) {
+                (Some(kernels), _) => kernels.stream_problem(put.value),
+                (None, Some(own)) if own != put.value => {
+                    Some(format!("it passes tensors in `{}`", name_of(own, &FORMATS)))
+                }
+                (None, Some(_)) => None,
+                (None, None) => {
+                    Some("its kernels pass f32, which is what no `stream` means".to_owned())
+                }
+            }
         {
             problems.push(
                 Problem::new(
@@ -574,11 +599,13 @@ impl RawRecipe {
             ("batch", "how many prompts a step held", self.batch.as_ref().map(|put| &put.at)),
         ];
         for (key, what, at) in beside {
-            if let (None, Some(at)) = (&self.engine, at) {
+            if let (None, Some(at)) = (kernels, at) {
                 problems.push(
                     Problem::new(
-                        format!("`{key}` needs an `engine`"),
-                        format!("write `engine` too: {what} decides which of its kernels ran"),
+                        format!("`{key}` needs an `engine` whose kernels are known"),
+                        format!(
+                            "write such an `engine` too: {what} decides which of its kernels ran"
+                        ),
                     )
                     .at_if(at.as_ref(), "no engine beside it"),
                 );
@@ -586,7 +613,7 @@ impl RawRecipe {
         }
         if let (Some(engine), Some(put)) = (&self.engine, &self.batch)
             && put.value.get() > 1
-            && engine.value.kernels.is_ggml()
+            && kernels.is_some_and(|kernels| kernels.is_ggml())
         {
             problems.push(
                 Problem::new(
@@ -619,10 +646,15 @@ impl RawRecipe {
             output: output.value,
             chip: chip.value,
             stream,
-            engine: self.engine.as_ref().map(|engine| EngineKernels {
+            engine: kernels.map(|kernels| EngineKernels {
                 decoded: self.decoded.as_ref().map_or(0, |decoded| decoded.value),
                 batch: self.batch.as_ref().map_or(1, |batch| batch.value.get() as usize),
-                ..engine.value.kernels
+                ..kernels
+            }),
+            emulate: engine.and_then(|engine| engine.activations).map(|activations| {
+                match activations {
+                    Activations::Ggml8Bit => crate::op::Engine::LlamaCpp,
+                }
             }),
             pin: Pin {
                 algorithm: value_of(&self.algorithm),

@@ -272,32 +272,32 @@ impl<'a> Plan<'a> {
                 }
             }
         }
-        if let Some(external) = &stage.external {
-            if arm == Arm::External {
-                let seen = command::look(&external.program, &self.project, stamps);
-                let seen = seen.map_err(|error| SourceError::Program(error.to_string()))?;
-                let mut walk = KeyWalk::new("external");
-                seen.describe(&external.program, &mut walk);
-                sources.fields.extend(walk.fields().iter().skip(2).cloned());
-                // It opens the model itself, and reads there what it likes.
-                let model = prepared.model.as_ref();
-                for file in model.map_or(Ok(Vec::new()), |model| model.files_beside())? {
-                    let name = file.file_name().unwrap_or_default().to_string_lossy();
-                    sources.file(&format!("model file {name}"), &file, stamps)?;
-                }
-                // It is told both whatever it is asked for.
-                sources.field("prompt", serde_json::json!(prepared.tokens));
-                if let Some(model) = model {
-                    sources.field("parameters", model.model.config().parameters());
-                }
-                sources.field("version", &external.version);
-                sources.field("names", serde_json::json!(external.names));
+        if let Some(external) = &stage.external
+            && arm == Arm::External
+        {
+            let seen = command::look(&external.program, &self.project, stamps);
+            let seen = seen.map_err(|error| SourceError::Program(error.to_string()))?;
+            let mut walk = KeyWalk::new("external");
+            seen.describe(&external.program, &mut walk);
+            sources.fields.extend(walk.fields().iter().skip(2).cloned());
+            // It opens the model itself, and reads there what it likes.
+            let model = prepared.model.as_ref();
+            for file in model.map_or(Ok(Vec::new()), |model| model.files_beside())? {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                sources.file(&format!("model file {name}"), &file, stamps)?;
             }
-            if arm == Arm::Emulated
-                && let Some(engine) = external.emulate
-            {
-                sources.field("engine", serde_json::json!(engine));
+            // It is told both whatever it is asked for.
+            sources.field("prompt", serde_json::json!(prepared.tokens));
+            if let Some(model) = model {
+                sources.field("parameters", model.model.config().parameters());
             }
+            sources.field("version", &external.version);
+            sources.field("names", serde_json::json!(external.names));
+        }
+        if arm == Arm::Emulated
+            && let Some(engine) = stage.emulates()
+        {
+            sources.field("engine", serde_json::json!(engine));
         }
         // A product's emulated arm takes its schedule from what was recorded, and a pass's its
         // kernels, where the engine may be one of several.

@@ -162,8 +162,7 @@ impl Bench<'_> {
             None => {
                 let inputs = self.input_tensors(inputs)?;
                 let task = self.task(&inputs)?;
-                let engine = stage.external.as_ref().and_then(|external| external.emulate);
-                let (ops, arithmetic) = match (arm, engine) {
+                let (ops, arithmetic) = match (arm, stage.emulates()) {
                     (Arm::Emulated, Some(op::Engine::LlamaCpp)) => {
                         let ops: Box<dyn Ops> = Box::new(EightBit);
                         (ops, eight_bit::IN_WORDS.to_owned())
@@ -728,7 +727,7 @@ impl Bench<'_> {
         let outputs = self.outputs_of(results)?;
         let measures = if stage.op.reads_model() {
             let read = self.input_tensors(inputs)?;
-            let engine = stage.external.as_ref().is_some_and(|e| e.emulate.is_some());
+            let engine = stage.emulates().is_some();
             let task = self.task(&read)?;
             let measures = measure_stage(&task, &stage.recipe, engine, &outputs, extent)?;
             self.check_all_unchanged(inputs, &keyed)?;

@@ -491,8 +491,7 @@ impl<'a> Engine<'a> {
             let why = if judged.verdict == Verdict::Pass { "" } else { &judged.why };
             judged.why = outcome_in_words(command, why, self.store);
         }
-        let engine = definition.external.as_ref().and_then(|external| external.emulate);
-        let fit = match engine {
+        let fit = match definition.emulates() {
             Some(op::Engine::LlamaCpp) => fit::in_words(
                 &progress.measures.measures,
                 "the engine's activations are quantised to 8 bits",

@@ -55,6 +55,19 @@ EXPECTED = {
             "rounding": ("pass", "33 of 33 sites to the bit"),
         },
     ),
+    "public-bugs": (
+        1,
+        {
+            "angles-in-bf16": ("structural", "layer 0, q_rope; rope-precision: "),
+            "another-base": ("structural", "layer 0, q_rope; rope-base: the base is 500000"),
+            "cache-in-e4m3": ("structural", "layer 0, attn; kv-cache-format: "),
+            "keys-for-query-heads": ("structural", "layer 0, k; head-permutation: "),
+            "scale-not-loaded": ("structural", "layer 1, q; scale-missing: "),
+            "scales-of-another-slice": ("structural", "layer 1, k; scale-slice: "),
+            "scales-up-codes-kept": ("structural", "layer 1, q; scale-power-of-two: "),
+            "zero-point-off-by-one": ("structural", "layer 0, ffn_up; zero-point: "),
+        },
+    ),
     "batch-invariance": (
         1,
         {

@@ -127,7 +127,7 @@ fn five_stages_pass_and_the_second_run_reuses_everything() {
 fn the_sixth_stage_of_the_readme_runs_with_no_other_change() {
     let place = Place::new();
     let readme = include_str!("../../README.md");
-    let (_, from) = readme.split_once("```toml\n").expect("a manifest");
+    let (_, from) = readme.split_once("```toml\n# stages/g-ffn-down.toml\n").expect("a manifest");
     let (manifest, _) = from.split_once("```").expect("its end");
     fs::write(place.path("stages/g-ffn-down.toml"), manifest).expect("a new stage");
     let (code, table, lines) = place.run(&["run", "stages/", "--select", "+G"]);

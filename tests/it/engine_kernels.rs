@@ -39,6 +39,13 @@ const B: Format = Format::Bf16;
 /// Multiprocessors of an H100 and an H200.
 const PROCESSORS: usize = 132;
 
+/// The kernels of an engine that ships.
+fn kernels_of(engine: &str) -> EngineKernels {
+    let file = EngineFile::find(engine, Path::new(".")).expect("ships");
+    let (kernels, _) = file.known().expect("its kernels are known");
+    kernels
+}
+
 fn unit(format: Format) -> &'static Unit {
     chip(ChipName::Hopper).unit(format, format).expect("hopper multiplies it")
 }
@@ -531,19 +538,6 @@ fn replay_operations(path: &Path) {
                 let w = Codes::new(Format::E4m3, columns, rows, CodeData::Bits8(turned))
                     .expect("codes");
                 let (x_scales, w_scales) = (given(first + 2), given(first + 3));
-                if of_vllm {
-                    let bias = capture.maybe(call, bias);
-                    let y = cutlass_scaled_mm(
-                        unit(Format::E4m3),
-                        (&x, &x_scales.values),
-                        (&w, &w_scales.values),
-                        bias.as_ref().map(|bias| &bias.values[..]),
-                        x.rows(),
-                        B,
-                    );
-                    tally.compare(op, y.expect("a product").data(), &result.values);
-                    continue;
-                }
                 let scales = |array: Array| {
                     if array.values.len() == 1 {
                         Scales::Tensor(array.values[0])
@@ -551,6 +545,20 @@ fn replay_operations(path: &Path) {
                         Scales::Row(array.values)
                     }
                 };
+                if of_vllm {
+                    let bias = capture.maybe(call, bias);
+                    let y = cutlass_scaled_mm(
+                        unit(Format::E4m3),
+                        &Schedule::FAST,
+                        &Operand { codes: &x, scales: scales(x_scales) },
+                        &Operand { codes: &w, scales: scales(w_scales) },
+                        bias.as_ref().map(|bias| &bias.values[..]),
+                        |_| x.rows(),
+                        B,
+                    );
+                    tally.compare(op, y.expect("a product").data(), &result.values);
+                    continue;
+                }
                 let schedule =
                     Schedule { epilogue: Epilogue::WeightThenActivation, ..Schedule::FAST };
                 let bias = capture.maybe(call, bias);
@@ -565,12 +573,17 @@ fn replay_operations(path: &Path) {
                 tally.compare(op, y.expect("a product").data(), &result.values);
             }
             "vllm::fp8_gemm_nt_op" => {
+                let (x, w) = (given(0).e4m3(), given(2).e4m3());
+                let blocks = |rows_per_block, scales| Scales::Block128 {
+                    rows_per_block,
+                    first_row: 0,
+                    scales,
+                };
                 let y = block_scaled_mm(
                     unit(Format::E4m3),
-                    &given(0).e4m3(),
-                    &given(1).values,
-                    &given(2).e4m3(),
-                    &given(3).values,
+                    &Schedule::FAST,
+                    &Operand { codes: &x, scales: blocks(1, given(1).values) },
+                    &Operand { codes: &w, scales: blocks(128, given(3).values) },
                     B,
                 );
                 tally.compare(op, y.expect("a product").data(), &after(4).values);
@@ -745,8 +758,8 @@ fn vllms_frequencies_are_powers_as_cuda_makes_them() {
     // table's cosine then rounds to another bf16, and four values of seven heads differed from
     // a pass of vLLM 0.26 on an H200 that CUDA's power meets.
     let turned = |engine: &str| {
-        let file = EngineFile::find(engine, Path::new(".")).expect("ships");
-        let arm = EngineArm::new(file.kernels, B, *unit(B), None);
+        let kernels = kernels_of(engine);
+        let arm = EngineArm::new(kernels, B, *unit(B), None);
         // The first of the pair is 1, the second 0: what comes out is the cosine.
         let mut x = Tensor::zeros(1, 128);
         x.row_mut(0)[18] = 1.0;
@@ -1062,8 +1075,8 @@ fn drawn_inputs_give_what_pytorch_gave_on_an_h100() {
 /// What the engine `transformers` chooses for an op whose result is known, and how many values
 /// that leaves.
 fn chosen(format: Format, call: &OpCall<'_>, observed: &Tensor) -> (String, usize, Vec<Product>) {
-    let file = EngineFile::find("transformers", Path::new(".")).expect("ships");
-    let arm = EngineArm::new(file.kernels, format, *unit(format), None);
+    let kernels = kernels_of("transformers");
+    let arm = EngineArm::new(kernels, format, *unit(format), None);
     let chosen = arm.choose(call, observed).expect("computed");
     (chosen.kernel, chosen.mismatches, chosen.products)
 }
@@ -1079,8 +1092,8 @@ fn decoded_by_llama_cpp(
     call: &OpCall<'_>,
     observed: &Tensor,
 ) -> (String, usize, Vec<Product>) {
-    let file = EngineFile::find("llama-cpp-cuda", Path::new(".")).expect("an engine");
-    let kernels = EngineKernels { decoded, ..file.kernels };
+    let kernels = kernels_of("llama-cpp-cuda");
+    let kernels = EngineKernels { decoded, ..kernels };
     let arm = EngineArm::new(kernels, Format::F32, *unit(Format::F32), None);
     let chosen = arm.choose(call, observed).expect("computed");
     (chosen.kernel, chosen.mismatches, chosen.products)
@@ -1164,7 +1177,7 @@ fn few_rows_by_outputs_that_are_no_multiple_of_8_are_added_in_16_lanes_of_f32() 
         assert_eq!(products.iter().map(|product| product.instruction).collect::<Vec<_>>(), [1]);
         // Listed in an engine's file, it is what the engine computes of itself.
         let engine = if kind == WeightType::F32 { "llama-cpp-cuda" } else { "transformers" };
-        let mut kernels = EngineFile::find(engine, Path::new(".")).expect("ships").kernels;
+        let mut kernels = kernels_of(engine);
         kernels.products = products.try_into().expect("one");
         let format = if kind == WeightType::F32 { Format::F32 } else { Format::F16 };
         let arm = EngineArm::new(kernels, format, *unit(format), None);
@@ -1252,7 +1265,7 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
         assert!(kernel.starts_with("attention eager"), "case {case}: {kernel}");
         assert_eq!(products.is_empty(), case == 1149, "case {case}: {kernel}");
         // With what was found in its file, the engine computes it of itself.
-        let mut kernels = EngineFile::find("transformers", Path::new(".")).expect("ships").kernels;
+        let mut kernels = kernels_of("transformers");
         let own = products.iter().filter(|product| product.order() != Order::CHAIN);
         kernels.products = own.copied().collect::<Vec<_>>().try_into().expect("few");
         let arm = EngineArm::new(kernels, format, *unit(format), None);

@@ -283,16 +283,67 @@ fn a_folder_without_pipeline_toml_has_the_shipped_defaults() {
     );
 }
 
+fn recipe_of_engine(name: &str, besides: &str) -> Result<runner::op::Recipe, String> {
+    let recipe = format!("[recipe]\nengine = \"{name}\"\n{besides}");
+    let stage = format!("model = \"x.gguf\"\ntokens = [5]\n{STAGE}{recipe}");
+    let pipeline = Folder::new().stage(&stage).load();
+    pipeline.map(|pipeline| pipeline.stages[0].recipe).map_err(|problems| problems.render(false))
+}
+
 #[test]
 fn a_recipe_that_says_an_engine_alone_is_the_one_that_predict_takes() {
+    let mut known = 0;
     for (name, _) in runner::engine::SHIPPED {
-        let recipe = format!("[recipe]\nengine = \"{name}\"\n");
-        let engine = format!("model = \"x.gguf\"\ntokens = [5]\n{STAGE}{recipe}");
-        let pipeline = Folder::new().stage(&engine).load().expect("sound");
         let file = runner::engine::EngineFile::find(name, Path::new(".")).expect("ships");
-        let own = runner::op::Recipe::of_engine(file.kernels, file.stream);
-        assert_eq!(pipeline.stages[0].recipe, own, "{name}");
+        if let Ok((kernels, stream)) = file.known() {
+            let own = runner::op::Recipe::of_engine(kernels, stream);
+            assert_eq!(recipe_of_engine(name, "").expect("sound"), own, "{name}");
+            known += 1;
+        }
     }
+    assert_eq!(known, 9);
+}
+
+#[test]
+fn the_projects_own_kernels_take_the_place_of_an_engine_that_is_inherited() {
+    let own = |pipeline: &str, recipe: &str| {
+        let stage = format!("model = \"x.gguf\"\ntokens = [5]\n{STAGE}[recipe]\n{recipe}\n");
+        let folder = Folder::new().file("stages/pipeline.toml", pipeline).stage(&stage);
+        folder.load().map(|pipeline| pipeline.stages[0].recipe)
+    };
+    let pipeline = "[recipe]\nengine = \"vllm\"\nstream = \"f16\"\ndecoded = 7\n";
+    let recipe = own(pipeline, "engine = \"runner\"").expect("sound");
+    assert_eq!(recipe, runner::op::Recipe::default());
+    // Of f32 nothing is inherited that its kernels would need.
+    let recipe = own(pipeline, "engine = \"f32\"").expect("sound");
+    assert_eq!((recipe.engine, recipe.stream), (None, Some(runner::dtype::Format::F32)));
+    let recipe = own("[recipe]\ngemm = \"bf16\"\n", "engine = \"runner\"").expect("sound");
+    assert_eq!(recipe.gemm, runner::dtype::Format::Bf16);
+}
+
+#[test]
+fn an_engine_whose_kernels_are_not_known_says_what_is_multiplied() {
+    use runner::dtype::Format::F32;
+    for (name, emulate) in [("f32", None), ("llama-cpp-cpu", Some(runner::op::Engine::LlamaCpp))] {
+        let recipe = recipe_of_engine(name, "").expect("sound");
+        assert_eq!((recipe.gemm, recipe.output, recipe.stream), (F32, F32, Some(F32)), "{name}");
+        assert_eq!((recipe.engine, recipe.emulate), (None, emulate), "{name}");
+        let refused = recipe_of_engine(name, "decoded = 2\n").expect_err("no kernels");
+        assert!(refused.contains("needs an `engine` whose kernels are known"), "{refused}");
+        let refused = recipe_of_engine(name, "stream = \"bf16\"\n").expect_err("another stream");
+        assert!(refused.contains("it passes tensors in `f32`"), "{refused}");
+        let refused = recipe_of_engine(name, "gemm = \"bf16\"\n").expect_err("another product");
+        assert!(refused.contains("`gemm` has no use beside `engine`"), "{refused}");
+    }
+    // The project's own kernels are what a recipe says, and what it is by default.
+    assert_eq!(recipe_of_engine("runner", "").expect("sound"), runner::op::Recipe::default());
+    let bf16 = recipe_of_engine("runner", "gemm = \"bf16\"\n").expect("sound");
+    assert_eq!(
+        bf16,
+        runner::op::Recipe { gemm: runner::dtype::Format::Bf16, ..Default::default() }
+    );
+    let refused = recipe_of_engine("runner", "stream = \"bf16\"\n").expect_err("a stream");
+    assert!(refused.contains("its kernels pass f32"), "{refused}");
 }
 
 #[test]

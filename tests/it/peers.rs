@@ -30,6 +30,7 @@ const RECIPE: Recipe = Recipe {
     chip: ChipName::Hopper,
     stream: None,
     engine: None,
+    emulate: None,
     pin: Pin::NONE,
 };
 

@@ -33,6 +33,7 @@ impl Default for Bench {
             chip: ChipName::Hopper,
             stream: None,
             engine: None,
+            emulate: None,
             pin: Pin::NONE,
         };
         let mut file = Vec::new();

@@ -88,7 +88,8 @@ impl Null {
                 of_x.iter().flat_map(|x| of_w.iter().map(move |w| share * x * w)).collect()
             }
             _ => {
-                let floor = Floor::new(recipe)?;
+                // What an engine casts beforehand, as its frequencies, its kernel computes.
+                let floor = Floor::new(&Recipe { engine: None, ..*recipe })?;
                 call.on(&floor)?;
                 let sigma = floor.take_sigma();
                 let sigma = sigma.map(Tensor::into_data).unwrap_or_default();

@@ -1,9 +1,10 @@
 //! Scales of FP8 operands that somebody else's rule made: powers of two beside codes of other
 //! scales, or the scale of the largest of several weights.
 
+use super::scale_order::sisters_of;
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
-use crate::compute::departure::{Edit, Steps, keep, requantised, scaled, up_to_power_of_two};
+use crate::compute::departure::{Edit, Steps, keep, requantised, rounded_up_beside_codes};
 use crate::compute::emulated::quantize::absmax;
 use crate::op::WeightScale;
 use crate::text::number;
@@ -14,16 +15,12 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     test,
 };
 
-/// Weights that engines fuse.
-const GROUPS: [&[&str]; 2] = [&["attn_q", "attn_k", "attn_v"], &["ffn_gate", "ffn_up"]];
-
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    let engine = case.arm.engine();
-    if !case.recipe.gemm.is_fp8() || engine.is_some_and(|e| e.quantises(gemm.weight.name())) {
+    if !case.multiplies_fp8() {
         return Ok(Vec::new());
     }
-    let up: &Edit = &|operand| scaled(operand, up_to_power_of_two);
+    let up: &Edit = &rounded_up_beside_codes;
     let mut fits = Vec::new();
     for (what, x, w) in [
         ("the weight's scales are", &keep as &Edit, up),
@@ -49,19 +46,14 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 /// How much larger the scale of the largest weight of the group is, and whose that is.
 fn ratio_to_group(case: &Case<'_>) -> Result<Option<(f32, String)>, ComputeError> {
     let (Some(gemm), Some(model)) = (case.gemm(), case.model) else { return Ok(None) };
-    if case.recipe.scale.weight != WeightScale::Tensor {
+    // An engine that gives fused weights one scale does what its kernel does.
+    let of_engine = case.arm.engine().is_some_and(|e| e.quantises(gemm.weight.name()));
+    if case.recipe.scale.weight != WeightScale::Tensor || of_engine {
         return Ok(None);
     }
-    let parts = GROUPS.iter().find_map(|group| {
-        let own =
-            group.iter().find(|part| gemm.weight.name().ends_with(&format!(".{part}.weight")));
-        own.map(|own| (own, group))
-    });
-    let Some((own, group)) = parts else { return Ok(None) };
     let mine = absmax(&gemm.weight.to_vec()?);
     let mut largest = (mine, String::new());
-    for part in group.iter().filter(|part| *part != own) {
-        let name = gemm.weight.name().replace(own, part);
+    for name in sisters_of(gemm.weight.name()) {
         let most = absmax(&model.tensor(&name)?.to_vec()?);
         if most > largest.0 {
             largest = (most, name);
@@ -82,7 +74,7 @@ mod tests {
         let x = bench.tensor(4, 256, 1);
         let weight = bench.weight("blk.1.attn_q.weight");
         let call = Call::Matmul { x: &x, weight, bias: None };
-        let up: &Edit = &|operand| scaled(operand, up_to_power_of_two);
+        let up: &Edit = &rounded_up_beside_codes;
         let steps = Steps { x: up, w: up, ..Steps::of(&bench.recipe) };
         bench.expect("scale-power-of-two", &call, &bench.matmul(&x, weight, &steps));
     }

@@ -1,99 +1,210 @@
-//! Block scales that are applied to other blocks than theirs: read in the other order, from
-//! the neighbour, or of the last block for a tail.
+//! Scales that are applied to other blocks or rows than theirs: read in another order, from the
+//! neighbour, those of the last whole block for a tail, or those of another weight that the
+//! engine fuses with this one.
 
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
-use crate::compute::departure::{Converted, Edit, Steps, keep};
+use crate::compute::departure::{Edit, Steps, keep, operands, with_scales_of};
 use crate::compute::emulated::gemm::Scales;
+use crate::model::Weight;
+use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
-    what: "block scales are applied to other blocks than theirs",
-    causes: &["scale-order"],
+    what: "scales are applied to other blocks or rows than theirs",
+    causes: &["scale-order", "scale-tail", "scale-slice"],
     test,
 };
+
+/// Elements of K that share a block scale.
+const BLOCK: usize = 128;
+/// Larger weights are not converted as a whole.
+const LARGEST: usize = 1 << 26;
+/// Weights that engines fuse.
+const FUSED: [&[&str]; 2] = [&["attn_q", "attn_k", "attn_v"], &["ffn_gate", "ffn_up"]];
 
 /// From which block the scale of a block is taken: of `(row, column)` in a grid of
 /// `rows` by `columns`, as a place in the list.
 type Order = fn(usize, usize, usize, usize) -> usize;
 
-const ORDERS: [(&str, Order); 6] = [
-    ("in the reverse order along K", |row, column, _, columns| {
+const ORDERS: [(&str, &str, Order); 8] = [
+    ("scale-order", "in the reverse order along K", |row, column, _, columns| {
         row * columns + columns - 1 - column
     }),
-    ("of the next block along K", |row, column, _, columns| row * columns + (column + 1) % columns),
-    ("of the block before along K", |row, column, _, columns| {
+    ("scale-order", "of the next block along K", |row, column, _, columns| {
+        row * columns + (column + 1) % columns
+    }),
+    ("scale-order", "of the block before along K", |row, column, _, columns| {
         row * columns + (column + columns - 1) % columns
     }),
-    ("of the next block of rows", |row, column, rows, columns| (row + 1) % rows * columns + column),
-    ("of the block of rows before", |row, column, rows, columns| {
+    ("scale-order", "of the next block of rows", |row, column, rows, columns| {
+        (row + 1) % rows * columns + column
+    }),
+    ("scale-order", "of the block of rows before", |row, column, rows, columns| {
         (row + rows - 1) % rows * columns + column
     }),
-    ("with rows and columns of the grid exchanged", |row, column, rows, _| column * rows + row),
+    ("scale-order", "with rows and columns of the grid exchanged", |row, column, rows, _| {
+        column * rows + row
+    }),
+    ("scale-tail", "of the block before for the last block along K", |row, column, _, columns| {
+        row * columns + column.min(columns.saturating_sub(2))
+    }),
+    (
+        "scale-tail",
+        "of the block before for the last block of rows",
+        |row, column, rows, columns| row.min(rows.saturating_sub(2)) * columns + column,
+    ),
 ];
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    let (_, Scales::Block128 { .. }) = case.arm.quantise_activation(gemm.x) else {
+    if !case.multiplies_fp8() || gemm.weight.rows() * gemm.weight.width() > LARGEST {
         return Ok(Vec::new());
+    }
+    let whole = match operands(case.arm, gemm.x, gemm.weight) {
+        // The engine gives this weight to a kernel that is not known.
+        Err(ComputeError::Recipe(_)) => return Ok(Vec::new()),
+        whole => whole?,
     };
+    let [(x_codes, x_scales, _), (w_codes, w_scales, before)] = whole;
     let mut fits = Vec::new();
-    for (what, order) in ORDERS {
-        let change: &Edit = &|operand| reordered(operand, order);
-        for (whose, x, w) in
-            [("activation", change, &keep as &Edit), ("weight", &keep as &Edit, change)]
+    for (cause, what, order) in ORDERS {
+        for (whose, codes, scales) in
+            [("activation", &x_codes, &x_scales), ("weight", &w_codes, &w_scales)]
         {
-            // A weight is converted some rows at a time: its grid is whole along K alone.
-            if whose == "weight" && what.contains("rows") {
-                continue;
-            }
+            let Some(taken) = reordered(scales, codes.width(), order) else { continue };
+            let change: &Edit = &|operand| with_scales_of(operand, &taken);
+            let (x, w) =
+                if whose == "weight" { (&keep as &Edit, change) } else { (change, &keep as &Edit) };
             let steps = Steps { x, w, ..Steps::of(case.recipe) };
             let detail = format!("the {whose}'s block scales are taken {what}");
-            fits.extend(case.fit_gemm("scale-order", detail, gemm, &steps)?);
+            fits.extend(case.fit_gemm(cause, detail, gemm, &steps)?);
         }
+    }
+    // A single scale is no slice; nor is a grid that begins within another weight's blocks.
+    let has_slices = !matches!(w_scales, Scales::Tensor(_)) && before == 0;
+    let sisters = if has_slices { scales_of_sisters(case, gemm.weight)? } else { Vec::new() };
+    for (name, scales) in sisters {
+        let change: &Edit = &|operand| with_scales_of(operand, &scales);
+        let steps = Steps { w: change, ..Steps::of(case.recipe) };
+        let detail = format!(
+            "the weight has the scales of `{name}`: the slice of the fused weight's scales begins \
+             where that one's does"
+        );
+        fits.extend(case.fit_gemm("scale-slice", detail, gemm, &steps)?);
     }
     Ok(fits)
 }
 
-fn reordered(operand: Converted<'_>, order: Order) -> Converted<'_> {
-    const BLOCK: usize = 128;
-    let Scales::Block128 { rows_per_block, first_row, scales } = &operand.scales else {
-        return operand;
-    };
-    let columns = operand.codes.width().div_ceil(BLOCK);
+/// Block scales in another order; nothing where there are none, or where it is the same order.
+pub fn reordered(scales: &Scales, width: usize, order: Order) -> Option<Scales> {
+    let Scales::Block128 { rows_per_block, first_row: _, scales } = scales else { return None };
+    let columns = width.div_ceil(BLOCK);
     let rows = scales.len() / columns.max(1);
     let taken = (0..scales.len()).map(|place| {
         let from = order(place / columns, place % columns, rows, columns);
         scales.get(from).copied().unwrap_or(scales[place])
     });
-    let scales = Scales::Block128 {
-        rows_per_block: *rows_per_block,
-        first_row: *first_row,
-        scales: taken.collect(),
-    };
-    Converted { scales, ..operand }
+    let taken: Vec<f32> = taken.collect();
+    let rows_per_block = *rows_per_block;
+    (taken != *scales).then_some(Scales::Block128 { rows_per_block, first_row: 0, scales: taken })
+}
+
+/// The scales of the last block along K taken of the block before.
+pub fn with_tail_of_before(scales: &Scales, width: usize) -> Option<Scales> {
+    reordered(scales, width, ORDERS[6].2)
+}
+
+/// The scales of the weights that engines fuse with this one, where they have as many rows, with
+/// their names; nothing where a weight has a single scale.
+fn scales_of_sisters(
+    case: &Case<'_>,
+    weight: Weight<'_>,
+) -> Result<Vec<(String, Scales)>, ComputeError> {
+    let Some(model) = case.model else { return Ok(Vec::new()) };
+    let mut sisters = Vec::new();
+    let x = Tensor::zeros(1, weight.width());
+    for name in sisters_of(weight.name()) {
+        let sister = model.tensor(&name)?;
+        let is_large = sister.rows() * sister.width() > LARGEST;
+        if is_large || sister.rows() < weight.rows() || sister.width() != weight.width() {
+            continue;
+        }
+        let [_, (_, scales, before)] = operands(case.arm, &x, sister)?;
+        if before == 0 {
+            sisters.push((name, scales));
+        }
+    }
+    Ok(sisters)
+}
+
+/// The names of the weights that engines fuse with the one of this name.
+pub fn sisters_of(name: &str) -> Vec<String> {
+    let part_of = |part: &&&str| name.ends_with(&format!(".{part}.weight"));
+    let found = FUSED.iter().find_map(|group| group.iter().find(part_of).map(|own| (own, group)));
+    let Some((own, group)) = found else { return Vec::new() };
+    let others = group.iter().filter(|part| *part != own);
+    others.map(|part| name.replace(own, part)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::bench::Bench;
     use super::*;
-    use crate::compute::call::Call;
+    use crate::compute::call::{Call, MadeWeight};
     use crate::compute::emulated::arm::Emulated;
     use crate::op::{ActivationScale, Recipe, Scale, WeightScale};
 
-    #[test]
-    fn scales_in_the_reverse_order_and_of_the_neighbour_are_recognised() {
+    fn in_blocks() -> Bench {
         let bench = Bench::default();
         let scale = Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 };
         let recipe = Recipe { scale, ..bench.recipe };
-        let bench = Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench };
+        Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench }
+    }
+
+    #[test]
+    fn scales_in_another_order_or_of_the_block_before_a_tail_are_recognised() {
+        let bench = in_blocks();
         let x = bench.tensor(8, 768, 1);
         let weight = bench.weight("blk.1.ffn_down.weight");
         let call = Call::Matmul { x: &x, weight, bias: None };
-        for (_, order) in &ORDERS[..2] {
-            let change: &Edit = &|operand| reordered(operand, *order);
+        let [_, (_, scales, _)] = operands(&bench.arm, &x, weight).expect("operands");
+        for index in [0, 1, 3, 6, 7] {
+            let (cause, what, order) = ORDERS[index];
+            let taken = reordered(&scales, 768, order).expect("another order");
+            let change: &Edit = &|operand| with_scales_of(operand, &taken);
             let steps = Steps { w: change, ..Steps::of(&bench.recipe) };
-            bench.expect("scale-order", &call, &bench.matmul(&x, weight, &steps));
+            let wrong = bench.matmul(&x, weight, &steps);
+            let fits = bench.fits(&call, &wrong);
+            // A grid of two blocks of rows: its neighbour is the next and the one before.
+            assert_eq!(fits[0].cause, cause, "{what}: {fits:#?}");
+            assert!(fits[0].is_exact(), "{what}: {fits:#?}");
         }
+    }
+
+    #[test]
+    fn the_scales_of_another_part_of_a_fused_weight_are_recognised() {
+        for (bench, per_channel) in [(in_blocks(), false), (in_blocks(), true)] {
+            let scale = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
+            let recipe = if per_channel { Recipe { scale, ..bench.recipe } } else { bench.recipe };
+            let arm = Emulated::new(&recipe).expect("a recipe");
+            let bench = Bench { recipe, arm, ..bench };
+            let x = bench.tensor(4, 256, 1);
+            // Weights of the synthetic model have one largest value; this one is smaller.
+            let values = bench.weight("blk.1.attn_k.weight").to_vec().expect("values");
+            let values: Vec<f32> = values.iter().map(|w| 0.7 * w).collect();
+            let made =
+                MadeWeight::new("blk.1.attn_k.weight".to_owned(), values.len() / 256, &values);
+            let weight = made.weight().expect("a weight");
+            let sister = bench.weight("blk.1.attn_q.weight");
+            let [_, (_, scales, _)] = operands(&bench.arm, &x, sister).expect("operands");
+            let change: &Edit = &|operand| with_scales_of(operand, &scales);
+            let steps = Steps { w: change, ..Steps::of(&bench.recipe) };
+            let call = Call::Matmul { x: &x, weight, bias: None };
+            let wrong = bench.matmul(&x, weight, &steps);
+            bench.expect("scale-slice", &call, &wrong);
+            assert!(bench.fits(&call, &wrong)[0].detail.contains("attn_q"));
+        }
+        assert!(sisters_of("blk.0.ffn_down.weight").is_empty());
+        assert_eq!(sisters_of("blk.3.ffn_up.weight"), ["blk.3.ffn_gate.weight"]);
     }
 }

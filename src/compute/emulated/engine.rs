@@ -3,25 +3,22 @@
 //!
 //! It knows kernels and operands; the kernels' arithmetic is `compute/engine_kernels`'.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-
-use rayon::prelude::*;
+use std::sync::Mutex;
 
 use super::chip::Unit;
-use super::gemm::{Operand, Scales};
+use super::fp8_product::{Fp8Product, Otherwise};
 use super::ggml_product::GgmlProduct;
 use super::orders::{Operands, differing, is_tried, rows_afforded, same_row, some_names};
-use super::quantize::absmax;
 use super::schedule::Schedule;
+use super::steps::{Steps, Whole, keep};
 use crate::compute::call::Call;
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
 use crate::compute::engine_kernels::flash::{Flash3Call, Plan, flash};
-use crate::compute::engine_kernels::fp8::{
-    GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm, scaled_mm,
-};
 use crate::compute::engine_kernels::ggml;
-use crate::compute::engine_kernels::linear::{finish, residue_tile};
+use crate::compute::engine_kernels::linear::residue_tile;
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
 use crate::compute::engine_kernels::{cpu_math, cuda_math};
@@ -42,7 +39,7 @@ pub(super) const PROCESSORS: usize = 132;
 const EAGER: &str = "attention eager";
 
 /// An engine's kernels on a chip.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct EngineArm {
     kernels: EngineKernels,
     /// The type of the stream.
@@ -50,6 +47,9 @@ pub struct EngineArm {
     unit: Unit,
     /// The tensor core of FP8 codes, where the chip has one.
     fp8_unit: Option<Unit>,
+    /// The largest magnitude of each stack of weights met so far, by a weight's name: an arm
+    /// lives as long as one model.
+    largest: Mutex<BTreeMap<String, f32>>,
 }
 
 /// What an op came to where its result is known.
@@ -75,7 +75,7 @@ impl EngineArm {
         unit: Unit,
         fp8_unit: Option<Unit>,
     ) -> EngineArm {
-        EngineArm { kernels, format, unit, fp8_unit }
+        EngineArm { kernels, format, unit, fp8_unit, largest: Mutex::default() }
     }
 
     /// Whether the product with a weight of that name multiplies FP8 codes.
@@ -83,10 +83,10 @@ impl EngineArm {
         self.kernels.linear_of(weight).first().is_some_and(LinearKernel::is_fp8)
     }
 
-    /// Whether cuBLAS multiplies by the weight of that name, its values as the stream holds them.
-    pub fn multiplies_plainly(&self, weight: &str) -> bool {
-        let kernel = self.kernels.linear_of(weight).first();
-        kernel.is_none_or(|kernel| kernel == LinearKernel::Cublas)
+    /// Whether the product with the weight of that name can be made by other steps than its
+    /// kernel's.
+    pub fn takes_steps(&self, weight: &str) -> bool {
+        self.kernels.linear_of(weight).first() != Some(LinearKernel::GgmlCuda)
     }
 
     /// Rows as the engine holds them.
@@ -186,7 +186,7 @@ impl EngineArm {
                 })
             }
             Some(LinearKernel::GgmlCuda) => self.ggml_product(x, weight, bias),
-            Some(kernel) => self.fp8_product(kernel, x, weight, bias),
+            Some(kernel) => self.fp8_matmul(&self.fp8_product_of(kernel, weight, bias)?, x),
         }
     }
 
@@ -244,109 +244,79 @@ impl EngineArm {
         [first.clone()].into_iter().chain(decoded.map(|row| row..row + 1)).collect()
     }
 
-    /// The product of an FP8 kernel, weight and activation quantised as it does.
-    fn fp8_product(
-        &self,
-        kernel: LinearKernel,
-        x: &Tensor,
-        weight: Weight<'_>,
+    /// The FP8 product with that weight and bias; nothing where another kernel multiplies by it.
+    fn fp8_product<'a>(
+        &'a self,
+        weight: Weight<'a>,
         bias: Option<Weight<'_>>,
-    ) -> Result<Tensor, ComputeError> {
+    ) -> Result<Option<Fp8Product<'a>>, ComputeError> {
+        let kernel = self.kernels.linear_of(weight.name()).first();
+        let Some(kernel) = kernel.filter(|kernel| kernel.is_fp8()) else { return Ok(None) };
+        self.fp8_product_of(kernel, weight, bias).map(Some)
+    }
+
+    fn fp8_product_of<'a>(
+        &'a self,
+        kernel: LinearKernel,
+        weight: Weight<'a>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Fp8Product<'a>, ComputeError> {
         let unit = self.fp8_unit.as_ref().ok_or_else(|| {
             ComputeError::Recipe("the engine multiplies FP8, and the chip cannot".to_owned())
         })?;
         let bias = self.held_bias(bias)?;
-        if kernel == LinearKernel::VllmFp8Block {
-            return self.block_product(unit, x, weight, bias);
-        }
-        let held = self.held(&weight, 0..weight.rows())?;
-        let by_row = match kernel {
-            LinearKernel::SglangFp8 => Some(Quantise::SGLANG),
-            LinearKernel::TorchaoFp8Row => Some(Quantise::torchao(self.format)),
-            _ => None,
-        };
-        if let Some(by_row) = by_row {
-            let (w, scales) = by_row.grouped(&held, held.width());
-            let w = Operand { codes: &w, scales: Scales::Row(scales) };
-            let (x, scales) = by_row.grouped(x, x.width());
-            let x = Operand { codes: &x, scales: Scales::Row(scales) };
-            let bias = bias.as_deref();
-            return Ok(scaled_mm(unit, &Schedule::FAST, &x, &w, bias, self.format)?);
-        }
-        let (codes, scales) = match kernel {
-            LinearKernel::VllmFp8Channel => Quantise::VLLM.grouped(&held, held.width()),
-            _ => {
-                let mut most = 0_f32;
-                for part in stacked(weight)? {
-                    most = most.max(absmax(self.held(&part, 0..part.rows())?.data()));
-                }
-                let scale = Quantise::VLLM_TENSOR.scale_of(&[most]);
-                let codes = Quantise::VLLM_TENSOR.codes(&held, &vec![scale; held.rows()]);
-                (codes, vec![scale])
-            }
-        };
-        self.by_calls(x, |x, tokens| {
-            let (x, x_scales) = Quantise::VLLM.grouped(x, x.width());
-            let (x, w) = ((&x, &x_scales[..]), (&codes, &scales[..]));
-            Ok(cutlass_scaled_mm(unit, x, w, bias.as_deref(), tokens, self.format)?)
-        })
+        Ok(Fp8Product { kernel, format: self.format, unit, weight, bias, largest: &self.largest })
     }
 
-    /// DeepGEMM's. Blocks of a weight are those of the matrix that the engine stacks, so a
-    /// block may reach into the next weight's rows.
-    fn block_product(
+    /// How many rows the call had in which a row of a tensor of so many came.
+    fn tokens_of(&self, rows: usize) -> impl Fn(usize) -> usize + Sync {
+        let calls = self.calls(rows);
+        move |row| calls.iter().find(|(of, _)| of.contains(&row)).map_or(rows, |(_, all)| *all)
+    }
+
+    fn fp8_matmul(&self, product: &Fp8Product<'_>, x: &Tensor) -> Result<Tensor, ComputeError> {
+        let rows = 0..product.weight.rows();
+        let plain = Otherwise { x: &keep, w: &keep, schedule: None, output: self.format };
+        product.rows(x, rows, self.tokens_of(x.rows()), &plain)
+    }
+
+    /// `x w^T + bias` for some rows of a weight that the engine quantises, by other steps; nothing
+    /// where it does not. Of the steps' schedule only what differs from `prescribed` counts.
+    ///
+    /// # Errors
+    /// As [`EngineArm::matmul`].
+    pub fn fp8_rows(
         &self,
-        unit: &Unit,
+        (x, weight, bias): (&Tensor, Weight<'_>, Option<Weight<'_>>),
+        rows: Range<usize>,
+        steps: &Steps<'_>,
+        prescribed: Schedule,
+    ) -> Result<Option<Tensor>, ComputeError> {
+        let Some(product) = self.fp8_product(weight, bias)? else { return Ok(None) };
+        let schedule = (steps.schedule != prescribed).then_some(steps.schedule);
+        let Steps { x: of_x, w, output, .. } = *steps;
+        let otherwise = Otherwise { x: of_x, w, schedule, output };
+        product.rows(x, rows, self.tokens_of(x.rows()), &otherwise).map(Some)
+    }
+
+    /// What the engine makes of an activation and of a weight; nothing where it does not quantise.
+    ///
+    /// # Errors
+    /// As [`EngineArm::matmul`].
+    pub fn fp8_operands(
+        &self,
         x: &Tensor,
         weight: Weight<'_>,
-        bias: Option<Vec<f32>>,
-    ) -> Result<Tensor, ComputeError> {
-        let stacked = stacked(weight)?;
-        let before = stacked.iter().take_while(|part| part.name() != weight.name());
-        let own = before.map(Weight::rows).sum::<usize>();
-        let all: usize = stacked.iter().map(Weight::rows).sum();
-        if !weight.width().is_multiple_of(GROUP) || !all.is_multiple_of(64) {
-            return Err(ComputeError::Recipe(format!(
-                "vLLM gives `{}`, stacked [{all}, {}], to another kernel than DeepGEMM, which is \
-                 not known to the bit; judge it by the contract `engine`, without `engine` in the \
-                 recipe",
-                weight.name(),
-                weight.width()
-            )));
-        }
-        let first = own / GROUP * GROUP;
-        let last = (own + weight.rows()).next_multiple_of(GROUP).min(all);
-        let mut values = Vec::with_capacity((last - first) * weight.width());
-        let mut at = 0;
-        for part in &stacked {
-            let rows = first.max(at)..last.min(at + part.rows());
-            if !rows.is_empty() {
-                values.extend(self.held(part, rows.start - at..rows.end - at)?.into_data());
-            }
-            at += part.rows();
-        }
-        let (codes, scales) = block_weight(&Tensor::new(weight.width(), values));
-        let (x, x_scales) = Quantise::VLLM_GROUP.grouped(x, GROUP);
-        let y = block_scaled_mm(unit, &x, &x_scales, &codes, &scales, self.format)?;
-        let mut y = y.columns(own - first..own - first + weight.rows());
-        // The bias is an addition of its own, and rounds once more.
-        finish(&mut y, bias.as_deref(), self.format);
-        Ok(y)
+    ) -> Result<Option<[Whole; 2]>, ComputeError> {
+        let Some(product) = self.fp8_product(weight, None)? else { return Ok(None) };
+        let (codes, scales) = product.activation(x);
+        Ok(Some([(codes, scales, 0), product.whole_weight()?]))
     }
 
     /// A bias as the engine holds it.
     fn held_bias(&self, bias: Option<Weight<'_>>) -> Result<Option<Vec<f32>>, ComputeError> {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         Ok(bias.map(|bias| bias.into_iter().map(|b| self.format.round(b)).collect()))
-    }
-
-    /// Rows of a weight as the engine holds them before it quantises.
-    fn held(&self, weight: &Weight<'_>, rows: Range<usize>) -> Result<Tensor, ComputeError> {
-        let mut values = Tensor::zeros(rows.len(), weight.width());
-        weight.decode_rows(rows, values.data_mut())?;
-        let round = |value: &mut f32| *value = self.format.round(*value);
-        values.data_mut().par_iter_mut().for_each(round);
-        Ok(values)
     }
 
     /// Rotation of every head.
@@ -662,7 +632,8 @@ impl EngineArm {
                             choice.offer_calls(calls.collect::<Result<_, ComputeError>>()?);
                         }
                         kernel => {
-                            let y = self.fp8_product(kernel, x, weight, bias)?;
+                            let y =
+                                self.fp8_matmul(&self.fp8_product_of(kernel, weight, bias)?, x)?;
                             choice.offer(format!("product {}", name_of(kernel)), y);
                         }
                     }
@@ -724,6 +695,25 @@ impl EngineArm {
         Ok(exact)
     }
 
+    /// Whether an op can be made by one kernel alone, in one order.
+    pub fn settles(&self, call: &Call<'_>) -> bool {
+        match call {
+            Call::Embed { .. } | Call::Add { .. } => true,
+            Call::RmsNorm { .. } => !self.kernels.rms_norm.is_open(),
+            Call::Rope { .. } => !self.kernels.rope.is_open(),
+            Call::SwiGlu { .. } => !self.kernels.swiglu.is_open(),
+            Call::Attention { .. } => {
+                let kernels = &self.kernels.attention;
+                !kernels.is_open() && kernels.first() != Some(AttentionKernel::Eager)
+            }
+            // cuBLAS and llama.cpp choose among orders.
+            Call::Matmul { weight, .. } => {
+                let kernels = self.kernels.linear_of(weight.name());
+                !kernels.is_open() && self.quantises(weight.name())
+            }
+        }
+    }
+
     /// What each listed kernel of an op makes, with its name in words; nothing of a product, whose
     /// kernels have orders, and of what has no kernels.
     fn each_kernel(
@@ -778,24 +768,6 @@ fn move_pairs(
             }
         }
     }
-}
-
-/// The weights that engines stack to one matrix, in the order of its rows: queries, keys and
-/// values, or gate and up. The weight alone where it is none of these, or of no model.
-fn stacked(weight: Weight<'_>) -> Result<Vec<Weight<'_>>, ComputeError> {
-    const STACKED: [&[&str]; 2] = [
-        &[".attn_q.weight", ".attn_k.weight", ".attn_v.weight"],
-        &[".ffn_gate.weight", ".ffn_up.weight"],
-    ];
-    let parts = STACKED.iter().find_map(|parts| {
-        let own = parts.iter().find(|part| weight.name().ends_with(*part))?;
-        Some((weight.name().strip_suffix(own)?, parts))
-    });
-    let (Some(model), Some((block, parts))) = (weight.model(), parts) else {
-        return Ok(vec![weight]);
-    };
-    let parts = parts.iter().map(|part| Ok(model.tensor(&format!("{block}{part}"))?));
-    parts.collect()
 }
 
 /// What a call of the engine came to.

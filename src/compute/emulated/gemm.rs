@@ -547,7 +547,7 @@ impl PlainRow {
 
 impl Scales {
     /// The scale of a row's block of K.
-    fn of(&self, row: usize, block: usize, width: usize) -> f32 {
+    pub fn of(&self, row: usize, block: usize, width: usize) -> f32 {
         match self {
             Scales::Tensor(scale) => *scale,
             Scales::Row(scales) => scales[row],
@@ -592,31 +592,47 @@ impl PreparedOperand {
 }
 
 fn check_scales(operand: &'static str, codes: &Codes, scales: &Scales) -> Result<(), GemmError> {
+    check_scale_count(operand, codes, scales)?;
     let single;
-    let (given, expected) = match scales {
+    let given = match scales {
         Scales::Tensor(scale) => {
             single = [*scale];
-            (&single[..], 1..=1)
+            &single[..]
         }
-        Scales::Row(scales) => (&scales[..], codes.rows()..=codes.rows()),
-        Scales::Block128 { rows_per_block, first_row, scales } => {
-            let blocks = codes.width().div_ceil(SCALE_BLOCK);
-            let needed = (first_row + codes.rows()).div_ceil((*rows_per_block).max(1)) * blocks;
-            // A chunk of rows may come with the scales of the whole matrix.
-            (&scales[..], needed..=usize::MAX)
-        }
+        Scales::Row(scales) | Scales::Block128 { scales, .. } => scales,
     };
-    if !expected.contains(&given.len()) {
-        let expected = *expected.start();
-        return Err(GemmError::ScaleCount { operand, expected, given: given.len() });
-    }
-    if matches!(scales, Scales::Block128 { rows_per_block: 0, .. }) {
-        return Err(GemmError::ScaleCount { operand, expected: 1, given: 0 });
-    }
     match given.iter().position(|scale| !(scale.is_finite() && *scale > 0.0)) {
         Some(index) => Err(GemmError::Scale { operand, index, scale: given[index] }),
         None => Ok(()),
     }
+}
+
+/// Whether there are as many scales as the operand has rows or blocks.
+///
+/// # Errors
+/// If there are not.
+pub fn check_scale_count(
+    operand: &'static str,
+    codes: &Codes,
+    scales: &Scales,
+) -> Result<(), GemmError> {
+    let (given, expected) = match scales {
+        Scales::Tensor(_) => return Ok(()),
+        Scales::Row(scales) => (scales.len(), codes.rows()..=codes.rows()),
+        Scales::Block128 { rows_per_block, first_row, scales } => {
+            let blocks = codes.width().div_ceil(SCALE_BLOCK);
+            let needed = (first_row + codes.rows()).div_ceil((*rows_per_block).max(1)) * blocks;
+            // A chunk of rows may come with the scales of the whole matrix.
+            (scales.len(), needed..=usize::MAX)
+        }
+    };
+    if !expected.contains(&given) {
+        return Err(GemmError::ScaleCount { operand, expected: *expected.start(), given });
+    }
+    if matches!(scales, Scales::Block128 { rows_per_block: 0, .. }) {
+        return Err(GemmError::ScaleCount { operand, expected: 1, given: 0 });
+    }
+    Ok(())
 }
 
 fn check_formats(unit: &Unit, x: Format, w: Format) -> Result<(), GemmError> {

@@ -25,7 +25,7 @@ use rayon::prelude::*;
 use super::linear::finish;
 use super::sfu;
 use crate::compute::emulated::chip::Unit;
-use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
+use crate::compute::emulated::gemm::{GemmError, Operand, Scales, check_scale_count, gemm};
 use crate::compute::emulated::quantize::{Codes, CodesRowMut, absmax, quantize_row};
 use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
@@ -247,31 +247,32 @@ pub fn scaled_mm(
 const SWAPPED: usize = 64;
 
 /// vLLM's `cutlass_scaled_mm` for FP8 on Hopper: x with a scale per token, w with one, or one
-/// per channel. `tokens` is how many rows the call had of which `x` may be a part.
+/// per channel. `tokens` is how many rows the call had in which a row of `x` came.
 ///
 /// The scale of the second operand is applied first; the bias is added in the same
 /// instruction as the other scale, and rounded once with it.
 ///
 /// # Errors
-/// If shapes or formats do not fit.
+/// If shapes, formats or scales do not fit.
 pub fn cutlass_scaled_mm(
     unit: &Unit,
-    (x, x_scales): (&Codes, &[f32]),
-    (w, w_scales): (&Codes, &[f32]),
+    schedule: &Schedule,
+    x: &Operand<'_>,
+    w: &Operand<'_>,
     bias: Option<&[f32]>,
-    tokens: usize,
+    tokens: impl Fn(usize) -> usize + Sync,
     output: Format,
 ) -> Result<Tensor, GemmError> {
-    let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
-    let mut y = gemm(unit, &Schedule::FAST, &operand(x), &operand(w), Format::F32)?;
+    check_scale_count("x", x.codes, &x.scales)?;
+    check_scale_count("w", w.codes, &w.scales)?;
+    let mut y = gemm(unit, schedule, &bare(x.codes), &bare(w.codes), Format::F32)?;
     let width = y.width().max(1);
     y.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, sums)| {
+        let swapped = tokens(row) <= SWAPPED;
+        let of_x = x.scales.of(row, 0, x.codes.width());
         for (column, sum) in sums.iter_mut().enumerate() {
-            let of_weight = w_scales[if w_scales.len() == 1 { 0 } else { column }];
-            let (last, first) = match tokens <= SWAPPED {
-                true => (of_weight, x_scales[row]),
-                false => (x_scales[row], of_weight),
-            };
+            let of_weight = w.scales.of(column, 0, w.codes.width());
+            let (last, first) = if swapped { (of_weight, of_x) } else { (of_x, of_weight) };
             let scaled = first * *sum;
             let scaled = match bias {
                 Some(bias) => last.mul_add(scaled, bias[column]),
@@ -283,6 +284,11 @@ pub fn cutlass_scaled_mm(
     Ok(y)
 }
 
+/// An operand whose scales the caller applies.
+fn bare(codes: &Codes) -> Operand<'_> {
+    Operand { codes, scales: Scales::Tensor(1.0) }
+}
+
 /// A product of DeepGEMM: x with a scale per token and 128 of K, w with one per 128
 /// channels and 128 of K.
 ///
@@ -290,50 +296,32 @@ pub fn cutlass_scaled_mm(
 /// If shapes, formats or scales do not fit.
 pub fn block_scaled_mm(
     unit: &Unit,
-    x: &Codes,
-    x_scales: &[f32],
-    w: &Codes,
-    w_scales: &[f32],
+    schedule: &Schedule,
+    x: &Operand<'_>,
+    w: &Operand<'_>,
     output: Format,
 ) -> Result<Tensor, GemmError> {
-    let blocks = x.width().div_ceil(GROUP);
-    let expect = |operand, expected, given| {
-        if expected == given {
-            Ok(())
-        } else {
-            Err(GemmError::ScaleCount { operand, expected, given })
-        }
-    };
-    expect("x", x.rows() * blocks, x_scales.len())?;
-    expect("w", w.rows().div_ceil(GROUP) * blocks, w_scales.len())?;
-    if x.width() != w.width() {
-        return Err(GemmError::Inner { x: x.width(), w: w.width() });
+    check_scale_count("x", x.codes, &x.scales)?;
+    check_scale_count("w", w.codes, &w.scales)?;
+    let width = x.codes.width();
+    if width != w.codes.width() {
+        return Err(GemmError::Inner { x: width, w: w.codes.width() });
     }
-    let mut y = Tensor::zeros(x.rows(), w.rows().max(1));
-    for block in 0..blocks {
-        let inner = block * GROUP..((block + 1) * GROUP).min(x.width());
-        let (x_part, w_part) = (columns(x, inner.clone()), columns(w, inner));
-        let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
-        let partial =
-            gemm(unit, &Schedule::FAST, &operand(&x_part), &operand(&w_part), Format::F32)?;
-        let width = y.width().max(1);
-        y.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, sums)| {
-            let x_scale = x_scales[row * blocks + block];
-            for (column, (sum, &partial)) in sums.iter_mut().zip(partial.row(row)).enumerate() {
-                let scale = x_scale * w_scales[column / GROUP * blocks + block];
-                *sum = partial.mul_add(scale, *sum);
+    let mut y = Tensor::zeros(x.codes.rows(), w.codes.rows().max(1));
+    for block in 0..width.div_ceil(GROUP) {
+        let inner = block * GROUP..((block + 1) * GROUP).min(width);
+        let (x_part, w_part) = (x.codes.some_columns(inner.clone()), w.codes.some_columns(inner));
+        let partial = gemm(unit, schedule, &bare(&x_part), &bare(&w_part), Format::F32)?;
+        let of_w: Vec<f32> =
+            (0..w.codes.rows()).map(|row| w.scales.of(row, block, width)).collect();
+        let outputs = y.width().max(1);
+        y.data_mut().par_chunks_mut(outputs).enumerate().for_each(|(row, sums)| {
+            let of_x = x.scales.of(row, block, width);
+            for ((sum, &partial), of_w) in sums.iter_mut().zip(partial.row(row)).zip(&of_w) {
+                *sum = partial.mul_add(of_x * of_w, *sum);
             }
         });
     }
     finish(&mut y, None, output);
     Ok(y)
-}
-
-/// Some elements of K of every row.
-fn columns(codes: &Codes, inner: std::ops::Range<usize>) -> Codes {
-    let mut part = Codes::zeros(codes.format(), codes.rows(), inner.len());
-    for row in 0..codes.rows() {
-        part.row_mut(row).copy_from(codes.row(row).slice(inner.clone()));
-    }
-    part
 }
