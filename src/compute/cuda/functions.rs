@@ -50,7 +50,7 @@ const FUNCTIONS: [Predicted; 22] = [
     ("erff", cuda_math::erf),
 ];
 
-/// The kernel's source: the numbers of `which` are the places in [`FUNCTIONS`].
+/// The kernel's source: the numbers of `which` are the places in `FUNCTIONS`.
 pub fn source() -> String {
     let case = |(number, (name, _)): (usize, &Predicted)| match name.contains('.') {
         true => {
