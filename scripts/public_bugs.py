@@ -36,7 +36,10 @@ def main():
         return record(options)
     out = os.path.abspath(options.out)
     os.makedirs(os.path.join(out, "stages"), exist_ok=True)
-    seen_from_stages = lambda path: os.path.relpath(path, os.path.join(out, "stages"))
+
+    def seen_from_stages(path):
+        return os.path.relpath(path, os.path.join(out, "stages"))
+
     write(out, "stages/pipeline.toml", PIPELINE.format(contracts=seen_from_stages(options.contracts)))
     with open(os.path.join(options.model, "config.json")) as file:
         vocabulary = json.load(file)["vocab_size"]

@@ -22,7 +22,7 @@ use crate::tensor::Tensor;
 /// Rows of a weight that are multiplied at a time; whole blocks of scales.
 const CHUNK_ROWS: usize = 256;
 /// Elements of K that share a block scale.
-const BLOCK: usize = 128;
+pub const BLOCK: usize = 128;
 
 /// `x w^T + bias` for some rows of the weight, by these steps: `[x rows, rows]`.
 ///

@@ -272,6 +272,7 @@ impl Gemm<'_> {
         let recipe = self.ground.recipe;
         let inner = self.x.width();
         let scheduled = Schedule::of(recipe);
+        let is_e4m3 = recipe.gemm == Format::E4m3;
         match plant {
             Plant::XScale(factor) => self.with(&|o| scaled(o, |scale| scale * factor), &keep),
             Plant::WScale(factor) => self.with(&keep, &|o| scaled(o, |scale| scale * factor)),
@@ -280,9 +281,9 @@ impl Gemm<'_> {
             Plant::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
             Plant::XPowerOfTwo => self.with(&rounded_up_beside_codes, &keep),
             Plant::WPowerOfTwo => self.with(&keep, &rounded_up_beside_codes),
-            Plant::XUnsaturated(factor) => self.with(&|o| unsaturated(o, factor), &keep),
+            Plant::XUnsaturated(factor) if is_e4m3 => self.with(&|o| unsaturated(o, factor), &keep),
             Plant::WReadAsFnuz => self.with(&keep, &read_as_fnuz),
-            Plant::XClippedAsFnuz => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
+            Plant::XClippedAsFnuz if is_e4m3 => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
             Plant::ScaleTail => {
                 let [_, (codes, scales, _)] = operands(self.ground.arm, self.x, self.weight)?;
                 match with_tail_of_before(&scales, codes.width()) {

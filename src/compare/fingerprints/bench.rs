@@ -45,6 +45,13 @@ impl Default for Bench {
 }
 
 impl Bench {
+    /// A bench whose recipe has scales of this granularity.
+    pub fn with_scales(weight: WeightScale, activation: ActivationScale) -> Bench {
+        let bench = Bench::default();
+        let recipe = Recipe { scale: Scale { weight, activation }, ..bench.recipe };
+        Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench }
+    }
+
     /// Seeded values with a few that are large.
     pub fn tensor(&self, rows: usize, width: usize, seed: u32) -> Tensor {
         let mut state = seed;

@@ -43,15 +43,11 @@ mod tests {
     use super::super::bench::Bench;
     use super::*;
     use crate::compute::call::Call;
-    use crate::compute::emulated::arm::Emulated;
-    use crate::op::{ActivationScale, Recipe, Scale, WeightScale};
+    use crate::op::{ActivationScale, WeightScale};
 
     #[test]
     fn scales_of_rows_that_are_missing_or_doubled_are_recognised() {
-        let bench = Bench::default();
-        let scale = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
-        let recipe = Recipe { scale, ..bench.recipe };
-        let bench = Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench };
+        let bench = Bench::with_scales(WeightScale::Channel, ActivationScale::Token);
         let x = bench.tensor(6, 256, 1);
         let weight = bench.weight("blk.1.attn_q.weight");
         let call = Call::Matmul { x: &x, weight, bias: None };

@@ -4,7 +4,8 @@
 
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
-use crate::compute::departure::{Edit, Steps, keep, operands, with_scales_of};
+use crate::compute::departure::{BLOCK, Edit, Steps, keep, operands, with_scales_of};
+use crate::compute::emulated::fp8_product::stacked_names;
 use crate::compute::emulated::gemm::Scales;
 use crate::model::Weight;
 use crate::tensor::Tensor;
@@ -15,12 +16,8 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     test,
 };
 
-/// Elements of K that share a block scale.
-const BLOCK: usize = 128;
 /// Larger weights are not converted as a whole.
 const LARGEST: usize = 1 << 26;
-/// Weights that engines fuse.
-const FUSED: [&[&str]; 2] = [&["attn_q", "attn_k", "attn_v"], &["ffn_gate", "ffn_up"]];
 
 /// From which block the scale of a block is taken: of `(row, column)` in a grid of
 /// `rows` by `columns`, as a place in the list.
@@ -139,11 +136,7 @@ fn scales_of_sisters(
 
 /// The names of the weights that engines fuse with the one of this name.
 pub fn sisters_of(name: &str) -> Vec<String> {
-    let part_of = |part: &&&str| name.ends_with(&format!(".{part}.weight"));
-    let found = FUSED.iter().find_map(|group| group.iter().find(part_of).map(|own| (own, group)));
-    let Some((own, group)) = found else { return Vec::new() };
-    let others = group.iter().filter(|part| *part != own);
-    others.map(|part| name.replace(own, part)).collect()
+    stacked_names(name).into_iter().filter(|other| other != name).collect()
 }
 
 #[cfg(test)]
@@ -151,14 +144,10 @@ mod tests {
     use super::super::bench::Bench;
     use super::*;
     use crate::compute::call::{Call, MadeWeight};
-    use crate::compute::emulated::arm::Emulated;
-    use crate::op::{ActivationScale, Recipe, Scale, WeightScale};
+    use crate::op::{ActivationScale, WeightScale};
 
     fn in_blocks() -> Bench {
-        let bench = Bench::default();
-        let scale = Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 };
-        let recipe = Recipe { scale, ..bench.recipe };
-        Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench }
+        Bench::with_scales(WeightScale::Block128, ActivationScale::Block128)
     }
 
     #[test]
@@ -183,11 +172,8 @@ mod tests {
 
     #[test]
     fn the_scales_of_another_part_of_a_fused_weight_are_recognised() {
-        for (bench, per_channel) in [(in_blocks(), false), (in_blocks(), true)] {
-            let scale = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
-            let recipe = if per_channel { Recipe { scale, ..bench.recipe } } else { bench.recipe };
-            let arm = Emulated::new(&recipe).expect("a recipe");
-            let bench = Bench { recipe, arm, ..bench };
+        let by_row = Bench::with_scales(WeightScale::Channel, ActivationScale::Token);
+        for bench in [in_blocks(), by_row] {
             let x = bench.tensor(4, 256, 1);
             // Weights of the synthetic model have one largest value; this one is smaller.
             let values = bench.weight("blk.1.attn_k.weight").to_vec().expect("values");

@@ -3,7 +3,7 @@
 
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
-use crate::compute::departure::{matmul_by_factor, operands};
+use crate::compute::departure::{BLOCK, matmul_by_factor, operands};
 use crate::compute::emulated::gemm::Scales;
 use crate::dtype::Format;
 use crate::model::{Weight, WeightType};
@@ -20,8 +20,6 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 const LARGEST: usize = 1 << 23;
 /// More products are not made one by one.
 const MOST_PRODUCTS: usize = 1 << 28;
-/// Elements of K that share a block scale.
-const BLOCK: usize = 128;
 /// Values of a block of ggml's that share a scale.
 const GGML_BLOCK: usize = 32;
 
@@ -119,15 +117,11 @@ mod tests {
     use super::super::bench::Bench;
     use super::*;
     use crate::compute::call::Call;
-    use crate::compute::emulated::arm::Emulated;
-    use crate::op::{ActivationScale, Recipe, Scale, WeightScale};
+    use crate::op::{ActivationScale, WeightScale};
 
     #[test]
     fn a_product_of_scales_in_f16_is_recognised() {
-        let bench = Bench::default();
-        let scale = Scale { weight: WeightScale::Channel, activation: ActivationScale::Token };
-        let recipe = Recipe { scale, ..bench.recipe };
-        let bench = Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench };
+        let bench = Bench::with_scales(WeightScale::Channel, ActivationScale::Token);
         // The scales are 1e-3 and 1e-4: some tens of the smallest f16.
         let x = bench.tensor(4, 256, 1);
         let weight = bench.weight("blk.1.ffn_up.weight");

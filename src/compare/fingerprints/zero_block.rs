@@ -61,15 +61,11 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 mod tests {
     use super::super::bench::Bench;
     use crate::compute::call::{Call, MadeWeight};
-    use crate::compute::emulated::arm::Emulated;
-    use crate::op::{ActivationScale, Recipe, Scale, WeightScale};
+    use crate::op::{ActivationScale, WeightScale};
 
     #[test]
     fn nan_of_a_block_of_zeros_is_recognised_in_either_operand() {
-        let bench = Bench::default();
-        let scale = Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 };
-        let recipe = Recipe { scale, ..bench.recipe };
-        let bench = Bench { recipe, arm: Emulated::new(&recipe).expect("a recipe"), ..bench };
+        let bench = Bench::with_scales(WeightScale::Block128, ActivationScale::Block128);
         let mut x = bench.tensor(5, 256, 1);
         x.row_mut(3)[128..].fill(0.0);
         let weight = bench.weight("blk.1.attn_q.weight");

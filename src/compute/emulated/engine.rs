@@ -676,16 +676,9 @@ impl EngineArm {
         call: &Call<'_>,
         observed: &Tensor,
     ) -> Result<Vec<String>, ComputeError> {
-        let is_open = match call {
-            Call::RmsNorm { .. } => self.kernels.rms_norm.is_open(),
-            Call::Rope { .. } => self.kernels.rope.is_open(),
-            Call::Attention { .. } => self.kernels.attention.is_open(),
-            Call::SwiGlu { .. } => self.kernels.swiglu.is_open(),
-            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => false,
-        };
         let choice = Choice { observed, best: None };
         let mut exact = Vec::new();
-        if is_open {
+        if self.is_open(call) {
             self.each_kernel(call, &mut |name, y| {
                 if choice.mismatches(&y) == 0 {
                     exact.push(name);
@@ -697,20 +690,28 @@ impl EngineArm {
 
     /// Whether an op can be made by one kernel alone, in one order.
     pub fn settles(&self, call: &Call<'_>) -> bool {
-        match call {
-            Call::Embed { .. } | Call::Add { .. } => true,
-            Call::RmsNorm { .. } => !self.kernels.rms_norm.is_open(),
-            Call::Rope { .. } => !self.kernels.rope.is_open(),
-            Call::SwiGlu { .. } => !self.kernels.swiglu.is_open(),
+        // Of what cuBLAS and llama.cpp multiply there are orders.
+        let has_orders = match call {
             Call::Attention { .. } => {
-                let kernels = &self.kernels.attention;
-                !kernels.is_open() && kernels.first() != Some(AttentionKernel::Eager)
+                self.kernels.attention.first() == Some(AttentionKernel::Eager)
             }
-            // cuBLAS and llama.cpp choose among orders.
             Call::Matmul { weight, .. } => {
-                let kernels = self.kernels.linear_of(weight.name());
-                !kernels.is_open() && self.quantises(weight.name())
+                let name = weight.name();
+                self.kernels.linear_of(name).is_open() || !self.quantises(name)
             }
+            _ => false,
+        };
+        !has_orders && !self.is_open(call)
+    }
+
+    /// Whether the engine lists several kernels for an op that is no product.
+    fn is_open(&self, call: &Call<'_>) -> bool {
+        match call {
+            Call::RmsNorm { .. } => self.kernels.rms_norm.is_open(),
+            Call::Rope { .. } => self.kernels.rope.is_open(),
+            Call::Attention { .. } => self.kernels.attention.is_open(),
+            Call::SwiGlu { .. } => self.kernels.swiglu.is_open(),
+            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => false,
         }
     }
 

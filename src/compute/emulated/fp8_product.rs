@@ -227,17 +227,26 @@ impl Fp8Product<'_> {
 /// The weights that engines stack to one matrix, in the order of its rows: queries, keys and
 /// values, or gate and up. The weight alone where it is none of these, or of no model.
 fn stacked(weight: Weight<'_>) -> Result<Vec<Weight<'_>>, ComputeError> {
+    let names = stacked_names(weight.name());
+    match weight.model() {
+        Some(model) if !names.is_empty() => {
+            names.iter().map(|name| Ok(model.tensor(name)?)).collect()
+        }
+        _ => Ok(vec![weight]),
+    }
+}
+
+/// The names of the weights that engines stack to one matrix with the weight of this name, itself
+/// among them, in the order of its rows; none where it stands alone.
+pub fn stacked_names(name: &str) -> Vec<String> {
     const STACKED: [&[&str]; 2] = [
         &[".attn_q.weight", ".attn_k.weight", ".attn_v.weight"],
         &[".ffn_gate.weight", ".ffn_up.weight"],
     ];
-    let parts = STACKED.iter().find_map(|parts| {
-        let own = parts.iter().find(|part| weight.name().ends_with(*part))?;
-        Some((weight.name().strip_suffix(own)?, parts))
+    let found = STACKED.iter().find_map(|parts| {
+        let block = parts.iter().find_map(|part| name.strip_suffix(part))?;
+        Some((block, parts))
     });
-    let (Some(model), Some((block, parts))) = (weight.model(), parts) else {
-        return Ok(vec![weight]);
-    };
-    let parts = parts.iter().map(|part| Ok(model.tensor(&format!("{block}{part}"))?));
-    parts.collect()
+    let Some((block, parts)) = found else { return Vec::new() };
+    parts.iter().map(|part| format!("{block}{part}")).collect()
 }

@@ -4,7 +4,7 @@ pub mod arm;
 pub mod chip;
 pub mod dequant;
 pub mod engine;
-mod fp8_product;
+pub mod fp8_product;
 mod ggml_product;
 mod orders;
 pub mod kernels;
