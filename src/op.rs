@@ -783,8 +783,8 @@ impl TryFrom<String> for Stream {
 pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
 
 /// The sites of one layer, in the order in which a forward pass makes them.
-/// `q_norm` and `k_norm` exist in qwen3 only.
-pub const LAYER_SITES: [&str; 17] = [
+/// Which of them a model has, [`sites`](crate::compute::flow::sites) says.
+pub const LAYER_SITES: [&str; 21] = [
     "attn_norm",
     "q",
     "k",
@@ -795,12 +795,16 @@ pub const LAYER_SITES: [&str; 17] = [
     "k_rope",
     "attn",
     "attn_out",
+    "attn_post_norm",
+    "attn_scaled",
     "attn_residual",
     "ffn_norm",
     "ffn_gate",
     "ffn_up",
     "ffn_swiglu",
     "ffn_down",
+    "ffn_post_norm",
+    "ffn_scaled",
     "ffn_residual",
 ];
 
@@ -814,44 +818,12 @@ pub fn flow(site: &Site) -> (u64, usize) {
             (u64::from(layer) + 1, place.unwrap_or(LAYER_SITES.len()))
         }
         (None, "output_norm") => (end, 0),
-        (None, "logits") => (end, 1),
-        (None, LOGITS_IN_BATCH) => (end, 2),
+        (None, "logits_raw") => (end, 1),
+        (None, "logits_scaled") => (end, 2),
+        (None, "logits") => (end, 3),
+        (None, LOGITS_IN_BATCH) => (end, 4),
+        (None, "embed_scaled") => (0, 1),
         (None, _) => (0, 0),
-    }
-}
-
-/// The sites that the op of a forward pass reads to make a site; none for the embedding
-/// and for sites that no forward pass makes. Where a model has no QK norms, RoPE reads the
-/// projection itself.
-pub fn read_by_site(site: &Site, qk_norms: bool) -> Vec<Site> {
-    let named = |name: &str| vec![Site(name.to_owned())];
-    let Some((layer, inner)) = in_layer(&site.0) else {
-        return match site.0.as_str() {
-            "logits" => named("output_norm"),
-            _ => Vec::new(),
-        };
-    };
-    let here = |name: &str| Site(format!("blk.{layer}.{name}"));
-    let stream = match layer.checked_sub(1) {
-        Some(before) => Site(format!("blk.{before}.ffn_residual")),
-        None => Site("embed".to_owned()),
-    };
-    match inner {
-        "attn_norm" => vec![stream],
-        "q" | "k" | "v" => vec![here("attn_norm")],
-        "q_norm" => vec![here("q")],
-        "k_norm" => vec![here("k")],
-        "q_rope" => vec![here(if qk_norms { "q_norm" } else { "q" })],
-        "k_rope" => vec![here(if qk_norms { "k_norm" } else { "k" })],
-        "attn" => vec![here("q_rope"), here("k_rope"), here("v")],
-        "attn_out" => vec![here("attn")],
-        "attn_residual" => vec![stream, here("attn_out")],
-        "ffn_norm" => vec![here("attn_residual")],
-        "ffn_gate" | "ffn_up" => vec![here("ffn_norm")],
-        "ffn_swiglu" => vec![here("ffn_gate"), here("ffn_up")],
-        "ffn_down" => vec![here("ffn_swiglu")],
-        "ffn_residual" => vec![here("attn_residual"), here("ffn_down")],
-        _ => Vec::new(),
     }
 }
 

@@ -659,6 +659,7 @@ fn geometry(args: &JudgeArgs, head_dim: usize) -> Rope {
         },
         dimensions: head_dim,
         factors: None,
+        magnitude: 1.0,
         linear_scale: 1.0,
     }
 }

@@ -377,7 +377,7 @@ fn everything_looked_at(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compute::{ComputeError, Ops};
+    use crate::compute::{ComputeError, Pass};
     use crate::verdict::Outcome;
 
     struct Able(bool);
@@ -387,7 +387,7 @@ mod tests {
             "a test".to_owned()
         }
 
-        fn ops(&self, _: Arm, _: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+        fn ops(&self, _: Arm, _: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
             Err(ComputeError::Unavailable("it computes nothing".to_owned()))
         }
 

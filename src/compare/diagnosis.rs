@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::fingerprints::{Case, Fit, Null, describe, rank};
 use super::{Growth, Measure, SiteKernel, StageMeasures};
-use crate::compute::ComputeError;
 use crate::compute::arms::{Output, Task, is_gemm, on_recorded};
 use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
+use crate::compute::{ComputeError, flow};
 use crate::engine::LinearKernel;
 use crate::metric::Metric;
-use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, flow, in_layer, read_by_site};
+use crate::op::{self, Arm, LOGITS_IN_BATCH, Op, Recipe, Site, Stream, in_layer};
 use crate::tensor::Tensor;
 use crate::text::{grouped, number};
 
@@ -263,8 +263,9 @@ pub fn diagnose(scene: &Scene<'_>, suspect: &Suspect) -> Result<Diagnosis, Compu
     let local = !exact && is_gemm(site);
     let ratio = measure.and_then(|m| m.metrics.get(&Metric::ZRms).copied()).filter(|_| local);
     let mut diagnosis = Diagnosis { ratio, ..plain(suspect) };
-    diagnosis.also = suspect.falsified.iter().filter(|s| flow(s) > flow(site)).cloned().collect();
-    diagnosis.also.sort_by_key(flow);
+    diagnosis.also =
+        suspect.falsified.iter().filter(|s| op::flow(s) > op::flow(site)).cloned().collect();
+    diagnosis.also.sort_by_key(op::flow);
     diagnosis.later_layers = inheriting(scene, suspect);
     diagnosis.same_input = same_input(scene, output, suspect);
     if let Some(examined) = examine(scene, (subject.arm(), output), site)? {
@@ -290,7 +291,7 @@ fn same_input(scene: &Scene<'_>, output: &Output, suspect: &Suspect) -> bool {
         return true;
     };
     let Some(judge) = scene.outputs.get(&judge) else { return false };
-    let read = read_by_site(&suspect.site, scene.task.model.has("blk.0.attn_q_norm.weight"));
+    let read = flow::read_by(scene.task.model, &suspect.site);
     let same = |site: &Site| match (output.site(site), judge.site(site)) {
         (Some(a), Some(b)) => {
             let pairs = || a.data().iter().zip(b.data());
@@ -330,9 +331,10 @@ fn inheriting(scene: &Scene<'_>, suspect: &Suspect) -> usize {
     let Op::Forward { .. } = scene.task.op else { return 0 };
     let of_arm = |growth: &&Growth| growth.subject == suspect.subject;
     let Some(growth) = scene.measures.growth.iter().find(of_arm) else { return 0 };
-    let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
-    let dropped =
-        suspect.falsified.iter().any(|later| read_by_site(later, qk_norms).contains(&suspect.site));
+    let dropped = suspect
+        .falsified
+        .iter()
+        .any(|later| flow::read_by(scene.task.model, later).contains(&suspect.site));
     let first = match in_layer(&suspect.site.0) {
         Some((layer, _)) => layer + 1,
         None if suspect.site.0 == "embed" => 0,
@@ -367,8 +369,7 @@ fn examine(
     // Of a forward pass the op's input must be the arm's own, or nothing is said of it; but an
     // engine's kernels give what a recording lacks.
     if matches!(scene.task.op, Op::Forward { .. }) && scene.recipe.engine.is_none() {
-        let qk_norms = scene.task.model.has("blk.0.attn_q_norm.weight");
-        let read = read_by_site(wanted, qk_norms);
+        let read = flow::read_by(scene.task.model, wanted);
         if read.iter().any(|site| output.site(site).is_none()) {
             return Ok(None);
         }

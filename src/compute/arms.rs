@@ -7,22 +7,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-use super::call::Watched;
+use super::call::{Call, Watched};
 use super::drawn::Drawn;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::emulated::engine::Chosen;
 use super::floor::{Deviations, Floor};
 use super::forward::{
-    Discard, Greedy, KvCache, Sites, bias_of, decode_greedily, forward, output_weight,
+    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, output_weight,
 };
 use super::reference::Reference;
 use super::shares::{Energies, energies};
-use super::{AttentionShape, ComputeError, GemmRecord, Ops, check_same_shape, cuda};
+use super::{ComputeError, GemmRecord, Pass, check_same_shape, cuda, flow};
 use crate::model::Model;
 use crate::op::{
-    Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, read_by_site, site_of_norm,
-    site_of_projection,
+    Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
 };
 use crate::tensor::Tensor;
 
@@ -69,7 +68,7 @@ pub trait Workshop: Sync {
     ///
     /// # Errors
     /// If the arm cannot compute the recipe.
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError>;
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError>;
 
     /// Why an arm cannot compute a recipe on this machine; `None` if it can.
     fn unavailable(&self, arm: Arm, recipe: &Recipe) -> Option<String>;
@@ -97,7 +96,7 @@ impl Workshop for Shipped {
         "shipped".to_owned()
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         match arm {
             Arm::Reference => {
                 Ok((Box::new(Reference), "f64 over the dequantised weights".to_owned()))
@@ -154,7 +153,7 @@ impl Shipped {
 /// If the model, the shapes or the recipe do not allow it.
 pub fn compute(
     task: &Task<'_>,
-    ops: &dyn Ops,
+    ops: &dyn Pass,
     arithmetic: String,
     progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
@@ -168,13 +167,13 @@ pub fn compute(
             *output.repeats.entry(site.clone()).or_default() += differ;
         }
     }
-    output.gemms = ops.gemms();
+    output.gemms = ops.products();
     Ok(output)
 }
 
 fn once(
     task: &Task<'_>,
-    ops: &dyn Ops,
+    ops: &dyn Pass,
     progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
     match task.op {
@@ -213,7 +212,7 @@ fn once(
 /// logits; what differs is the noise of the batch: its scales, its algorithms.
 fn in_batch(
     task: &Task<'_>,
-    ops: &dyn Ops,
+    ops: &dyn Pass,
     logits: &Tensor,
 ) -> Result<Option<(Site, Tensor)>, ComputeError> {
     let config = task.model.config();
@@ -328,9 +327,8 @@ pub fn local(
     let held: BTreeSet<Site> =
         visited.iter().filter(|visit| visit.held).map(|visit| visit.site.clone()).collect();
     let forward = matches!(task.op, Op::Forward { .. });
-    let qk_norms = task.model.has("blk.0.attn_q_norm.weight");
     let whole = |site: &Site| {
-        !forward || read_by_site(site, qk_norms).iter().all(|read| held.contains(read))
+        !forward || flow::read_by(task.model, site).iter().all(|read| held.contains(read))
     };
     let all = visited.into_iter().zip(floor.into_sigmas()).zip(followed);
     let locals = all.filter(|((visit, _), _)| visit.held).map(|((visit, sigma), energies)| {
@@ -373,12 +371,11 @@ pub fn by_engine(
     };
     let chosen: Mutex<BTreeMap<Site, (Chosen, bool)>> = Mutex::default();
     let guessed: Mutex<BTreeSet<Site>> = Mutex::default();
-    let qk_norms = task.model.has("blk.0.attn_q_norm.weight");
     let watched = Watched::new(|site, call| {
         let [rows, width] = call.shape();
         let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
         let mut guessed = guessed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let reads_guess = read_by_site(site, qk_norms).iter().any(|read| guessed.contains(read));
+        let reads_guess = flow::read_by(task.model, site).iter().any(|read| guessed.contains(read));
         let Some(observed) = subject.site(site).filter(fits) else {
             if reads_guess || !engine.settles(call) {
                 guessed.insert(site.clone());
@@ -484,7 +481,7 @@ pub fn is_gemm(site: &Site) -> bool {
 /// As the ops.
 pub fn on_recorded(
     task: &Task<'_>,
-    ops: &dyn Ops,
+    ops: &dyn Pass,
     subject: &Output,
 ) -> Result<Vec<(Site, Tensor)>, ComputeError> {
     let held = visit_recorded(task, ops, subject)?.into_iter().filter(|visit| visit.held);
@@ -502,7 +499,7 @@ struct Visit {
 
 fn visit_recorded(
     task: &Task<'_>,
-    ops: &dyn Ops,
+    ops: &dyn Pass,
     subject: &Output,
 ) -> Result<Vec<Visit>, ComputeError> {
     match task.op {
@@ -530,18 +527,7 @@ pub fn site_names(op: &Op, model: Option<&Model>) -> Vec<Site> {
     match op {
         Op::Forward { capture: Capture::Logits, .. } => vec![Site("logits".to_owned())],
         Op::Forward { capture: Capture::EverySite, .. } => {
-            let Some(model) = model else { return Vec::new() };
-            let norms = model.has("blk.0.attn_q_norm.weight");
-            let inner =
-                move |name: &&&str| norms || !name.ends_with("q_norm") && !name.ends_with("k_norm");
-            let layer = |layer| {
-                let names = crate::op::LAYER_SITES.iter().filter(inner);
-                names.map(move |name| Site(format!("blk.{layer}.{name}")))
-            };
-            let one = |name: &str| [Site(name.to_owned())];
-            let layers = (0..model.config().layers).flat_map(layer);
-            let first = one("embed").into_iter().chain(layers);
-            first.chain(one("output_norm")).chain(one("logits")).collect()
+            model.map_or_else(Vec::new, |model| flow::sites(model).collect())
         }
         Op::Gemm { .. } => vec![Site("y".to_owned())],
         Op::Compare { site, .. } => vec![site.clone()],
@@ -573,7 +559,7 @@ fn units(op: &Op) -> Vec<UnitOp> {
     }
 }
 
-fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, ComputeError> {
+fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, ComputeError> {
     let model = task.model;
     let config = model.config();
     let weight = || {
@@ -587,18 +573,27 @@ fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, Compu
         let inputs = task.input.unwrap_or_default();
         inputs.get(place).ok_or_else(|| ComputeError::NotRecorded(unit.site.0.clone()))
     };
-    match task.op {
-        Op::Embed { .. } => ops.embed(weight()?, task.tokens),
-        Op::RmsNorm { .. } => ops.rms_norm(input(0)?, weight()?, config.rms_norm_eps),
-        Op::Matmul { .. } => ops.matmul(input(0)?, weight()?, bias_of(model, &unit.weight)?),
+    let layer = crate::op::in_layer(&unit.site.0).map_or(0, |(layer, _)| layer as usize);
+    let call = match task.op {
+        Op::Embed { .. } => Call::Embed { weight: weight()?, tokens: task.tokens },
+        Op::RmsNorm { .. } => {
+            Call::RmsNorm { x: input(0)?, gain: weight()?, eps: config.rms_norm_eps }
+        }
+        Op::Matmul { .. } => {
+            let bias = bias_of(model, &unit.weight)?;
+            Call::Matmul { x: input(0)?, weight: weight()?, bias }
+        }
         Op::Rope { .. } => {
             let x = input(0)?;
             check_heads("rope", x, config.head_dim)?;
-            ops.rope(x, &config.rope, config.head_dim, 0)
+            let rope = config.rope_of(layer).ok_or_else(|| {
+                ComputeError::Recipe(format!("block {layer} of this model has no RoPE"))
+            })?;
+            Call::Rope { x, rope, head_dim: config.head_dim, first_position: 0 }
         }
         Op::Attention { .. } => {
-            let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
-            let shape = AttentionShape { heads, kv_heads, head_dim, first_position: 0 };
+            let shape = attention_of(config, layer, 0);
+            let (heads, kv_heads, head_dim) = (shape.heads, shape.kv_heads, shape.head_dim);
             let (q, k, v) = (input(0)?, input(1)?, input(2)?);
             check_same_shape("keys and values", k, v)?;
             let (expected, given) = (
@@ -612,13 +607,16 @@ fn single(task: &Task<'_>, ops: &dyn Ops, unit: &UnitOp) -> Result<Tensor, Compu
                     right: format!("k and v [{}, {}]", k.rows(), k.width()),
                 });
             }
-            ops.attention(q, k, v, shape)
+            Call::Attention { q, k, v, shape }
         }
-        Op::Swiglu { .. } => ops.swiglu(input(0)?, input(1)?),
+        Op::Swiglu { .. } => {
+            Call::Gated { gate: input(0)?, up: input(1)?, activation: config.activation }
+        }
         Op::Forward { .. } | Op::Gemm { .. } | Op::Compare { .. } | Op::Command(_) => {
-            Err(ComputeError::NotRecorded(unit.site.0.clone()))
+            return Err(ComputeError::NotRecorded(unit.site.0.clone()));
         }
-    }
+    };
+    ops.answer(&unit.site, &call)
 }
 
 /// Refuses rows that are no whole heads.

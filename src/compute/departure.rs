@@ -339,7 +339,7 @@ fn changed_scales(scales: &Scales, change: impl Fn(f32) -> f32) -> Scales {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compute::Ops;
+
     use crate::compute::call::MadeWeight;
     use crate::op::{Accumulate, ActivationScale, ChipName, Pin, Scale, WeightScale};
 

@@ -11,12 +11,13 @@
 //! draw is a function of the recipe, the model and the prompt. It does not know
 //! what an arm made.
 
+use super::call::Call;
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::Codes;
 use super::floor::{Floor, rounding_errors};
 use super::reference::{Reference, Widened, dot_rows};
-use super::{AttentionShape, ComputeError, Ops, check_matmul};
-use crate::model::{Rope, Weight};
+use super::{ComputeError, Ops, check_matmul};
+use crate::model::Weight;
 use crate::op::Recipe;
 use crate::random::Random;
 use crate::tensor::Tensor;
@@ -75,14 +76,17 @@ fn energies(rows: &[f32], width: usize) -> Vec<f64> {
 }
 
 impl Ops for Drawn {
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
-        Reference.embed(weight, tokens)
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            // A copy rounds nothing.
+            Call::Embed { .. } => call.on(&Reference),
+            Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            _ => Ok(self.moved(call.on(&self.floor)?)),
+        }
     }
+}
 
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
-        Ok(self.moved(self.floor.rms_norm(x, gain, eps)?))
-    }
-
+impl Drawn {
     fn matmul(
         &self,
         x: &Tensor,
@@ -128,33 +132,5 @@ impl Ops for Drawn {
             y.set_columns(first, &chunk);
         }
         Ok(y)
-    }
-
-    fn rope(
-        &self,
-        x: &Tensor,
-        geometry: &Rope,
-        head_dim: usize,
-        first_position: usize,
-    ) -> Result<Tensor, ComputeError> {
-        Ok(self.moved(self.floor.rope(x, geometry, head_dim, first_position)?))
-    }
-
-    fn attention(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        shape: AttentionShape,
-    ) -> Result<Tensor, ComputeError> {
-        Ok(self.moved(self.floor.attention(q, k, v, shape)?))
-    }
-
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        Ok(self.moved(self.floor.swiglu(gate, up)?))
-    }
-
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
-        Ok(self.moved(self.floor.add(a, b)?))
     }
 }

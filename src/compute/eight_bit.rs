@@ -10,10 +10,11 @@
 
 use std::borrow::Cow;
 
+use super::call::Call;
 use super::reference::Reference;
-use super::{AttentionShape, ComputeError, Ops};
+use super::{ComputeError, Ops};
 use crate::dtype::Format;
-use crate::model::{Rope, Weight, WeightType};
+use crate::model::{Weight, WeightType};
 use crate::tensor::Tensor;
 
 /// The arithmetic, in words.
@@ -71,49 +72,13 @@ fn rounded<'x>(x: &'x Tensor, weight: &Weight<'_>) -> Cow<'x, Tensor> {
 }
 
 impl Ops for EightBit {
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
-        Reference.embed(weight, tokens)
-    }
-
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
-        Reference.rms_norm(x, gain, eps)
-    }
-
-    fn matmul(
-        &self,
-        x: &Tensor,
-        weight: Weight<'_>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<Tensor, ComputeError> {
-        Reference.matmul(&rounded(x, &weight), weight, bias)
-    }
-
-    fn rope(
-        &self,
-        x: &Tensor,
-        rope: &Rope,
-        head_dim: usize,
-        first_position: usize,
-    ) -> Result<Tensor, ComputeError> {
-        Reference.rope(x, rope, head_dim, first_position)
-    }
-
-    fn attention(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        shape: AttentionShape,
-    ) -> Result<Tensor, ComputeError> {
-        Reference.attention(q, k, v, shape)
-    }
-
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        Reference.swiglu(gate, up)
-    }
-
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
-        Reference.add(a, b)
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            Call::Matmul { x, weight, bias } => {
+                Reference.compute(&Call::Matmul { x: &rounded(x, &weight), weight, bias })
+            }
+            _ => Reference.compute(call),
+        }
     }
 }
 

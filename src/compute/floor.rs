@@ -13,13 +13,14 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
+use super::call::Call;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
 use super::emulated::kernels::WARP_LANES;
 use super::emulated::quantize::{Codes, CodesRow};
 use super::emulated::schedule::{Schedule, Step};
-use super::reference::{Reference, Widened, dot_rows};
+use super::reference::{Reference, Widened, dot_rows, sigmoid_argument};
 use super::rope;
 use super::vector::{Kernel, dispatch};
 use super::{
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::dtype::Format;
 use crate::engine::RopeKernel;
-use crate::model::{Rope, Weight};
+use crate::model::{Activation, Rope, Weight};
 use crate::op::{Accumulate, Recipe};
 use crate::random::Random;
 use crate::tensor::Tensor;
@@ -419,6 +420,24 @@ impl Kernel for Dots<'_> {
 }
 
 impl Ops for Floor {
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            Call::Embed { weight, tokens } => self.embed(weight, tokens),
+            Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            Call::Rope { x, rope, head_dim, first_position } => {
+                self.rope(x, rope, head_dim, first_position)
+            }
+            Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
+            Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Add { a, b } => self.add(a, b),
+            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::SoftCap { x, cap } => self.soft_cap(x, cap),
+        }
+    }
+}
+
+impl Floor {
     fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
         let y = Reference.embed(weight, tokens)?;
@@ -602,7 +621,7 @@ impl Ops for Floor {
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
         let y = Reference.attention(q, k, v, shape)?;
-        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         let mut sigma = Tensor::zeros(y.rows(), y.width());
         sigma.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(
             |(index, sigma)| {
@@ -612,11 +631,12 @@ impl Ops for Floor {
                 let group = group..group + head_dim;
                 let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
                 let out = &y.row(row)[head * head_dim..(head + 1) * head_dim];
-                let seen = first_position + row + 1;
-                let keys = (0..seen).map(|position| &k.row(position)[group.clone()]);
+                let seen = shape.seen(row);
+                let keys = seen.clone().map(|position| &k.row(position)[group.clone()]);
                 let values: Vec<&[f32]> =
-                    (0..seen).map(|position| &v.row(position)[group.clone()]).collect();
-                let spread = attention_spread(query, keys, &values, out, self.recipe.stream);
+                    seen.map(|position| &v.row(position)[group.clone()]).collect();
+                let spread =
+                    attention_spread(&shape, query, keys, &values, out, self.recipe.stream);
                 for (sigma, spread) in sigma.iter_mut().zip(spread) {
                     *sigma = (spread.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32;
                 }
@@ -627,17 +647,30 @@ impl Ops for Floor {
         Ok(y)
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        let y = Reference.swiglu(gate, up)?;
+    fn gated(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor, ComputeError> {
+        let y = Reference.gated(gate, up, activation)?;
         self.note_each(&y, |index, y| {
-            let power = libm::exp(-f64::from(gate.data()[index]));
+            let gate = f64::from(gate.data()[index]);
+            let argument = sigmoid_argument(activation, gate);
+            let power = libm::exp(-argument);
             // The exponential is within two places, and weighs as its share of 1 + e^-g;
             // then a sum, a quotient and two products round, and so does the reference.
             let share = if power.is_finite() { power / (1.0 + power) } else { 1.0 };
-            let exponential = (2.0 * F32_UNIT * share).powi(2);
+            let mut exponential = (2.0 * F32_UNIT * share).powi(2);
             let size = f64::from(y);
-            // A foreign engine may round SiLU and the product to the stream's type.
-            let engine = self.foreign(8.0, size) + 2.0 * self.passed(size);
+            // A foreign engine may round the activation and the product to the stream's type.
+            let mut engine = self.foreign(8.0, size) + 2.0 * self.passed(size);
+            if activation == Activation::GeluTanh {
+                // Three roundings and a coefficient lie before the exponential. A foreign engine
+                // computes `1 + tanh`, whose small values keep the roundings of 1.
+                exponential += share * share * 4.0 * rounded(argument);
+                engine += self.foreign(8.0, 0.5 * gate * f64::from(up.data()[index]));
+            }
             (size * size * exponential + 5.0 * rounded(size) + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
@@ -650,6 +683,31 @@ impl Ops for Floor {
         self.note_each(&y, |_, y| {
             let size = f64::from(y);
             (self.passed(size) + self.foreign(4.0, size)).sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn scale(&self, x: &Tensor, factor: f64) -> Result<Tensor, ComputeError> {
+        let y = Reference.scale(x, factor)?;
+        // The factor is an f32, the same for every value, and the product rounds once. A
+        // foreign engine may hold the factor in the stream's type.
+        let of_factor = f64::from(factor as f32) / factor - 1.0;
+        self.note_each(&y, |_, y| {
+            let size = f64::from(y);
+            let engine = 2.0 * self.passed(size) + self.foreign(2.0, size);
+            ((size * of_factor).powi(2) + engine).sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
+        let y = Reference.soft_cap(x, cap)?;
+        // A quotient, the tangent, within two places, a product, and the reference.
+        self.note_each(&y, |_, y| {
+            let size = f64::from(y);
+            let tangent = (2.0 * F32_UNIT * size).powi(2);
+            let engine = 3.0 * self.passed(size) + self.foreign(8.0, size);
+            (tangent + 4.0 * rounded(size) + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
     }
@@ -666,16 +724,26 @@ impl Ops for Floor {
 /// reference once each. `stream` is the type to which a foreign engine may round between
 /// its steps; it sums a score in an order of its own, which `2 A^2 u^2 / 3` covers with
 /// `A = sum |q k|`.
+///
+/// Where scores are bent to `c tanh(s / c)`, what moved s moves that by the slope
+/// `1 - tanh(s / c)^2`, and a quotient, the tangent and a product round beside.
 fn attention_spread<'k>(
+    shape: &AttentionShape,
     query: &[f32],
     keys: impl Iterator<Item = &'k [f32]>,
     values: &[&[f32]],
     out: &[f32],
     stream: Option<Format>,
 ) -> Vec<f64> {
-    let scale = 1.0 / (query.len() as f64).sqrt();
-    let of_scale = f64::from(1.0 / (query.len() as f32).sqrt()) / scale - 1.0;
-    let scores: Vec<(f64, f64)> = keys
+    /// A score, what moves it, and what its factor's rounding moves.
+    struct Score {
+        value: f64,
+        variance: f64,
+        of_scale: f64,
+    }
+    let scale = shape.exact_scale();
+    let of_scale = f64::from(shape.f32_scale()) / scale - 1.0;
+    let scores: Vec<Score> = keys
         .map(|key| {
             let (sum, mut variance) = rounded_score(query, key);
             if stream.is_some() {
@@ -683,19 +751,30 @@ fn attention_spread<'k>(
                     query.iter().zip(key).map(|(&q, &k)| (f64::from(q) * f64::from(k)).abs());
                 variance += 2.0 * rounded(size.sum());
             }
-            (sum * scale, variance * scale * scale)
+            let (value, variance) = (sum * scale, variance * scale * scale);
+            let plain = Score { value, variance, of_scale: value * of_scale };
+            let Some(cap) = shape.cap else { return plain };
+            let tangent = libm::tanh(value / cap);
+            let (bent, slope) = (cap * tangent, 1.0 - tangent * tangent);
+            let of_stream = stream.map_or(0.0, |stream| 2.0 * rounding(stream, bent.abs()));
+            let own = (2.0 * F32_UNIT * bent).powi(2) + 3.0 * rounded(bent) + of_stream;
+            let before = variance + rounded(value);
+            let variance = before * slope * slope + own;
+            Score { value: bent, variance, of_scale: plain.of_scale * slope }
         })
         .collect();
-    let largest =
-        scores.iter().fold(f64::NEG_INFINITY, |most, &(s, _)| if s > most { s } else { most });
-    let weights: Vec<f64> = scores.iter().map(|&(s, _)| libm::exp(s - largest)).collect();
+    let largest = scores
+        .iter()
+        .fold(f64::NEG_INFINITY, |most, s| if s.value > most { s.value } else { most });
+    let weights: Vec<f64> = scores.iter().map(|s| libm::exp(s.value - largest)).collect();
     let total: f64 = weights.iter().sum();
     let mut spread = vec![0.0; out.len()];
     let mut partial = vec![0.0; out.len()];
     let mut together = vec![0.0; out.len()];
-    for ((&(score, of_sums), weight), value) in scores.iter().zip(&weights).zip(values) {
+    for ((score, weight), value) in scores.iter().zip(&weights).zip(values) {
+        let Score { value: score, variance, of_scale } = *score;
         let share = weight / total;
-        let of_score = of_sums + rounded(score) + rounded(score - largest);
+        let of_score = variance + rounded(score) + rounded(score - largest);
         let relative = of_score + (2.0 * F32_UNIT).powi(2);
         // A foreign engine may round a score before and after its scale, and the weight.
         let relative = match stream {
@@ -710,7 +789,7 @@ fn attention_spread<'k>(
             partial[index] += share * value;
             let moved = share * (value - f64::from(out[index]));
             spread[index] += moved * moved * relative + rounded(partial[index]);
-            together[index] += moved * score * of_scale;
+            together[index] += moved * of_scale;
         }
     }
     let chain = (values.len() as f64 / 32.0).ceil() + 7.0;

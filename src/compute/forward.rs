@@ -1,10 +1,12 @@
-//! The transformer, written once over the arms' ops: llama, qwen2, qwen3.
+//! The transformer, written once over the arms' ops.
 //!
 //! It knows the order of the ops and the names of the sites, not how an op is
-//! computed. What happens to a site's tensor is up to [`Sites`]: a recorder
+//! computed. Which norms a block has is told by its tensors, the rest by the
+//! model's config. What happens to a site's tensor is up to [`Sites`]: a recorder
 //! keeps it, an anchor puts another arm's tensor in its place.
 
-use super::{AttentionShape, ComputeError, Ops, check_interrupt};
+use super::call::Call;
+use super::{AttentionShape, ComputeError, Pass, check_interrupt};
 use crate::model::{Config, Model, Weight};
 use crate::op::Site;
 use crate::tensor::Tensor;
@@ -35,14 +37,20 @@ impl KvCache {
     }
 }
 
-/// The site `blk.LAYER.NAME`.
-fn block_site(layer: usize, name: &str) -> Site {
-    Site(format!("blk.{layer}.{name}"))
-}
-
 /// The name of the tensor that makes the logits: `output`, or the embedding where they are tied.
 pub fn output_weight(model: &Model) -> &'static str {
     if model.has("output.weight") { "output.weight" } else { "token_embd.weight" }
+}
+
+/// The attention of a block, of queries from that position on.
+pub fn attention_of(config: &Config, layer: usize, first_position: usize) -> AttentionShape {
+    let Config { heads, kv_heads, head_dim, .. } = *config;
+    AttentionShape {
+        scale: config.factors.scores,
+        window: config.window_of(layer),
+        cap: config.caps.scores,
+        ..AttentionShape::causal(heads, kv_heads, head_dim, first_position)
+    }
 }
 
 /// One pass over `tokens`, which follow the positions that `cache` holds.
@@ -51,7 +59,7 @@ pub fn output_weight(model: &Model) -> &'static str {
 /// `[tokens, vocabulary]`.
 pub fn forward(
     model: &Model,
-    ops: &dyn Ops,
+    pass: &dyn Pass,
     tokens: &[u32],
     cache: &mut KvCache,
     sites: &mut dyn Sites,
@@ -63,25 +71,52 @@ pub fn forward(
         let context_length = config.context_length;
         return Err(ComputeError::Context { positions, context_length });
     }
-    let embedded = ops.embed(model.tensor("token_embd.weight")?, tokens)?;
-    let mut stream = sites.visit(Site("embed".to_owned()), embedded)?;
+    let mut flow = Flow { pass, sites };
+    let weight = model.tensor("token_embd.weight")?;
+    let mut stream = flow.make(Site("embed".to_owned()), &Call::Embed { weight, tokens })?;
+    if let Some(factor) = config.factors.embedding {
+        let call = Call::Scale { x: &stream, factor };
+        stream = flow.make(Site("embed_scaled".to_owned()), &call)?;
+    }
     for layer in 0..config.layers {
-        let block = Block { model, ops, layer, first_position };
-        stream = block.run(stream, &mut cache.layers[layer], sites)?;
+        let block = Block { model, layer, first_position };
+        stream = block.run(stream, &mut cache.layers[layer], &mut flow)?;
     }
     cache.positions = positions;
     let gain = model.tensor("output_norm.weight")?;
-    let normed = ops.rms_norm(&stream, gain, config.rms_norm_eps)?;
-    let normed = sites.visit(Site("output_norm".to_owned()), normed)?;
-    check_interrupt()?;
-    let logits = ops.matmul(&normed, model.tensor(output_weight(model))?, None)?;
-    sites.visit(Site("logits".to_owned()), logits)
+    let call = Call::RmsNorm { x: &stream, gain, eps: config.rms_norm_eps };
+    let normed = flow.make(Site("output_norm".to_owned()), &call)?;
+    let weight = model.tensor(output_weight(model))?;
+    let mut names = super::flow::after_output(model).iter();
+    let mut next = || Site(names.next().unwrap_or(&"logits").to_string());
+    let mut logits = flow.make(next(), &Call::Matmul { x: &normed, weight, bias: None })?;
+    if let Some(factor) = config.factors.logits {
+        logits = flow.make(next(), &Call::Scale { x: &logits, factor })?;
+    }
+    if let Some(cap) = config.caps.logits {
+        logits = flow.make(next(), &Call::SoftCap { x: &logits, cap })?;
+    }
+    Ok(logits)
+}
+
+/// What computes a pass, and what becomes of its sites.
+struct Flow<'a> {
+    pass: &'a dyn Pass,
+    sites: &'a mut dyn Sites,
+}
+
+impl Flow<'_> {
+    /// The tensor with which the pass goes on after a site.
+    fn make(&mut self, site: Site, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        check_interrupt()?;
+        let tensor = self.pass.answer(&site, call)?;
+        self.sites.visit(site, tensor)
+    }
 }
 
 /// One transformer block.
 struct Block<'a> {
     model: &'a Model,
-    ops: &'a dyn Ops,
     layer: usize,
     first_position: usize,
 }
@@ -91,65 +126,77 @@ impl Block<'_> {
         &self,
         stream: Tensor,
         cache: &mut (Tensor, Tensor),
-        sites: &mut dyn Sites,
+        flow: &mut Flow<'_>,
     ) -> Result<Tensor, ComputeError> {
         let config = self.model.config();
-        let mut visit = |name: &str, tensor: Tensor| {
-            check_interrupt()?;
-            sites.visit(block_site(self.layer, name), tensor)
+        let mut make = |name: &str, call: &Call<'_>| {
+            flow.make(Site(format!("blk.{}.{name}", self.layer)), call)
         };
 
-        let normed = visit("attn_norm", self.norm(&stream, "attn_norm")?)?;
-        let mut q = visit("q", self.project(&normed, "attn_q")?)?;
-        let mut k = visit("k", self.project(&normed, "attn_k")?)?;
-        let v = visit("v", self.project(&normed, "attn_v")?)?;
-        if self.model.has(&self.weight_name("attn_q_norm")) {
-            q = visit("q_norm", self.norm(&q, "attn_q_norm")?)?;
-            k = visit("k_norm", self.norm(&k, "attn_k_norm")?)?;
+        let normed = self.norm("attn_norm", &stream)?.map(|call| make("attn_norm", &call));
+        let normed = normed.transpose()?;
+        let x = normed.as_ref().unwrap_or(&stream);
+        let mut q = make("q", &self.project("attn_q", x)?)?;
+        let mut k = make("k", &self.project("attn_k", x)?)?;
+        let v = make("v", &self.project("attn_v", x)?)?;
+        if let Some(call) = self.norm("attn_q_norm", &q)? {
+            q = make("q_norm", &call)?;
         }
-        let q = visit("q_rope", self.rope(&q)?)?;
-        let k = visit("k_rope", self.rope(&k)?)?;
+        if let Some(call) = self.norm("attn_k_norm", &k)? {
+            k = make("k_norm", &call)?;
+        }
+        if let Some(rope) = config.rope_of(self.layer) {
+            let (head_dim, first_position) = (config.head_dim, self.first_position);
+            let turn = |x| Call::Rope { x, rope, head_dim, first_position };
+            let turned = make("q_rope", &turn(&q))?;
+            k = make("k_rope", &turn(&k))?;
+            q = turned;
+        }
         append(&mut cache.0, &k);
         append(&mut cache.1, &v);
 
-        let shape = AttentionShape {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            first_position: self.first_position,
-        };
-        let attended = visit("attn", self.ops.attention(&q, &cache.0, &cache.1, shape)?)?;
-        let attended = visit("attn_out", self.project(&attended, "attn_output")?)?;
-        let stream = visit("attn_residual", self.ops.add(&stream, &attended)?)?;
+        let shape = attention_of(config, self.layer, self.first_position);
+        let mut branch = make("attn", &Call::Attention { q: &q, k: &cache.0, v: &cache.1, shape })?;
+        branch = make("attn_out", &self.project("attn_output", &branch)?)?;
+        if let Some(call) = self.norm("post_attention_norm", &branch)? {
+            branch = make("attn_post_norm", &call)?;
+        }
+        if let Some(factor) = config.factors.residual {
+            branch = make("attn_scaled", &Call::Scale { x: &branch, factor })?;
+        }
+        let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
 
-        let normed = visit("ffn_norm", self.norm(&stream, "ffn_norm")?)?;
-        let gate = visit("ffn_gate", self.project(&normed, "ffn_gate")?)?;
-        let up = visit("ffn_up", self.project(&normed, "ffn_up")?)?;
-        let activated = visit("ffn_swiglu", self.ops.swiglu(&gate, &up)?)?;
-        let down = visit("ffn_down", self.project(&activated, "ffn_down")?)?;
-        visit("ffn_residual", self.ops.add(&stream, &down)?)
+        let normed = self.norm("ffn_norm", &stream)?.map(|call| make("ffn_norm", &call));
+        let normed = normed.transpose()?;
+        let x = normed.as_ref().unwrap_or(&stream);
+        let gate = make("ffn_gate", &self.project("ffn_gate", x)?)?;
+        let up = make("ffn_up", &self.project("ffn_up", x)?)?;
+        let activation = config.activation;
+        let activated = make("ffn_swiglu", &Call::Gated { gate: &gate, up: &up, activation })?;
+        let mut branch = make("ffn_down", &self.project("ffn_down", &activated)?)?;
+        if let Some(call) = self.norm("post_ffw_norm", &branch)? {
+            branch = make("ffn_post_norm", &call)?;
+        }
+        if let Some(factor) = config.factors.residual {
+            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor })?;
+        }
+        make("ffn_residual", &Call::Add { a: &stream, b: &branch })
     }
 
-    fn weight_name(&self, name: &str) -> String {
-        format!("blk.{}.{name}.weight", self.layer)
+    /// The norm of that gain, where the block has it.
+    fn norm<'x>(&'x self, name: &str, x: &'x Tensor) -> Result<Option<Call<'x>>, ComputeError> {
+        let name = format!("blk.{}.{name}.weight", self.layer);
+        if !self.model.has(&name) {
+            return Ok(None);
+        }
+        let gain = self.model.tensor(&name)?;
+        Ok(Some(Call::RmsNorm { x, gain, eps: self.model.config().rms_norm_eps }))
     }
 
-    fn weight(&self, name: &str) -> Result<Weight<'_>, ComputeError> {
-        Ok(self.model.tensor(&self.weight_name(name))?)
-    }
-
-    fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor, ComputeError> {
-        self.ops.rms_norm(x, self.weight(name)?, self.model.config().rms_norm_eps)
-    }
-
-    fn project(&self, x: &Tensor, name: &str) -> Result<Tensor, ComputeError> {
-        let bias = bias_of(self.model, &format!("blk.{}.{name}", self.layer))?;
-        self.ops.matmul(x, self.weight(name)?, bias)
-    }
-
-    fn rope(&self, x: &Tensor) -> Result<Tensor, ComputeError> {
-        let config = self.model.config();
-        self.ops.rope(x, &config.rope, config.head_dim, self.first_position)
+    fn project<'x>(&'x self, name: &str, x: &'x Tensor) -> Result<Call<'x>, ComputeError> {
+        let name = format!("blk.{}.{name}", self.layer);
+        let weight = self.model.tensor(&format!("{name}.weight"))?;
+        Ok(Call::Matmul { x, weight, bias: bias_of(self.model, &name)? })
     }
 }
 
@@ -179,7 +226,7 @@ pub struct Greedy {
 /// positions `cache` holds. Of equal logits the smallest token id wins.
 pub fn decode_greedily(
     model: &Model,
-    ops: &dyn Ops,
+    pass: &dyn Pass,
     logits: &Tensor,
     cache: &mut KvCache,
     count: usize,
@@ -191,7 +238,7 @@ pub fn decode_greedily(
         greedy.tokens.push(token);
         greedy.margins.push(margin);
         if greedy.tokens.len() < count {
-            last = forward(model, ops, &[token], cache, &mut Discard)?.into_data();
+            last = forward(model, pass, &[token], cache, &mut Discard)?.into_data();
         }
     }
     Ok(greedy)

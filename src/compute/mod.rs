@@ -1,8 +1,8 @@
 //! One op on one arm.
 //!
-//! [`Ops`] is the list of what a transformer needs; each arm answers every
-//! entry. [`forward`](forward::forward) is written once over it. Nothing here
-//! knows of stages, contracts or caches.
+//! [`Call`] is the list of what a transformer needs; each arm is an [`Ops`], which computes
+//! every one. [`forward`](forward::forward) is written once over it. Nothing here knows of
+//! stages, contracts or caches.
 
 pub mod arms;
 pub mod call;
@@ -13,6 +13,7 @@ pub mod eight_bit;
 pub mod emulated;
 pub mod engine_kernels;
 pub mod floor;
+pub mod flow;
 pub mod forward;
 pub mod generate;
 pub mod product;
@@ -22,10 +23,14 @@ pub mod rope;
 pub mod shares;
 pub mod vector;
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
+use self::call::Call;
 use crate::interrupt;
-use crate::model::{ModelError, Rope, Weight};
+use crate::model::{ModelError, Weight};
+use crate::op::Site;
 use crate::tensor::Tensor;
 use crate::tensor_file::TensorFileError;
 
@@ -110,8 +115,8 @@ pub struct GemmRecord {
     pub weights: Vec<String>,
 }
 
-/// The shape of one attention call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The shape of one attention call, and what is done to its scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
     pub heads: usize,
@@ -121,56 +126,86 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Position of the first query row; keys and values start at position 0.
     pub first_position: usize,
+    /// What scores are multiplied by; `1 / sqrt(head_dim)` where nothing is said.
+    pub scale: Option<f64>,
+    /// Positions that a query sees, its own among them; all up to its own where nothing is said.
+    pub window: Option<usize>,
+    /// Where scores are bent towards a limit `c`: `c tanh(score / c)`, after the scale.
+    pub cap: Option<f64>,
 }
 
-/// The ops of a transformer. Each arm is one implementation.
+impl AttentionShape {
+    /// Causal attention over all keys, with the usual scale.
+    pub fn causal(
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        first_position: usize,
+    ) -> AttentionShape {
+        let (scale, window, cap) = (None, None, None);
+        AttentionShape { heads, kv_heads, head_dim, first_position, scale, window, cap }
+    }
+
+    /// The scale as the reference multiplies with it.
+    pub fn exact_scale(&self) -> f64 {
+        self.scale.unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
+    }
+
+    /// The scale as the project's kernels multiply with it.
+    pub fn f32_scale(&self) -> f32 {
+        self.scale.map_or_else(|| 1.0 / (self.head_dim as f32).sqrt(), |scale| scale as f32)
+    }
+
+    /// The positions that the query in `row` sees.
+    pub fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.first_position + row + 1;
+        end.saturating_sub(self.window.unwrap_or(end))..end
+    }
+
+    /// Whether every query sees all positions up to its own, and scores are only scaled as usual.
+    pub fn is_plain(&self) -> bool {
+        self.scale.is_none() && self.window.is_none() && self.cap.is_none()
+    }
+}
+
+/// The ops of a transformer. Each arm is one implementation, with one entry for all of them.
 ///
 /// Activations are f32 `[tokens, width]`; an op allocates its result.
 pub trait Ops: Sync {
-    /// Rows `tokens` of the embedding matrix, `[tokens, hidden]`.
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError>;
-
-    /// `x / sqrt(mean(x^2) + eps) * gain`, on each group of `gain.width()`
-    /// values of a row: the whole row, or each head of it (QK norm).
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError>;
-
-    /// `x w^T + bias`: `[tokens, K]` by `[M, K]` gives `[tokens, M]`.
-    fn matmul(
-        &self,
-        x: &Tensor,
-        weight: Weight<'_>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<Tensor, ComputeError>;
-
-    /// Rotary position embedding of each head of each row; row `i` stands at
-    /// position `first_position + i`.
-    fn rope(
-        &self,
-        x: &Tensor,
-        rope: &Rope,
-        head_dim: usize,
-        first_position: usize,
-    ) -> Result<Tensor, ComputeError>;
-
-    /// Causal attention with grouped queries: `q` is `[tokens, heads * head_dim]`,
-    /// `k` and `v` are `[positions, kv_heads * head_dim]`.
-    fn attention(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        shape: AttentionShape,
-    ) -> Result<Tensor, ComputeError>;
-
-    /// `silu(gate) * up`.
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError>;
-
-    /// `a + b`, the residual stream's addition.
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError>;
+    /// Computes one op.
+    ///
+    /// # Errors
+    /// If shapes do not fit, a weight cannot be read, or the arm does not know the op.
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError>;
 
     /// The products so far, where a library computed them.
     fn gemms(&self) -> Vec<GemmRecord> {
         Vec::new()
+    }
+}
+
+/// What answers the calls of a pass, each with the site that it makes: an arm, which does not
+/// care where it is, or somebody who looks over its shoulder.
+pub trait Pass: Sync {
+    /// The tensor of a site.
+    ///
+    /// # Errors
+    /// As the op.
+    fn answer(&self, site: &Site, call: &Call<'_>) -> Result<Tensor, ComputeError>;
+
+    /// The products so far, where a library computed them.
+    fn products(&self) -> Vec<GemmRecord> {
+        Vec::new()
+    }
+}
+
+impl<T: Ops + ?Sized> Pass for T {
+    fn answer(&self, _: &Site, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        self.compute(call)
+    }
+
+    fn products(&self) -> Vec<GemmRecord> {
+        self.gemms()
     }
 }
 

@@ -9,12 +9,13 @@
 
 use rayon::prelude::*;
 
+use super::call::Call;
 use super::vector::{Kernel, dispatch};
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
     check_tokens, rope,
 };
-use crate::model::{Rope, Weight};
+use crate::model::{Activation, Rope, Weight};
 use crate::tensor::Tensor;
 
 /// Number of partial sums of a dot product; element `k` goes to lane `k % LANES`.
@@ -25,7 +26,25 @@ const LANES: usize = 8;
 pub struct Reference;
 
 impl Ops for Reference {
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            Call::Embed { weight, tokens } => self.embed(weight, tokens),
+            Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            Call::Rope { x, rope, head_dim, first_position } => {
+                self.rope(x, rope, head_dim, first_position)
+            }
+            Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
+            Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Add { a, b } => self.add(a, b),
+            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::SoftCap { x, cap } => self.soft_cap(x, cap),
+        }
+    }
+}
+
+impl Reference {
+    pub(crate) fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
         let mut rows = Tensor::zeros(tokens.len(), weight.width());
         for (index, &token) in tokens.iter().enumerate() {
@@ -35,7 +54,12 @@ impl Ops for Reference {
         Ok(rows)
     }
 
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+    pub(crate) fn rms_norm(
+        &self,
+        x: &Tensor,
+        gain: Weight<'_>,
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
         let gain = gain.to_vec()?;
         let mut y = Tensor::zeros(x.rows(), x.width());
@@ -49,7 +73,7 @@ impl Ops for Reference {
         Ok(y)
     }
 
-    fn matmul(
+    pub(crate) fn matmul(
         &self,
         x: &Tensor,
         weight: Weight<'_>,
@@ -71,7 +95,7 @@ impl Ops for Reference {
         Ok(y)
     }
 
-    fn rope(
+    pub(crate) fn rope(
         &self,
         x: &Tensor,
         geometry: &Rope,
@@ -93,31 +117,34 @@ impl Ops for Reference {
         Ok(y)
     }
 
-    fn attention(
+    pub(crate) fn attention(
         &self,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
-        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
-        let scale = 1.0 / (head_dim as f64).sqrt();
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let scale = shape.exact_scale();
+        let bent = |score: f64| shape.cap.map_or(score, |cap| cap * libm::tanh(score / cap));
         let mut y = Tensor::zeros(q.rows(), heads * head_dim);
         y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
             check_interrupt()?;
             let (row, head) = (index / heads, index % heads);
             let group = head / (heads / kv_heads) * head_dim;
             let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
-            let seen = first_position + row + 1;
-            let scores: Vec<f64> = (0..seen)
+            let seen = shape.seen(row);
+            let scores: Vec<f64> = seen
+                .clone()
                 .map(|position| dot(query, &k.row(position)[group..group + head_dim]) * scale)
+                .map(bent)
                 .collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> =
                 scores.iter().map(|&score| libm::exp(score - largest)).collect();
             let total: f64 = weights.iter().sum();
             let mut sums = vec![0.0f64; head_dim];
-            for (position, weight) in weights.iter().enumerate() {
+            for (position, weight) in seen.zip(&weights) {
                 let value = &v.row(position)[group..group + head_dim];
                 for (sum, &value) in sums.iter_mut().zip(value) {
                     *sum += weight * f64::from(value);
@@ -131,20 +158,52 @@ impl Ops for Reference {
         Ok(y)
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        check_same_shape("swiglu", gate, up)?;
-        let data = gate.data().par_iter().zip(up.data()).map(|(&gate, &up)| {
-            let gate = f64::from(gate);
-            (gate / (1.0 + libm::exp(-gate)) * f64::from(up)) as f32
-        });
+    pub(crate) fn gated(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor, ComputeError> {
+        check_same_shape("a gated activation", gate, up)?;
+        let data = gate.data().par_iter().zip(up.data());
+        let data = data
+            .map(|(&gate, &up)| (activated(activation, f64::from(gate)) * f64::from(up)) as f32);
         Ok(Tensor::new(gate.width(), data.collect()))
     }
 
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+    pub(crate) fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
         check_same_shape("a residual addition", a, b)?;
         let data = a.data().iter().zip(b.data());
         let data = data.map(|(&a, &b)| (f64::from(a) + f64::from(b)) as f32);
         Ok(Tensor::new(a.width(), data.collect()))
+    }
+
+    pub(crate) fn scale(&self, x: &Tensor, factor: f64) -> Result<Tensor, ComputeError> {
+        let data = x.data().iter().map(|&x| (f64::from(x) * factor) as f32);
+        Ok(Tensor::new(x.width(), data.collect()))
+    }
+
+    pub(crate) fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
+        let data = x.data().iter().map(|&x| (cap * libm::tanh(f64::from(x) / cap)) as f32);
+        Ok(Tensor::new(x.width(), data.collect()))
+    }
+}
+
+/// SiLU, or GELU by the hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415).
+///
+/// Both are `x / (1 + e^-z)`: of SiLU z is x, of GELU `2 sqrt(2 / pi) (x + 0.044715 x^3)`, since
+/// `(1 + tanh(z / 2)) / 2 = 1 / (1 + e^-z)`.
+pub fn activated(activation: Activation, x: f64) -> f64 {
+    x / (1.0 + libm::exp(-sigmoid_argument(activation, x)))
+}
+
+/// The number whose sigmoid an activation multiplies with.
+pub(super) fn sigmoid_argument(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x,
+        Activation::GeluTanh => {
+            2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)
+        }
     }
 }
 

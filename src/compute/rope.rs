@@ -5,9 +5,13 @@
 
 use crate::model::{Rope, RopeLayout};
 
-/// `sin` and `cos` of each pair's [`angle`] at `position`.
+/// `sin` and `cos` of each pair's [`angle`] at `position`, times RoPE's magnitude.
 pub fn angles(rope: &Rope, position: usize) -> Vec<(f64, f64)> {
-    (0..rope.dimensions / 2).map(|pair| libm::sincos(angle(rope, pair, position))).collect()
+    let of_pair = |pair| {
+        let (sin, cos) = libm::sincos(angle(rope, pair, position));
+        (sin * rope.magnitude, cos * rope.magnitude)
+    };
+    (0..rope.dimensions / 2).map(of_pair).collect()
 }
 
 /// By how many radians a pair turns at `position`:

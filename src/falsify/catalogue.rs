@@ -71,6 +71,16 @@ const NORMS: &[&str] = &["attn_norm", "ffn_norm", "output_norm"];
 const ROPES: &[&str] = &["q_rope", "k_rope"];
 const Q_ROPE: &[&str] = &["q_rope"];
 const ADDS: &[&str] = &["attn_residual", "ffn_residual"];
+const GAINS: &[&str] = &[
+    "attn_norm",
+    "ffn_norm",
+    "attn_post_norm",
+    "ffn_post_norm",
+    "q_norm",
+    "k_norm",
+    "output_norm",
+];
+const SCALED: &[&str] = &["embed_scaled", "attn_scaled", "ffn_scaled", "logits_scaled", "logits"];
 const BIASED: &[&str] = &["q", "k", "v"];
 
 /// All bugs.
@@ -422,6 +432,15 @@ pub const CATALOGUE: &[Bug] = &[
     bug("ReLU for SiLU", &["activation-function"], &["ffn_swiglu"], Plant::Relu),
     bug("up projection ignored", &["activation-function"], &["ffn_swiglu"], Plant::UpIgnored),
     bug("SwiGLU rounded to f16", &["output-rounded"], &["ffn_swiglu"], Plant::Rounded(Format::F16)),
+    // What other architectures have.
+    bug("window ignored", &["causal-mask"], &["attn"], Plant::WindowIgnored),
+    bug("window one position wider", &["causal-mask"], &["attn"], Plant::WindowWider),
+    bug("scores without their soft cap", &["soft-cap-missing"], &["attn"], Plant::SoftCapMissing),
+    bug("logits without their soft cap", &["soft-cap-missing"], &["logits"], Plant::SoftCapMissing),
+    bug("gain without its 1", &["weight-offset"], GAINS, Plant::OffsetMissing),
+    bug("whole heads turned for a part", &["rope-width"], ROPES, Plant::RopeWhole),
+    bug("a factor left out", &["factor-missing"], SCALED, Plant::FactorMissing),
+    bug("a factor applied twice", &["factor-twice"], SCALED, Plant::FactorTwice),
     // Residuals.
     bug(
         "residual stream not added",

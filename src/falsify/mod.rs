@@ -25,7 +25,7 @@ use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::floor::Floor;
 use crate::compute::reference::Reference;
-use crate::compute::{ComputeError, Ops};
+use crate::compute::{ComputeError, Pass};
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::graph::Graph;
@@ -423,7 +423,7 @@ impl Workshop for Clean {
         Shipped::default().name(arm)
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         Shipped::default().ops(arm, recipe)
     }
 
@@ -467,7 +467,7 @@ impl Workshop for Planted {
         }
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         if arm != self.0.plot.role {
             return self.0.clean.ops(arm, recipe);
         }

@@ -18,10 +18,10 @@ use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::forward::top_1;
-use crate::compute::reference::Reference;
+use crate::compute::reference::{Reference, activated};
 use crate::compute::{AttentionShape, ComputeError, Ops, rope};
 use crate::dtype::Format;
-use crate::model::{Model, Rope, RopeLayout, Weight};
+use crate::model::{Activation, Model, Rope, RopeLayout, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
 use crate::tensor::Tensor;
 
@@ -129,6 +129,13 @@ pub enum Plant {
     RowOffByOne,
     EmbedInterleaved,
     TimesRootHidden,
+    FactorMissing,
+    FactorTwice,
+    SoftCapMissing,
+    OffsetMissing,
+    RopeWhole,
+    WindowIgnored,
+    WindowWider,
 }
 
 /// What a bug has at hand.
@@ -206,9 +213,15 @@ pub fn planted(
             rotation(plant, (x, rope, head_dim, first_position), ground)
         }
         Call::Attention { q, k, v, shape } => attention(plant, (q, k, v, shape), ground),
-        Call::SwiGlu { gate, up } => swiglu(plant, gate, up, ground),
+        Call::Gated { gate, up, activation } => gated(plant, (gate, up, activation), ground),
         Call::Add { a, b } => addition(plant, a, b, ground),
         Call::Embed { weight, tokens } => embedding(plant, weight, tokens, clean, ground),
+        Call::Scale { x, factor } => Ok(match plant {
+            Plant::FactorMissing => Some(x.clone()),
+            Plant::FactorTwice => Some(mapped(clean, |y| y * factor as f32)),
+            _ => None,
+        }),
+        Call::SoftCap { x, .. } => Ok((plant == Plant::SoftCapMissing).then(|| x.clone())),
     }
 }
 
@@ -400,7 +413,7 @@ impl Gemm<'_> {
     }
 
     fn on(&self, arm: &dyn Ops, x: &Tensor, weight: Weight<'_>, bias: Option<Weight<'_>>) -> Made {
-        Ok(Some(arm.matmul(x, weight, bias)?))
+        Ok(Some(Call::Matmul { x, weight, bias }.on(arm)?))
     }
 
     fn rearranged(&self, order: impl Fn(usize) -> usize) -> Made {
@@ -599,6 +612,7 @@ fn norm(plant: Plant, (x, gain, eps): (&Tensor, Weight<'_>, f32), ground: &Groun
         Plant::Epsilon(other) if other != eps => Ok(Some(arm.rms_norm(x, gain, other)?)),
         Plant::GainOffset => with_gain(&|g| 1.0 + g),
         Plant::GainIgnored => with_gain(&|_| 1.0),
+        Plant::OffsetMissing if gain.is_less_one() => with_gain(&|g| g - 1.0),
         Plant::OtherGain => {
             let name = gain.name();
             let other = if name.contains("attn_norm") {
@@ -658,6 +672,9 @@ fn rotation(
         Plant::RopeFactorsIgnored if geometry.factors.is_some() => {
             turned(&Rope { factors: None, ..geometry.clone() }, first)
         }
+        Plant::RopeWhole if geometry.dimensions < head_dim && geometry.factors.is_none() => {
+            turned(&Rope { dimensions: head_dim, ..geometry.clone() }, first)
+        }
         Plant::RopeBack => {
             let mirrored = |x: &Tensor| {
                 let mut y = x.clone();
@@ -682,7 +699,7 @@ fn attention(
     ground: &Ground<'_>,
 ) -> Made {
     let arm = ground.arm;
-    let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+    let AttentionShape { heads, kv_heads, head_dim, first_position, .. } = shape;
     let scaled = |factor: f32| Ok(Some(arm.attention(&mapped(q, |q| q * factor), k, v, shape)?));
     let seen = |range: &dyn Fn(usize) -> std::ops::Range<usize>| {
         let mut data = Vec::with_capacity(q.data().len());
@@ -693,7 +710,8 @@ fn attention(
                 Tensor::new(x.width(), x.data()[range].to_vec())
             };
             let one = Tensor::new(q.width(), q.row(row).to_vec());
-            let shape = AttentionShape { first_position: positions.len() - 1, ..shape };
+            let first_position = positions.len() - 1;
+            let shape = AttentionShape { first_position, window: None, ..shape };
             data.extend(arm.attention(&one, &some(k), &some(v), shape)?.into_data());
         }
         Ok(Some(Tensor::new(heads * head_dim, data)))
@@ -712,7 +730,8 @@ fn attention(
         let every = AttentionShape { kv_heads: heads, ..shape };
         Ok(Some(arm.attention(q, &wide(k), &wide(v), every)?))
     };
-    let root = (head_dim as f32).sqrt();
+    let root = 1.0 / shape.f32_scale();
+    let first = |own: usize| shape.seen(own - first_position).start;
     match plant {
         Plant::CacheKept(format, unscaled) => {
             let kept = |x: &Tensor| cache_format::kept(x, format, unscaled);
@@ -721,9 +740,23 @@ fn attention(
         Plant::SoftmaxScale(0) => scaled(root),
         Plant::SoftmaxScale(1) => scaled(1.0 / root),
         Plant::SoftmaxScale(_) => scaled(std::f32::consts::LN_2),
+        Plant::SoftCapMissing if shape.cap.is_some() => {
+            Ok(Some(arm.attention(q, k, v, AttentionShape { cap: None, ..shape })?))
+        }
+        Plant::WindowIgnored if shape.window.is_some() => seen(&|own| 0..own + 1),
+        Plant::WindowWider => match shape.window {
+            Some(window) if window < k.rows() => {
+                seen(&|own| (own + 1).saturating_sub(window + 1)..own + 1)
+            }
+            _ => Ok(None),
+        },
         Plant::MaskMissing if k.rows() > 1 => seen(&|_| 0..k.rows()),
-        Plant::MaskStrict if k.rows() > 1 => seen(&|own| 0..own.max(1)),
-        Plant::Window(window) if k.rows() > window => {
+        Plant::MaskStrict if k.rows() > 1 => {
+            seen(&|own| first(own).min(own.max(1) - 1)..own.max(1))
+        }
+        Plant::Window(window)
+            if k.rows() > window && shape.window.is_none_or(|own| window < own) =>
+        {
             seen(&|own| (own + 1).saturating_sub(window)..own + 1)
         }
         Plant::HeadsModulo if kv_heads > 1 && kv_heads < heads => {
@@ -735,17 +768,21 @@ fn attention(
     }
 }
 
-fn swiglu(plant: Plant, gate: &Tensor, up: &Tensor, ground: &Ground<'_>) -> Made {
+fn gated(
+    plant: Plant,
+    (gate, up, activation): (&Tensor, &Tensor, Activation),
+    ground: &Ground<'_>,
+) -> Made {
     let each = |function: &dyn Fn(f64, f64) -> f64| {
         let pairs = gate.data().iter().zip(up.data());
         let values = pairs.map(|(&g, &u)| function(f64::from(g), f64::from(u)) as f32);
         Ok(Some(Tensor::new(gate.width(), values.collect())))
     };
     match plant {
-        Plant::GateForUp => Ok(Some(ground.arm.swiglu(up, gate)?)),
+        Plant::GateForUp => Ok(Some(ground.arm.gated(up, gate, activation)?)),
         Plant::Gelu => each(&|g, u| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2)) * u),
         Plant::Relu => each(&|g, u| if g > 0.0 { g * u } else { 0.0 }),
-        Plant::UpIgnored => each(&|g, _| g / (1.0 + libm::exp(-g))),
+        Plant::UpIgnored => each(&|g, _| activated(activation, g)),
         _ => Ok(None),
     }
 }

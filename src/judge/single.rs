@@ -13,7 +13,7 @@ use crate::compute::call::{Call, MadeWeight};
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::{AttentionShape, ComputeError, rope};
 use crate::dtype::Format;
-use crate::model::Rope;
+use crate::model::{Activation, Rope};
 use crate::op::{Accumulate, ActivationScale, ChipName, Pin, Recipe, Scale, WeightScale};
 use crate::tensor::Tensor;
 
@@ -247,20 +247,20 @@ impl Single<'_> {
             }
             Single::Attention { q, k, v, shape } => {
                 let usual = 1.0 / (shape.head_dim as f64).sqrt();
-                let is_usual = shape.causal
-                    && shape.window.is_none()
-                    && (shape.scale / usual - 1.0).abs() < 1e-6
-                    && k.width() == v.width();
+                let is_usual = shape.causal && k.width() == v.width();
+                let first = k.rows().saturating_sub(q.rows());
+                let own_scale = (shape.scale / usual - 1.0).abs() >= 1e-6;
                 let of_model = AttentionShape {
-                    heads: shape.heads,
-                    kv_heads: shape.kv_heads,
-                    head_dim: shape.head_dim,
-                    first_position: k.rows().saturating_sub(q.rows()),
+                    scale: own_scale.then_some(shape.scale),
+                    window: shape.window,
+                    ..AttentionShape::causal(shape.heads, shape.kv_heads, shape.head_dim, first)
                 };
                 let call = Call::Attention { q, k, v, shape: of_model };
                 is_usual.then(|| then(&call)).transpose()
             }
-            Single::Swiglu { gate, up } => then(&Call::SwiGlu { gate, up }).map(Some),
+            Single::Swiglu { gate, up } => {
+                then(&Call::Gated { gate, up, activation: Activation::Silu }).map(Some)
+            }
             Single::Softmax { .. } => Ok(None),
         }
     }

@@ -1,20 +1,16 @@
 //! What a model's hyperparameters are, and which tensors they demand.
 //!
-//! Two raw forms, GGUF metadata and `config.json`, become one checked
-//! [`Config`]. A setting that the forward pass would silently ignore is refused
+//! Two raw forms, GGUF metadata and `config.json` (see `hf_config.rs`), become one
+//! checked [`Config`]. A setting that the forward pass would silently ignore is refused
 //! here, because a wrong result is worse than none. It knows no bytes of tensors.
-
-use std::f64::consts::PI;
-
-use serde::Deserialize;
 
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
 
 /// Sizes above this are typing errors or attacks: the largest dense models stay far below.
-const LARGEST_SIZE: u64 = 1 << 24;
+pub(super) const LARGEST_SIZE: u64 = 1 << 24;
 /// The largest RoPE width; real heads have 64 to 256 values.
-const LARGEST_HEAD: u64 = 1 << 13;
+pub(super) const LARGEST_HEAD: u64 = 1 << 13;
 
 /// The family of a model: which tensors it has and how they are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,6 +21,44 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMS norms on every head's Q and K.
     Qwen3,
+    /// Mistral: a window in every block.
+    Mistral,
+    /// Phi 3: fused projections, RoPE on a part of each head.
+    Phi3,
+    /// Gemma 2: norms before and after, soft caps, a window in every other block.
+    Gemma2,
+    /// Gemma 3, its text part: norms of Q and K, two RoPEs.
+    Gemma3,
+    /// OLMo 2: norms after attention and feed-forward alone, norms of whole Q and K.
+    Olmo2,
+    /// Granite: four factors.
+    Granite,
+    /// SmolLM3: blocks without RoPE.
+    SmolLm3,
+    /// GLM 4: norms before and after, RoPE on neighbours in a part of each head.
+    Glm4,
+}
+
+/// Where a block has norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Norms {
+    /// Before attention and feed-forward.
+    Before,
+    /// After them.
+    After,
+    /// Both.
+    Both,
+}
+
+/// Which norms queries and keys have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QkNorms {
+    /// None.
+    None,
+    /// Over each head.
+    Heads,
+    /// Over all heads together.
+    Rows,
 }
 
 impl Architecture {
@@ -34,20 +68,113 @@ impl Architecture {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Mistral => "mistral",
+            Architecture::Phi3 => "phi3",
+            Architecture::Gemma2 => "gemma2",
+            Architecture::Gemma3 => "gemma3_text",
+            Architecture::Olmo2 => "olmo2",
+            Architecture::Granite => "granite",
+            Architecture::SmolLm3 => "smollm3",
+            Architecture::Glm4 => "glm4",
         }
     }
 
-    fn from_name(name: &str) -> Result<Architecture, Fault> {
-        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3]
-            .into_iter()
-            .find(|architecture| architecture.name() == name)
-            .ok_or_else(|| {
-                Fault::unsupported(
-                    format!("the architecture `{}` is unknown", shown(name)),
-                    "choose a llama, qwen2 or qwen3 model",
-                )
-            })
+    /// All that a Hugging Face folder may hold.
+    pub const ALL: [Architecture; 11] = [
+        Architecture::Llama,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Mistral,
+        Architecture::Phi3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::Olmo2,
+        Architecture::Granite,
+        Architecture::SmolLm3,
+        Architecture::Glm4,
+    ];
+    /// Those that a GGUF file may hold.
+    const OF_GGUF: [Architecture; 3] =
+        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+
+    pub(super) fn from_name(name: &str, known: &[Architecture]) -> Result<Architecture, Fault> {
+        known.iter().copied().find(|architecture| architecture.name() == name).ok_or_else(|| {
+            let names: Vec<&str> = known.iter().map(|architecture| architecture.name()).collect();
+            Fault::unsupported(
+                format!("the architecture `{}` is unknown", shown(name)),
+                format!("choose a model of one of these: {}", names.join(", ")),
+            )
+        })
     }
+
+    pub(super) fn norms(self) -> Norms {
+        match self {
+            Architecture::Olmo2 => Norms::After,
+            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Glm4 => Norms::Both,
+            _ => Norms::Before,
+        }
+    }
+
+    pub(super) fn qk_norms(self) -> QkNorms {
+        match self {
+            Architecture::Qwen3 | Architecture::Gemma3 => QkNorms::Heads,
+            Architecture::Olmo2 => QkNorms::Rows,
+            _ => QkNorms::None,
+        }
+    }
+
+    /// Whether a Hugging Face folder holds the gains of norms less one.
+    pub(super) fn gains_less_one(self) -> bool {
+        matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
+    }
+}
+
+/// The function before the product of a gated feed-forward network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// GELU by the hyperbolic tangent.
+    GeluTanh,
+}
+
+impl Activation {
+    /// The name that requests to programs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu_tanh",
+        }
+    }
+}
+
+/// Whether projections have biases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// They must not.
+    Never,
+    /// The tensors tell.
+    Open,
+    /// They must.
+    Always,
+}
+
+impl Presence {
+    /// What a setting says.
+    pub(super) fn of(flag: bool) -> Presence {
+        if flag { Presence::Always } else { Presence::Never }
+    }
+}
+
+/// Which projections have biases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Biases {
+    /// Those of queries, keys and values.
+    pub qkv: Presence,
+    /// That of attention's output.
+    pub output: Presence,
+    /// Those of the feed-forward network.
+    pub ffn: Presence,
 }
 
 /// Which two values of a head RoPE turns together.
@@ -70,19 +197,62 @@ impl RopeLayout {
 }
 
 /// Rotary position embedding: the angle of pair `i` at position `p` is
-/// `p / linear_scale * theta^(-2i / dimensions) / factors[i]`.
+/// `p / linear_scale * theta^(-2i / dimensions) / factors[i]`, and sine and cosine are
+/// multiplied by `magnitude`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// The base of the frequencies.
     pub theta: f64,
     /// Which values form a pair.
     pub layout: RopeLayout,
-    /// Values of a head that turn; always the whole head.
+    /// Values of a head that turn, its first ones; the others stay.
     pub dimensions: usize,
     /// Divisors of the frequencies, `dimensions / 2` of them (`rope_freqs.weight`).
     pub factors: Option<Vec<f32>>,
+    /// What sine and cosine are multiplied by; 1 but for YaRN and LongRoPE.
+    pub magnitude: f64,
     /// Divisor of the positions; 1 where the context is not stretched.
     pub linear_scale: f64,
+}
+
+impl Rope {
+    /// Whether frequencies follow from the base alone.
+    pub fn is_plain(&self) -> bool {
+        self.factors.is_none() && self.linear_scale == 1.0 && self.magnitude == 1.0
+    }
+}
+
+/// What blocks do that are not like all others.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sliding {
+    /// Positions that a query sees in a sliding block, its own among them.
+    pub window: Option<usize>,
+    /// Which blocks slide; all of them where the list is empty.
+    pub blocks: Vec<bool>,
+    /// RoPE of the sliding blocks, where it is another.
+    pub rope: Option<Rope>,
+}
+
+/// What the values of a pass are multiplied by, beside weights; 1 where nothing is said.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Factors {
+    /// Embedded tokens.
+    pub embedding: Option<f64>,
+    /// What is added to the residual stream.
+    pub residual: Option<f64>,
+    /// Scores, in the place of `1 / sqrt(head_dim)`.
+    pub scores: Option<f64>,
+    /// Logits.
+    pub logits: Option<f64>,
+}
+
+/// Limits towards which values are bent: `cap tanh(x / cap)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Caps {
+    /// Of scores.
+    pub scores: Option<f64>,
+    /// Of logits.
+    pub logits: Option<f64>,
 }
 
 /// Checked hyperparameters.
@@ -112,6 +282,18 @@ pub struct Config {
     pub rope: Rope,
     /// Whether the embedding is the output matrix too.
     pub tied_embeddings: bool,
+    /// The feed-forward network's function.
+    pub activation: Activation,
+    /// Which projections have biases.
+    pub biases: Biases,
+    /// Blocks whose attention sees a window.
+    pub sliding: Sliding,
+    /// Which blocks turn queries and keys; all of them where the list is empty.
+    pub turned: Vec<bool>,
+    /// What values are multiplied by.
+    pub factors: Factors,
+    /// Towards what values are bent.
+    pub caps: Caps,
 }
 
 /// A tensor that the forward pass reads.
@@ -125,21 +307,60 @@ pub(super) struct Expected {
 impl Config {
     /// What the ops of a forward pass need besides tensors, for other programs.
     pub fn parameters(&self) -> serde_json::Value {
-        let Rope { theta, layout, dimensions, factors, linear_scale } = &self.rope;
+        let rope = |rope: &Rope| {
+            let Rope { theta, layout, dimensions, factors, linear_scale, magnitude } = rope;
+            serde_json::json!({
+                "theta": theta,
+                "layout": layout.name(),
+                "dimensions": dimensions,
+                "factors": factors,
+                "linear_scale": linear_scale,
+                "magnitude": magnitude,
+            })
+        };
+        let Sliding { window, blocks, rope: of_sliding } = &self.sliding;
         serde_json::json!({
             "architecture": self.architecture.name(),
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope": {
-                "theta": theta,
-                "layout": layout.name(),
-                "dimensions": dimensions,
-                "factors": factors,
-                "linear_scale": linear_scale,
+            "rope": rope(&self.rope),
+            "activation": self.activation.name(),
+            "sliding": {
+                "window": window,
+                "blocks": blocks,
+                "rope": of_sliding.as_ref().map(rope),
             },
+            "turned": self.turned,
+            "factors": {
+                "embedding": self.factors.embedding,
+                "residual": self.factors.residual,
+                "scores": self.factors.scores,
+                "logits": self.factors.logits,
+            },
+            "caps": { "scores": self.caps.scores, "logits": self.caps.logits },
         })
+    }
+
+    /// Whether a block's attention sees a window.
+    fn slides(&self, layer: usize) -> bool {
+        let Sliding { window, blocks, .. } = &self.sliding;
+        window.is_some() && blocks.get(layer).copied().unwrap_or(blocks.is_empty())
+    }
+
+    /// How many positions a query sees in a block, its own among them; all where nothing is said.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        self.sliding.window.filter(|_| self.slides(layer))
+    }
+
+    /// RoPE of a block; nothing where it turns nothing.
+    pub fn rope_of(&self, layer: usize) -> Option<&Rope> {
+        if !self.turned.get(layer).copied().unwrap_or(true) {
+            return None;
+        }
+        let of_sliding = self.sliding.rope.as_ref().filter(|_| self.slides(layer));
+        Some(of_sliding.unwrap_or(&self.rope))
     }
 
     /// The tensors that stand outside the blocks.
@@ -155,24 +376,46 @@ impl Config {
     pub(super) fn expected_in_block(&self, layer: usize) -> Vec<Expected> {
         let queries = self.heads * self.head_dim;
         let keys = self.kv_heads * self.head_dim;
-        let biased = self.architecture == Architecture::Qwen2;
         let mut tensors = vec![
-            ("attn_norm.weight", 1, self.hidden, true),
             ("attn_q.weight", queries, self.hidden, true),
             ("attn_k.weight", keys, self.hidden, true),
             ("attn_v.weight", keys, self.hidden, true),
-            ("attn_q.bias", 1, queries, biased),
-            ("attn_k.bias", 1, keys, biased),
-            ("attn_v.bias", 1, keys, biased),
             ("attn_output.weight", self.hidden, queries, true),
-            ("ffn_norm.weight", 1, self.hidden, true),
             ("ffn_gate.weight", self.ffn, self.hidden, true),
             ("ffn_up.weight", self.ffn, self.hidden, true),
             ("ffn_down.weight", self.hidden, self.ffn, true),
         ];
-        if self.architecture == Architecture::Qwen3 {
-            tensors.push(("attn_q_norm.weight", 1, self.head_dim, true));
-            tensors.push(("attn_k_norm.weight", 1, self.head_dim, true));
+        let Biases { qkv, output, ffn } = self.biases;
+        let biases = [
+            ("attn_q.bias", queries, qkv),
+            ("attn_k.bias", keys, qkv),
+            ("attn_v.bias", keys, qkv),
+            ("attn_output.bias", self.hidden, output),
+            ("ffn_gate.bias", self.ffn, ffn),
+            ("ffn_up.bias", self.ffn, ffn),
+            ("ffn_down.bias", self.hidden, ffn),
+        ];
+        let biases = biases.into_iter().filter(|(.., presence)| *presence != Presence::Never);
+        tensors.extend(
+            biases.map(|(name, width, presence)| (name, 1, width, presence == Presence::Always)),
+        );
+        let norms = self.architecture.norms();
+        if norms != Norms::After {
+            tensors.push(("attn_norm.weight", 1, self.hidden, true));
+            tensors.push(("ffn_norm.weight", 1, self.hidden, true));
+        }
+        if norms != Norms::Before {
+            tensors.push(("post_attention_norm.weight", 1, self.hidden, true));
+            tensors.push(("post_ffw_norm.weight", 1, self.hidden, true));
+        }
+        let widths = match self.architecture.qk_norms() {
+            QkNorms::None => None,
+            QkNorms::Heads => Some([self.head_dim; 2]),
+            QkNorms::Rows => Some([queries, keys]),
+        };
+        if let Some([of_queries, of_keys]) = widths {
+            tensors.push(("attn_q_norm.weight", 1, of_queries, true));
+            tensors.push(("attn_k_norm.weight", 1, of_keys, true));
         }
         tensors
             .into_iter()
@@ -188,27 +431,60 @@ fn expected(name: &str, rows: usize, width: usize, required: bool) -> Expected {
 }
 
 /// Hyperparameters as written, whichever file they come from.
-struct Raw {
-    architecture: Architecture,
-    layers: u64,
-    hidden: u64,
-    heads: u64,
-    kv_heads: u64,
-    head_dim: u64,
-    rope_dimensions: u64,
-    ffn: u64,
-    vocabulary: u64,
-    context_length: u64,
-    rms_norm_eps: f64,
-    theta: f64,
-    layout: RopeLayout,
-    factors: Option<Vec<f32>>,
-    linear_scale: f64,
-    tied_embeddings: bool,
+pub(super) struct Raw {
+    pub architecture: Architecture,
+    pub layers: u64,
+    pub hidden: u64,
+    pub heads: u64,
+    pub kv_heads: u64,
+    pub head_dim: u64,
+    pub rope: RawRope,
+    pub ffn: u64,
+    pub vocabulary: u64,
+    pub context_length: u64,
+    pub rms_norm_eps: f64,
+    pub tied_embeddings: bool,
+    pub activation: Activation,
+    pub biases: Biases,
+    pub window: Option<u64>,
+    pub sliding: Vec<bool>,
+    pub sliding_rope: Option<RawRope>,
+    pub turned: Vec<bool>,
+    pub factors: Factors,
+    pub caps: Caps,
+}
+
+/// RoPE as written.
+pub(super) struct RawRope {
+    pub dimensions: u64,
+    pub theta: f64,
+    pub layout: RopeLayout,
+    pub factors: Option<Vec<f32>>,
+    pub linear_scale: f64,
+    pub magnitude: f64,
+}
+
+impl RawRope {
+    fn check(self) -> Result<Rope, Fault> {
+        let RawRope { dimensions, theta, layout, factors, linear_scale, magnitude } = self;
+        if !(1..=LARGEST_HEAD).contains(&dimensions) || !dimensions.is_multiple_of(2) {
+            return Err(Fault::malformed(
+                format!("its RoPE width {dimensions} is no even number up to {LARGEST_HEAD}"),
+                FETCH_AGAIN,
+            ));
+        }
+        positive("RoPE base", theta)?;
+        positive("RoPE scale", linear_scale)?;
+        positive("RoPE attention factor", magnitude)?;
+        let dimensions = dimensions as usize;
+        let rope = Rope { theta, layout, dimensions, factors, magnitude, linear_scale };
+        rope.check_factors()?;
+        Ok(rope)
+    }
 }
 
 impl Raw {
-    fn check(self) -> Result<Config, Fault> {
+    pub(super) fn check(self) -> Result<Config, Fault> {
         let size = |what: &str, value: u64, largest: u64| {
             if (1..=largest).contains(&value) {
                 Ok(value as usize)
@@ -230,14 +506,21 @@ impl Raw {
             vocabulary: size("vocabulary", self.vocabulary, LARGEST_SIZE)?,
             context_length: size("context length", self.context_length, u32::MAX.into())?,
             rms_norm_eps: self.rms_norm_eps as f32,
-            rope: Rope {
-                theta: self.theta,
-                layout: self.layout,
-                dimensions: size("RoPE width", self.rope_dimensions, LARGEST_HEAD)?,
-                factors: self.factors,
-                linear_scale: self.linear_scale,
-            },
+            rope: self.rope.check()?,
             tied_embeddings: self.tied_embeddings,
+            activation: self.activation,
+            biases: self.biases,
+            sliding: Sliding {
+                window: self
+                    .window
+                    .map(|window| size("window", window, u32::MAX.into()))
+                    .transpose()?,
+                blocks: self.sliding,
+                rope: self.sliding_rope.map(RawRope::check).transpose()?,
+            },
+            turned: self.turned,
+            factors: self.factors,
+            caps: self.caps,
         };
         config.check()?;
         Ok(config)
@@ -258,24 +541,46 @@ impl Config {
         if !head_dim.is_multiple_of(2) {
             return bad(format!("its head width {head_dim} is odd, so RoPE has no pairs"));
         }
-        if self.rope.dimensions != head_dim {
-            return Err(Fault::unsupported(
-                format!("RoPE turns {} of a head's {head_dim} values", self.rope.dimensions),
-                OTHER_MODEL,
-            ));
+        for rope in [Some(&self.rope), self.sliding.rope.as_ref()].into_iter().flatten() {
+            if rope.dimensions > head_dim {
+                return bad(format!(
+                    "RoPE turns {} of a head's {head_dim} values",
+                    rope.dimensions
+                ));
+            }
+        }
+        for (what, blocks) in [("window", &self.sliding.blocks), ("RoPE", &self.turned)] {
+            if !blocks.is_empty() && blocks.len() != self.layers {
+                let (count, layers) = (blocks.len(), self.layers);
+                return bad(format!(
+                    "it says of {count} blocks whether they have {what}, of {layers}"
+                ));
+            }
         }
         positive("RMS norm epsilon", self.rms_norm_eps.into())?;
-        positive("RoPE base", self.rope.theta)?;
-        positive("RoPE scale", self.rope.linear_scale)?;
-        self.check_factors()
+        let Factors { embedding, residual, scores, logits } = self.factors;
+        let Caps { scores: score_cap, logits: logit_cap } = self.caps;
+        for (what, value) in [
+            ("factor of the embedding", embedding),
+            ("factor of the residual stream", residual),
+            ("factor of the scores", scores),
+            ("factor of the logits", logits),
+            ("soft cap of the scores", score_cap),
+            ("soft cap of the logits", logit_cap),
+        ] {
+            value.map_or(Ok(()), |value| positive(what, value))?;
+        }
+        Ok(())
     }
+}
 
-    /// RoPE's factors, which a GGUF keeps in a tensor and so come later.
+impl Rope {
+    /// The factors, which a GGUF keeps in a tensor and so come later.
     pub(super) fn check_factors(&self) -> Result<(), Fault> {
-        let Some(factors) = &self.rope.factors else { return Ok(()) };
-        if factors.len() != self.rope.dimensions / 2 {
+        let Some(factors) = &self.factors else { return Ok(()) };
+        if factors.len() != self.dimensions / 2 {
             return Err(Fault::malformed(
-                format!("{} RoPE factors for {} pairs", factors.len(), self.rope.dimensions / 2),
+                format!("{} RoPE factors for {} pairs", factors.len(), self.dimensions / 2),
                 FETCH_AGAIN,
             ));
         }
@@ -283,7 +588,7 @@ impl Config {
     }
 }
 
-fn positive(what: &str, value: f64) -> Result<(), Fault> {
+pub(super) fn positive(what: &str, value: f64) -> Result<(), Fault> {
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
@@ -303,7 +608,7 @@ pub(super) fn from_gguf(
     let name = header
         .text(file, "general.architecture")?
         .ok_or_else(|| missing_key("general.architecture"))?;
-    let architecture = Architecture::from_name(name)?;
+    let architecture = Architecture::from_name(name, &Architecture::OF_GGUF)?;
     let keys = Keys { header, prefix: architecture.name() };
     keys.refuse_unknown(file)?;
     let hidden = keys.required("embedding_length")?;
@@ -327,23 +632,52 @@ pub(super) fn from_gguf(
         heads,
         kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        rope_dimensions: keys.optional("rope.dimension_count")?.unwrap_or(head_dim),
+        rope: RawRope {
+            dimensions: whole_head(keys.optional("rope.dimension_count")?, head_dim)?,
+            theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
+            layout: match architecture {
+                Architecture::Llama => RopeLayout::Interleaved,
+                _ => RopeLayout::Halves,
+            },
+            factors: None,
+            linear_scale: keys.linear_scale(file)?,
+            magnitude: 1.0,
+        },
         ffn: keys.required("feed_forward_length")?,
         vocabulary: vocabulary as u64,
         context_length: keys.required("context_length")?,
         rms_norm_eps: keys
             .float("attention.layer_norm_rms_epsilon")?
             .ok_or_else(|| missing_key(&keys.full("attention.layer_norm_rms_epsilon")))?,
-        theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
-        layout: match architecture {
-            Architecture::Llama => RopeLayout::Interleaved,
-            Architecture::Qwen2 | Architecture::Qwen3 => RopeLayout::Halves,
-        },
-        factors: None,
-        linear_scale: keys.linear_scale(file)?,
         tied_embeddings: tied,
+        activation: Activation::Silu,
+        biases: Biases {
+            qkv: match architecture {
+                Architecture::Qwen2 => Presence::Always,
+                _ => Presence::Open,
+            },
+            output: Presence::Open,
+            ffn: Presence::Open,
+        },
+        window: None,
+        sliding: Vec::new(),
+        sliding_rope: None,
+        turned: Vec::new(),
+        factors: Factors::default(),
+        caps: Caps::default(),
     }
     .check()
+}
+
+/// The RoPE width of a GGUF file, whose heads turn as a whole.
+fn whole_head(dimensions: Option<u64>, head_dim: u64) -> Result<u64, Fault> {
+    match dimensions {
+        Some(turned) if turned != head_dim => Err(Fault::unsupported(
+            format!("RoPE turns {turned} of a head's {head_dim} values"),
+            OTHER_MODEL,
+        )),
+        _ => Ok(head_dim),
+    }
 }
 
 /// Files that are GGUF, but no whole model.
@@ -371,11 +705,11 @@ fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
     }
 }
 
-fn missing_key(key: &str) -> Fault {
+pub(super) fn missing_key(key: &str) -> Fault {
     Fault::malformed(format!("the metadata key `{key}` is missing"), FETCH_AGAIN)
 }
 
-fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
+pub(super) fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
     if heads == 0 || !hidden.is_multiple_of(heads) {
         return Err(Fault::malformed(
             format!("its {heads} heads do not share the hidden width {hidden}"),
@@ -493,185 +827,5 @@ fn refuse_window(window: Option<u64>, context_length: u64) -> Result<(), Fault> 
             OTHER_MODEL,
         )),
         _ => Ok(()),
-    }
-}
-
-/// `config.json` as Hugging Face writes it; keys that change nothing are left out.
-#[derive(Deserialize)]
-struct HfConfig {
-    model_type: String,
-    hidden_size: u64,
-    num_hidden_layers: u64,
-    num_attention_heads: u64,
-    num_key_value_heads: Option<u64>,
-    head_dim: Option<u64>,
-    intermediate_size: u64,
-    vocab_size: u64,
-    max_position_embeddings: u64,
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<HfRope>,
-    rope_parameters: Option<HfRope>,
-    tie_word_embeddings: Option<bool>,
-    hidden_act: Option<String>,
-    partial_rotary_factor: Option<f64>,
-    sliding_window: Option<u64>,
-    use_sliding_window: Option<bool>,
-    layer_types: Option<Vec<String>>,
-    quantization_config: Option<serde_json::Value>,
-    num_experts: Option<u64>,
-    num_local_experts: Option<u64>,
-    attn_logit_softcapping: Option<f64>,
-    final_logit_softcapping: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct HfRope {
-    rope_type: Option<String>,
-    /// The older name of `rope_type`; some files hold both.
-    r#type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-}
-
-/// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
-pub(super) fn from_hf(json: &[u8]) -> Result<Config, Fault> {
-    let hf: HfConfig = serde_json::from_slice(json)
-        .map_err(|error| Fault::malformed(format!("config.json: {error}"), FETCH_AGAIN))?;
-    let architecture = Architecture::from_name(&hf.model_type)?;
-    hf.refuse_uncomputed(architecture)?;
-    let head_dim = match (hf.head_dim, architecture) {
-        (Some(width), _) => width,
-        // The default of transformers' Qwen3Config, whatever the hidden width.
-        (None, Architecture::Qwen3) => 128,
-        (None, _) => exact_share(hf.hidden_size, hf.num_attention_heads)?,
-    };
-    // Newer files keep theta and the scaling together in `rope_parameters`.
-    let rope = hf.rope_parameters.as_ref().or(hf.rope_scaling.as_ref());
-    let theta = match hf.rope_theta.or(rope.and_then(|rope| rope.rope_theta)) {
-        Some(theta) => theta,
-        None if hf.rope_parameters.is_some() => return Err(missing_key("rope_theta")),
-        // The default of transformers' classes, and what the first Llama files mean.
-        None => 10_000.0,
-    };
-    let (factors, linear_scale) = rope_scaling(rope, theta, head_dim)?;
-    Raw {
-        architecture,
-        layers: hf.num_hidden_layers,
-        hidden: hf.hidden_size,
-        heads: hf.num_attention_heads,
-        kv_heads: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
-        head_dim,
-        rope_dimensions: head_dim,
-        ffn: hf.intermediate_size,
-        vocabulary: hf.vocab_size,
-        context_length: hf.max_position_embeddings,
-        rms_norm_eps: hf.rms_norm_eps,
-        theta,
-        layout: RopeLayout::Halves,
-        factors,
-        linear_scale,
-        tied_embeddings: hf.tie_word_embeddings.unwrap_or(false),
-    }
-    .check()
-}
-
-impl HfConfig {
-    fn refuse_uncomputed(&self, architecture: Architecture) -> Result<(), Fault> {
-        let refuse = |problem: String| Err(Fault::unsupported(problem, OTHER_MODEL));
-        if let Some(activation) = self.hidden_act.as_deref().filter(|&name| name != "silu") {
-            return refuse(format!("its activation is `{}`, not `silu`", shown(activation)));
-        }
-        if let Some(share) = self.partial_rotary_factor.filter(|&share| share != 1.0) {
-            return refuse(format!("RoPE turns {share} of each head"));
-        }
-        if self.quantization_config.is_some() {
-            return refuse("its weights are quantized in a Hugging Face format".to_owned());
-        }
-        if self.num_experts.or(self.num_local_experts).is_some_and(|experts| experts > 0) {
-            return refuse("it is a mixture of experts".to_owned());
-        }
-        if self.attn_logit_softcapping.or(self.final_logit_softcapping).is_some() {
-            return refuse("its logits are soft-capped".to_owned());
-        }
-        if let Some(kind) = self.layer_types.iter().flatten().find(|&kind| kind != "full_attention")
-        {
-            return refuse(format!("it has layers of type `{}`", shown(kind)));
-        }
-        // Qwen's files name a window that they do not use.
-        let used = self.use_sliding_window.unwrap_or(architecture == Architecture::Llama);
-        refuse_window(self.sliding_window.filter(|_| used), self.max_position_embeddings)
-    }
-}
-
-/// RoPE's factors and linear scale.
-fn rope_scaling(
-    rope: Option<&HfRope>,
-    theta: f64,
-    head_dim: u64,
-) -> Result<(Option<Vec<f32>>, f64), Fault> {
-    let Some(rope) = rope else { return Ok((None, 1.0)) };
-    let required = |value: Option<f64>, key: &str| {
-        value.ok_or_else(|| missing_key(&format!("rope_scaling.{key}")))
-    };
-    match rope.rope_type.as_deref().or(rope.r#type.as_deref()) {
-        None | Some("default") => Ok((None, 1.0)),
-        Some("linear") => Ok((None, required(rope.factor, "factor")?)),
-        Some("llama3") => {
-            let scaling = Llama3 {
-                factor: required(rope.factor, "factor")?,
-                low: required(rope.low_freq_factor, "low_freq_factor")?,
-                high: required(rope.high_freq_factor, "high_freq_factor")?,
-                context: required(
-                    rope.original_max_position_embeddings,
-                    "original_max_position_embeddings",
-                )?,
-            };
-            Ok((Some(scaling.factors(theta, head_dim)?), 1.0))
-        }
-        Some(other) => Err(Fault::unsupported(
-            format!("RoPE is scaled by the method `{}`", shown(other)),
-            OTHER_MODEL,
-        )),
-    }
-}
-
-/// Llama 3.1's scaling: long waves are stretched by `factor`, short ones kept,
-/// those between blended (`_compute_llama3_parameters` of transformers).
-pub(super) struct Llama3 {
-    pub factor: f64,
-    pub low: f64,
-    pub high: f64,
-    pub context: f64,
-}
-
-impl Llama3 {
-    /// The divisor of each pair's frequency.
-    pub fn factors(&self, theta: f64, head_dim: u64) -> Result<Vec<f32>, Fault> {
-        positive("RoPE base", theta)?;
-        positive("RoPE scaling factor", self.factor)?;
-        positive("low_freq_factor", self.low)?;
-        positive("high_freq_factor - low_freq_factor", self.high - self.low)?;
-        positive("original_max_position_embeddings", self.context)?;
-        if head_dim > LARGEST_HEAD {
-            return Err(Fault::malformed(format!("its head width is {head_dim}"), FETCH_AGAIN));
-        }
-        let pairs = head_dim / 2;
-        Ok((0..pairs).map(|pair| self.factor_of(theta, pair as f64 / pairs as f64)).collect())
-    }
-
-    fn factor_of(&self, theta: f64, exponent: f64) -> f32 {
-        let wavelength = 2.0 * PI * theta.powf(exponent);
-        if wavelength < self.context / self.high {
-            return 1.0;
-        }
-        if wavelength > self.context / self.low {
-            return self.factor as f32;
-        }
-        let kept = (self.context / wavelength - self.low) / (self.high - self.low);
-        (1.0 / ((1.0 - kept) / self.factor + kept)) as f32
     }
 }

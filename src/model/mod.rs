@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod gguf;
 mod gguf_writer;
+mod hf_config;
 mod safetensors;
 pub mod synthetic;
 mod tokenizer;
@@ -24,7 +25,9 @@ use std::sync::OnceLock;
 
 use crate::files::{self, Mapped};
 use crate::text::Shown;
-pub use config::{Architecture, Config, Rope, RopeLayout};
+pub use config::{
+    Activation, Architecture, Biases, Caps, Config, Factors, Presence, Rope, RopeLayout, Sliding,
+};
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
 use tokenizer::{Tokenizer, TokenizerFault};
@@ -78,6 +81,8 @@ struct Place {
     kind: WeightType,
     rows: usize,
     width: usize,
+    /// Whether the file holds the values less one.
+    less_one: bool,
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -132,7 +137,8 @@ impl Model {
         for info in &header.tensors {
             let gguf::TensorInfo { name, kind, rows, width, bytes } = info;
             let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
-            tensors.insert(name.clone(), Place { file: 0, bytes, kind, rows, width });
+            let place = Place { file: 0, bytes, kind, rows, width, less_one: false };
+            tensors.insert(name.clone(), place);
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
         if embedding == 0 {
@@ -155,18 +161,21 @@ impl Model {
 
     fn open_folder(folder: &Path) -> Result<Model, ModelError> {
         let json = read_small(&folder.join("config.json"))?;
-        let config = config::from_hf(&json).map_err(|fault| fault.at(folder))?;
+        let config = hf_config::from_hf(&json).map_err(|fault| fault.at(folder))?;
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
             let (file, opened) = map(&path)?;
-            let infos = safetensors::parse(&file).map_err(|fault| fault.at(&path))?;
-            check_promise(&infos, promised.as_ref()).map_err(|fault| fault.at(&path))?;
+            let infos = safetensors::parse(&file, &config).map_err(|fault| fault.at(&path))?;
+            check_promise(&infos, promised.as_ref(), &config).map_err(|fault| fault.at(&path))?;
             for info in infos {
-                let safetensors::TensorInfo { name, kind, rows, width, bytes } = info;
+                let safetensors::TensorInfo { name, kind, rows, width, bytes, .. } = info;
+                let less_one =
+                    config.architecture.gains_less_one() && name.ends_with("norm.weight");
                 match tensors.entry(name) {
                     MapEntry::Vacant(entry) => {
-                        entry.insert(Place { file: files.len(), bytes, kind, rows, width });
+                        let file = files.len();
+                        entry.insert(Place { file, bytes, kind, rows, width, less_one });
                     }
                     MapEntry::Occupied(entry) => {
                         let fault = Fault::malformed("two files hold it", FETCH_AGAIN);
@@ -217,6 +226,7 @@ impl Model {
         }
         self.config.rope.factors = Some(tensor.to_vec()?);
         self.config
+            .rope
             .check_factors()
             .map_err(|fault| fault.in_tensor(ROPE_FACTORS).at(&self.path))?;
         self.tensors.remove(ROPE_FACTORS);
@@ -291,7 +301,8 @@ impl Model {
             });
         };
         let bytes = &self.files[place.file].map[place.bytes.clone()];
-        Ok(Weight::new(name, place.kind, place.rows, place.width, bytes)?.of(self))
+        let weight = Weight::new(name, place.kind, place.rows, place.width, bytes)?.of(self);
+        Ok(if place.less_one { weight.plus_one() } else { weight })
     }
 
     /// The opened files of the weights, with what the file system said of them then.
@@ -356,13 +367,11 @@ fn missing_tensor(name: &str) -> Fault {
 fn check_promise(
     infos: &[safetensors::TensorInfo],
     promised: Option<&BTreeSet<String>>,
+    config: &Config,
 ) -> Result<(), Fault> {
     let Some(promised) = promised else { return Ok(()) };
-    let promised: BTreeSet<String> = promised
-        .iter()
-        .filter(|name| !safetensors::is_ignored(name))
-        .map(|name| safetensors::renamed(name).unwrap_or_else(|| name.clone()))
-        .collect();
+    let promised: BTreeSet<String> =
+        promised.iter().flat_map(|name| safetensors::canonical_names(name, config)).collect();
     let held: BTreeSet<String> = infos.iter().map(|info| info.name.clone()).collect();
     match promised.symmetric_difference(&held).next() {
         None => Ok(()),

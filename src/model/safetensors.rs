@@ -1,8 +1,8 @@
 //! A Hugging Face folder: `config.json` and one or more safetensors files.
 //!
 //! It finds the files, checks their headers and gives every tensor its canonical
-//! (GGUF) name. It knows neither the architecture's demands nor how values are
-//! decoded. A name is parsed from its beginning, never searched for a part, and
+//! (GGUF) name; tensors that hold several of these are cut. It knows neither the
+//! architecture's demands nor how values are decoded. A name is parsed from its beginning, never searched for a part, and
 //! a shard may not lie outside the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +14,7 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::weights::WeightType;
 
@@ -107,7 +108,7 @@ fn inside(folder: &Path, name: &str) -> Result<PathBuf, ModelError> {
 }
 
 /// Reads and checks the header of a safetensors file.
-pub(super) fn parse(file: &[u8]) -> Result<Vec<TensorInfo>, Fault> {
+pub(super) fn parse(file: &[u8], config: &Config) -> Result<Vec<TensorInfo>, Fault> {
     let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
     let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(bad("it is shorter than a safetensors header".into()));
@@ -135,19 +136,24 @@ pub(super) fn parse(file: &[u8]) -> Result<Vec<TensorInfo>, Fault> {
     let mut tensors = Vec::new();
     for name in keys.0 {
         let Some(info) = metadata.info(&name) else { continue };
-        match canonical_name(&name) {
+        let part_of = |canonical: String| {
+            let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets)
+                .map_err(|fault| fault.in_tensor(&name))?;
+            let Range { start, end } = tensor.bytes;
+            let bytes = 8 + json.len() + start..8 + json.len() + end;
+            Ok(TensorInfo { bytes, ..tensor })
+        };
+        match canonical_name(&name, config) {
             Canonical::Ignored => continue,
-            Canonical::Known(canonical) => {
-                let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets)
-                    .map_err(|fault| fault.in_tensor(&name))?;
-                let Range { start, end } = tensor.bytes;
-                let bytes = 8 + json.len() + start..8 + json.len() + end;
-                tensors.push(TensorInfo { bytes, ..tensor });
+            Canonical::Known(canonical) => tensors.push(part_of(canonical)?),
+            Canonical::Fused(parts) => {
+                let whole = part_of(String::new())?;
+                tensors.extend(cut(&whole, parts).map_err(|fault| fault.in_tensor(&name))?);
             }
             Canonical::Unknown => {
                 return Err(Fault::unsupported(
-                    "the forward pass has no use for it",
-                    "choose a plain llama, qwen2 or qwen3 model",
+                    format!("the forward pass of {} has no use for it", config.architecture.name()),
+                    "choose a model of one of the known architectures, without adapters",
                 )
                 .in_tensor(&name));
             }
@@ -189,25 +195,46 @@ fn tensor(
     Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1 })
 }
 
+/// The tensors that stand below one another in a fused one.
+fn cut(whole: &TensorInfo, parts: Vec<(String, usize)>) -> Result<Vec<TensorInfo>, Fault> {
+    let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+    if rows != whole.rows {
+        return Err(Fault::malformed(
+            format!("it has {} rows, and what it holds by the config has {rows}", whole.rows),
+            FETCH_AGAIN,
+        ));
+    }
+    let row_bytes = whole.bytes.len() / whole.rows;
+    let mut start = whole.bytes.start;
+    let part = |(name, rows): (String, usize)| {
+        let bytes = start..start + rows * row_bytes;
+        start = bytes.end;
+        TensorInfo { name, kind: whole.kind, rows, width: whole.width, bytes }
+    };
+    Ok(parts.into_iter().map(part).collect())
+}
+
 /// What a Hugging Face tensor is called in a GGUF file.
 enum Canonical {
     Known(String),
+    /// Several tensors with their rows, one below the other.
+    Fused(Vec<(String, usize)>),
     /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
 }
 
-fn canonical_name(name: &str) -> Canonical {
+fn canonical_name(name: &str, config: &Config) -> Canonical {
     let known = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
         "lm_head.weight" => "output.weight",
-        _ => return canonical_block_name(name),
+        _ => return canonical_block_name(name, config),
     };
     Canonical::Known(known.to_owned())
 }
 
-fn canonical_block_name(name: &str) -> Canonical {
+fn canonical_block_name(name: &str, config: &Config) -> Canonical {
     let Some((layer, part)) =
         name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
     else {
@@ -215,6 +242,12 @@ fn canonical_block_name(name: &str) -> Canonical {
     };
     let Some(layer) = layer.parse::<u32>().ok().filter(|index| index.to_string() == layer) else {
         return Canonical::Unknown;
+    };
+    let norms = config.architecture.norms();
+    let glm = config.architecture == Architecture::Glm4;
+    let fused = |parts: &[(&str, usize)]| {
+        let part = |(part, rows): &(&str, usize)| (format!("blk.{layer}.{part}.weight"), *rows);
+        Canonical::Fused(parts.iter().map(part).collect())
     };
     let part = match part {
         "input_layernorm.weight" => "attn_norm.weight",
@@ -227,26 +260,42 @@ fn canonical_block_name(name: &str) -> Canonical {
         "self_attn.q_norm.weight" => "attn_q_norm.weight",
         "self_attn.k_norm.weight" => "attn_k_norm.weight",
         "self_attn.o_proj.weight" => "attn_output.weight",
-        "post_attention_layernorm.weight" => "ffn_norm.weight",
+        "self_attn.o_proj.bias" => "attn_output.bias",
+        "post_attention_layernorm.weight" => match (norms, glm) {
+            // The names of Llama, of GLM, and of those that mean what they say.
+            (Norms::Before, _) | (_, true) => "ffn_norm.weight",
+            _ => "post_attention_norm.weight",
+        },
+        "post_self_attn_layernorm.weight" if glm => "post_attention_norm.weight",
+        "post_mlp_layernorm.weight" if glm => "post_ffw_norm.weight",
+        "pre_feedforward_layernorm.weight" if norms == Norms::Both => "ffn_norm.weight",
+        "post_feedforward_layernorm.weight" if norms != Norms::Before => "post_ffw_norm.weight",
         "mlp.gate_proj.weight" => "ffn_gate.weight",
         "mlp.up_proj.weight" => "ffn_up.weight",
         "mlp.down_proj.weight" => "ffn_down.weight",
+        "mlp.gate_proj.bias" => "ffn_gate.bias",
+        "mlp.up_proj.bias" => "ffn_up.bias",
+        "mlp.down_proj.bias" => "ffn_down.bias",
+        "self_attn.qkv_proj.weight" if config.architecture == Architecture::Phi3 => {
+            let [queries, keys] = [config.heads, config.kv_heads].map(|n| n * config.head_dim);
+            return fused(&[("attn_q", queries), ("attn_k", keys), ("attn_v", keys)]);
+        }
+        "mlp.gate_up_proj.weight" if glm || config.architecture == Architecture::Phi3 => {
+            return fused(&[("ffn_gate", config.ffn), ("ffn_up", config.ffn)]);
+        }
         "self_attn.rotary_emb.inv_freq" => return Canonical::Ignored,
         _ => return Canonical::Unknown,
     };
     Canonical::Known(format!("blk.{layer}.{part}"))
 }
 
-/// The Hugging Face name of a canonical one, for checking an index.
-pub(super) fn is_ignored(name: &str) -> bool {
-    matches!(canonical_name(name), Canonical::Ignored)
-}
-
-/// The canonical name of a Hugging Face tensor, if the forward pass knows it.
-pub(super) fn renamed(name: &str) -> Option<String> {
-    match canonical_name(name) {
-        Canonical::Known(name) => Some(name),
-        Canonical::Ignored | Canonical::Unknown => None,
+/// The canonical names of what a Hugging Face tensor holds; its own name where no pass knows it.
+pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
+    match canonical_name(name, config) {
+        Canonical::Known(name) => vec![name],
+        Canonical::Fused(parts) => parts.into_iter().map(|(name, _)| name).collect(),
+        Canonical::Ignored => Vec::new(),
+        Canonical::Unknown => vec![name.to_owned()],
     }
 }
 

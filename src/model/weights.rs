@@ -192,6 +192,8 @@ pub struct Weight<'a> {
     width: usize,
     bytes: &'a [u8],
     model: Option<&'a Model>,
+    /// Whether the bytes hold the values less one.
+    less_one: bool,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -209,7 +211,7 @@ impl<'a> Weight<'a> {
         width: usize,
         bytes: &'a [u8],
     ) -> Result<Weight<'a>, ModelError> {
-        let weight = Weight { name, kind, rows, width, bytes, model: None };
+        let weight = Weight { name, kind, rows, width, bytes, model: None, less_one: false };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
             .checked_mul(kind.block_bytes())
@@ -226,6 +228,16 @@ impl<'a> Weight<'a> {
     /// The same tensor, as one of a model's.
     pub(super) fn of(self, model: &'a Model) -> Weight<'a> {
         Weight { model: Some(model), ..self }
+    }
+
+    /// The same tensor, whose bytes hold the values less one: gains of Gemma's norms.
+    pub(super) fn plus_one(self) -> Weight<'a> {
+        Weight { less_one: true, ..self }
+    }
+
+    /// Whether the bytes hold the values less one.
+    pub fn is_less_one(&self) -> bool {
+        self.less_one
     }
 
     /// The model that it is one of; a weight that was made alone is of none.
@@ -290,6 +302,9 @@ impl<'a> Weight<'a> {
             WeightType::BF16 => decode_bf16(bytes, out),
             _ => self.decode_blocks(bytes, out)?,
         }
+        if self.less_one {
+            out.iter_mut().for_each(|value| *value += 1.0);
+        }
         Ok(())
     }
 
@@ -308,6 +323,9 @@ impl<'a> Weight<'a> {
             hasher.update(&(field as u64).to_le_bytes());
         }
         hasher.update(kind);
+        if self.less_one {
+            hasher.update(b"less one");
+        }
         hasher.update_rayon(self.bytes);
         hasher.finalize()
     }

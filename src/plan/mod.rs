@@ -13,7 +13,7 @@ use crate::cache::{Action, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, reads_kernels, tensors_read};
-use crate::compute::forward::Greedy;
+use crate::compute::forward::{Greedy, attention_of};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
@@ -343,13 +343,23 @@ impl<'a> Plan<'a> {
         let config = model.model.config();
         match &stage.op {
             Op::Forward { .. } => walk.field("config", format!("{config:?}")),
-            Op::RmsNorm { .. } => walk.field("eps", config.rms_norm_eps),
-            Op::Rope { .. } => walk.field("rope", format!("{:?} {}", config.rope, config.head_dim)),
-            Op::Attention { .. } => {
-                let heads = [config.heads, config.kv_heads, config.head_dim];
-                walk.field("heads", format!("{heads:?}"));
+            Op::RmsNorm { .. } => {
+                walk.field("eps", config.rms_norm_eps);
+                walk.field("architecture", config.architecture.name());
             }
-            _ => {}
+            Op::Rope { site, .. } => {
+                let rope = config.rope_of(layer_of(site));
+                walk.field("rope", format!("{rope:?} {}", config.head_dim));
+            }
+            Op::Attention { site, .. } => {
+                walk.field("heads", format!("{:?}", attention_of(config, layer_of(site), 0)));
+            }
+            Op::Swiglu { .. } => walk.field("activation", config.activation.name()),
+            Op::Embed { .. }
+            | Op::Matmul { .. }
+            | Op::Gemm { .. }
+            | Op::Compare { .. }
+            | Op::Command(_) => {}
         }
         for (name, tensors) in weights_by_layer(tensors_read(&stage.op, &model.model)) {
             walk.field(&name, model.digest(&tensors, self.stamps).to_hex());
@@ -524,6 +534,11 @@ pub fn reused(action: &Action, touched: &[String]) -> String {
         [] => from,
         files => format!("{from}; touched, content same: {}", files.join(", ")),
     }
+}
+
+/// The block that a site is in; the first one of a site outside of blocks.
+fn layer_of(site: &Site) -> usize {
+    in_layer(&site.0).map_or(0, |(layer, _)| layer as usize)
 }
 
 /// The op as the key sees it: what it reads is known by content, not by stage.

@@ -22,7 +22,7 @@ use crate::compute::arms::{
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
 use crate::compute::recorded::{check_written, recorded};
-use crate::compute::{ComputeError, Ops, product};
+use crate::compute::{ComputeError, Pass, product};
 use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
@@ -164,7 +164,7 @@ impl Bench<'_> {
                 let task = self.task(&inputs)?;
                 let (ops, arithmetic) = match (arm, stage.emulates()) {
                     (Arm::Emulated, Some(op::Engine::LlamaCpp)) => {
-                        let ops: Box<dyn Ops> = Box::new(EightBit);
+                        let ops: Box<dyn Pass> = Box::new(EightBit);
                         (ops, eight_bit::IN_WORDS.to_owned())
                     }
                     (Arm::Emulated, _) => workshop.ops(

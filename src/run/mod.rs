@@ -20,7 +20,7 @@ use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandRecord};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
-use crate::op::{self, Arm, InputRef, LAYER_SITES, Op, StageId};
+use crate::op::{self, Arm, InputRef, Op, StageId};
 use crate::plan::{Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::text::no_threads;
@@ -596,9 +596,7 @@ fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
     match &prepared.stage.op {
         Op::Forward { repeats, .. } => {
             let Some(model) = &prepared.model else { return 0 };
-            let config = model.model.config();
-            let norms = if model.model.has("blk.0.attn_q_norm.weight") { 0 } else { 2 };
-            let sites = config.layers * (LAYER_SITES.len() - norms) + 3;
+            let sites = crate::compute::flow::sites(&model.model).count();
             sites as u64 * u64::from(*repeats)
         }
         Op::Matmul { weights, .. } => weights.len() as u64,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use candle_core::quantized::gguf_file;
 use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Workshop};
-use runner::compute::{ComputeError, Ops};
+use runner::compute::{ComputeError, Pass};
 use runner::event::{Event, Sink};
 use runner::executor::{Attempts, Processes, Slots};
 use runner::graph::Graph;
@@ -451,7 +451,7 @@ impl Workshop for WithDriver {
         "with a driver".to_owned()
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         Shipped::default().ops(arm, recipe)
     }
 
@@ -520,7 +520,7 @@ impl Workshop for Gone {
         "gone".to_owned()
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         match arm {
             Arm::Device => Err(ComputeError::Unavailable("it does not answer".to_owned())),
             _ => Shipped::default().ops(arm, recipe),

@@ -768,6 +768,7 @@ fn vllms_frequencies_are_powers_as_cuda_makes_them() {
             dimensions: 128,
             theta: 1e6,
             linear_scale: 1.0,
+            magnitude: 1.0,
             factors: None,
         };
         arm.rope(&x, &plain, 128, 850).expect("turned").row(0)[18]
@@ -1192,7 +1193,7 @@ fn scores_of_a_single_head_of_keys_are_a_product_of_vectors_at_any_length() {
     let o = safetensors(&fixture("lanes.safetensors"));
     let of = |name: &str| o[&format!("attention.{name}")].matrix();
     let (q, k, v, y) = (of("q"), of("k"), of("v"), of("y"));
-    let shape = AttentionShape { heads: 4, kv_heads: 1, head_dim: 32, first_position: 663 };
+    let shape = AttentionShape::causal(4, 1, 32, 663);
     let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
     let (kernel, mismatches, _) = of_llama_cpp(&call, &y);
     assert_eq!((kernel.as_str(), mismatches), ("attention ggml-cuda-f16-cache", 0));
@@ -1205,7 +1206,7 @@ fn attention_and_norms_of_llama_cpp_on_cuda_are_met_in_every_bit() {
     {
         let of = |name: &str| o[&format!("attention.{case}.{name}")].matrix();
         let (q, k, v, y) = (of("q"), of("k"), of("v"), of("y"));
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let shape = AttentionShape::causal(4, 2, 64, 0);
         let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
         let (kernel, mismatches, _) = of_llama_cpp(&call, &y);
         assert_eq!(mismatches, 0, "{case}: {kernel}");
@@ -1258,7 +1259,7 @@ fn the_orders_of_eager_attention_with_unaligned_keys_are_found() {
     ] {
         let of = |name: &str| o[&format!("{case}/{name}")].matrix();
         let (q, k, v) = (of("q"), of("k"), of("v"));
-        let shape = AttentionShape { heads, kv_heads: 1, head_dim, first_position: 0 };
+        let shape = AttentionShape::causal(heads, 1, head_dim, 0);
         let call = OpCall::Attention { q: &q, k: &k, v: &v, shape };
         let (kernel, mismatches, products) = chosen(format, &call, &of("attn"));
         assert_eq!(mismatches, 0, "case {case}: {kernel}");
@@ -1292,7 +1293,14 @@ fn frequencies_divide_in_f32_and_are_powers_as_the_cpu_makes_them() {
     ] {
         let of = |name: &str| o[&format!("{case}/{name}")].matrix();
         let layout = RopeLayout::Halves;
-        let rope = Rope { theta, layout, dimensions: head_dim, factors: None, linear_scale: 1.0 };
+        let rope = Rope {
+            theta,
+            layout,
+            dimensions: head_dim,
+            factors: None,
+            magnitude: 1.0,
+            linear_scale: 1.0,
+        };
         let x = of("turned");
         let call = OpCall::Rope { x: &x, rope: &rope, head_dim, first_position };
         let (kernel, mismatches, _) = chosen(format, &call, &of("y"));

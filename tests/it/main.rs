@@ -1,6 +1,7 @@
 //! The integration tests, one binary: each module holds one part of the
 //! project to things that nobody here wrote.
 
+mod architectures;
 mod cache;
 mod clean;
 mod command;

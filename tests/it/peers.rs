@@ -3,7 +3,6 @@
 
 use runner::compare::fingerprints::{Case, Null, rank};
 use runner::compare::{Predicted, measure};
-use runner::compute::Ops;
 use runner::compute::call::{Call, MadeWeight};
 use runner::compute::departure::{
     Edit, Steps, keep, matmul_rows, only_inner, requantised, scaled, truncated,
@@ -13,6 +12,7 @@ use runner::compute::emulated::arm::Emulated;
 use runner::compute::floor::Floor;
 use runner::dtype::Format;
 use runner::metric::Metric;
+use runner::model::Weight;
 use runner::model::synthetic::Preset;
 use runner::op::{
     Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, Site, Stream, WeightScale,
@@ -39,6 +39,10 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| random.normal() as f32).collect()
 }
 
+fn product<'a>(x: &'a Tensor, weight: Weight<'a>) -> Call<'a> {
+    Call::Matmul { x, weight, bias: None }
+}
+
 #[test]
 fn a_drawn_product_is_off_by_its_floor_and_no_two_draws_are_alike() {
     const K: usize = 1024;
@@ -48,11 +52,11 @@ fn a_drawn_product_is_off_by_its_floor_and_no_two_draws_are_alike() {
     for gemm in [Format::E4m3, Format::Bf16, Format::F32] {
         let recipe = Recipe { gemm, ..RECIPE };
         let floor = Floor::new(&recipe).expect("a recipe");
-        let truth = floor.matmul(&x, weight, None).expect("a product");
+        let truth = product(&x, weight).on(&floor).expect("a product");
         let sigma = floor.into_sigmas().remove(0);
         let draw = |number| {
             let drawn = Drawn::new(&recipe, number).expect("a recipe");
-            drawn.matmul(&x, weight, None).expect("a product")
+            product(&x, weight).on(&drawn).expect("a product")
         };
         let streams = (Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference));
         let predicted = Predicted { floor: Some(&sigma), ..Predicted::default() };
@@ -76,7 +80,7 @@ fn every_row_of_the_peers_table_is_separated() {
     let weight = made.weight().expect("a weight");
     let arm = Emulated::new(&RECIPE).expect("a recipe");
     let floor = Floor::new(&RECIPE).expect("a recipe");
-    let truth = floor.matmul(&x, weight, None).expect("a product");
+    let truth = product(&x, weight).on(&floor).expect("a product");
     let sigma = floor.into_sigmas().remove(0);
     let run = |x_edit: &Edit<'_>, w_edit: &Edit<'_>| {
         let steps = Steps { x: x_edit, w: w_edit, ..Steps::of(&RECIPE) };

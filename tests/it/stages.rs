@@ -6,13 +6,14 @@ use std::path::Path;
 
 use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Workshop};
-use runner::compute::{AttentionShape, ComputeError, Ops};
+use runner::compute::call::Call;
+use runner::compute::{ComputeError, Pass};
 use runner::event::{Event, Sink};
 use runner::executor::{Attempts, Processes, Slots};
 use runner::graph::Graph;
 use runner::manifest::{Overrides, load};
 use runner::model::{Rope, Weight};
-use runner::op::{Arm, Recipe};
+use runner::op::{Arm, Recipe, Site};
 use runner::plan::Plan;
 use runner::record::{Provenance, RunRecord, SCHEMA, StageRecord};
 use runner::run::{Options, run};
@@ -46,7 +47,7 @@ impl Workshop for Faulty {
         "faulty".to_owned()
     }
 
-    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Ops>, String), ComputeError> {
+    fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         let (ops, arithmetic) = Shipped::default().ops(arm, recipe)?;
         match arm {
             Arm::Emulated => Ok((Box::new(FaultyOps { ops, fault: self.0 }), arithmetic)),
@@ -60,7 +61,7 @@ impl Workshop for Faulty {
 }
 
 struct FaultyOps {
-    ops: Box<dyn Ops>,
+    ops: Box<dyn Pass>,
     fault: Fault,
 }
 
@@ -85,59 +86,32 @@ impl FaultyOps {
     }
 }
 
-impl Ops for FaultyOps {
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
-        self.with(weight, |weight| self.ops.embed(weight, tokens))
-    }
-
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
-        let wrong = match self.fault {
-            Fault::Epsilon => true,
-            Fault::EpsilonOf(name) => name == gain.name(),
-            _ => false,
-        };
-        self.ops.rms_norm(x, gain, if wrong { 10.0 * eps } else { eps })
-    }
-
-    fn matmul(
-        &self,
-        x: &Tensor,
-        weight: Weight<'_>,
-        bias: Option<Weight<'_>>,
-    ) -> Result<Tensor, ComputeError> {
-        self.with(weight, |weight| self.ops.matmul(x, weight, bias))
-    }
-
-    fn rope(
-        &self,
-        x: &Tensor,
-        rope: &Rope,
-        head_dim: usize,
-        first_position: usize,
-    ) -> Result<Tensor, ComputeError> {
-        let mut rope = rope.clone();
-        if matches!(self.fault, Fault::RopeBase) {
-            rope.theta *= 1.01;
+impl Pass for FaultyOps {
+    fn answer(&self, site: &Site, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        let answer = |call: &Call<'_>| self.ops.answer(site, call);
+        match *call {
+            Call::Embed { weight, tokens } => {
+                self.with(weight, |weight| answer(&Call::Embed { weight, tokens }))
+            }
+            Call::Matmul { x, weight, bias } => {
+                self.with(weight, |weight| answer(&Call::Matmul { x, weight, bias }))
+            }
+            Call::RmsNorm { x, gain, eps } => {
+                let wrong = match self.fault {
+                    Fault::Epsilon => true,
+                    Fault::EpsilonOf(name) => name == gain.name(),
+                    _ => false,
+                };
+                answer(&Call::RmsNorm { x, gain, eps: if wrong { 10.0 * eps } else { eps } })
+            }
+            Call::Rope { x, rope, head_dim, first_position }
+                if matches!(self.fault, Fault::RopeBase) =>
+            {
+                let rope = &Rope { theta: rope.theta * 1.01, ..rope.clone() };
+                answer(&Call::Rope { x, rope, head_dim, first_position })
+            }
+            _ => answer(call),
         }
-        self.ops.rope(x, &rope, head_dim, first_position)
-    }
-
-    fn attention(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        shape: AttentionShape,
-    ) -> Result<Tensor, ComputeError> {
-        self.ops.attention(q, k, v, shape)
-    }
-
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        self.ops.swiglu(gate, up)
-    }
-
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
-        self.ops.add(a, b)
     }
 }
 

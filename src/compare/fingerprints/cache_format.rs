@@ -60,7 +60,7 @@ mod tests {
     fn a_cache_in_fp8_is_recognised_with_its_scale() {
         let bench = Bench::default();
         let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let shape = AttentionShape::causal(4, 2, 64, 0);
         for (format, unscaled) in [(Format::E4m3, true), (Format::E5m2, false)] {
             let (narrow_k, narrow_v) = (kept(&k, format, unscaled), kept(&v, format, unscaled));
             let narrow = Call::Attention { q: &q, k: &narrow_k, v: &narrow_v, shape };

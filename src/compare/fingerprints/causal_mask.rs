@@ -2,11 +2,12 @@
 
 use super::{Case, Fingerprint, Fit};
 use crate::compute::call::Call;
-use crate::compute::{AttentionShape, ComputeError, Ops};
+use crate::compute::emulated::arm::Emulated;
+use crate::compute::{AttentionShape, ComputeError};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
-    what: "the causal mask is missing, shifted, or a window",
+    what: "the causal mask is missing or shifted, or its window is another one",
     causes: &["causal-mask"],
     test,
 };
@@ -22,15 +23,29 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         Ok::<(), ComputeError>(())
     };
     attempt("there is no mask: every row sees all positions".to_owned(), &|_| 0..positions)?;
+    let first = |row: usize| shape.seen(row).start;
     attempt("a row sees one position too many".to_owned(), &|row| {
-        0..(own(row) + 2).min(positions)
+        first(row)..(own(row) + 2).min(positions)
     })?;
-    attempt("a row does not see itself".to_owned(), &|row| 0..own(row).max(1))?;
+    attempt("a row does not see itself".to_owned(), &|row| {
+        let end = own(row).max(1);
+        first(row).min(end - 1)..end
+    })?;
     attempt("a row does not see the first position".to_owned(), &|row| {
-        1.min(own(row))..own(row) + 1
+        (first(row) + 1).min(own(row))..own(row) + 1
     })?;
-    for window in 1..positions.min(8) {
-        attempt(format!("a row sees its last {window} positions only"), &|row| {
+    let mut windows: Vec<usize> = (1..positions.min(8)).collect();
+    if let Some(window) = shape.window {
+        let ignored = "the window is ignored: a row sees all positions up to its own".to_owned();
+        attempt(ignored, &|row| 0..own(row) + 1)?;
+        windows.extend([window - 1, window + 1, window / 2, 2 * window]);
+        windows.retain(|other| *other != window && (1..positions).contains(other));
+        windows.sort_unstable();
+        windows.dedup();
+    }
+    let instead = shape.window.map_or(String::new(), |window| format!(" instead of {window}"));
+    for window in windows {
+        attempt(format!("a row sees its last {window} positions only{instead}"), &|row| {
             (own(row) + 1).saturating_sub(window)..own(row) + 1
         })?;
     }
@@ -39,7 +54,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 
 /// Attention in which row `i` sees the positions `seen(i)`.
 fn attend(
-    arm: &dyn Ops,
+    arm: &Emulated,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -54,7 +69,8 @@ fn attend(
             Tensor::new(x.width(), x.data()[range].to_vec())
         };
         let query = Tensor::new(q.width(), q.row(row).to_vec());
-        let shape = AttentionShape { first_position: positions.len() - 1, ..shape };
+        let first_position = positions.len() - 1;
+        let shape = AttentionShape { first_position, window: None, ..shape };
         data.extend(arm.attention(&query, &some(k), &some(v), shape)?.into_data());
     }
     Ok(Tensor::new(shape.heads * shape.head_dim, data))
@@ -63,15 +79,15 @@ fn attend(
 #[cfg(test)]
 mod tests {
     use super::super::bench::Bench;
+    use crate::compute::AttentionShape;
     use crate::compute::call::Call;
-    use crate::compute::{AttentionShape, Ops};
     use crate::tensor::Tensor;
 
     #[test]
     fn a_missing_mask_is_recognised() {
         let bench = Bench::default();
         let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let shape = AttentionShape::causal(4, 2, 64, 0);
         let mut wrong = Vec::new();
         for row in 0..5 {
             let query = Tensor::new(256, q.row(row).to_vec());

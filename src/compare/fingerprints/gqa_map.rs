@@ -50,7 +50,7 @@ mod tests {
     fn heads_taken_modulo_are_recognised() {
         let bench = Bench::default();
         let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let shape = AttentionShape::causal(4, 2, 64, 0);
         let map = [0, 1, 0, 1];
         let (wide_k, wide_v) = (expanded(&k, &map, 64), expanded(&v, &map, 64));
         let every = AttentionShape { kv_heads: 4, ..shape };

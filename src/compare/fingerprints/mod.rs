@@ -14,6 +14,7 @@ mod causal_mask;
 mod e5m2_read;
 mod epsilon;
 mod f16_overflow;
+mod factor;
 mod fnuz;
 mod gain;
 mod gqa_map;
@@ -100,7 +101,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 48] = [
+pub const ALL: [&Fingerprint; 49] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -114,6 +115,7 @@ pub const ALL: [&Fingerprint; 48] = [
     &gqa_map::FINGERPRINT,
     &swapped_operands::FINGERPRINT,
     &residual::FINGERPRINT,
+    &factor::FINGERPRINT,
     &scores::FINGERPRINT,
     &scale_product::FINGERPRINT,
     &unwritten::FINGERPRINT,

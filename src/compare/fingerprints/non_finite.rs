@@ -57,7 +57,8 @@ mod tests {
     fn a_nan_out_of_nowhere_is_recognised() {
         let bench = Bench::default();
         let (gate, up) = (bench.tensor(4, 256, 1), bench.tensor(4, 256, 2));
-        let call = Call::SwiGlu { gate: &gate, up: &up };
+        let activation = crate::model::Activation::Silu;
+        let call = Call::Gated { gate: &gate, up: &up, activation };
         let mut wrong = bench.clean(&call);
         wrong.row_mut(2)[17] = f32::NAN;
         bench.expect("non-finite-output", &call, &wrong);

@@ -1,9 +1,9 @@
 //! Activations rounded to 8-bit integers in blocks: a CPU path that saves work.
 
 use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::reference::Reference;
-use crate::compute::{ComputeError, Ops};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {

@@ -51,6 +51,7 @@ pub fn turned(
                 false => position * frequency,
             };
             let (sin, cos) = libm::sincos(angle);
+            let (sin, cos) = (sin * geometry.magnitude, cos * geometry.magnitude);
             let (first, second) = rope::pair(geometry, pair);
             for head in y.row_mut(row).chunks_exact_mut(head_dim) {
                 let (a, b) = (f64::from(head[first]), f64::from(head[second]));

@@ -1,8 +1,9 @@
 //! RoPE with another layout, base, direction, position or width.
 
 use super::{Case, Fingerprint, Fit};
+use crate::compute::ComputeError;
 use crate::compute::call::Call;
-use crate::compute::{ComputeError, Ops};
+use crate::compute::emulated::arm::Emulated;
 use crate::model::{Rope, RopeLayout};
 use crate::tensor::Tensor;
 
@@ -15,6 +16,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "rope-position",
         "rope-missing",
         "rope-factors",
+        "rope-width",
     ],
     test,
 };
@@ -52,6 +54,16 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
             &without,
             first_position,
         )?;
+    }
+    if rope.dimensions < head_dim && rope.factors.is_none() {
+        let (dimensions, part) = (head_dim, rope.dimensions);
+        let detail = format!("whole heads of {head_dim} values turn instead of {part} of them");
+        attempt("rope-width", detail, &Rope { dimensions, ..rope.clone() }, first_position)?;
+    }
+    if rope.magnitude != 1.0 {
+        let plain = Rope { magnitude: 1.0, ..rope.clone() };
+        let detail = format!("sine and cosine are not multiplied by {}", rope.magnitude);
+        attempt("rope-factors", detail, &plain, first_position)?;
     }
     for factor in [2.0, 4.0, 8.0] {
         let stretched = Rope { linear_scale: rope.linear_scale * factor, ..rope.clone() };
@@ -101,7 +113,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 
 /// The rotation by the negative angles: `R(-a) x = S R(a) S x` with S negating second values.
 fn turned_back(
-    arm: &dyn Ops,
+    arm: &Emulated,
     x: &Tensor,
     rope: &Rope,
     head_dim: usize,

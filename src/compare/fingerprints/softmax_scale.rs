@@ -1,15 +1,18 @@
-//! Attention scores with another scale than `1 / sqrt(head_dim)`.
+//! Attention scores with another scale than the model's, or without its soft cap.
 
 use super::{Case, Fingerprint, Fit, mapped};
-use crate::compute::ComputeError;
 use crate::compute::call::Call;
+use crate::compute::{AttentionShape, ComputeError};
 
-pub(super) const FINGERPRINT: Fingerprint =
-    Fingerprint { what: "attention scores carry another scale", causes: &["softmax-scale"], test };
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
+    what: "attention scores carry another scale, or no soft cap",
+    causes: &["softmax-scale", "soft-cap-missing"],
+    test,
+};
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
-    let root = (shape.head_dim as f32).sqrt();
+    let root = 1.0 / shape.f32_scale();
     let hidden = ((shape.heads * shape.head_dim) as f32).sqrt();
     let factors = [
         ("the scale is not applied", root),
@@ -27,6 +30,18 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let call = Call::Attention { q: &q, k, v, shape };
         fits.extend(case.fit_call("softmax-scale", detail.to_owned(), &call)?);
     }
+    if shape.scale.is_some() {
+        let usual = AttentionShape { scale: None, ..shape };
+        let detail = "scores are scaled by 1 / sqrt(head width) and not by the model's factor";
+        let call = Call::Attention { q, k, v, shape: usual };
+        fits.extend(case.fit_call("softmax-scale", detail.to_owned(), &call)?);
+    }
+    if shape.cap.is_some() {
+        let plain = AttentionShape { cap: None, ..shape };
+        let detail = "scores are not bent towards the model's soft cap".to_owned();
+        let call = Call::Attention { q, k, v, shape: plain };
+        fits.extend(case.fit_call("soft-cap-missing", detail, &call)?);
+    }
     Ok(fits)
 }
 
@@ -34,13 +49,12 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 mod tests {
     use super::super::bench::Bench;
     use super::*;
-    use crate::compute::AttentionShape;
 
     #[test]
     fn a_missing_scale_is_recognised() {
         let bench = Bench::default();
         let (q, k, v) = (bench.tensor(5, 256, 1), bench.tensor(5, 128, 2), bench.tensor(5, 128, 3));
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, first_position: 0 };
+        let shape = AttentionShape::causal(4, 2, 64, 0);
         let large = mapped(&q, |q| q * 8.0);
         let wrong = bench.clean(&Call::Attention { q: &large, k: &k, v: &v, shape });
         bench.expect("softmax-scale", &Call::Attention { q: &q, k: &k, v: &v, shape }, &wrong);

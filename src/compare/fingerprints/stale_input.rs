@@ -42,9 +42,9 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
                     &Call::Rope { x: other, rope, head_dim, first_position },
                 )?;
             }
-            Call::SwiGlu { gate, up } if same(gate) && other != up => {
-                attempt("the gate", &Call::SwiGlu { gate: other, up })?;
-                attempt("the up projection", &Call::SwiGlu { gate, up: other })?;
+            Call::Gated { gate, up, activation } if same(gate) && other != up => {
+                attempt("the gate", &Call::Gated { gate: other, up, activation })?;
+                attempt("the up projection", &Call::Gated { gate, up: other, activation })?;
             }
             Call::Attention { q, k, v, shape } => {
                 if same(q) {

@@ -12,8 +12,8 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let fit = match *case.call {
-        Call::SwiGlu { gate, up } => {
-            let call = Call::SwiGlu { gate: up, up: gate };
+        Call::Gated { gate, up, activation } => {
+            let call = Call::Gated { gate: up, up: gate, activation };
             case.fit_call("swapped-operands", "gate and up are exchanged".to_owned(), &call)?
         }
         Call::Attention { q, k, v, shape } => {
@@ -29,12 +29,15 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 mod tests {
     use super::super::bench::Bench;
     use super::*;
+    use crate::model::Activation;
 
     #[test]
     fn gate_for_up_is_recognised() {
         let bench = Bench::default();
         let (gate, up) = (bench.tensor(4, 256, 1), bench.tensor(4, 256, 2));
-        let wrong = bench.clean(&Call::SwiGlu { gate: &up, up: &gate });
-        bench.expect("swapped-operands", &Call::SwiGlu { gate: &gate, up: &up }, &wrong);
+        let activation = Activation::Silu;
+        let wrong = bench.clean(&Call::Gated { gate: &up, up: &gate, activation });
+        let call = Call::Gated { gate: &gate, up: &up, activation };
+        bench.expect("swapped-operands", &call, &wrong);
     }
 }

@@ -14,12 +14,13 @@ use super::cublaslt::{Operands, Spec};
 use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
 use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, scales_of};
+use crate::compute::call::Call;
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
     check_same_shape, check_tokens, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Rope, RopeLayout, Weight};
+use crate::model::{Activation, Rope, RopeLayout, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, WeightScale};
 use crate::tensor::Tensor;
 
@@ -322,6 +323,32 @@ fn download(state: &State, values: &CudaSlice<f32>, width: usize) -> Result<Tens
 }
 
 impl Ops for Device {
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            Call::Embed { weight, tokens } => self.embed(weight, tokens),
+            Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            Call::Rope { x, rope, head_dim, first_position } => {
+                self.rope(x, rope, head_dim, first_position)
+            }
+            Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
+            Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Add { a, b } => self.add(a, b),
+            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::SoftCap { x, cap } => self.soft_cap(x, cap),
+        }
+    }
+
+    fn gemms(&self) -> Vec<GemmRecord> {
+        let gemms = self.gemms.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let record = |((shape, algorithm), weights): (&([usize; 3], String), &Vec<String>)| {
+            GemmRecord { shape: *shape, algorithm: algorithm.clone(), weights: weights.clone() }
+        };
+        gemms.iter().map(record).collect()
+    }
+}
+
+impl Device {
     fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
         self.gpu.with("the embedding", |state| {
@@ -375,7 +402,7 @@ impl Ops for Device {
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
         let pairs = geometry.dimensions / 2;
-        if geometry.dimensions != head_dim || !x.width().is_multiple_of(head_dim) {
+        if geometry.dimensions > head_dim || !x.width().is_multiple_of(head_dim) {
             return Err(ComputeError::Shape {
                 what: "a rotary position embedding".to_owned(),
                 left: format!("rows of {} in heads of {head_dim}", x.width()),
@@ -392,7 +419,8 @@ impl Ops for Device {
             let values = stream.clone_htod(x.data())?;
             let tables = (stream.clone_htod(&sines)?, stream.clone_htod(&cosines)?);
             let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
-            let shape = (x.rows() as u64, (x.width() / head_dim) as u64, pairs as u64);
+            let heads = (x.width() / head_dim) as u64;
+            let shape = (x.rows() as u64, heads, head_dim as u64, pairs as u64);
             let interleaved = geometry.layout == RopeLayout::Interleaved;
             kernels.rope(stream, &values, (&tables.0, &tables.1), shape, interleaved, &mut y)?;
             download(state, &y, x.width())
@@ -406,7 +434,7 @@ impl Ops for Device {
         v: &Tensor,
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
-        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, first_position, .. } = shape;
         let positions = k.rows();
         if first_position + q.rows() > positions || v.rows() != positions {
             return Err(ComputeError::Shape {
@@ -433,6 +461,9 @@ impl Ops for Device {
                     head_dim: head_dim as u64,
                     first_position: (first_position + first) as u64,
                     positions: positions as u64,
+                    window: shape.window.map_or(u64::MAX, |window| window as u64),
+                    scale: shape.f32_scale(),
+                    cap: shape.cap.unwrap_or(0.0) as f32,
                 };
                 kernels.attention(stream, &queries, &keys, &values, call, &mut scores, &mut y)?;
                 let width = out.width();
@@ -444,9 +475,18 @@ impl Ops for Device {
         })
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        self.elementwise("swiglu", gate, up, |state, gate, up, y| {
-            Ok(state.kernels.swiglu(&state.stream, gate, up, y)?)
+    fn gated(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor, ComputeError> {
+        self.elementwise("a gated activation", gate, up, |state, gate, up, y| {
+            let State { stream, kernels, .. } = state;
+            match activation {
+                Activation::Silu => Ok(kernels.swiglu(stream, gate, up, y)?),
+                Activation::GeluTanh => Ok(kernels.geglu(stream, gate, up, y)?),
+            }
         })
     }
 
@@ -456,11 +496,30 @@ impl Ops for Device {
         })
     }
 
-    fn gemms(&self) -> Vec<GemmRecord> {
-        let gemms = self.gemms.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let record = |((shape, algorithm), weights): (&([usize; 3], String), &Vec<String>)| {
-            GemmRecord { shape: *shape, algorithm: algorithm.clone(), weights: weights.clone() }
-        };
-        gemms.iter().map(record).collect()
+    fn scale(&self, x: &Tensor, factor: f64) -> Result<Tensor, ComputeError> {
+        self.each("a scale", x, |state, x, y| {
+            Ok(state.kernels.scale(&state.stream, x, factor as f32, y)?)
+        })
+    }
+
+    fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
+        self.each("a soft cap", x, |state, x, y| {
+            Ok(state.kernels.soft_cap(&state.stream, x, cap as f32, y)?)
+        })
+    }
+
+    /// Runs an op of one input and one result of its shape.
+    fn each(
+        &self,
+        what: &str,
+        x: &Tensor,
+        run: impl Fn(&State, &CudaSlice<f32>, &mut CudaSlice<f32>) -> Result<(), DeviceError>,
+    ) -> Result<Tensor, ComputeError> {
+        self.gpu.with(what, |state| {
+            let values = state.stream.clone_htod(x.data())?;
+            let mut y = state.stream.alloc_zeros::<f32>(x.data().len())?;
+            run(state, &values, &mut y)?;
+            download(state, &y, x.width())
+        })
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::{Measured, MeasuredFunction, Piece, Survey, Trial};
-use crate::compute::{ComputeError, Ops};
+use crate::compute::{ComputeError, Pass};
 use crate::op::{ChipName, Recipe};
 
 const WHY: &str = "built without the feature `cuda`";
@@ -18,7 +18,7 @@ pub fn why_unavailable(_: &Recipe, _: Option<&Path>) -> Option<String> {
 ///
 /// # Errors
 /// Always.
-pub fn ops(_: &Recipe, _: Option<&Path>) -> Result<(Box<dyn Ops>, String), ComputeError> {
+pub fn ops(_: &Recipe, _: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
     Err(ComputeError::Recipe(WHY.to_owned()))
 }
 

@@ -18,7 +18,7 @@ use super::remembered::{self, Machine};
 use super::{GpuFacts, Piece, Survey, program};
 use crate::compute::emulated::chip::{Unit, chip};
 use crate::compute::emulated::schedule::Schedule;
-use crate::compute::{ComputeError, Ops};
+use crate::compute::{ComputeError, Pass};
 use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
 
@@ -95,7 +95,7 @@ pub fn chip_here(kept: Option<&Path>) -> Option<ChipName> {
 ///
 /// # Errors
 /// If the recipe cannot be computed here, or no GPU can be opened.
-pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Ops>, String), ComputeError> {
+pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
     static FORGET: Once = Once::new();
     if known(kept) != survey()
         && let Some(folder) = kept

@@ -101,6 +101,12 @@ pub struct AttentionCall {
     pub first_position: u64,
     /// Rows of keys and values.
     pub positions: u64,
+    /// Positions that a query sees, its own among them.
+    pub window: u64,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Towards what scores are bent; 0 for not at all.
+    pub cap: f32,
 }
 
 /// The kernels of one GPU.
@@ -116,6 +122,9 @@ pub struct Kernels {
     rope: CudaFunction,
     attention: CudaFunction,
     swiglu: CudaFunction,
+    geglu: CudaFunction,
+    scale: CudaFunction,
+    soft_cap: CudaFunction,
     add: CudaFunction,
 }
 
@@ -161,6 +170,9 @@ impl Kernels {
             rope: load("rope")?,
             attention: load("attention")?,
             swiglu: load("swiglu")?,
+            geglu: load("geglu")?,
+            scale: load("scale")?,
+            soft_cap: load("soft_cap")?,
             add: load("add")?,
         })
     }
@@ -411,19 +423,21 @@ impl Kernels {
         launch!(stream, self.rms_norm, config, x, gain, &width, &eps, y)
     }
 
-    /// Rotates each pair of each head of each row; tables are `[rows, pairs]`.
+    /// Rotates each pair of each head of each row; tables are `[rows, pairs]`, and the shape
+    /// is rows, heads, the width of a head and pairs.
     pub fn rope(
         &self,
         stream: &Arc<CudaStream>,
         x: &CudaSlice<f32>,
         (sines, cosines): (&CudaSlice<f32>, &CudaSlice<f32>),
-        (rows, heads, pairs): (u64, u64, u64),
+        (rows, heads, head_dim, pairs): (u64, u64, u64, u64),
         interleaved: bool,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
-        let count = rows * heads * pairs;
-        must_hold("the values", x.len(), count * 2);
-        must_hold("the result", y.len(), count * 2);
+        let count = rows * heads * head_dim;
+        assert!(2 * pairs <= head_dim, "no more turns than a head has");
+        must_hold("the values", x.len(), count);
+        must_hold("the result", y.len(), count);
         must_hold("the sines", sines.len(), rows * pairs);
         must_hold("the cosines", cosines.len(), rows * pairs);
         let interleaved = i32::from(interleaved);
@@ -436,6 +450,7 @@ impl Kernels {
             cosines,
             &rows,
             &heads,
+            &head_dim,
             &pairs,
             &interleaved,
             y
@@ -454,7 +469,8 @@ impl Kernels {
         scores: &mut CudaSlice<f32>,
         out: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
-        let AttentionCall { rows, heads, kv_heads, head_dim, first_position, positions } = call;
+        let AttentionCall { rows, heads, kv_heads, head_dim, first_position, positions, .. } = call;
+        let AttentionCall { window, scale, cap, .. } = call;
         must_hold("the queries", q.len(), rows * heads * head_dim);
         must_hold("the keys", k.len(), positions * kv_heads * head_dim);
         must_hold("the values", v.len(), positions * kv_heads * head_dim);
@@ -467,7 +483,6 @@ impl Kernels {
             shared_mem_bytes: 0,
         };
         let (kv_heads, head_dim) = (kv_heads as i32, head_dim as i32);
-        let scale = 1.0 / (head_dim as f32).sqrt();
         launch!(
             stream,
             self.attention,
@@ -479,7 +494,9 @@ impl Kernels {
             &head_dim,
             &first_position,
             &positions,
+            &window,
             &scale,
+            &cap,
             scores,
             out
         )
@@ -497,6 +514,46 @@ impl Kernels {
         must_hold("the gate", gate.len(), count);
         must_hold("the other factor", up.len(), count);
         launch!(stream, self.swiglu, striding(count), gate, up, &count, y)
+    }
+
+    /// `gelu(gate) * up`.
+    pub fn geglu(
+        &self,
+        stream: &Arc<CudaStream>,
+        gate: &CudaSlice<f32>,
+        up: &CudaSlice<f32>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("the gate", gate.len(), count);
+        must_hold("the other factor", up.len(), count);
+        launch!(stream, self.geglu, striding(count), gate, up, &count, y)
+    }
+
+    /// `x * factor`.
+    pub fn scale(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        factor: f32,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("what is scaled", x.len(), count);
+        launch!(stream, self.scale, striding(count), x, &factor, &count, y)
+    }
+
+    /// `cap * tanh(x / cap)`.
+    pub fn soft_cap(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        cap: f32,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("what is bent", x.len(), count);
+        launch!(stream, self.soft_cap, striding(count), x, &cap, &count, y)
     }
 
     /// `a + b`.

@@ -163,6 +163,11 @@ fn make(
             let mut values = stream.alloc_zeros::<f32>((rows * width) as usize)?;
             let table = table.as_view();
             kernels.dequantise(stream, weight.kind(), &table, None, rows, width, &mut values)?;
+            if weight.is_less_one() {
+                let mut held = stream.clone_dtoh(&values)?;
+                held.iter_mut().for_each(|value| *value += 1.0);
+                stream.memcpy_htod(&held, &mut values)?;
+            }
             Ok(Entry::Values(values))
         }
         Form::Operand(format, granularity) => {

@@ -15,13 +15,14 @@ use super::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
+use crate::compute::call::Call;
 use crate::compute::vector::{Kernel, dispatch};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
     check_tokens, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Rope, Weight};
+use crate::model::{Activation, Rope, Weight};
 use crate::op::{ActivationScale, Recipe, WeightScale};
 use crate::tensor::Tensor;
 
@@ -220,7 +221,25 @@ impl Emulated {
 }
 
 impl Ops for Emulated {
-    fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
+    fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        match *call {
+            Call::Embed { weight, tokens } => self.embed(weight, tokens),
+            Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            Call::Rope { x, rope, head_dim, first_position } => {
+                self.rope(x, rope, head_dim, first_position)
+            }
+            Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
+            Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Add { a, b } => self.add(a, b),
+            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::SoftCap { x, cap } => self.soft_cap(x, cap),
+        }
+    }
+}
+
+impl Emulated {
+    pub(crate) fn embed(&self, weight: Weight<'_>, tokens: &[u32]) -> Result<Tensor, ComputeError> {
         check_tokens(&weight, tokens)?;
         let mut rows = Tensor::zeros(tokens.len(), weight.width());
         for (index, &token) in tokens.iter().enumerate() {
@@ -231,7 +250,12 @@ impl Ops for Emulated {
         Ok(self.streamed(rows))
     }
 
-    fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
+    pub(crate) fn rms_norm(
+        &self,
+        x: &Tensor,
+        gain: Weight<'_>,
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
         let (name, gain) = (gain.name(), gain.to_vec()?);
         if let Some(engine) = &self.engine {
@@ -246,7 +270,7 @@ impl Ops for Emulated {
         Ok(self.streamed(y))
     }
 
-    fn matmul(
+    pub(crate) fn matmul(
         &self,
         x: &Tensor,
         weight: Weight<'_>,
@@ -275,7 +299,7 @@ impl Ops for Emulated {
         Ok(self.streamed(y))
     }
 
-    fn rope(
+    pub(crate) fn rope(
         &self,
         x: &Tensor,
         geometry: &Rope,
@@ -299,7 +323,7 @@ impl Ops for Emulated {
         Ok(self.streamed(y))
     }
 
-    fn attention(
+    pub(crate) fn attention(
         &self,
         q: &Tensor,
         k: &Tensor,
@@ -309,16 +333,20 @@ impl Ops for Emulated {
         if let Some(engine) = &self.engine {
             return engine.attention(q, k, v, shape);
         }
-        let AttentionShape { heads, kv_heads, head_dim, first_position } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let (scale, cap) = (shape.f32_scale(), shape.cap.unwrap_or(0.0) as f32);
         let mut y = Tensor::zeros(q.rows(), heads * head_dim);
         y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
             check_interrupt()?;
             let (row, head) = (index / heads, index % heads);
-            let seen = (first_position + row + 1) * k.width();
+            let seen = shape.seen(row);
+            let seen = seen.start * k.width()..seen.end * k.width();
             dispatch(Attend {
                 query: &q.row(row)[head * head_dim..(head + 1) * head_dim],
-                keys: &k.data()[..seen],
-                values: &v.data()[..seen],
+                keys: &k.data()[seen.clone()],
+                values: &v.data()[seen],
+                scale,
+                cap,
                 stride: k.width(),
                 offset: head / (heads / kv_heads) * head_dim,
                 out,
@@ -328,20 +356,43 @@ impl Ops for Emulated {
         Ok(self.streamed(y))
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, ComputeError> {
-        check_same_shape("swiglu", gate, up)?;
+    pub(crate) fn gated(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor, ComputeError> {
+        check_same_shape("a gated activation", gate, up)?;
         if let Some(engine) = &self.engine {
-            return Ok(engine.swiglu(gate, up));
+            return engine.gated(gate, up, activation);
         }
         let mut y = Tensor::zeros(gate.rows(), gate.width());
-        dispatch(SwiGlu { gate: gate.data(), up: up.data(), y: y.data_mut() });
+        dispatch(Gated { activation, gate: gate.data(), up: up.data(), y: y.data_mut() });
         Ok(self.streamed(y))
     }
 
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
+    pub(crate) fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
         check_same_shape("a residual addition", a, b)?;
         let data = a.data().iter().zip(b.data()).map(|(a, b)| a + b);
         Ok(self.streamed(Tensor::new(a.width(), data.collect())))
+    }
+
+    fn scale(&self, x: &Tensor, factor: f64) -> Result<Tensor, ComputeError> {
+        self.own_kernel("a scale")?;
+        let factor = factor as f32;
+        let data = x.data().iter().map(|x| x * factor);
+        Ok(self.streamed(Tensor::new(x.width(), data.collect())))
+    }
+
+    fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
+        self.own_kernel("a soft cap")?;
+        let data = x.data().iter().map(|x| kernels::soft_cap(*x, cap as f32));
+        Ok(self.streamed(Tensor::new(x.width(), data.collect())))
+    }
+
+    /// Refuses an op whose kernel in the recipe's engine is not known.
+    fn own_kernel(&self, what: &str) -> Result<(), ComputeError> {
+        if self.engine.is_some() { Err(super::engine::unknown(what)) } else { Ok(()) }
     }
 }
 
@@ -401,6 +452,8 @@ struct Attend<'a> {
     values: &'a [f32],
     stride: usize,
     offset: usize,
+    scale: f32,
+    cap: f32,
     out: &'a mut [f32],
 }
 
@@ -409,26 +462,28 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Attend { query, keys, values, stride, offset, out } = self;
-        let scale = 1.0 / (query.len() as f32).sqrt();
+        let Attend { query, keys, values, stride, offset, scale, cap, out } = self;
         let mut weights = Vec::with_capacity(keys.len() / stride);
-        kernels::attend(query, keys, values, stride, offset, scale, &mut weights, out);
+        kernels::attend(query, keys, values, stride, offset, (scale, cap), &mut weights, out);
     }
 }
 
-struct SwiGlu<'a> {
+struct Gated<'a> {
+    activation: Activation,
     gate: &'a [f32],
     up: &'a [f32],
     y: &'a mut [f32],
 }
 
-impl Kernel for SwiGlu<'_> {
+impl Kernel for Gated<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        for ((y, &gate), &up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
-            *y = kernels::swiglu(gate, up);
+        let all = self.y.iter_mut().zip(self.gate).zip(self.up);
+        match self.activation {
+            Activation::Silu => all.for_each(|((y, &gate), &up)| *y = kernels::swiglu(gate, up)),
+            Activation::GeluTanh => all.for_each(|((y, &gate), &up)| *y = kernels::geglu(gate, up)),
         }
     }
 }

@@ -29,7 +29,7 @@ use crate::engine::{
     AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
     RopeKernel, SwigluKernel, name_of,
 };
-use crate::model::{Rope, RopeLayout, Weight};
+use crate::model::{self, Rope, RopeLayout, Weight};
 use crate::tensor::Tensor;
 
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys, and among
@@ -343,15 +343,15 @@ impl EngineArm {
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
         // Dividing positions or frequencies is not how these engines hold other kinds of RoPE.
-        let plain = geometry.factors.is_none() && geometry.linear_scale == 1.0;
+        let plain = geometry.is_plain() && geometry.dimensions == head_dim;
         if kernel == RopeKernel::GgmlCuda && plain {
             let turned = (geometry.theta as f32, geometry.dimensions);
             return Ok(ggml::rope(x, geometry.layout, turned, head_dim, first_position));
         }
         if !plain {
             return Err(ComputeError::Recipe(
-                "the engine's rotary kernels turn heads by plain frequencies, and the model scales \
-                 them; take a recipe with `stream` and without `engine`"
+                "the engine's rotary kernels turn whole heads by plain frequencies, and the model \
+                 scales them or turns a part; take a recipe with `stream` and without `engine`"
                     .to_owned(),
             ));
         }
@@ -424,6 +424,9 @@ impl EngineArm {
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        if !shape.is_plain() {
+            return Err(unknown("attention with a window, a soft cap or a scale of its own"));
+        }
         let mut own = Heads::causal(heads, kv_heads, head_dim);
         if matches!(kernel, AttentionKernel::GgmlCudaF16Cache | AttentionKernel::GgmlCudaF32Cache) {
             own.scale = ggml::score_scale(head_dim);
@@ -569,19 +572,36 @@ impl EngineArm {
         Ok(())
     }
 
-    /// `silu(gate) * up`.
-    pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+    /// `activation(gate) * up`.
+    ///
+    /// # Errors
+    /// If the engine's kernel of that activation is not known.
+    pub fn gated(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: model::Activation,
+    ) -> Result<Tensor, ComputeError> {
         let kernel = self.kernels.swiglu.first().unwrap_or(SwigluKernel::Rounded);
-        self.swiglu_by(kernel, gate, up)
+        self.gated_by(kernel, gate, up, activation)
     }
 
-    fn swiglu_by(&self, kernel: SwigluKernel, gate: &Tensor, up: &Tensor) -> Tensor {
+    fn gated_by(
+        &self,
+        kernel: SwigluKernel,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: model::Activation,
+    ) -> Result<Tensor, ComputeError> {
+        if activation != model::Activation::Silu {
+            return Err(unknown("a gated activation that is not SiLU"));
+        }
         if kernel == SwigluKernel::GgmlCuda {
-            return ggml::swiglu(gate, up);
+            return Ok(ggml::swiglu(gate, up));
         }
         let rounds_activation = kernel == SwigluKernel::Rounded;
         let gated = Gated { activation: Activation::Silu, format: self.format, rounds_activation };
-        gated.apply(gate, up)
+        Ok(gated.apply(gate, up))
     }
 
     /// `a + b`.
@@ -657,10 +677,12 @@ impl EngineArm {
                     _ => {}
                 }
             }
-            Call::RmsNorm { .. } | Call::Rope { .. } | Call::SwiGlu { .. } => {
+            Call::RmsNorm { .. } | Call::Rope { .. } | Call::Gated { .. } => {
                 self.each_kernel(call, &mut |name, y| choice.offer(name, y))?;
             }
             Call::Add { a, b } => choice.offer("an addition", self.add(a, b)),
+            Call::Scale { .. } => return Err(unknown("a scale")),
+            Call::SoftCap { .. } => return Err(unknown("a soft cap")),
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
@@ -710,8 +732,12 @@ impl EngineArm {
             Call::RmsNorm { .. } => self.kernels.rms_norm.is_open(),
             Call::Rope { .. } => self.kernels.rope.is_open(),
             Call::Attention { .. } => self.kernels.attention.is_open(),
-            Call::SwiGlu { .. } => self.kernels.swiglu.is_open(),
-            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => false,
+            Call::Gated { .. } => self.kernels.swiglu.is_open(),
+            Call::Embed { .. }
+            | Call::Matmul { .. }
+            | Call::Add { .. }
+            | Call::Scale { .. }
+            | Call::SoftCap { .. } => false,
         }
     }
 
@@ -743,15 +769,28 @@ impl EngineArm {
                     offer(format!("attention {}", name_of(kernel)), y);
                 }
             }
-            Call::SwiGlu { gate, up } => {
+            Call::Gated { gate, up, activation } => {
                 for kernel in kernels.swiglu.all() {
-                    offer(format!("swiglu {}", name_of(kernel)), self.swiglu_by(kernel, gate, up));
+                    let y = self.gated_by(kernel, gate, up, activation)?;
+                    offer(format!("swiglu {}", name_of(kernel)), y);
                 }
             }
-            Call::Embed { .. } | Call::Matmul { .. } | Call::Add { .. } => {}
+            Call::Embed { .. }
+            | Call::Matmul { .. }
+            | Call::Add { .. }
+            | Call::Scale { .. }
+            | Call::SoftCap { .. } => {}
         }
         Ok(())
     }
+}
+
+/// An op whose kernel in the engine is not known.
+pub(super) fn unknown(what: &str) -> ComputeError {
+    ComputeError::Recipe(format!(
+        "the engine's kernel of {what} is not known, and this model needs it; take a recipe with \
+         `stream` and without `engine`"
+    ))
 }
 
 /// Copies the two values of each pair of each head from one place to another.

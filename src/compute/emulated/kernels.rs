@@ -115,6 +115,41 @@ pub fn swiglu(gate: f32, up: f32) -> f32 {
     gate / (1.0 + exp(-gate)) * up
 }
 
+/// `gelu(gate) * up`, GELU by the hyperbolic tangent: `gate / (1 + e^-z) * up` with
+/// `z = gate (2 sqrt(2 / pi) + 2 sqrt(2 / pi) 0.044715 gate^2)`.
+#[inline(always)]
+pub fn geglu(gate: f32, up: f32) -> f32 {
+    const LINEAR: f32 = 1.595_769_1;
+    const CUBIC: f32 = 0.071_354_814;
+    let z = (gate * gate).mul_add(CUBIC, LINEAR) * gate;
+    gate / (1.0 + exp(-z)) * up
+}
+
+/// The hyperbolic tangent, within two places: a polynomial below 0.625, else
+/// `1 - 2 / (1 + e^2x)`. The coefficients are those of the Cephes library's `tanhf`
+/// (S. Moshier).
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let size = x.abs();
+    if size >= 0.625 {
+        let large = 1.0 - 2.0 / (1.0 + exp(size + size));
+        return large.copysign(x);
+    }
+    let square = x * x;
+    let p = -5.704_988_7e-3f32;
+    let p = p.mul_add(square, 2.063_908_9e-2);
+    let p = p.mul_add(square, -5.373_971_6e-2);
+    let p = p.mul_add(square, 1.333_144_2e-1);
+    let p = p.mul_add(square, -3.333_328_1e-1);
+    (p * square).mul_add(x, x)
+}
+
+/// `cap tanh(x / cap)`.
+#[inline(always)]
+pub fn soft_cap(x: f32, cap: f32) -> f32 {
+    tanh(x / cap) * cap
+}
+
 /// The sum of a warp's lanes: lanes `i` and `i + half`, `half` from 16 down to 1.
 #[inline(always)]
 fn warp_sum(mut lanes: [f32; WARP_LANES]) -> f32 {
@@ -143,7 +178,7 @@ fn warp_dot(a: &[f32], b: &[f32]) -> f32 {
 /// One query head over the keys and values it may see, rows of `stride` values
 /// from which the head's `query.len()` values are taken at `offset`.
 ///
-/// * score `j`: `dot(query, key_j) * scale`, by a warp;
+/// * score `j`: `dot(query, key_j) * scale`, by a warp, and [`soft_cap`] of it where `cap` is not 0;
 /// * weight `j`: `exp(score_j - largest score)`;
 /// * total: lane `j % 32` sums in order, then the tree;
 /// * `out = (chain of fma over j of weight_j * value_j) / total`.
@@ -155,7 +190,7 @@ pub fn attend(
     values: &[f32],
     stride: usize,
     offset: usize,
-    scale: f32,
+    (scale, cap): (f32, f32),
     weights: &mut Vec<f32>,
     out: &mut [f32],
 ) {
@@ -163,6 +198,9 @@ pub fn attend(
     weights.clear();
     weights
         .extend(keys.chunks_exact(stride).map(|key| warp_dot(query, &key[head.clone()]) * scale));
+    if cap != 0.0 {
+        weights.iter_mut().for_each(|score| *score = soft_cap(*score, cap));
+    }
     // A NaN score must not be lost: it makes every weight NaN below.
     let largest = weights.iter().fold(f32::NEG_INFINITY, |most, &score| {
         if score > most || score.is_nan() { score } else { most }
@@ -201,6 +239,32 @@ mod tests {
             x += 0.003_7;
         }
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn tanh_is_within_two_ulp_of_the_exact_value() {
+        let mut x = -12.0f32;
+        while x < 12.0 {
+            let exact = libm::tanh(f64::from(x)) as f32;
+            assert!(ulps(tanh(x), exact) <= 2, "tanh({x}) = {:e}, exact {exact:e}", tanh(x));
+            x += 0.000_37;
+        }
+        assert_eq!((tanh(0.0), tanh(f32::INFINITY), tanh(-100.0)), (0.0, 1.0, -1.0));
+        assert!(tanh(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn geglu_is_gelu_by_the_hyperbolic_tangent_times_up() {
+        let mut x = -9.0f32;
+        while x < 9.0 {
+            let wide = f64::from(x);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            let exact = 0.5 * wide * (1.0 + libm::tanh(inner)) * 3.0;
+            let error = (f64::from(geglu(x, 3.0)) - exact).abs();
+            // Of very small results the exponential's argument of some 80 rounds by as many places.
+            assert!(error <= 1e-6 * exact.abs() + 1e-14, "geglu({x}): off by {error:e}");
+            x += 0.003_1;
+        }
     }
 
     #[test]

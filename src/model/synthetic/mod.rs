@@ -434,7 +434,8 @@ impl Shape {
                 add("attn_q_norm.weight", WeightType::F32, 1, head_dim, gain);
                 add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
             }
-            Architecture::Llama => {}
+            // No preset is of another kind.
+            _ => {}
         }
         // Attention averages values down to a root mean square of 0.7; SwiGLU's hard
         // neurons raise it to 1.5.

@@ -74,31 +74,59 @@ extern "C" __global__ void rms_norm(const float* x, const float* gain, u64 width
     }
 }
 
+// The hyperbolic tangent of `kernels.rs`.
+__device__ __forceinline__ float tangent(float x) {
+    float size = fabsf(x);
+    if (size >= 0.625f) {
+        float large = __fsub_rn(1.0f, __fdiv_rn(2.0f, __fadd_rn(1.0f, exponential(__fadd_rn(size, size)))));
+        return copysignf(large, x);
+    }
+    float square = __fmul_rn(x, x);
+    float p = -5.7049887e-3f;
+    p = __fmaf_rn(p, square, 2.0639089e-2f);
+    p = __fmaf_rn(p, square, -5.3739716e-2f);
+    p = __fmaf_rn(p, square, 1.3331442e-1f);
+    p = __fmaf_rn(p, square, -3.3333281e-1f);
+    return __fmaf_rn(__fmul_rn(p, square), x, x);
+}
+
+__device__ __forceinline__ float bent(float x, float cap) { return __fmul_rn(tangent(__fdiv_rn(x, cap)), cap); }
+
 // Each pair of each head of each row, by the angle of its position. `interleaved` pairs
-// neighbours, else the halves of a head are paired. Tables are [rows, pairs].
+// neighbours, else the halves of what turns are paired; values of a head beyond the pairs
+// stay. Tables are [rows, pairs].
 extern "C" __global__ void rope(
-    const float* x, const float* sines, const float* cosines, u64 rows, u64 heads, u64 pairs, int interleaved, float* y) {
+    const float* x, const float* sines, const float* cosines, u64 rows, u64 heads, u64 head_dim, u64 pairs, int interleaved, float* y) {
     for (u64 index = first_index(); index < rows * heads * pairs; index += all_threads()) {
         u64 pair = index % pairs, head = index / pairs, row = head / heads;
-        u64 first = head * 2 * pairs + (interleaved ? 2 * pair : pair);
+        u64 first = head * head_dim + (interleaved ? 2 * pair : pair);
         u64 second = first + (interleaved ? 1 : pairs);
         float sin = sines[row * pairs + pair], cos = cosines[row * pairs + pair];
         float a = x[first], b = x[second];
         y[first] = __fmaf_rn(a, cos, -__fmul_rn(b, sin));
         y[second] = __fmaf_rn(a, sin, __fmul_rn(b, cos));
     }
+    u64 rest = head_dim - 2 * pairs;
+    for (u64 index = first_index(); index < rows * heads * rest; index += all_threads()) {
+        u64 place = index / rest * head_dim + 2 * pairs + index % rest;
+        y[place] = x[place];
+    }
 }
 
 // One query head of one row a block: blockIdx.x is the head, blockIdx.y the row. `scores`
-// has room for `positions` values per head and row.
+// has room for `positions` values per head and row. A query sees `window` positions, its own
+// among them. Where `cap` is not 0, scores are bent towards it.
 extern "C" __global__ void attention(
     const float* q, const float* k, const float* v, int kv_heads, int head_dim, u64 first_position, u64 positions,
-    float scale, float* scores, float* out) {
+    u64 window, float scale, float cap, float* scores, float* out) {
     int heads = gridDim.x, head = blockIdx.x;
-    u64 row = blockIdx.y, seen = first_position + row + 1;
+    u64 row = blockIdx.y, end = first_position + row + 1, begin = end > window ? end - window : 0;
+    u64 seen = end - begin;
     u64 stride = (u64)kv_heads * head_dim, offset = (u64)(head / (heads / kv_heads)) * head_dim;
     const float* query = q + (row * heads + head) * head_dim;
     float* score = scores + (row * heads + head) * positions;
+    k += begin * stride;
+    v += begin * stride;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
     for (u64 position = warp; position < seen; position += warps) {
@@ -106,7 +134,10 @@ extern "C" __global__ void attention(
         float sum = 0.0f;
         for (int index = lane; index < head_dim; index += 32) sum = __fmaf_rn(query[index], key[index], sum);
         sum = warp_sum(sum);
-        if (lane == 0) score[position] = __fmul_rn(sum, scale);
+        if (lane == 0) {
+            float scaled = __fmul_rn(sum, scale);
+            score[position] = cap != 0.0f ? bent(scaled, cap) : scaled;
+        }
     }
     __syncthreads();
 
@@ -144,6 +175,23 @@ extern "C" __global__ void attention(
 extern "C" __global__ void swiglu(const float* gate, const float* up, u64 count, float* y) {
     for (u64 index = first_index(); index < count; index += all_threads())
         y[index] = __fmul_rn(__fdiv_rn(gate[index], __fadd_rn(1.0f, exponential(-gate[index]))), up[index]);
+}
+
+// gate / (1 + e^-z) * up with GELU's z.
+extern "C" __global__ void geglu(const float* gate, const float* up, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) {
+        float x = gate[index];
+        float z = __fmul_rn(__fmaf_rn(__fmul_rn(x, x), 0.071354814f, 1.5957691f), x);
+        y[index] = __fmul_rn(__fdiv_rn(x, __fadd_rn(1.0f, exponential(-z))), up[index]);
+    }
+}
+
+extern "C" __global__ void scale(const float* x, float factor, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) y[index] = __fmul_rn(x[index], factor);
+}
+
+extern "C" __global__ void soft_cap(const float* x, float cap, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) y[index] = bent(x[index], cap);
 }
 
 extern "C" __global__ void add(const float* a, const float* b, u64 count, float* y) {

@@ -1,0 +1,106 @@
+//! Which sites a model's forward pass makes, in their order, and what each op reads.
+//!
+//! The same decisions as [`forward`](super::forward::forward) makes, which a test holds it to.
+//! It computes nothing.
+
+use crate::model::Model;
+use crate::op::{LAYER_SITES, Site, in_layer};
+
+/// Whether a block's pass makes a site, by its name within the block.
+fn is_made(model: &Model, layer: usize, inner: &str) -> bool {
+    let config = model.config();
+    let has = |name: &str| model.has(&format!("blk.{layer}.{name}.weight"));
+    match inner {
+        "attn_norm" | "ffn_norm" => has(inner),
+        "q_norm" => has("attn_q_norm"),
+        "k_norm" => has("attn_k_norm"),
+        "q_rope" | "k_rope" => config.rope_of(layer).is_some(),
+        "attn_post_norm" => has("post_attention_norm"),
+        "ffn_post_norm" => has("post_ffw_norm"),
+        "attn_scaled" | "ffn_scaled" => config.factors.residual.is_some(),
+        _ => LAYER_SITES.contains(&inner),
+    }
+}
+
+/// Whether the embedded tokens are scaled.
+fn scales_embedding(model: &Model) -> bool {
+    model.config().factors.embedding.is_some()
+}
+
+/// The sites from the output matrix's product to the logits, in their order.
+pub fn after_output(model: &Model) -> &'static [&'static str] {
+    let config = model.config();
+    match (config.factors.logits.is_some(), config.caps.logits.is_some()) {
+        (false, false) => &["logits"],
+        (true, true) => &["logits_raw", "logits_scaled", "logits"],
+        _ => &["logits_raw", "logits"],
+    }
+}
+
+/// The sites of a forward pass, in the order of the flow.
+pub fn sites(model: &Model) -> impl Iterator<Item = Site> + '_ {
+    let one = |name: &str| Site(name.to_owned());
+    let scaled = scales_embedding(model).then(|| one("embed_scaled"));
+    let first = [one("embed")].into_iter().chain(scaled);
+    let layers = (0..model.config().layers).flat_map(move |layer| {
+        let made = LAYER_SITES.iter().filter(move |inner| is_made(model, layer, inner));
+        made.map(move |inner| Site(format!("blk.{layer}.{inner}")))
+    });
+    let last = after_output(model).iter().map(move |name| one(name));
+    first.chain(layers).chain([one("output_norm")]).chain(last)
+}
+
+/// The sites that the op of a model's forward pass reads to make a site; none for the embedding,
+/// for the last norm and for sites that no forward pass makes.
+pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
+    let named = |name: &str| vec![Site(name.to_owned())];
+    let Some((layer, inner)) = in_layer(&site.0) else {
+        let last = after_output(model);
+        return match last.iter().position(|name| *name == site.0) {
+            Some(0) => named("output_norm"),
+            Some(place) => named(last[place - 1]),
+            None if site.0 == "embed_scaled" => named("embed"),
+            None => Vec::new(),
+        };
+    };
+    let block = layer as usize;
+    let here = |name: &str| Site(format!("blk.{layer}.{name}"));
+    // The last one of several that the block makes; the first one stands always.
+    let last = |names: &[&str]| {
+        let made = names.iter().rev().find(|name| is_made(model, block, name));
+        here(made.unwrap_or(&names[0]))
+    };
+    let stream = match layer.checked_sub(1) {
+        Some(before) => Site(format!("blk.{before}.ffn_residual")),
+        None if scales_embedding(model) => Site("embed_scaled".to_owned()),
+        None => Site("embed".to_owned()),
+    };
+    let normed = |name: &str, stream: Site| {
+        vec![if is_made(model, block, name) { here(name) } else { stream }]
+    };
+    match inner {
+        "attn_norm" => vec![stream],
+        "q" | "k" | "v" => normed("attn_norm", stream),
+        "q_norm" => vec![here("q")],
+        "k_norm" => vec![here("k")],
+        "q_rope" => vec![last(&["q", "q_norm"])],
+        "k_rope" => vec![last(&["k", "k_norm"])],
+        "attn" => {
+            vec![last(&["q", "q_norm", "q_rope"]), last(&["k", "k_norm", "k_rope"]), here("v")]
+        }
+        "attn_out" => vec![here("attn")],
+        "attn_post_norm" => vec![here("attn_out")],
+        "attn_scaled" => vec![last(&["attn_out", "attn_post_norm"])],
+        "attn_residual" => vec![stream, last(&["attn_out", "attn_post_norm", "attn_scaled"])],
+        "ffn_norm" => vec![here("attn_residual")],
+        "ffn_gate" | "ffn_up" => normed("ffn_norm", here("attn_residual")),
+        "ffn_swiglu" => vec![here("ffn_gate"), here("ffn_up")],
+        "ffn_down" => vec![here("ffn_swiglu")],
+        "ffn_post_norm" => vec![here("ffn_down")],
+        "ffn_scaled" => vec![last(&["ffn_down", "ffn_post_norm"])],
+        "ffn_residual" => {
+            vec![here("attn_residual"), last(&["ffn_down", "ffn_post_norm", "ffn_scaled"])]
+        }
+        _ => Vec::new(),
+    }
+}

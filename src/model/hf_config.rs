@@ -1,0 +1,734 @@
+//! `config.json` of a Hugging Face folder, read as transformers reads it.
+//!
+//! Every key is used, known to change nothing in a pass, or refused with its value: a setting
+//! that nobody reads may be a feature that nobody computes. Where two keys say the same thing,
+//! they must agree. It knows no tensors.
+//!
+//! Source: the configuration classes and `modeling_rope_utils.py` of transformers 5.17.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::f64::consts::PI;
+
+use serde_json::{Map, Value};
+
+use super::config::{
+    Activation, Architecture, Biases, Caps, Config, Factors, LARGEST_HEAD, LARGEST_SIZE, Presence,
+    Raw, RawRope, RopeLayout, exact_share, missing_key, positive,
+};
+use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
+
+/// Keys that change no value of a pass over given tokens.
+const WITHOUT_EFFECT: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "auto_map",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "embd_pdrop",
+    "embedding_dropout",
+    "eos_token_id",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_length",
+    "min_length",
+    "model_type",
+    "name_or_path",
+    "neftune_noise_alpha",
+    "num_beams",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "pretraining_tp",
+    "repetition_penalty",
+    "resid_pdrop",
+    "residual_dropout",
+    "return_dict",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+    "_sliding_window_pattern",
+];
+
+/// Keys of which one value means that a feature is off; any other value asks for it.
+const OFF: &[(&str, &str)] = &[
+    ("add_cross_attention", "false"),
+    ("cross_attention_hidden_size", "null"),
+    ("is_decoder", "false"),
+    ("is_encoder_decoder", "false"),
+    ("pruned_heads", "{}"),
+    ("use_bidirectional_attention", "false"),
+];
+
+/// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
+pub(super) fn from_hf(json: &[u8]) -> Result<Config, Fault> {
+    let bad = |problem: String| Fault::malformed(format!("config.json: {problem}"), FETCH_AGAIN);
+    let Value::Object(map) =
+        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
+    else {
+        return Err(bad("it is no object".to_owned()));
+    };
+    let keys = Keys::new(&map, String::new());
+    let name = keys.text("model_type")?.ok_or_else(|| missing_key("model_type"))?;
+    let architecture = Architecture::from_name(name, &Architecture::ALL)?;
+    let raw = raw(&keys, architecture)?;
+    keys.refuse_unread()?;
+    raw.check()
+}
+
+fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
+    if keys.map.get("quantization_config").is_some_and(|value| !value.is_null()) {
+        let method = keys.object("quantization_config")?;
+        let method = method.as_ref().and_then(|keys| keys.map.get("quant_method")?.as_str());
+        let method = method.map_or(String::new(), |method| format!(", by `{}`", shown(method)));
+        return Err(Fault::unsupported(
+            format!("its weights are quantized in a Hugging Face format{method}"),
+            OTHER_MODEL,
+        ));
+    }
+    let hidden = keys.required("hidden_size")?;
+    let heads = keys.required("num_attention_heads")?;
+    let layers = keys.required("num_hidden_layers")?;
+    let head_dim = match (keys.whole("head_dim")?, architecture) {
+        (Some(width), _) => width,
+        // Defaults of the configuration classes, whatever the hidden width.
+        (None, Architecture::Qwen3 | Architecture::Glm4) => 128,
+        (None, Architecture::Gemma2 | Architecture::Gemma3) => 256,
+        (None, _) => exact_share(hidden, heads)?,
+    };
+    // Early Llama files have the older name, or none.
+    let context_length = match keys.whole("max_position_embeddings")? {
+        Some(positions) => positions,
+        None => keys.whole("max_sequence_length")?.unwrap_or(2048),
+    };
+    let (window, sliding) = windows(keys, architecture, layers)?;
+    let Ropes { main, sliding: sliding_rope, longest } =
+        ropes(keys, architecture, head_dim, context_length)?;
+    let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    let (mut factors, mut caps) = (Factors::default(), Caps::default());
+    if of_gemma {
+        let width = keys.number("query_pre_attn_scalar")?.unwrap_or(256.0);
+        positive("query_pre_attn_scalar", width)?;
+        factors.scores = Some(1.0 / width.sqrt());
+        factors.embedding = Some((hidden as f64).sqrt());
+        caps.scores = keys.number("attn_logit_softcapping")?;
+        caps.logits = keys.number("final_logit_softcapping")?;
+        if architecture == Architecture::Gemma2 {
+            // Their defaults hold where the keys are absent, and null switches them off.
+            let of = |key: &str, value, default| {
+                if keys.map.contains_key(key) { value } else { Some(default) }
+            };
+            caps.scores = of("attn_logit_softcapping", caps.scores, 50.0);
+            caps.logits = of("final_logit_softcapping", caps.logits, 30.0);
+        }
+    }
+    if architecture == Architecture::Granite {
+        let other_than_one = |key: &str| -> Result<Option<f64>, Fault> {
+            Ok(keys.number(key)?.filter(|&factor| factor != 1.0))
+        };
+        factors.embedding = other_than_one("embedding_multiplier")?;
+        factors.residual = other_than_one("residual_multiplier")?;
+        factors.logits = other_than_one("logits_scaling")?.map(|divisor| 1.0 / divisor);
+        // Not `1 / sqrt(head_dim)` even where the key is absent.
+        factors.scores = Some(keys.number("attention_multiplier")?.unwrap_or(1.0));
+    }
+    Ok(Raw {
+        architecture,
+        layers,
+        hidden,
+        heads,
+        kv_heads: keys.whole("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        rope: main,
+        ffn: keys.required("intermediate_size")?,
+        vocabulary: keys.required("vocab_size")?,
+        context_length: longest,
+        // Of early Llama files.
+        rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
+        tied_embeddings: keys
+            .flag("tie_word_embeddings")?
+            .unwrap_or(of_gemma || architecture == Architecture::SmolLm3),
+        activation: activation(keys, of_gemma)?,
+        biases: biases(keys, architecture)?,
+        window,
+        sliding,
+        sliding_rope,
+        turned: turned(keys, architecture, layers)?,
+        factors,
+        caps,
+    })
+}
+
+fn activation(keys: &Keys<'_>, of_gemma: bool) -> Result<Activation, Fault> {
+    let (key, usual) = match of_gemma {
+        true => ("hidden_activation", Activation::GeluTanh),
+        false => ("hidden_act", Activation::Silu),
+    };
+    if of_gemma {
+        // An older key, which transformers does not read in these models.
+        keys.text("hidden_act")?;
+    }
+    match keys.text(key)? {
+        None => Ok(usual),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+        Some(other) => Err(Fault::unsupported(
+            format!("its activation is `{}`, not `silu` or `gelu_pytorch_tanh`", shown(other)),
+            OTHER_MODEL,
+        )),
+    }
+}
+
+fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> {
+    let of_attention = keys.flag("attention_bias")?;
+    let of_ffn = Presence::of(keys.flag("mlp_bias")?.unwrap_or(false));
+    let (qkv, output) = match architecture {
+        Architecture::Qwen2 => (true, false),
+        Architecture::Glm4 => (of_attention.unwrap_or(true), false),
+        Architecture::Mistral | Architecture::Phi3 => (false, false),
+        _ => (of_attention.unwrap_or(false), of_attention.unwrap_or(false)),
+    };
+    Ok(Biases { qkv: Presence::of(qkv), output: Presence::of(output), ffn: of_ffn })
+}
+
+/// The window and which blocks have it; all where the list is empty.
+fn windows(
+    keys: &Keys<'_>,
+    architecture: Architecture,
+    layers: u64,
+) -> Result<(Option<u64>, Vec<bool>), Fault> {
+    let window = keys.whole("sliding_window")?.filter(|&window| window != 0);
+    let used = keys.flag("use_sliding_window")?;
+    let first = keys.whole("max_window_layers")?;
+    let pattern = keys.whole("sliding_window_pattern")?;
+    let types = keys.texts("layer_types")?;
+    let window = match architecture {
+        // Qwen's and SmolLM3's files name a window that they do not use.
+        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => {
+            window.filter(|_| used.unwrap_or(false))
+        }
+        Architecture::Gemma2 | Architecture::Gemma3 => Some(window.unwrap_or(4096)),
+        _ => window,
+    };
+    let blocks = 0..layers.min(LARGEST_SIZE);
+    let sliding: Vec<bool> = match types {
+        Some(types) => {
+            let slides = |kind: &&str| match *kind {
+                "full_attention" => Ok(false),
+                "sliding_attention" => Ok(true),
+                other => Err(Fault::unsupported(
+                    format!("it has layers of type `{}`", shown(other)),
+                    OTHER_MODEL,
+                )),
+            };
+            let sliding: Vec<bool> = types.iter().map(slides).collect::<Result<_, _>>()?;
+            if window.is_none() && sliding.contains(&true) {
+                return Err(Fault::malformed(
+                    "its `layer_types` hold `sliding_attention`, but no `sliding_window` is used",
+                    FETCH_AGAIN,
+                ));
+            }
+            sliding
+        }
+        None if window.is_none() => Vec::new(),
+        None => match architecture {
+            Architecture::Qwen2 | Architecture::Qwen3 => {
+                let first = first.unwrap_or(28);
+                blocks.map(|block| block >= first).collect()
+            }
+            Architecture::Gemma2 => blocks.map(|block| block % 2 == 0).collect(),
+            Architecture::Gemma3 => {
+                let pattern = pattern.unwrap_or(6).max(1);
+                blocks.map(|block| (block + 1) % pattern != 0).collect()
+            }
+            Architecture::SmolLm3 => {
+                return Err(Fault::unsupported(
+                    "it uses a window, and no `layer_types` say in which blocks",
+                    OTHER_MODEL,
+                ));
+            }
+            _ => Vec::new(),
+        },
+    };
+    let none = !sliding.is_empty() && !sliding.contains(&true);
+    Ok(if none { (None, Vec::new()) } else { (window, sliding) })
+}
+
+/// Which blocks turn queries and keys; all where the list is empty.
+fn turned(keys: &Keys<'_>, architecture: Architecture, layers: u64) -> Result<Vec<bool>, Fault> {
+    if architecture != Architecture::SmolLm3 {
+        return Ok(Vec::new());
+    }
+    let interval = keys.whole("no_rope_layer_interval")?.unwrap_or(4).max(1);
+    let Some(listed) = keys.list("no_rope_layers")? else {
+        let blocks = 0..layers.min(LARGEST_SIZE);
+        return Ok(blocks.map(|block| (block + 1) % interval != 0).collect());
+    };
+    let of = |value: &Value| match value.as_u64() {
+        // The list names the blocks that have RoPE, whatever its name says.
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => Err(keys.wrong("no_rope_layers", value, "a list of 0 and 1")),
+    };
+    listed.iter().map(of).collect()
+}
+
+/// What a model's RoPEs are.
+struct Ropes {
+    main: RawRope,
+    /// Of sliding blocks.
+    sliding: Option<RawRope>,
+    /// Positions for which these hold.
+    longest: u64,
+}
+
+fn ropes(
+    keys: &Keys<'_>,
+    architecture: Architecture,
+    head_dim: u64,
+    context_length: u64,
+) -> Result<Ropes, Fault> {
+    // Newer files keep everything of RoPE in `rope_parameters`.
+    let older = keys.object("rope_scaling")?;
+    let newer = keys.object("rope_parameters")?;
+    if let (Some(older), Some(newer)) = (&older, &newer)
+        && older.map != newer.map
+    {
+        return Err(Fault::malformed(
+            format!(
+                "its `rope_scaling` {} and its `rope_parameters` {} disagree",
+                written(&Value::Object(older.map.clone())),
+                written(&Value::Object(newer.map.clone()))
+            ),
+            "remove the one that is out of date",
+        ));
+    }
+    let reader = RopeReader {
+        keys,
+        head_dim,
+        context_length,
+        original: keys.number("original_max_position_embeddings")?,
+        layout: match architecture {
+            Architecture::Glm4 => RopeLayout::Interleaved,
+            _ => RopeLayout::Halves,
+        },
+        share: match architecture {
+            Architecture::Glm4 => 0.5,
+            _ => 1.0,
+        },
+        yarn_is_longrope: architecture == Architecture::Phi3,
+    };
+    if architecture == Architecture::Gemma3 {
+        let nested = newer.as_ref().filter(|keys| {
+            ["full_attention", "sliding_attention"].iter().any(|kind| keys.map.contains_key(*kind))
+        });
+        let part = |kind| nested.map_or(Ok(None), |keys| keys.object(kind));
+        let (full, sliding) = (part("full_attention")?, part("sliding_attention")?);
+        let plain = newer.as_ref().filter(|_| nested.is_none()).or(older.as_ref());
+        let local = keys.number("rope_local_base_freq")?;
+        let (main, longest) = reader.read(full.as_ref().or(plain), 1_000_000.0)?;
+        let (nothing, none) = (Map::new(), RefCell::default());
+        let keys = Keys { map: &nothing, within: String::new(), read: none };
+        let outer = RopeReader { keys: &keys, ..reader };
+        let (rope, _) = outer.read(sliding.as_ref(), local.unwrap_or(10_000.0))?;
+        if let Some(local) = local.filter(|local| *local != rope.theta) {
+            return Err(disagree("rope_local_base_freq", local, rope.theta));
+        }
+        nested.map_or(Ok(()), Keys::refuse_unread)?;
+        return Ok(Ropes { main, sliding: Some(rope), longest });
+    }
+    // The default of transformers' classes, and what the first Llama files mean.
+    let usual = if architecture == Architecture::SmolLm3 { 2_000_000.0 } else { 10_000.0 };
+    let (main, longest) = reader.read(newer.as_ref().or(older.as_ref()), usual)?;
+    Ok(Ropes { main, sliding: None, longest })
+}
+
+/// Two keys that say the same thing, and do not.
+fn disagree(key: &str, outer: f64, inner: f64) -> Fault {
+    Fault::malformed(
+        format!("its `{key}` is {outer}, and the one among RoPE's own settings is {inner}"),
+        "remove the one that is out of date",
+    )
+}
+
+/// What RoPE's settings are read with.
+#[derive(Clone, Copy)]
+struct RopeReader<'a> {
+    /// The keys beside RoPE's own.
+    keys: &'a Keys<'a>,
+    head_dim: u64,
+    context_length: u64,
+    /// Positions that the model was first made for, where they stand beside RoPE's settings.
+    original: Option<f64>,
+    layout: RopeLayout,
+    /// The share of a head that turns where nothing is said.
+    share: f64,
+    /// Whether `yarn` is an older name of LongRoPE, as in Phi 3's files.
+    yarn_is_longrope: bool,
+}
+
+impl RopeReader<'_> {
+    /// RoPE, and how many positions it holds for.
+    fn read(&self, rope: Option<&Keys<'_>>, usual_theta: f64) -> Result<(RawRope, u64), Fault> {
+        let empty = Map::new();
+        let none = Keys::new(&empty, String::new());
+        let rope = rope.unwrap_or(&none);
+        let agreed = |key: &str| -> Result<Option<f64>, Fault> {
+            match (self.keys.number(key)?, rope.number(key)?) {
+                (Some(outer), Some(inner)) if outer != inner => Err(disagree(key, outer, inner)),
+                (outer, inner) => Ok(inner.or(outer)),
+            }
+        };
+        let theta = agreed("rope_theta")?.unwrap_or(usual_theta);
+        positive("RoPE base", theta)?;
+        let share = agreed("partial_rotary_factor")?.unwrap_or(self.share);
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(Fault::malformed(
+                format!("its partial_rotary_factor is {share}, not above 0 and up to 1"),
+                FETCH_AGAIN,
+            ));
+        }
+        if self.head_dim > LARGEST_HEAD {
+            let head_dim = self.head_dim;
+            return Err(Fault::malformed(format!("its head width is {head_dim}"), FETCH_AGAIN));
+        }
+        let dimensions = (self.head_dim as f64 * share) as u64;
+        let mut read = RawRope {
+            dimensions,
+            theta,
+            layout: self.layout,
+            factors: None,
+            linear_scale: 1.0,
+            magnitude: 1.0,
+        };
+        let mut longest = self.context_length;
+        let (kind, older) = (rope.text("rope_type")?, rope.text("type")?);
+        if let (Some(kind), Some(older)) = (kind, older)
+            && kind != older
+        {
+            return Err(Fault::malformed(
+                format!(
+                    "RoPE's `rope_type` is `{}` and its `type` is `{}`",
+                    shown(kind),
+                    shown(older)
+                ),
+                "remove the one that is out of date",
+            ));
+        }
+        let required = |key: &str| -> Result<f64, Fault> {
+            rope.number(key)?.ok_or_else(|| missing_key(&format!("rope_scaling.{key}")))
+        };
+        let original = || -> Result<f64, Fault> {
+            let own = rope.number("original_max_position_embeddings")?;
+            let original = self.original.or(own).unwrap_or(self.context_length as f64);
+            positive("original_max_position_embeddings", original)?;
+            Ok(original)
+        };
+        let kind = match kind.or(older) {
+            Some("yarn") if self.yarn_is_longrope => Some("longrope"),
+            kind => kind,
+        };
+        match kind {
+            None | Some("default") => {}
+            Some("linear") => read.linear_scale = required("factor")?,
+            // The base grows with the positions beyond the context alone, which a pass refuses.
+            Some("dynamic") => {
+                required("factor")?;
+            }
+            Some("llama3") => {
+                let scaling = Llama3 {
+                    factor: required("factor")?,
+                    low: required("low_freq_factor")?,
+                    high: required("high_freq_factor")?,
+                    context: original()?,
+                };
+                read.factors = Some(scaling.factors(theta, dimensions)?);
+            }
+            Some("yarn") => {
+                let original = original()?;
+                let factor = match rope.number("factor")? {
+                    Some(factor) => factor,
+                    None => self.context_length as f64 / original,
+                };
+                let yarn = Yarn {
+                    factor,
+                    original,
+                    fast: rope.number("beta_fast")?.filter(|&beta| beta != 0.0).unwrap_or(32.0),
+                    slow: rope.number("beta_slow")?.filter(|&beta| beta != 0.0).unwrap_or(1.0),
+                    truncate: rope.flag("truncate")?.unwrap_or(true),
+                };
+                read.factors = Some(yarn.factors(theta, dimensions)?);
+                let scales = [rope.number("mscale")?, rope.number("mscale_all_dim")?];
+                read.magnitude = match (rope.number("attention_factor")?, scales) {
+                    (Some(factor), _) => factor,
+                    (None, [Some(scale), Some(all)]) if scale != 0.0 && all != 0.0 => {
+                        yarn.magnitude(scale) / yarn.magnitude(all)
+                    }
+                    (None, _) => yarn.magnitude(1.0),
+                };
+            }
+            Some("longrope" | "su") => {
+                let original = original()?;
+                let factor = match rope.number("factor")? {
+                    Some(factor) => factor,
+                    None => self.context_length as f64 / original,
+                };
+                let numbers = |key: &str| -> Result<Vec<f32>, Fault> {
+                    let list = rope.list(key)?;
+                    let list = list.ok_or_else(|| missing_key(&format!("rope_scaling.{key}")))?;
+                    let number = |value: &Value| {
+                        let number = value.as_f64().map(|number| number as f32);
+                        number.ok_or_else(|| rope.wrong(key, value, "a list of numbers"))
+                    };
+                    list.iter().map(number).collect()
+                };
+                read.factors = Some(numbers("short_factor")?);
+                read.magnitude = match rope.number("attention_factor")? {
+                    Some(magnitude) => magnitude,
+                    None if factor <= 1.0 => 1.0,
+                    None => (1.0 + factor.ln() / original.ln()).sqrt(),
+                };
+                // Passes beyond these positions turn all their keys by other factors.
+                if numbers("long_factor")? != numbers("short_factor")? {
+                    longest = longest.min(original as u64);
+                }
+            }
+            Some(other) => {
+                return Err(Fault::unsupported(
+                    format!("RoPE is scaled by the method `{}`", shown(other)),
+                    OTHER_MODEL,
+                ));
+            }
+        }
+        rope.refuse_unread()?;
+        Ok((read, longest))
+    }
+}
+
+/// Llama 3.1's scaling: long waves are stretched by `factor`, short ones kept,
+/// those between blended (`_compute_llama3_parameters` of transformers).
+pub(super) struct Llama3 {
+    pub factor: f64,
+    pub low: f64,
+    pub high: f64,
+    pub context: f64,
+}
+
+impl Llama3 {
+    /// The divisor of each pair's frequency.
+    pub fn factors(&self, theta: f64, head_dim: u64) -> Result<Vec<f32>, Fault> {
+        positive("RoPE base", theta)?;
+        positive("RoPE scaling factor", self.factor)?;
+        positive("low_freq_factor", self.low)?;
+        positive("high_freq_factor - low_freq_factor", self.high - self.low)?;
+        positive("original_max_position_embeddings", self.context)?;
+        if head_dim > LARGEST_HEAD {
+            return Err(Fault::malformed(format!("its head width is {head_dim}"), FETCH_AGAIN));
+        }
+        let pairs = head_dim / 2;
+        Ok((0..pairs).map(|pair| self.factor_of(theta, pair as f64 / pairs as f64)).collect())
+    }
+
+    fn factor_of(&self, theta: f64, exponent: f64) -> f32 {
+        let wavelength = 2.0 * PI * theta.powf(exponent);
+        if wavelength < self.context / self.high {
+            return 1.0;
+        }
+        if wavelength > self.context / self.low {
+            return self.factor as f32;
+        }
+        let kept = (self.context / wavelength - self.low) / (self.high - self.low);
+        (1.0 / ((1.0 - kept) / self.factor + kept)) as f32
+    }
+}
+
+/// YaRN (Peng et al., arXiv 2309.00071): pairs that turn often within the first context keep
+/// their frequency, those that turn seldom are stretched by `factor`, those between blended
+/// (`_compute_yarn_parameters` of transformers).
+struct Yarn {
+    factor: f64,
+    /// Positions of the first context.
+    original: f64,
+    /// Turns within it from which on a frequency is kept.
+    fast: f64,
+    /// Turns up to which it is stretched whole.
+    slow: f64,
+    /// Whether the bounds are whole pairs.
+    truncate: bool,
+}
+
+impl Yarn {
+    fn factors(&self, theta: f64, dimensions: u64) -> Result<Vec<f32>, Fault> {
+        for (what, value) in [
+            ("RoPE scaling factor", self.factor),
+            ("beta_fast", self.fast),
+            ("beta_slow", self.slow),
+        ] {
+            positive(what, value)?;
+        }
+        let width = dimensions as f64;
+        let bound =
+            |turns: f64| width * (self.original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+        let (mut low, mut high) = (bound(self.fast), bound(self.slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        let low = if low > 0.0 { low } else { 0.0 };
+        let mut high = if high < width - 1.0 { high } else { width - 1.0 };
+        if low == high {
+            high += 0.001;
+        }
+        let factor = |pair: u64| {
+            let stretched = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            (1.0 / (stretched / self.factor + (1.0 - stretched))) as f32
+        };
+        Ok((0..dimensions / 2).map(factor).collect())
+    }
+
+    /// What sine and cosine are multiplied by, so that attention stays as sharp.
+    fn magnitude(&self, scale: f64) -> f64 {
+        if self.factor <= 1.0 { 1.0 } else { 0.1 * scale * self.factor.ln() + 1.0 }
+    }
+}
+
+/// A value as its file has it, cut short.
+fn written(value: &Value) -> String {
+    shown(&value.to_string()).to_string()
+}
+
+/// An object of the file, and which of its keys were read.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    /// Where it stands, with a dot at its end.
+    within: String,
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl<'a> Keys<'a> {
+    fn new(map: &'a Map<String, Value>, within: String) -> Keys<'a> {
+        Keys { map, within, read: RefCell::default() }
+    }
+
+    /// The value of a key; null is none.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.read.borrow_mut().insert(key.to_owned());
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&self, key: &str, value: &Value, what: &str) -> Fault {
+        let within = &self.within;
+        Fault::malformed(
+            format!("config.json: `{within}{key}` is {}, not {what}", written(value)),
+            FETCH_AGAIN,
+        )
+    }
+
+    fn whole(&self, key: &str) -> Result<Option<u64>, Fault> {
+        let whole = |value: &Value| {
+            let whole = value.as_f64().filter(|number| number.fract() == 0.0 && *number >= 0.0);
+            value.as_u64().or(whole.map(|number| number as u64))
+        };
+        self.as_type(key, "a whole number", whole)
+    }
+
+    fn required(&self, key: &str) -> Result<u64, Fault> {
+        self.whole(key)?.ok_or_else(|| missing_key(key))
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>, Fault> {
+        self.as_type(key, "a number", Value::as_f64)
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>, Fault> {
+        self.as_type(key, "true or false", Value::as_bool)
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>, Fault> {
+        self.as_type(key, "a text", Value::as_str)
+    }
+
+    fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>, Fault> {
+        self.as_type(key, "a list", Value::as_array)
+    }
+
+    fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>, Fault> {
+        let Some(list) = self.list(key)? else { return Ok(None) };
+        let text = |value: &'a Value| {
+            value.as_str().ok_or_else(|| self.wrong(key, value, "a list of texts"))
+        };
+        list.iter().map(text).collect::<Result<_, _>>().map(Some)
+    }
+
+    fn object(&self, key: &str) -> Result<Option<Keys<'a>>, Fault> {
+        let map = self.as_type(key, "an object", Value::as_object)?;
+        Ok(map.map(|map| Keys::new(map, format!("{}{key}.", self.within))))
+    }
+
+    fn as_type<T>(
+        &self,
+        key: &str,
+        what: &str,
+        of: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, Fault> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => of(value).map(Some).ok_or_else(|| self.wrong(key, value, what)),
+        }
+    }
+
+    /// Refuses what nobody has read and what may change a pass.
+    fn refuse_unread(&self) -> Result<(), Fault> {
+        let read = self.read.borrow();
+        let off = |key: &str, value: &Value| {
+            OFF.iter().any(|(name, off)| *name == key && value.to_string() == *off)
+        };
+        let unread = self.map.iter().find(|(key, value)| {
+            let known = read.contains(*key) || WITHOUT_EFFECT.contains(&key.as_str());
+            !known && !value.is_null() && !off(key, value)
+        });
+        match unread {
+            None => Ok(()),
+            Some((key, value)) => Err(Fault::unsupported(
+                format!(
+                    "what `{}{}` = {} asks for in config.json is not known",
+                    self.within,
+                    shown(key),
+                    written(value)
+                ),
+                "remove the key if it changes no result, or choose another model",
+            )),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Architectures against passes of transformers 5.17 in f64, which saved the folders too: tiny
+//! random models, 20 tokens, logits and hidden states.
+
+use std::path::{Path, PathBuf};
+
+use runner::compute::arms::{self, Task};
+use runner::compute::emulated::arm::Emulated;
+use runner::compute::reference::Reference;
+use runner::compute::{Pass, flow};
+use runner::dtype::Format;
+use runner::model::Model;
+use runner::op::{Capture, Op, Recipe, Site};
+use runner::tensor::Tensor;
+use safetensors::SafeTensors;
+
+use crate::data::large;
+
+/// Folders that hold an architecture which is computed.
+const COMPUTED: [&str; 12] = [
+    "llama",
+    "llama-linear",
+    "llama3-rope",
+    "qwen2-yarn",
+    "mistral",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "glm4",
+];
+/// Those that are refused, with the words that say why.
+const REFUSED: [(&str, &str); 0] = [];
+
+const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+/// Of the largest magnitude.
+const TOLERANCE: f64 = 2e-5;
+
+/// What transformers recorded.
+struct Golden {
+    file: Vec<u8>,
+}
+
+impl Golden {
+    fn of(folder: &Path) -> Golden {
+        Golden { file: std::fs::read(folder.join("golden.safetensors")).expect("a recorded pass") }
+    }
+
+    fn tensors(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.file).expect("a safetensors file")
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        let tensors = self.tensors();
+        let ids = tensors.tensor("ids").expect("token ids").data().to_vec();
+        ids.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes) as u32).collect()
+    }
+
+    fn values(&self, name: &str) -> Vec<f64> {
+        let tensors = self.tensors();
+        let bytes = tensors.tensor(name).expect("a recorded tensor").data().to_vec();
+        bytes.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect()
+    }
+}
+
+/// The largest difference, as a share of the largest magnitude.
+fn worst(tensor: &Tensor, expected: &[f64]) -> f64 {
+    assert_eq!(tensor.data().len(), expected.len());
+    let largest = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+    let pairs = tensor.data().iter().zip(expected);
+    pairs.fold(0.0f64, |most, (&x, y)| most.max((f64::from(x) - y).abs())) / largest
+}
+
+/// The sites of transformers' hidden states: before the first block, after each but the last,
+/// and after the last norm.
+fn hidden_sites(model: &Model) -> Vec<Site> {
+    let sites: Vec<Site> = flow::sites(model).collect();
+    let embedded = if sites[1].0 == "embed_scaled" { 1 } else { 0 };
+    let last = model.config().layers - 1;
+    let ends = (0..last).map(|layer| Site(format!("blk.{layer}.ffn_residual")));
+    let first = sites[embedded].clone();
+    [first].into_iter().chain(ends).chain([Site("output_norm".to_owned())]).collect()
+}
+
+fn folders() -> impl Iterator<Item = (&'static str, PathBuf)> {
+    let folder = |name| (name, large(&format!("golden/architectures/{name}")));
+    COMPUTED.into_iter().map(folder)
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
+fn the_reference_is_transformers_in_f64() {
+    let mut wrong = Vec::new();
+    for (name, folder) in folders() {
+        let model = match Model::open(&folder) {
+            Ok(model) => model,
+            Err(error) => {
+                wrong.push(format!("{name}: {error}"));
+                continue;
+            }
+        };
+        let golden = Golden::of(&folder);
+        let tokens = golden.ids();
+        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };
+        let output = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
+        let visited: Vec<&Site> = output.sites.iter().map(|(site, _)| site).collect();
+        let foretold: Vec<Site> = flow::sites(&model).collect();
+        assert_eq!(visited, foretold.iter().collect::<Vec<_>>(), "{name}");
+        let site = |site: &Site| output.site(site).expect("a site of the pass");
+        let logits = (Site("logits".to_owned()), "logits".to_owned());
+        let hidden = hidden_sites(&model).into_iter().enumerate();
+        let hidden = hidden.map(|(number, site)| (site, format!("hidden.{number}")));
+        for (own, recorded) in hidden.chain([logits]) {
+            let off = worst(site(&own), &golden.values(&recorded));
+            if off > TOLERANCE {
+                wrong.push(format!("{name}: {recorded} is off by {off:e}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Every site of the emulated arm in f32 lies within the floor of the reference computed on the
+/// arm's own inputs: ops, their floors and what they read fit together.
+#[test]
+#[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
+fn every_site_of_the_emulated_arm_lies_within_its_floor() {
+    for (name, folder) in folders() {
+        let model = Model::open(&folder).expect("a model");
+        let tokens = Golden::of(&folder).ids();
+        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };
+        for recipe in [
+            Recipe { gemm: Format::F32, output: Format::F32, ..Recipe::default() },
+            Recipe::default(),
+        ] {
+            let arm = Emulated::new(&recipe).expect("a recipe");
+            let pass: &dyn Pass = &arm;
+            let output = arms::compute(&task, pass, String::new(), &mut |_| {}).expect("a pass");
+            let locals = arms::local(&task, &recipe, &output).expect("floors");
+            assert_eq!(locals.len(), output.sites.len(), "{name}");
+            for local in locals {
+                let made = output.site(&local.site).expect("a site");
+                let sigma =
+                    local.sigma.unwrap_or_else(|| panic!("{name} {}: no floor", local.site));
+                let pairs = made.data().iter().zip(local.truth.data());
+                let worst = pairs.zip(sigma.each.data()).map(|((made, truth), sigma)| {
+                    let off = (f64::from(*made) - f64::from(*truth)).abs();
+                    if off == 0.0 { 0.0 } else { off / f64::from(*sigma) }
+                });
+                let worst = worst.fold(0.0f64, f64::max);
+                assert!(worst < 8.0, "{name} {} {}: {worst} deviations", recipe.gemm, local.site);
+            }
+        }
+    }
+}
