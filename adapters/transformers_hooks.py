@@ -174,9 +174,10 @@ def quantise(model):
 
 
 class Hooks:
-    """Keeps what the modules of a llama, qwen2 or qwen3 read and write, by the site's name.
+    """Keeps what the modules of a model read and write, by the site's name.
 
-    Of a batch the first sequence's is kept. `wanted` are the sites to keep; all for None.
+    Knows llama, qwen2, qwen3, mistral, phi3, gemma2, gemma3, olmo2, granite, smollm3 and glm4. Of a
+    batch the first sequence's is kept. `wanted` are the sites to keep; all for None.
     """
 
     def __init__(self, model, wanted, layout):
@@ -187,30 +188,60 @@ class Hooks:
         self.interleaved = layout == "interleaved"
         self.head_dim = model.model.layers[0].self_attn.head_dim
         self.layer = None
-        self.output_of(model.model.embed_tokens, "embed")
+        config = model.config
+        # Gemma's embedding multiplies by a factor itself, Granite's model does.
+        scales_embedding = hasattr(model.model.embed_tokens, "embed_scale")
+        self.output_of(model.model.embed_tokens, "embed_scaled" if scales_embedding else "embed")
+        if getattr(config, "embedding_multiplier", 1) != 1:
+            self.input_of(model.model.layers[0], "embed_scaled")
         for number, layer in enumerate(model.model.layers):
             self.hook_layer(layer, f"blk.{number}")
         self.output_of(model.model.norm, "output_norm")
-        self.output_of(model.lm_head, "logits")
+        divided = getattr(config, "logits_scaling", 1) != 1
+        if divided or getattr(config, "final_logit_softcapping", None) is not None:
+            self.output_of(model.lm_head, "logits_raw")
+            model.register_forward_hook(lambda _, __, result: self.keep("logits", result.logits))
+        else:
+            self.output_of(model.lm_head, "logits")
         self.hook_rope(model.model.layers[0].self_attn)
 
     def hook_layer(self, layer, block):
         attention, mlp = layer.self_attn, layer.mlp
         # The rotation is a function, not a module: it is called within this layer's attention.
         attention.register_forward_pre_hook(lambda *_: setattr(self, "layer", block))
-        self.output_of(layer.input_layernorm, f"{block}.attn_norm")
-        self.output_of(attention.q_proj, f"{block}.q", self.in_file_order)
-        self.output_of(attention.k_proj, f"{block}.k", self.in_file_order)
-        self.output_of(attention.v_proj, f"{block}.v")
+        if hasattr(layer, "input_layernorm"):
+            self.output_of(layer.input_layernorm, f"{block}.attn_norm")
+        if hasattr(attention, "qkv_proj"):
+            config = attention.config
+            keys = config.num_key_value_heads * self.head_dim
+            widths = [config.num_attention_heads * self.head_dim, keys, keys]
+            self.parts_of(attention.qkv_proj, widths, [f"{block}.{name}" for name in "qkv"])
+        else:
+            self.output_of(attention.q_proj, f"{block}.q", self.in_file_order)
+            self.output_of(attention.k_proj, f"{block}.k", self.in_file_order)
+            self.output_of(attention.v_proj, f"{block}.v")
+        # Gemma 3 norms heads that stand before the tokens: [batch, heads, tokens, head_dim].
+        turned = attention.config.model_type.startswith("gemma3")
+        of_heads = lambda tensor: self.in_file_order(tensor.transpose(1, 2) if turned else tensor)
         for name in ["q_norm", "k_norm"]:
             if hasattr(attention, name):
-                self.output_of(getattr(attention, name), f"{block}.{name}", self.in_file_order)
+                self.output_of(getattr(attention, name), f"{block}.{name}", of_heads)
         self.input_of(attention.o_proj, f"{block}.attn")
         self.output_of(attention.o_proj, f"{block}.attn_out")
-        self.input_of(layer.post_attention_layernorm, f"{block}.attn_residual")
-        self.output_of(layer.post_attention_layernorm, f"{block}.ffn_norm")
-        self.output_of(mlp.gate_proj, f"{block}.ffn_gate")
-        self.output_of(mlp.up_proj, f"{block}.ffn_up")
+        before, after = norms_of(layer)
+        for norm, site in zip(after, ["attn_post_norm", "ffn_post_norm"]):
+            self.output_of(norm, f"{block}.{site}")
+        # Without a norm in between, the network reads the residual stream.
+        self.input_of(before or mlp, f"{block}.attn_residual")
+        if before is not None:
+            self.output_of(before, f"{block}.ffn_norm")
+        if hasattr(mlp, "gate_up_proj"):
+            width = mlp.gate_up_proj.out_features // 2
+            sites = [f"{block}.ffn_gate", f"{block}.ffn_up"]
+            self.parts_of(mlp.gate_up_proj, [width, width], sites)
+        else:
+            self.output_of(mlp.gate_proj, f"{block}.ffn_gate")
+            self.output_of(mlp.up_proj, f"{block}.ffn_up")
         self.input_of(mlp.down_proj, f"{block}.ffn_swiglu")
         self.output_of(mlp.down_proj, f"{block}.ffn_down")
         self.output_of(layer, f"{block}.ffn_residual")
@@ -230,6 +261,15 @@ class Hooks:
             return q, k
 
         module.apply_rotary_pos_emb = recorded
+
+    def parts_of(self, module, widths, sites):
+        """The columns of a fused projection."""
+
+        def hook(_, __, output):
+            for part, site in zip(output.split(widths, dim=-1), sites):
+                self.keep(site, part)
+
+        module.register_forward_hook(hook)
 
     def output_of(self, module, site, order=lambda tensor: tensor):
         def hook(_, __, output):
@@ -259,6 +299,17 @@ class Hooks:
             shown = ", ".join(missing[:5])
             sys.exit(f"this model's modules do not make {len(missing)} of the sites: {shown}")
         return {site: self.kept[site].contiguous() for site in sites}
+
+
+def norms_of(layer):
+    """The norm before the feed-forward network, if there is one, and those after attention and it."""
+    of = lambda name: getattr(layer, name, None)
+    if of("post_self_attn_layernorm") is not None:
+        return of("post_attention_layernorm"), [of("post_self_attn_layernorm"), of("post_mlp_layernorm")]
+    if of("post_feedforward_layernorm") is not None:
+        after = [of("post_attention_layernorm"), of("post_feedforward_layernorm")]
+        return of("pre_feedforward_layernorm"), after
+    return of("post_attention_layernorm"), []
 
 
 if __name__ == "__main__":

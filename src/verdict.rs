@@ -351,6 +351,8 @@ pub fn kernels_in_words(kernels: &[SiteKernel]) -> Option<String> {
 
 /// `floor 3.71 %, observed 3.69 %, z 0.995 at blk.0.q`: of the GEMM furthest off.
 fn floor_line(measures: &StageMeasures) -> Option<String> {
+    let scaled = measures.measures.iter().any(|m| m.site.0 == "logits_raw");
+    let is_gemm = |site: &Site| is_gemm(site) && !(scaled && site.0 == "logits");
     let rms = measures.measures.iter().filter(|m| is_gemm(&m.site));
     let rms = rms.filter_map(|m| Some((m, *m.metrics.get(&Metric::ZRms)?)));
     let further = |a: f64, b: f64| a.ln().abs().total_cmp(&b.ln().abs());

@@ -661,6 +661,8 @@ fn geometry(args: &JudgeArgs, head_dim: usize) -> Rope {
         factors: None,
         magnitude: 1.0,
         linear_scale: 1.0,
+        scaling: None,
+        in_f32: false,
     }
 }
 

@@ -337,7 +337,7 @@ fn inheriting(scene: &Scene<'_>, suspect: &Suspect) -> usize {
         .any(|later| flow::read_by(scene.task.model, later).contains(&suspect.site));
     let first = match in_layer(&suspect.site.0) {
         Some((layer, _)) => layer + 1,
-        None if suspect.site.0 == "embed" => 0,
+        None if suspect.site.0.starts_with("embed") => 0,
         None => return 0,
     };
     let falsified: BTreeSet<u32> =

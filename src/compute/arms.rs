@@ -464,12 +464,13 @@ fn led_by_recording(
     Ok(Recipe { engine: Some(led), ..*recipe })
 }
 
-/// Whether a GEMM makes this site.
+/// Whether a GEMM makes this site; of logits that are scaled or capped, the product is
+/// `logits_raw`.
 pub fn is_gemm(site: &Site) -> bool {
     let projections = crate::op::LAYER_PROJECTIONS;
     match crate::op::in_layer(&site.0) {
         Some((_, name)) => projections.iter().any(|(_, projected)| *projected == name),
-        None => site.0 == "logits",
+        None => matches!(site.0.as_str(), "logits" | "logits_raw"),
     }
 }
 

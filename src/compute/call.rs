@@ -84,6 +84,8 @@ pub enum Call<'a> {
         x: &'a Tensor,
         /// By what.
         factor: f64,
+        /// Whether engines hold the factor as a value of the stream's type.
+        held: bool,
     },
     /// `cap * tanh(x / cap)`.
     SoftCap {

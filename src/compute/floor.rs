@@ -431,7 +431,7 @@ impl Ops for Floor {
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Add { a, b } => self.add(a, b),
-            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
         }
     }

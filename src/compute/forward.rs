@@ -75,7 +75,8 @@ pub fn forward(
     let weight = model.tensor("token_embd.weight")?;
     let mut stream = flow.make(Site("embed".to_owned()), &Call::Embed { weight, tokens })?;
     if let Some(factor) = config.factors.embedding {
-        let call = Call::Scale { x: &stream, factor };
+        let held = config.factors.embedding_is_held;
+        let call = Call::Scale { x: &stream, factor, held };
         stream = flow.make(Site("embed_scaled".to_owned()), &call)?;
     }
     for layer in 0..config.layers {
@@ -91,7 +92,7 @@ pub fn forward(
     let mut next = || Site(names.next().unwrap_or(&"logits").to_string());
     let mut logits = flow.make(next(), &Call::Matmul { x: &normed, weight, bias: None })?;
     if let Some(factor) = config.factors.logits {
-        logits = flow.make(next(), &Call::Scale { x: &logits, factor })?;
+        logits = flow.make(next(), &Call::Scale { x: &logits, factor, held: false })?;
     }
     if let Some(cap) = config.caps.logits {
         logits = flow.make(next(), &Call::SoftCap { x: &logits, cap })?;
@@ -162,7 +163,7 @@ impl Block<'_> {
             branch = make("attn_post_norm", &call)?;
         }
         if let Some(factor) = config.factors.residual {
-            branch = make("attn_scaled", &Call::Scale { x: &branch, factor })?;
+            branch = make("attn_scaled", &Call::Scale { x: &branch, factor, held: false })?;
         }
         let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
 
@@ -178,7 +179,7 @@ impl Block<'_> {
             branch = make("ffn_post_norm", &call)?;
         }
         if let Some(factor) = config.factors.residual {
-            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor })?;
+            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor, held: false })?;
         }
         make("ffn_residual", &Call::Add { a: &stream, b: &branch })
     }

@@ -25,13 +25,13 @@ use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::floor::Floor;
 use crate::compute::reference::Reference;
-use crate::compute::{ComputeError, Pass};
+use crate::compute::{ComputeError, Pass, flow};
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::graph::Graph;
 use crate::manifest::{Overrides, Pipeline};
 use crate::model::Model;
-use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream};
+use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream, in_layer};
 use crate::plan::{OpenModel, Plan};
 use crate::random::Random;
 use crate::record::StageRecord;
@@ -223,17 +223,17 @@ pub fn load(folder: &Path, model: &str, tokens: Option<Vec<u32>>) -> Result<Pipe
 
 /// The sites at which a bug can be planted in a model, in the order of the flow.
 pub fn sites_of(bug: &Bug, model: &Model) -> Vec<Site> {
-    let mut sites = Vec::new();
-    for kind in bug.at {
-        if matches!(*kind, "embed" | "output_norm" | "logits") || kind.starts_with("blk.") {
-            sites.push(Site((*kind).to_owned()));
-        } else {
-            let first = u32::from(bug.after_layer_0);
-            let layers = first..model.config().layers as u32;
-            sites.extend(layers.map(|layer| Site(format!("blk.{layer}.{kind}"))));
-        }
-    }
-    sites
+    let first = u32::from(bug.after_layer_0);
+    let made: Vec<Site> = flow::sites(model).collect();
+    let of = |kind: &&'static str| {
+        let kind = *kind;
+        let is = move |site: &&Site| match in_layer(&site.0) {
+            Some((layer, inner)) => inner == kind && layer >= first,
+            None => site.0 == kind,
+        };
+        made.iter().filter(is).cloned().collect::<Vec<_>>()
+    };
+    bug.at.iter().flat_map(of).collect()
 }
 
 /// Plants a bug, runs the stages and notes what they said.

@@ -216,7 +216,7 @@ pub fn planted(
         Call::Gated { gate, up, activation } => gated(plant, (gate, up, activation), ground),
         Call::Add { a, b } => addition(plant, a, b, ground),
         Call::Embed { weight, tokens } => embedding(plant, weight, tokens, clean, ground),
-        Call::Scale { x, factor } => Ok(match plant {
+        Call::Scale { x, factor, .. } => Ok(match plant {
             Plant::FactorMissing => Some(x.clone()),
             Plant::FactorTwice => Some(mapped(clean, |y| y * factor as f32)),
             _ => None,

@@ -111,9 +111,9 @@ pub(super) fn made_by(op: &Op) -> Vec<Made> {
 /// The sites that any op can make: those of a whole forward pass.
 pub(super) fn every() -> Vec<Made> {
     let one = |name: &str| Made::One(Site(name.into()));
-    let mut all = vec![one("embed")];
+    let mut all = vec![one("embed"), one("embed_scaled")];
     all.extend(LAYER_SITES.map(Made::EachLayer));
-    all.extend([one("output_norm"), one("logits")]);
+    all.extend(["output_norm", "logits_raw", "logits_scaled", "logits"].map(one));
     all
 }
 

@@ -123,6 +123,11 @@ impl Architecture {
         }
     }
 
+    /// Whether transformers' norms round once, after the gain.
+    pub fn rounds_norms_late(self) -> bool {
+        matches!(self, Architecture::Olmo2) || self.gains_less_one()
+    }
+
     /// Whether a Hugging Face folder holds the gains of norms less one.
     pub(super) fn gains_less_one(self) -> bool {
         matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
@@ -213,6 +218,40 @@ pub struct Rope {
     pub magnitude: f64,
     /// Divisor of the positions; 1 where the context is not stretched.
     pub linear_scale: f64,
+    /// How a folder's config stretches frequencies: what `factors`, `linear_scale` and
+    /// `magnitude` came from. Engines compute it in steps of their own.
+    pub scaling: Option<Scaling>,
+    /// Whether transformers' own code turns in f32, whatever the type of the stream (OLMo 2).
+    pub in_f32: bool,
+}
+
+/// A method that stretches RoPE's frequencies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// All by the same factor.
+    Linear(f64),
+    /// Long waves by `factor`, short ones not, those between blended.
+    Llama3 {
+        /// The stretch of long waves.
+        factor: f64,
+        /// Waves in the first context from which on one is long.
+        low: f64,
+        /// And up to which it is short.
+        high: f64,
+        /// Positions of the first context.
+        context: f64,
+    },
+    /// From pair `low` to pair `high` more and more, up to `factor`.
+    Yarn {
+        /// The stretch.
+        factor: f64,
+        /// The last pair that is kept.
+        low: f64,
+        /// The first one that is stretched whole.
+        high: f64,
+    },
+    /// Each by a factor of its own.
+    Long,
 }
 
 impl Rope {
@@ -238,6 +277,8 @@ pub struct Sliding {
 pub struct Factors {
     /// Embedded tokens.
     pub embedding: Option<f64>,
+    /// Whether engines hold that factor as a value of the stream's type (Gemma).
+    pub embedding_is_held: bool,
     /// What is added to the residual stream.
     pub residual: Option<f64>,
     /// Scores, in the place of `1 / sqrt(head_dim)`.
@@ -308,7 +349,7 @@ impl Config {
     /// What the ops of a forward pass need besides tensors, for other programs.
     pub fn parameters(&self) -> serde_json::Value {
         let rope = |rope: &Rope| {
-            let Rope { theta, layout, dimensions, factors, linear_scale, magnitude } = rope;
+            let Rope { theta, layout, dimensions, factors, linear_scale, magnitude, .. } = rope;
             serde_json::json!({
                 "theta": theta,
                 "layout": layout.name(),
@@ -376,7 +417,17 @@ impl Config {
     pub(super) fn expected_in_block(&self, layer: usize) -> Vec<Expected> {
         let queries = self.heads * self.head_dim;
         let keys = self.kv_heads * self.head_dim;
-        let mut tensors = vec![
+        let mut tensors = Vec::new();
+        let norms = self.architecture.norms();
+        if norms != Norms::After {
+            tensors.push(("attn_norm.weight", 1, self.hidden, true));
+            tensors.push(("ffn_norm.weight", 1, self.hidden, true));
+        }
+        if norms != Norms::Before {
+            tensors.push(("post_attention_norm.weight", 1, self.hidden, true));
+            tensors.push(("post_ffw_norm.weight", 1, self.hidden, true));
+        }
+        tensors.extend([
             ("attn_q.weight", queries, self.hidden, true),
             ("attn_k.weight", keys, self.hidden, true),
             ("attn_v.weight", keys, self.hidden, true),
@@ -384,7 +435,7 @@ impl Config {
             ("ffn_gate.weight", self.ffn, self.hidden, true),
             ("ffn_up.weight", self.ffn, self.hidden, true),
             ("ffn_down.weight", self.hidden, self.ffn, true),
-        ];
+        ]);
         let Biases { qkv, output, ffn } = self.biases;
         let biases = [
             ("attn_q.bias", queries, qkv),
@@ -399,15 +450,6 @@ impl Config {
         tensors.extend(
             biases.map(|(name, width, presence)| (name, 1, width, presence == Presence::Always)),
         );
-        let norms = self.architecture.norms();
-        if norms != Norms::After {
-            tensors.push(("attn_norm.weight", 1, self.hidden, true));
-            tensors.push(("ffn_norm.weight", 1, self.hidden, true));
-        }
-        if norms != Norms::Before {
-            tensors.push(("post_attention_norm.weight", 1, self.hidden, true));
-            tensors.push(("post_ffw_norm.weight", 1, self.hidden, true));
-        }
         let widths = match self.architecture.qk_norms() {
             QkNorms::None => None,
             QkNorms::Heads => Some([self.head_dim; 2]),
@@ -462,11 +504,14 @@ pub(super) struct RawRope {
     pub factors: Option<Vec<f32>>,
     pub linear_scale: f64,
     pub magnitude: f64,
+    pub scaling: Option<Scaling>,
+    pub in_f32: bool,
 }
 
 impl RawRope {
     fn check(self) -> Result<Rope, Fault> {
-        let RawRope { dimensions, theta, layout, factors, linear_scale, magnitude } = self;
+        let RawRope { dimensions, theta, layout, factors, linear_scale, .. } = self;
+        let RawRope { magnitude, scaling, in_f32, .. } = self;
         if !(1..=LARGEST_HEAD).contains(&dimensions) || !dimensions.is_multiple_of(2) {
             return Err(Fault::malformed(
                 format!("its RoPE width {dimensions} is no even number up to {LARGEST_HEAD}"),
@@ -477,7 +522,8 @@ impl RawRope {
         positive("RoPE scale", linear_scale)?;
         positive("RoPE attention factor", magnitude)?;
         let dimensions = dimensions as usize;
-        let rope = Rope { theta, layout, dimensions, factors, magnitude, linear_scale };
+        let rope =
+            Rope { theta, layout, dimensions, factors, magnitude, linear_scale, scaling, in_f32 };
         rope.check_factors()?;
         Ok(rope)
     }
@@ -558,7 +604,7 @@ impl Config {
             }
         }
         positive("RMS norm epsilon", self.rms_norm_eps.into())?;
-        let Factors { embedding, residual, scores, logits } = self.factors;
+        let Factors { embedding, residual, scores, logits, .. } = self.factors;
         let Caps { scores: score_cap, logits: logit_cap } = self.caps;
         for (what, value) in [
             ("factor of the embedding", embedding),
@@ -642,6 +688,8 @@ pub(super) fn from_gguf(
             factors: None,
             linear_scale: keys.linear_scale(file)?,
             magnitude: 1.0,
+            scaling: None,
+            in_f32: false,
         },
         ffn: keys.required("feed_forward_length")?,
         vocabulary: vocabulary as u64,

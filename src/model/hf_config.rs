@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::config::{
     Activation, Architecture, Biases, Caps, Config, Factors, LARGEST_HEAD, LARGEST_SIZE, Presence,
-    Raw, RawRope, RopeLayout, exact_share, missing_key, positive,
+    Raw, RawRope, RopeLayout, Scaling, exact_share, missing_key, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 
@@ -82,14 +82,13 @@ const WITHOUT_EFFECT: &[&str] = &[
     "_sliding_window_pattern",
 ];
 
-/// Keys of which one value means that a feature is off; any other value asks for it.
-const OFF: &[(&str, &str)] = &[
-    ("add_cross_attention", "false"),
-    ("cross_attention_hidden_size", "null"),
-    ("is_decoder", "false"),
-    ("is_encoder_decoder", "false"),
-    ("pruned_heads", "{}"),
-    ("use_bidirectional_attention", "false"),
+/// Keys that ask for a feature unless they are false or empty.
+const OFF: &[&str] = &[
+    "add_cross_attention",
+    "is_decoder",
+    "is_encoder_decoder",
+    "pruned_heads",
+    "use_bidirectional_attention",
 ];
 
 /// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
@@ -143,9 +142,11 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         positive("query_pre_attn_scalar", width)?;
         factors.scores = Some(1.0 / width.sqrt());
         factors.embedding = Some((hidden as f64).sqrt());
-        caps.scores = keys.number("attn_logit_softcapping")?;
+        factors.embedding_is_held = true;
         caps.logits = keys.number("final_logit_softcapping")?;
+        // In Gemma 3 transformers does not use it.
         if architecture == Architecture::Gemma2 {
+            caps.scores = keys.number("attn_logit_softcapping")?;
             // Their defaults hold where the keys are absent, and null switches them off.
             let of = |key: &str, value, default| {
                 if keys.map.contains_key(key) { value } else { Some(default) }
@@ -348,6 +349,7 @@ fn ropes(
             Architecture::Glm4 => 0.5,
             _ => 1.0,
         },
+        in_f32: architecture == Architecture::Olmo2,
         yarn_is_longrope: architecture == Architecture::Phi3,
     };
     if architecture == Architecture::Gemma3 {
@@ -395,6 +397,8 @@ struct RopeReader<'a> {
     layout: RopeLayout,
     /// The share of a head that turns where nothing is said.
     share: f64,
+    /// Whether transformers turns in f32.
+    in_f32: bool,
     /// Whether `yarn` is an older name of LongRoPE, as in Phi 3's files.
     yarn_is_longrope: bool,
 }
@@ -405,15 +409,18 @@ impl RopeReader<'_> {
         let empty = Map::new();
         let none = Keys::new(&empty, String::new());
         let rope = rope.unwrap_or(&none);
-        let agreed = |key: &str| -> Result<Option<f64>, Fault> {
+        // What transformers' class writes by itself says nothing against what stands inside.
+        let agreed = |key: &str, usual: f64| -> Result<Option<f64>, Fault> {
             match (self.keys.number(key)?, rope.number(key)?) {
-                (Some(outer), Some(inner)) if outer != inner => Err(disagree(key, outer, inner)),
+                (Some(outer), Some(inner)) if outer != inner && outer != usual => {
+                    Err(disagree(key, outer, inner))
+                }
                 (outer, inner) => Ok(inner.or(outer)),
             }
         };
-        let theta = agreed("rope_theta")?.unwrap_or(usual_theta);
+        let theta = agreed("rope_theta", f64::NAN)?.unwrap_or(usual_theta);
         positive("RoPE base", theta)?;
-        let share = agreed("partial_rotary_factor")?.unwrap_or(self.share);
+        let share = agreed("partial_rotary_factor", self.share)?.unwrap_or(self.share);
         if !(share > 0.0 && share <= 1.0) {
             return Err(Fault::malformed(
                 format!("its partial_rotary_factor is {share}, not above 0 and up to 1"),
@@ -432,6 +439,8 @@ impl RopeReader<'_> {
             factors: None,
             linear_scale: 1.0,
             magnitude: 1.0,
+            scaling: None,
+            in_f32: self.in_f32,
         };
         let mut longest = self.context_length;
         let (kind, older) = (rope.text("rope_type")?, rope.text("type")?);
@@ -462,7 +471,10 @@ impl RopeReader<'_> {
         };
         match kind {
             None | Some("default") => {}
-            Some("linear") => read.linear_scale = required("factor")?,
+            Some("linear") => {
+                read.linear_scale = required("factor")?;
+                read.scaling = Some(Scaling::Linear(read.linear_scale));
+            }
             // The base grows with the positions beyond the context alone, which a pass refuses.
             Some("dynamic") => {
                 required("factor")?;
@@ -474,6 +486,8 @@ impl RopeReader<'_> {
                     high: required("high_freq_factor")?,
                     context: original()?,
                 };
+                let Llama3 { factor, low, high, context } = scaling;
+                read.scaling = Some(Scaling::Llama3 { factor, low, high, context });
                 read.factors = Some(scaling.factors(theta, dimensions)?);
             }
             Some("yarn") => {
@@ -489,7 +503,9 @@ impl RopeReader<'_> {
                     slow: rope.number("beta_slow")?.filter(|&beta| beta != 0.0).unwrap_or(1.0),
                     truncate: rope.flag("truncate")?.unwrap_or(true),
                 };
-                read.factors = Some(yarn.factors(theta, dimensions)?);
+                let (low, high) = yarn.bounds(theta, dimensions)?;
+                read.factors = Some(yarn.factors(dimensions, low, high));
+                read.scaling = Some(Scaling::Yarn { factor, low, high });
                 let scales = [rope.number("mscale")?, rope.number("mscale_all_dim")?];
                 read.magnitude = match (rope.number("attention_factor")?, scales) {
                     (Some(factor), _) => factor,
@@ -515,6 +531,7 @@ impl RopeReader<'_> {
                     list.iter().map(number).collect()
                 };
                 read.factors = Some(numbers("short_factor")?);
+                read.scaling = Some(Scaling::Long);
                 read.magnitude = match rope.number("attention_factor")? {
                     Some(magnitude) => magnitude,
                     None if factor <= 1.0 => 1.0,
@@ -590,7 +607,8 @@ struct Yarn {
 }
 
 impl Yarn {
-    fn factors(&self, theta: f64, dimensions: u64) -> Result<Vec<f32>, Fault> {
+    /// The last pair that is kept, and the first one that is stretched whole.
+    fn bounds(&self, theta: f64, dimensions: u64) -> Result<(f64, f64), Fault> {
         for (what, value) in [
             ("RoPE scaling factor", self.factor),
             ("beta_fast", self.fast),
@@ -610,11 +628,15 @@ impl Yarn {
         if low == high {
             high += 0.001;
         }
+        Ok((low, high))
+    }
+
+    fn factors(&self, dimensions: u64, low: f64, high: f64) -> Vec<f32> {
         let factor = |pair: u64| {
             let stretched = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
             (1.0 / (stretched / self.factor + (1.0 - stretched))) as f32
         };
-        Ok((0..dimensions / 2).map(factor).collect())
+        (0..dimensions / 2).map(factor).collect()
     }
 
     /// What sine and cosine are multiplied by, so that attention stays as sharp.
@@ -712,7 +734,8 @@ impl<'a> Keys<'a> {
     fn refuse_unread(&self) -> Result<(), Fault> {
         let read = self.read.borrow();
         let off = |key: &str, value: &Value| {
-            OFF.iter().any(|(name, off)| *name == key && value.to_string() == *off)
+            let empty = value.as_object().is_some_and(Map::is_empty);
+            OFF.contains(&key) && (empty || value.as_bool() == Some(false))
         };
         let unread = self.map.iter().find(|(key, value)| {
             let known = read.contains(*key) || WITHOUT_EFFECT.contains(&key.as_str());

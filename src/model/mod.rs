@@ -26,7 +26,8 @@ use std::sync::OnceLock;
 use crate::files::{self, Mapped};
 use crate::text::Shown;
 pub use config::{
-    Activation, Architecture, Biases, Caps, Config, Factors, Presence, Rope, RopeLayout, Sliding,
+    Activation, Architecture, Biases, Caps, Config, Factors, Presence, Rope, RopeLayout, Scaling,
+    Sliding,
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
@@ -185,11 +186,7 @@ impl Model {
             }
             files.push(MappedFile { path, map: file, opened: Some(opened) });
         }
-        if config.tied_embeddings {
-            // Transformers overwrites a saved copy with the embedding.
-            tensors.remove("output.weight");
-        }
-        let model = Model {
+        let mut model = Model {
             path: folder.to_owned(),
             config,
             files,
@@ -197,8 +194,28 @@ impl Model {
             vocabulary: Vocabulary::Folder,
             tokenizer: OnceLock::new(),
         };
+        model.drop_tied_copy().map_err(|fault| fault.at(folder))?;
         model.check_tensors().map_err(|fault| fault.at(folder))?;
         Ok(model)
+    }
+
+    /// Drops a saved copy of a tied embedding, which transformers overwrites with the embedding.
+    fn drop_tied_copy(&mut self) -> Result<(), Fault> {
+        let (name, embedding) = ("output.weight", self.tensors.get("token_embd.weight"));
+        let (Some(copy), true) = (self.tensors.get(name), self.config.tied_embeddings) else {
+            return Ok(());
+        };
+        let bytes = |place: &Place| &self.files[place.file].map[place.bytes.clone()];
+        let same = |place: &Place| place.kind == copy.kind && bytes(place) == bytes(copy);
+        if !embedding.is_some_and(same) {
+            return Err(Fault::malformed(
+                "`tie_word_embeddings` says that it is the embedding, and it is another matrix",
+                "set `tie_word_embeddings` to false if both are meant, or remove the tensor",
+            )
+            .in_tensor(name));
+        }
+        self.tensors.remove(name);
+        Ok(())
     }
 
     /// Moves the tensor of RoPE's factors into the config, where every reader looks.

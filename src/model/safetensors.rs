@@ -44,11 +44,11 @@ pub(super) struct Shard {
 
 /// The files that hold the weights.
 pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
-    let single = folder.join(SINGLE_FILE);
-    if single.exists() {
+    let single = folder.join(SINGLE_FILE).exists();
+    let index = folder.join(INDEX_FILE);
+    if single && !index.exists() {
         return Ok(vec![Shard { path: inside(folder, SINGLE_FILE)?, promised: None }]);
     }
-    let index = folder.join(INDEX_FILE);
     if !index.exists() {
         return Err(Fault::malformed(
             format!("the folder has neither {SINGLE_FILE} nor {INDEX_FILE}"),
@@ -62,6 +62,16 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in index_of.weight_map {
         shards.entry(shard).or_default().insert(tensor);
+    }
+    if single && let Some(other) = shards.keys().find(|shard| *shard != SINGLE_FILE) {
+        return Err(Fault::malformed(
+            format!(
+                "it holds {SINGLE_FILE} and {INDEX_FILE}, which places tensors in `{}`: two models",
+                shown(other)
+            ),
+            format!("remove {SINGLE_FILE}, or the index and its files"),
+        )
+        .at(folder));
     }
     let shard = |(name, tensors): (String, BTreeSet<String>)| {
         Ok(Shard { path: inside(folder, &name)?, promised: Some(tensors) })

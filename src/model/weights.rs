@@ -235,6 +235,11 @@ impl<'a> Weight<'a> {
         Weight { less_one: true, ..self }
     }
 
+    /// The values as the bytes hold them.
+    pub fn as_held(self) -> Weight<'a> {
+        Weight { less_one: false, ..self }
+    }
+
     /// Whether the bytes hold the values less one.
     pub fn is_less_one(&self) -> bool {
         self.less_one

@@ -9,7 +9,7 @@ use crate::metric::Metric;
 use crate::op::{LAYER_SITES, Stream, in_layer};
 
 /// Sites before the layers; all other sites outside of them come after.
-const BEFORE: [&str; 1] = ["embed"];
+const BEFORE: [&str; 2] = ["embed", "embed_scaled"];
 
 /// The measures of one pair of streams.
 pub struct Grid<'a> {

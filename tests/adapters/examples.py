@@ -47,6 +47,14 @@ EXPECTED = {
             "rounding": ("pass", ""),
         },
     ),
+    "architectures": (
+        0,
+        dict.fromkeys(
+            ["llama-yarn", "llama3", "qwen2-linear", "mistral", "phi3", "gemma2", "gemma3"]
+            + ["olmo2", "granite", "smollm3", "glm4"],
+            ("pass", "recorded = emulated, 0 of "),
+        ),
+    ),
     "llama-cpp-cuda": (
         0,
         {

@@ -30,8 +30,6 @@ const COMPUTED: [&str; 12] = [
     "smollm3",
     "glm4",
 ];
-/// Those that are refused, with the words that say why.
-const REFUSED: [(&str, &str); 0] = [];
 
 const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
 /// Of the largest magnitude.

@@ -770,6 +770,8 @@ fn vllms_frequencies_are_powers_as_cuda_makes_them() {
             linear_scale: 1.0,
             magnitude: 1.0,
             factors: None,
+            scaling: None,
+            in_f32: false,
         };
         arm.rope(&x, &plain, 128, 850).expect("turned").row(0)[18]
     };
@@ -1300,6 +1302,8 @@ fn frequencies_divide_in_f32_and_are_powers_as_the_cpu_makes_them() {
             factors: None,
             magnitude: 1.0,
             linear_scale: 1.0,
+            scaling: None,
+            in_f32: false,
         };
         let x = of("turned");
         let call = OpCall::Rope { x: &x, rope: &rope, head_dim, first_position };

@@ -107,6 +107,8 @@ fn a_hugging_face_folder_equals_the_gguf_of_the_same_weights() {
         // Hugging Face keeps llama's heads unpermuted, and its factors in the config.
         config.rope.layout = RopeLayout::Halves;
         config.rope.factors = None;
+        // A folder's config says which biases there are.
+        config.biases = hf.config().biases;
         assert_eq!(hf.config(), &config, "{preset}");
         assert_same_tensors(&gguf, &hf);
     }
@@ -270,15 +272,37 @@ fn rope_scaling_follows_transformers() {
 #[test]
 fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 12] = [
+    let cases: [(Change, &str); 25] = [
         (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
-        (|c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4.0 }), "`yarn`"),
-        (|c| c["rope_parameters"] = json!({ "full_attention": {} }), ""),
+        (|c| c["rope_scaling"] = json!({ "rope_type": "ntk", "factor": 4.0 }), "`ntk`"),
+        (|c| c["rope_scaling"] = json!({ "type": "linear" }), "rope_scaling.factor"),
+        (
+            |c| c["rope_parameters"] = json!({ "full_attention": {} }),
+            "`rope_parameters.full_attention`",
+        ),
+        (|c| c["rope_parameters"] = json!({ "rope_theta": 5e5 }), "10000, and the one"),
+        (
+            |c| {
+                c["rope_scaling"] = json!({ "type": "linear", "factor": 2.0 });
+                c["rope_parameters"] = json!({ "rope_type": "linear", "factor": 4.0 });
+            },
+            "disagree",
+        ),
+        (|c| c["rope_scaling"] = json!({ "type": "linear", "factor": 2.0, "ramp": 1 }), "ramp"),
+        (|c| c["rope_scaling"] = json!({ "rope_type": "linear", "type": "yarn" }), "`yarn`"),
+        (|c| c["partial_rotary_factor"] = json!(1.5), "1.5"),
+        (|c| c["rope_parameters"] = json!({ "partial_rotary_factor": 0 }), "partial_rotary_factor"),
         (|c| c["hidden_act"] = json!("gelu"), "`gelu`"),
-        (|c| c["sliding_window"] = json!(16), "slides over 16"),
         (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
-        (|c| c["quantization_config"] = json!({ "quant_method": "fp8" }), "quantized"),
-        (|c| c["partial_rotary_factor"] = json!(0.5), "0.5 of each head"),
+        (|c| c["layer_types"] = json!(["chunked_attention"]), "chunked_attention"),
+        (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), ""),
+        (|c| c["quantization_config"] = json!({ "quant_method": "fp8" }), "by `fp8`"),
+        (|c| c["attention_bias"] = json!(true), "`blk.0.attn_q.bias`: it is missing"),
+        (|c| c["mlp_bias"] = json!("yes"), "true or false"),
+        (|c| c["num_experts"] = json!(8), "`num_experts` = 8"),
+        (|c| c["is_decoder"] = json!(true), "`is_decoder` = true"),
+        (|c| c["residual_multiplier"] = json!(0.22), "`residual_multiplier` = 0.22"),
+        (|c| c["vocab_size"] = json!(null), "vocab_size"),
         (|c| c["num_attention_heads"] = json!(-1), "config.json"),
         (|c| c["hidden_size"] = json!("8"), "config.json"),
         (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
@@ -287,7 +311,7 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     for (change, expected) in cases {
         let error = folder_with(change);
         if expected.is_empty() {
-            error.expect("an old-style theta still stands beside it");
+            error.expect("blocks that all see everything need no list");
             continue;
         }
         let error = error.unwrap_err().to_string();
@@ -426,4 +450,82 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn settings_that_change_nothing_are_read_past() {
+    for change in [
+        (|c| c["use_cache"] = json!(true)) as fn(&mut serde_json::Value),
+        |c| c["attention_bias"] = json!(false),
+        |c| c["_name_or_path"] = json!("a/b"),
+        |c| c["is_encoder_decoder"] = json!(false),
+        |c| c["num_experts"] = json!(null),
+        |c| c["hidden_act"] = json!("swish"),
+        |c| c["partial_rotary_factor"] = json!(1.0),
+        |c| c["rope_scaling"] = json!({ "type": "dynamic", "factor": 2.0 }),
+        // Of early Llama files.
+        |c| {
+            c["max_position_embeddings"] = json!(null);
+            c["rms_norm_eps"] = json!(null);
+        },
+    ] {
+        folder_with(change).expect("it changes nothing");
+    }
+}
+
+#[test]
+fn a_window_is_used_where_transformers_uses_it() {
+    type Change = fn(&mut serde_json::Value);
+    let qwen2 = |change: Change| {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&open(&draft("qwen2").write()).unwrap(), folder.path(), |config| {
+            config["sliding_window"] = json!(4);
+            change(config);
+        });
+        Model::open(folder.path()).expect("a model")
+    };
+    // Named, and not used.
+    assert_eq!(qwen2(|_| {}).config().window_of(0), None);
+    let used: Change = |c| c["use_sliding_window"] = json!(true);
+    // By default from block 28 on.
+    assert_eq!(qwen2(used).config().window_of(0), None);
+    let from_1 = qwen2(|c| {
+        c["use_sliding_window"] = json!(true);
+        c["max_window_layers"] = json!(1);
+    });
+    assert_eq!([0, 1].map(|block| from_1.config().window_of(block)), [None, Some(4)]);
+    let mistral = folder_with(|c| {
+        c["model_type"] = json!("mistral");
+        c["sliding_window"] = json!(4);
+    });
+    assert_eq!(mistral.unwrap().config().window_of(0), Some(4));
+}
+
+#[test]
+fn two_models_in_one_folder_are_refused() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(&gguf, folder.path());
+    write_safetensors(&folder.path().join("model.safetensors"), &hf_tensors(&gguf));
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("two models"), "{error}");
+}
+
+#[test]
+fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&gguf, folder.path(), |c| c["tie_word_embeddings"] = json!(true));
+    let mut tensors = hf_tensors(&gguf);
+    let embedding = tensors["model.embed_tokens.weight"].clone();
+    tensors.insert("lm_head.weight".to_owned(), embedding.clone());
+    let path = folder.path().join("model.safetensors");
+    write_safetensors(&path, &tensors);
+    assert!(!Model::open(folder.path()).expect("a saved copy").has("output.weight"));
+    let (shape, mut bytes) = embedding;
+    bytes[0] ^= 1;
+    tensors.insert("lm_head.weight".to_owned(), (shape, bytes));
+    write_safetensors(&path, &tensors);
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`output.weight`: `tie_word_embeddings` says"), "{error}");
 }

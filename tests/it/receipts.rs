@@ -15,7 +15,16 @@ use runner::text::grouped;
 
 /// The receipts, by file name.
 fn receipts() -> Vec<(String, RunRecord)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs/receipts");
+    receipts_in("runs/receipts")
+}
+
+/// Those of the tiny models of `golden/architectures`, one for each architecture.
+fn receipts_of_architectures() -> Vec<(String, RunRecord)> {
+    receipts_in("runs/receipts/architectures")
+}
+
+fn receipts_in(folder: &str) -> Vec<(String, RunRecord)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.expect("an entry").path())
@@ -96,6 +105,7 @@ fn receipts_of_clean_passes_count_what_the_readme_says() {
         ),
         ("h200-llama-cpp-cuda-2", 120, "{} of {} sites are to the bit, and of SmolLM2-135M"),
         ("h200-llama-cpp-smollm2", 12, "{} of {}. Their lists"),
+        ("h200-transformers-architectures", 330, "{} of {} sites of eleven architectures"),
     ] {
         let receipt = receipt(name);
         let cases = receipt["cases"].as_object().expect("cases");
@@ -144,7 +154,7 @@ fn receipts_are_of_a_gpu_and_name_every_site_that_was_compared() {
 
 #[test]
 fn every_bit_of_every_site_was_as_predicted() {
-    for (name, record) in receipts() {
+    for (name, record) in receipts().into_iter().chain(receipts_of_architectures()) {
         for stage in &record.stages {
             for measure in &stage.measures {
                 let differ = measure.metrics[&Metric::BitMismatches];
@@ -194,6 +204,21 @@ fn the_emulated_arm_gives_what_the_gpu_gave_on_small_models() {
     assert!(held > 900, "only {held} sites were held against a GPU");
     for format in [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32, Format::F32] {
         assert!(formats.contains(&format), "no receipt of {format}");
+    }
+}
+
+#[test]
+#[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
+fn the_emulated_arm_gives_what_the_gpu_gave_of_every_architecture() {
+    let receipts = receipts_of_architectures();
+    assert_eq!(receipts.len(), 12);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            let model = Model::open(&crate::data::large(&stage.model)).expect("a saved model");
+            held += hold(&name, stage, &model);
+        }
+        assert!(held >= 34, "{name}: only {held} sites were held against a GPU");
     }
 }
 

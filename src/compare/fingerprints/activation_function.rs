@@ -13,6 +13,8 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 };
 
 type Function = fn(f64) -> f64;
+/// What is made of a gate's value and the one that it is multiplied with.
+type Gate = Box<dyn Fn(f64, f64) -> f64>;
 
 fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + libm::exp(-x))
@@ -35,7 +37,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         ("SiLU", |g| g * sigmoid(g)),
     ];
     let others = functions.iter().filter(|(name, _)| *name != own);
-    let mut all: Vec<(String, Box<dyn Fn(f64, f64) -> f64>)> = Vec::new();
+    let mut all: Vec<(String, Gate)> = Vec::new();
     for &(name, function) in others {
         let detail = format!("{name} instead of {own}");
         all.push((detail, Box::new(move |g, u| function(g) * u)));

@@ -14,7 +14,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let mut fits = Vec::new();
     match *case.call {
-        Call::Scale { x, factor } => {
+        Call::Scale { x, factor, held } => {
             let detail = format!("the factor {factor} is left out");
             fits.extend(case.fit_if_any("factor-missing", detail, 0, x));
             let others = [
@@ -22,7 +22,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
                 ("factor-twice", format!("values are divided by {factor}"), 1.0 / factor),
             ];
             for (cause, detail, factor) in others {
-                fits.extend(case.fit_call(cause, detail, &Call::Scale { x, factor })?);
+                fits.extend(case.fit_call(cause, detail, &Call::Scale { x, factor, held })?);
             }
         }
         Call::SoftCap { x, cap } => {
@@ -44,7 +44,7 @@ mod tests {
     fn a_factor_left_out_or_applied_twice_is_recognised() {
         let bench = Bench::default();
         let x = bench.tensor(4, 256, 1);
-        let call = Call::Scale { x: &x, factor: 0.22 };
+        let call = Call::Scale { x: &x, factor: 0.22, held: false };
         bench.expect("factor-missing", &call, &x);
         bench.expect("factor-twice", &call, &mapped(&x, |x| x * 0.22 * 0.22));
         bench.expect("factor-twice", &call, &mapped(&x, |x| x / 0.22));

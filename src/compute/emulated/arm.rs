@@ -232,7 +232,7 @@ impl Ops for Emulated {
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Add { a, b } => self.add(a, b),
-            Call::Scale { x, factor } => self.scale(x, factor),
+            Call::Scale { x, factor, held } => self.scale(x, factor, held),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
         }
     }
@@ -257,10 +257,10 @@ impl Emulated {
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
         check_gain(x, &gain)?;
-        let (name, gain) = (gain.name(), gain.to_vec()?);
         if let Some(engine) = &self.engine {
-            return engine.rms_norm(x, (name, &gain), eps);
+            return engine.rms_norm(x, gain, eps);
         }
+        let gain = gain.to_vec()?;
         let mut y = Tensor::zeros(x.rows(), x.width());
         let width = gain.len();
         y.data_mut()
@@ -377,22 +377,21 @@ impl Emulated {
         Ok(self.streamed(Tensor::new(a.width(), data.collect())))
     }
 
-    fn scale(&self, x: &Tensor, factor: f64) -> Result<Tensor, ComputeError> {
-        self.own_kernel("a scale")?;
+    fn scale(&self, x: &Tensor, factor: f64, held: bool) -> Result<Tensor, ComputeError> {
+        if let Some(engine) = &self.engine {
+            return engine.scale(x, factor, held);
+        }
         let factor = factor as f32;
         let data = x.data().iter().map(|x| x * factor);
         Ok(self.streamed(Tensor::new(x.width(), data.collect())))
     }
 
     fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
-        self.own_kernel("a soft cap")?;
+        if let Some(engine) = &self.engine {
+            return engine.soft_cap(x, cap);
+        }
         let data = x.data().iter().map(|x| kernels::soft_cap(*x, cap as f32));
         Ok(self.streamed(Tensor::new(x.width(), data.collect())))
-    }
-
-    /// Refuses an op whose kernel in the recipe's engine is not known.
-    fn own_kernel(&self, what: &str) -> Result<(), ComputeError> {
-        if self.engine.is_some() { Err(super::engine::unknown(what)) } else { Ok(()) }
     }
 }
 

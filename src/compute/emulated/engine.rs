@@ -127,28 +127,31 @@ impl EngineArm {
         Ok(Tensor::new(width, data))
     }
 
-    /// RMSNorm of each group of `gain.len()` values; `name` is the gain's.
+    /// RMSNorm of each group of `gain.width()` values.
     ///
     /// # Errors
     /// As what computes a call.
-    pub fn rms_norm(
-        &self,
-        x: &Tensor,
-        (name, gain): (&str, &[f32]),
-        eps: f32,
-    ) -> Result<Tensor, ComputeError> {
+    pub fn rms_norm(&self, x: &Tensor, gain: Weight<'_>, eps: f32) -> Result<Tensor, ComputeError> {
         let kernel = self.kernels.rms_norm.first().unwrap_or(NormKernel::Transformers);
-        self.rms_norm_by(kernel, x, (name, gain), eps)
+        self.rms_norm_by(kernel, x, gain, eps)
     }
 
     fn rms_norm_by(
         &self,
         kernel: NormKernel,
         x: &Tensor,
-        (name, gain): (&str, &[f32]),
+        weight: Weight<'_>,
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
-        let gain: Vec<f32> = gain.iter().map(|gain| self.format.round(*gain)).collect();
+        let name = weight.name();
+        let held: Vec<f32> = weight.as_held().to_vec()?;
+        let held = held.into_iter().map(|gain| self.format.round(gain));
+        // Gemma adds its 1 in f32.
+        let one = if weight.is_less_one() { 1.0 } else { 0.0 };
+        let gain: Vec<f32> = held.map(|gain| gain + one).collect();
+        // These models round once, after the gain.
+        let rounds_late = weight.is_less_one()
+            || weight.model().is_some_and(|model| model.config().architecture.rounds_norms_late());
         // Where a residual stream comes in, vLLM's norm adds it; the first one and those of
         // heads have none.
         let alone = ["blk.0.attn_norm.weight", "q_norm.weight", "k_norm.weight"];
@@ -157,7 +160,10 @@ impl EngineArm {
         self.by_calls(x, |x, tokens| {
             let rows = tokens * (x.width() / width);
             let norm = match kernel {
-                NormKernel::Transformers => RmsNorm::transformers(self.format, eps, rows),
+                NormKernel::Transformers => RmsNorm {
+                    rounds_before_gain: !rounds_late,
+                    ..RmsNorm::transformers(self.format, eps, rows)
+                },
                 NormKernel::TorchFused => RmsNorm::torch_fused(self.format, eps),
                 NormKernel::Vllm => RmsNorm::vllm(self.format, eps, width, rows, fused),
                 NormKernel::GgmlCuda => return Ok(ggml::rms_norm(x, &gain, eps)),
@@ -342,8 +348,13 @@ impl EngineArm {
         head_dim: usize,
         first_position: usize,
     ) -> Result<Tensor, ComputeError> {
-        // Dividing positions or frequencies is not how these engines hold other kinds of RoPE.
-        let plain = geometry.is_plain() && geometry.dimensions == head_dim;
+        let of_transformers =
+            matches!(kernel, RopeKernel::Transformers | RopeKernel::TransformersF32Frequencies);
+        // What others do about other kinds of RoPE was not looked at, and factors of a GGUF file
+        // do not say by what method they were made.
+        let is_known = |geometry: &Rope| geometry.is_plain() || geometry.scaling.is_some();
+        let plain = (of_transformers && is_known(geometry))
+            || (geometry.is_plain() && geometry.dimensions == head_dim && !geometry.in_f32);
         if kernel == RopeKernel::GgmlCuda && plain {
             let turned = (geometry.theta as f32, geometry.dimensions);
             return Ok(ggml::rope(x, geometry.layout, turned, head_dim, first_position));
@@ -374,12 +385,14 @@ impl EngineArm {
         }
         let format = self.format;
         let on_cpu = |exponent| cpu_math::pow(geometry.theta as f32, exponent);
+        let scaled = |frequencies| rope::scaled(frequencies, geometry);
         let frequency = |pair: usize| {
             // The engines divide in f32, and raise to a power in f32 too.
             let exponent = (2 * pair) as f32 / geometry.dimensions as f32;
             match kernel {
-                RopeKernel::Transformers => format.round(1.0 / on_cpu(exponent)),
-                RopeKernel::TransformersF32Frequencies => 1.0 / on_cpu(exponent),
+                RopeKernel::Transformers | RopeKernel::TransformersF32Frequencies => {
+                    1.0 / on_cpu(exponent)
+                }
                 // Made on the GPU.
                 RopeKernel::Vllm | RopeKernel::Sglang => {
                     1.0 / cuda_math::pow(geometry.theta as f32, exponent)
@@ -387,16 +400,22 @@ impl EngineArm {
                 RopeKernel::GgmlCuda => 1.0 / libm::pow(geometry.theta, f64::from(exponent)) as f32,
             }
         };
-        let frequencies: Vec<f32> = (0..geometry.dimensions / 2).map(frequency).collect();
+        let mut frequencies: Vec<f32> =
+            scaled((0..geometry.dimensions / 2).map(frequency).collect());
+        if kernel == RopeKernel::Transformers {
+            // A model that is cast as a whole has them cast too.
+            frequencies.iter_mut().for_each(|frequency| *frequency = format.round(*frequency));
+        }
         let positions: Vec<u32> = (0..x.rows()).map(|row| (first_position + row) as u32).collect();
         let (table, rotation) = match kernel {
+            _ if geometry.in_f32 => (Format::F32, Rotation::InF32),
             RopeKernel::Transformers | RopeKernel::TransformersF32Frequencies => {
                 (format, Rotation::RoundsProducts)
             }
             RopeKernel::Vllm => (format, Rotation::Fused),
             RopeKernel::Sglang | RopeKernel::GgmlCuda => (Format::F32, Rotation::Fused),
         };
-        let table = Table::new(&positions, &frequencies, 1.0, table);
+        let table = Table::new(&positions, &frequencies, geometry.magnitude as f32, table);
         Ok(rope::apply(rotation, format, x, head_dim, &table))
     }
 
@@ -424,10 +443,13 @@ impl EngineArm {
         shape: AttentionShape,
     ) -> Result<Tensor, ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
-        if !shape.is_plain() {
+        if !knows_attention(kernel, shape, k.rows()) {
             return Err(unknown("attention with a window, a soft cap or a scale of its own"));
         }
         let mut own = Heads::causal(heads, kv_heads, head_dim);
+        own.scale = shape.scale.map_or(own.scale, |scale| scale as f32);
+        own.window = shape.window;
+        own.cap = shape.cap.map(|cap| cap as f32);
         if matches!(kernel, AttentionKernel::GgmlCudaF16Cache | AttentionKernel::GgmlCudaF32Cache) {
             own.scale = ggml::score_scale(head_dim);
         }
@@ -508,7 +530,15 @@ impl EngineArm {
         shape: AttentionShape,
     ) -> Result<(), ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
-        let heads = Heads::causal(heads, kv_heads, head_dim);
+        let heads = Heads {
+            window: shape.window,
+            cap: shape.cap.map(|cap| cap as f32),
+            scale: shape.scale.map_or_else(
+                || Heads::causal(heads, kv_heads, head_dim).scale,
+                |scale| scale as f32,
+            ),
+            ..Heads::causal(heads, kv_heads, head_dim)
+        };
         let (queries, keys) = (q.rows(), k.rows());
         let usual = attention::Products::new(&self.unit, self.format, &heads, keys);
         if self.calls(queries).len() > 1 {
@@ -593,15 +623,49 @@ impl EngineArm {
         up: &Tensor,
         activation: model::Activation,
     ) -> Result<Tensor, ComputeError> {
-        if activation != model::Activation::Silu {
-            return Err(unknown("a gated activation that is not SiLU"));
-        }
-        if kernel == SwigluKernel::GgmlCuda {
-            return Ok(ggml::swiglu(gate, up));
-        }
         let rounds_activation = kernel == SwigluKernel::Rounded;
-        let gated = Gated { activation: Activation::Silu, format: self.format, rounds_activation };
+        let activation = match activation {
+            model::Activation::Silu if kernel == SwigluKernel::GgmlCuda => {
+                return Ok(ggml::swiglu(gate, up));
+            }
+            model::Activation::Silu => Activation::Silu,
+            // PyTorch's; what other engines compute was not looked at.
+            model::Activation::GeluTanh if rounds_activation => Activation::GeluTanh,
+            model::Activation::GeluTanh => {
+                return Err(unknown("a gated activation that is not SiLU"));
+            }
+        };
+        let gated = Gated { activation, format: self.format, rounds_activation };
         Ok(gated.apply(gate, up))
+    }
+
+    /// `x * factor`, which PyTorch multiplies in f32 and rounds once.
+    ///
+    /// # Errors
+    /// If the engine is not transformers.
+    pub fn scale(&self, x: &Tensor, factor: f64, held: bool) -> Result<Tensor, ComputeError> {
+        self.is_transformers("a factor beside weights")?;
+        let factor = factor as f32;
+        let factor = if held { self.format.round(factor) } else { factor };
+        let data = x.data().iter().map(|x| self.format.round(x * factor));
+        Ok(Tensor::new(x.width(), data.collect()))
+    }
+
+    /// `cap * tanh(x / cap)` in three operations of PyTorch, each rounded.
+    ///
+    /// # Errors
+    /// If the engine is not transformers.
+    pub fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
+        self.is_transformers("a soft cap")?;
+        let data = x.data().iter().map(|x| attention::soft_cap(self.format, *x, cap as f32));
+        Ok(Tensor::new(x.width(), data.collect()))
+    }
+
+    fn is_transformers(&self, what: &str) -> Result<(), ComputeError> {
+        match self.kernels.rms_norm.first() {
+            None | Some(NormKernel::Transformers | NormKernel::TorchFused) => Ok(()),
+            Some(NormKernel::Vllm | NormKernel::GgmlCuda) => Err(unknown(what)),
+        }
     }
 
     /// `a + b`.
@@ -681,8 +745,10 @@ impl EngineArm {
                 self.each_kernel(call, &mut |name, y| choice.offer(name, y))?;
             }
             Call::Add { a, b } => choice.offer("an addition", self.add(a, b)),
-            Call::Scale { .. } => return Err(unknown("a scale")),
-            Call::SoftCap { .. } => return Err(unknown("a soft cap")),
+            Call::Scale { x, factor, held } => {
+                choice.offer("a factor", self.scale(x, factor, held)?);
+            }
+            Call::SoftCap { x, cap } => choice.offer("a soft cap", self.soft_cap(x, cap)?),
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
@@ -751,9 +817,8 @@ impl EngineArm {
         let kernels = &self.kernels;
         match *call {
             Call::RmsNorm { x, gain, eps } => {
-                let (name, gain) = (gain.name(), gain.to_vec()?);
                 for kernel in kernels.rms_norm.all() {
-                    let y = self.rms_norm_by(kernel, x, (name, &gain), eps)?;
+                    let y = self.rms_norm_by(kernel, x, gain, eps)?;
                     offer(format!("norm {}", name_of(kernel)), y);
                 }
             }
@@ -764,7 +829,8 @@ impl EngineArm {
                 }
             }
             Call::Attention { q, k, v, shape } => {
-                for kernel in kernels.attention.all() {
+                let known = |kernel: &AttentionKernel| knows_attention(*kernel, shape, k.rows());
+                for kernel in kernels.attention.all().filter(known) {
                     let y = self.attention_by(kernel, q, k, v, shape)?;
                     offer(format!("attention {}", name_of(kernel)), y);
                 }
@@ -782,6 +848,17 @@ impl EngineArm {
             | Call::SoftCap { .. } => {}
         }
         Ok(())
+    }
+}
+
+/// Whether a kernel of attention is known with what is done to these scores. Where a window is
+/// wider than the keys, transformers gives no mask; else `sdpa` takes its memory-efficient kernel.
+fn knows_attention(kernel: AttentionKernel, shape: AttentionShape, keys: usize) -> bool {
+    let slides = shape.window.is_some_and(|window| window <= keys);
+    match kernel {
+        AttentionKernel::Eager => true,
+        AttentionKernel::Flash2 | AttentionKernel::Cudnn => !slides && shape.cap.is_none(),
+        _ => shape.is_plain(),
     }
 }
 

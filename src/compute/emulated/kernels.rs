@@ -119,7 +119,7 @@ pub fn swiglu(gate: f32, up: f32) -> f32 {
 /// `z = gate (2 sqrt(2 / pi) + 2 sqrt(2 / pi) 0.044715 gate^2)`.
 #[inline(always)]
 pub fn geglu(gate: f32, up: f32) -> f32 {
-    const LINEAR: f32 = 1.595_769_1;
+    const LINEAR: f32 = 1.595_769;
     const CUBIC: f32 = 0.071_354_814;
     let z = (gate * gate).mul_add(CUBIC, LINEAR) * gate;
     gate / (1.0 + exp(-z)) * up
@@ -137,10 +137,10 @@ pub fn tanh(x: f32) -> f32 {
     }
     let square = x * x;
     let p = -5.704_988_7e-3f32;
-    let p = p.mul_add(square, 2.063_908_9e-2);
+    let p = p.mul_add(square, 2.063_909e-2);
     let p = p.mul_add(square, -5.373_971_6e-2);
     let p = p.mul_add(square, 1.333_144_2e-1);
-    let p = p.mul_add(square, -3.333_328_1e-1);
+    let p = p.mul_add(square, -3.333_328e-1);
     (p * square).mul_add(x, x)
 }
 
@@ -259,10 +259,15 @@ mod tests {
         while x < 9.0 {
             let wide = f64::from(x);
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
-            let exact = 0.5 * wide * (1.0 + libm::tanh(inner)) * 3.0;
+            // Of large negative arguments `1 + tanh` keeps no digit.
+            let exact = match x > -2.0 {
+                true => 0.5 * wide * (1.0 + libm::tanh(inner)) * 3.0,
+                false => wide / (1.0 + libm::exp(-2.0 * inner)) * 3.0,
+            };
             let error = (f64::from(geglu(x, 3.0)) - exact).abs();
-            // Of very small results the exponential's argument of some 80 rounds by as many places.
-            assert!(error <= 1e-6 * exact.abs() + 1e-14, "geglu({x}): off by {error:e}");
+            // The exponential's argument rounds, and it may be large.
+            let allowed = 4e-7 * (1.0 + inner.abs()) * exact.abs() + 1e-37;
+            assert!(error <= allowed, "geglu({x}): off by {error:e}, allowed {allowed:e}");
             x += 0.003_1;
         }
     }

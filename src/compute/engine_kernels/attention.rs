@@ -14,6 +14,7 @@
 
 use rayon::prelude::*;
 
+use super::cuda_math;
 use super::linear::{Linear, codes};
 use super::softmax::{softmax, softmax_of_f16};
 use crate::compute::emulated::chip::Unit;
@@ -35,6 +36,19 @@ pub struct Heads {
     pub causal: bool,
     /// What scores are multiplied by, mostly `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Positions that a query sees, its own among them; all up to its own where nothing is said.
+    pub window: Option<usize>,
+    /// Where scores are bent towards a limit, after the scale.
+    pub cap: Option<f32>,
+}
+
+/// `cap * tanh(x / cap)` as three operations of PyTorch on a GPU: it multiplies by the
+/// reciprocal of a number that it divides by, and each result is rounded.
+///
+/// Source: `BinaryDivTrueKernel.cu`, `UnaryGeometricTanhKernel.cu`.
+pub fn soft_cap(format: Format, x: f32, cap: f32) -> f32 {
+    let share = format.round(x * (1.0 / cap));
+    format.round(format.round(cuda_math::tanh(share)) * cap)
 }
 
 impl Heads {
@@ -42,7 +56,7 @@ impl Heads {
     pub fn causal(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
         // As Python computes it: in f64, rounded once.
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-        Heads { heads, kv_heads, head_dim, causal: true, scale }
+        Heads { heads, kv_heads, head_dim, causal: true, scale, window: None, cap: None }
     }
 
     /// The key head that a query head reads.
@@ -53,6 +67,11 @@ impl Heads {
     /// The keys that query `row` of `queries` sees, of `keys` in all.
     pub fn seen(&self, row: usize, queries: usize, keys: usize) -> usize {
         if self.causal { (row + 1 + keys).saturating_sub(queries).min(keys) } else { keys }
+    }
+
+    /// The keys before those that a query sees which is at the end of so many.
+    pub fn hidden(&self, seen: usize) -> usize {
+        self.window.map_or(0, |window| seen.saturating_sub(window))
     }
 }
 
@@ -134,9 +153,14 @@ pub fn eager_of(
                 let seen = heads.seen(row, queries, k.rows());
                 let row_of = p.row_mut(index);
                 row_of.iter_mut().for_each(|score| *score = format.round(*score * heads.scale));
+                if let Some(cap) = heads.cap {
+                    row_of.iter_mut().for_each(|score| *score = soft_cap(format, *score, cap));
+                }
                 let (seen, masked) = row_of.split_at_mut(seen);
                 // What a mask leaves is exp of it, 0, and 0 changes no sum.
                 masked.fill(f32::NEG_INFINITY);
+                let hidden = heads.hidden(seen.len());
+                seen[..hidden].fill(f32::NEG_INFINITY);
                 match (seen.is_empty(), format) {
                     (true, _) => {}
                     (_, Format::F16) => softmax_of_f16(row_of, head * queries + row),

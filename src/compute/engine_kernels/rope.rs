@@ -9,6 +9,7 @@
 //! | transformers | rounded to the format | both products and their sum rounded |
 //! | vLLM | rounded to the format | f32, rounded once |
 //! | SGLang | f32 | f32, rounded once |
+//! | transformers' OLMo 2 | f32 | products and sum in f32, and the result rounded |
 //!
 //! A model that is cast to bf16 as a whole has its inverse frequencies cast too:
 //! give them rounded.
@@ -18,6 +19,7 @@
 
 use super::cuda_math;
 use crate::dtype::Format;
+use crate::model::{Rope, Scaling};
 use crate::tensor::Tensor;
 
 /// Cosines and sines, `[positions, pairs]` each.
@@ -52,6 +54,57 @@ pub enum Rotation {
     RoundsProducts,
     /// One product and one fused multiply-add in f32, rounded once.
     Fused,
+    /// Tensor operations in f32, and a cast.
+    InF32,
+}
+
+/// The frequencies of a model that stretches them, from the plain ones, in the f32 steps of
+/// transformers, which makes them on the CPU. A number that is divided by a tensor is multiplied
+/// with the reciprocals.
+///
+/// Source: `modeling_rope_utils.py` of transformers 5.17; `Tensor.__rtruediv__` of PyTorch.
+pub fn scaled(mut plain: Vec<f32>, geometry: &Rope) -> Vec<f32> {
+    let Some(scaling) = geometry.scaling else { return plain };
+    for (pair, frequency) in plain.iter_mut().enumerate() {
+        let own = *frequency;
+        *frequency = match scaling {
+            Scaling::Linear(factor) => own / factor as f32,
+            Scaling::Llama3 { factor, low, high, context } => {
+                let wave = (1.0 / own) * (2.0 * std::f64::consts::PI) as f32;
+                let long = wave > (context / low) as f32;
+                let short = wave < (context / high) as f32;
+                if long {
+                    own / factor as f32
+                } else if short {
+                    own
+                } else {
+                    let turns = (1.0 / wave) * context as f32;
+                    let smooth = (turns - low as f32) / (high - low) as f32;
+                    (1.0 - smooth) * own / factor as f32 + smooth * own
+                }
+            }
+            Scaling::Yarn { factor, low, high } => {
+                // The power itself, whose reciprocal the plain frequency is.
+                let power = super::cpu_math::pow(
+                    geometry.theta as f32,
+                    (2 * pair) as f32 / geometry.dimensions as f32,
+                );
+                let stretched = 1.0 / (factor as f32 * power);
+                let ramp = (pair as f32 - low as f32) / (high - low) as f32;
+                let kept = 1.0 - ramp.clamp(0.0, 1.0);
+                stretched * (1.0 - kept) + own * kept
+            }
+            Scaling::Long => {
+                let power = super::cpu_math::pow(
+                    geometry.theta as f32,
+                    (2 * pair) as f32 / geometry.dimensions as f32,
+                );
+                let factor = geometry.factors.as_ref().map_or(1.0, |factors| factors[pair]);
+                1.0 / (factor * power)
+            }
+        };
+    }
+    plain
 }
 
 /// A pair after the rotation, rounded to the format.
@@ -72,6 +125,7 @@ pub fn rotate(
                 format.round(product(b, cos) + product(a, sin)),
             )
         }
+        Rotation::InF32 => (format.round(a * cos + -b * sin), format.round(b * cos + a * sin)),
         Rotation::Fused => {
             (format.round(a.mul_add(cos, -(b * sin))), format.round(b.mul_add(cos, a * sin)))
         }
