@@ -75,6 +75,9 @@ def matmul(op, _, tensors):
 def rope(_, request, tensors):
     """Angles in f32, as engines make them; row `i` stands at position `i`."""
     x, rope = tensors["input"], request["parameters"]["rope"]
+    known = rope["dimensions"] == request["parameters"]["head_dim"] and rope["magnitude"] == 1
+    if not known or request["parameters"]["sliding"]["rope"]:
+        refuse("RoPE of this model")
     width, rows = rope["dimensions"], tensors["input"].shape[0]
     exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
     frequencies = rope["theta"] ** -exponents / rope["linear_scale"]
@@ -95,7 +98,10 @@ def rope(_, request, tensors):
 
 
 def attention(_, request, tensors):
-    width = request["parameters"]["head_dim"]
+    parameters = request["parameters"]
+    width = parameters["head_dim"]
+    if parameters["sliding"]["window"] or parameters["factors"]["scores"] or parameters["caps"]["scores"]:
+        refuse("attention with a window, a soft cap or a scale of its own")
 
     def heads(key):
         return tensors[key].reshape(1, tensors[key].shape[0], -1, width).transpose(1, 2)
@@ -106,8 +112,14 @@ def attention(_, request, tensors):
     return [made.transpose(1, 2).reshape(tensors["q"].shape)]
 
 
-def swiglu(_, __, tensors):
+def swiglu(_, request, tensors):
+    if request["parameters"]["activation"] != "silu":
+        refuse("a gated activation that is not SiLU")
     return [functional.silu(tensors["gate"]) * tensors["up"]]
+
+
+def refuse(what):
+    sys.exit(f"{what} is not among the ops of this program; write your engine's own")
 
 
 OPS = {

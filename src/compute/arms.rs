@@ -581,6 +581,13 @@ fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, Comp
             Call::RmsNorm { x: input(0)?, gain: weight()?, eps: config.rms_norm_eps }
         }
         Op::Matmul { .. } => {
+            if unit.weight == "output" && flow::after_output(model).len() > 1 {
+                return Err(ComputeError::Recipe(
+                    "this model scales or caps its logits, so that a product with the output \
+                     matrix is not yet `logits`; look at `logits_raw` of a `[forward]` stage"
+                        .to_owned(),
+                ));
+            }
             let bias = bias_of(model, &unit.weight)?;
             Call::Matmul { x: input(0)?, weight: weight()?, bias }
         }

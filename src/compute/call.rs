@@ -84,8 +84,8 @@ pub enum Call<'a> {
         x: &'a Tensor,
         /// By what.
         factor: f64,
-        /// Whether engines hold the factor as a value of the stream's type.
-        held: bool,
+        /// How engines hold it.
+        held: Held,
     },
     /// `cap * tanh(x / cap)`.
     SoftCap {
@@ -94,6 +94,17 @@ pub enum Call<'a> {
         /// The limit.
         cap: f64,
     },
+}
+
+/// How an engine holds a factor of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// As a number, in f32.
+    Number,
+    /// As a value of the stream's type.
+    Stream,
+    /// As a divisor, whose reciprocal it takes in f32.
+    Divisor,
 }
 
 impl Call<'_> {

@@ -30,7 +30,7 @@ fn scales_embedding(model: &Model) -> bool {
 /// The sites from the output matrix's product to the logits, in their order.
 pub fn after_output(model: &Model) -> &'static [&'static str] {
     let config = model.config();
-    match (config.factors.logits.is_some(), config.caps.logits.is_some()) {
+    match (config.factors.logits_divisor.is_some(), config.caps.logits.is_some()) {
         (false, false) => &["logits"],
         (true, true) => &["logits_raw", "logits_scaled", "logits"],
         _ => &["logits_raw", "logits"],
@@ -50,8 +50,8 @@ pub fn sites(model: &Model) -> impl Iterator<Item = Site> + '_ {
     first.chain(layers).chain([one("output_norm")]).chain(last)
 }
 
-/// The sites that the op of a model's forward pass reads to make a site; none for the embedding,
-/// for the last norm and for sites that no forward pass makes.
+/// The sites that the op of a model's forward pass reads to make a site; none for the embedding and
+/// for sites that no forward pass makes. Nor for the last norm: who asks looks within a block.
 pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
     let named = |name: &str| vec![Site(name.to_owned())];
     let Some((layer, inner)) = in_layer(&site.0) else {

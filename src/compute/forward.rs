@@ -5,7 +5,7 @@
 //! model's config. What happens to a site's tensor is up to [`Sites`]: a recorder
 //! keeps it, an anchor puts another arm's tensor in its place.
 
-use super::call::Call;
+use super::call::{Call, Held};
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
 use crate::model::{Config, Model, Weight};
 use crate::op::Site;
@@ -75,7 +75,10 @@ pub fn forward(
     let weight = model.tensor("token_embd.weight")?;
     let mut stream = flow.make(Site("embed".to_owned()), &Call::Embed { weight, tokens })?;
     if let Some(factor) = config.factors.embedding {
-        let held = config.factors.embedding_is_held;
+        let held = match config.factors.embedding_is_held {
+            true => Held::Stream,
+            false => Held::Number,
+        };
         let call = Call::Scale { x: &stream, factor, held };
         stream = flow.make(Site("embed_scaled".to_owned()), &call)?;
     }
@@ -91,8 +94,9 @@ pub fn forward(
     let mut names = super::flow::after_output(model).iter();
     let mut next = || Site(names.next().unwrap_or(&"logits").to_string());
     let mut logits = flow.make(next(), &Call::Matmul { x: &normed, weight, bias: None })?;
-    if let Some(factor) = config.factors.logits {
-        logits = flow.make(next(), &Call::Scale { x: &logits, factor, held: false })?;
+    if let Some(divisor) = config.factors.logits_divisor {
+        let (factor, held) = (1.0 / divisor, Held::Divisor);
+        logits = flow.make(next(), &Call::Scale { x: &logits, factor, held })?;
     }
     if let Some(cap) = config.caps.logits {
         logits = flow.make(next(), &Call::SoftCap { x: &logits, cap })?;
@@ -163,7 +167,7 @@ impl Block<'_> {
             branch = make("attn_post_norm", &call)?;
         }
         if let Some(factor) = config.factors.residual {
-            branch = make("attn_scaled", &Call::Scale { x: &branch, factor, held: false })?;
+            branch = make("attn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
         }
         let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
 
@@ -179,7 +183,7 @@ impl Block<'_> {
             branch = make("ffn_post_norm", &call)?;
         }
         if let Some(factor) = config.factors.residual {
-            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor, held: false })?;
+            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
         }
         make("ffn_residual", &Call::Add { a: &stream, b: &branch })
     }

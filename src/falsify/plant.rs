@@ -670,7 +670,7 @@ fn rotation(
             Ok(Some(ground.arm.streamed(rope_angles::turned(x, geometry, head_dim, first, angles))))
         }
         Plant::RopeFactorsIgnored if geometry.factors.is_some() => {
-            turned(&Rope { factors: None, ..geometry.clone() }, first)
+            turned(&Rope { factors: None, scaling: None, ..geometry.clone() }, first)
         }
         Plant::RopeWhole if geometry.dimensions < head_dim && geometry.factors.is_none() => {
             turned(&Rope { dimensions: head_dim, ..geometry.clone() }, first)

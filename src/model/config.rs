@@ -187,7 +187,7 @@ pub struct Biases {
 pub enum RopeLayout {
     /// Values `2i` and `2i + 1`: GGUF files of llama models.
     Interleaved,
-    /// Values `i` and `i + dimensions / 2`: qwen2, qwen3 and every Hugging Face folder.
+    /// Values `i` and `i + dimensions / 2`: qwen2, qwen3 and Hugging Face folders but glm4.
     Halves,
 }
 
@@ -283,8 +283,8 @@ pub struct Factors {
     pub residual: Option<f64>,
     /// Scores, in the place of `1 / sqrt(head_dim)`.
     pub scores: Option<f64>,
-    /// Logits.
-    pub logits: Option<f64>,
+    /// What logits are divided by.
+    pub logits_divisor: Option<f64>,
 }
 
 /// Limits towards which values are bent: `cap tanh(x / cap)`.
@@ -378,7 +378,7 @@ impl Config {
                 "embedding": self.factors.embedding,
                 "residual": self.factors.residual,
                 "scores": self.factors.scores,
-                "logits": self.factors.logits,
+                "logits_divisor": self.factors.logits_divisor,
             },
             "caps": { "scores": self.caps.scores, "logits": self.caps.logits },
         })
@@ -604,17 +604,18 @@ impl Config {
             }
         }
         positive("RMS norm epsilon", self.rms_norm_eps.into())?;
-        let Factors { embedding, residual, scores, logits, .. } = self.factors;
+        let Factors { embedding, residual, scores, logits_divisor, .. } = self.factors;
         let Caps { scores: score_cap, logits: logit_cap } = self.caps;
         for (what, value) in [
             ("factor of the embedding", embedding),
             ("factor of the residual stream", residual),
             ("factor of the scores", scores),
-            ("factor of the logits", logits),
+            ("divisor of the logits", logits_divisor),
             ("soft cap of the scores", score_cap),
             ("soft cap of the logits", logit_cap),
         ] {
-            value.map_or(Ok(()), |value| positive(what, value))?;
+            // Arms compute in f32.
+            value.map_or(Ok(()), |value| positive(what, f64::from(value as f32)))?;
         }
         Ok(())
     }

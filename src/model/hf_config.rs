@@ -127,12 +127,13 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         (None, Architecture::Gemma2 | Architecture::Gemma3) => 256,
         (None, _) => exact_share(hidden, heads)?,
     };
+    let usual = Usual::of(architecture);
     // Early Llama files have the older name, or none.
     let context_length = match keys.whole("max_position_embeddings")? {
         Some(positions) => positions,
-        None => keys.whole("max_sequence_length")?.unwrap_or(2048),
+        None => keys.whole("max_sequence_length")?.unwrap_or(usual.context_length),
     };
-    let (window, sliding) = windows(keys, architecture, layers)?;
+    let (window, sliding) = windows(keys, architecture, layers, context_length)?;
     let Ropes { main, sliding: sliding_rope, longest } =
         ropes(keys, architecture, head_dim, context_length)?;
     let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
@@ -161,7 +162,7 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         };
         factors.embedding = other_than_one("embedding_multiplier")?;
         factors.residual = other_than_one("residual_multiplier")?;
-        factors.logits = other_than_one("logits_scaling")?.map(|divisor| 1.0 / divisor);
+        factors.logits_divisor = other_than_one("logits_scaling")?;
         // Not `1 / sqrt(head_dim)` even where the key is absent.
         factors.scores = Some(keys.number("attention_multiplier")?.unwrap_or(1.0));
     }
@@ -170,14 +171,18 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         layers,
         hidden,
         heads,
-        kv_heads: keys.whole("num_key_value_heads")?.unwrap_or(heads),
+        // Null is all heads, as in Llama's first files.
+        kv_heads: match (keys.whole("num_key_value_heads")?, usual.kv_heads) {
+            (Some(heads), _) => heads,
+            (None, Some(usual)) if !keys.map.contains_key("num_key_value_heads") => usual,
+            (None, _) => heads,
+        },
         head_dim,
         rope: main,
         ffn: keys.required("intermediate_size")?,
         vocabulary: keys.required("vocab_size")?,
         context_length: longest,
-        // Of early Llama files.
-        rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
+        rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(usual.rms_norm_eps),
         tied_embeddings: keys
             .flag("tie_word_embeddings")?
             .unwrap_or(of_gemma || architecture == Architecture::SmolLm3),
@@ -229,42 +234,75 @@ fn windows(
     keys: &Keys<'_>,
     architecture: Architecture,
     layers: u64,
+    context_length: u64,
 ) -> Result<(Option<u64>, Vec<bool>), Fault> {
-    let window = keys.whole("sliding_window")?.filter(|&window| window != 0);
-    let used = keys.flag("use_sliding_window")?;
+    let written = keys.whole("sliding_window")?;
+    let used = keys.flag("use_sliding_window")?.unwrap_or(false);
     let first = keys.whole("max_window_layers")?;
     let pattern = keys.whole("sliding_window_pattern")?;
     let types = keys.texts("layer_types")?;
+    // The class's own value holds where the key is absent; null is none.
+    let or_usual = |usual| match keys.map.contains_key("sliding_window") {
+        true => written,
+        false => Some(usual),
+    };
     let window = match architecture {
         // Qwen's and SmolLM3's files name a window that they do not use.
-        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => {
-            window.filter(|_| used.unwrap_or(false))
-        }
-        Architecture::Gemma2 | Architecture::Gemma3 => Some(window.unwrap_or(4096)),
-        _ => window,
-    };
-    let blocks = 0..layers.min(LARGEST_SIZE);
-    let sliding: Vec<bool> = match types {
-        Some(types) => {
-            let slides = |kind: &&str| match *kind {
-                "full_attention" => Ok(false),
-                "sliding_attention" => Ok(true),
-                other => Err(Fault::unsupported(
-                    format!("it has layers of type `{}`", shown(other)),
-                    OTHER_MODEL,
-                )),
-            };
-            let sliding: Vec<bool> = types.iter().map(slides).collect::<Result<_, _>>()?;
-            if window.is_none() && sliding.contains(&true) {
-                return Err(Fault::malformed(
-                    "its `layer_types` hold `sliding_attention`, but no `sliding_window` is used",
-                    FETCH_AGAIN,
-                ));
+        Architecture::Qwen2 | Architecture::Qwen3 if used => or_usual(4096),
+        Architecture::SmolLm3 if used => written,
+        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => None,
+        Architecture::Gemma2 | Architecture::Gemma3 => {
+            let window = or_usual(4096);
+            if window.is_none() {
+                return Err(Fault::malformed("its sliding_window is null", FETCH_AGAIN));
             }
-            sliding
+            window
         }
-        None if window.is_none() => Vec::new(),
-        None => match architecture {
+        Architecture::Mistral => or_usual(4096),
+        Architecture::Phi3 => written,
+        // transformers reads no window in these.
+        Architecture::Llama | Architecture::Olmo2 | Architecture::Granite | Architecture::Glm4 => {
+            match written {
+                Some(window) if window != 0 && window < context_length => {
+                    return Err(Fault::unsupported(
+                        format!("its attention slides over {window} of {context_length} positions"),
+                        OTHER_MODEL,
+                    ));
+                }
+                _ => None,
+            }
+        }
+    };
+    let slides = |kind: &&str| match *kind {
+        "full_attention" => Ok(false),
+        "sliding_attention" => Ok(true),
+        other => Err(Fault::unsupported(
+            format!("it has layers of type `{}`", shown(other)),
+            OTHER_MODEL,
+        )),
+    };
+    let types = types.map(|types| types.iter().map(slides).collect::<Result<Vec<bool>, _>>());
+    let types = types.transpose()?;
+    if let Some(types) = &types {
+        if window.is_none() && types.contains(&true) {
+            return Err(Fault::malformed(
+                "its `layer_types` hold `sliding_attention`, but no `sliding_window` is used",
+                FETCH_AGAIN,
+            ));
+        }
+        // transformers gives every block of these the window.
+        if architecture == Architecture::Phi3 && window.is_some() && types.contains(&false) {
+            return Err(Fault::malformed(
+                "its `layer_types` hold `full_attention`, and its `sliding_window` is that of all",
+                FETCH_AGAIN,
+            ));
+        }
+    }
+    let blocks = 0..layers.min(LARGEST_SIZE);
+    let sliding: Vec<bool> = match (types, window) {
+        (_, None) => return Ok((None, Vec::new())),
+        (Some(types), _) => types,
+        (None, Some(_)) => match architecture {
             Architecture::Qwen2 | Architecture::Qwen3 => {
                 let first = first.unwrap_or(28);
                 blocks.map(|block| block >= first).collect()
@@ -285,6 +323,32 @@ fn windows(
     };
     let none = !sliding.is_empty() && !sliding.contains(&true);
     Ok(if none { (None, Vec::new()) } else { (window, sliding) })
+}
+
+/// What transformers' configuration classes say where a file says nothing.
+struct Usual {
+    /// Positions.
+    context_length: u64,
+    /// Key and value heads, where not all heads.
+    kv_heads: Option<u64>,
+    rms_norm_eps: f64,
+}
+
+impl Usual {
+    fn of(architecture: Architecture) -> Usual {
+        let (context_length, kv_heads, rms_norm_eps) = match architecture {
+            Architecture::Llama | Architecture::Granite => (2048, None, 1e-6),
+            Architecture::Olmo2 => (2048, None, 1e-5),
+            Architecture::Qwen2 | Architecture::Qwen3 => (32_768, Some(32), 1e-6),
+            Architecture::SmolLm3 => (32_768, Some(4), 1e-6),
+            Architecture::Mistral => (131_072, Some(8), 1e-6),
+            Architecture::Phi3 => (4096, None, 1e-5),
+            Architecture::Gemma2 => (8192, Some(4), 1e-6),
+            Architecture::Gemma3 => (131_072, Some(4), 1e-6),
+            Architecture::Glm4 => (131_072, Some(2), 1.5625e-7),
+        };
+        Usual { context_length, kv_heads, rms_norm_eps }
+    }
 }
 
 /// Which blocks turn queries and keys; all where the list is empty.
@@ -340,7 +404,12 @@ fn ropes(
         keys,
         head_dim,
         context_length,
-        original: keys.number("original_max_position_embeddings")?,
+        original: match (keys.number("original_max_position_embeddings")?, architecture) {
+            // The class's own value, which stands above what stands among RoPE's settings.
+            (None, Architecture::Phi3) => Some(4096.0),
+            (_, Architecture::Gemma3) => None,
+            (original, _) => original,
+        },
         layout: match architecture {
             Architecture::Glm4 => RopeLayout::Interleaved,
             _ => RopeLayout::Halves,
@@ -349,6 +418,7 @@ fn ropes(
             Architecture::Glm4 => 0.5,
             _ => 1.0,
         },
+        turns_parts: matches!(architecture, Architecture::Phi3 | Architecture::Glm4),
         in_f32: architecture == Architecture::Olmo2,
         yarn_is_longrope: architecture == Architecture::Phi3,
     };
@@ -358,7 +428,17 @@ fn ropes(
         });
         let part = |kind| nested.map_or(Ok(None), |keys| keys.object(kind));
         let (full, sliding) = (part("full_attention")?, part("sliding_attention")?);
-        let plain = newer.as_ref().filter(|_| nested.is_none()).or(older.as_ref());
+        // Of a `rope_parameters` without kinds of attention transformers takes nothing.
+        if let Some(flat) = newer.as_ref().filter(|keys| nested.is_none() && !keys.map.is_empty()) {
+            return Err(Fault::malformed(
+                format!(
+                    "its `rope_parameters` {} name no kind of attention",
+                    written(&Value::Object(flat.map.clone()))
+                ),
+                FETCH_AGAIN,
+            ));
+        }
+        let plain = older.as_ref();
         let local = keys.number("rope_local_base_freq")?;
         let (main, longest) = reader.read(full.as_ref().or(plain), 1_000_000.0)?;
         let (nothing, none) = (Map::new(), RefCell::default());
@@ -397,6 +477,8 @@ struct RopeReader<'a> {
     layout: RopeLayout,
     /// The share of a head that turns where nothing is said.
     share: f64,
+    /// Whether a part of each head may turn.
+    turns_parts: bool,
     /// Whether transformers turns in f32.
     in_f32: bool,
     /// Whether `yarn` is an older name of LongRoPE, as in Phi 3's files.
@@ -421,6 +503,12 @@ impl RopeReader<'_> {
         let theta = agreed("rope_theta", f64::NAN)?.unwrap_or(usual_theta);
         positive("RoPE base", theta)?;
         let share = agreed("partial_rotary_factor", self.share)?.unwrap_or(self.share);
+        if share != 1.0 && !self.turns_parts {
+            return Err(Fault::unsupported(
+                format!("RoPE turns {share} of each head, which is not done in this architecture"),
+                OTHER_MODEL,
+            ));
+        }
         if !(share > 0.0 && share <= 1.0) {
             return Err(Fault::malformed(
                 format!("its partial_rotary_factor is {share}, not above 0 and up to 1"),
@@ -461,6 +549,11 @@ impl RopeReader<'_> {
         };
         let original = || -> Result<f64, Fault> {
             let own = rope.number("original_max_position_embeddings")?;
+            if let (Some(outer), Some(own)) = (self.original, own)
+                && outer != own
+            {
+                return Err(disagree("original_max_position_embeddings", outer, own));
+            }
             let original = self.original.or(own).unwrap_or(self.context_length as f64);
             positive("original_max_position_embeddings", original)?;
             Ok(original)

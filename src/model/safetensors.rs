@@ -1,8 +1,8 @@
 //! A Hugging Face folder: `config.json` and one or more safetensors files.
 //!
 //! It finds the files, checks their headers and gives every tensor its canonical
-//! (GGUF) name; tensors that hold several of these are cut. It knows neither the
-//! architecture's demands nor how values are decoded. A name is parsed from its beginning, never searched for a part, and
+//! (GGUF) name, which an architecture may decide; tensors that hold several of these
+//! are cut. It knows neither which tensors must be there nor how values are decoded. A name is parsed from its beginning, never searched for a part, and
 //! a shard may not lie outside the folder.
 
 use std::collections::{BTreeMap, BTreeSet};

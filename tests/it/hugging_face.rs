@@ -272,7 +272,7 @@ fn rope_scaling_follows_transformers() {
 #[test]
 fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 25] = [
+    let cases: [(Change, &str); 26] = [
         (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
         (|c| c["rope_scaling"] = json!({ "rope_type": "ntk", "factor": 4.0 }), "`ntk`"),
         (|c| c["rope_scaling"] = json!({ "type": "linear" }), "rope_scaling.factor"),
@@ -290,8 +290,9 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         ),
         (|c| c["rope_scaling"] = json!({ "type": "linear", "factor": 2.0, "ramp": 1 }), "ramp"),
         (|c| c["rope_scaling"] = json!({ "rope_type": "linear", "type": "yarn" }), "`yarn`"),
+        (|c| c["partial_rotary_factor"] = json!(0.5), "turns 0.5 of each head"),
         (|c| c["partial_rotary_factor"] = json!(1.5), "1.5"),
-        (|c| c["rope_parameters"] = json!({ "partial_rotary_factor": 0 }), "partial_rotary_factor"),
+        (|c| c["rope_parameters"] = json!({ "partial_rotary_factor": 0.5 }), "turns 0.5"),
         (|c| c["hidden_act"] = json!("gelu"), "`gelu`"),
         (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
         (|c| c["layer_types"] = json!(["chunked_attention"]), "chunked_attention"),
@@ -476,9 +477,11 @@ fn settings_that_change_nothing_are_read_past() {
 #[test]
 fn a_window_is_used_where_transformers_uses_it() {
     type Change = fn(&mut serde_json::Value);
+    let preset = TINY.into_iter().find(|preset| preset.name() == "qwen2-tiny").expect("a preset");
+    let gguf = open(&synthetic_file(preset)).unwrap();
     let qwen2 = |change: Change| {
         let folder = tempfile::tempdir().unwrap();
-        write_folder(&open(&draft("qwen2").write()).unwrap(), folder.path(), |config| {
+        write_folder(&gguf, folder.path(), |config| {
             config["sliding_window"] = json!(4);
             change(config);
         });
@@ -499,6 +502,19 @@ fn a_window_is_used_where_transformers_uses_it() {
         c["sliding_window"] = json!(4);
     });
     assert_eq!(mistral.unwrap().config().window_of(0), Some(4));
+    // Where the key is absent, the class's own.
+    let mistral = folder_with(|c| c["model_type"] = json!("mistral"));
+    assert_eq!(mistral.unwrap().config().window_of(0), Some(4096));
+    let mistral = folder_with(|c| {
+        c["model_type"] = json!("mistral");
+        c["sliding_window"] = json!(null);
+    });
+    assert_eq!(mistral.unwrap().config().window_of(0), None);
+    // Llama's class reads none: a file that has one means something else.
+    let llama = folder_with(|c| {
+        c["sliding_window"] = json!(4);
+    });
+    assert!(llama.unwrap_err().to_string().contains("slides over 4"));
 }
 
 #[test]

@@ -6,8 +6,8 @@ use crate::compute::ComputeError;
 use crate::compute::call::Call;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
-    what: "a factor or soft cap of the model is left out, or applied twice",
-    causes: &["factor-missing", "factor-twice", "soft-cap-missing"],
+    what: "a factor or soft cap of the model is left out, applied twice or inverted",
+    causes: &["factor-missing", "factor-twice", "factor-inverted", "soft-cap-missing"],
     test,
 };
 
@@ -19,7 +19,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
             fits.extend(case.fit_if_any("factor-missing", detail, 0, x));
             let others = [
                 ("factor-twice", format!("the factor {factor} is applied twice"), factor * factor),
-                ("factor-twice", format!("values are divided by {factor}"), 1.0 / factor),
+                ("factor-inverted", format!("values are divided by {factor}"), 1.0 / factor),
             ];
             for (cause, detail, factor) in others {
                 fits.extend(case.fit_call(cause, detail, &Call::Scale { x, factor, held })?);
@@ -39,15 +39,16 @@ mod tests {
     use super::super::bench::Bench;
     use super::super::mapped;
     use super::*;
+    use crate::compute::call::Held;
 
     #[test]
     fn a_factor_left_out_or_applied_twice_is_recognised() {
         let bench = Bench::default();
         let x = bench.tensor(4, 256, 1);
-        let call = Call::Scale { x: &x, factor: 0.22, held: false };
+        let call = Call::Scale { x: &x, factor: 0.22, held: Held::Number };
         bench.expect("factor-missing", &call, &x);
         bench.expect("factor-twice", &call, &mapped(&x, |x| x * 0.22 * 0.22));
-        bench.expect("factor-twice", &call, &mapped(&x, |x| x / 0.22));
+        bench.expect("factor-inverted", &call, &mapped(&x, |x| x / 0.22));
     }
 
     #[test]

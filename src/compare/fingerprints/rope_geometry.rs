@@ -4,7 +4,7 @@ use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::emulated::arm::Emulated;
-use crate::model::{Rope, RopeLayout};
+use crate::model::{Rope, RopeLayout, Scaling};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -47,7 +47,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         attempt("rope-base", detail, &Rope { theta, ..rope.clone() }, first_position)?;
     }
     if rope.factors.is_some() {
-        let without = Rope { factors: None, ..rope.clone() };
+        let without = Rope { factors: None, scaling: None, ..rope.clone() };
         attempt(
             "rope-factors",
             "the frequency factors are ignored".to_owned(),
@@ -60,13 +60,24 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let detail = format!("whole heads of {head_dim} values turn instead of {part} of them");
         attempt("rope-width", detail, &Rope { dimensions, ..rope.clone() }, first_position)?;
     }
+    if rope.linear_scale != 1.0 {
+        let plain = Rope { linear_scale: 1.0, scaling: None, ..rope.clone() };
+        let detail = format!("positions are not divided by {}", rope.linear_scale);
+        attempt("rope-factors", detail, &plain, first_position)?;
+    }
     if rope.magnitude != 1.0 {
         let plain = Rope { magnitude: 1.0, ..rope.clone() };
         let detail = format!("sine and cosine are not multiplied by {}", rope.magnitude);
         attempt("rope-factors", detail, &plain, first_position)?;
     }
     for factor in [2.0, 4.0, 8.0] {
-        let stretched = Rope { linear_scale: rope.linear_scale * factor, ..rope.clone() };
+        let linear_scale = rope.linear_scale * factor;
+        // What an engine reads.
+        let scaling = match rope.scaling {
+            None | Some(Scaling::Linear(_)) => Some(Scaling::Linear(linear_scale)),
+            other => other,
+        };
+        let stretched = Rope { linear_scale, scaling, ..rope.clone() };
         attempt(
             "rope-factors",
             format!("positions are divided by {factor}"),

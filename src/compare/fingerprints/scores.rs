@@ -22,7 +22,7 @@ const COARSE: f64 = 2048.0;
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
-    // A soft cap keeps scores small, before anything else could go wrong with them.
+    // What a soft cap makes of such scores is not among the hypotheses.
     if shape.cap.is_some() {
         return Ok(Vec::new());
     }

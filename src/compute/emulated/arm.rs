@@ -15,7 +15,7 @@ use super::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
-use crate::compute::call::Call;
+use crate::compute::call::{Call, Held};
 use crate::compute::vector::{Kernel, dispatch};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
@@ -377,7 +377,7 @@ impl Emulated {
         Ok(self.streamed(Tensor::new(a.width(), data.collect())))
     }
 
-    fn scale(&self, x: &Tensor, factor: f64, held: bool) -> Result<Tensor, ComputeError> {
+    fn scale(&self, x: &Tensor, factor: f64, held: Held) -> Result<Tensor, ComputeError> {
         if let Some(engine) = &self.engine {
             return engine.scale(x, factor, held);
         }

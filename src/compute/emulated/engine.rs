@@ -13,7 +13,7 @@ use super::ggml_product::GgmlProduct;
 use super::orders::{Operands, differing, is_tried, rows_afforded, same_row, some_names};
 use super::schedule::Schedule;
 use super::steps::{Steps, Whole, keep};
-use crate::compute::call::Call;
+use crate::compute::call::{Call, Held};
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
 use crate::compute::engine_kernels::flash::{Flash3Call, Plan, flash};
@@ -328,7 +328,7 @@ impl EngineArm {
     /// Rotation of every head.
     ///
     /// # Errors
-    /// If the model scales its frequencies.
+    /// If the kernel is not known for the model's RoPE.
     pub fn rope(
         &self,
         x: &Tensor,
@@ -643,10 +643,13 @@ impl EngineArm {
     ///
     /// # Errors
     /// If the engine is not transformers.
-    pub fn scale(&self, x: &Tensor, factor: f64, held: bool) -> Result<Tensor, ComputeError> {
+    pub fn scale(&self, x: &Tensor, factor: f64, held: Held) -> Result<Tensor, ComputeError> {
         self.is_transformers("a factor beside weights")?;
-        let factor = factor as f32;
-        let factor = if held { self.format.round(factor) } else { factor };
+        let factor = match held {
+            Held::Number => factor as f32,
+            Held::Stream => self.format.round(factor as f32),
+            Held::Divisor => 1.0 / (1.0 / factor) as f32,
+        };
         let data = x.data().iter().map(|x| self.format.round(x * factor));
         Ok(Tensor::new(x.width(), data.collect()))
     }
