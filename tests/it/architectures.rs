@@ -1,6 +1,7 @@
 //! Architectures against passes of transformers 5.17 in f64, which saved the folders too: tiny
 //! random models, 20 tokens, logits and hidden states.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use runner::compute::arms::{self, Task};
@@ -81,16 +82,28 @@ fn hidden_sites(model: &Model) -> Vec<Site> {
     [first].into_iter().chain(ends).chain([Site("output_norm".to_owned())]).collect()
 }
 
-fn folders() -> impl Iterator<Item = (&'static str, PathBuf)> {
-    let folder = |name| (name, large(&format!("golden/architectures/{name}")));
-    COMPUTED.into_iter().map(folder)
+/// The folders of the data.
+fn folders() -> Vec<(String, PathBuf)> {
+    let folder = |name| large(&format!("golden/architectures/{name}"));
+    COMPUTED.into_iter().map(|name| (name.to_owned(), folder(name))).collect()
+}
+
+/// Those that `scripts/golden_passes.py` wrote to the folder that RUNNER_GOLDEN_PASSES names.
+fn others(folder: &OsStr) -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(folder).expect("a folder of models");
+    let folders = entries.map(|entry| entry.expect("an entry").path());
+    let folders = folders.filter(|path| path.join("golden.safetensors").exists());
+    let named: Vec<_> = folders.map(|path| (path.display().to_string(), path)).collect();
+    assert!(!named.is_empty(), "RUNNER_GOLDEN_PASSES has no folder with golden.safetensors");
+    named
 }
 
 #[test]
 #[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
 fn the_reference_is_transformers_in_f64() {
     let mut wrong = Vec::new();
-    for (name, folder) in folders() {
+    let others = std::env::var_os("RUNNER_GOLDEN_PASSES").map(|folder| others(&folder));
+    for (name, folder) in others.unwrap_or_else(folders) {
         let model = match Model::open(&folder) {
             Ok(model) => model,
             Err(error) => {

@@ -272,7 +272,7 @@ fn rope_scaling_follows_transformers() {
 #[test]
 fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 26] = [
+    let cases: [(Change, &str); 27] = [
         (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
         (|c| c["rope_scaling"] = json!({ "rope_type": "ntk", "factor": 4.0 }), "`ntk`"),
         (|c| c["rope_scaling"] = json!({ "type": "linear" }), "rope_scaling.factor"),
@@ -302,6 +302,7 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["mlp_bias"] = json!("yes"), "true or false"),
         (|c| c["num_experts"] = json!(8), "`num_experts` = 8"),
         (|c| c["is_decoder"] = json!(true), "`is_decoder` = true"),
+        (|c| c["rope_interleaved"] = json!(true), "`rope_interleaved` = true"),
         (|c| c["residual_multiplier"] = json!(0.22), "`residual_multiplier` = 0.22"),
         (|c| c["vocab_size"] = json!(null), "vocab_size"),
         (|c| c["num_attention_heads"] = json!(-1), "config.json"),
@@ -464,6 +465,14 @@ fn settings_that_change_nothing_are_read_past() {
         |c| c["hidden_act"] = json!("swish"),
         |c| c["partial_rotary_factor"] = json!(1.0),
         |c| c["rope_scaling"] = json!({ "type": "dynamic", "factor": 2.0 }),
+        // As SmolLM2's and Phi 4's files have them.
+        |c| {
+            c["is_llama_config"] = json!(true);
+            c["rope_interleaved"] = json!(false);
+            c["full_attn_mod"] = json!(1);
+            c["lm_head_bias"] = json!(false);
+            c["max_sequence_length"] = json!(2048);
+        },
         // Of early Llama files.
         |c| {
             c["max_position_embeddings"] = json!(null);
