@@ -238,9 +238,19 @@ fn activation(keys: &Keys<'_>, of_gemma: bool) -> Result<Activation, Fault> {
         true => ("hidden_activation", Activation::GeluTanh),
         false => ("hidden_act", Activation::Silu),
     };
-    if of_gemma {
-        // An older key, which transformers does not read in these models.
-        keys.text("hidden_act")?;
+    if of_gemma && let Some(older) = keys.text("hidden_act")? {
+        // transformers does not read the older key in these models.
+        let used = keys.text(key)?.unwrap_or("gelu_pytorch_tanh");
+        if older != used {
+            return Err(Fault::malformed(
+                format!(
+                    "its `hidden_act` is `{}` and its `{key}` is `{}`",
+                    shown(older),
+                    shown(used)
+                ),
+                "remove the one that is out of date",
+            ));
+        }
     }
     match keys.text(key)? {
         None => Ok(usual),

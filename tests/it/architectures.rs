@@ -1,5 +1,6 @@
-//! Architectures against passes of transformers 5.17 in f64, which saved the folders too: tiny
-//! random models, 20 tokens, logits and hidden states.
+//! Architectures against passes of transformers 5.17: recorded on an H200 in bf16 and f16
+//! (`examples/architectures`), and in f64, whose folders transformers saved too: tiny random
+//! models, 20 tokens, logits and hidden states.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,10 @@ use runner::op::{Capture, Op, Recipe, Site};
 use runner::tensor::Tensor;
 use safetensors::SafeTensors;
 
-use crate::data::large;
+use crate::command::Project;
+use crate::data::{large, own};
+use crate::engines::{changed, judged, rewrite_file, stage};
+use crate::single::project;
 
 /// Folders that hold an architecture which is computed.
 const COMPUTED: [&str; 12] = [
@@ -35,6 +39,76 @@ const COMPUTED: [&str; 12] = [
 const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
 /// Of the largest magnitude.
 const TOLERANCE: f64 = 2e-5;
+
+/// The example beside the shipped contracts, of these kinds of model.
+fn example(kinds: &[&str]) -> Project {
+    let folder = own("examples/architectures");
+    let mut project = project();
+    for name in kinds.iter().chain(&["pipeline"]) {
+        let text = std::fs::read_to_string(folder.join(format!("stages/{name}.toml")));
+        let text = text.expect("a stage").replace("contracts = \"../../../contracts\"\n", "");
+        project = project.file(&format!("stages/{name}.toml"), &text);
+    }
+    for kind in kinds {
+        std::fs::create_dir_all(project.path(kind)).expect("a folder");
+        for file in ["config.json", "model.safetensors", "capture.safetensors"] {
+            let file = format!("{kind}/{file}");
+            std::fs::copy(folder.join(&file), project.path(&file)).expect("copied");
+        }
+    }
+    project
+}
+
+#[test]
+fn every_bit_of_a_pass_of_each_architecture_follows_from_the_token_ids() {
+    let kinds = [
+        "llama-yarn",
+        "llama3",
+        "qwen2-linear",
+        "mistral",
+        "phi3",
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "glm4",
+    ];
+    let stages = judged(&example(&kinds));
+    for kind in kinds {
+        let stage = stage(&stages, kind);
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "pass", "{kind}: {why}");
+        assert!(why.contains("recorded = emulated, 0 of "), "{kind}: {why}");
+    }
+}
+
+#[test]
+fn what_an_architecture_has_of_its_own_is_named_where_a_recording_lacks_it() {
+    let project = example(&["gemma2"]);
+    let told = |site: &str, cause: &str| {
+        let stages = judged(&project);
+        let stage = stage(&stages, "gemma2");
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "structural", "{why}");
+        assert_eq!(stage["first"]["site"], site, "{why}");
+        assert!(why.contains(cause), "{why}");
+    };
+    // The logits as the output matrix gives them.
+    rewrite_file(&project, "gemma2/capture.safetensors", |tensors| {
+        let of = |name: &str| tensors.iter().position(|(known, ..)| known == name).expect("there");
+        let (raw, logits) = (of("logits_raw"), of("logits"));
+        tensors[logits].3 = tensors[raw].3.clone();
+    });
+    told("logits", "soft-cap-missing");
+    // And the embedding before its factor, the root of 64.
+    rewrite_file(&project, "gemma2/capture.safetensors", |tensors| {
+        changed(tensors, "embed_scaled", &|rows| {
+            rows.iter_mut().flatten().for_each(|value| *value /= 8.0);
+        });
+    });
+    told("embed_scaled", "factor-missing");
+}
 
 /// What transformers recorded.
 struct Golden {

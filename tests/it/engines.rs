@@ -283,14 +283,14 @@ fn of_llama_cpp() -> Project {
     project
 }
 
-fn judged(project: &Project) -> Vec<Value> {
+pub(crate) fn judged(project: &Project) -> Vec<Value> {
     let ran = project.runner(&["run", "stages", "--format", "json"]);
     let run: Value = serde_json::from_str(&ran.out)
         .unwrap_or_else(|error| panic!("{error}\n{}\n{}", ran.out, ran.err));
     run["stages"].as_array().expect("stages").clone()
 }
 
-fn stage<'s>(stages: &'s [Value], id: &str) -> &'s Value {
+pub(crate) fn stage<'s>(stages: &'s [Value], id: &str) -> &'s Value {
     stages.iter().find(|stage| stage["id"] == id).expect("a stage")
 }
 
@@ -457,13 +457,13 @@ fn a_contract_that_asks_for_bits_is_measured_in_full_once_a_bit_differs() {
     assert!(anchored(&stages) >= 31);
 }
 
-type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+pub(crate) type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
 
 fn rewrite(project: &Project, change: impl Fn(&mut Vec<Stored>)) {
     rewrite_file(project, "capture.safetensors", change);
 }
 
-fn rewrite_file(project: &Project, name: &str, change: impl Fn(&mut Vec<Stored>)) {
+pub(crate) fn rewrite_file(project: &Project, name: &str, change: impl Fn(&mut Vec<Stored>)) {
     let path = project.path(name);
     let bytes = fs::read(&path).expect("a file");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
@@ -492,7 +492,7 @@ fn spoil(project: &Project, name: &str, change: impl Fn(&mut Vec<Vec<f32>>)) {
     rewrite(project, |tensors| changed(tensors, name, &change));
 }
 
-fn changed(tensors: &mut [Stored], name: &str, change: &impl Fn(&mut Vec<Vec<f32>>)) {
+pub(crate) fn changed(tensors: &mut [Stored], name: &str, change: &impl Fn(&mut Vec<Vec<f32>>)) {
     let found = tensors.iter_mut().find(|(known, ..)| known == name);
     let (_, dtype, shape, data) = found.expect("the tensor");
     let width = shape[1];

@@ -97,4 +97,22 @@ mod tests {
         let call = Call::Attention { q: &q, k: &k, v: &v, shape };
         bench.expect("causal-mask", &call, &Tensor::new(256, wrong));
     }
+
+    #[test]
+    fn a_window_that_is_ignored_or_one_too_wide_is_recognised() {
+        let bench = Bench::default();
+        let of = |width, seed| bench.tensor(16, width, seed);
+        let (q, k, v) = (of(256, 1), of(128, 2), of(128, 3));
+        let windowed = |window| {
+            let shape = AttentionShape { window, ..AttentionShape::causal(4, 2, 64, 0) };
+            Call::Attention { q: &q, k: &k, v: &v, shape }
+        };
+        for (wrong, words) in [(None, "ignored"), (Some(10), "last 10 positions only instead of 9")]
+        {
+            let (call, wrong) = (windowed(Some(9)), bench.clean(&windowed(wrong)));
+            bench.expect("causal-mask", &call, &wrong);
+            let fits = bench.fits(&call, &wrong);
+            assert!(fits[0].detail.contains(words), "{}", fits[0].detail);
+        }
+    }
 }

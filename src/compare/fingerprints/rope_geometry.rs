@@ -165,4 +165,19 @@ mod tests {
         let back = turned_back(&bench.arm, &x, &rope, 64, 0).expect("a rotation");
         bench.expect("rope-direction", &call, &back);
     }
+
+    #[test]
+    fn whole_heads_turned_for_a_part_and_forgotten_scales_are_recognised() {
+        let bench = Bench::default();
+        let x = bench.tensor(5, 256, 1);
+        let rope = bench.model.config().rope.clone();
+        let call = |rope| Call::Rope { x: &x, rope, head_dim: 64, first_position: 3 };
+        let whole = bench.clean(&call(&rope));
+        let part = Rope { dimensions: 32, ..rope.clone() };
+        bench.expect("rope-width", &call(&part), &whole);
+        let stretched = Rope { linear_scale: 8.0, ..rope.clone() };
+        bench.expect("rope-factors", &call(&stretched), &whole);
+        let louder = Rope { magnitude: 1.19, ..rope.clone() };
+        bench.expect("rope-factors", &call(&louder), &whole);
+    }
 }

@@ -59,4 +59,18 @@ mod tests {
         let wrong = bench.clean(&Call::Attention { q: &large, k: &k, v: &v, shape });
         bench.expect("softmax-scale", &Call::Attention { q: &q, k: &k, v: &v, shape }, &wrong);
     }
+
+    #[test]
+    fn a_soft_cap_or_a_scale_of_the_models_own_left_out_is_recognised() {
+        let bench = Bench::default();
+        let of = |width, seed| bench.tensor(9, width, seed);
+        let (q, k, v) = (of(256, 1), of(128, 2), of(128, 3));
+        let plain = AttentionShape::causal(4, 2, 64, 0);
+        let call = |shape| Call::Attention { q: &q, k: &k, v: &v, shape };
+        let wrong = bench.clean(&call(plain));
+        let capped = AttentionShape { cap: Some(0.5), ..plain };
+        bench.expect("soft-cap-missing", &call(capped), &wrong);
+        let scaled = AttentionShape { scale: Some(0.04), ..plain };
+        bench.expect("softmax-scale", &call(scaled), &wrong);
+    }
 }

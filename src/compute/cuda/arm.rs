@@ -483,10 +483,7 @@ impl Device {
     ) -> Result<Tensor, ComputeError> {
         self.elementwise("a gated activation", gate, up, |state, gate, up, y| {
             let State { stream, kernels, .. } = state;
-            match activation {
-                Activation::Silu => Ok(kernels.swiglu(stream, gate, up, y)?),
-                Activation::GeluTanh => Ok(kernels.geglu(stream, gate, up, y)?),
-            }
+            Ok(kernels.gated(stream, activation, gate, up, y)?)
         })
     }
 

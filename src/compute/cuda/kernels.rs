@@ -12,7 +12,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::dtype::Format;
-use crate::model::WeightType;
+use crate::model::{Activation, WeightType};
 
 /// Threads of a block, where a kernel does not prescribe them.
 const THREADS: u32 = 256;
@@ -502,10 +502,11 @@ impl Kernels {
         )
     }
 
-    /// `silu(gate) * up`.
-    pub fn swiglu(
+    /// `activation(gate) * up`.
+    pub fn gated(
         &self,
         stream: &Arc<CudaStream>,
+        activation: Activation,
         gate: &CudaSlice<f32>,
         up: &CudaSlice<f32>,
         y: &mut CudaSlice<f32>,
@@ -513,21 +514,11 @@ impl Kernels {
         let count = y.len() as u64;
         must_hold("the gate", gate.len(), count);
         must_hold("the other factor", up.len(), count);
-        launch!(stream, self.swiglu, striding(count), gate, up, &count, y)
-    }
-
-    /// `gelu(gate) * up`.
-    pub fn geglu(
-        &self,
-        stream: &Arc<CudaStream>,
-        gate: &CudaSlice<f32>,
-        up: &CudaSlice<f32>,
-        y: &mut CudaSlice<f32>,
-    ) -> Result<(), DriverError> {
-        let count = y.len() as u64;
-        must_hold("the gate", gate.len(), count);
-        must_hold("the other factor", up.len(), count);
-        launch!(stream, self.geglu, striding(count), gate, up, &count, y)
+        let kernel = match activation {
+            Activation::Silu => &self.swiglu,
+            Activation::GeluTanh => &self.geglu,
+        };
+        launch!(stream, *kernel, striding(count), gate, up, &count, y)
     }
 
     /// `x * factor`.
