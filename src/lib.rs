@@ -18,8 +18,9 @@ pub mod files;
 pub mod memory;
 pub mod terminal;
 
-// Beside everything: the user's wish to stop.
+// Beside everything: the user's wish to stop, and the machine's name.
 pub mod interrupt;
+pub mod machine;
 
 // 1 TOML to checked stages and contracts, all problems at once.
 pub mod manifest;

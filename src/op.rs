@@ -652,6 +652,10 @@ impl Arm {
     pub const ALL: [Arm; 5] =
         [Arm::Reference, Arm::Emulated, Arm::Device, Arm::Recorded, Arm::External];
 
+    /// All that can be asked for to be measured anew: the arms of a manifest, and commands.
+    pub const MEASURED: [Arm; 6] =
+        [Arm::Reference, Arm::Emulated, Arm::Device, Arm::Recorded, Arm::External, Arm::Command];
+
     /// The arms that a stage has unless it says otherwise.
     pub const USUAL: [Arm; 3] = [Arm::Reference, Arm::Emulated, Arm::Device];
 

@@ -43,6 +43,9 @@ pub struct RunRecord {
     pub folder: String,
     /// What it ran on.
     pub provenance: Provenance,
+    /// What it is one of: the runs that it is compared with are of the same series.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub series: Option<Series>,
     /// The stages, in the order in which they ran.
     pub stages: Vec<StageRecord>,
     /// What the members of each `[for]` came to together.
@@ -102,6 +105,21 @@ pub struct Provenance {
     pub cpu: Option<String>,
     /// Threads that compute.
     pub threads: usize,
+    /// The machine's name; runs of earlier runners have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+}
+
+/// What a run has in common with those that may be compared with it; a baseline belongs to
+/// it, and to the hardware.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Series {
+    /// The stages' folder as seen from the folder of runs, so that both may be moved.
+    pub folder: String,
+    /// The models of all stages of that folder, those that were not selected too.
+    pub models: Vec<String>,
+    /// What of it was selected: `--select`'s words, or the profile's; nothing means all.
+    pub selection: Option<String>,
 }
 
 /// One stage.
@@ -206,6 +224,12 @@ pub struct ArmRecord {
     pub seconds: Option<f64>,
     /// The action's key.
     pub key: Option<String>,
+    /// The machine that computed it, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+    /// The GPUs that its result depends on, by model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
     /// The tensors' file in the cache.
     pub object: Option<String>,
     /// The tensors.
@@ -282,7 +306,7 @@ pub enum ReadError {
 }
 
 /// The largest run.json that is read: some hundred thousand stages.
-const LARGEST_RUN: u64 = 4 << 30;
+pub const LARGEST_RUN: u64 = 4 << 30;
 
 impl RunRecord {
     /// Reads the run in a folder.
@@ -290,7 +314,18 @@ impl RunRecord {
     /// # Errors
     /// If it was cut off, is damaged, or comes from a version that wrote otherwise.
     pub fn read(folder: &Path) -> Result<RunRecord, ReadError> {
-        let path = folder.join("run.json");
+        RunRecord::at(folder.join("run.json"), folder)
+    }
+
+    /// Reads the run in a file: a run.json, or a receipt.
+    ///
+    /// # Errors
+    /// As [`RunRecord::read`].
+    pub fn read_file(file: &Path) -> Result<RunRecord, ReadError> {
+        RunRecord::at(file.to_owned(), file)
+    }
+
+    fn at(path: PathBuf, folder: &Path) -> Result<RunRecord, ReadError> {
         let text = match files::read_text(&path, LARGEST_RUN) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() => {
@@ -346,6 +381,8 @@ impl ArmRecord {
             gemms: Vec::new(),
             seconds: None,
             key: None,
+            machine: None,
+            gpu: None,
             object: None,
             sites: Vec::new(),
             greedy: None,

@@ -277,6 +277,16 @@ fn profiles() -> Value {
         &[],
         json!({
             "select": says("the stages, as `--select` names them", text()),
+            "fresh": says(
+                "arms that are measured anew although their results are there",
+                list(
+                    json!({
+                        "enum":
+                            ["reference", "emulated", "device", "recorded", "external", "command"]
+                    }),
+                    0,
+                ),
+            ),
             "require": says(
                 "arms without which a stage is an error",
                 list(json!({ "enum": ["device", "recorded", "external"] }), 0),

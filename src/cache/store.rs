@@ -78,6 +78,9 @@ pub struct Action {
     pub run: String,
     /// When, in UTC.
     pub created: String,
+    /// The machine that computed it; older records name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
     /// The tensors, by the blake3 hash of their file; absent if it made none.
     pub object: Option<String>,
     /// What it says besides tensors, as JSON: parsed by who knows what it is.
@@ -100,6 +103,7 @@ impl Action {
             fields: walk.fields().to_vec(),
             run: run.to_owned(),
             created: created.to_owned(),
+            machine: Some(crate::machine::name().to_owned()),
             object: None,
             payload,
         }
@@ -570,14 +574,15 @@ fn copy_whole(source: &Path, target: &Path, executable: bool) -> Result<(), Cach
     let folder = folder.unwrap_or(Path::new("."));
     let write = || {
         let mut from = File::open(source)?;
-        let mut draft = tempfile::Builder::new().prefix(DRAFT).tempfile_in(folder)?;
+        // For whoever the user's mask lets use it.
+        let mode = Permissions::from_mode(if executable { 0o777 } else { 0o666 });
+        let mut builder = tempfile::Builder::new();
+        let mut draft = builder.prefix(DRAFT).permissions(mode).tempfile_in(folder)?;
         let shared = from.metadata()?.len() >= WORTH_SHARING
             && rustix::fs::ioctl_ficlone(draft.as_file(), &from).is_ok();
         if !shared {
             std::io::copy(&mut from, draft.as_file_mut())?;
         }
-        let mode = if executable { 0o755 } else { 0o644 };
-        draft.as_file().set_permissions(Permissions::from_mode(mode))?;
         draft.persist(target).map_err(|error| error.error)
     };
     write().map(drop).map_err(|source| io("write", target, source))

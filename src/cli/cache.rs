@@ -12,7 +12,7 @@ use crate::record::RunRecord;
 use crate::text::Shown;
 
 /// The mark of a run whose results `gc` keeps.
-const PINNED: &str = "pinned";
+const PINNED: &str = crate::nightly::retention::PINNED;
 
 #[derive(Args)]
 pub(super) struct CacheArgs {

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-use super::{load_pipeline, print, told_once};
+use super::{graph_of, load_pipeline, print, select_stages, told_once};
 use crate::manifest::names::is_of_preset;
 use crate::manifest::problem::{nearest, plural, quoted_list};
 use crate::manifest::{Overrides, Pipeline, Prompt, Stage};
@@ -16,6 +16,7 @@ use crate::text::Shown;
 
 pub(super) fn check(folder: &Path) -> Result<u8, String> {
     let pipeline = load_pipeline(folder, &Overrides::default())?;
+    selections_of_profiles(&pipeline)?;
     let problems = problems_of_files(&pipeline);
     if !problems.is_empty() {
         return Err(told_once(problems));
@@ -26,6 +27,19 @@ pub(super) fn check(folder: &Path) -> Result<u8, String> {
         plural(stages, "stage"),
         plural(contracts, "contract")
     ))
+}
+
+/// A profile is used at night, when nobody sees that its selection finds nothing.
+fn selections_of_profiles(pipeline: &Pipeline) -> Result<(), String> {
+    let graph = graph_of(pipeline)?;
+    for (name, profile) in &pipeline.profiles {
+        let Some(expression) = &profile.select else { continue };
+        select_stages(&graph, pipeline, expression).map_err(|problem| {
+            let file = pipeline.folder.join("pipeline.toml");
+            format!("error: {problem}\n  in `profile.{name}.select` of `{}`", file.shown())
+        })?;
+    }
+    Ok(())
 }
 
 /// What is wrong with the files that the stages name.

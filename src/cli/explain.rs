@@ -39,7 +39,8 @@ fn reasoning(stage: &StageRecord, run: &str) -> String {
     line(format!("  {}", what_ran(stage)));
     for (arm, record) in &stage.arms {
         let how = record.arithmetic.as_deref().unwrap_or("no result");
-        line(format!("  {arm}: {how}; {}", record.why));
+        let on = record.machine.as_ref().map_or(String::new(), |name| format!(", on {name}"));
+        line(format!("  {arm}: {how}{on}; {}", record.why));
     }
     for diagnosis in &stage.diagnoses {
         line(String::new());

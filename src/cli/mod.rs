@@ -13,6 +13,7 @@ mod doctor;
 mod explain;
 mod export;
 mod falsify;
+mod history;
 mod identify;
 mod journal;
 mod judge;
@@ -20,6 +21,7 @@ mod manners;
 mod measure;
 mod new;
 mod nightly;
+mod past;
 mod plan;
 mod predict;
 mod reference;
@@ -39,9 +41,11 @@ use cache::CacheArgs;
 use chip::ChipCli;
 use diff::DiffArgs;
 use falsify::FalsifyArgs;
+use history::HistoryArgs;
 use judge::JudgeArgs;
 use new::NewArgs;
-use nightly::{BaselineCli, HistoryArgs};
+use nightly::BaselineCli;
+use past::record_of;
 use plan::PlanArgs;
 use predict::PredictArgs;
 use report::ReportArgs;
@@ -53,11 +57,9 @@ use crate::cache::{CacheError, Stamps, Store};
 use crate::compute::arms::Shipped;
 use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
-use crate::manifest::problem::nearest;
 use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
 use crate::plan::{Plan, PlanError};
-use crate::record::RunRecord;
 use crate::terminal;
 use crate::text::{Shown, no_threads, one_line};
 
@@ -200,7 +202,7 @@ enum Command {
     },
     /// Print the reference of commands, verdicts, metrics and exit codes.
     Reference,
-    /// Make a run the baseline that later ones are held against.
+    /// The run that later ones are held against: set it, show it, remove it.
     Baseline {
         #[command(subcommand)]
         command: BaselineCli,
@@ -401,8 +403,8 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Completions { shell } => manners::completions(shell),
         Command::Man { folder } => manners::man(&folder),
         Command::Reference => reference::reference(),
-        Command::Baseline { command } => nightly::set_baseline(&command),
-        Command::History(args) => nightly::history(&args),
+        Command::Baseline { command } => nightly::baseline(&command),
+        Command::History(args) => history::history(&args),
         Command::New(args) => new::new(&args),
         Command::Schema { of } => schema::schema(of),
         Command::Judge(args) => judge::judge(&args),
@@ -513,44 +515,4 @@ fn told_once(problems: Vec<PlanError>) -> String {
         })
         .collect();
     lines.join("\n")
-}
-
-/// The youngest folder that holds a finished run; names begin with the time.
-fn latest_run(runs: &Path) -> Result<String, String> {
-    let entries = std::fs::read_dir(runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", runs.shown()))?;
-    let finished = entries.filter_map(|entry| {
-        let entry = entry.ok()?;
-        entry.path().join("run.json").is_file().then_some(())?;
-        let changed = entry.path().join("run.json").metadata().ok()?.modified().ok()?;
-        Some((changed, entry.file_name().into_string().ok()?))
-    });
-    let latest = finished.max().map(|(_, id)| id);
-    latest.ok_or_else(|| {
-        format!("`{}` holds no finished run; start one with `runner run`", runs.shown())
-    })
-}
-
-/// The folder and the record of a past run, by name or `latest`.
-fn record_of(run: &str, runs: &Path) -> Result<(PathBuf, RunRecord), String> {
-    let id = if run == "latest" { latest_run(runs)? } else { run.to_owned() };
-    let folder = runs.join(&id);
-    if !folder.is_dir() {
-        return Err(format!("`{}` holds no run `{id}`{}", runs.shown(), near(&id, runs)));
-    }
-    let record = RunRecord::read(&folder).map_err(|error| error.to_string())?;
-    Ok((folder, record))
-}
-
-/// The nearest name of a run, as a hint.
-fn near(id: &str, runs: &Path) -> String {
-    let entries = std::fs::read_dir(runs).into_iter().flatten().flatten();
-    let names: Vec<String> = entries
-        .filter(|entry| entry.path().join("run.json").is_file())
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    match nearest(id, names.iter().map(String::as_str)) {
-        Some(name) => format!("; did you mean `{name}`?"),
-        None => "; `latest` is the youngest".to_owned(),
-    }
 }

@@ -1,43 +1,80 @@
-//! What `runner run` does beyond the run when nobody watches, and the commands
-//! that look back: `baseline`, `history`.
+//! What `runner run` does beyond the run when nobody watches, and `baseline`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::{Cell, RefCell};
 use std::fs::File;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
-use super::{PASS, print, record_of};
+use super::past::record_of;
+use super::{Failed, INTERRUPTED, PASS, print};
+use crate::executor::hook;
+use crate::interrupt;
+use crate::machine;
 use crate::manifest::{Pipeline, Profile};
-use crate::nightly::{Summary, baseline, metrics, retention, sum_up};
-use crate::op::{Op, StageId};
-use crate::record::RunRecord;
+use crate::nightly::{
+    Earlier, SUMMARY, Summary, baseline, earlier, failed, metrics, retention, sum_up,
+};
+use crate::op::{Arm, Op};
+use crate::record::{RunRecord, Series};
 use crate::terminal::tell_line;
 use crate::text::Shown;
 
 #[derive(Args)]
 pub(super) struct NightlyArgs {
-    /// A profile of pipeline.toml: selection, required arms, repeats, runs to keep.
+    /// A profile of pipeline.toml: selection, what is measured anew, required arms, repeats, runs
+    /// to keep.
     #[arg(long)]
     pub profile: Option<String>,
-    /// A program for `sh -c`, started at the end: it reads the summary as JSON.
+    /// Arms to measure anew although their results are there; others are reused.
+    #[arg(long, value_delimiter = ',', value_name = "ARMS", value_parser = measured)]
+    pub fresh: Vec<Arm>,
+    /// A program for `sh -c`, started at every end, also of a run that failed or was stopped: it
+    /// reads the summary as JSON.
     #[arg(long, value_name = "COMMAND")]
     notify: Option<String>,
-    /// An OpenMetrics file to write, for node_exporter.
+    /// Seconds after which that program is killed.
+    #[arg(long, value_name = "SECONDS", default_value = "60")]
+    notify_timeout: NonZeroU64,
+    /// An OpenMetrics file to write at every end, for node_exporter.
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
-    /// Finished runs to keep; older ones are removed.
+    /// Finished runs of this machine to keep; older ones are removed.
     #[arg(long, value_name = "COUNT")]
-    keep: Option<std::num::NonZeroUsize>,
+    keep: Option<NonZeroUsize>,
+}
+
+/// What can be measured anew, by its name.
+fn measured(text: &str) -> Result<Arm, String> {
+    let known = || Arm::MEASURED.into_iter();
+    known().find(|arm| arm.name() == text).ok_or_else(|| {
+        let names: Vec<&str> = known().map(Arm::name).collect();
+        format!("no arm is called `{text}`; give some of {}", names.join(", "))
+    })
 }
 
 #[derive(Subcommand)]
 pub(super) enum BaselineCli {
-    /// Make a run the one that later ones are held against, on its hardware.
+    /// Make a run the one that later ones of its stages, models and hardware are held against.
     Set {
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, a name, or a path.
+        run: String,
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// Show the baselines, and what each is one of.
+    Show {
+        /// The folder of runs.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
+    },
+    /// Remove a run from the baselines; the run itself stays.
+    Remove {
+        /// The run's name.
         run: String,
         /// The folder of runs.
         #[arg(long, default_value = "runs")]
@@ -45,16 +82,150 @@ pub(super) enum BaselineCli {
     },
 }
 
-#[derive(Args)]
-pub(super) struct HistoryArgs {
-    /// Stages to show; all by default.
-    stages: Vec<String>,
-    /// How many runs to look back.
-    #[arg(long, default_value_t = 10)]
-    last: usize,
-    /// The folder of runs.
-    #[arg(long, default_value = "runs")]
-    runs: PathBuf,
+/// What watches over one run: that it is alone, and that its end is told once.
+pub(super) struct Night<'a> {
+    args: &'a NightlyArgs,
+    lock: RefCell<Option<File>>,
+    told: Cell<bool>,
+}
+
+impl<'a> Night<'a> {
+    pub fn new(args: &'a NightlyArgs) -> Night<'a> {
+        Night { args, lock: RefCell::default(), told: Cell::new(false) }
+    }
+
+    /// With a profile, the only run of this machine in its folder: a second one waits, and says
+    /// so. Other machines may use the folder at the same time.
+    pub fn alone(&self, runs: &Path) -> Result<(), Failed> {
+        const LOOK: Duration = Duration::from_millis(100);
+        if self.args.profile.is_none() {
+            return Ok(());
+        }
+        let path = runs.join(machine::file_of(".lock"));
+        let cannot = |what: &str, path: &Path, error: &std::io::Error| {
+            Failed::of_io(format!("cannot {what} `{}`: {error}", path.shown()), error)
+        };
+        std::fs::create_dir_all(runs).map_err(|error| cannot("make", runs, &error))?;
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.map_err(|error| cannot("lock", &path, &error))?;
+        let mut waiting = false;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(std::fs::TryLockError::WouldBlock) if interrupt::requested() => {
+                    let text = "stopped while it waited for another run to end".to_owned();
+                    return Err(Failed { text, code: INTERRUPTED });
+                }
+                Err(std::fs::TryLockError::WouldBlock) => {
+                    if !std::mem::replace(&mut waiting, true) {
+                        let path = path.shown();
+                        tell_line(&format!("another run holds `{path}`; waiting for it to end"));
+                    }
+                    std::thread::sleep(LOOK);
+                }
+                Err(std::fs::TryLockError::Error(error)) => {
+                    return Err(cannot("lock", &path, &error));
+                }
+            }
+        }
+        *self.lock.borrow_mut() = Some(file);
+        Ok(())
+    }
+
+    /// Everything that follows a finished run. What fails here is told and does not
+    /// change the run's verdict. `aloud` prints the summary below the table.
+    pub fn follow(
+        &self,
+        record: &RunRecord,
+        runs: &Path,
+        profile: Option<&Profile>,
+        aloud: bool,
+    ) -> Result<(), String> {
+        let asks = self.args.asks();
+        let (earlier, problems) = earlier(record, runs, asks);
+        problems.iter().for_each(|problem| tell_line(&format!("warning: {problem}")));
+        let summary = sum_up(record, runs, &earlier);
+        let keep = self.args.keep.or(profile.and_then(|profile| profile.keep));
+        let outcomes = [
+            write_summary(&summary, &runs.join(&record.id)),
+            keep.map_or(Ok(()), |keep| retention::remove_old(runs, keep.get()).map(drop)),
+        ];
+        for problem in outcomes.into_iter().filter_map(Result::err) {
+            tell_line(&format!("warning: {problem}"));
+        }
+        self.tell(&summary, Some(record));
+        if aloud && (summary.baseline.is_some() || asks) {
+            print(&in_words(&summary, &earlier))?;
+        }
+        Ok(())
+    }
+
+    /// What follows where there is no finished run: whoever waits for a message gets one.
+    pub fn follow_failure(&self, text: &str, code: u8) {
+        self.tell(&failed(text, code, machine::name()), None);
+    }
+
+    /// Metrics and message, once for each run. The folder is free by then: a message may take long.
+    fn tell(&self, summary: &Summary, record: Option<&RunRecord>) {
+        drop(self.lock.borrow_mut().take());
+        if self.told.replace(true) {
+            return;
+        }
+        let outcomes = [self.write_metrics(summary, record), self.notify(summary)];
+        for problem in outcomes.into_iter().filter_map(Result::err) {
+            tell_line(&format!("warning: {problem}"));
+        }
+    }
+
+    fn write_metrics(&self, summary: &Summary, record: Option<&RunRecord>) -> Result<(), String> {
+        let Some(path) = &self.args.metrics else { return Ok(()) };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+            return Err(format!(
+                "`--metrics {}` is not written: `{}` is no folder; make it, or name another file",
+                path.shown(),
+                folder.shown()
+            ));
+        }
+        let text = metrics::open_metrics(summary, record, Timestamp::now().as_second());
+        crate::cache::write_whole(path, text.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    fn notify(&self, summary: &Summary) -> Result<(), String> {
+        let Some(command) = &self.args.notify else { return Ok(()) };
+        let json = serde_json::to_vec(summary)
+            .map_err(|error| format!("the summary cannot be encoded: {error}"))?;
+        let variables =
+            [("RUNNER_SUMMARY", summary.line.as_str()), ("RUNNER_VERDICT", summary.verdict.name())];
+        let limit = Duration::from_secs(self.args.notify_timeout.get());
+        hook::call(command, &json, &variables, limit).map_err(|error| format!("--notify {error}"))
+    }
+}
+
+/// Writes the summary beside run.json.
+fn write_summary(summary: &Summary, folder: &Path) -> Result<(), String> {
+    let json = serde_json::to_vec_pretty(summary).map_err(|error| error.to_string())?;
+    crate::cache::write_whole(&folder.join(SUMMARY), &json).map_err(|error| error.to_string())
+}
+
+/// The line, and what changed since when.
+fn in_words(summary: &Summary, earlier: &Earlier) -> String {
+    let mut text = format!("{}\n", summary.line);
+    let same = summary.previous == summary.baseline;
+    let of_previous = &summary.changes_since_previous;
+    let previous = earlier.previous.as_ref().filter(|_| !same && !of_previous.is_empty());
+    if let Some(previous) = previous {
+        text += &format!("since {}, the run before:\n", previous.id);
+        of_previous.iter().for_each(|change| text += &format!("  {change}\n"));
+    }
+    if let Some(baseline) = earlier.baseline.as_ref().filter(|_| !summary.changes.is_empty()) {
+        let known = previous.is_some() && *of_previous == summary.changes;
+        let told = if known { " the same" } else { "" };
+        text += &format!("since {}, the baseline:{told}\n", baseline.id);
+        let changes = summary.changes.iter().filter(|_| !known);
+        changes.for_each(|change| text += &format!("  {change}\n"));
+    }
+    text
 }
 
 impl NightlyArgs {
@@ -72,95 +243,10 @@ impl NightlyArgs {
         })
     }
 
-    /// With a profile, the only run in its folder: a second one waits, and says so.
-    pub fn alone(&self, runs: &Path) -> Result<Option<File>, String> {
-        if self.profile.is_none() {
-            return Ok(None);
-        }
-        std::fs::create_dir_all(runs)
-            .map_err(|error| format!("cannot make `{}`: {error}", runs.shown()))?;
-        let path = runs.join(".lock");
-        let cannot = |error: std::io::Error| format!("cannot lock `{}`: {error}", path.shown());
-        let file = File::options().create(true).append(true).open(&path).map_err(cannot)?;
-        if file.try_lock().is_err() {
-            tell_line(&format!("another run holds `{}`; waiting for it to end", path.shown()));
-            file.lock().map_err(cannot)?;
-        }
-        Ok(Some(file))
-    }
-
     /// Whether anything is to follow that a run of which nothing changed would skip.
     pub fn asks(&self) -> bool {
         let asked = self.profile.is_some() || self.notify.is_some();
         asked || self.metrics.is_some() || self.keep.is_some()
-    }
-
-    /// Everything that follows a finished run. What fails here is told and does not
-    /// change the run's verdict. `aloud` prints the summary below the table.
-    pub fn follow(
-        &self,
-        record: &RunRecord,
-        runs: &Path,
-        profile: Option<&Profile>,
-        aloud: bool,
-    ) -> Result<(), String> {
-        let mut said = String::new();
-        let summary = match sum_up(record, runs) {
-            Ok(summary) => summary,
-            Err(problem) => {
-                tell_line(&format!("warning: {problem}"));
-                return Ok(());
-            }
-        };
-        let wanted = self.asks();
-        if aloud && (summary.baseline.is_some() || wanted) {
-            said += &format!("{}\n", summary.line);
-            summary.changes.iter().for_each(|change| said += &format!("  {change}\n"));
-        }
-        let keep = self.keep.or(profile.and_then(|profile| profile.keep));
-        let outcomes = [
-            self.write_summary(&summary, &runs.join(&record.id)),
-            self.write_metrics(record, &summary),
-            self.tell(&summary),
-            keep.map_or(Ok(()), |keep| retention::remove_old(runs, keep.get()).map(drop)),
-        ];
-        for problem in outcomes.into_iter().filter_map(Result::err) {
-            tell_line(&format!("warning: {problem}"));
-        }
-        if said.is_empty() { Ok(()) } else { print(&said).map(drop) }
-    }
-
-    fn write_summary(&self, summary: &Summary, folder: &Path) -> Result<(), String> {
-        let json = serde_json::to_vec_pretty(summary).map_err(|error| error.to_string())?;
-        crate::cache::write_whole(&folder.join("summary.json"), &json)
-            .map_err(|error| error.to_string())
-    }
-
-    fn write_metrics(&self, record: &RunRecord, summary: &Summary) -> Result<(), String> {
-        let Some(path) = &self.metrics else { return Ok(()) };
-        let changes = summary.baseline.as_ref().map(|_| summary.changes.len());
-        let text = metrics::open_metrics(record, Timestamp::now().as_second(), changes);
-        crate::cache::write_whole(path, text.as_bytes()).map_err(|error| error.to_string())
-    }
-
-    fn tell(&self, summary: &Summary) -> Result<(), String> {
-        use std::io::Write;
-        let Some(command) = &self.notify else { return Ok(()) };
-        let cannot = |error: &dyn std::fmt::Display| format!("`--notify {command}`: {error}");
-        let json = serde_json::to_vec(summary).map_err(|error| cannot(&error))?;
-        let mut child = Command::new("/bin/sh")
-            .args(["-c", command])
-            .env("RUNNER_SUMMARY", &summary.line)
-            .env("RUNNER_VERDICT", summary.verdict.name())
-            .stdin(std::process::Stdio::piped())
-            .spawn()
-            .map_err(|error| cannot(&error))?;
-        if let Some(mut input) = child.stdin.take() {
-            // A program that reads no input is no failure.
-            let _ = input.write_all(&json);
-        }
-        let status = child.wait().map_err(|error| cannot(&error))?;
-        if status.success() { Ok(()) } else { Err(cannot(&status)) }
     }
 }
 
@@ -175,96 +261,77 @@ pub(super) fn repeat(pipeline: &mut Pipeline, profile: &str) {
     }
 }
 
-pub(super) fn set_baseline(command: &BaselineCli) -> Result<u8, String> {
-    let BaselineCli::Set { run, runs } = command;
-    let (_, record) = record_of(run, runs)?;
-    let id = &record.id;
-    if record.interrupted {
-        return Err(format!("`{id}` was stopped; a baseline is a whole run"));
-    }
-    let hardware = baseline::set(&record, runs)?;
-    print(&format!("{id} is the baseline of {hardware}\n"))
-}
-
-/// One line per stage: its verdicts, oldest first, and how the decisive value moved.
-pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
-    let entries = std::fs::read_dir(&args.runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", args.runs.shown()))?;
-    // By age: several runs of one second differ in nothing else.
-    let finished = entries.filter_map(|entry| {
-        let folder = entry.ok()?.path();
-        let changed = folder.join("run.json").metadata().ok()?.modified().ok()?;
-        Some((changed, folder))
-    });
-    let finished: BTreeSet<(std::time::SystemTime, PathBuf)> = finished.collect();
-    let mut records: Vec<RunRecord> = Vec::new();
-    for (_, folder) in finished.iter().rev() {
-        if records.len() == args.last {
-            break;
-        }
-        match RunRecord::read(folder) {
-            Ok(record) => records.push(record),
-            Err(problem) => tell_line(&format!("left out: {problem}")),
-        }
-    }
-    records.reverse();
-    if records.is_empty() {
-        return Err(format!("`{}` holds no finished run", args.runs.shown()));
-    }
-    let mut text = String::new();
-    for record in &records {
-        let count = record.stages.len();
-        text += &format!("{}  {:10}  {count} stages\n", record.id, record.verdict);
-    }
-    text += "\n";
-    let shown = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
-    let mut lines: BTreeMap<&StageId, (Vec<String>, Vec<f64>, String)> = BTreeMap::new();
-    for (index, record) in records.iter().enumerate() {
-        for stage in record.stages.iter().filter(|stage| shown(&stage.id)) {
-            let line = lines.entry(&stage.id).or_default();
-            line.0.resize(index, "-".to_owned());
-            line.0.push(stage.verdict.to_string());
-            let tightest = stage
-                .judgements
-                .iter()
-                .filter(|judgement| judgement.value.is_some())
-                .max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)));
-            if let Some(judgement) = tightest {
-                line.1.extend(judgement.value);
-                line.2 = format!("{} of {}", judgement.metric, judgement.falsifier);
-            }
-        }
-    }
-    if lines.is_empty() {
-        return Err(format!("no run has the stage {}", args.stages.join(" or ")));
-    }
-    let width = lines.keys().map(|id| id.0.len()).max().unwrap_or(0);
-    for (id, (verdicts, values, what)) in &lines {
-        let trend = match (values.first(), values.last()) {
-            (Some(first), Some(last)) => {
-                let (first, last) = (crate::text::number(*first), crate::text::number(*last));
-                format!("{what}: {first} -> {last}")
-            }
-            _ => String::new(),
-        };
-        text += &format!("{:width$}  {}  {trend}\n", id.0, runs_of(verdicts));
-    }
-    print(&text)?;
-    Ok(PASS)
-}
-
-/// `pass x 6, drift, pass`.
-fn runs_of(verdicts: &[String]) -> String {
-    let mut parts: Vec<(String, usize)> = Vec::new();
-    for verdict in verdicts {
-        match parts.last_mut() {
-            Some((last, count)) if last == verdict => *count += 1,
-            _ => parts.push((verdict.clone(), 1)),
-        }
-    }
-    let part = |(verdict, count): &(String, usize)| match count {
-        1 => verdict.clone(),
-        count => format!("{verdict} x {count}"),
+/// What a run is one of: its folder of stages as seen from the folder of runs, the models of all
+/// stages, and the selection.
+pub(super) fn series_of(pipeline: &Pipeline, runs: &Path, selection: Option<&str>) -> Series {
+    let whole = |path: &Path| {
+        path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or(path.to_owned())
     };
-    parts.iter().map(part).collect::<Vec<_>>().join(", ")
+    let folder = from(&whole(runs), &whole(&pipeline.folder)).display().to_string();
+    let models = pipeline.stages.iter().filter(|stage| stage.op.reads_model());
+    let mut models: Vec<String> = models.map(|stage| stage.model.clone()).collect();
+    models.sort_unstable();
+    models.dedup();
+    Series { folder, models, selection: selection.map(str::to_owned) }
+}
+
+/// The way from one absolute folder to another.
+fn from(start: &Path, end: &Path) -> PathBuf {
+    let shared = start.components().zip(end.components()).take_while(|(a, b)| a == b).count();
+    let up = start.components().skip(shared).map(|_| std::path::Component::ParentDir);
+    up.chain(end.components().skip(shared)).collect()
+}
+
+pub(super) fn baseline(command: &BaselineCli) -> Result<u8, String> {
+    match command {
+        BaselineCli::Set { run, runs } => {
+            let (_, record) = record_of(run, runs)?;
+            let id = &record.id;
+            if record.interrupted {
+                return Err(format!("`{id}` was stopped; a baseline is a whole run"));
+            }
+            baseline::set(&record, runs)?;
+            print(&format!("the baseline is now\n{}", shown(&record)))
+        }
+        BaselineCli::Show { runs } => {
+            let all = baseline::all(runs)?;
+            let text: Vec<String> = all.iter().map(|(_, run)| shown(run)).collect();
+            print(&match text.as_slice() {
+                [] => "there is no baseline; `runner baseline set RUN` makes one\n".to_owned(),
+                text => text.join("\n"),
+            })
+        }
+        BaselineCli::Remove { run, runs } => match baseline::remove(run, runs)? {
+            1 => print(&format!("{run} is no baseline any more\n")),
+            count => print(&format!("{run} is no baseline any more; it was {count}\n")),
+        },
+    }
+    .map(|_| PASS)
+}
+
+/// A baseline, and what it is one of.
+fn shown(run: &RunRecord) -> String {
+    let machine = run.provenance.machine.as_deref().map_or(String::new(), |m| format!(", on {m}"));
+    let mut text = format!("{}  {}, {}{machine}\n", run.id, run.verdict, run.started);
+    if let Some(series) = &run.series {
+        text += &format!("  stages    {}\n", series.folder);
+        let models =
+            if series.models.is_empty() { "none".to_owned() } else { series.models.join(", ") };
+        text += &format!("  models    {models}\n");
+    }
+    text + &format!("  hardware  {}\n", baseline::hardware(run))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::from;
+    use std::path::Path;
+
+    #[test]
+    fn the_way_from_one_folder_to_another_survives_a_move_of_both() {
+        let way = |start: &str, end: &str| from(Path::new(start), Path::new(end));
+        assert_eq!(way("/srv/a/runs", "/srv/a/stages"), Path::new("../stages"));
+        assert_eq!(way("/srv/a", "/srv/a/stages"), Path::new("stages"));
+        assert_eq!(way("/x/runs", "/srv/a"), Path::new("../../srv/a"));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 use rayon::prelude::*;
 
-use super::nightly::{self, NightlyArgs};
+use super::nightly::{self, Night, NightlyArgs};
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
     BUG, Failed, INTERRUPTED, Selection, journal, keep, make_plan, print, print_bytes, selected,
@@ -80,36 +81,56 @@ enum OutputFormat {
 /// What stands between two stages in run.json.
 pub(super) const SEPARATOR: &str = ",\n    ";
 
-/// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome.
+/// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome. Whoever
+/// is to hear of the end hears of every one, of a failure and of a bug too.
 pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, Failed> {
+    let night = Night::new(&args.nightly);
+    let outcome = catch_unwind(AssertUnwindSafe(|| run_to_an_end(args, workshop, &night)));
+    match outcome {
+        Ok(Ok(code)) => Ok(code),
+        Ok(Err(failed)) => {
+            night.follow_failure(&failed.text, failed.code);
+            Err(failed)
+        }
+        Err(panic) => {
+            night.follow_failure("a bug of ours ended the run; see its log", BUG);
+            resume_unwind(panic)
+        }
+    }
+}
+
+fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> Result<u8, Failed> {
     let began = crate::cache::now();
     let runs = &args.selection.runs;
-    let _alone = args.nightly.alone(runs)?;
+    ctrlc::set_handler(on_signal).map_err(|error| {
+        Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
+    })?;
+    night.alone(runs)?;
     let store = store_of(runs);
     let as_before = !(args.selection.force
         || args.selection.rehash
         || args.dry_run
         || args.explain
+        || !args.nightly.fresh.is_empty()
         || args.nightly.asks());
     if as_before && let Some(unchanged) = unchanged::find(&store, workshop) {
-        return finish_unchanged(args, unchanged);
+        return finish_unchanged(args, night, unchanged);
     }
     let (mut pipeline, graph, mut stages) = selected(&args.selection)?;
     let profile = args.nightly.profile(&pipeline)?.cloned();
     if let Some(name) = &args.nightly.profile {
         nightly::repeat(&mut pipeline, name);
     }
-    if let Some(expression) = profile.as_ref().and_then(|profile| profile.select.as_ref())
-        && args.selection.select.is_none()
-    {
+    let of_profile = profile.as_ref().and_then(|profile| profile.select.as_ref());
+    if let Some(expression) = of_profile.filter(|_| args.selection.select.is_none()) {
         stages = super::select_stages(&graph, &pipeline, expression)?;
     }
-    ctrlc::set_handler(on_signal).map_err(|error| {
-        Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
-    })?;
+    let selection = args.selection.select.as_ref().or(of_profile);
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = args.selection.force;
+    let fresh = profile.iter().flat_map(|profile| &profile.fresh).chain(&args.nightly.fresh);
+    plan.fresh = fresh.copied().collect();
     if args.dry_run || args.explain {
         let text = super::plan::lines(&plan, &store, workshop, args.explain);
         if args.dry_run {
@@ -122,6 +143,8 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
+    plan.run = Some(id.clone());
+    let series = nightly::series_of(&pipeline, runs, selection.map(String::as_str));
     let mut sinks = sinks(args, &folder)?;
     let processes = Processes::of_this_program();
     let (attempts, cut_off) = Attempts::open(&store.attempts(), &id).map_err(|error| {
@@ -169,6 +192,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
         seconds: clock.elapsed().as_secs_f64(),
         folder: pipeline.folder.display().to_string(),
         provenance: provenance(),
+        series: Some(series),
         families: FamilyRecord::of(&finished.stages),
         stages: Vec::new(),
     };
@@ -198,7 +222,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
     // Also where a page found no room: what was computed is told.
     show(args, &record, record.stages.len(), json, &folder)?;
     page?;
-    args.nightly.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
+    night.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
     Ok(exit_code)
 }
 
@@ -243,11 +267,11 @@ fn write_page(record: &RunRecord, runs: &Path, folder: &Path) -> Result<(), Fail
 }
 
 /// The end of a run that found everything as the last one left it.
-fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, Failed> {
+fn finish_unchanged(args: &RunArgs, night: &Night<'_>, unchanged: Unchanged) -> Result<u8, Failed> {
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(&args.selection.runs, &started, &unchanged.plan)?;
     let mut sinks = sinks(args, &folder)?;
-    let Unchanged { count, shown, families, json, verdict, .. } = unchanged;
+    let Unchanged { count, shown, families, json, verdict, series, .. } = unchanged;
     let ids = shown.iter().map(|stage| stage.id.clone()).collect();
     sinks.event(&Event::RunStarted { run: id.clone(), stages: ids });
     for stage in &shown {
@@ -268,6 +292,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, Failed> 
         seconds: 0.0,
         folder: unchanged.folder,
         provenance: provenance(),
+        series,
         families,
         stages: Vec::new(),
     };
@@ -282,7 +307,7 @@ fn finish_unchanged(args: &RunArgs, unchanged: Unchanged) -> Result<u8, Failed> 
     // Where there are many stages the record holds only some: nothing can be compared.
     if count <= SHOWN_ONE_BY_ONE {
         let runs = &args.selection.runs;
-        args.nightly.follow(&record, runs, None, args.format != OutputFormat::Json)?;
+        night.follow(&record, runs, None, args.format != OutputFormat::Json)?;
     }
     Ok(record.exit_code)
 }
@@ -408,6 +433,7 @@ fn provenance() -> Provenance {
         platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         cpu: cpu_name(),
         threads: rayon::current_num_threads(),
+        machine: Some(crate::machine::name().to_owned()),
     }
 }
 

@@ -24,7 +24,7 @@ use crate::executor::command;
 use crate::executor::command::sealed_value;
 use crate::op::{Arm, InputRef, Op, Recipe, Site, StageId};
 use crate::plan::Plan;
-use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, StageRecord};
+use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, Series, StageRecord};
 use crate::report::is_of_drift;
 use crate::run::MadeByArm;
 use crate::tensor_file;
@@ -46,6 +46,8 @@ pub(super) struct Unchanged {
     pub shown: Vec<StageRecord>,
     /// The families, of all stages.
     pub families: Vec<FamilyRecord>,
+    /// What the run is one of.
+    pub series: Option<Series>,
     /// All of them, as they stand in run.json between the brackets.
     pub json: String,
     /// The gravest verdict.
@@ -65,6 +67,7 @@ struct List {
     json: String,
     shown: Vec<StageRecord>,
     families: Vec<FamilyRecord>,
+    series: Option<Series>,
     /// Files that must be there, whatever they are.
     present: Vec<PathBuf>,
     /// Paths with their stamps.
@@ -123,8 +126,8 @@ pub(super) fn find(store: &Store, workshop: &dyn Workshop) -> Option<Unchanged> 
         return None;
     }
     let json = String::from_utf8(json.to_vec()).ok()?;
-    let List { plan, folder, count, verdict, shown, families, .. } = list;
-    Some(Unchanged { plan, folder, count, shown, families, json, verdict })
+    let List { plan, folder, count, verdict, shown, families, series, .. } = list;
+    Some(Unchanged { plan, folder, count, shown, families, series, json, verdict })
 }
 
 /// Writes down what a run looked at, and its stages, of which `encoded` is the JSON, unless
@@ -185,6 +188,7 @@ pub(super) fn note(
         json: seal_of(&json),
         shown,
         families: record.families.clone(),
+        series: record.series.clone(),
         present,
         looked_at,
     };
@@ -218,6 +222,8 @@ fn place(store: &Store) -> Option<PathBuf> {
         walk.field("argument", argument.to_string_lossy());
     }
     walk.field("folder", std::env::current_dir().ok()?.display());
+    // A list of another machine's says nothing of what this one would measure.
+    walk.field("machine", crate::machine::name());
     walk.field("program", format!("{:?}", Stamp::of(&program).to_words()));
     Some(store.root().join("unchanged").join(&walk.key().0[..32]))
 }

@@ -9,7 +9,9 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -72,6 +74,12 @@ fn ended(id: u64, killed: Killed) -> Reply {
     Reply::Ended { id, exit, signal }
 }
 
+/// A file for what a program says, which may be a secret of the user's: nobody else reads it. It
+/// keeps its mode when it becomes part of the cache.
+fn for_words(path: &Path) -> std::io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
 fn start(program: &Program) -> std::io::Result<(Pid, OwnedFd)> {
     let name = program.argv.first().map(String::as_str).unwrap_or_default();
     let mut command = Command::new(&program.file);
@@ -82,8 +90,8 @@ fn start(program: &Program) -> std::io::Result<(Pid, OwnedFd)> {
         .envs(&program.env)
         .current_dir(&program.folder)
         .stdin(Stdio::null())
-        .stdout(File::create(&program.stdout)?)
-        .stderr(File::create(&program.stderr)?)
+        .stdout(for_words(&program.stdout)?)
+        .stderr(for_words(&program.stderr)?)
         .process_group(0);
     // A child inherits the limit; this process writes no file.
     if let Some(largest) = program.largest_file {

@@ -276,7 +276,7 @@ const DEFAULTS: &str = "pipeline.toml";
 /// # Errors
 /// Every problem of every file.
 pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> {
-    let mut findings = Findings::default();
+    let mut findings = Findings::of(folder);
     let Some(files) = toml_files(folder, "stages", &mut findings) else {
         return findings.into_result(empty(folder));
     };

@@ -62,6 +62,13 @@ impl Problems {
             }
             drawn.push(spot.at.source);
             let source = &self.sources[spot.at.source];
+            if source.outside {
+                let line = source.text[..source.drawable(&spot.at.span).start].lines().count();
+                let origin = Origin::path(source.path.shown().to_string()).line(line.max(1));
+                let why = "it lies outside of the project, so its lines are not shown";
+                group = group.element(origin).element(Level::NOTE.message(why));
+                continue;
+            }
             let mut snippet = Snippet::source(&*source.text).path(source.path.shown().to_string());
             for (index, other) in problem.spots.iter().enumerate() {
                 if other.at.source == spot.at.source {
@@ -110,6 +117,8 @@ impl std::error::Error for Problems {}
 pub(super) struct Source {
     pub path: PathBuf,
     pub text: String,
+    /// Whether it lies elsewhere than what was asked for: a stranger's folder may name any file.
+    pub outside: bool,
 }
 
 impl Source {
@@ -185,12 +194,24 @@ impl Problem {
 pub(super) struct Findings {
     sources: Vec<Source>,
     list: Vec<Problem>,
+    root: Option<PathBuf>,
 }
 
 impl Findings {
+    /// Findings in a folder of stages. What lies outside of its repository, or of the folder above
+    /// it where there is none, is a stranger's to name and not to show.
+    pub fn of(folder: &Path) -> Findings {
+        let above = std::path::absolute(folder).ok();
+        let above = above.and_then(|folder| folder.parent()?.canonicalize().ok());
+        let repository = above.as_ref().and_then(|project| {
+            project.ancestors().find(|folder| folder.join(".git").exists()).map(Path::to_owned)
+        });
+        Findings { root: repository.or(above), ..Findings::default() }
+    }
+
     /// Keeps a text for drawing and gives its number.
     pub fn add_source(&mut self, path: PathBuf, text: String) -> usize {
-        self.sources.push(Source { path, text });
+        self.sources.push(Source { path, text, outside: false });
         self.sources.len() - 1
     }
 
@@ -210,6 +231,12 @@ impl Findings {
     pub fn into_result<T>(mut self, value: T) -> Result<T, Problems> {
         if self.list.is_empty() {
             return Ok(value);
+        }
+        if let Some(root) = &self.root {
+            for source in &mut self.sources {
+                source.outside =
+                    source.path.canonicalize().is_ok_and(|path| !path.starts_with(root));
+            }
         }
         let sources = &self.sources;
         self.list.sort_by_cached_key(|problem| match problem.spots.first() {

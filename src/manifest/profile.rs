@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroUsize};
 
-use super::fields::{Fields, choose};
+use super::fields::{Fields, Put, choose};
 use super::problem::Findings;
 use crate::op::Arm;
 
@@ -14,6 +14,8 @@ use crate::op::Arm;
 pub struct Profile {
     /// The stages, as `--select` names them.
     pub select: Option<String>,
+    /// Arms that are measured anew although their results are there.
+    pub fresh: Vec<Arm>,
     /// Arms without which a stage is an error.
     pub require: Vec<Arm>,
     /// The least number of times that forward passes are repeated.
@@ -25,18 +27,24 @@ pub struct Profile {
 /// All profiles by name.
 pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> BTreeMap<String, Profile> {
     let Some(profiles) = fields.table("profile", findings) else { return BTreeMap::new() };
-    let arms = Arm::ALL.map(|arm| (arm.name(), arm));
+    let named = |arms: &[Arm]| arms.iter().map(|arm| (arm.name(), *arm)).collect::<Vec<_>>();
+    let (arms, measured) = (named(&Arm::ALL), named(&Arm::MEASURED));
     let mut known = BTreeMap::new();
     for (name, mut table) in profiles.into_tables(findings) {
         let select = table.take::<String>("select", findings);
+        let fresh = table.list::<String>("fresh", findings);
         let require = table.list::<String>("require", findings);
         let repeats = table.take::<NonZeroU32>("repeats", findings);
         let keep = table.take::<NonZeroUsize>("keep", findings);
         table.finish(findings);
-        let require = require.map_or(Vec::new(), |list| list.value);
-        let require = require.into_iter().filter_map(|arm| choose("require", arm, &arms, findings));
+        let mut chosen = |key: &'static str, list: Option<Put<Vec<Put<String>>>>, of: &[_]| {
+            let list = list.map_or(Vec::new(), |list| list.value).into_iter();
+            let arms = list.filter_map(|arm| choose(key, arm, of, findings));
+            arms.map(|arm| arm.value).collect()
+        };
         let profile = Profile {
-            require: require.map(|arm| arm.value).collect(),
+            fresh: chosen("fresh", fresh, &measured),
+            require: chosen("require", require, &arms),
             select: select.map(|select| select.value),
             repeats: repeats.map(|repeats| repeats.value),
             keep: keep.map(|keep| keep.value),

@@ -3,35 +3,50 @@
 //!
 //! It removes only what has the name of a run and holds a finished one.
 
-use crate::text::Shown;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
-/// Removes all but the youngest `keep` finished runs; gives the names of those that
-/// are gone.
+use super::baseline;
+use super::past::{Past, finished};
+use crate::text::Shown;
+use crate::verdict::Verdict;
+
+/// The file that pins a run: its results stay in the cache, and it stays in its folder.
+pub const PINNED: &str = "pinned";
+
+/// Removes all but the youngest `keep` finished runs of each machine, and the youngest `keep` of
+/// each that did not pass: the night on which it began is looked for long after. Runs that are
+/// pinned or a baseline stay. Gives the names of those that are gone.
 ///
 /// # Errors
 /// If the folder cannot be read, or a run not removed.
 pub fn remove_old(runs: &Path, keep: usize) -> Result<Vec<String>, String> {
-    let entries = std::fs::read_dir(runs)
-        .map_err(|error| format!("cannot read `{}`: {error}", runs.shown()))?;
-    let mut finished: Vec<(String, PathBuf)> = entries
-        .filter_map(|entry| {
-            let entry = entry.ok()?;
-            // A link's target is somebody else's.
-            let folder = entry.file_type().ok()?.is_dir();
-            let name = entry.file_name().into_string().ok()?;
-            let run = folder && is_run(&name) && entry.path().join("run.json").is_file();
-            run.then(|| (name, entry.path()))
-        })
-        .collect();
-    // Names begin with the time.
-    finished.sort();
-    let old = finished.len().saturating_sub(keep);
+    let past = finished(runs)?.into_iter().filter(|run| is_run(&run.id));
+    let baselines: BTreeSet<String> = baseline::names(runs).into_iter().collect();
+    let spared = |run: &Past| baselines.contains(&run.id) || run.folder.join(PINNED).exists();
+    let past: Vec<Past> = past.filter(|run| !spared(run)).collect();
+    // Nothing is old by any count.
+    if past.len() <= keep {
+        return Ok(Vec::new());
+    }
+    let mut counts: BTreeMap<Option<String>, (usize, usize)> = BTreeMap::new();
     let mut gone = Vec::new();
-    for (name, path) in finished.into_iter().take(old) {
-        std::fs::remove_dir_all(&path)
-            .map_err(|error| format!("cannot remove `{}`: {error}", path.shown()))?;
-        gone.push(name);
+    for Past { id, folder, .. } in past.iter().rev().filter(|run| {
+        let brief = run.brief();
+        let machine = brief.as_ref().and_then(|brief| brief.machine.clone());
+        let (all, bad) = counts.entry(machine).or_default();
+        let passed = brief.is_none_or(|brief| brief.verdict == Verdict::Pass);
+        *all += 1;
+        *bad += usize::from(!passed);
+        *all > keep && (passed || *bad > keep)
+    }) {
+        match std::fs::remove_dir_all(folder) {
+            // Another machine cleared it away at the same time.
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("cannot remove `{}`: {error}", folder.shown()));
+            }
+            _ => gone.push(id.clone()),
+        }
     }
     Ok(gone)
 }
@@ -73,5 +88,53 @@ mod tests {
         assert_eq!(remove_old(runs.path(), 2).expect("removed"), ["20261101T000000Z-0123abcd"]);
         assert_eq!(remove_old(runs.path(), 2).expect("nothing left"), [""; 0]);
         assert!(runs.path().join("cache").is_dir() && runs.path().join("20261101-notes").is_dir());
+        assert!(runs.path().join("20261102T000000Z-0123abcd").is_dir(), "it never ended");
+    }
+
+    /// A folder with a run on each of these days: its machine, and how it ended.
+    fn nights(of: &[(u8, &str, &str)]) -> tempfile::TempDir {
+        let runs = tempfile::tempdir().expect("a folder");
+        for (day, machine, verdict) in of {
+            let folder = runs.path().join(format!("202611{day:02}T000000Z-0123abcd"));
+            std::fs::create_dir(&folder).expect("made");
+            let series =
+                serde_json::json!({ "folder": "../stages", "models": [], "selection": null });
+            let summary =
+                serde_json::json!({ "verdict": verdict, "machine": machine, "series": series });
+            std::fs::write(folder.join("summary.json"), summary.to_string()).expect("written");
+            let json = std::fs::File::create(folder.join("run.json")).expect("written");
+            let since = std::time::Duration::from_secs(1_000_000 + u64::from(*day));
+            json.set_modified(std::time::SystemTime::UNIX_EPOCH + since).expect("set");
+        }
+        runs
+    }
+
+    fn days(gone: &[String]) -> Vec<&str> {
+        gone.iter().map(|name| &name[6..8]).collect()
+    }
+
+    #[test]
+    fn each_machine_keeps_its_own_runs() {
+        let (a, b) = ("node07", "node08");
+        let runs = nights(&[(1, a, "pass"), (2, b, "pass"), (3, b, "pass"), (4, b, "pass")]);
+        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["03", "02"]);
+    }
+
+    #[test]
+    fn the_last_bad_nights_outlive_the_good_ones_after_them() {
+        let (a, bad, good) = ("node07", "structural", "pass");
+        let runs = nights(&[(1, a, bad), (2, a, bad), (3, a, good), (4, a, good), (5, a, good)]);
+        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["04", "03", "01"]);
+    }
+
+    #[test]
+    fn a_pinned_run_and_a_baseline_stay() {
+        let (a, good) = ("node07", "pass");
+        let runs = nights(&[(1, a, good), (2, a, good), (3, a, good), (4, a, good)]);
+        std::fs::write(runs.path().join("20261101T000000Z-0123abcd/pinned"), "").expect("written");
+        std::fs::create_dir(runs.path().join("baselines")).expect("made");
+        let baseline = serde_json::json!({ "id": "20261102T000000Z-0123abcd" }).to_string();
+        std::fs::write(runs.path().join("baselines/a.json"), baseline).expect("written");
+        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["03"]);
     }
 }

@@ -20,7 +20,7 @@ use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
 use crate::model::synthetic::{Preset, ensure_by};
 use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
-use crate::text::Shown;
+use crate::text::{Shown, shown};
 
 mod sources;
 
@@ -30,6 +30,9 @@ pub use sources::{OpenModel, SourceError, Sources};
 const ARMS_CODE: &str = env!("RUNNER_ARMS_CODE");
 /// The sources of the measures.
 const MEASURES_CODE: &str = env!("RUNNER_MEASURES_CODE");
+
+/// Why an arm runs although its result is at hand: a profile's `fresh`, or `--fresh`.
+const MEASURED_ANEW: &str = "it is measured anew (`fresh`)";
 
 /// Tensors by the names of the fields that they are in: each layer's together, so that a
 /// reason names the layer that changed; the others first, by themselves.
@@ -86,8 +89,12 @@ pub struct Plan<'a> {
     pub project: PathBuf,
     /// Digests of files.
     pub stamps: &'a Stamps,
-    /// Results that may not be reused.
+    /// Whether no result of the selected stages may be reused.
     pub force: bool,
+    /// Arms of which only what this run computed may be reused.
+    pub fresh: BTreeSet<Arm>,
+    /// The run that carries the plan out; none while it is only shown.
+    pub run: Option<String>,
     /// The folder of stages, absolute.
     folder: PathBuf,
 }
@@ -239,7 +246,17 @@ impl<'a> Plan<'a> {
         let id = walk.key().0[..8].to_owned();
         let folder = pipeline.folder.canonicalize().unwrap_or_else(|_| pipeline.folder.clone());
         let project = folder.parent().unwrap_or(&folder).to_owned();
-        Ok(Plan { pipeline, stages, id, project, stamps, force: false, folder })
+        Ok(Plan {
+            pipeline,
+            stages,
+            id,
+            project,
+            stamps,
+            force: false,
+            fresh: BTreeSet::new(),
+            run: None,
+            folder,
+        })
     }
 
     /// What an arm reads besides its model's weights: sites by their hash, which `site`
@@ -407,6 +424,7 @@ impl<'a> Plan<'a> {
             Some(earlier) => match walk.difference(&earlier.fields) {
                 Some(difference) => format!("{difference} (since {})", earlier.run),
                 None if self.force => "it is forced".to_owned(),
+                None if self.fresh.contains(&arm) => MEASURED_ANEW.to_owned(),
                 None => "a file of its result is gone from the cache".to_owned(),
             },
         }
@@ -426,8 +444,20 @@ impl<'a> Plan<'a> {
     }
 
     /// A result that a stage may reuse. Stages that only make inputs are not forced.
-    pub fn reusable(&self, store: &Store, judged: bool, walk: &KeyWalk) -> Option<Action> {
-        if self.force && judged { None } else { store.find(&walk.key()) }
+    pub fn reusable(
+        &self,
+        store: &Store,
+        judged: bool,
+        arm: Arm,
+        walk: &KeyWalk,
+    ) -> Option<Action> {
+        if self.force && judged {
+            return None;
+        }
+        let found = store.find(&walk.key())?;
+        // Several stages may share an arm: measured once in a run is measured anew.
+        let stale = self.fresh.contains(&arm) && self.run.as_ref() != Some(&found.run);
+        (!stale).then_some(found)
     }
 
     /// What was touched and has the same content, for the reason of a reuse.
@@ -489,7 +519,7 @@ impl<'a> Plan<'a> {
                 };
                 let walk = self.arm_walk(prepared, arm, &sources, workshop);
                 let fields = self.fields(store, stage, arm, &walk);
-                match self.reusable(store, prepared.judged, &walk) {
+                match self.reusable(store, prepared.judged, arm, &walk) {
                     Some(action) => {
                         line("reuse", reused(&action, &self.touched_files(prepared)), fields);
                         if arm == Arm::Reference {
@@ -515,7 +545,7 @@ impl<'a> Plan<'a> {
             Ok(seen) => {
                 let walk = self.command_walk(op, &seen);
                 let fields = self.fields(store, prepared.stage, Arm::Command, &walk);
-                match self.reusable(store, prepared.judged, &walk) {
+                match self.reusable(store, prepared.judged, Arm::Command, &walk) {
                     Some(action) => ("reuse", reused(&action, &seen.touched(self.stamps)), fields),
                     None => {
                         let why = self.why_run(store, prepared.stage, Arm::Command, &walk);
@@ -529,7 +559,10 @@ impl<'a> Plan<'a> {
 
 /// Where a reused result comes from, in words, and what was only touched since.
 pub fn reused(action: &Action, touched: &[String]) -> String {
-    let from = format!("reused from {} ({})", action.created, action.run);
+    let here = crate::machine::name();
+    let other = action.machine.as_deref().filter(|machine| *machine != here);
+    let other = other.map_or(String::new(), |machine| format!(" on {}", shown(machine)));
+    let from = format!("reused from {} ({}{other})", action.created, action.run);
     match touched {
         [] => from,
         files => format!("{from}; touched, content same: {}", files.join(", ")),

@@ -144,13 +144,13 @@ impl Bench<'_> {
             let stored = Box::new(Stored { action, payload, output: None });
             Ok(Outcome::Arm { stored, state: ArmState::Reused, why })
         };
-        if let Some(action) = self.reusable(&walk) {
+        if let Some(action) = self.reusable(arm, &walk) {
             return reuse(action);
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, arm, &walk);
         let _lock = self.store.lock(&walk.key())?.ok_or(ComputeError::Interrupted)?;
         // Another runner may just have computed it.
-        if let Some(action) = self.reusable(&walk) {
+        if let Some(action) = self.reusable(arm, &walk) {
             return reuse(action);
         }
         let slots = self.take_slots(arm)?;
@@ -402,8 +402,8 @@ impl Bench<'_> {
         self.options.slots.take(&asked)
     }
 
-    fn reusable(&self, walk: &KeyWalk) -> Option<Action> {
-        self.plan.reusable(self.store, self.prepared.judged, walk)
+    fn reusable(&self, arm: Arm, walk: &KeyWalk) -> Option<Action> {
+        self.plan.reusable(self.store, self.prepared.judged, arm, walk)
     }
 
     /// A command's earlier result with its outputs in their places, if it is whole. Who
@@ -416,7 +416,7 @@ impl Bench<'_> {
         seen: &command::Seen,
         tools: &Tools<'_>,
     ) -> Result<Option<Outcome>, Failure> {
-        let Some(action) = self.reusable(walk) else { return Ok(None) };
+        let Some(action) = self.reusable(Arm::Command, walk) else { return Ok(None) };
         let payload: ArmPayload = said_by(&action)?;
         let Some(record) = &payload.command else { return Ok(None) };
         if lock.is_none() && !command::is_in_place(record, tools.project, tools.stamps) {

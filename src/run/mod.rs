@@ -445,6 +445,9 @@ impl<'a> Engine<'a> {
             record.seconds = Some(stored.payload.seconds);
             record.key = Some(stored.action.key.0.clone());
             record.object = stored.action.object.clone();
+            record.machine = stored.action.machine.clone();
+            let mut fields = stored.action.fields.iter();
+            record.gpu = fields.find(|(name, _)| name == "gpu").map(|(_, gpu)| gpu.clone());
             record.sites = stored.payload.sites.clone();
             record.greedy = stored.payload.greedy.clone();
             record.command = stored.payload.command.clone();

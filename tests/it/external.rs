@@ -20,7 +20,7 @@ timeout = 5
 
 /// A project of one stage whose reference tensors lie in `good.safetensors`, and a
 /// program that is asked for them.
-fn with_adapter(op: &str, script: &str) -> Project {
+pub fn with_adapter(op: &str, script: &str) -> Project {
     let project = project()
         .file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"))
         .file("stages/x.toml", &stage("X", "claim", op));

@@ -704,6 +704,85 @@ fn a_link_that_leads_out_of_the_project_shows_nothing_of_what_lies_there() {
 }
 
 #[test]
+fn lines_of_files_outside_of_the_project_are_shown_by_no_command() {
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let secret = elsewhere.path().join("credentials.toml");
+    fs::write(&secret, "[registry]\ntoken = \"hunter2\"\n").expect("written");
+    let outside = elsewhere.path().display().to_string();
+    let quiet = |project: &Project, folder: &str| {
+        for command in ["check", "graph", "plan", "run"] {
+            let outcome = project.runner(&[command, folder]);
+            assert!(!outcome.err.contains("hunter2"), "{command}: {}", outcome.err);
+            outcome.expect(2, "credentials.toml");
+        }
+    };
+    let stage = |lines: &str| {
+        let op = "[rope]\ninput = { generate = \"normal\", rows = 4 }\nsite = \"blk.0.q_rope\"\n";
+        format!("id = \"R\"\ntitle = \"t\"\ncontract = \"rope\"\n{lines}\n{op}")
+    };
+    let contracts = Project::new()
+        .file("stages/pipeline.toml", &format!("tokens = [1]\ncontracts = \"{outside}\"\n"))
+        .file("stages/r.toml", &stage(""));
+    quiet(&contracts, "stages");
+    let outcome = contracts.runner(&["check"]);
+    assert!(
+        outcome.err.contains("outside of the project, so its lines are not shown"),
+        "{}",
+        outcome.err
+    );
+    let engine = format!("recipe = {{ engine = \"{}\" }}", secret.display());
+    quiet(&Project::new().file("stages/r.toml", &stage(&engine)), "stages");
+    // The folder itself may be a link.
+    let linked = Project::new();
+    linked.link("elsewhere", &outside);
+    quiet(&linked, "elsewhere");
+    // In a repository all of it may be named: contracts above the project are shown.
+    let project = Project::new()
+        .file("a/stages/pipeline.toml", "tokens = [1]\ncontracts = \"../../contracts\"\n")
+        .file("a/stages/r.toml", &stage(""))
+        .file("contracts/own.toml", "token = \"mine\"\n");
+    project.runner(&["check", "a/stages"]).expect(2, "lines are not shown");
+    fs::create_dir(project.path(".git")).expect("made");
+    project.runner(&["check", "a/stages"]).expect(2, "token = \"mine\"");
+}
+
+#[test]
+fn what_a_program_says_is_for_its_user_alone_and_all_else_as_the_mask_says() {
+    use std::os::unix::fs::PermissionsExt;
+    let lines = "shell = \"echo spoken; echo told >&2; echo made > o; echo x > p; chmod 755 p\"\n\
+                 outputs = [\"o\", \"p\"]";
+    let holding = |folder: &Path, text: &str| {
+        let mut open = vec![folder.to_owned()];
+        let mut modes = Vec::new();
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(folder).expect("a folder").flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    open.push(path);
+                } else if fs::read(&path).is_ok_and(|bytes| bytes == text.as_bytes()) {
+                    modes.push(entry.metadata().expect("facts").permissions().mode() & 0o777);
+                }
+            }
+        }
+        modes
+    };
+    for (mask, mode) in [("022", 0o644), ("027", 0o640), ("077", 0o600)] {
+        let project = Project::new().stage("S", lines);
+        let line = format!("umask {mask}; exec \"$R\" run stages");
+        Outcome::of(within(20, &mut shell(&project, &line))).expect(0, "pass");
+        let runs = project.path("runs");
+        assert_eq!(holding(&runs, "spoken\n"), [0o600], "stdout under {mask}");
+        assert_eq!(holding(&runs, "told\n"), [0o600], "stderr under {mask}");
+        assert_eq!(holding(&runs, "made\n"), [mode], "an output in the cache under {mask}");
+        let of = |name: &str| {
+            fs::metadata(project.path(name)).expect("facts").permissions().mode() & 0o777
+        };
+        assert_eq!(of("o"), mode, "the output under {mask}");
+        assert_eq!(of("p"), mode | (mode & 0o444) >> 2, "the program that it made under {mask}");
+    }
+}
+
+#[test]
 fn outputs_replace_no_manifest_no_contract_and_no_result() {
     for output in ["contracts/command.toml", "stages/z.toml", "runs/cache/v1/x"] {
         let project =

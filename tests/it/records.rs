@@ -153,14 +153,23 @@ fn a_run_differs_from_another_in_what_was_changed_and_not_from_itself() {
     assert_eq!((code, stderr.as_str()), (Some(0), ""), "-q leaves stderr to errors");
     let page = runs.path().join("changes.html");
     let out = page.to_str().expect("text");
-    let (code, stdout, _) = runner(&["diff", &first, "latest", "--runs", place, "--html", out]);
+    let (code, stdout, _) = runner(&["diff", &first, "latest", "--runs", place]);
     assert_eq!(code, Some(1));
-    assert!(stdout.contains("tokens: [791,374,264,1296] -> [1,2]"), "{stdout}");
-    assert!(stdout.contains("stage D\n  verdict      the stage: pass -> is gone"), "{stdout}");
+    // The cause first; what follows from it is counted.
+    let cause = "causes\n  C  tokens: [791,374,264,1296] -> [1,2]\n";
+    assert!(stdout.contains(cause), "{stdout}");
+    assert!(stdout.contains("  D  the stage: pass -> is gone\n"), "{stdout}");
+    assert!(stdout.contains(" moved with it\n`--all` lists every number\n"), "{stdout}");
+    let (code, stdout, _) =
+        runner(&["diff", &first, "latest", "--all", "--runs", place, "--html", out]);
+    assert_eq!(code, Some(1));
     let html = std::fs::read_to_string(&page).expect("a page");
     // The page has a row for each line of the text, and none for times.
     let lines = stdout.lines().filter(|line| line.starts_with("  ")).count();
-    let rows = html.split("<tbody>").nth(1).expect("a table").matches("<tr>").count();
+    let tables = html.split("<tbody>").skip(1);
+    let rows: usize = tables.map(|table| table.matches("<tr>").count()).sum::<usize>()
+        - html.matches("<thead><tr>").count()
+        + 1;
     assert_eq!(rows, lines, "{stdout}");
     assert!(html.contains(&format!("{lines} differences.")), "{html}");
     assert!(html.contains("<td>[791,374,264,1296]</td><td>[1,2]</td>"), "{html}");

@@ -237,7 +237,13 @@ fn a_planted_bug_stands_in_a_record_for_the_browser() {
             platform: "the test's".to_owned(),
             cpu: None,
             threads: 2,
+            machine: Some("node07".to_owned()),
         },
+        series: Some(runner::record::Series {
+            folder: "../stages".to_owned(),
+            models: vec!["synthetic:qwen2-tiny".to_owned()],
+            selection: Some("B".to_owned()),
+        }),
         stages,
     };
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planted");

@@ -77,7 +77,7 @@ const GUARDED: [(&str, &[&str]); 9] = [
             "executor/keeper.rs",
             "executor/processes.rs",
             "executor/slots.rs",
-            "cli/nightly.rs",
+            "executor/hook.rs",
             "cli/watch.rs",
         ],
     ),

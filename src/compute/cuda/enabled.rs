@@ -149,7 +149,10 @@ pub(super) fn gpus(kept: Option<&Path>) -> Result<&'static [Arc<Gpu>], &'static 
 pub fn facts(kept: Option<&Path>) -> Vec<(String, String)> {
     let survey = known(kept);
     let gpus = survey.gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>();
-    let mut facts = vec![("gpu".to_owned(), gpus.join(", "))];
+    let which = survey.gpus.iter().map(|gpu| gpu.uuid.as_str()).collect::<Vec<_>>();
+    // Equal cards answer equally until one of them is broken, and that is to be seen.
+    let mut facts =
+        vec![("gpu".to_owned(), gpus.join(", ")), ("which gpu".to_owned(), which.join(", "))];
     for piece in &survey.pieces {
         if let Ok(state) = &piece.state {
             let version = state.split(',').next().unwrap_or(state);
@@ -273,7 +276,15 @@ fn see_gpu(ordinal: i32) -> Result<GpuFacts, cudarc::driver::DriverError> {
         capability: (major, minor),
         chip: chip_of((major, minor)),
         memory,
+        uuid: in_words(&result::device::get_uuid(device)?.bytes),
     })
+}
+
+/// A UUID as `nvidia-smi -L` prints it.
+fn in_words(bytes: &[std::ffi::c_char; 16]) -> String {
+    let digits: String = bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
+    format!("GPU-{}", parts.join("-"))
 }
 
 #[cfg(test)]
@@ -288,6 +299,7 @@ mod tests {
             capability: (9, 0),
             chip: Some(ChipName::Hopper),
             memory: 1,
+            uuid: "GPU-1".to_owned(),
         };
         Survey { pieces: vec![Piece { name: "driver".to_owned(), state }], gpus: vec![gpu] }
     }

@@ -74,6 +74,8 @@ pub struct GpuFacts {
     pub chip: Option<ChipName>,
     /// Its memory, in bytes.
     pub memory: usize,
+    /// Which one it is: `GPU-` and the driver's UUID, as `nvidia-smi -L` prints it.
+    pub uuid: String,
 }
 
 /// A product that is to be measured on this machine's GPU.

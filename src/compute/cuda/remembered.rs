@@ -238,6 +238,7 @@ mod tests {
             capability: (9, 0),
             chip: Some(crate::op::ChipName::Hopper),
             memory: 1,
+            uuid: "GPU-1".to_owned(),
         };
         let piece = Piece { name: "driver".to_owned(), state: Ok("580.65".to_owned()) };
         Survey { pieces: vec![piece], gpus: vec![gpu] }

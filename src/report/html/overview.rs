@@ -40,6 +40,7 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
                     a href="events.jsonl" { "events.jsonl" }
                 }
                 dt { "machine" } dd {
+                    @if let Some(machine) = &run.provenance.machine { bdi { (machine) } ": " }
                     (run.provenance.cpu.as_deref().unwrap_or("CPU unknown")) ", "
                     (run.provenance.threads) " threads, " (run.provenance.platform)
                 }

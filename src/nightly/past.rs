@@ -1,0 +1,102 @@
+//! The finished runs of a folder, and the one before a run.
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::Deserialize;
+
+use super::SUMMARY;
+use crate::files;
+use crate::record::{RunRecord, Series};
+use crate::text::Shown;
+use crate::verdict::Verdict;
+
+/// A summary is a few kilobytes, and some lines for each change.
+const LARGEST_SUMMARY: u64 = 64 << 20;
+
+/// A finished run.
+#[derive(Clone, Debug)]
+pub struct Past {
+    /// Its name.
+    pub id: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// When its run.json was written.
+    finished: SystemTime,
+}
+
+/// What is asked of many runs: run.json may be large, so summary.json is read where there is one.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Brief {
+    /// The gravest verdict.
+    pub verdict: Verdict,
+    /// Whether the user stopped it.
+    #[serde(default)]
+    pub interrupted: bool,
+    /// The machine, where the run names it.
+    #[serde(default)]
+    pub machine: Option<String>,
+    /// What it is one of.
+    #[serde(default)]
+    pub series: Option<Series>,
+}
+
+/// The finished runs, the oldest first.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn finished(runs: &Path) -> Result<Vec<Past>, String> {
+    let entries = std::fs::read_dir(runs)
+        .map_err(|error| format!("cannot read `{}`: {error}", runs.shown()))?;
+    let mut finished: Vec<Past> = entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            // A link's target is somebody else's.
+            let folder = entry.file_type().ok()?.is_dir().then(|| entry.path())?;
+            let id = entry.file_name().into_string().ok()?;
+            let json =
+                folder.join("run.json").metadata().ok().filter(std::fs::Metadata::is_file)?;
+            Some(Past { id, folder, finished: json.modified().ok()? })
+        })
+        .collect();
+    // Several runs of one second differ in nothing but their time.
+    finished.sort_by(|a, b| (a.finished, &a.id).cmp(&(b.finished, &b.id)));
+    Ok(finished)
+}
+
+impl Past {
+    /// What it was, in brief; nothing if neither of its files can be read.
+    pub fn brief(&self) -> Option<Brief> {
+        let summary = files::read_text(&self.folder.join(SUMMARY), LARGEST_SUMMARY).ok();
+        let brief = summary.and_then(|text| serde_json::from_str::<Brief>(&text).ok());
+        brief.filter(|brief| brief.series.is_some()).or_else(|| {
+            let run = RunRecord::read(&self.folder).ok()?;
+            Some(Brief {
+                verdict: run.verdict,
+                interrupted: run.interrupted,
+                machine: run.provenance.machine,
+                series: run.series,
+            })
+        })
+    }
+}
+
+/// The last whole run before `now`, of the same series and on the same machine.
+///
+/// # Errors
+/// If the folder cannot be read, or that run not.
+pub fn before(now: &RunRecord, runs: &Path) -> Result<Option<RunRecord>, String> {
+    let mut past = finished(runs)?;
+    // What ended later is not before it.
+    if let Some(place) = past.iter().position(|run| run.id == now.id) {
+        past.truncate(place);
+    }
+    let same = |run: &&Past| {
+        run.brief().is_some_and(|brief| {
+            let of_series = brief.series.is_some() && brief.series == now.series;
+            of_series && brief.machine == now.provenance.machine && !brief.interrupted
+        })
+    };
+    let found = past.iter().rev().find(same);
+    found.map(|run| RunRecord::read(&run.folder).map_err(|error| error.to_string())).transpose()
+}
