@@ -17,6 +17,7 @@ use super::config::{
     Raw, RawRope, RopeLayout, Scaling, exact_share, missing_key, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
+use super::quantised::{self, Quantised};
 
 /// Keys that change no value of a pass over given tokens: of how text is generated, of training, of
 /// other programs, and some that models carry and transformers does not read.
@@ -128,7 +129,7 @@ const OFF: &[&str] = &[
 ];
 
 /// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
-pub(super) fn from_hf(json: &[u8]) -> Result<Config, Fault> {
+pub(super) fn from_hf(json: &[u8]) -> Result<(Config, Option<Quantised>), Fault> {
     let bad = |problem: String| Fault::malformed(format!("config.json: {problem}"), FETCH_AGAIN);
     let Value::Object(map) =
         serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
@@ -138,21 +139,14 @@ pub(super) fn from_hf(json: &[u8]) -> Result<Config, Fault> {
     let keys = Keys::new(&map, String::new());
     let name = keys.text("model_type")?.ok_or_else(|| missing_key("model_type"))?;
     let architecture = Architecture::from_name(name, &Architecture::ALL)?;
+    let quantised = keys.object("quantization_config")?;
+    let quantised = quantised.as_ref().map(quantised::read).transpose()?;
     let raw = raw(&keys, architecture)?;
     keys.refuse_unread()?;
-    raw.check()
+    Ok((raw.check()?, quantised))
 }
 
 fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
-    if keys.map.get("quantization_config").is_some_and(|value| !value.is_null()) {
-        let method = keys.object("quantization_config")?;
-        let method = method.as_ref().and_then(|keys| keys.map.get("quant_method")?.as_str());
-        let method = method.map_or(String::new(), |method| format!(", by `{}`", shown(method)));
-        return Err(Fault::unsupported(
-            format!("its weights are quantized in a Hugging Face format{method}"),
-            OTHER_MODEL,
-        ));
-    }
     let hidden = keys.required("hidden_size")?;
     let heads = keys.required("num_attention_heads")?;
     let layers = keys.required("num_hidden_layers")?;
@@ -790,7 +784,7 @@ fn written(value: &Value) -> String {
 }
 
 /// An object of the file, and which of its keys were read.
-struct Keys<'a> {
+pub(super) struct Keys<'a> {
     map: &'a Map<String, Value>,
     /// Where it stands, with a dot at its end.
     within: String,
@@ -798,12 +792,18 @@ struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    fn new(map: &'a Map<String, Value>, within: String) -> Keys<'a> {
+    pub(super) fn new(map: &'a Map<String, Value>, within: String) -> Keys<'a> {
         Keys { map, within, read: RefCell::default() }
     }
 
+    /// The names of its keys.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        let map = self.map;
+        map.keys().map(String::as_str)
+    }
+
     /// The value of a key; null is none.
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.read.borrow_mut().insert(key.to_owned());
         self.map.get(key).filter(|value| !value.is_null())
     }
@@ -816,7 +816,7 @@ impl<'a> Keys<'a> {
         )
     }
 
-    fn whole(&self, key: &str) -> Result<Option<u64>, Fault> {
+    pub(super) fn whole(&self, key: &str) -> Result<Option<u64>, Fault> {
         let whole = |value: &Value| {
             let whole = value.as_f64().filter(|number| number.fract() == 0.0 && *number >= 0.0);
             value.as_u64().or(whole.map(|number| number as u64))
@@ -824,7 +824,7 @@ impl<'a> Keys<'a> {
         self.as_type(key, "a whole number", whole)
     }
 
-    fn required(&self, key: &str) -> Result<u64, Fault> {
+    pub(super) fn required(&self, key: &str) -> Result<u64, Fault> {
         self.whole(key)?.ok_or_else(|| missing_key(key))
     }
 
@@ -832,15 +832,15 @@ impl<'a> Keys<'a> {
         self.as_type(key, "a number", Value::as_f64)
     }
 
-    fn flag(&self, key: &str) -> Result<Option<bool>, Fault> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, Fault> {
         self.as_type(key, "true or false", Value::as_bool)
     }
 
-    fn text(&self, key: &str) -> Result<Option<&'a str>, Fault> {
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, Fault> {
         self.as_type(key, "a text", Value::as_str)
     }
 
-    fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>, Fault> {
+    pub(super) fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>, Fault> {
         self.as_type(key, "a list", Value::as_array)
     }
 
@@ -852,7 +852,7 @@ impl<'a> Keys<'a> {
         list.iter().map(text).collect::<Result<_, _>>().map(Some)
     }
 
-    fn object(&self, key: &str) -> Result<Option<Keys<'a>>, Fault> {
+    pub(super) fn object(&self, key: &str) -> Result<Option<Keys<'a>>, Fault> {
         let map = self.as_type(key, "an object", Value::as_object)?;
         Ok(map.map(|map| Keys::new(map, format!("{}{key}.", self.within))))
     }
@@ -870,7 +870,7 @@ impl<'a> Keys<'a> {
     }
 
     /// Refuses what nobody has read and what may change a pass.
-    fn refuse_unread(&self) -> Result<(), Fault> {
+    pub(super) fn refuse_unread(&self) -> Result<(), Fault> {
         let read = self.read.borrow();
         let off = |key: &str, value: &Value| {
             let empty = value.as_object().is_some_and(Map::is_empty);

@@ -10,6 +10,7 @@ mod error;
 mod gguf;
 mod gguf_writer;
 mod hf_config;
+mod quantised;
 mod safetensors;
 pub mod synthetic;
 mod tokenizer;
@@ -31,6 +32,7 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+use quantised::Quantised;
 use tokenizer::{Tokenizer, TokenizerFault};
 pub use weights::{Weight, WeightType};
 
@@ -48,6 +50,8 @@ pub struct Model {
     tensors: BTreeMap<String, Place>,
     vocabulary: Vocabulary,
     tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
+    /// How codes and scales make weights, where some do.
+    quantised: Option<Quantised>,
 }
 
 /// A file of weights.
@@ -84,6 +88,17 @@ struct Place {
     width: usize,
     /// Whether the file holds the values less one.
     less_one: bool,
+    /// Where the scales of codes stand.
+    scales: Option<ScalesPlace>,
+}
+
+/// Where the scales of a tensor of codes stand.
+#[derive(Clone, Debug)]
+struct ScalesPlace {
+    file: usize,
+    bytes: Range<usize>,
+    kind: WeightType,
+    shape: [usize; 2],
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -138,7 +153,7 @@ impl Model {
         for info in &header.tensors {
             let gguf::TensorInfo { name, kind, rows, width, bytes } = info;
             let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
-            let place = Place { file: 0, bytes, kind, rows, width, less_one: false };
+            let place = Place { file: 0, bytes, kind, rows, width, less_one: false, scales: None };
             tensors.insert(name.clone(), place);
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
@@ -154,6 +169,7 @@ impl Model {
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
+            quantised: None,
         };
         model.take_rope_factors()?;
         model.check_tensors().map_err(|fault| fault.at(path))?;
@@ -162,21 +178,29 @@ impl Model {
 
     fn open_folder(folder: &Path) -> Result<Model, ModelError> {
         let json = read_small(&folder.join("config.json"))?;
-        let config = hf_config::from_hf(&json).map_err(|fault| fault.at(folder))?;
+        let (config, quantised) = hf_config::from_hf(&json).map_err(|fault| fault.at(folder))?;
         let mut files = Vec::new();
-        let mut tensors = BTreeMap::new();
+        let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
+        let mut scales: Vec<(String, ScalesPlace)> = Vec::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
             let (file, opened) = map(&path)?;
-            let infos = safetensors::parse(&file, &config).map_err(|fault| fault.at(&path))?;
+            let infos = safetensors::parse(&file, &config, quantised.as_ref());
+            let infos = infos.map_err(|fault| fault.at(&path))?;
             check_promise(&infos, promised.as_ref(), &config).map_err(|fault| fault.at(&path))?;
             for info in infos {
                 let safetensors::TensorInfo { name, kind, rows, width, bytes, .. } = info;
+                if let Some(of) = name.strip_suffix(safetensors::SCALES) {
+                    let (file, shape) = (files.len(), [rows, width]);
+                    scales.push((of.to_owned(), ScalesPlace { file, bytes, kind, shape }));
+                    continue;
+                }
                 let less_one =
                     config.architecture.gains_less_one() && name.ends_with("norm.weight");
                 match tensors.entry(name) {
                     MapEntry::Vacant(entry) => {
                         let file = files.len();
-                        entry.insert(Place { file, bytes, kind, rows, width, less_one });
+                        let scales = None;
+                        entry.insert(Place { file, bytes, kind, rows, width, less_one, scales });
                     }
                     MapEntry::Occupied(entry) => {
                         let fault = Fault::malformed("two files hold it", FETCH_AGAIN);
@@ -193,10 +217,48 @@ impl Model {
             tensors,
             vocabulary: Vocabulary::Folder,
             tokenizer: OnceLock::new(),
+            quantised: None,
         };
+        model.take_scales(scales, quantised.as_ref()).map_err(|fault| fault.at(folder))?;
         model.drop_tied_copy().map_err(|fault| fault.at(folder))?;
         model.check_tensors().map_err(|fault| fault.at(folder))?;
         Ok(model)
+    }
+
+    /// Gives each tensor of codes its scales; they may stand in another file.
+    fn take_scales(
+        &mut self,
+        scales: Vec<(String, ScalesPlace)>,
+        quantised: Option<&Quantised>,
+    ) -> Result<(), Fault> {
+        for (name, scales) in scales {
+            let (Some(place), Some(quantised)) = (self.tensors.get_mut(&name), quantised) else {
+                return Err(Fault::malformed("there are scales of it, and no codes", FETCH_AGAIN)
+                    .in_tensor(name));
+            };
+            if !place.kind.is_scaled() {
+                let kind = place.kind;
+                let problem = format!("there are scales of it, and it is {kind}, no codes");
+                return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
+            }
+            if place.scales.is_some() {
+                return Err(
+                    Fault::malformed("two files hold its scales", FETCH_AGAIN).in_tensor(name)
+                );
+            }
+            let bytes = &self.files[scales.file].map[scales.bytes.clone()];
+            quantised
+                .scales([place.rows, place.width], scales.kind, scales.shape, bytes)
+                .map_err(|fault| fault.in_tensor(&name))?;
+            place.scales = Some(scales);
+        }
+        let bare = self.tensors.iter().find(|(_, p)| p.kind.is_scaled() && p.scales.is_none());
+        if let Some((name, place)) = bare {
+            let problem = format!("it is {}, codes, and there are no scales of it", place.kind);
+            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
+        }
+        self.quantised = quantised.copied();
+        Ok(())
     }
 
     /// Drops a saved copy of a tied embedding, which transformers overwrites with the embedding.
@@ -319,6 +381,13 @@ impl Model {
         };
         let bytes = &self.files[place.file].map[place.bytes.clone()];
         let weight = Weight::new(name, place.kind, place.rows, place.width, bytes)?.of(self);
+        if let (Some(scales), Some(quantised)) = (&place.scales, &self.quantised) {
+            let bytes = &self.files[scales.file].map[scales.bytes.clone()];
+            let shape = [place.rows, place.width];
+            let scales = quantised.scales(shape, scales.kind, scales.shape, bytes);
+            let scales = scales.map_err(|fault| fault.in_tensor(name).at(&self.path))?;
+            return Ok(weight.scaled_by(scales));
+        }
         Ok(if place.less_one { weight.plus_one() } else { weight })
     }
 

@@ -16,10 +16,13 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
+use super::quantised::Quantised;
 use super::weights::WeightType;
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
+/// What the canonical name of a tensor of scales ends with, after that of its codes.
+pub(super) const SCALES: &str = "#scales";
 /// The limit of the safetensors format.
 const LONGEST_HEADER: u64 = 100_000_000;
 
@@ -118,7 +121,11 @@ fn inside(folder: &Path, name: &str) -> Result<PathBuf, ModelError> {
 }
 
 /// Reads and checks the header of a safetensors file.
-pub(super) fn parse(file: &[u8], config: &Config) -> Result<Vec<TensorInfo>, Fault> {
+pub(super) fn parse(
+    file: &[u8],
+    config: &Config,
+    quantised: Option<&Quantised>,
+) -> Result<Vec<TensorInfo>, Fault> {
     let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
     let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(bad("it is shorter than a safetensors header".into()));
@@ -147,7 +154,7 @@ pub(super) fn parse(file: &[u8], config: &Config) -> Result<Vec<TensorInfo>, Fau
     for name in keys.0 {
         let Some(info) = metadata.info(&name) else { continue };
         let part_of = |canonical: String| {
-            let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets)
+            let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets, quantised)
                 .map_err(|fault| fault.in_tensor(&name))?;
             let Range { start, end } = tensor.bytes;
             let bytes = 8 + json.len() + start..8 + json.len() + end;
@@ -159,6 +166,20 @@ pub(super) fn parse(file: &[u8], config: &Config) -> Result<Vec<TensorInfo>, Fau
             Canonical::Fused(parts) => {
                 let whole = part_of(String::new())?;
                 tensors.extend(cut(&whole, parts).map_err(|fault| fault.in_tensor(&name))?);
+            }
+            Canonical::Scales(canonical) => {
+                let flat = |shape: &[usize]| match *shape {
+                    [] => vec![1, 1],
+                    // A column: one for each row of codes.
+                    [rows] => vec![rows, 1],
+                    _ => shape.to_owned(),
+                };
+                let (shape, place) = (flat(&info.shape), info.data_offsets);
+                let scales = of_scales(canonical, info.dtype, &shape, place)
+                    .map_err(|fault| fault.in_tensor(&name))?;
+                let Range { start, end } = scales.bytes;
+                let bytes = 8 + json.len() + start..8 + json.len() + end;
+                tensors.push(TensorInfo { bytes, ..scales });
             }
             Canonical::Unknown => {
                 return Err(Fault::unsupported(
@@ -177,11 +198,24 @@ fn tensor(
     dtype: Dtype,
     shape: &[usize],
     place: (usize, usize),
+    quantised: Option<&Quantised>,
 ) -> Result<TensorInfo, Fault> {
+    let codes = quantised.map(|quantised| quantised.codes);
     let kind = match dtype {
         Dtype::F32 => WeightType::F32,
         Dtype::F16 => WeightType::F16,
         Dtype::BF16 => WeightType::BF16,
+        Dtype::F8_E4M3 if codes == Some(WeightType::E4m3) => WeightType::E4m3,
+        Dtype::F8_E5M2 if codes == Some(WeightType::E5m2) => WeightType::E5m2,
+        Dtype::I8 if codes == Some(WeightType::I8) => WeightType::I8,
+        other @ (Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8) => {
+            return Err(Fault::malformed(
+                format!(
+                    "its type is {other:?}, and `quantization_config` says nothing of such codes"
+                ),
+                FETCH_AGAIN,
+            ));
+        }
         other => {
             return Err(Fault::unsupported(
                 format!("its type is {other:?}"),
@@ -203,6 +237,25 @@ fn tensor(
         return Err(Fault::malformed(format!("its shape {shape:?} has a zero"), FETCH_AGAIN));
     }
     Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1 })
+}
+
+/// A tensor of scales.
+fn of_scales(
+    name: String,
+    dtype: Dtype,
+    shape: &[usize],
+    place: (usize, usize),
+) -> Result<TensorInfo, Fault> {
+    match dtype {
+        Dtype::F8_E8M0 => match *shape {
+            [rows, width] if rows > 0 && width > 0 => {
+                let (kind, bytes) = (WeightType::E8m0, place.0..place.1);
+                Ok(TensorInfo { name, kind, rows, width, bytes })
+            }
+            _ => Err(Fault::malformed(format!("its shape is {shape:?}"), FETCH_AGAIN)),
+        },
+        other => tensor(name, other, shape, place, None),
+    }
 }
 
 /// The tensors that stand below one another in a fused one.
@@ -229,12 +282,28 @@ enum Canonical {
     Known(String),
     /// Several tensors with their rows, one below the other.
     Fused(Vec<(String, usize)>),
-    /// Derived data that old checkpoints saved.
+    /// The scales of codes, by the name of those with [`SCALES`] after it.
+    Scales(String),
+    /// Derived data that old checkpoints saved, and what changes no weight.
     Ignored,
     Unknown,
 }
 
 fn canonical_name(name: &str, config: &Config) -> Canonical {
+    let scales = name.strip_suffix("_scale_inv").or_else(|| name.strip_suffix("_scale"));
+    if let Some(of) = scales.filter(|of| of.ends_with(".weight")) {
+        return match canonical_name(of, config) {
+            Canonical::Known(canonical) => Canonical::Scales(canonical + SCALES),
+            _ => Canonical::Unknown,
+        };
+    }
+    if let Some(of) = name.strip_suffix("input_scale") {
+        // Of activations, which the weights do not depend on.
+        return match canonical_name(&format!("{of}weight"), config) {
+            Canonical::Known(_) => Canonical::Ignored,
+            _ => Canonical::Unknown,
+        };
+    }
     let known = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
@@ -302,7 +371,7 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
 /// The canonical names of what a Hugging Face tensor holds; its own name where no pass knows it.
 pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
     match canonical_name(name, config) {
-        Canonical::Known(name) => vec![name],
+        Canonical::Known(name) | Canonical::Scales(name) => vec![name],
         Canonical::Fused(parts) => parts.into_iter().map(|(name, _)| name).collect(),
         Canonical::Ignored => Vec::new(),
         Canonical::Unknown => vec![name.to_owned()],

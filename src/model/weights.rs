@@ -17,6 +17,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::Model;
 use super::error::ModelError;
+use super::quantised::Scales;
 
 /// How a tensor's values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,10 +50,18 @@ pub enum WeightType {
     Q6K,
     /// 8 bits, blocks of 256 with a binary32 scale.
     Q8K,
+    /// OCP FP8 codes; their scales stand in a tensor of their own.
+    E4m3,
+    /// As [`WeightType::E4m3`], with a wider exponent.
+    E5m2,
+    /// Signed 8-bit codes; their scales stand in a tensor of their own.
+    I8,
+    /// Powers of two: scales of codes, no weights.
+    E8m0,
 }
 
 impl WeightType {
-    /// All types.
+    /// All types that GGUF files hold.
     pub const ALL: [WeightType; 14] = [
         WeightType::F32,
         WeightType::F16,
@@ -70,7 +79,7 @@ impl WeightType {
         WeightType::Q8K,
     ];
 
-    /// The name that ggml gives the type, such as `Q4_K`.
+    /// The name that ggml gives the type, such as `Q4_K`, or safetensors.
     pub fn name(self) -> &'static str {
         match self {
             WeightType::F32 => "F32",
@@ -87,17 +96,26 @@ impl WeightType {
             WeightType::Q5K => "Q5_K",
             WeightType::Q6K => "Q6_K",
             WeightType::Q8K => "Q8_K",
+            WeightType::E4m3 => "F8_E4M3",
+            WeightType::E5m2 => "F8_E5M2",
+            WeightType::I8 => "I8",
+            WeightType::E8m0 => "F8_E8M0",
         }
     }
 
     /// Values in a block.
     pub fn block_width(self) -> usize {
-        self.candle().block_size()
+        self.candle().map_or(1, |codec| codec.block_size())
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        self.candle().type_size()
+        self.candle().map_or(1, |codec| codec.type_size())
+    }
+
+    /// Whether the values are codes, which mean nothing without the scales beside them.
+    pub fn is_scaled(self) -> bool {
+        matches!(self, WeightType::E4m3 | WeightType::E5m2 | WeightType::I8)
     }
 
     /// Bytes of a row of `width` values; `width` must fill whole blocks.
@@ -105,7 +123,7 @@ impl WeightType {
         width / self.block_width() * self.block_bytes()
     }
 
-    /// ggml's number of the type, as GGUF files hold it.
+    /// ggml's number of the type, as GGUF files hold it; one beyond all of them where they do not.
     pub(crate) fn ggml(self) -> u32 {
         match self {
             WeightType::F32 => 0,
@@ -122,6 +140,10 @@ impl WeightType {
             WeightType::Q6K => 14,
             WeightType::Q8K => 15,
             WeightType::BF16 => 30,
+            WeightType::E4m3 => 1000,
+            WeightType::E5m2 => 1001,
+            WeightType::I8 => 1002,
+            WeightType::E8m0 => 1003,
         }
     }
 
@@ -154,8 +176,9 @@ impl WeightType {
         })
     }
 
-    fn candle(self) -> GgmlDType {
-        match self {
+    /// Its codec, where it is one of ggml's.
+    fn candle(self) -> Option<GgmlDType> {
+        Some(match self {
             WeightType::F32 => GgmlDType::F32,
             WeightType::F16 => GgmlDType::F16,
             WeightType::BF16 => GgmlDType::BF16,
@@ -170,7 +193,8 @@ impl WeightType {
             WeightType::Q5K => GgmlDType::Q5K,
             WeightType::Q6K => GgmlDType::Q6K,
             WeightType::Q8K => GgmlDType::Q8K,
-        }
+            WeightType::E4m3 | WeightType::E5m2 | WeightType::I8 | WeightType::E8m0 => return None,
+        })
     }
 }
 
@@ -194,6 +218,8 @@ pub struct Weight<'a> {
     model: Option<&'a Model>,
     /// Whether the bytes hold the values less one.
     less_one: bool,
+    /// The scales of codes.
+    scales: Option<Scales<'a>>,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -211,7 +237,8 @@ impl<'a> Weight<'a> {
         width: usize,
         bytes: &'a [u8],
     ) -> Result<Weight<'a>, ModelError> {
-        let weight = Weight { name, kind, rows, width, bytes, model: None, less_one: false };
+        let weight =
+            Weight { name, kind, rows, width, bytes, model: None, less_one: false, scales: None };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
             .checked_mul(kind.block_bytes())
@@ -233,6 +260,16 @@ impl<'a> Weight<'a> {
     /// The same tensor, whose bytes hold the values less one: gains of Gemma's norms.
     pub(super) fn plus_one(self) -> Weight<'a> {
         Weight { less_one: true, ..self }
+    }
+
+    /// The same tensor, whose bytes are codes with these scales.
+    pub(super) fn scaled_by(self, scales: Scales<'a>) -> Weight<'a> {
+        Weight { scales: Some(scales), ..self }
+    }
+
+    /// Whether the bytes are codes, whose scales stand elsewhere.
+    pub fn is_scaled(&self) -> bool {
+        self.scales.is_some()
     }
 
     /// The values as the bytes hold them.
@@ -300,7 +337,11 @@ impl<'a> Weight<'a> {
                 out.len()
             )));
         }
-        let bytes = self.row_bytes(rows);
+        let bytes = self.row_bytes(rows.clone());
+        if let Some(scales) = &self.scales {
+            scales.decode(self.kind, bytes, rows, self.width, out);
+            return Ok(());
+        }
         match self.kind {
             WeightType::F32 => decode_f32(bytes, out),
             WeightType::F16 => decode_f16(bytes, out),
@@ -331,12 +372,18 @@ impl<'a> Weight<'a> {
         if self.less_one {
             hasher.update(b"less one");
         }
+        if let Some(Scales { kind, bytes, block }) = self.scales {
+            hasher.update(format!("scales {kind} {block:?}").as_bytes());
+            hasher.update(bytes);
+        }
         hasher.update_rayon(self.bytes);
         hasher.finalize()
     }
 
     fn decode_blocks(&self, bytes: &[u8], out: &mut [f32]) -> Result<(), ModelError> {
-        let codec = self.kind.candle();
+        let Some(codec) = self.kind.candle() else {
+            return Err(self.refuse("its codes have no scales".to_owned()));
+        };
         let alignment = if self.kind == WeightType::Q8K { 4 } else { 2 };
         let chunk_bytes = CHUNK / self.kind.block_width() * self.kind.block_bytes();
         let mut moved = Vec::new();

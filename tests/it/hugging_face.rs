@@ -7,6 +7,7 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value;
 use proptest::prelude::*;
+use runner::dtype::Format;
 use runner::model::{Model, ModelError, RopeLayout};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -297,7 +298,7 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
         (|c| c["layer_types"] = json!(["chunked_attention"]), "chunked_attention"),
         (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), ""),
-        (|c| c["quantization_config"] = json!({ "quant_method": "fp8" }), "by `fp8`"),
+        (|c| c["quantization_config"] = json!({ "quant_method": "awq" }), "quantised by `awq`"),
         (|c| c["attention_bias"] = json!(true), "`blk.0.attn_q.bias`: it is missing"),
         (|c| c["mlp_bias"] = json!("yes"), "true or false"),
         (|c| c["num_experts"] = json!(8), "`num_experts` = 8"),
@@ -553,4 +554,241 @@ fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
     write_safetensors(&path, &tensors);
     let error = Model::open(folder.path()).unwrap_err().to_string();
     assert!(error.contains("`output.weight`: `tie_word_embeddings` says"), "{error}");
+}
+
+/// What a quantised checkpoint holds of a matrix, and the matrix that it is.
+struct Quantised {
+    codes: (Dtype, Vec<u8>),
+    scales: (Vec<usize>, Vec<u8>),
+    values: Vec<f32>,
+}
+
+/// A block of the scales' grid: so many rows of so many values; nothing is all of the matrix.
+type Grid = Option<[usize; 2]>;
+
+/// Quantises a matrix as packages do: the largest value of a block becomes the largest code.
+fn quantised(values: &[f32], width: usize, dtype: Dtype, grid: Grid) -> Quantised {
+    let rows = values.len() / width;
+    let [tall, wide] = grid.unwrap_or([rows, width]);
+    let shape = vec![rows.div_ceil(tall), width.div_ceil(wide)];
+    let largest = match dtype {
+        Dtype::F8_E4M3 => 448.0,
+        Dtype::F8_E5M2 => 57344.0,
+        _ => 127.0,
+    };
+    let place = |at: usize| (at / width / tall) * shape[1] + at % width / wide;
+    let mut most = vec![0f32; shape[0] * shape[1]];
+    for (at, value) in values.iter().enumerate() {
+        most[place(at)] = most[place(at)].max(value.abs());
+    }
+    let scales: Vec<f32> = most.iter().map(|most| (most / largest).max(1e-12)).collect();
+    let mut codes = Vec::new();
+    let mut decoded = Vec::new();
+    for (at, value) in values.iter().enumerate() {
+        let scale = scales[place(at)];
+        let scaled = value / scale;
+        let (code, back) = match dtype {
+            Dtype::I8 => {
+                let code = scaled.round().clamp(-127.0, 127.0) as i8;
+                (code as u8, f32::from(code))
+            }
+            _ => {
+                let format = if dtype == Dtype::F8_E4M3 { Format::E4m3 } else { Format::E5m2 };
+                let code = format.encode(scaled) as u8;
+                (code, format.decode(code.into()))
+            }
+        };
+        codes.push(code);
+        decoded.push(back * scale);
+    }
+    let scales = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    Quantised { codes: (dtype, codes), scales: (shape, scales), values: decoded }
+}
+
+type Stored = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn write_stored(folder: &Path, config: &serde_json::Value, tensors: &Stored) {
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+/// A checkpoint of codes and scales, and the same model with the values in F32.
+fn two_forms(
+    config: &serde_json::Value,
+    scale: &str,
+    dtype: Dtype,
+    grid: Grid,
+) -> [tempfile::TempDir; 2] {
+    let model = open(&synthetic_file(TINY[0])).unwrap();
+    let (mut plain, mut coded) = (Stored::new(), Stored::new());
+    for (name, (shape, bytes)) in hf_tensors(&model) {
+        let stored = (Dtype::F32, shape.clone(), bytes.clone());
+        if !name.contains("proj.weight") {
+            plain.insert(name.clone(), stored.clone());
+            coded.insert(name, stored);
+            continue;
+        }
+        let values: Vec<f32> =
+            bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let Quantised { codes, scales, values } = quantised(&values, shape[1], dtype, grid);
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        plain.insert(name.clone(), (Dtype::F32, shape.clone(), bytes));
+        coded.insert(format!("{name}{scale}"), (Dtype::F32, scales.0, scales.1));
+        coded.insert(name, (codes.0, shape, codes.1));
+    }
+    let [one, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let mut whole = hf_config(&model);
+    write_stored(one.path(), &whole, &plain);
+    whole["quantization_config"] = config.clone();
+    write_stored(other.path(), &whole, &coded);
+    [one, other]
+}
+
+fn compressed(weights: serde_json::Value) -> serde_json::Value {
+    json!({ "quant_method": "compressed-tensors", "format": "naive-quantized",
+        "config_groups": { "group_0": { "targets": ["Linear"], "weights": weights } } })
+}
+
+/// Every form that is read: its config, the ending of its scales, its codes, its grid.
+fn forms() -> Vec<(serde_json::Value, &'static str, Dtype, Grid)> {
+    let (e4m3, e5m2, int) = (Dtype::F8_E4M3, Dtype::F8_E5M2, Dtype::I8);
+    let fp8 = |more: serde_json::Value| {
+        let mut config = json!({ "quant_method": "fp8", "activation_scheme": "dynamic" });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let width = open(&synthetic_file(TINY[0])).unwrap().config().hidden;
+    vec![
+        (fp8(json!({ "weight_block_size": [128, 128] })), "_scale_inv", e4m3, Some([128, 128])),
+        // Neither side divides the matrices.
+        (fp8(json!({ "weight_block_size": [100, 96] })), "_scale_inv", e4m3, Some([100, 96])),
+        (fp8(json!({ "fmt": "e5m2" })), "_scale_inv", e5m2, None),
+        (
+            compressed(json!({ "num_bits": 8, "type": "float", "strategy": "tensor" })),
+            "_scale",
+            e4m3,
+            None,
+        ),
+        (
+            compressed(json!({ "num_bits": 8, "type": "float", "strategy": "block",
+            "block_structure": "128x128" })),
+            "_scale",
+            e4m3,
+            Some([128, 128]),
+        ),
+        (
+            compressed(json!({ "num_bits": 8, "type": "int", "strategy": "group",
+            "group_size": width / 2 })),
+            "_scale",
+            int,
+            Some([1, width / 2]),
+        ),
+    ]
+}
+
+#[test]
+fn a_quantised_checkpoint_is_the_model_of_its_decoded_weights() {
+    for (config, scale, dtype, grid) in forms() {
+        let [plain, coded] = two_forms(&config, scale, dtype, grid);
+        let (plain, coded) =
+            (Model::open(plain.path()).unwrap(), Model::open(coded.path()).unwrap());
+        assert_eq!(plain.config(), coded.config(), "{config}");
+        assert_same_tensors(&plain, &coded);
+        let name = "blk.0.ffn_down.weight";
+        let weight = coded.tensor(name).unwrap();
+        assert!(weight.is_scaled() && weight.kind().name() != "F32", "{config}");
+        assert_ne!(weight.digest(), plain.tensor(name).unwrap().digest());
+        // Rows that do not begin at a block.
+        let mut rows = vec![0.0; 3 * weight.width()];
+        weight.decode_rows(5..8, &mut rows).unwrap();
+        assert_eq!(rows, weight.to_vec().unwrap()[5 * weight.width()..8 * weight.width()]);
+    }
+}
+
+#[test]
+fn one_scale_for_each_row_is_told_from_blocks_by_the_config_alone() {
+    // As many blocks as rows would have scales: only the config can tell.
+    let config = compressed(json!({ "num_bits": 8, "type": "float", "strategy": "channel" }));
+    let width = open(&synthetic_file(TINY[0])).unwrap().config().hidden;
+    let refused = two_forms(&config, "_scale", Dtype::F8_E4M3, Some([2, width]));
+    let said = Model::open(refused[1].path()).unwrap_err().to_string();
+    assert!(said.contains("its scales are [") && said.contains("one for each 1 rows of"), "{said}");
+}
+
+#[test]
+fn codes_and_scales_that_do_not_belong_together_are_named() {
+    let fp8 = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
+    type Change = fn(&mut Stored);
+    let cases: [(&str, Change); 6] = [
+        ("there are no scales of it", |all| {
+            all.remove("model.layers.0.mlp.up_proj.weight_scale_inv").unwrap();
+        }),
+        ("there are scales of it, and it is F32, no codes", |all| {
+            let scales = all["model.layers.0.mlp.up_proj.weight_scale_inv"].clone();
+            all.insert("model.embed_tokens.weight_scale_inv".to_owned(), scales);
+        }),
+        ("the forward pass of", |all| {
+            let scales = all["model.layers.0.mlp.up_proj.weight_scale_inv"].clone();
+            all.insert("model.layers.0.mlp.left_proj.weight_scale_inv".to_owned(), scales);
+        }),
+        ("the scale of its block at row 0, value 0 is NaN, no positive number", |all| {
+            let scales = all.get_mut("model.layers.0.mlp.up_proj.weight_scale_inv").unwrap();
+            scales.2[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        }),
+        ("the scale of its block at row 0, value 128 is 0, no positive number", |all| {
+            let scales = all.get_mut("model.layers.0.mlp.up_proj.weight_scale_inv").unwrap();
+            scales.2[4..8].copy_from_slice(&0f32.to_le_bytes());
+        }),
+        ("`quantization_config` says nothing of such codes", |all| {
+            all.get_mut("model.layers.0.mlp.up_proj.weight").unwrap().0 = Dtype::I8;
+        }),
+    ];
+    for (words, change) in cases {
+        let [_, coded] = two_forms(&fp8, "_scale_inv", Dtype::F8_E4M3, Some([128, 128]));
+        let file = fs::read(coded.path().join("model.safetensors")).unwrap();
+        let held = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let stored = |(name, view): (String, TensorView<'_>)| {
+            (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        };
+        let mut tensors: Stored = held.tensors().into_iter().map(stored).collect();
+        change(&mut tensors);
+        let config = fs::read(coded.path().join("config.json")).unwrap();
+        write_stored(coded.path(), &serde_json::from_slice(&config).unwrap(), &tensors);
+        let said = Model::open(coded.path()).unwrap_err().to_string();
+        assert!(said.contains(words), "{words}: {said}");
+        assert!(
+            said.contains("model.") || said.contains("blk.0") || said.contains("token_embd"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_quantised_checkpoint_runs_on_the_computed_arms_and_an_engine_says_that_it_is_not_known() {
+    let fp8 = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
+    let forms = two_forms(&fp8, "_scale_inv", Dtype::F8_E4M3, Some([128, 128]));
+    let [plain, coded] = forms.each_ref().map(|folder| folder.path().display().to_string());
+    let project = crate::single::project().file(
+        "stages/s.toml",
+        "id = \"S\"\ntitle = \"t\"\ncontract = \"qkv-matmul\"\n[matmul]\n\
+         input = { generate = \"normal\", rows = 4 }\nweights = [\"blk.0.attn_q\"]\n",
+    );
+    let digests = |model: &str| {
+        project.runner(&["run", "stages", "--model", model]).expect(0, "pass");
+        let out = project.path("t.safetensors").display().to_string();
+        ["reference", "emulated"].map(|arm| {
+            project.runner(&["export", "latest", "S", arm, &out]).expect(0, "");
+            fs::read(&out).unwrap()
+        })
+    };
+    assert!(digests(&plain) == digests(&coded), "both forms give the same bits");
+    let stage = project.read("stages/s.toml");
+    project.write(
+        "stages/s.toml",
+        &stage.replace("[matmul]", "recipe = { engine = \"transformers\" }\n[matmul]"),
+    );
+    project.runner(&["run", "stages", "--model", &coded]).expect(4, "of a quantised checkpoint");
 }

@@ -13,7 +13,7 @@ use cudarc::driver::CudaSlice;
 use super::cublaslt::{Operands, Spec};
 use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
-use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, scales_of};
+use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of};
 use crate::compute::call::Call;
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
@@ -360,7 +360,7 @@ impl Device {
             let (rows, width) = (tokens.len(), weight.width());
             let tokens = stream.clone_htod(tokens)?;
             let mut y = stream.alloc_zeros::<f32>(rows * width)?;
-            let (kind, table) = (weight.kind(), table.as_view());
+            let (kind, table) = (held_as(weight), table.as_view());
             let shape = (rows as u64, width as u64);
             kernels.dequantise(stream, kind, &table, Some(&tokens), shape.0, shape.1, &mut y)?;
             download(state, &y, width)

@@ -140,6 +140,7 @@ impl Weights {
 
 fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
     match form {
+        Form::Table if weight.is_scaled() => weight.rows() * weight.width() * 4,
         Form::Table => weight.bytes().len(),
         Form::Values => weight.rows() * weight.width() * 4,
         Form::Operand(format, _) => {
@@ -149,20 +150,34 @@ fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
     }
 }
 
+/// How a table holds a tensor's values: codes whose scales stand elsewhere are decoded before.
+pub fn held_as(weight: Weight<'_>) -> WeightType {
+    if weight.is_scaled() { WeightType::F32 } else { weight.kind() }
+}
+
 fn make(
     stream: &Arc<CudaStream>,
     kernels: &Kernels,
     weight: Weight<'_>,
     form: Form,
 ) -> Result<Entry, DeviceError> {
-    let table = stream.clone_htod(weight.bytes())?;
+    let kind = held_as(weight);
+    let table = match weight.is_scaled() {
+        false => stream.clone_htod(weight.bytes())?,
+        // Codes are decoded here: the kernels know blocks that bring their scales along.
+        true => {
+            let values = weight.to_vec()?;
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            stream.clone_htod(&bytes)?
+        }
+    };
     let (rows, width) = (weight.rows() as u64, weight.width() as u64);
     match form {
         Form::Table => Ok(Entry::Table(table)),
         Form::Values => {
             let mut values = stream.alloc_zeros::<f32>((rows * width) as usize)?;
             let table = table.as_view();
-            kernels.dequantise(stream, weight.kind(), &table, None, rows, width, &mut values)?;
+            kernels.dequantise(stream, kind, &table, None, rows, width, &mut values)?;
             if weight.is_less_one() {
                 let mut held = stream.clone_dtoh(&values)?;
                 held.iter_mut().for_each(|value| *value += 1.0);
@@ -171,7 +186,7 @@ fn make(
             Ok(Entry::Values(values))
         }
         Form::Operand(format, granularity) => {
-            let converter = Converter { stream, kernels, weight, table, format, granularity };
+            let converter = Converter { stream, kernels, weight, kind, table, format, granularity };
             converter.convert().map(Entry::Operand)
         }
     }
@@ -182,6 +197,8 @@ struct Converter<'a> {
     stream: &'a Arc<CudaStream>,
     kernels: &'a Kernels,
     weight: Weight<'a>,
+    /// How the table holds the values.
+    kind: WeightType,
     table: CudaSlice<u8>,
     format: Format,
     granularity: Granularity,
@@ -249,11 +266,11 @@ impl Converter<'_> {
         rows: usize,
         values: &mut CudaSlice<f32>,
     ) -> Result<(), DeviceError> {
-        let Converter { stream, kernels, weight, table, .. } = self;
-        let row_bytes = weight.kind().row_bytes(weight.width());
+        let Converter { stream, kernels, weight, kind, table, .. } = self;
+        let row_bytes = kind.row_bytes(weight.width());
         let part = table.slice(first * row_bytes..(first + rows) * row_bytes);
         let (rows, width) = (rows as u64, weight.width() as u64);
-        Ok(kernels.dequantise(stream, weight.kind(), &part, None, rows, width, values)?)
+        Ok(kernels.dequantise(stream, *kind, &part, None, rows, width, values)?)
     }
 
     fn fill_scales(

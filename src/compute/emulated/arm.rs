@@ -244,6 +244,10 @@ impl Emulated {
         let mut rows = Tensor::zeros(tokens.len(), weight.width());
         for (index, &token) in tokens.iter().enumerate() {
             let token = token as usize;
+            if weight.is_scaled() {
+                weight.decode_rows(token..token + 1, rows.row_mut(index))?;
+                continue;
+            }
             let bytes = weight.row_bytes(token..token + 1);
             dequant::dequantise_row(weight.kind(), bytes, rows.row_mut(index));
         }

@@ -182,6 +182,9 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
+        if weight.is_scaled() {
+            return Err(unknown("a product with the codes and scales of a quantised checkpoint"));
+        }
         match self.kernels.linear_of(weight.name()).first() {
             None | Some(LinearKernel::Cublas) => {
                 let operands = self.operands(weight, bias)?;

@@ -152,7 +152,8 @@ impl Block {
                 }
                 block.d = half_at(bytes, 208);
             }
-            WeightType::F32 | WeightType::F16 | WeightType::BF16 | WeightType::Q8K => {}
+            // None of them has integer products: see `is_known`.
+            _ => {}
         }
         block
     }
@@ -160,7 +161,9 @@ impl Block {
 
 /// Whether the integer products are known for weights of this type.
 pub fn is_known(kind: WeightType) -> bool {
-    !matches!(kind, WeightType::F32 | WeightType::F16 | WeightType::BF16 | WeightType::Q8K)
+    let plain = matches!(kind, WeightType::F32 | WeightType::F16 | WeightType::BF16);
+    let scaled = kind.is_scaled() || kind == WeightType::E8m0;
+    !(plain || scaled || kind == WeightType::Q8K)
 }
 
 /// A row of activations in 8 bits.
