@@ -267,6 +267,12 @@ pub enum ReadError {
         /// What the system said.
         error: std::io::Error,
     },
+    /// It is some other JSON.
+    #[error("`{}` is no run.json: it has no stages; give a run's folder, or its run.json", path.shown())]
+    NoRun {
+        /// Its path.
+        path: PathBuf,
+    },
     /// It is not a run.
     #[error("`{}` is not a whole run.json: {error}; run the stages again", path.shown())]
     Damaged {
@@ -338,6 +344,9 @@ impl RunRecord {
             Ok(json) => json,
             Err(error) => return Err(ReadError::Damaged { path, error }),
         };
+        if !json["stages"].is_array() {
+            return Err(ReadError::NoRun { path });
+        }
         let schema = json["schema"].clone();
         let writer = json["provenance"]["runner"].as_str().unwrap_or("unknown").to_owned();
         let other = |problem: String| {

@@ -40,12 +40,12 @@ enum CacheCommand {
     },
     /// Keep the results of a run, whatever `gc` is told.
     Pin {
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         run: String,
     },
     /// Keep them no longer.
     Unpin {
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         run: String,
     },
     /// Print files' blake3 hashes, as `b3sum` does; unchanged files are not read.

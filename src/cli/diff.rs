@@ -8,6 +8,7 @@ use super::past::{record_of, relative};
 use super::{FALSIFIED, PASS, print};
 use crate::record::RunRecord;
 use crate::report::{diff, diff_page, diff_text};
+use crate::text::shown;
 
 #[derive(Args)]
 #[command(
@@ -52,15 +53,16 @@ pub(super) fn changes(args: &DiffArgs) -> Result<u8, String> {
 
 /// The two runs. `previous` and `baseline` are those of the later one.
 fn both(args: &DiffArgs, runs: &Path) -> Result<(RunRecord, RunRecord), String> {
-    let (_, after) = record_of(args.after.as_deref().unwrap_or("latest"), runs)?;
+    let later = record_of(args.after.as_deref().unwrap_or("latest"), runs)?;
     let before = match args.before.as_str() {
-        word @ ("previous" | "baseline") => relative(word, &after, runs)?,
+        word @ ("previous" | "baseline") => relative(word, &later)?,
         name => record_of(name, runs)?.1,
     };
+    let (_, after) = later;
     if args.after.is_none() && before.id == after.id {
         return Err(format!(
             "`{}` is the latest run itself; give an earlier one, or `runner diff previous`",
-            before.id
+            shown(&before.id)
         ));
     }
     Ok((before, after))

@@ -1,6 +1,7 @@
 //! `runner history`: past runs, how each stage moved, and which machine differs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,9 +9,9 @@ use clap::Args;
 use super::{PASS, print};
 use crate::nightly::past::finished;
 use crate::op::{Arm, Site, StageId};
-use crate::record::{RunRecord, StageRecord};
+use crate::record::{RunRecord, Series, StageRecord};
 use crate::terminal::tell_line;
-use crate::text::{Shown, number};
+use crate::text::{Shown, number, one_line, shown};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -21,10 +22,16 @@ pub(super) struct HistoryArgs {
     /// Stages to show; all by default.
     stages: Vec<String>,
     /// How many runs to look back.
-    #[arg(long, default_value_t = 10)]
-    last: usize,
+    #[arg(long, default_value = "10")]
+    last: NonZeroUsize,
+    /// The runs of this machine only.
+    #[arg(long, value_name = "NAME")]
+    machine: Option<String>,
+    /// Runs of other stages and models too: all that lie in the folder.
+    #[arg(long)]
+    all: bool,
     /// Hold the machines against each other: the last run of each, and whose bits differ.
-    #[arg(long, conflicts_with = "last")]
+    #[arg(long, conflicts_with_all = ["last", "machine", "all"])]
     machines: bool,
     /// The folder of runs.
     #[arg(long, default_value = "runs")]
@@ -32,15 +39,26 @@ pub(super) struct HistoryArgs {
 }
 
 pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
-    let records = if args.machines { last_of_each(args)? } else { last(args)? };
+    let (records, left_out) = if args.machines { last_of_each(args)? } else { last(args)? };
+    if left_out > 0 {
+        let (noun, those) = if left_out == 1 { ("run", "it") } else { ("runs", "them") };
+        tell_line(&format!(
+            "{left_out} {noun} of other stages or models left out; `--all` shows {those}"
+        ));
+    }
     if records.is_empty() {
-        return Err(format!("`{}` holds no finished run", args.runs.shown()));
+        return Err(match &args.machine {
+            Some(name) => {
+                format!("`{}` holds no finished run of {}", args.runs.shown(), shown(name))
+            }
+            None => format!("`{}` holds no finished run", args.runs.shown()),
+        });
     }
     let known: BTreeSet<&str> =
         records.iter().flat_map(|run| &run.stages).map(|stage| stage.id.0.as_str()).collect();
     if let Some(unknown) = args.stages.iter().find(|id| !known.contains(id.as_str())) {
         let known: Vec<&str> = known.into_iter().collect();
-        let unknown = crate::text::shown(unknown);
+        let unknown = shown(unknown);
         return Err(format!("no run has the stage {unknown}; they have: {}", known.join(", ")));
     }
     let mut text = heads(&records);
@@ -50,12 +68,34 @@ pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
     Ok(PASS)
 }
 
-/// The last runs, the oldest first.
-fn last(args: &HistoryArgs) -> Result<Vec<RunRecord>, String> {
+/// Whether runs are of the same folder of stages and the same models; those of earlier runners do
+/// not say.
+fn are_kin(one: &Option<Series>, other: &Option<Series>) -> bool {
+    let kin = |series: &Option<Series>| {
+        series.as_ref().map(|series| (series.folder.clone(), series.models.clone()))
+    };
+    kin(one) == kin(other)
+}
+
+/// The last runs, the oldest first, and how many of others were passed over.
+fn last(args: &HistoryArgs) -> Result<(Vec<RunRecord>, usize), String> {
     let mut records: Vec<RunRecord> = Vec::new();
+    let (mut left_out, mut series) = (0, None);
     for past in finished(&args.runs)?.iter().rev() {
-        if records.len() == args.last {
+        if records.len() == args.last.get() {
             break;
+        }
+        let Some(brief) = past.brief() else {
+            tell_line(&format!("left out: `{}` cannot be read", past.folder.shown()));
+            continue;
+        };
+        if args.machine.is_some() && brief.machine != args.machine {
+            continue;
+        }
+        if !args.all && !are_kin(series.get_or_insert_with(|| brief.series.clone()), &brief.series)
+        {
+            left_out += 1;
+            continue;
         }
         match RunRecord::read(&past.folder) {
             Ok(record) => records.push(record),
@@ -63,21 +103,22 @@ fn last(args: &HistoryArgs) -> Result<Vec<RunRecord>, String> {
         }
     }
     records.reverse();
-    Ok(records)
+    Ok((records, left_out))
 }
 
-/// The youngest whole run of each machine, by the machines' names; all of the series of the
-/// youngest of all.
-fn last_of_each(args: &HistoryArgs) -> Result<Vec<RunRecord>, String> {
+/// The youngest whole run of each machine, by the machines' names; all of the stages and models of
+/// the youngest of all.
+fn last_of_each(args: &HistoryArgs) -> Result<(Vec<RunRecord>, usize), String> {
     let mut found: BTreeMap<String, RunRecord> = BTreeMap::new();
-    let mut series = None;
+    let (mut left_out, mut series) = (0, None);
     for past in finished(&args.runs)?.iter().rev() {
         let Some(brief) = past.brief() else { continue };
-        let (Some(machine), Some(of)) = (brief.machine, brief.series) else { continue };
+        let Some(machine) = brief.machine else { continue };
         if brief.interrupted || found.contains_key(&machine) {
             continue;
         }
-        if *series.get_or_insert_with(|| of.clone()) != of {
+        if !are_kin(series.get_or_insert_with(|| brief.series.clone()), &brief.series) {
+            left_out += 1;
             continue;
         }
         match RunRecord::read(&past.folder) {
@@ -85,7 +126,7 @@ fn last_of_each(args: &HistoryArgs) -> Result<Vec<RunRecord>, String> {
             Err(problem) => tell_line(&format!("left out: {problem}")),
         }
     }
-    Ok(found.into_values().collect())
+    Ok((found.into_values().collect(), left_out))
 }
 
 /// A line for each run.
@@ -99,9 +140,10 @@ fn heads(records: &[RunRecord]) -> String {
         let noun = if count == 1 { "stage" } else { "stages" };
         let (id, verdict, seconds) = (&run.id, run.verdict.name(), run.seconds);
         let machine = machine(run);
-        format!(
-            "{id:wide$}  {machine:named$}  {verdict:10}  {count} {noun} in {seconds:.2} s{stopped}\n"
-        )
+        let text = format!(
+            "{id:wide$}  {machine:named$}  {verdict:10}  {count} {noun} in {seconds:.2} s{stopped}"
+        );
+        one_line(&text) + "\n"
     };
     records.iter().map(line).collect()
 }
@@ -116,10 +158,10 @@ struct Line<'r> {
 
 /// One line per stage: its verdicts, oldest first, and how the decisive value moved.
 fn stages(args: &HistoryArgs, records: &[RunRecord]) -> String {
-    let shown = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
+    let asked_for = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
     let mut lines: BTreeMap<&StageId, Line<'_>> = BTreeMap::new();
     for (index, record) in records.iter().enumerate() {
-        for stage in record.stages.iter().filter(|stage| shown(&stage.id)) {
+        for stage in record.stages.iter().filter(|stage| asked_for(&stage.id)) {
             let line = lines.entry(&stage.id).or_default();
             line.verdicts.resize(index, "-".to_owned());
             line.verdicts.push(stage.verdict.to_string());
@@ -139,7 +181,7 @@ fn stages(args: &HistoryArgs, records: &[RunRecord]) -> String {
         let trend =
             trend(&line.values).map_or(String::new(), |trend| format!("{}: {trend}", line.what));
         let text = format!("{:width$}  {}  {trend}", id.0, runs_of(&line.verdicts));
-        format!("{}\n", text.trim_end())
+        one_line(text.trim_end()) + "\n"
     };
     lines.iter().map(line).collect()
 }
@@ -174,26 +216,40 @@ fn runs_of(verdicts: &[String]) -> String {
 
 /// For each stage and arm whether all machines have the same bits, and who has others.
 fn machines(args: &HistoryArgs, records: &[RunRecord]) -> String {
-    let shown = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
-    let mut arms: BTreeMap<(&StageId, Arm), Vec<Bits<'_>>> = BTreeMap::new();
+    let asked_for = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
+    // What was asked, and what came of it: other questions have other answers.
+    let mut arms: BTreeMap<(&StageId, Arm), BTreeMap<String, Vec<Bits<'_>>>> = BTreeMap::new();
     for run in records {
-        for stage in run.stages.iter().filter(|stage| shown(&stage.id)) {
+        for stage in run.stages.iter().filter(|stage| asked_for(&stage.id)) {
             for arm in stage.arms.keys() {
-                if let Some(bits) = Bits::of(run, stage, *arm) {
-                    arms.entry((&stage.id, *arm)).or_default().push(bits);
+                if let Some((asked, bits)) = Bits::of(run, stage, *arm) {
+                    let of_arm = arms.entry((&stage.id, *arm)).or_default();
+                    of_arm.entry(asked).or_default().push(bits);
                 }
             }
         }
     }
     let mut lines = String::new();
-    let mut same = 0;
-    for ((stage, arm), bits) in &arms {
-        match differing(bits) {
-            None => same += usize::from(bits.len() > 1),
-            Some(words) => lines += &format!("{stage} {arm}: {words}\n"),
+    let (mut same, mut compared) = (0, 0);
+    for ((stage, arm), asked) in &arms {
+        let mut line =
+            |words: String| lines += &(one_line(&format!("{stage} {arm}: {words}")) + "\n");
+        for bits in asked.values() {
+            compared += usize::from(bits.len() > 1);
+            match differing(bits) {
+                None => same += usize::from(bits.len() > 1),
+                Some(words) => line(words),
+            }
+        }
+        if asked.len() > 1 {
+            let names = |bits: &Vec<Bits<'_>>| names(&bits.iter().collect::<Vec<_>>());
+            let groups: Vec<String> = asked.values().map(names).collect();
+            line(format!(
+                "not held against each other, since recipe, prompt, model or GPU differ: {}",
+                groups.join(" | ")
+            ));
         }
     }
-    let compared = arms.values().filter(|bits| bits.len() > 1).count();
     lines
         + &match compared {
             0 => "no two machines computed the same arm of a stage; `fresh` of a profile has each \
@@ -214,14 +270,21 @@ struct Bits<'r> {
 
 impl<'r> Bits<'r> {
     /// Nothing where the arm made no tensors, or another machine made them.
-    fn of(run: &'r RunRecord, stage: &'r StageRecord, arm: Arm) -> Option<Bits<'r>> {
+    fn of(run: &'r RunRecord, stage: &'r StageRecord, arm: Arm) -> Option<(String, Bits<'r>)> {
         let machine = run.provenance.machine.as_deref()?;
         // What another machine computed says nothing of this one.
         let record = stage.arms.get(&arm).filter(|arm| arm.machine.as_deref() == Some(machine))?;
         let sites: Vec<_> =
             record.sites.iter().map(|record| (&record.site, record.blake3.as_str())).collect();
-        (!sites.is_empty()).then_some(Bits { machine, sites })
+        let StageRecord { op, tokens, model, recipe, .. } = stage;
+        let asked = serde_json::json!([op, tokens, model, recipe, record.gpu]).to_string();
+        (!sites.is_empty()).then_some((asked, Bits { machine, sites }))
     }
+}
+
+/// The machines of some answers.
+fn names(group: &[&Bits<'_>]) -> String {
+    group.iter().map(|bits| bits.machine).collect::<Vec<_>>().join(", ")
 }
 
 /// Who differs from most, and where first; nothing where all agree.
@@ -237,8 +300,6 @@ fn differing(bits: &[Bits<'_>]) -> Option<String> {
     let largest = groups.iter().map(Vec::len).max()?;
     let most = groups.iter().position(|group| group.len() == largest)?;
     let others = groups.iter().enumerate().filter(|(at, _)| *at != most);
-    let names =
-        |group: &[&Bits<'_>]| group.iter().map(|bits| bits.machine).collect::<Vec<_>>().join(", ");
     let words: Vec<String> = others
         .map(|(_, group)| {
             let first = groups[most][0]

@@ -124,7 +124,7 @@ enum Command {
     },
     /// Write an arm's tensors of a past run to a safetensors file.
     Export {
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         run: String,
         /// The stage.
         stage: String,
@@ -140,7 +140,7 @@ enum Command {
     Explain {
         /// The stage.
         stage: String,
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         #[arg(default_value = "latest")]
         run: String,
         /// The folder of runs.
@@ -152,7 +152,7 @@ enum Command {
     Identify {
         /// The stage; its recipe names an engine, and it has a recording.
         stage: String,
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         #[arg(default_value = "latest")]
         run: String,
         /// The folder of runs.
@@ -170,7 +170,7 @@ enum Command {
     ProcessServer,
     /// Keep what a run on a GPU showed in a small file.
     Receipt {
-        /// The run's name, or `latest`.
+        /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         run: String,
         /// The file to write.
         out: PathBuf,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
-use super::past::record_of;
+use super::past::{record_of, relative};
 use super::{Failed, INTERRUPTED, PASS, print};
 use crate::executor::hook;
 use crate::interrupt;
@@ -21,7 +21,7 @@ use crate::nightly::{
 use crate::op::{Arm, Op};
 use crate::record::{RunRecord, Series};
 use crate::terminal::tell_line;
-use crate::text::Shown;
+use crate::text::{Shown, one_line, shown};
 
 #[derive(Args)]
 pub(super) struct NightlyArgs {
@@ -34,7 +34,7 @@ pub(super) struct NightlyArgs {
     pub fresh: Vec<Arm>,
     /// A program for `sh -c`, started at every end, also of a run that failed or was stopped: it
     /// reads the summary as JSON.
-    #[arg(long, value_name = "COMMAND")]
+    #[arg(long, value_name = "COMMAND", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     notify: Option<String>,
     /// Seconds after which that program is killed.
     #[arg(long, value_name = "SECONDS", default_value = "60")]
@@ -90,8 +90,9 @@ pub(super) struct Night<'a> {
 }
 
 impl<'a> Night<'a> {
-    pub fn new(args: &'a NightlyArgs) -> Night<'a> {
-        Night { args, lock: RefCell::default(), told: Cell::new(false) }
+    /// Of a run that is only shown nobody is told.
+    pub fn new(args: &'a NightlyArgs, only_shown: bool) -> Night<'a> {
+        Night { args, lock: RefCell::default(), told: Cell::new(only_shown) }
     }
 
     /// With a profile, the only run of this machine in its folder: a second one waits, and says
@@ -132,23 +133,36 @@ impl<'a> Night<'a> {
         Ok(())
     }
 
-    /// Everything that follows a finished run. What fails here is told and does not
-    /// change the run's verdict. `aloud` prints the summary below the table.
+    /// Everything that follows a finished run, of which `trouble` could not be written. What fails
+    /// here is told and does not change the run's verdict. `aloud` prints the summary below the
+    /// table.
     pub fn follow(
         &self,
         record: &RunRecord,
         runs: &Path,
         profile: Option<&Profile>,
         aloud: bool,
+        trouble: Option<&Failed>,
     ) -> Result<(), String> {
         let asks = self.args.asks();
-        let (earlier, problems) = earlier(record, runs, asks);
-        problems.iter().for_each(|problem| tell_line(&format!("warning: {problem}")));
-        let summary = sum_up(record, runs, &earlier);
+        let mut earlier = earlier(record, runs, asks);
+        for problem in &earlier.problems {
+            tell_line(&format!("warning: {problem}"));
+        }
+        if let Some(Failed { text, .. }) = trouble {
+            earlier.problems.push(text.clone());
+        }
+        let mut summary = sum_up(record, runs, &earlier);
+        if let Some(Failed { text, code }) = trouble {
+            summary.exit_code = *code;
+            summary.line += &format!("; {}", one_line(text));
+        }
         let keep = self.args.keep.or(profile.and_then(|profile| profile.keep));
+        let machine = machine::name();
+        let remove = |keep: NonZeroUsize| retention::remove_old(runs, keep.get(), machine);
         let outcomes = [
-            write_summary(&summary, &runs.join(&record.id)),
-            keep.map_or(Ok(()), |keep| retention::remove_old(runs, keep.get()).map(drop)),
+            write_summary(&summary, &runs.join(&record.id), asks),
+            keep.map_or(Ok(()), |keep| remove(keep).map(drop)),
         ];
         for problem in outcomes.into_iter().filter_map(Result::err) {
             tell_line(&format!("warning: {problem}"));
@@ -202,10 +216,15 @@ impl<'a> Night<'a> {
     }
 }
 
-/// Writes the summary beside run.json.
-fn write_summary(summary: &Summary, folder: &Path) -> Result<(), String> {
+/// Writes the summary beside run.json; of a run that nobody waits for without a flush.
+fn write_summary(summary: &Summary, folder: &Path, flush: bool) -> Result<(), String> {
     let json = serde_json::to_vec_pretty(summary).map_err(|error| error.to_string())?;
-    crate::cache::write_whole(&folder.join(SUMMARY), &json).map_err(|error| error.to_string())
+    let path = folder.join(SUMMARY);
+    match flush {
+        true => crate::cache::write_whole(&path, &json).map_err(|error| error.to_string()),
+        false => std::fs::write(&path, &json)
+            .map_err(|error| format!("cannot write `{}`: {error}", path.shown())),
+    }
 }
 
 /// The line, and what changed since when.
@@ -283,43 +302,64 @@ fn from(start: &Path, end: &Path) -> PathBuf {
 }
 
 pub(super) fn baseline(command: &BaselineCli) -> Result<u8, String> {
+    let (BaselineCli::Set { runs, .. }
+    | BaselineCli::Show { runs }
+    | BaselineCli::Remove { runs, .. }) = command;
+    if !runs.is_dir() {
+        return Err(format!("`{}` is no folder of runs", runs.shown()));
+    }
     match command {
-        BaselineCli::Set { run, runs } => {
+        BaselineCli::Set { run, .. } => {
             let (_, record) = record_of(run, runs)?;
-            let id = &record.id;
+            let id = shown(&record.id);
             if record.interrupted {
                 return Err(format!("`{id}` was stopped; a baseline is a whole run"));
             }
-            baseline::set(&record, runs)?;
-            print(&format!("the baseline is now\n{}", shown(&record)))
+            let before = baseline::set(&record, runs)?.filter(|before| *before != record.id);
+            let before =
+                before.map_or(String::new(), |before| format!(", in place of {}", shown(&before)));
+            print(&format!("the baseline is now{before}\n{}", in_full(&record)))
         }
-        BaselineCli::Show { runs } => {
+        BaselineCli::Show { .. } => {
             let all = baseline::all(runs)?;
-            let text: Vec<String> = all.iter().map(|(_, run)| shown(run)).collect();
-            print(&match text.as_slice() {
+            let mut text: Vec<String> = Vec::new();
+            for (_, run) in &all {
+                match run {
+                    Ok(run) => text.push(in_full(run)),
+                    Err(problem) => tell_line(&format!("left out: {problem}")),
+                }
+            }
+            print(&match all.as_slice() {
                 [] => "there is no baseline; `runner baseline set RUN` makes one\n".to_owned(),
-                text => text.join("\n"),
+                _ => text.join("\n"),
             })
         }
-        BaselineCli::Remove { run, runs } => match baseline::remove(run, runs)? {
-            1 => print(&format!("{run} is no baseline any more\n")),
-            count => print(&format!("{run} is no baseline any more; it was {count}\n")),
-        },
+        BaselineCli::Remove { run, .. } => {
+            let id = match run.as_str() {
+                word @ ("latest" | "previous") => record_of(word, runs)?.1.id,
+                "baseline" => relative("baseline", &record_of("latest", runs)?)?.id,
+                name => name.to_owned(),
+            };
+            let count = baseline::remove(&id, runs)?;
+            let of = if count == 1 { String::new() } else { format!("; it was {count} of them") };
+            print(&format!("{} is no baseline any more{of}\n", shown(&id)))
+        }
     }
     .map(|_| PASS)
 }
 
 /// A baseline, and what it is one of.
-fn shown(run: &RunRecord) -> String {
+fn in_full(run: &RunRecord) -> String {
     let machine = run.provenance.machine.as_deref().map_or(String::new(), |m| format!(", on {m}"));
-    let mut text = format!("{}  {}, {}{machine}\n", run.id, run.verdict, run.started);
-    if let Some(series) = &run.series {
-        text += &format!("  stages    {}\n", series.folder);
-        let models =
-            if series.models.is_empty() { "none".to_owned() } else { series.models.join(", ") };
-        text += &format!("  models    {models}\n");
+    let mut lines = vec![format!("{}  {}, {}{machine}", run.id, run.verdict, run.started)];
+    if let Some(Series { folder, models, selection }) = &run.series {
+        lines.push(format!("  stages    {folder}"));
+        lines.extend(selection.as_ref().map(|selection| format!("  selected  {selection}")));
+        let models = if models.is_empty() { "none".to_owned() } else { models.join(", ") };
+        lines.push(format!("  models    {models}"));
     }
-    text + &format!("  hardware  {}\n", baseline::hardware(run))
+    lines.push(format!("  hardware  {}", baseline::hardware(run)));
+    lines.iter().map(|line| one_line(line) + "\n").collect()
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::text::Shown;
   runner report RUN --format csv --out measures.csv
   runner report RUN --format arrow --out measures.arrow")]
 pub(super) struct ReportArgs {
-    /// The run's name, or `latest`.
+    /// The run: `latest`, `previous`, `baseline`, a name, or a path.
     #[arg(default_value = "latest")]
     run: String,
     /// What to write.

@@ -13,13 +13,15 @@ use rayon::prelude::*;
 use super::nightly::{self, Night, NightlyArgs};
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
-    BUG, Failed, INTERRUPTED, Selection, journal, keep, make_plan, print, print_bytes, selected,
-    stamps_of, store_of,
+    BUG, Failed, INTERRUPTED, Selection, journal, keep, load_pipeline, make_plan, print,
+    print_bytes, selected, stamps_of, store_of,
 };
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
-use crate::executor::{Attempts, Processes, Slots};
+use crate::executor::{Attempts, Processes, Slots, hook};
 use crate::interrupt;
+use crate::manifest::Overrides;
+use crate::nightly::baseline;
 use crate::op::Arm;
 use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
 use crate::report::{Bars, EventLog, Lines, Sinks};
@@ -84,7 +86,7 @@ pub(super) const SEPARATOR: &str = ",\n    ";
 /// Runs stages with the arms of `workshop`, writes the run's folder, prints the outcome. Whoever
 /// is to hear of the end hears of every one, of a failure and of a bug too.
 pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, Failed> {
-    let night = Night::new(&args.nightly);
+    let night = Night::new(&args.nightly, args.dry_run);
     let outcome = catch_unwind(AssertUnwindSafe(|| run_to_an_end(args, workshop, &night)));
     match outcome {
         Ok(Ok(code)) => Ok(code),
@@ -105,14 +107,20 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     ctrlc::set_handler(on_signal).map_err(|error| {
         Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
     })?;
-    night.alone(runs)?;
+    if args.nightly.profile.is_some() && !args.dry_run {
+        // A profile that is not there need not wait for its turn.
+        args.nightly.profile(&load_pipeline(&args.selection.folder, &Overrides::default())?)?;
+        night.alone(runs)?;
+    }
     let store = store_of(runs);
     let as_before = !(args.selection.force
         || args.selection.rehash
         || args.dry_run
         || args.explain
         || !args.nightly.fresh.is_empty()
-        || args.nightly.asks());
+        || args.nightly.asks()
+        // What is held against another run is looked at whole.
+        || baseline::is_any(runs));
     if as_before && let Some(unchanged) = unchanged::find(&store, workshop) {
         return finish_unchanged(args, night, unchanged);
     }
@@ -143,7 +151,6 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
-    plan.run = Some(id.clone());
     let series = nightly::series_of(&pipeline, runs, selection.map(String::as_str));
     let mut sinks = sinks(args, &folder)?;
     let processes = Processes::of_this_program();
@@ -214,16 +221,16 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     if json.is_err() || page.is_err() {
         unchanged::forget(&store);
     }
-    let json = json?;
     tell_github(&record);
     if let Some(bug) = &finished.bug {
         tell_line(&format!("a bug of ours, please report it: {bug}"));
     }
-    // Also where a page found no room: what was computed is told.
-    show(args, &record, record.stages.len(), json, &folder)?;
-    page?;
-    night.follow(&record, runs, profile.as_ref(), args.format != OutputFormat::Json)?;
-    Ok(exit_code)
+    // Also where a file found no room: what was computed is told.
+    let shown = json.and_then(|json| show(args, &record, record.stages.len(), json, &folder));
+    let trouble = shown.and(page).err();
+    let aloud = args.format != OutputFormat::Json;
+    night.follow(&record, runs, profile.as_ref(), aloud, trouble.as_ref())?;
+    trouble.map_or(Ok(exit_code), Err)
 }
 
 /// Each stage as it stands in run.json.
@@ -307,7 +314,7 @@ fn finish_unchanged(args: &RunArgs, night: &Night<'_>, unchanged: Unchanged) -> 
     // Where there are many stages the record holds only some: nothing can be compared.
     if count <= SHOWN_ONE_BY_ONE {
         let runs = &args.selection.runs;
-        night.follow(&record, runs, None, args.format != OutputFormat::Json)?;
+        night.follow(&record, runs, None, args.format != OutputFormat::Json, None)?;
     }
     Ok(record.exit_code)
 }
@@ -337,9 +344,9 @@ fn show(
     count: usize,
     json: String,
     folder: &Path,
-) -> Result<u8, String> {
+) -> Result<u8, Failed> {
     if args.format == OutputFormat::Json {
-        return print_bytes((json + "\n").as_bytes());
+        return print_bytes((json + "\n").as_bytes()).map_err(Failed::system);
     }
     // A run that changed nothing has no time for a page; `runner report` makes it.
     let pages = ["report.html", "run.json"].map(|name| folder.join(name));
@@ -349,23 +356,26 @@ fn show(
         let drawn = args.format == OutputFormat::Human && speaks_unicode();
         let drift = drift(record, drawn, terminal_width());
         let gap = if drift.is_empty() { "" } else { "\n" };
-        return print(&format!("{drift}{gap}{}", table(record, &place, terminal_width())));
+        let table = table(record, &place, terminal_width());
+        return print(&format!("{drift}{gap}{table}")).map_err(Failed::system);
     }
     let listed: Vec<_> = record.stages.iter().filter(|s| s.verdict != Verdict::Pass).collect();
     let passed = grouped(count - listed.len());
     if listed.is_empty() {
         let seconds = record.seconds;
-        return print(&format!("all {passed} stages pass in {seconds:.2} s    {place}\n"));
+        let text = format!("all {passed} stages pass in {seconds:.2} s    {place}\n");
+        return print(&text).map_err(Failed::system);
     }
     let listed = listed.into_iter().cloned().collect();
     let record = RunRecord { stages: listed, ..record.clone() };
     let table = table(&record, &place, terminal_width());
-    print(&format!("{passed} stages pass, the others:\n{table}"))
+    print(&format!("{passed} stages pass, the others:\n{table}")).map_err(Failed::system)
 }
 
 /// The first Ctrl-C asks everything to end; the second ends the process.
 fn on_signal() {
     if interrupt::requested() {
+        hook::end();
         std::process::exit(i32::from(INTERRUPTED));
     }
     tell_line("stopping; once more to stop at once");

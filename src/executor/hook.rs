@@ -6,10 +6,23 @@
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+
+/// The process group of the one that is under way; 0 where there is none.
+static UNDER_WAY: AtomicI32 = AtomicI32::new(0);
+
+/// Ends the one that is under way, with all of its process group.
+pub fn end() {
+    let group = UNDER_WAY.swap(0, Ordering::Relaxed);
+    if group > 0 {
+        // It may just have ended by itself.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+}
 
 /// Between two looks at whether it has ended.
 const LOOK: Duration = Duration::from_millis(20);
@@ -35,6 +48,7 @@ pub fn call(
         .process_group(0)
         .spawn()
         .map_err(|error| cannot(&error))?;
+    UNDER_WAY.store(i32::try_from(child.id()).unwrap_or(0), Ordering::Relaxed);
     if let Some(mut pipe) = child.stdin.take() {
         let input = input.to_owned();
         // It may read nothing for long, and need not read at all.
@@ -42,19 +56,19 @@ pub fn call(
         written.map_err(|error| cannot(&crate::text::no_threads(1, &error)))?;
     }
     let started = Instant::now();
-    loop {
+    let ended = loop {
         match child.try_wait() {
-            Ok(Some(status)) if status.success() => return Ok(()),
-            Ok(Some(status)) => return Err(cannot(&status)),
             Ok(None) if started.elapsed() < limit => std::thread::sleep(LOOK),
-            Ok(None) => break,
+            Ok(status) => break status,
             Err(error) => return Err(cannot(&error)),
         }
+    };
+    if let Some(status) = ended {
+        // What it left running on purpose is its own affair.
+        UNDER_WAY.store(0, Ordering::Relaxed);
+        return if status.success() { Ok(()) } else { Err(cannot(&status)) };
     }
-    if let Ok(group) = i32::try_from(child.id()) {
-        // It may just have ended by itself.
-        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-    }
+    end();
     let _ = child.wait();
     Err(cannot(&format!("not ended after {} s, and was killed", limit.as_secs_f64())))
 }

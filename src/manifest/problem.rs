@@ -235,7 +235,7 @@ impl Findings {
         if let Some(root) = &self.root {
             for source in &mut self.sources {
                 source.outside =
-                    source.path.canonicalize().is_ok_and(|path| !path.starts_with(root));
+                    source.path.canonicalize().map_or(true, |path| !path.starts_with(root));
             }
         }
         let sources = &self.sources;

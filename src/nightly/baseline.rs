@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::files;
 use crate::op::Arm;
 use crate::record::{ArmRecord, LARGEST_RUN, RunRecord, Series};
-use crate::text::Shown;
+use crate::text::{Shown, shown};
 
 /// The folder of baselines, in the folder of runs.
 const FOLDER: &str = "baselines";
@@ -40,10 +40,19 @@ fn kin(series: &Series) -> (&str, &[String]) {
     (&series.folder, &series.models)
 }
 
+/// Sixteen digits that stand for a value.
+fn digits(value: &serde_json::Value) -> String {
+    blake3::hash(value.to_string().as_bytes()).to_hex()[..16].to_owned()
+}
+
+/// Baselines of the same stages and models begin alike.
+fn prefix(series: &Series) -> String {
+    format!("{}-", digits(&serde_json::json!(kin(series))))
+}
+
 fn place(series: &Series, hardware: &str, runs: &Path) -> PathBuf {
-    let text = serde_json::json!([kin(series), hardware]).to_string();
-    let name = blake3::hash(text.as_bytes()).to_hex();
-    runs.join(FOLDER).join(format!("{}.json", &name.as_str()[..16]))
+    let name = prefix(series) + &digits(&serde_json::json!(hardware));
+    runs.join(FOLDER).join(name + ".json")
 }
 
 fn parsed(path: &Path, text: &str) -> Result<RunRecord, String> {
@@ -78,23 +87,27 @@ pub fn of(run: &RunRecord, runs: &Path) -> Result<Option<RunRecord>, String> {
     if !hardware.ends_with(&format!("; {NO_DEVICE}")) || !expects_a_device(run) {
         return Ok(None);
     }
-    let here = |known: &RunRecord| {
-        let of_kin = known.series.as_ref().is_some_and(|known| kin(known) == kin(series));
-        let machine = &run.provenance.machine;
-        of_kin && machine.is_some() && known.provenance.machine == *machine
-    };
-    Ok(all(runs)?.into_iter().map(|(_, known)| known).find(here))
+    let machine = &run.provenance.machine;
+    for path in files_of(runs, &prefix(series))? {
+        let known = read(&path)?;
+        let here = |known: &RunRecord| machine.is_some() && known.provenance.machine == *machine;
+        if let Some(known) = known.filter(here) {
+            return Ok(Some(known));
+        }
+    }
+    Ok(None)
 }
 
 fn expects_a_device(run: &RunRecord) -> bool {
     run.stages.iter().any(|stage| stage.arms.contains_key(&Arm::Device))
 }
 
-/// Makes a run the baseline of its stages, models and hardware.
+/// Makes a run the baseline of its stages, models and hardware; gives the name of the one in
+/// whose place it is, if that could be read.
 ///
 /// # Errors
 /// If an earlier runner made it, which did not say what it was one of, or if it cannot be written.
-pub fn set(run: &RunRecord, runs: &Path) -> Result<(), String> {
+pub fn set(run: &RunRecord, runs: &Path) -> Result<Option<String>, String> {
     let series = run.series.as_ref().ok_or_else(|| {
         format!(
             "`{}` does not say what stages and models it was of: an earlier runner made it; run \
@@ -104,41 +117,66 @@ pub fn set(run: &RunRecord, runs: &Path) -> Result<(), String> {
     })?;
     let json = serde_json::to_vec_pretty(run)
         .map_err(|error| format!("the baseline cannot be encoded: {error}"))?;
-    crate::cache::write_whole(&place(series, &hardware(run), runs), &json)
-        .map_err(|error| error.to_string())
+    let place = place(series, &hardware(run), runs);
+    let before = read(&place).ok().flatten().map(|before| before.id);
+    crate::cache::write_whole(&place, &json).map_err(|error| error.to_string())?;
+    Ok(before)
 }
 
-/// Every baseline with its file.
+/// Whether there is any baseline: cheaper than to look for one.
+pub fn is_any(runs: &Path) -> bool {
+    let entries = std::fs::read_dir(runs.join(FOLDER));
+    entries.is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Every baseline with its file, or why it cannot be read.
 ///
 /// # Errors
-/// If one cannot be read.
-pub fn all(runs: &Path) -> Result<Vec<(PathBuf, RunRecord)>, String> {
-    files_of(runs)
-        .into_iter()
-        .filter_map(|path| Some((path.clone(), read(&path).transpose()?)))
-        .map(|(path, run)| Ok((path, run?)))
-        .collect()
+/// If the folder cannot be read.
+pub fn all(runs: &Path) -> Result<Vec<(PathBuf, Result<RunRecord, String>)>, String> {
+    let known = |path: PathBuf| Some((path.clone(), read(&path).transpose()?));
+    Ok(files_of(runs, "")?.into_iter().filter_map(known).collect())
 }
 
-fn files_of(runs: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(runs.join(FOLDER)).into_iter().flatten().flatten();
-    let is_json = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "json");
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_json).collect();
+/// The files whose names begin so.
+fn files_of(runs: &Path, prefix: &str) -> Result<Vec<PathBuf>, String> {
+    let folder = runs.join(FOLDER);
+    let cannot = |error| format!("cannot read `{}`: {error}", folder.shown());
+    let entries = match std::fs::read_dir(&folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(cannot)?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(cannot)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(prefix) && name.ends_with(".json") {
+            paths.push(entry.path());
+        }
+    }
     paths.sort();
-    paths
+    Ok(paths)
 }
 
-/// The names of the runs that are baselines, as far as their files can be read.
-pub fn names(runs: &Path) -> Vec<String> {
+/// The names of the runs that are baselines.
+///
+/// # Errors
+/// If one cannot be read: then nobody knows which run it is.
+pub fn names(runs: &Path) -> Result<Vec<String>, String> {
     #[derive(Deserialize)]
     struct Name {
         id: String,
     }
-    let name = |path: PathBuf| {
-        let text = files::read_text(&path, LARGEST_RUN).ok()?;
-        Some(serde_json::from_str::<Name>(&text).ok()?.id)
-    };
-    files_of(runs).into_iter().filter_map(name).collect()
+    let mut names = Vec::new();
+    for path in files_of(runs, "")? {
+        let cannot = |error: &dyn std::fmt::Display| {
+            format!("the baseline `{}` cannot be read: {error}", path.shown())
+        };
+        let text = files::read_text(&path, LARGEST_RUN).map_err(|error| cannot(&error))?;
+        let name: Name = serde_json::from_str(&text).map_err(|error| cannot(&error))?;
+        names.push(name.id);
+    }
+    Ok(names)
 }
 
 /// Removes a run from the baselines; the run itself stays. Gives how many it was.
@@ -147,15 +185,19 @@ pub fn names(runs: &Path) -> Vec<String> {
 /// If a file cannot be removed, or no baseline is that run.
 pub fn remove(id: &str, runs: &Path) -> Result<usize, String> {
     let known = all(runs)?;
+    let read = |(path, run): &'_ (PathBuf, Result<RunRecord, String>)| {
+        Some((path.clone(), run.as_ref().ok()?.id.clone()))
+    };
+    let known: Vec<(PathBuf, String)> = known.iter().filter_map(read).collect();
     let files: Vec<&PathBuf> =
-        known.iter().filter(|(_, run)| run.id == id).map(|(path, _)| path).collect();
+        known.iter().filter(|(_, name)| name == id).map(|(path, _)| path).collect();
     if files.is_empty() {
-        let names: Vec<&str> = known.iter().map(|(_, run)| run.id.as_str()).collect();
+        let names: Vec<String> = known.iter().map(|(_, name)| shown(name)).collect();
         let known = match names.as_slice() {
             [] => "there is none".to_owned(),
             names => format!("the baselines are: {}", names.join(", ")),
         };
-        return Err(format!("no baseline is `{id}`; {known}"));
+        return Err(format!("no baseline is `{}`; {known}", shown(id)));
     }
     for path in &files {
         std::fs::remove_file(path)

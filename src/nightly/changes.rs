@@ -13,7 +13,7 @@ use super::baseline::hardware;
 use crate::op::{Site, StageId};
 use crate::record::{ArmRecord, RunRecord, StageRecord};
 use crate::report::{Leaf, differing};
-use crate::text::number;
+use crate::text::{number, one_line};
 use crate::verdict::{Judgement, Verdict};
 
 /// A value may move by this share of itself before it is told.
@@ -51,9 +51,7 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
                 None => causes.push((cause, vec![id])),
             }
         }
-        if old.verdict != stage.verdict {
-            effects.push(turned(id, old, stage));
-        }
+        effects.extend(turned(id, old, stage));
         let mut moved = moved_in(id, old, stage);
         match explained {
             true if !moved.is_empty() => followed.push((id, moved.len())),
@@ -80,7 +78,8 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
         let gone = earlier.keys().filter(|id| !later.contains_key(id));
         lines.extend(gone.map(|id| format!("{id} did not run")));
     }
-    lines
+    // A run.json may hold anything, and a line of it may become a message's head.
+    lines.iter().map(|line| one_line(line)).collect()
 }
 
 /// What of a stage's definition is another one.
@@ -101,6 +100,23 @@ fn causes_of(old: &StageRecord, new: &StageRecord) -> Vec<String> {
     differing("op", &json!(old.op), &json!(new.op), &mut leaves);
     let words = |leaf: Leaf| format!("{}: {} -> {}", leaf.path, leaf.before, leaf.after);
     causes.extend(leaves.into_iter().map(words));
+    let arms = |stage: &StageRecord| names(stage.arms.keys().map(|arm| arm.name()));
+    let mut text = |what: &str, old: &str, new: &str| {
+        if old != new {
+            causes.push(format!("{what}: {old} -> {new}"));
+        }
+    };
+    text("arms", &arms(old), &arms(new));
+    // A contract may be changed without a new version.
+    let claims = |stage: &StageRecord| names(stage.judgements.iter().map(|j| j.falsifier.as_str()));
+    text("claims", &claims(old), &claims(new));
+    for (now, before) in both(old, new) {
+        let bounds = |j: &Judgement| {
+            let edge = |edge: Option<f64>| edge.map_or("none".to_owned(), number);
+            format!("{} to {}", edge(j.min), edge(j.max))
+        };
+        text(&format!("bound of {}", now.falsifier), &bounds(before), &bounds(now));
+    }
     causes
 }
 
@@ -113,12 +129,51 @@ fn tokens(tokens: &[u32]) -> String {
     }
 }
 
-fn turned(id: &StageId, old: &StageRecord, new: &StageRecord) -> String {
-    let why = if new.verdict == Verdict::Pass { String::new() } else { format!(": {}", new.why) };
-    format!("{id} {} -> {}{why}", old.verdict, new.verdict)
+/// Names in a row.
+fn names<'n>(names: impl Iterator<Item = &'n str>) -> String {
+    let names: Vec<&str> = names.collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(" ") }
 }
 
-/// What of a stage's arithmetic, tensors and values is another one.
+/// The falsifiers that both runs have, the later one first.
+fn both<'r>(
+    old: &'r StageRecord,
+    new: &'r StageRecord,
+) -> impl Iterator<Item = (&'r Judgement, &'r Judgement)> {
+    let known: BTreeMap<&str, &Judgement> =
+        old.judgements.iter().map(|judgement| (judgement.falsifier.as_str(), judgement)).collect();
+    new.judgements.iter().filter_map(move |j| Some((j, *known.get(j.falsifier.as_str())?)))
+}
+
+/// What is told whatever the cause: another verdict, an arm that has or lacks a result now, and
+/// other bits under the same key.
+fn turned(id: &StageId, old: &StageRecord, new: &StageRecord) -> Vec<String> {
+    let mut lines = Vec::new();
+    if old.verdict != new.verdict {
+        let why =
+            if new.verdict == Verdict::Pass { String::new() } else { format!(": {}", new.why) };
+        lines.push(format!("{id} {} -> {}{why}", old.verdict, new.verdict));
+    }
+    for (arm, record) in &new.arms {
+        let Some(before) = old.arms.get(arm) else { continue };
+        match (before.key.is_some(), record.key.is_some()) {
+            (true, false) => lines.push(format!("{id} {arm} has no result: {}", record.why)),
+            (false, true) => lines.push(format!("{id} {arm} has a result again")),
+            _ => {}
+        }
+        if before.key.is_some()
+            && before.key == record.key
+            && let Some(bits) = other_bits(before, record)
+        {
+            lines.push(format!(
+                "{id} {arm}: {bits} of the same key: it is not deterministic, or the hardware fails"
+            ));
+        }
+    }
+    lines
+}
+
+/// What of a stage's arithmetic, tensors, outcomes and values is another one.
 fn moved_in(id: &StageId, old: &StageRecord, new: &StageRecord) -> Vec<String> {
     let mut moved = Vec::new();
     for (arm, record) in &new.arms {
@@ -128,16 +183,23 @@ fn moved_in(id: &StageId, old: &StageRecord, new: &StageRecord) -> Vec<String> {
         {
             moved.push(format!("{id} {arm}: {before} -> {after}"));
         }
-        if let Some(bits) = other_bits(before, record) {
-            moved.push(format!("{id} {arm}: {bits}"));
+        if before.key != record.key
+            && let Some(bits) = other_bits(before, record)
+        {
+            let than = match (&before.machine, &record.machine) {
+                (Some(old), Some(new)) if old != new => format!(" than on {old}"),
+                _ => String::new(),
+            };
+            moved.push(format!("{id} {arm}: {bits}{than}"));
         }
     }
-    let known: BTreeMap<&str, &Judgement> =
-        old.judgements.iter().map(|judgement| (judgement.falsifier.as_str(), judgement)).collect();
-    for judgement in &new.judgements {
-        if let Some(before) = known.get(judgement.falsifier.as_str()) {
-            moved.extend(grown(id, before, judgement));
+    for (now, before) in both(old, new) {
+        // With the verdict a fall is told already, with its reason.
+        if now.outcome != before.outcome && old.verdict == new.verdict {
+            let word = |j: &Judgement| format!("{:?}", j.outcome).to_lowercase();
+            moved.push(format!("{id} {}: {} -> {}", now.falsifier, word(before), word(now)));
         }
+        moved.extend(grown(id, before, now));
     }
     moved
 }
@@ -150,18 +212,7 @@ fn other_bits(old: &ArmRecord, new: &ArmRecord) -> Option<String> {
     let others = new.sites.iter().filter(|record| other(&record.site, &record.blake3));
     let others: Vec<&Site> = others.map(|record| &record.site).collect();
     let first = others.first()?;
-    let told = match (&old.machine, &new.machine) {
-        _ if old.key.is_some() && old.key == new.key => {
-            " of the same key: it is not deterministic, or the hardware fails".to_owned()
-        }
-        (Some(old), Some(new)) if old != new => format!(" than on {old}"),
-        _ => String::new(),
-    };
-    Some(format!(
-        "other bits at {} of {} sites, first {first}{told}",
-        others.len(),
-        new.sites.len()
-    ))
+    Some(format!("other bits at {} of {} sites, first {first}", others.len(), new.sites.len()))
 }
 
 fn grown(id: &StageId, before: &Judgement, now: &Judgement) -> Vec<String> {

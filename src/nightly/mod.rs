@@ -25,6 +25,9 @@ use crate::verdict::Verdict;
 /// 1: the first format.
 const SCHEMA: u32 = 1;
 
+/// The exit code of what was stopped on request.
+const STOPPED: u8 = 130;
+
 /// The file's name, beside run.json.
 pub const SUMMARY: &str = "summary.json";
 
@@ -76,6 +79,9 @@ pub struct Summary {
     pub baseline: Option<String>,
     /// What changed since the baseline.
     pub changes: Vec<String>,
+    /// What of earlier runs could not be read, so that nothing is said of it.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// Where something starts.
@@ -107,29 +113,37 @@ pub struct Earlier {
     pub baseline: Option<RunRecord>,
     /// The run before, on the same machine.
     pub previous: Option<RunRecord>,
+    /// What of them could not be read.
+    pub problems: Vec<String>,
 }
 
-/// Finds what a run is held against, and says what of it cannot be read. The run before is looked
-/// for if `look_back` says so or there is a baseline.
-pub fn earlier(run: &RunRecord, runs: &Path, look_back: bool) -> (Earlier, Vec<String>) {
+/// Finds what a run is held against. The run before is looked for if `look_back` says so or there
+/// is a baseline.
+pub fn earlier(run: &RunRecord, runs: &Path, look_back: bool) -> Earlier {
     let mut problems = Vec::new();
-    let mut known = |found: Result<Option<RunRecord>, String>| {
-        found.unwrap_or_else(|problem| {
-            problems.push(problem);
-            None
-        })
-    };
-    let baseline = known(baseline::of(run, runs));
+    let baseline = baseline::of(run, runs).unwrap_or_else(|problem| {
+        problems.push(problem);
+        None
+    });
     let previous = match look_back || baseline.is_some() {
-        true => known(past::before(run, runs)),
         false => None,
+        true => match past::before(run, runs) {
+            Ok((previous, unread)) => {
+                problems.extend(unread);
+                previous
+            }
+            Err(problem) => {
+                problems.push(problem);
+                None
+            }
+        },
     };
-    (Earlier { baseline, previous }, problems)
+    Earlier { baseline, previous, problems }
 }
 
 /// Sums a run up.
 pub fn sum_up(run: &RunRecord, runs: &Path, earlier: &Earlier) -> Summary {
-    let Earlier { baseline, previous } = earlier;
+    let Earlier { baseline, previous, problems } = earlier;
     let since = |earlier: &Option<RunRecord>| {
         earlier.as_ref().map_or(Vec::new(), |earlier| changes(earlier, run))
     };
@@ -165,8 +179,9 @@ pub fn sum_up(run: &RunRecord, runs: &Path, earlier: &Earlier) -> Summary {
         changes_since_previous,
         baseline: baseline.as_ref().map(|baseline| baseline.id.clone()),
         changes,
+        problems: problems.clone(),
     };
-    summary.line = line(&summary, run);
+    summary.line = one_line(&line(&summary, run));
     summary
 }
 
@@ -179,7 +194,7 @@ pub fn failed(text: &str, exit_code: u8, machine: &str) -> Summary {
         run: None,
         verdict: Verdict::Error,
         exit_code,
-        interrupted: false,
+        interrupted: exit_code == STOPPED,
         line: format!("runner on {machine}: error, no stage was judged; {}", one_line(reason)),
         machine: Some(machine.to_owned()),
         series: None,
@@ -192,6 +207,7 @@ pub fn failed(text: &str, exit_code: u8, machine: &str) -> Summary {
         changes_since_previous: Vec::new(),
         baseline: None,
         changes: Vec::new(),
+        problems: Vec::new(),
     }
 }
 
@@ -243,6 +259,9 @@ fn line(summary: &Summary, run: &RunRecord) -> String {
     }
     parts.push(match &summary.baseline {
         Some(baseline) => since(&summary.changes, &format!("the baseline {baseline}")),
+        None if !summary.problems.is_empty() => {
+            format!("an earlier run cannot be read: {}", summary.problems[0])
+        }
         None => "no baseline for these stages, models and hardware".to_owned(),
     });
     parts.join("; ")

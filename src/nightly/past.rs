@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::SUMMARY;
 use crate::files;
-use crate::record::{RunRecord, Series};
+use crate::record::{LARGEST_RUN, RunRecord, Series};
 use crate::text::Shown;
 use crate::verdict::Verdict;
 
@@ -64,39 +64,64 @@ pub fn finished(runs: &Path) -> Result<Vec<Past>, String> {
     Ok(finished)
 }
 
+/// The part of run.json that says what a run was; the rest is passed over.
+#[derive(Deserialize)]
+struct Head {
+    verdict: Verdict,
+    interrupted: bool,
+    provenance: Machine,
+    #[serde(default)]
+    series: Option<Series>,
+}
+
+#[derive(Deserialize)]
+struct Machine {
+    #[serde(default)]
+    machine: Option<String>,
+}
+
 impl Past {
     /// What it was, in brief; nothing if neither of its files can be read.
     pub fn brief(&self) -> Option<Brief> {
         let summary = files::read_text(&self.folder.join(SUMMARY), LARGEST_SUMMARY).ok();
         let brief = summary.and_then(|text| serde_json::from_str::<Brief>(&text).ok());
         brief.filter(|brief| brief.series.is_some()).or_else(|| {
-            let run = RunRecord::read(&self.folder).ok()?;
-            Some(Brief {
-                verdict: run.verdict,
-                interrupted: run.interrupted,
-                machine: run.provenance.machine,
-                series: run.series,
-            })
+            let text = files::read_text(&self.folder.join("run.json"), LARGEST_RUN).ok()?;
+            let Head { verdict, interrupted, provenance, series } =
+                serde_json::from_str(&text).ok()?;
+            Some(Brief { verdict, interrupted, machine: provenance.machine, series })
         })
     }
 }
 
-/// The last whole run before `now`, of the same series and on the same machine.
+/// The last whole run before `now`, of the same series and on the same machine, and what of others
+/// could not be read.
 ///
 /// # Errors
-/// If the folder cannot be read, or that run not.
-pub fn before(now: &RunRecord, runs: &Path) -> Result<Option<RunRecord>, String> {
+/// If the folder cannot be read.
+pub fn before(now: &RunRecord, runs: &Path) -> Result<(Option<RunRecord>, Vec<String>), String> {
     let mut past = finished(runs)?;
     // What ended later is not before it.
     if let Some(place) = past.iter().position(|run| run.id == now.id) {
         past.truncate(place);
     }
-    let same = |run: &&Past| {
-        run.brief().is_some_and(|brief| {
+    let mut problems = Vec::new();
+    for run in past.iter().rev() {
+        let same = run.brief().is_some_and(|brief| {
             let of_series = brief.series.is_some() && brief.series == now.series;
             of_series && brief.machine == now.provenance.machine && !brief.interrupted
-        })
-    };
-    let found = past.iter().rev().find(same);
-    found.map(|run| RunRecord::read(&run.folder).map_err(|error| error.to_string())).transpose()
+        });
+        if !same {
+            continue;
+        }
+        match RunRecord::read(&run.folder) {
+            // What it says of itself is believed as far as its folder bears it out.
+            Ok(record) if record.id == run.id => return Ok((Some(record), problems)),
+            Ok(_) => {
+                problems.push(format!("`{}` holds a run of another name", run.folder.shown()));
+            }
+            Err(error) => problems.push(error.to_string()),
+        }
+    }
+    Ok((None, problems))
 }

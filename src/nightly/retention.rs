@@ -7,52 +7,68 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::baseline;
-use super::past::{Past, finished};
+use super::past::{Brief, Past, finished};
+use crate::record::Series;
 use crate::text::Shown;
 use crate::verdict::Verdict;
 
 /// The file that pins a run: its results stay in the cache, and it stays in its folder.
 pub const PINNED: &str = "pinned";
 
-/// Removes all but the youngest `keep` finished runs of each machine, and the youngest `keep` of
-/// each that did not pass: the night on which it began is looked for long after. Runs that are
-/// pinned or a baseline stay. Gives the names of those that are gone.
+/// Removes all but the youngest `keep` finished runs of a machine, for each series, and the youngest
+/// `keep` that did not pass: the night on which it began is looked for long after. Runs of other
+/// machines, runs that are pinned, and baselines stay. Gives the names of those that are gone.
 ///
 /// # Errors
-/// If the folder cannot be read, or a run not removed.
-pub fn remove_old(runs: &Path, keep: usize) -> Result<Vec<String>, String> {
+/// If the folder or a baseline cannot be read, and then nothing is removed; or if a run cannot be
+/// removed, when the others are.
+pub fn remove_old(runs: &Path, keep: usize, machine: &str) -> Result<Vec<String>, String> {
+    let baselines: BTreeSet<String> = baseline::names(runs)?.into_iter().collect();
     let past = finished(runs)?.into_iter().filter(|run| is_run(&run.id));
-    let baselines: BTreeSet<String> = baseline::names(runs).into_iter().collect();
     let spared = |run: &Past| baselines.contains(&run.id) || run.folder.join(PINNED).exists();
     let past: Vec<Past> = past.filter(|run| !spared(run)).collect();
     // Nothing is old by any count.
     if past.len() <= keep {
         return Ok(Vec::new());
     }
-    let mut counts: BTreeMap<Option<String>, (usize, usize)> = BTreeMap::new();
-    let mut gone = Vec::new();
+    let mut counts: BTreeMap<Option<Series>, (usize, usize)> = BTreeMap::new();
+    let (mut gone, mut problem) = (Vec::new(), None);
     for Past { id, folder, .. } in past.iter().rev().filter(|run| {
         let brief = run.brief();
-        let machine = brief.as_ref().and_then(|brief| brief.machine.clone());
-        let (all, bad) = counts.entry(machine).or_default();
+        let of_here = |brief: &Brief| brief.machine.as_ref().is_none_or(|name| name == machine);
+        if !brief.as_ref().is_none_or(of_here) {
+            return false;
+        }
+        let series = brief.as_ref().and_then(|brief| brief.series.clone());
+        let (all, bad) = counts.entry(series).or_default();
         let passed = brief.is_none_or(|brief| brief.verdict == Verdict::Pass);
         *all += 1;
         *bad += usize::from(!passed);
         *all > keep && (passed || *bad > keep)
     }) {
-        match std::fs::remove_dir_all(folder) {
-            // Another machine cleared it away at the same time.
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(format!("cannot remove `{}`: {error}", folder.shown()));
-            }
-            _ => gone.push(id.clone()),
+        match removed(folder, runs) {
+            Ok(()) => gone.push(id.clone()),
+            Err(text) => problem = problem.or(Some(text)),
         }
     }
-    Ok(gone)
+    problem.map_or(Ok(gone), Err)
+}
+
+/// Removes a run's folder: out of the way first, so that nobody reads half of it.
+fn removed(folder: &Path, runs: &Path) -> Result<(), String> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let aside = runs.join(format!(".removed-{name}"));
+    let cannot = |error| format!("cannot remove `{}`: {error}", folder.shown());
+    match std::fs::rename(folder, &aside) {
+        // Somebody else cleared it away at the same time.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.map_err(cannot)?,
+    }
+    std::fs::remove_dir_all(&aside).map_err(cannot)
 }
 
 /// `20261123T061700Z-12d6d1c1`, and with a number after it.
-fn is_run(name: &str) -> bool {
+pub fn is_run(name: &str) -> bool {
     let Some((time, plan)) = name.split_once('-') else { return false };
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let time_fits = time.len() == 16
@@ -82,11 +98,14 @@ mod tests {
         make("20261102T000000Z-0123abcd", false);
         make("20261103T000000Z-0123abcd", true);
         make("20261104T000000Z-0123abcd-2", true);
-        for other in ["cache", "receipts", "baselines", "20261101-notes"] {
+        for other in ["cache", "receipts", "20261101-notes"] {
             make(other, true);
         }
-        assert_eq!(remove_old(runs.path(), 2).expect("removed"), ["20261101T000000Z-0123abcd"]);
-        assert_eq!(remove_old(runs.path(), 2).expect("nothing left"), [""; 0]);
+        assert_eq!(
+            remove_old(runs.path(), 2, "node07").expect("removed"),
+            ["20261101T000000Z-0123abcd"]
+        );
+        assert_eq!(remove_old(runs.path(), 2, "node07").expect("nothing left"), [""; 0]);
         assert!(runs.path().join("cache").is_dir() && runs.path().join("20261101-notes").is_dir());
         assert!(runs.path().join("20261102T000000Z-0123abcd").is_dir(), "it never ended");
     }
@@ -114,17 +133,30 @@ mod tests {
     }
 
     #[test]
-    fn each_machine_keeps_its_own_runs() {
+    fn a_machine_removes_its_own_runs_and_no_others() {
         let (a, b) = ("node07", "node08");
-        let runs = nights(&[(1, a, "pass"), (2, b, "pass"), (3, b, "pass"), (4, b, "pass")]);
-        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["03", "02"]);
+        let runs = nights(&[(1, a, "pass"), (2, b, "pass"), (3, b, "pass"), (4, a, "pass")]);
+        assert_eq!(days(&remove_old(runs.path(), 1, a).expect("removed")), ["01"]);
+        assert_eq!(days(&remove_old(runs.path(), 1, b).expect("removed")), ["02"]);
+    }
+
+    #[test]
+    fn where_a_baseline_cannot_be_read_nothing_is_removed() {
+        let runs = nights(&[(1, "node07", "pass"), (2, "node07", "pass")]);
+        std::fs::create_dir(runs.path().join("baselines")).expect("made");
+        std::fs::write(runs.path().join("baselines/a.json"), "{\"id\": \"2026").expect("written");
+        assert!(remove_old(runs.path(), 1, "node07").is_err());
+        assert!(runs.path().join("20261101T000000Z-0123abcd").is_dir());
     }
 
     #[test]
     fn the_last_bad_nights_outlive_the_good_ones_after_them() {
         let (a, bad, good) = ("node07", "structural", "pass");
         let runs = nights(&[(1, a, bad), (2, a, bad), (3, a, good), (4, a, good), (5, a, good)]);
-        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["04", "03", "01"]);
+        assert_eq!(
+            days(&remove_old(runs.path(), 1, "node07").expect("removed")),
+            ["04", "03", "01"]
+        );
     }
 
     #[test]
@@ -135,6 +167,6 @@ mod tests {
         std::fs::create_dir(runs.path().join("baselines")).expect("made");
         let baseline = serde_json::json!({ "id": "20261102T000000Z-0123abcd" }).to_string();
         std::fs::write(runs.path().join("baselines/a.json"), baseline).expect("written");
-        assert_eq!(days(&remove_old(runs.path(), 1).expect("removed")), ["03"]);
+        assert_eq!(days(&remove_old(runs.path(), 1, "node07").expect("removed")), ["03"]);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{Action, KeyWalk, Stamp, Stamps, Store};
+use crate::cache::{Action, Key, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, reads_kernels, tensors_read};
@@ -93,8 +93,8 @@ pub struct Plan<'a> {
     pub force: bool,
     /// Arms of which only what this run computed may be reused.
     pub fresh: BTreeSet<Arm>,
-    /// The run that carries the plan out; none while it is only shown.
-    pub run: Option<String>,
+    /// What was measured anew already.
+    measured: Mutex<BTreeSet<Key>>,
     /// The folder of stages, absolute.
     folder: PathBuf,
 }
@@ -254,7 +254,7 @@ impl<'a> Plan<'a> {
             stamps,
             force: false,
             fresh: BTreeSet::new(),
-            run: None,
+            measured: Mutex::default(),
             folder,
         })
     }
@@ -454,10 +454,21 @@ impl<'a> Plan<'a> {
         if self.force && judged {
             return None;
         }
-        let found = store.find(&walk.key())?;
+        let key = walk.key();
         // Several stages may share an arm: measured once in a run is measured anew.
-        let stale = self.fresh.contains(&arm) && self.run.as_ref() != Some(&found.run);
-        (!stale).then_some(found)
+        if self.fresh.contains(&arm) && !self.measured().contains(&key) {
+            return None;
+        }
+        store.find(&key)
+    }
+
+    /// Notes what was measured, for stages that share an arm.
+    pub fn note_measured(&self, key: &Key) {
+        self.measured().insert(key.clone());
+    }
+
+    fn measured(&self) -> std::sync::MutexGuard<'_, BTreeSet<Key>> {
+        self.measured.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// What was touched and has the same content, for the reason of a reuse.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::metric::Metric;
 use crate::op::{Arm, Site, Stream};
 use crate::record::{RunRecord, StageRecord};
-use crate::text::number;
+use crate::text::{number, one_line};
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +65,8 @@ impl Topic {
     }
 }
 
-/// Every difference between two runs; times are none.
+/// Every difference between two runs; times, the number of threads and the name of the machine
+/// are none: they decide no number.
 pub fn diff(before: &RunRecord, after: &RunRecord) -> Vec<Change> {
     let mut changes = Changes { stage: None, all: Vec::new() };
     changes.text(Topic::Verdict, "the run", before.verdict.name(), after.verdict.name());
@@ -74,9 +75,6 @@ pub fn diff(before: &RunRecord, after: &RunRecord) -> Vec<Change> {
     changes.text(Topic::Environment, "runner", &old.runner, &new.runner);
     changes.text(Topic::Environment, "cpu", &cpu(&old.cpu), &cpu(&new.cpu));
     changes.text(Topic::Environment, "platform", &old.platform, &new.platform);
-    changes.text(Topic::Environment, "threads", &old.threads.to_string(), &new.threads.to_string());
-    let machine = |run: &Option<String>| run.clone().unwrap_or_else(|| "unknown".to_owned());
-    changes.text(Topic::Environment, "machine", &machine(&old.machine), &machine(&new.machine));
 
     let of = |run: &'_ RunRecord| -> Vec<String> {
         run.stages.iter().map(|stage| stage.id.0.clone()).collect()
@@ -350,9 +348,7 @@ struct Effects<'c> {
 
 /// The numbers that moved, stage by stage.
 fn effects(changes: &[Change]) -> Vec<Effects<'_>> {
-    // Another number of threads or name of the machine moves no number.
-    let moves = |what: &str| !matches!(what, "threads" | "machine");
-    let whole = changes.iter().any(|c| c.stage.is_none() && c.topic.is_cause() && moves(&c.what));
+    let whole = changes.iter().any(|c| c.stage.is_none() && c.topic.is_cause());
     let mut effects: Vec<Effects<'_>> = Vec::new();
     for change in changes.iter().filter(|change| change.topic.follows()) {
         let stage = change.stage.as_deref();
@@ -381,17 +377,24 @@ fn counted(effects: &Effects<'_>) -> String {
 
 /// The changes as lines. What follows from a known cause is counted, unless `all` is asked for.
 pub fn diff_text(before: &RunRecord, after: &RunRecord, changes: &[Change], all: bool) -> String {
-    let mut text = format!("{} -> {}\n", before.id, after.id);
+    let name = |run: &RunRecord| {
+        let machine = run.provenance.machine.as_ref();
+        one_line(&format!("{}{}", run.id, machine.map_or(String::new(), |m| format!(" on {m}"))))
+    };
+    let mut text = format!("{} -> {}\n", name(before), name(after));
     if changes.is_empty() {
         text.push_str("nothing changed: the same inputs, environment, verdicts and numbers\n");
     }
-    let line = |change: &Change| format!("{}: {} -> {}", change.what, change.before, change.after);
+    let line = |change: &Change| {
+        one_line(&format!("{}: {} -> {}", change.what, change.before, change.after))
+    };
+    let one = |whom: &str| one_line(whom);
     let causes = causes(changes);
     if !causes.is_empty() {
         text.push_str("causes\n");
     }
     for Cause { change, stages } in causes {
-        let whom = if stages.is_empty() { "run".to_owned() } else { stages.join(", ") };
+        let whom = if stages.is_empty() { "run".to_owned() } else { one(&stages.join(", ")) };
         text.push_str(&format!("  {whom}  {}\n", line(change)));
     }
     let verdicts: Vec<&Change> = changes.iter().filter(|c| c.topic == Topic::Verdict).collect();
@@ -399,7 +402,7 @@ pub fn diff_text(before: &RunRecord, after: &RunRecord, changes: &[Change], all:
         text.push_str("verdicts\n");
     }
     for change in verdicts {
-        let whom = change.stage.as_deref().unwrap_or("run");
+        let whom = one(change.stage.as_deref().unwrap_or("run"));
         text.push_str(&format!("  {whom}  {}\n", line(change)));
     }
     let effects = effects(changes);
@@ -408,7 +411,7 @@ pub fn diff_text(before: &RunRecord, after: &RunRecord, changes: &[Change], all:
     }
     let mut folded = false;
     for stage in &effects {
-        let whom = stage.stage.unwrap_or("run");
+        let whom = one(stage.stage.unwrap_or("run"));
         if stage.explained && !all {
             folded = true;
             text.push_str(&format!("  {whom}  {} moved with it\n", counted(stage)));

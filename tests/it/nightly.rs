@@ -134,6 +134,125 @@ fn a_changed_prompt_is_named_and_what_follows_is_counted() {
 }
 
 #[test]
+fn a_bound_that_is_loosened_and_an_arm_that_is_gone_are_told() {
+    let project = night();
+    project.run().expect(0, "pass");
+    project.runner(&["baseline", "set", "latest"]).expect(0, "the baseline is now");
+    let contract = project.read("contracts/rope.toml");
+    project.write("contracts/rope.toml", &contract.replace("max        = 8", "max        = 1e6"));
+    let ran = project.run().expect(0, "1 change since");
+    assert!(ran.out.contains("R bound of ROPE-001: none to 8 -> none to 1"), "{}", ran.out);
+    project.write("contracts/rope.toml", &contract);
+    let arms = ["run", "stages", "--arms", "reference,emulated"];
+    let ran = project.runner(&arms).expect(0, "1 change since the baseline");
+    let gone = "E, R arms: reference emulated device -> reference emulated";
+    assert!(ran.out.contains(gone), "{}", ran.out);
+}
+
+#[test]
+fn what_a_run_says_of_itself_leads_nowhere_and_forges_no_line() {
+    let project = night();
+    for _ in 0..2 {
+        project.runner(&["run", "stages", "--keep", "9"]).expect(0, "pass");
+    }
+    project.runner(&["baseline", "set", "latest"]).expect(0, "the baseline is now");
+    let outside = project.path("victim").display().to_string();
+    let change = |path: &std::path::Path| {
+        let text = fs::read_to_string(path).expect("JSON");
+        let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        json["id"] = outside.as_str().into();
+        json["provenance"]["machine"] = "node\n::error::forged".into();
+        fs::write(path, json.to_string()).expect("written");
+    };
+    change(&finished_runs(&project).remove(0).join("run.json"));
+    for entry in fs::read_dir(project.path("runs/baselines")).expect("baselines").flatten() {
+        change(&entry.path());
+    }
+    for command in [
+        &["report", "previous"][..],
+        &["report", "baseline"],
+        &["cache", "pin", "previous"],
+        &["cache", "pin", "baseline"],
+        &["explain", "E", "baseline"],
+    ] {
+        let outcome = project.runner(command);
+        assert_eq!(outcome.code, Some(2), "{command:?}: {}", outcome.out);
+    }
+    assert!(!project.path("victim").exists());
+    for command in [
+        &["history", "--all"][..],
+        &["baseline", "show"],
+        &["diff", "baseline"],
+        &["run", "stages", "--keep", "9"],
+    ] {
+        let outcome = project.runner(command);
+        let said = outcome.out + &outcome.err;
+        assert!(said.contains("forged") || command[0] == "run", "{command:?}: {said}");
+        assert!(!said.lines().any(|line| line.starts_with("::error::")), "{command:?}: {said}");
+    }
+}
+
+#[test]
+fn machines_keep_and_compare_their_own_runs() {
+    let project = night();
+    let on = |machine: &str, arguments: &[&str]| {
+        let output = project.command(arguments).env("RUNNER_MACHINE", machine).output();
+        Outcome::of(output.expect("it starts"))
+    };
+    let nightly = ["run", "stages", "--profile", "nightly", "-q"];
+    for machine in ["node08", "node08", "node08", "node07"] {
+        on(machine, &nightly).expect(0, "pass");
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+    }
+    // Two of node08 and one of node07: nobody removes what is another's.
+    assert_eq!(finished_runs(&project).len(), 3);
+    on("node07", &["run", "stages", "--profile", "nightly", "--keep", "1"]).expect(0, "pass");
+    assert_eq!(finished_runs(&project).len(), 3);
+    let history = on("node07", &["history", "--machine", "node08"]).expect(0, "node08");
+    assert!(!history.out.contains("node07"), "{}", history.out);
+    on("node07", &["history", "--machine", "node99"]).expect(2, "no finished run of node99");
+    // The same numbers on two machines are no change.
+    let names: Vec<String> =
+        finished_runs(&project).iter().map(|run| run.display().to_string()).collect();
+    let diff = on("node07", &["diff", &names[0], &names[2]]).expect(0, "nothing changed");
+    assert!(diff.out.contains(" on node08 -> "), "{}", diff.out);
+    // The latest is this machine's.
+    let of_08 = on("node08", &["diff"]).expect(0, "on node08 -> ");
+    assert!(!of_08.out.contains("node07"), "{}", of_08.out);
+}
+
+#[test]
+fn a_run_whose_table_finds_no_room_is_told_with_its_verdict() {
+    let project = night();
+    let notify = format!("cat > {}", project.path("told.json").display());
+    let full = fs::File::options().write(true).open("/dev/full").expect("a full device");
+    let mut run = project.command(&["run", "stages", "--notify", &notify]);
+    let output = run.stdout(full).output().expect("it starts");
+    assert_eq!(output.status.code(), Some(74), "{}", String::from_utf8_lossy(&output.stderr));
+    let summary = told(&project);
+    assert_eq!(summary["verdict"], "pass");
+    assert_eq!(summary["exit_code"], 74);
+    assert!(summary["run"].is_string(), "{summary}");
+    let line = summary["line"].as_str().expect("text");
+    assert!(line.contains("2 of 2 stages pass"), "{line}");
+    assert!(line.contains("cannot write to stdout"), "{line}");
+}
+
+#[test]
+fn what_is_only_shown_tells_nobody() {
+    let project = night();
+    let notify = format!("cat > {}", project.path("told.json").display());
+    for arguments in [
+        &["run", "stages", "--profile", "nightly", "--dry-run", "--notify", &notify][..],
+        &["run", "nowhere", "--dry-run", "--notify", &notify],
+    ] {
+        project.runner(arguments);
+        assert!(!project.path("told.json").exists(), "{arguments:?}");
+    }
+    project.runner(&["run", "stages", "--notify", ""]).expect(2, "--notify");
+}
+
+#[test]
 fn a_message_gets_the_summary_and_node_exporter_its_file() {
     let project = night();
     let told_to = project.path("told.json").display().to_string();
@@ -207,18 +326,12 @@ fn a_run_that_is_stopped_is_told_as_stopped() {
     let notify = format!("cat > {}", project.path("told.json").display());
     let mut run = project.command(&["run", "stages", "--notify", &notify]).spawn().expect("starts");
     let attempts = project.path("runs/cache/v1/attempts");
-    let begun = || {
+    wait_until(|| {
         let all = fs::read_dir(&attempts).into_iter().flatten().flatten();
         let mut below =
             all.flat_map(|run| fs::read_dir(run.path()).into_iter().flatten().flatten());
         below.any(|attempt| attempt.path().join("begun").exists())
-    };
-    for _ in 0..500 {
-        if begun() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    });
     stop(&run);
     assert_eq!(run.wait().expect("ends").code(), Some(130));
     let summary = told(&project);
@@ -228,6 +341,18 @@ fn a_run_that_is_stopped_is_told_as_stopped() {
     );
     let line = summary["line"].as_str().expect("text");
     assert!(line.contains(": error, stopped, 0 of 1 stages pass"), "{line}");
+}
+
+/// Waits for what must come; if it does not, the test fails here.
+#[track_caller]
+fn wait_until(come: impl Fn() -> bool) {
+    for _ in 0..1500 {
+        if come() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("what was waited for did not come within 30 s");
 }
 
 fn stop(child: &std::process::Child) {
@@ -247,12 +372,7 @@ fn a_message_that_takes_too_long_is_ended_and_holds_nobody_up() {
     // While a message is under way the next run of the profile may start.
     let slow = ["run", "stages", "--profile", "nightly", "--notify", "echo > told; sleep 30"];
     let mut first = project.command(&slow).spawn().expect("starts");
-    for _ in 0..500 {
-        if project.path("told").exists() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    wait_until(|| project.path("told").exists());
     let second = project.runner(&["run", "stages", "--profile", "nightly"]).expect(0, "pass");
     assert!(!second.err.contains("another run holds"), "{}", second.err);
     first.kill().expect("killed");
@@ -276,17 +396,11 @@ fn two_runs_of_a_profile_on_a_machine_do_not_meet_and_two_machines_do_not_wait()
         command
     };
     let mut first = on("node07").spawn().expect("starts");
-    let held = || {
+    wait_until(|| {
         let entries = fs::read_dir(project.path("runs")).into_iter().flatten().flatten();
         let locks = entries.filter(|e| e.file_name().to_string_lossy().starts_with(".lock-"));
         locks.count() > 0
-    };
-    for _ in 0..200 {
-        if held() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    });
     let mut other = on("node08").stderr(std::process::Stdio::piped()).spawn().expect("starts");
     let second = Outcome::of(on("node07").output().expect("starts"));
     second.expect(0, "another run holds");
