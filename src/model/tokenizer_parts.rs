@@ -14,6 +14,10 @@ const DEEPEST: usize = 4;
 /// Characters that a part may cut off.
 const MOST_CUT: u64 = 64;
 
+/// How many times as long as it was the parts may make a text together. Real ones make it some
+/// twenty times as long; each step of a sequence multiplies, so a short file could fill any memory.
+const MOST_GROWTH: u64 = 4096;
+
 /// The parts by their keys, and the kinds that each may have.
 const PARTS: [(&str, &[&str]); 4] = [
     ("normalizer", &["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace"]),
@@ -30,15 +34,28 @@ const MEMBERS: [&str; 4] = ["normalizers", "pretokenizers", "processors", "decod
 /// # Errors
 /// In words, with the part.
 pub(super) fn check(json: &Value) -> Result<(), String> {
+    let mut growth = 1;
     for ((part, kinds), members) in PARTS.into_iter().zip(MEMBERS) {
         let Some(value) = json.get(part).filter(|value| !value.is_null()) else { continue };
-        check_part(value, kinds, members, DEEPEST)
+        check_part(value, kinds, members, DEEPEST, &mut growth)
             .map_err(|problem| format!("its `{part}` {problem}"))?;
+        if growth > MOST_GROWTH {
+            return Err(format!(
+                "its `{part}`, with the parts before it, may make a text more than {MOST_GROWTH} \
+                 times as long"
+            ));
+        }
     }
     Ok(())
 }
 
-fn check_part(part: &Value, kinds: &[&str], members: &str, deeper: usize) -> Result<(), String> {
+fn check_part(
+    part: &Value,
+    kinds: &[&str],
+    members: &str,
+    deeper: usize,
+    growth: &mut u64,
+) -> Result<(), String> {
     let kind = part.get("type").and_then(Value::as_str).ok_or("has no `type`")?;
     if kind == "Sequence" {
         let list = part.get(members).and_then(Value::as_array);
@@ -46,13 +63,43 @@ fn check_part(part: &Value, kinds: &[&str], members: &str, deeper: usize) -> Res
         if deeper == 0 {
             return Err("nests its sequences too deeply".to_owned());
         }
-        return list.iter().try_for_each(|part| check_part(part, kinds, members, deeper - 1));
+        return list
+            .iter()
+            .try_for_each(|part| check_part(part, kinds, members, deeper - 1, growth));
     }
     if !kinds.contains(&kind) {
         let known = kinds.join(", ");
         return Err(format!("is of the kind `{}`; read are {known} and sequences", shown(kind)));
     }
-    check_fields(part, kind).map_err(|problem| format!("of the kind `{kind}` {problem}"))
+    check_fields(part, kind).map_err(|problem| format!("of the kind `{kind}` {problem}"))?;
+    *growth = growth.saturating_mul(growth_of(part, kind, members));
+    Ok(())
+}
+
+/// How many times as long as it was a step may make a text, in bytes or in tokens.
+fn growth_of(part: &Value, kind: &str, members: &str) -> u64 {
+    let length = |path: &str| {
+        let text = part.pointer(path).and_then(Value::as_str);
+        text.map_or(0, |text| text.len() as u64)
+    };
+    match kind {
+        // The factors of Unicode's FAQ on normalization, for UTF-8.
+        "NFC" | "NFD" => 3,
+        "NFKC" | "NFKD" => 11,
+        // A letter of two bytes for each byte.
+        "ByteLevel" if members == "pretokenizers" => 2,
+        "Metaspace" if members == "pretokenizers" => length("/replacement"),
+        "Replace" => length("/content").div_ceil(length("/pattern/String").max(1)),
+        "TemplateProcessing" => {
+            let texts = |key: &str| {
+                let pieces = part.get(key).and_then(Value::as_array).into_iter().flatten();
+                pieces.filter(|piece| piece.get("Sequence").is_some()).count() as u64
+            };
+            texts("single").max(texts("pair"))
+        }
+        _ => 1,
+    }
+    .max(1)
 }
 
 fn check_fields(part: &Value, kind: &str) -> Result<(), String> {

@@ -348,6 +348,20 @@ fn a_tokenizer_whose_parts_the_library_cannot_work_with_is_refused_in_words() {
     let sequence = |id: &str| serde_json::json!({ "Sequence": { "id": id, "type_id": 0 } });
     let token = |id: &str| serde_json::json!({ "SpecialToken": { "id": id, "type_id": 0 } });
     let nfc = serde_json::json!({ "normalizer": { "type": "NFC" } });
+    let times = |count: usize, part: serde_json::Value| vec![part; count];
+    let byte_levels = |count| {
+        let part = serde_json::json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false,
+        });
+        let parts = times(count, part);
+        serde_json::json!({ "pre_tokenizer": { "type": "Sequence", "pretokenizers": parts } })
+    };
+    let longer = serde_json::json!({
+        "type": "Replace", "pattern": { "String": "a" }, "content": "aaaaaaaaaaaaaaaa",
+    });
+    let longer = serde_json::json!({ "normalizer":
+        { "type": "Sequence", "normalizers": times(8, longer) } });
+    assert_eq!(tokens_of_ab(&byte_levels(4)).expect("sound"), [2]);
     let whole = template(serde_json::json!([token("<s>"), sequence("A")]));
     assert_eq!(tokens_of_ab(&nfc).expect("sound"), [2]);
     assert_eq!(tokens_of_ab(&whole).expect("sound"), [4, 2]);
@@ -362,6 +376,10 @@ fn a_tokenizer_whose_parts_the_library_cannot_work_with_is_refused_in_words() {
         serde_json::json!({ "pre_tokenizer": { "type": "FixedLength", "length": 0 } }),
         template(serde_json::json!([sequence("B")])),
         template(serde_json::json!([token("<t>"), sequence("A")])),
+        // Each step makes the text longer, and there are many.
+        byte_levels(64),
+        longer,
+        template(times(5000, sequence("A")).into()),
     ];
     for change in refused {
         let error = tokens_of_ab(&change).expect_err("refused");
