@@ -314,13 +314,18 @@ fn problem_of_object(path: &Path) -> Result<Found, CacheError> {
     })
 }
 
-/// A generated model is held to the digest that was noted when it was made.
+/// A generated model is held to the digest that was noted when it was made, and the note to
+/// its check.
 fn problem_of_model(path: &Path) -> Result<Found, CacheError> {
-    if path.extension().is_none_or(|ending| ending != "gguf") {
-        return Ok(Found::NoneOfOurs);
-    }
-    // The next run makes one for a model of an earlier version.
-    let Some(made) = synthetic::noted(path) else { return Ok(Found::NoneOfOurs) };
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let made = match (ending, synthetic::noted(path)) {
+        (synthetic::NOTE, synthetic::Noted::Damaged) => {
+            return Ok(Found::Damaged("its check does not fit"));
+        }
+        ("gguf", synthetic::Noted::Digest(made)) => made,
+        // The next run makes a note for a model of an earlier version.
+        _ => return Ok(Found::NoneOfOurs),
+    };
     let hash = still_there(path, Stamps::forgetful().digest(path))?;
     Ok(match hash {
         None => Found::NoneOfOurs,

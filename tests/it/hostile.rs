@@ -62,7 +62,8 @@ fn a_flipped_bit_of_a_generated_model_is_noticed_named_and_mended() {
     project.runner(&["plan", "stages", "--select", "A"]).expect(0, "run");
     let made = fs::read(project.path(model)).expect("made");
     flip_a_bit(&project.path(model), 793_123);
-    project.runner(&["plan", "stages", "--select", "A"]).expect(0, "run");
+    let plan = project.runner(&["plan", "stages", "--select", "A"]).expect(0, "run");
+    assert!(plan.err.contains("v1.gguf` is not what it was when it was made"), "{}", plan.err);
     assert!(fs::read(project.path(model)).expect("there") == made, "the model is made anew");
     // The bit of a disk changes no time, and a runner that believes times does not see it.
     flip_a_bit(&project.path(model), 793_123);
@@ -70,6 +71,30 @@ fn a_flipped_bit_of_a_generated_model_is_noticed_named_and_mended() {
     assert!(!project.path(model).exists(), "it was moved aside");
     project.runner(&["plan", "stages", "--select", "A"]).expect(0, "run");
     assert!(fs::read(project.path(model)).expect("there") == made);
+    project.runner(&["cache", "verify"]).expect(0, "1 generated model as made");
+}
+
+#[test]
+fn a_flipped_bit_of_the_digest_of_a_generated_model_is_named_and_mended() {
+    let project = on_a_model();
+    let note = project.path("runs/cache/v1/models/qwen2-tiny-seed1-v1.blake3");
+    let plan = || project.runner(&["plan", "stages", "--select", "A"]).expect(0, "run");
+    plan();
+    let made = fs::read(&note).expect("made");
+    // Of the digest, the sign between, the check and the end.
+    for place in [3, 64, 70, made.len() - 1] {
+        flip_a_bit(&note, place);
+        let verify = project.runner(&["cache", "verify"]);
+        verify.expect(1, "v1.blake3`: its check does not fit; moved aside");
+        plan();
+        assert!(fs::read(&note).expect("there") == made);
+        flip_a_bit(&note, place);
+        let plan = plan();
+        assert!(plan.err.contains("v1.blake3` is damaged and is not believed"), "{}", plan.err);
+        assert!(fs::read(&note).expect("there") == made);
+    }
+    // An earlier runner wrote no check.
+    fs::write(&note, [&made[..64], b"\n"].concat()).expect("written");
     project.runner(&["cache", "verify"]).expect(0, "1 generated model as made");
 }
 

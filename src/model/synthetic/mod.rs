@@ -25,6 +25,7 @@ use super::config::Architecture;
 use super::gguf_writer::{ALIGNMENT, HeaderWriter};
 use super::weights::WeightType;
 use super::{ModelError, io as io_error};
+use crate::text::Shown;
 use blocks::{Columns, RowWriter, stream};
 
 /// Part of the file's name. It grows when the same preset and seed give other bytes.
@@ -170,6 +171,9 @@ pub fn ensure_by(
     if is_as_made(preset, seed, &path, digest) {
         return Ok(path);
     }
+    if path.is_file() {
+        tracing::warn!("`{}` is not what it was when it was made; it is made again", path.shown());
+    }
     let failed = |error| io_error("make the synthetic model", &path, error);
     std::fs::create_dir_all(cache_dir).map_err(failed)?;
     let (file, made) = draft(preset, seed, cache_dir).map_err(failed)?;
@@ -183,7 +187,7 @@ pub fn ensure_by(
     Ok(path)
 }
 
-/// Whether a model has the digest that its note says. Where there is no note, as runners
+/// Whether a model has the digest that its note says. Where there is no sound note, as runners
 /// left none before, the model is made once more for its digest alone.
 fn is_as_made(
     preset: Preset,
@@ -194,27 +198,63 @@ fn is_as_made(
     if !path.is_file() {
         return false;
     }
-    let made = noted(path).or_else(|| {
-        let mut hasher = blake3::Hasher::new();
-        write(preset, seed, &mut hasher).ok()?;
-        let made = hasher.finalize();
-        // A folder that cannot be written is as good to read from.
-        let _ = write_note(path, made);
-        Some(made)
-    });
+    let noted = noted(path);
+    if noted == Noted::Damaged {
+        let note = path.with_extension(NOTE);
+        tracing::warn!("`{}` is damaged and is not believed; it is written again", note.shown());
+    }
+    let made = match noted {
+        Noted::Digest(made) => Some(made),
+        Noted::Nothing | Noted::Damaged => {
+            let mut hasher = blake3::Hasher::new();
+            write(preset, seed, &mut hasher).ok().map(|()| {
+                let made = hasher.finalize();
+                // A folder that cannot be written is as good to read from.
+                let _ = write_note(path, made);
+                made
+            })
+        }
+    };
     made.is_some() && digest(path).ok() == made
 }
 
-/// The digest that a model was made with, as the note beside it says.
-pub fn noted(model: &Path) -> Option<blake3::Hash> {
+/// What the note beside a model says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// There is none.
+    Nothing,
+    /// It says something else than what was written.
+    Damaged,
+    /// The digest that the model was made with.
+    Digest(blake3::Hash),
+}
+
+/// What the note beside a model says, which is the digest and a check of its text. Earlier
+/// runners wrote no check.
+pub fn noted(model: &Path) -> Noted {
     const LARGEST: u64 = 1 << 10;
-    let text = crate::files::read_whole(&model.with_extension(NOTE), LARGEST).ok()?;
-    blake3::Hash::from_hex(text.trim_ascii()).ok()
+    let bytes = match crate::files::read_whole(&model.with_extension(NOTE), LARGEST) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Noted::Damaged,
+        Err(_) => return Noted::Nothing,
+    };
+    let text = std::str::from_utf8(&bytes).ok().and_then(|text| text.strip_suffix('\n'));
+    let digest = text.and_then(|text| match text.split_once(' ') {
+        Some((digest, check)) => (check == check_of(digest)).then_some(digest),
+        None => Some(text),
+    });
+    let digest = digest.and_then(|digest| blake3::Hash::from_hex(digest).ok());
+    digest.map_or(Noted::Damaged, Noted::Digest)
+}
+
+fn check_of(digest: &str) -> String {
+    blake3::hash(digest.as_bytes()).to_hex()[..16].to_owned()
 }
 
 fn write_note(model: &Path, made: blake3::Hash) -> io::Result<()> {
     let mut file = temporary_file(model.parent().unwrap_or(Path::new(".")))?;
-    writeln!(file, "{made}")?;
+    let digest = made.to_hex();
+    writeln!(file, "{digest} {}", check_of(&digest))?;
     file.as_file().sync_data()?;
     file.persist(model.with_extension(NOTE)).map_err(|error| error.error)?;
     Ok(())
