@@ -35,7 +35,7 @@ use crate::op::{Arm, External, Op, Recipe, Recorded, Site, StageId, Stream};
 use crate::text::Shown;
 use contract::RawContract;
 use fields::Fields;
-use problem::{Findings, Problem};
+use problem::{At, Findings, Problem};
 use serde::{Deserialize, Serialize};
 use settings::RawSettings;
 use stage::RawStage;
@@ -277,15 +277,17 @@ const DEFAULTS: &str = "pipeline.toml";
 /// Every problem of every file.
 pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> {
     let mut findings = Findings::of(folder);
-    let Some(files) = toml_files(folder, "stages", &mut findings) else {
+    let Some(files) = toml_files(folder, "stages", None, &mut findings) else {
         return findings.into_result(empty(folder));
     };
 
     let typed = check_overrides(overrides, &mut findings);
-    let (defaults, contracts_folder, profiles) = read_defaults(folder, &files, &mut findings);
+    let (defaults, (contracts_folder, named), profiles) =
+        read_defaults(folder, &files, &mut findings);
     let (mut stages, unread_stages) = read_stages(folder, &files, &mut findings);
     family::expand_needs(&mut stages);
-    let (contracts, unread_contracts) = read_contracts(&contracts_folder, &stages, &mut findings);
+    let (contracts, unread_contracts) =
+        read_contracts(&contracts_folder, named.as_ref(), &stages, &mut findings);
     command::add_implied_needs(&mut stages, &mut findings);
     command::check_places(&stages, &[folder, &contracts_folder], &mut findings);
     let all = check::Folder {
@@ -334,8 +336,14 @@ fn check_overrides(overrides: &Overrides, findings: &mut Findings) -> RawSetting
     RawSettings::from_overrides(overrides)
 }
 
-/// The names of a folder's `*.toml` files, sorted; hidden files are not manifests.
-fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec<PathBuf>> {
+/// The names of a folder's `*.toml` files, sorted; hidden files are not manifests. `named` is
+/// where a file names the folder.
+fn toml_files(
+    folder: &Path,
+    holds: &str,
+    named: Option<&At>,
+    findings: &mut Findings,
+) -> Option<Vec<PathBuf>> {
     let shown = folder.shown();
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -347,6 +355,7 @@ fn toml_files(folder: &Path, holds: &str, findings: &mut Findings) -> Option<Vec
             };
             findings.push(
                 Problem::new(format!("cannot read the folder `{shown}`: {error}"), help)
+                    .at_if(named, "it is named here")
                     .in_path(folder),
             );
             return None;
@@ -394,27 +403,27 @@ struct Defaults {
     external: Option<External>,
 }
 
-/// `pipeline.toml`'s settings, the folder of contracts, and profiles.
+/// `pipeline.toml`'s settings, the folder of contracts with where it is named, and profiles.
 fn read_defaults(
     folder: &Path,
     files: &[PathBuf],
     findings: &mut Findings,
-) -> (Defaults, PathBuf, BTreeMap<String, Profile>) {
+) -> (Defaults, (PathBuf, Option<At>), BTreeMap<String, Profile>) {
     let beside = match (folder.file_name(), folder.parent()) {
         (Some(_), Some(parent)) => parent.join("contracts"),
         _ => folder.join("..").join("contracts"),
     };
     let path = folder.join(DEFAULTS);
     if !files.contains(&path) {
-        return (Defaults::default(), beside, BTreeMap::new());
+        return (Defaults::default(), (beside, None), BTreeMap::new());
     }
     let Some(text) = fields::read_text(&path, findings) else {
-        return (Defaults::default(), beside, BTreeMap::new());
+        return (Defaults::default(), (beside, None), BTreeMap::new());
     };
     let source = findings.add_source(path, text.clone());
     let (table, sound) = fields::parse(&text, source, findings);
     if !sound {
-        return (Defaults::default(), beside, BTreeMap::new());
+        return (Defaults::default(), (beside, None), BTreeMap::new());
     }
     let mut table = Fields::of_file(table, source, "`pipeline.toml`");
     let settings = RawSettings::read(&mut table, folder, findings);
@@ -425,7 +434,11 @@ fn read_defaults(
     let contracts = table.take::<String>("contracts", findings);
     let profiles = profile::read(&mut table, findings);
     table.finish(findings);
-    (defaults, contracts.map_or(beside, |written| folder.join(written.value)), profiles)
+    let contracts = match contracts {
+        Some(written) => (folder.join(written.value), written.at),
+        None => (beside, None),
+    };
+    (defaults, contracts, profiles)
 }
 
 /// The stages, and what files that could not be parsed may be called.
@@ -462,6 +475,7 @@ fn read_stages(
 /// The contracts, and what files that could not be parsed may be called.
 fn read_contracts(
     folder: &Path,
+    named: Option<&At>,
     stages: &[RawStage],
     findings: &mut Findings,
 ) -> (Vec<RawContract>, Unread) {
@@ -470,7 +484,7 @@ fn read_contracts(
     if !folder.exists() && stages.iter().all(|stage| stage.contract.is_none()) {
         return (contracts, unread);
     }
-    let Some(files) = toml_files(folder, "contracts", findings) else {
+    let Some(files) = toml_files(folder, "contracts", named, findings) else {
         unread.some = true;
         return (contracts, unread);
     };

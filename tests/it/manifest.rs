@@ -379,6 +379,15 @@ fn a_stage_inherits_and_overrides_key_by_key() {
 }
 
 #[test]
+fn a_folder_of_contracts_that_is_not_there_is_shown_where_it_is_named() {
+    let folder = Folder::new().stage(STAGE);
+    let folder = folder.file("stages/pipeline.toml", "seed = 1\ncontracts = \"rules\"\n");
+    let problems = folder.load().expect_err("refused").to_string();
+    let named = problems.contains("pipeline.toml:2:13") && problems.contains("it is named here");
+    assert!(named, "{problems}");
+}
+
+#[test]
 fn contracts_may_lie_elsewhere() {
     let folder = Folder::new()
         .stage(&STAGE.replace("plain", "other"))
