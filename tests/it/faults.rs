@@ -284,7 +284,7 @@ fn what_another_file_stands_for_when_the_run_ends_is_not_taken_for_what_it_read(
 }
 
 /// All files below a folder.
-fn files(folder: PathBuf) -> Vec<PathBuf> {
+pub fn files(folder: PathBuf) -> Vec<PathBuf> {
     let mut open = vec![folder];
     let mut files = Vec::new();
     while let Some(folder) = open.pop() {

@@ -14,7 +14,7 @@ use crate::command::{Outcome, Project};
 
 /// What a program said, if it ended within so many seconds; else it is killed and this fails.
 #[track_caller]
-fn within(seconds: u64, command: &mut Command) -> Output {
+pub fn within(seconds: u64, command: &mut Command) -> Output {
     let mut child =
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     let begun = Instant::now();
@@ -41,7 +41,7 @@ fn flip_a_bit(path: &Path, place: usize) {
 }
 
 /// A shell line with the runner as `"$R"`, within a project.
-fn shell(project: &Project, line: &str) -> Command {
+pub fn shell(project: &Project, line: &str) -> Command {
     let mut command = project.command(&[]);
     let mut shell = Command::new("bash");
     shell.args(["-c", line]).env("R", env!("CARGO_BIN_EXE_runner"));

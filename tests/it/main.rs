@@ -3,6 +3,7 @@
 
 mod architectures;
 mod cache;
+mod campaign;
 mod clean;
 mod command;
 mod command_line;
