@@ -14,9 +14,12 @@ const DEEPEST: usize = 4;
 /// Characters that a part may cut off.
 const MOST_CUT: u64 = 64;
 
+/// Steps that each part may have; real ones have some ten. A pattern among them may take a
+/// megabyte.
+const MOST_STEPS: usize = 64;
 /// How many times as long as it was the parts may make a text together. Real ones make it some
 /// twenty times as long; each step of a sequence multiplies, so a short file could fill any memory.
-const MOST_GROWTH: u64 = 4096;
+const MOST_GROWTH: u64 = 256;
 
 /// The parts by their keys, and the kinds that each may have.
 const PARTS: [(&str, &[&str]); 4] = [
@@ -34,12 +37,13 @@ const MEMBERS: [&str; 4] = ["normalizers", "pretokenizers", "processors", "decod
 /// # Errors
 /// In words, with the part.
 pub(super) fn check(json: &Value) -> Result<(), String> {
-    let mut growth = 1;
+    let mut whole = Whole { steps: 0, growth: 1 };
     for ((part, kinds), members) in PARTS.into_iter().zip(MEMBERS) {
         let Some(value) = json.get(part).filter(|value| !value.is_null()) else { continue };
-        check_part(value, kinds, members, DEEPEST, &mut growth)
+        whole.steps = 0;
+        check_part(value, kinds, members, DEEPEST, &mut whole)
             .map_err(|problem| format!("its `{part}` {problem}"))?;
-        if growth > MOST_GROWTH {
+        if whole.growth > MOST_GROWTH {
             return Err(format!(
                 "its `{part}`, with the parts before it, may make a text more than {MOST_GROWTH} \
                  times as long"
@@ -49,12 +53,20 @@ pub(super) fn check(json: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// What the steps come to together.
+struct Whole {
+    /// How many this part has.
+    steps: usize,
+    /// How many times as long they make a text, those of the parts before included.
+    growth: u64,
+}
+
 fn check_part(
     part: &Value,
     kinds: &[&str],
     members: &str,
     deeper: usize,
-    growth: &mut u64,
+    whole: &mut Whole,
 ) -> Result<(), String> {
     let kind = part.get("type").and_then(Value::as_str).ok_or("has no `type`")?;
     if kind == "Sequence" {
@@ -65,15 +77,19 @@ fn check_part(
         }
         return list
             .iter()
-            .try_for_each(|part| check_part(part, kinds, members, deeper - 1, growth));
+            .try_for_each(|part| check_part(part, kinds, members, deeper - 1, whole));
     }
     if !kinds.contains(&kind) {
         let known = kinds.join(", ");
         return Err(format!("is of the kind `{}`; read are {known} and sequences", shown(kind)));
     }
     check_fields(part, kind).map_err(|problem| format!("of the kind `{kind}` {problem}"))?;
-    *growth = growth.saturating_mul(growth_of(part, kind, members));
-    Ok(())
+    whole.growth = whole.growth.saturating_mul(growth_of(part, kind, members));
+    whole.steps += 1;
+    match whole.steps > MOST_STEPS {
+        true => Err(format!("has more than {MOST_STEPS} steps")),
+        false => Ok(()),
+    }
 }
 
 /// How many times as long as it was a step may make a text, in bytes or in tokens.

@@ -386,6 +386,7 @@ fn a_tokenizer_whose_parts_the_library_cannot_work_with_is_refused_in_words() {
     });
     let longer = serde_json::json!({ "normalizer":
         { "type": "Sequence", "normalizers": times(8, longer) } });
+    let digits = serde_json::json!({ "type": "Digits", "individual_digits": true });
     assert_eq!(tokens_of_ab(&byte_levels(4)).expect("sound"), [2]);
     let whole = template(serde_json::json!([token("<s>"), sequence("A")]));
     assert_eq!(tokens_of_ab(&nfc).expect("sound"), [2]);
@@ -401,6 +402,8 @@ fn a_tokenizer_whose_parts_the_library_cannot_work_with_is_refused_in_words() {
         serde_json::json!({ "pre_tokenizer": { "type": "FixedLength", "length": 0 } }),
         template(serde_json::json!([sequence("B")])),
         template(serde_json::json!([token("<t>"), sequence("A")])),
+        // Each pattern takes memory of its own, and there are many.
+        serde_json::json!({ "pre_tokenizer": { "type": "Sequence", "pretokenizers": times(65, digits) } }),
         // Each step makes the text longer, and there are many.
         byte_levels(64),
         longer,
