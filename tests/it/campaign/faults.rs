@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use runner::random::Random;
@@ -43,15 +44,18 @@ fn whole() -> Project {
         let text = fs::read_to_string(own(&format!("stages/{name}.toml"))).expect("shipped");
         project = project.file(&format!("stages/{name}.toml"), &text);
     }
-    project.file(
+    // Large enough that writing it takes a moment, and that it does not fit by chance.
+    let large = "shell = 'yes large | head -c 700000 > large'\noutputs = [\"large\"]";
+    project.stage("large", large).file(
         "stages/pipeline.toml",
         "model = \"synthetic:qwen2-tiny\"\ntokens = [791, 374, 264, 1296]\n\
          arms = [\"reference\", \"emulated\"]\n[recipe]\ngemm = \"e4m3\"\n",
     )
 }
 
-/// What the commands of [`whole`] write.
-const OUTPUTS: [&str; 4] = ["mid", "end", "said", "all"];
+/// What the commands of [`whole`] write, and which of them.
+const OUTPUTS: [&str; 5] = ["mid", "end", "said", "all", "large"];
+const WRITERS: [&str; 5] = ["a", "b", "c", "d", "large"];
 
 /// What may not differ between two runs of the same: all of run.json but its times, and why an
 /// arm did or did not run.
@@ -102,13 +106,32 @@ fn difference(right: &BTreeMap<String, Value>, run: &str) -> Option<String> {
     right.iter().find_map(|(id, stage)| differs(id, stage, &found[id]))
 }
 
-/// A run without the stages that ended in an error, which is no verdict, or wait for such.
+/// A run without the stages that ended in an error, which is no verdict, or wait for such; and
+/// without those whose program said itself that it failed.
 fn without_errors(run: &str) -> String {
     let Ok(mut json) = serde_json::from_str::<Value>(run) else { return run.to_owned() };
     if let Some(stages) = json["stages"].as_array_mut() {
-        stages.retain(|stage| stage["verdict"] != "error" && stage["verdict"] != "blocked");
+        stages.retain(|stage| {
+            let ended = stage["verdict"] != "error" && stage["verdict"] != "blocked";
+            ended && !failed_by_itself(stage)
+        });
     }
     json.to_string()
+}
+
+/// Whether a stage's program ended with another status than 0, as on a full disk it must.
+fn failed_by_itself(stage: &Value) -> bool {
+    let why = stage["why"].as_str().unwrap_or_default();
+    why.starts_with("status ") && !why.starts_with("status 0")
+}
+
+/// The right results of the stages that are known.
+fn those_of(
+    right: &BTreeMap<String, Value>,
+    known: &BTreeMap<String, Value>,
+) -> BTreeMap<String, Value> {
+    let known = right.iter().filter(|(id, _)| known.contains_key(*id));
+    known.map(|(id, stage)| (id.clone(), stage.clone())).collect()
 }
 
 fn json(project: &Project, arguments: &[&str]) -> Outcome {
@@ -139,6 +162,7 @@ fn is_documented(code: Option<i32>) -> bool {
 fn streams_that_close_at_any_moment_lose_no_run_and_make_none_false() {
     let (project, right) = undisturbed();
     let mut random = random("streams");
+    const RUNS: usize = 4;
     let commands = [
         "run stages",
         "run stages --force --format plain",
@@ -161,7 +185,9 @@ fn streams_that_close_at_any_moment_lose_no_run_and_make_none_false() {
     let (mut problems, mut expected) = (Vec::new(), whole_runs());
     let rounds = faults();
     for round in 0..rounds {
-        let command = commands[random.below(commands.len())];
+        // Half of them are runs, which have something to lose.
+        let among = if random.below(2) == 0 { RUNS } else { commands.len() };
+        let command = commands[random.below(among)];
         let mut stream = |number: u8| match random.below(5) {
             0 => (format!("{number}>&-"), true),
             1 => (format!("{number}>/dev/full"), true),
@@ -226,6 +252,8 @@ export XDG_CACHE_HOME=$root/home XDG_RUNTIME_DIR=$root
 set +e
 timeout 60 "$R" run stages --format json > "$OUT/first.json" 2> "$OUT/first.err"
 echo $? > "$OUT/first.code"
+mkdir "$OUT/first"
+cp mid end said all large "$OUT/first"
 set -e
 mount -o remount,size=256m "$disk"
 set +e
@@ -233,7 +261,7 @@ timeout 60 "$R" run stages --format json > "$OUT/second.json" 2> "$OUT/second.er
 echo $? > "$OUT/second.code"
 timeout 60 "$R" cache verify > "$OUT/verify.out" 2>&1
 echo $? > "$OUT/verify.code"
-cp mid end said all "$OUT"
+cp mid end said all large "$OUT"
 cd /
 umount "$disk"
 "#;
@@ -289,11 +317,25 @@ fn full_disks_of_any_size_lose_nothing_and_make_nothing_false() {
         if !is_documented(first) || said("first.err").contains("panicked") {
             wrong(format!("exit {first:?}: {}", said("first.err")));
         }
-        if first == Some(0) {
-            if let Some(difference) = difference(&right, &said("first.json")) {
-                wrong(format!("the first run passes with {difference}"));
+        // What it says of the stages that did not end in an error is right, and so are their outputs.
+        let rest = without_errors(&said("first.json"));
+        if let Ok(known) = results(&rest) {
+            if let Some(difference) = difference(&those_of(&right, &known), &rest) {
+                wrong(format!("the first run says {difference}"));
             }
-        } else if !said("first.err").contains("space") {
+            for (at, writer) in WRITERS.iter().enumerate() {
+                let file = format!("first/{}", OUTPUTS[at]);
+                if known.contains_key(*writer) && said(&file) != outputs[at] {
+                    wrong(format!("{writer} passes, and `{file}` is another file"));
+                }
+            }
+        } else if first == Some(0) {
+            wrong("it passes without a run.json".to_owned());
+        }
+        let run: Value = serde_json::from_str(&said("first.json")).unwrap_or_default();
+        let by_program =
+            run["stages"].as_array().is_some_and(|all| all.iter().any(failed_by_itself));
+        if first != Some(0) && !by_program && !said("first.err").contains("space") {
             wrong(format!("it does not say that there is no space: {}", said("first.err")));
         }
         let second = difference(&right, &said("second.json"));
@@ -410,10 +452,8 @@ fn flipped_bits_in_all_that_the_cache_holds_are_named_and_change_no_result() {
         let differs = match read_damaged {
             true => {
                 let rest = without_errors(&run.out);
-                let ids: Vec<String> =
-                    results(&rest).map(|all| all.into_keys().collect()).unwrap_or_default();
-                let right = right.clone().into_iter().filter(|(id, _)| ids.contains(id));
-                difference(&right.collect(), &rest)
+                let known = results(&rest).unwrap_or_default();
+                difference(&those_of(&right, &known), &rest)
             }
             false => difference(&right, &run.out),
         };
@@ -464,49 +504,67 @@ fn runs_a_check_and_a_clearing_beside_each_other_err_no_more_than_alone() {
     let mut random = random("beside");
     let rounds = 5 * faults();
     let mut problems = Vec::new();
-    let mut cleared = 0;
+    let (mut checked, mut cleared) = (0, 0);
+    let more: [&[&str]; 5] = [&[], &["--force"], &["--force"], &["--jobs", "1"], &["--rehash"]];
     for round in 0..rounds {
-        let runs: [&[&str]; 4] = [&[], &["--force"], &["--jobs", "1"], &["--rehash"]];
         let budget = ["0", "100KiB", "20GiB"][random.below(3)];
-        let mut all: Vec<(Vec<&str>, f64)> = vec![
-            (vec!["cache", "verify"], random.unit()),
-            (vec!["cache", "gc", "--budget", budget], random.unit()),
-        ];
-        for _ in 0..2 {
-            let more = runs[random.below(runs.len())];
-            let run = ["run", "stages", "--format", "json"];
-            all.push((run.iter().chain(more).copied().collect(), random.unit()));
-        }
-        let outcomes: Vec<Outcome> = std::thread::scope(|scope| {
-            let project = &project;
-            let started = all.iter().map(|(arguments, wait)| {
+        let runs = [(); 2].map(|()| (more[random.below(more.len())], random.unit()));
+        let (project, going) = (&project, AtomicUsize::new(runs.len()));
+        // Again and again for as long as one of the runs goes on.
+        let beside = |arguments: &'static [&'static str], last: Option<&'static str>| {
+            let all: Vec<&str> = arguments.iter().copied().chain(last).collect();
+            let mut said = Vec::new();
+            loop {
+                said.push(Outcome::of(within(60, &mut project.command(&all))));
+                if going.load(Ordering::Relaxed) == 0 {
+                    return said;
+                }
+            }
+        };
+        let (checks, clearings, ran) = std::thread::scope(|scope| {
+            let checks = scope.spawn(|| beside(&["cache", "verify"], None));
+            let clearings = scope.spawn(|| beside(&["cache", "gc", "--budget"], Some(budget)));
+            let runs = runs.map(|(arguments, wait)| {
+                let going = &going;
                 scope.spawn(move || {
-                    std::thread::sleep(Duration::from_secs_f64(0.2 * wait * wait));
-                    Outcome::of(within(60, &mut project.command(arguments)))
+                    std::thread::sleep(Duration::from_secs_f64(0.1 * wait));
+                    let outcome = json(project, arguments);
+                    going.fetch_sub(1, Ordering::Relaxed);
+                    outcome
                 })
             });
-            let started: Vec<_> = started.collect();
-            started.into_iter().map(|one| one.join().expect("joined")).collect()
+            let ran = runs.map(|run| run.join().expect("joined"));
+            (checks.join().expect("joined"), clearings.join().expect("joined"), ran)
         });
-        for ((arguments, _), outcome) in all.iter().zip(outcomes) {
-            let busy = arguments[1] == "gc" && outcome.err.contains("a run uses the cache");
-            cleared += u64::from(arguments[1] == "gc" && !busy);
-            let differs =
-                (arguments[0] == "run").then(|| difference(&right, &outcome.out)).flatten();
-            let sound = outcome.code == Some(0) || outcome.code == Some(2) && busy;
-            if !sound || differs.is_some() {
-                problems.push(format!(
-                    "round {round}: {arguments:?}: exit {:?}, {differs:?}: {}{}",
-                    outcome.code,
-                    outcome.err,
-                    if arguments[0] == "run" { "" } else { &outcome.out }
-                ));
+        let mut wrong = |who: &str, outcome: &Outcome, differs: Option<String>| {
+            let said = if differs.is_some() { "" } else { &outcome.out };
+            problems.push(format!(
+                "round {round}: {who}: exit {:?}, {differs:?}: {}{said}",
+                outcome.code, outcome.err
+            ));
+        };
+        for check in checks.iter().filter(|check| check.code != Some(0)) {
+            wrong("verify", check, None);
+        }
+        checked += checks.len();
+        for clearing in &clearings {
+            let busy = clearing.code == Some(2) && clearing.err.contains("a run uses the cache");
+            cleared += usize::from(clearing.code == Some(0));
+            if clearing.code != Some(0) && !busy {
+                wrong("gc", clearing, None);
+            }
+        }
+        for run in &ran {
+            let differs = difference(&right, &run.out);
+            if run.code != Some(0) || differs.is_some() {
+                wrong("run", run, differs.or(Some("no difference".to_owned())));
             }
         }
     }
     let run = json(&project, &[]);
     assert_eq!((run.code, difference(&right, &run.out)), (Some(0), None), "{}", run.err);
     project.runner(&["cache", "verify"]).expect(0, "sound");
-    println!("seed {}, {rounds} rounds, in {cleared} of which the cache was cleared", seed());
+    println!("seed {}, {rounds} rounds, {checked} checks, {cleared} clearings", seed());
+    assert!(checked > 0 && cleared > 0, "nothing went on beside the runs");
     assert!(problems.is_empty(), "seed {}:\n{}", seed(), problems.join("\n"));
 }

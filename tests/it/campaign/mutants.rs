@@ -50,7 +50,8 @@ struct Found {
     failures: Vec<(u64, String)>,
     /// KiB that the process had at most.
     memory: u64,
-    slowest: f64,
+    /// Seconds, and which mutant took them.
+    slowest: (f64, u64),
 }
 
 /// The mutant of that number. Every process makes the same.
@@ -137,7 +138,10 @@ fn the_process_that_reads_mutants() {
                 found.failures.push((number, words));
             }
         }
-        found.slowest = found.slowest.max(begun.elapsed().as_secs_f64());
+        let seconds = begun.elapsed().as_secs_f64();
+        if seconds > found.slowest.0 {
+            found.slowest = (seconds, number);
+        }
         if found.failures.len() >= ENOUGH {
             break;
         }
@@ -253,9 +257,10 @@ fn every_mutant_is_read_or_refused_in_words_that_name_it() {
     for (at, found) in results.into_inner().expect("whole") {
         let name = readers[at].name;
         let (failed, memory) = (found.failures.len(), found.memory >> 10);
+        let (accepted, refused, (seconds, slowest)) =
+            (found.accepted, found.refused, found.slowest);
         println!(
-            "{name:<14}{:>9}{:>9}{failed:>9}{memory:>9}{:>8.3} s",
-            found.accepted, found.refused, found.slowest
+            "{name:<14}{accepted:>9}{refused:>9}{failed:>9}{memory:>9}{seconds:>8.3} s by {slowest}"
         );
         let (kind, files) = seeds::of(name);
         for (number, words) in found.failures {
