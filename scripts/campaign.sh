@@ -17,6 +17,8 @@ until="${CAMPAIGN_SECONDS:-3600}"
 echo "seed $RUNNER_SEED: $RUNNER_MUTANTS mutants, $RUNNER_KILLS kills, $RUNNER_FAULTS closed streams," \
     "$RUNNER_FAULTS full disks, $((10 * RUNNER_FAULTS)) flipped bits, $((5 * RUNNER_FAULTS)) rounds"
 failed=0
+# The fuzz targets are a workspace of their own, which `.ci/run` does not build.
+cargo check --locked --manifest-path fuzz/Cargo.toml || failed=1
 # One after another, so that each has the machine; all of them, whatever one finds.
 try() { cargo test --locked --test it -- --nocapture --test-threads 1 "$@" || failed=1; }
 try campaign:: --include-ignored
