@@ -268,7 +268,7 @@ pub enum ReadError {
         error: std::io::Error,
     },
     /// It is some other JSON.
-    #[error("`{}` is no run.json: it has no stages; give a run's folder, or its run.json", path.shown())]
+    #[error("`{}` is no run.json: it has no stages; give a run's folder or its run.json, or run the stages again", path.shown())]
     NoRun {
         /// Its path.
         path: PathBuf,

@@ -7,19 +7,28 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{graph_of, load_pipeline, print, select_stages, told_once};
 use crate::manifest::names::is_of_preset;
-use crate::manifest::problem::{nearest, plural, quoted_list};
+use crate::manifest::problem::{nearest, plural, quoted_list, yard_of};
 use crate::manifest::{Overrides, Pipeline, Prompt, Stage};
 use crate::op::{LayerNumber, Op, Recorded};
 use crate::plan::PlanError;
-use crate::tensor_file::TensorFile;
+use crate::tensor_file::{TensorFile, members};
 use crate::text::Shown;
 
 pub(super) fn check(folder: &Path) -> Result<u8, String> {
     let pipeline = load_pipeline(folder, &Overrides::default())?;
     selections_of_profiles(&pipeline)?;
-    let problems = problems_of_files(&pipeline);
+    let mut outside = BTreeSet::new();
+    let problems = problems_of_files(&pipeline, &mut outside);
     if !problems.is_empty() {
         return Err(told_once(problems));
+    }
+    if let Some(first) = outside.first() {
+        let (count, those) =
+            (plural(outside.len(), "file"), if outside.len() == 1 { "it" } else { "them" });
+        print(&format!(
+            "{count} outside of the project not looked into, as `{}`; `plan` and `run` read {those}\n",
+            first.shown()
+        ))?;
     }
     let (stages, contracts) = (pipeline.stages.len(), pipeline.contracts.len());
     print(&format!(
@@ -42,8 +51,16 @@ fn selections_of_profiles(pipeline: &Pipeline) -> Result<(), String> {
     Ok(())
 }
 
-/// What is wrong with the files that the stages name.
-fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
+/// What is wrong with the files that the stages name. A stranger's manifest may name any file: what
+/// lies outside of the project is not opened, and noted.
+fn problems_of_files(pipeline: &Pipeline, outside: &mut BTreeSet<PathBuf>) -> Vec<PlanError> {
+    let yard = yard_of(&pipeline.folder);
+    let is_inside = |path: &Path| {
+        // Of what is not there the folder decides, whose names a hint would tell.
+        let found =
+            path.canonicalize().or_else(|_| plain(path).parent().unwrap_or(path).canonicalize());
+        yard.as_ref().zip(found.ok()).is_some_and(|(yard, path)| path.starts_with(yard))
+    };
     let project = plain(&pipeline.folder).parent().unwrap_or(Path::new("")).to_owned();
     let commands = || {
         pipeline.stages.iter().filter_map(|stage| match &stage.op {
@@ -69,7 +86,7 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
                 let input = project.join(written);
                 if !input.exists() && !is_made(&input) {
                     let from = "the folder that contains the folder of stages";
-                    found(not_there(&input, written, from));
+                    found(not_there(&input, written, from, is_inside(&input)));
                 }
             }
             continue;
@@ -80,20 +97,26 @@ fn problems_of_files(pipeline: &Pipeline) -> Vec<PlanError> {
             && !model.exists()
             && !is_made(model)
         {
-            found(not_there(model, &model.shown(), "the manifest's folder"));
+            found(not_there(model, &model.shown(), "the manifest's folder", is_inside(model)));
         }
         for file in stage.files().into_iter().filter(|file| !file.exists() && !is_made(file)) {
-            found(not_there(file, &file.shown(), "the manifest's folder"));
+            found(not_there(file, &file.shown(), "the manifest's folder", is_inside(file)));
         }
-        tensors(stage).into_iter().for_each(&mut found);
+        let (inside, elsewhere): (Vec<&Path>, Vec<&Path>) =
+            stage.files().into_iter().filter(|file| file.exists()).partition(|file| {
+                is_inside(file) && members(file).iter().all(|file| is_inside(file))
+            });
+        outside.extend(elsewhere.into_iter().map(Path::to_owned));
+        tensors(stage, &inside).into_iter().for_each(&mut found);
     }
     problems
 }
 
 /// `` `dump.safetensor` does not exist; did you mean `dump.safetensors`? ``
-fn not_there(path: &Path, written: &dyn std::fmt::Display, from: &str) -> String {
+fn not_there(path: &Path, written: &dyn std::fmt::Display, from: &str, is_inside: bool) -> String {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let entries = std::fs::read_dir(folder.unwrap_or(Path::new("."))).into_iter().flatten();
+    let folder = is_inside.then(|| folder.unwrap_or(Path::new(".")));
+    let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten();
     let names: Vec<String> =
         entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -104,19 +127,21 @@ fn not_there(path: &Path, written: &dyn std::fmt::Display, from: &str) -> String
     format!("`{written}` does not exist; {near}")
 }
 
-/// What a stage reads from files that are there, and is not in them.
-fn tensors(stage: &Stage) -> Vec<String> {
+/// What a stage reads from these files, and is not in them.
+fn tensors(stage: &Stage, files: &[&Path]) -> Vec<String> {
     let mut problems = Vec::new();
     let inputs = stage.op.inputs();
     let mut wanted: Vec<_> = inputs.iter().filter_map(|(_, input)| input.file()).collect();
     if let Op::Gemm { x, w } = &stage.op {
         wanted.extend([x, w]);
     }
-    for tensor in wanted.into_iter().filter(|tensor| tensor.file.exists()) {
+    for tensor in wanted.into_iter().filter(|tensor| files.contains(&tensor.file.as_path())) {
         let looked_up = TensorFile::open(&tensor.file).and_then(|file| file.find(tensor));
         problems.extend(looked_up.err().map(|error| error.to_string()));
     }
-    if let Some(recorded) = stage.recorded.as_ref().filter(|recorded| recorded.file.exists()) {
+    if let Some(recorded) =
+        stage.recorded.as_ref().filter(|recorded| files.contains(&recorded.file.as_path()))
+    {
         match TensorFile::open(&recorded.file) {
             Ok(file) => problems.extend(names(stage, recorded, &file)),
             Err(error) => problems.push(error.to_string()),

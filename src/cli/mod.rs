@@ -429,15 +429,19 @@ fn graph_of(pipeline: &Pipeline) -> Result<Graph, String> {
     Graph::of(&pipeline.stages).map_err(|cycle| cycle.to_string())
 }
 
-/// The pipeline, its graph and the selected stages.
-fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), String> {
-    let overrides = Overrides {
+/// What the command line sets for every stage.
+fn overrides(args: &Selection) -> Overrides {
+    Overrides {
         model: args.model.clone(),
         tokens: args.tokens.clone(),
         prompt: args.prompt.clone(),
         arms: args.arms.clone(),
-    };
-    let pipeline = load_pipeline(&args.folder, &overrides)?;
+    }
+}
+
+/// The pipeline, its graph and the selected stages.
+fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), String> {
+    let pipeline = load_pipeline(&args.folder, &overrides(args))?;
     let graph = graph_of(&pipeline)?;
     let stages = match &args.select {
         None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),

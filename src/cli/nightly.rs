@@ -143,18 +143,16 @@ impl<'a> Night<'a> {
         profile: Option<&Profile>,
         aloud: bool,
         trouble: Option<&Failed>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failed> {
         let asks = self.args.asks();
-        let mut earlier = earlier(record, runs, asks);
+        let earlier = earlier(record, runs, asks);
         for problem in &earlier.problems {
             tell_line(&format!("warning: {problem}"));
-        }
-        if let Some(Failed { text, .. }) = trouble {
-            earlier.problems.push(text.clone());
         }
         let mut summary = sum_up(record, runs, &earlier);
         if let Some(Failed { text, code }) = trouble {
             summary.exit_code = *code;
+            summary.problems.push(text.clone());
             summary.line += &format!("; {}", one_line(text));
         }
         let keep = self.args.keep.or(profile.and_then(|profile| profile.keep));
@@ -168,8 +166,8 @@ impl<'a> Night<'a> {
             tell_line(&format!("warning: {problem}"));
         }
         self.tell(&summary, Some(record));
-        if aloud && (summary.baseline.is_some() || asks) {
-            print(&in_words(&summary, &earlier))?;
+        if aloud && trouble.is_none() && (summary.baseline.is_some() || asks) {
+            print(&in_words(&summary, &earlier)).map_err(Failed::system)?;
         }
         Ok(())
     }
@@ -229,22 +227,22 @@ fn write_summary(summary: &Summary, folder: &Path, flush: bool) -> Result<(), St
 
 /// The line, and what changed since when.
 fn in_words(summary: &Summary, earlier: &Earlier) -> String {
-    let mut text = format!("{}\n", summary.line);
+    let mut lines = vec![summary.line.clone()];
     let same = summary.previous == summary.baseline;
     let of_previous = &summary.changes_since_previous;
     let previous = earlier.previous.as_ref().filter(|_| !same && !of_previous.is_empty());
     if let Some(previous) = previous {
-        text += &format!("since {}, the run before:\n", previous.id);
-        of_previous.iter().for_each(|change| text += &format!("  {change}\n"));
+        lines.push(format!("since {}, the run before:", previous.id));
+        lines.extend(of_previous.iter().map(|change| format!("  {change}")));
     }
     if let Some(baseline) = earlier.baseline.as_ref().filter(|_| !summary.changes.is_empty()) {
         let known = previous.is_some() && *of_previous == summary.changes;
         let told = if known { " the same" } else { "" };
-        text += &format!("since {}, the baseline:{told}\n", baseline.id);
+        lines.push(format!("since {}, the baseline:{told}", baseline.id));
         let changes = summary.changes.iter().filter(|_| !known);
-        changes.for_each(|change| text += &format!("  {change}\n"));
+        lines.extend(changes.map(|change| format!("  {change}")));
     }
-    text
+    lines.iter().map(|line| one_line(line) + "\n").collect()
 }
 
 impl NightlyArgs {

@@ -71,9 +71,8 @@ pub(super) fn relative(
              a run's name instead of `{word}`"
         ));
     }
-    let runs = folder.parent().filter(|_| folder.join("run.json").is_file());
-    let runs = runs.map(|runs| if runs == Path::new("") { Path::new(".") } else { runs });
-    let runs = runs.ok_or_else(|| {
+    let whole = folder.join("run.json").is_file().then(|| folder.canonicalize().ok()).flatten();
+    let runs = whole.as_ref().and_then(|folder| folder.parent()).ok_or_else(|| {
         format!("`{id}` lies in no folder of runs, so it has no {word}; give two runs")
     })?;
     let (found, none) = match word {

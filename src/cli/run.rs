@@ -20,7 +20,6 @@ use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots, hook};
 use crate::interrupt;
-use crate::manifest::Overrides;
 use crate::nightly::baseline;
 use crate::op::Arm;
 use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
@@ -109,7 +108,8 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     })?;
     if args.nightly.profile.is_some() && !args.dry_run {
         // A profile that is not there need not wait for its turn.
-        args.nightly.profile(&load_pipeline(&args.selection.folder, &Overrides::default())?)?;
+        let overrides = super::overrides(&args.selection);
+        args.nightly.profile(&load_pipeline(&args.selection.folder, &overrides)?)?;
         night.alone(runs)?;
     }
     let store = store_of(runs);

@@ -74,6 +74,11 @@ fn rounded<'x>(x: &'x Tensor, weight: &Weight<'_>) -> Cow<'x, Tensor> {
 impl Ops for EightBit {
     fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
         match *call {
+            Call::Matmul { weight, .. } if weight.is_scaled() => Err(ComputeError::Recipe(
+                "llama.cpp has no products with the codes and scales of a quantised Hugging Face \
+                 checkpoint; give the GGUF file that it ran"
+                    .to_owned(),
+            )),
             Call::Matmul { x, weight, bias } => {
                 Reference.compute(&Call::Matmul { x: &rounded(x, &weight), weight, bias })
             }

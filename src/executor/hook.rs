@@ -17,7 +17,10 @@ static UNDER_WAY: AtomicI32 = AtomicI32::new(0);
 
 /// Ends the one that is under way, with all of its process group.
 pub fn end() {
-    let group = UNDER_WAY.swap(0, Ordering::Relaxed);
+    end_group(UNDER_WAY.swap(0, Ordering::Relaxed));
+}
+
+fn end_group(group: i32) {
     if group > 0 {
         // It may just have ended by itself.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
@@ -48,19 +51,27 @@ pub fn call(
         .process_group(0)
         .spawn()
         .map_err(|error| cannot(&error))?;
-    UNDER_WAY.store(i32::try_from(child.id()).unwrap_or(0), Ordering::Relaxed);
+    let group = i32::try_from(child.id()).unwrap_or(0);
+    UNDER_WAY.store(group, Ordering::Relaxed);
     if let Some(mut pipe) = child.stdin.take() {
         let input = input.to_owned();
         // It may read nothing for long, and need not read at all.
         let written = std::thread::Builder::new().spawn(move || pipe.write_all(&input));
-        written.map_err(|error| cannot(&crate::text::no_threads(1, &error)))?;
+        if let Err(error) = written {
+            end_group(group);
+            let _ = child.wait();
+            return Err(cannot(&crate::text::no_threads(1, &error)));
+        }
     }
     let started = Instant::now();
     let ended = loop {
         match child.try_wait() {
             Ok(None) if started.elapsed() < limit => std::thread::sleep(LOOK),
             Ok(status) => break status,
-            Err(error) => return Err(cannot(&error)),
+            Err(error) => {
+                end_group(group);
+                return Err(cannot(&error));
+            }
         }
     };
     if let Some(status) = ended {
@@ -68,7 +79,8 @@ pub fn call(
         UNDER_WAY.store(0, Ordering::Relaxed);
         return if status.success() { Ok(()) } else { Err(cannot(&status)) };
     }
-    end();
+    UNDER_WAY.store(0, Ordering::Relaxed);
+    end_group(group);
     let _ = child.wait();
     Err(cannot(&format!("not ended after {} s, and was killed", limit.as_secs_f64())))
 }

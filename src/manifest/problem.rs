@@ -189,6 +189,15 @@ impl Problem {
     }
 }
 
+/// What belongs to a folder of stages: its repository, the nearest folder with `.git`, or where
+/// there is none the folder above it. Nothing if that is not there.
+pub(crate) fn yard_of(folder: &Path) -> Option<PathBuf> {
+    let above = std::path::absolute(folder).ok()?;
+    let above = above.parent()?.canonicalize().ok()?;
+    let repository = above.ancestors().find(|folder| folder.join(".git").exists());
+    Some(repository.map_or_else(|| above.clone(), Path::to_owned))
+}
+
 /// Collects problems and the sources that they point into.
 #[derive(Default)]
 pub(super) struct Findings {
@@ -198,15 +207,10 @@ pub(super) struct Findings {
 }
 
 impl Findings {
-    /// Findings in a folder of stages. What lies outside of its repository, or of the folder above
-    /// it where there is none, is a stranger's to name and not to show.
+    /// Findings in a folder of stages. What lies outside of its yard is a stranger's to name and not
+    /// to show.
     pub fn of(folder: &Path) -> Findings {
-        let above = std::path::absolute(folder).ok();
-        let above = above.and_then(|folder| folder.parent()?.canonicalize().ok());
-        let repository = above.as_ref().and_then(|project| {
-            project.ancestors().find(|folder| folder.join(".git").exists()).map(Path::to_owned)
-        });
-        Findings { root: repository.or(above), ..Findings::default() }
+        Findings { root: yard_of(folder), ..Findings::default() }
     }
 
     /// Keeps a text for drawing and gives its number.

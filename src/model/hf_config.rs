@@ -828,7 +828,7 @@ impl<'a> Keys<'a> {
         self.whole(key)?.ok_or_else(|| missing_key(key))
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, Fault> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, Fault> {
         self.as_type(key, "a number", Value::as_f64)
     }
 

@@ -243,7 +243,7 @@ impl Model {
             }
             if place.scales.is_some() {
                 return Err(
-                    Fault::malformed("two files hold its scales", FETCH_AGAIN).in_tensor(name)
+                    Fault::malformed("its scales are there twice", FETCH_AGAIN).in_tensor(name)
                 );
             }
             let bytes = &self.files[scales.file].map[scales.bytes.clone()];
@@ -258,6 +258,12 @@ impl Model {
             return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
         }
         self.quantised = quantised.copied();
+        if quantised.is_some() && !self.tensors.values().any(|place| place.scales.is_some()) {
+            return Err(Fault::malformed(
+                "`quantization_config` says that weights are codes, and none is",
+                "remove `quantization_config` if the weights are plain, or fetch the file again",
+            ));
+        }
         Ok(())
     }
 
@@ -268,7 +274,12 @@ impl Model {
             return Ok(());
         };
         let bytes = |place: &Place| &self.files[place.file].map[place.bytes.clone()];
-        let same = |place: &Place| place.kind == copy.kind && bytes(place) == bytes(copy);
+        let scales = |place: &Place| {
+            place.scales.as_ref().map(|scales| &self.files[scales.file].map[scales.bytes.clone()])
+        };
+        let same = |place: &Place| {
+            place.kind == copy.kind && bytes(place) == bytes(copy) && scales(place) == scales(copy)
+        };
         if !embedding.is_some_and(same) {
             return Err(Fault::malformed(
                 "`tie_word_embeddings` says that it is the embedding, and it is another matrix",
@@ -384,9 +395,7 @@ impl Model {
         if let (Some(scales), Some(quantised)) = (&place.scales, &self.quantised) {
             let bytes = &self.files[scales.file].map[scales.bytes.clone()];
             let shape = [place.rows, place.width];
-            let scales = quantised.scales(shape, scales.kind, scales.shape, bytes);
-            let scales = scales.map_err(|fault| fault.in_tensor(name).at(&self.path))?;
-            return Ok(weight.scaled_by(scales));
+            return Ok(weight.scaled_by(quantised.of(shape, scales.kind, bytes)));
         }
         Ok(if place.less_one { weight.plus_one() } else { weight })
     }

@@ -6,6 +6,7 @@
 //! floats or integers, symmetric). A weight is its code times its scale, rounded once to f32.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::hf_config::Keys;
@@ -81,12 +82,7 @@ impl Scales<'_> {
     ) {
         let [tall, wide] = self.block;
         let per_row = width.div_ceil(wide);
-        let value = |code: u8| match codes {
-            WeightType::E5m2 => Format::E5m2.decode(code.into()),
-            WeightType::I8 => f32::from(code as i8),
-            _ => Format::E4m3.decode(code.into()),
-        };
-        let table: Vec<f32> = (0..=u8::MAX).map(value).collect();
+        let table = values_of(codes);
         let lines = out.chunks_exact_mut(width).zip(bytes.chunks_exact(width));
         for (row, (out, codes)) in rows.zip(lines) {
             let parts = out.chunks_mut(wide).zip(codes.chunks(wide));
@@ -111,6 +107,24 @@ impl Scales<'_> {
     }
 }
 
+/// The value of each code.
+fn values_of(codes: WeightType) -> &'static [f32; 256] {
+    static TABLES: OnceLock<[[f32; 256]; 3]> = OnceLock::new();
+    let tables = TABLES.get_or_init(|| {
+        let all = |value: fn(u8) -> f32| std::array::from_fn(|code| value(code as u8));
+        [
+            all(|code| Format::E4m3.decode(code.into())),
+            all(|code| Format::E5m2.decode(code.into())),
+            all(|code| f32::from(code as i8)),
+        ]
+    });
+    match codes {
+        WeightType::E5m2 => &tables[1],
+        WeightType::I8 => &tables[2],
+        _ => &tables[0],
+    }
+}
+
 /// The value of an E8M0 code: 2^(code - 127), and NaN for 255 (OCP Microscaling Formats 1.0).
 fn power_of_two(code: u8) -> f32 {
     match code {
@@ -121,6 +135,16 @@ fn power_of_two(code: u8) -> f32 {
 }
 
 impl Quantised {
+    /// The scales of a weight of that shape, which were checked before.
+    pub fn of<'a>(
+        &self,
+        [rows, width]: [usize; 2],
+        kind: WeightType,
+        bytes: &'a [u8],
+    ) -> Scales<'a> {
+        Scales { kind, bytes, block: self.strategy.block(rows, width) }
+    }
+
     /// How the scales of a weight of that shape stand in their tensor.
     ///
     /// # Errors
@@ -135,8 +159,7 @@ impl Quantised {
         let block = self.strategy.block(rows, width);
         let [tall, wide] = block;
         let wanted = [rows.div_ceil(tall), width.div_ceil(wide)];
-        let same = shape == wanted || (self.strategy == Strategy::Channel && shape == [1, rows]);
-        if !same {
+        if shape != wanted {
             return Err(Fault::malformed(
                 format!(
                     "its scales are [{}, {}], and `quantization_config` asks for [{}, {}]: one for \
@@ -154,7 +177,7 @@ impl Quantised {
                 FETCH_AGAIN,
             ));
         }
-        let scales = Scales { kind, bytes, block };
+        let scales = self.of([rows, width], kind, bytes);
         match scales.first_bad(rows, width) {
             None => Ok(scales),
             Some((row, column, scale)) => Err(Fault::malformed(
@@ -205,7 +228,12 @@ fn fp8(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         None | Some("float" | "ue8m0") => {}
         Some(other) => return Err(unknown(format!("its `scale_fmt` is `{}`", shown(other)))),
     }
+    if keys.flag("dequantize")? == Some(true) {
+        return Err(unknown("its `dequantize` is true".to_owned()));
+    }
     let strategy = match keys.list("weight_block_size")? {
+        // What transformers takes where nothing is written; null is one scale for all.
+        None if !keys.names().any(|key| key == "weight_block_size") => Strategy::Block([128, 128]),
         None => Strategy::Tensor,
         Some(list) => Strategy::Block(block(list, "weight_block_size")?),
     };
@@ -235,8 +263,11 @@ fn compressed_tensors(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         return Err(unknown(format!("its `format` is `{}`", shown(format))));
     }
     for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
-        let given =
-            keys.get(key).filter(|value| value.as_object().is_none_or(|map| !map.is_empty()));
+        let off = |value: &serde_json::Value| {
+            let dense = value.get("format").is_some_and(|format| format == "dense");
+            dense || value.as_object().is_some_and(serde_json::Map::is_empty)
+        };
+        let given = keys.get(key).filter(|value| !off(value));
         if given.is_some() {
             return Err(unknown(format!("it has a `{key}`")));
         }
@@ -284,13 +315,15 @@ fn group_of(weights: &Keys<'_>) -> Result<Quantised, Fault> {
     if weights.flag("dynamic")? == Some(true) || weights.get("actorder").is_some() {
         return Err(unknown("its weights are quantised dynamically, or reordered".to_owned()));
     }
-    let group = weights.whole("group_size")?;
+    // -1 is a whole row.
+    let group = weights.number("group_size")?;
     let structure = weights.get("block_structure");
     let strategy = match weights.text("strategy")?.unwrap_or("tensor") {
         "tensor" => Strategy::Tensor,
         "channel" => Strategy::Channel,
-        "group" => match group.filter(|size| (1..=1 << 20).contains(size)) {
-            Some(size) => Strategy::Group(size as usize),
+        "group" => match group.filter(|size| (1.0..=1048576.0).contains(size)) {
+            Some(size) if size.fract() == 0.0 => Strategy::Group(size as usize),
+            Some(size) => return Err(unknown(format!("its `group_size` is {size}"))),
             None => return Err(unknown("its `strategy` is `group`, without a size".to_owned())),
         },
         "block" => match structure {

@@ -2,8 +2,9 @@
 //!
 //! It finds the files, checks their headers and gives every tensor its canonical
 //! (GGUF) name, which an architecture may decide; tensors that hold several of these
-//! are cut. It knows neither which tensors must be there nor how values are decoded. A name is parsed from its beginning, never searched for a part, and
-//! a shard may not lie outside the folder.
+//! are cut. It knows neither which tensors must be there nor how values are decoded. A name is
+//! parsed from its beginning, never searched for a part, and a shard may not lie outside the
+//! folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -21,6 +22,23 @@ use super::weights::WeightType;
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Endings of tensors that are known to belong to quantised checkpoints, and are not read.
+const OF_OTHER_METHODS: [&str; 14] = [
+    "_scale",
+    "_scale_inv",
+    "_zero_point",
+    "_packed",
+    "_shape",
+    "_g_idx",
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    "_global_scale",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+];
 /// What the canonical name of a tensor of scales ends with, after that of its codes.
 pub(super) const SCALES: &str = "#scales";
 /// The limit of the safetensors format.
@@ -162,6 +180,23 @@ pub(super) fn parse(
         };
         match canonical_name(&name, config) {
             Canonical::Ignored => continue,
+            // Of activations, which no weight depends on.
+            Canonical::InputScale if quantised.is_some() => continue,
+            Canonical::Scales(_) | Canonical::InputScale if quantised.is_none() => {
+                return Err(Fault::malformed(
+                    "it is a scale, and there is no `quantization_config`",
+                    FETCH_AGAIN,
+                )
+                .in_tensor(&name));
+            }
+            Canonical::Scales(_) if quantised.is_some_and(|q| !name.ends_with(q.scale)) => {
+                let scale = quantised.map_or("", |quantised| quantised.scale);
+                return Err(Fault::malformed(
+                    format!("scales of its `quant_method` are called `{scale}`"),
+                    FETCH_AGAIN,
+                )
+                .in_tensor(&name));
+            }
             Canonical::Known(canonical) => tensors.push(part_of(canonical)?),
             Canonical::Fused(parts) => {
                 let whole = part_of(String::new())?;
@@ -181,7 +216,17 @@ pub(super) fn parse(
                 let bytes = 8 + json.len() + start..8 + json.len() + end;
                 tensors.push(TensorInfo { bytes, ..scales });
             }
-            Canonical::Unknown => {
+            Canonical::Unknown | Canonical::InputScale
+                if OF_OTHER_METHODS.iter().any(|ending| name.ends_with(ending)) =>
+            {
+                return Err(Fault::unsupported(
+                    "it belongs to a way of quantising that is not read: zero points, scales of \
+                     fused weights or of a KV cache, packed codes",
+                    "choose the model's unquantised folder, or one of FP8 without them",
+                )
+                .in_tensor(&name));
+            }
+            Canonical::Unknown | Canonical::InputScale => {
                 return Err(Fault::unsupported(
                     format!("the forward pass of {} has no use for it", config.architecture.name()),
                     "choose a model of one of the known architectures, without adapters",
@@ -224,6 +269,12 @@ fn tensor(
         }
     };
     let (rows, width) = match *shape {
+        [_] if kind.is_scaled() => {
+            return Err(Fault::unsupported(
+                format!("its type is {dtype:?} and it is a vector; matrices alone are codes"),
+                "save it in F32, F16 or BF16",
+            ));
+        }
         [width] => (1, width),
         [rows, width] => (rows, width),
         _ => {
@@ -284,7 +335,9 @@ enum Canonical {
     Fused(Vec<(String, usize)>),
     /// The scales of codes, by the name of those with [`SCALES`] after it.
     Scales(String),
-    /// Derived data that old checkpoints saved, and what changes no weight.
+    /// The scale of a product's activations.
+    InputScale,
+    /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
 }
@@ -298,9 +351,8 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
         };
     }
     if let Some(of) = name.strip_suffix("input_scale") {
-        // Of activations, which the weights do not depend on.
         return match canonical_name(&format!("{of}weight"), config) {
-            Canonical::Known(_) => Canonical::Ignored,
+            Canonical::Known(_) | Canonical::Fused(_) => Canonical::InputScale,
             _ => Canonical::Unknown,
         };
     }
@@ -373,7 +425,7 @@ pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
     match canonical_name(name, config) {
         Canonical::Known(name) | Canonical::Scales(name) => vec![name],
         Canonical::Fused(parts) => parts.into_iter().map(|(name, _)| name).collect(),
-        Canonical::Ignored => Vec::new(),
+        Canonical::Ignored | Canonical::InputScale => Vec::new(),
         Canonical::Unknown => vec![name.to_owned()],
     }
 }

@@ -170,7 +170,11 @@ pub fn names(runs: &Path) -> Result<Vec<String>, String> {
     let mut names = Vec::new();
     for path in files_of(runs, "")? {
         let cannot = |error: &dyn std::fmt::Display| {
-            format!("the baseline `{}` cannot be read: {error}", path.shown())
+            format!(
+                "the baseline `{}` cannot be read: {error}; remove that file, and set it anew with \
+                 `runner baseline set RUN`; until then no run is removed",
+                path.shown()
+            )
         };
         let text = files::read_text(&path, LARGEST_RUN).map_err(|error| cannot(&error))?;
         let name: Name = serde_json::from_str(&text).map_err(|error| cannot(&error))?;

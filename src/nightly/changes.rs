@@ -45,7 +45,7 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
         };
         let known = causes_of(old, stage);
         let explained = moved || !known.is_empty();
-        for cause in known {
+        for cause in known.into_iter().chain(judged_otherwise(old, stage)) {
             match causes.iter_mut().find(|(earlier, _)| *earlier == cause) {
                 Some((_, stages)) => stages.push(id),
                 None => causes.push((cause, vec![id])),
@@ -94,19 +94,25 @@ fn causes_of(old: &StageRecord, new: &StageRecord) -> Vec<String> {
     if old.tokens != new.tokens {
         text("prompt", &tokens(&old.tokens), &tokens(&new.tokens));
     }
-    text("contract", &old.contract.join(" "), &new.contract.join(" "));
     let mut leaves = Vec::new();
     differing("recipe", &json!(old.recipe), &json!(new.recipe), &mut leaves);
     differing("op", &json!(old.op), &json!(new.op), &mut leaves);
     let words = |leaf: Leaf| format!("{}: {} -> {}", leaf.path, leaf.before, leaf.after);
     causes.extend(leaves.into_iter().map(words));
+    causes
+}
+
+/// What of a stage's judging is another one: no value follows from it, but a verdict may.
+fn judged_otherwise(old: &StageRecord, new: &StageRecord) -> Vec<String> {
+    let mut found = Vec::new();
     let arms = |stage: &StageRecord| names(stage.arms.keys().map(|arm| arm.name()));
     let mut text = |what: &str, old: &str, new: &str| {
         if old != new {
-            causes.push(format!("{what}: {old} -> {new}"));
+            found.push(format!("{what}: {old} -> {new}"));
         }
     };
     text("arms", &arms(old), &arms(new));
+    text("contract", &old.contract.join(" "), &new.contract.join(" "));
     // A contract may be changed without a new version.
     let claims = |stage: &StageRecord| names(stage.judgements.iter().map(|j| j.falsifier.as_str()));
     text("claims", &claims(old), &claims(new));
@@ -117,7 +123,7 @@ fn causes_of(old: &StageRecord, new: &StageRecord) -> Vec<String> {
         };
         text(&format!("bound of {}", now.falsifier), &bounds(before), &bounds(now));
     }
-    causes
+    found
 }
 
 /// A prompt in words: nobody compares hundreds of numbers.

@@ -79,7 +79,8 @@ pub struct Summary {
     pub baseline: Option<String>,
     /// What changed since the baseline.
     pub changes: Vec<String>,
-    /// What of earlier runs could not be read, so that nothing is said of it.
+    /// What of earlier runs could not be read, so that nothing is said of it, and what of this one
+    /// could not be written.
     #[serde(default)]
     pub problems: Vec<String>,
 }

@@ -54,6 +54,10 @@ pub fn finished(runs: &Path) -> Result<Vec<Past>, String> {
             // A link's target is somebody else's.
             let folder = entry.file_type().ok()?.is_dir().then(|| entry.path())?;
             let id = entry.file_name().into_string().ok()?;
+            // What is being removed is hidden.
+            if id.starts_with('.') {
+                return None;
+            }
             let json =
                 folder.join("run.json").metadata().ok().filter(std::fs::Metadata::is_file)?;
             Some(Past { id, folder, finished: json.modified().ok()? })

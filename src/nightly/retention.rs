@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::baseline;
-use super::past::{Brief, Past, finished};
+use super::past::{Past, finished};
 use crate::record::Series;
 use crate::text::Shown;
 use crate::verdict::Verdict;
@@ -24,6 +24,7 @@ pub const PINNED: &str = "pinned";
 /// removed, when the others are.
 pub fn remove_old(runs: &Path, keep: usize, machine: &str) -> Result<Vec<String>, String> {
     let baselines: BTreeSet<String> = baseline::names(runs)?.into_iter().collect();
+    clear_what_was_put_aside(runs);
     let past = finished(runs)?.into_iter().filter(|run| is_run(&run.id));
     let spared = |run: &Past| baselines.contains(&run.id) || run.folder.join(PINNED).exists();
     let past: Vec<Past> = past.filter(|run| !spared(run)).collect();
@@ -34,14 +35,13 @@ pub fn remove_old(runs: &Path, keep: usize, machine: &str) -> Result<Vec<String>
     let mut counts: BTreeMap<Option<Series>, (usize, usize)> = BTreeMap::new();
     let (mut gone, mut problem) = (Vec::new(), None);
     for Past { id, folder, .. } in past.iter().rev().filter(|run| {
-        let brief = run.brief();
-        let of_here = |brief: &Brief| brief.machine.as_ref().is_none_or(|name| name == machine);
-        if !brief.as_ref().is_none_or(of_here) {
+        // Of a run that cannot be read nobody knows whose it is.
+        let Some(brief) = run.brief() else { return false };
+        if brief.machine.is_some_and(|name| name != machine) {
             return false;
         }
-        let series = brief.as_ref().and_then(|brief| brief.series.clone());
-        let (all, bad) = counts.entry(series).or_default();
-        let passed = brief.is_none_or(|brief| brief.verdict == Verdict::Pass);
+        let (all, bad) = counts.entry(brief.series).or_default();
+        let passed = brief.verdict == Verdict::Pass;
         *all += 1;
         *bad += usize::from(!passed);
         *all > keep && (passed || *bad > keep)
@@ -54,10 +54,24 @@ pub fn remove_old(runs: &Path, keep: usize, machine: &str) -> Result<Vec<String>
     problem.map_or(Ok(gone), Err)
 }
 
+/// What stands before the name of a run that is being removed.
+const ASIDE: &str = ".removed-";
+
+/// Runs that somebody put out of the way and, killed, did not come to remove.
+fn clear_what_was_put_aside(runs: &Path) {
+    for entry in std::fs::read_dir(runs).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.strip_prefix(ASIDE).is_some_and(is_run) {
+            // Somebody else may be at it just now.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Removes a run's folder: out of the way first, so that nobody reads half of it.
 fn removed(folder: &Path, runs: &Path) -> Result<(), String> {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    let aside = runs.join(format!(".removed-{name}"));
+    let aside = runs.join(format!("{ASIDE}{name}"));
     let cannot = |error| format!("cannot remove `{}`: {error}", folder.shown());
     match std::fs::rename(folder, &aside) {
         // Somebody else cleared it away at the same time.
@@ -101,6 +115,18 @@ mod tests {
         for other in ["cache", "receipts", "20261101-notes"] {
             make(other, true);
         }
+        // Nobody can say whose the other runs are: they have no summary, and no run.json that says.
+        make(".removed-20261031T000000Z-0123abcd", true);
+        for name in [
+            "20261101T000000Z-0123abcd",
+            "20261103T000000Z-0123abcd",
+            "20261104T000000Z-0123abcd-2",
+        ] {
+            let summary =
+                r#"{"verdict":"pass","series":{"folder":"s","models":[],"selection":null}}"#;
+            std::fs::write(runs.path().join(name).join("summary.json"), summary).expect("written");
+        }
+        make("20261030T000000Z-0123abcd", true);
         assert_eq!(
             remove_old(runs.path(), 2, "node07").expect("removed"),
             ["20261101T000000Z-0123abcd"]
@@ -108,6 +134,8 @@ mod tests {
         assert_eq!(remove_old(runs.path(), 2, "node07").expect("nothing left"), [""; 0]);
         assert!(runs.path().join("cache").is_dir() && runs.path().join("20261101-notes").is_dir());
         assert!(runs.path().join("20261102T000000Z-0123abcd").is_dir(), "it never ended");
+        assert!(runs.path().join("20261030T000000Z-0123abcd").is_dir(), "it cannot be read");
+        assert!(!runs.path().join(".removed-20261031T000000Z-0123abcd").exists());
     }
 
     /// A folder with a run on each of these days: its machine, and how it ended.

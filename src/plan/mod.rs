@@ -93,8 +93,8 @@ pub struct Plan<'a> {
     pub force: bool,
     /// Arms of which only what this run computed may be reused.
     pub fresh: BTreeSet<Arm>,
-    /// What was measured anew already.
-    measured: Mutex<BTreeSet<Key>>,
+    /// What was measured anew already, by the run that noted it with its result.
+    measured: Mutex<BTreeMap<Key, String>>,
     /// The folder of stages, absolute.
     folder: PathBuf,
 }
@@ -455,19 +455,21 @@ impl<'a> Plan<'a> {
             return None;
         }
         let key = walk.key();
-        // Several stages may share an arm: measured once in a run is measured anew.
-        if self.fresh.contains(&arm) && !self.measured().contains(&key) {
-            return None;
+        if !self.fresh.contains(&arm) {
+            return store.find(&key);
         }
-        store.find(&key)
+        // Several stages may share an arm: measured once in a run is measured anew. Another
+        // machine's result, kept under the same key since, is none of this run's.
+        let by = self.measured().get(&key).cloned()?;
+        store.find(&key).filter(|found| found.run == by)
     }
 
     /// Notes what was measured, for stages that share an arm.
-    pub fn note_measured(&self, key: &Key) {
-        self.measured().insert(key.clone());
+    pub fn note_measured(&self, action: &Action) {
+        self.measured().insert(action.key.clone(), action.run.clone());
     }
 
-    fn measured(&self) -> std::sync::MutexGuard<'_, BTreeSet<Key>> {
+    fn measured(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, String>> {
         self.measured.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 

@@ -72,9 +72,11 @@ impl OpenModel {
         let tensor = self.model.tensor(name).ok()?;
         let origin = self.model.origin(name);
         // The stamp is that of the file that was opened, whatever its name means now.
-        let known = origin.map(|origin| {
+        // The scales of codes may stand in another file, and its stamp says nothing of them.
+        let known = origin.filter(|_| !tensor.is_scaled()).map(|origin| {
             let (kind, rows, width) = (tensor.kind(), tensor.rows(), tensor.width());
-            let part = format!("{kind} {rows}x{width} @{}", origin.offset);
+            let less = if tensor.is_less_one() { " less one" } else { "" };
+            let part = format!("{kind} {rows}x{width} @{}{less}", origin.offset);
             (Stamp::of(origin.facts), part, origin.path)
         });
         let found = known.as_ref().and_then(|(stamp, part, _)| stamps.known(stamp, part));

@@ -185,7 +185,7 @@ impl Bench<'_> {
         self.check_unchanged(arm, inputs, walk.fields(), &sources)?;
         let earlier = self.store.record(&walk.key());
         let stored = self.keep(&walk, output, seconds)?;
-        self.plan.note_measured(&stored.action.key);
+        self.plan.note_measured(&stored.action);
         let mut why = why;
         if earlier.is_some_and(|earlier| earlier.object != stored.action.object) {
             why += "; the same key gave another result before: the arm is not deterministic";
@@ -503,7 +503,9 @@ impl Bench<'_> {
             true => self.store.save(new)?,
             false => Action::unsaved(&walk, run, created, new.payload),
         };
-        self.plan.note_measured(&action.key);
+        if kept {
+            self.plan.note_measured(&action);
+        }
         // Kept first: where a place cannot be written now, the next run only puts them there.
         if let Some(record) = &payload.command {
             command::put_in_place(record, &tools)?;

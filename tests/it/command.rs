@@ -414,8 +414,9 @@ impl Drop for HasAllCores {
 
 #[test]
 fn an_input_that_somebody_writes_all_the_time_is_an_error_and_not_waited_for_for_ever() {
-    let project =
-        Project::new().file("in", "0").stage("S", "shell = 'sleep 0.3; cat in'\ninputs = [\"in\"]");
+    let project = Project::new()
+        .file("in", "00000000")
+        .stage("S", "shell = 'sleep 0.3; cat in'\ninputs = [\"in\"]");
     let (input, over) = (project.path("in"), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -423,7 +424,11 @@ fn an_input_that_somebody_writes_all_the_time_is_an_error_and_not_waited_for_for
                 if over.load(Ordering::Relaxed) {
                     break;
                 }
-                fs::write(&input, count.to_string()).expect("written");
+                // In its place: a file that becomes shorter is another error.
+                let file = fs::File::options().write(true).open(&input);
+                let mut file = file.expect("opened");
+                std::io::Write::write_all(&mut file, format!("{count:08}").as_bytes())
+                    .expect("written");
             }
         });
         let outcome = project.run();

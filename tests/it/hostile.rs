@@ -782,6 +782,24 @@ fn lines_of_files_outside_of_the_project_are_shown_by_no_command() {
     let linked = Project::new();
     linked.link("elsewhere", &outside);
     quiet(&linked, "elsewhere");
+    // A dump that lies elsewhere is not looked into by `check`, nor is its folder listed.
+    let dump = elsewhere.path().join("dump.safetensors");
+    fs::write(&dump, "hunter2").expect("written");
+    for (named, code, words) in [
+        (dump.clone(), 0, "1 file outside of the project not looked into"),
+        (elsewhere.path().join("dump.safetensor"), 2, "does not exist; correct the path"),
+    ] {
+        let input = format!("{{ file = \"{}\" }}", named.display());
+        let text = stage("").replace("{ generate = \"normal\", rows = 4 }", &input);
+        let project = Project::new()
+            .file("stages/r.toml", &text)
+            .file("stages/pipeline.toml", "tokens = [1]\n");
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("contracts/rope.toml");
+        project.write("contracts/rope.toml", &fs::read_to_string(shipped).expect("shipped"));
+        let outcome = project.runner(&["check"]);
+        assert!(!outcome.err.contains("did you mean"), "{}", outcome.err);
+        outcome.expect(code, words);
+    }
     // In a repository all of it may be named: contracts above the project are shown.
     let project = Project::new()
         .file("a/stages/pipeline.toml", "tokens = [1]\ncontracts = \"../../contracts\"\n")

@@ -182,9 +182,6 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
-        if weight.is_scaled() {
-            return Err(unknown("a product with the codes and scales of a quantised checkpoint"));
-        }
         match self.kernels.linear_of(weight.name()).first() {
             None | Some(LinearKernel::Cublas) => {
                 let operands = self.operands(weight, bias)?;
@@ -206,6 +203,7 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
+        known_weight(weight)?;
         let product = GgmlProduct::of(self.unit, weight, self.held_bias(bias)?)?;
         let mut data = Vec::new();
         for rows in self.steps(x.rows()) {
@@ -222,6 +220,7 @@ impl EngineArm {
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
     ) -> Result<Operands, ComputeError> {
+        known_weight(weight)?;
         let w = Tensor::new(weight.width(), weight.to_vec()?);
         Ok(Operands::torch(self.unit, self.format, &w, self.held_bias(bias)?))
     }
@@ -273,6 +272,7 @@ impl EngineArm {
         let unit = self.fp8_unit.as_ref().ok_or_else(|| {
             ComputeError::Recipe("the engine multiplies FP8, and the chip cannot".to_owned())
         })?;
+        known_weight(weight)?;
         let bias = self.held_bias(bias)?;
         Ok(Fp8Product { kernel, format: self.format, unit, weight, bias, largest: &self.largest })
     }
@@ -869,6 +869,15 @@ fn knows_attention(kernel: AttentionKernel, shape: AttentionShape, keys: usize) 
 }
 
 /// An op whose kernel in the engine is not known.
+/// What an engine does with the codes and scales of a file is not known: its kernels multiply
+/// them, and not the values that they stand for.
+fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
+    match weight.is_scaled() {
+        false => Ok(()),
+        true => Err(unknown("a product with the codes and scales of a quantised checkpoint")),
+    }
+}
+
 pub(super) fn unknown(what: &str) -> ComputeError {
     ComputeError::Recipe(format!(
         "the engine's kernel of {what} is not known, and this model needs it; take a recipe with \

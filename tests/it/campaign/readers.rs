@@ -17,7 +17,7 @@ use runner::engine::EngineFile;
 use runner::graph::{Graph, GraphFormat, render};
 use runner::manifest::{Overrides, load};
 use runner::model::Model;
-use runner::nightly::{baseline, metrics};
+use runner::nightly::{Earlier, metrics, sum_up};
 use runner::op::FileTensor;
 use runner::record::RunRecord;
 use runner::report;
@@ -40,11 +40,13 @@ pub struct Reader {
 pub type Answer = Result<(), String>;
 
 /// All of them.
-pub const READERS: [Reader; 20] = [
+pub const READERS: [Reader; 22] = [
     reader("gguf", &["mutant.gguf"], nothing, gguf),
     reader("config", &["`model`", "/model`", "config.json"], beside_config, config),
+    reader("quantised", &["`model`", "/model`", "config.json"], beside_codes, config),
     reader("index", &["/model`", "/model/"], beside_config, index),
     reader("weights", &["model.safetensors", "/model`"], beside_config, weights),
+    reader("codes", &["model.safetensors", "/model`"], beside_codes, weights),
     reader("tokenizer", &["/model`", "tokenizer.json"], beside_tokenizer, tokenizer),
     reader("npy", &["mutant.npy"], nothing, npy),
     reader("npz", &["mutant.npz"], nothing, npz),
@@ -139,6 +141,15 @@ pub const CONFIG: &str = r#"{"model_type":"llama","hidden_size":4,"num_hidden_la
 
 /// The tensors of [`CONFIG`], with so many rows of the embedding.
 pub fn tensors_of_config(vocabulary: usize) -> Vec<u8> {
+    written(vocabulary, false)
+}
+
+/// The same with codes and their scales where a checkpoint of FP8 has them.
+pub fn tensors_of_codes() -> Vec<u8> {
+    written(8, true)
+}
+
+fn written(vocabulary: usize, coded: bool) -> Vec<u8> {
     let block = [
         ("input_layernorm", vec![4]),
         ("post_attention_layernorm", vec![4]),
@@ -155,12 +166,21 @@ pub fn tensors_of_config(vocabulary: usize) -> Vec<u8> {
         [("model.embed_tokens.weight", vec![vocabulary, 4]), ("model.norm.weight", vec![4])];
     let outer = outer.map(|(name, shape)| (name.to_owned(), shape));
     let (mut lines, mut end) = (Vec::new(), 0);
-    for (name, shape) in block.into_iter().chain(outer) {
+    let mut add = |name: &str, dtype: &str, bytes: usize, shape: &[usize]| {
         let start = end;
-        end += 2 * shape.iter().product::<usize>();
+        end += bytes * shape.iter().product::<usize>();
         lines.push(format!(
-            r#""{name}":{{"dtype":"BF16","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
+            r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
         ));
+    };
+    for (name, shape) in block.into_iter().chain(outer) {
+        if coded && name.contains("proj") {
+            add(&name, "F8_E4M3", 1, &shape);
+            let scales: Vec<usize> = shape.iter().map(|side| side.div_ceil(4)).collect();
+            add(&format!("{name}_scale_inv"), "F32", 4, &scales);
+        } else {
+            add(&name, "BF16", 2, &shape);
+        }
     }
     let header = format!("{{{}}}", lines.join(","));
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
@@ -173,6 +193,13 @@ fn beside_config(folder: &Path) {
     let folder = make(folder, "model");
     put(&folder, "config.json", CONFIG.as_bytes());
     put(&folder, "model.safetensors", &tensors_of_config(8));
+}
+
+fn beside_codes(folder: &Path) {
+    let folder = make(folder, "model");
+    let fp8 = r#"{"quantization_config":{"quant_method":"fp8","weight_block_size":[4,4]},"#;
+    put(&folder, "config.json", CONFIG.replacen('{', fp8, 1).as_bytes());
+    put(&folder, "model.safetensors", &tensors_of_codes());
 }
 
 fn beside_tokenizer(folder: &Path) {
@@ -399,11 +426,12 @@ fn run(folder: &Path, bytes: &[u8]) -> Answer {
         6 => drop((report::table(&run, "runs", 80), report::table(&run, "runs", 0))),
         _ => {
             let changes = report::diff(&run, &run);
-            report::diff_text(&run, &run, &changes);
+            report::diff_text(&run, &run, &changes, true);
             report::diff_page(&run, &run, &changes);
-            baseline::changes(&run, &run);
-            baseline::hardware(&run);
-            metrics::open_metrics(&run, 0, None);
+            let earlier = Earlier { baseline: Some(run.clone()), ..Earlier::default() };
+            let summary = sum_up(&run, folder, &earlier);
+            assert!(!summary.line.contains('\n'), "a message's head is one line");
+            metrics::open_metrics(&summary, Some(&run), 0);
         }
     }
     Ok(())

@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use super::mutate::Kind;
-use super::readers::{CONFIG, record_walk, tensors_of_config};
+use super::readers::{CONFIG, record_walk, tensors_of_codes, tensors_of_config};
 use crate::data::own;
 use crate::model::draft;
 
@@ -21,8 +21,10 @@ pub fn of(reader: &str) -> (Kind, Vec<Vec<u8>>) {
     match reader {
         "gguf" => (Kind::Gguf, models()),
         "config" => (Kind::Json, vec![CONFIG.as_bytes().to_vec(), long_config()]),
+        "quantised" => (Kind::Json, vec![quantised_config()]),
         "index" => (Kind::Json, vec![index()]),
         "weights" => (Kind::Safetensors, vec![tensors_of_config(8)]),
+        "codes" => (Kind::Safetensors, vec![tensors_of_codes()]),
         "tokenizer" => (Kind::Json, tokenizers()),
         "npy" => (Kind::Npy, fixtures(&["f2.npy", "f4.npy", "f8.npy", "version2.npy"])),
         "npz" => (Kind::Npz, fixtures(&["stored.npz", "compressed.npz"])),
@@ -76,6 +78,16 @@ fn long_config() -> Vec<u8> {
     config["head_dim"] = json!(2);
     config["bos_token_id"] = json!(1);
     config["transformers_version"] = json!("4.57.0");
+    config.to_string().into_bytes()
+}
+
+/// A config that says how weights are quantised, with the keys that real files carry.
+fn quantised_config() -> Vec<u8> {
+    let mut config: Value = serde_json::from_str(CONFIG).expect("JSON");
+    config["quantization_config"] = json!({
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0",
+        "weight_block_size": [4, 4], "modules_to_not_convert": ["lm_head"], "dequantize": false,
+    });
     config.to_string().into_bytes()
 }
 
