@@ -129,11 +129,14 @@ pub fn is_any(runs: &Path) -> bool {
     entries.is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// Every baseline with its file, or why it cannot be read.
+/// A baseline's file, and the run that it holds, or why it cannot be read.
+pub type Known = (PathBuf, Result<RunRecord, String>);
+
+/// Every baseline.
 ///
 /// # Errors
 /// If the folder cannot be read.
-pub fn all(runs: &Path) -> Result<Vec<(PathBuf, Result<RunRecord, String>)>, String> {
+pub fn all(runs: &Path) -> Result<Vec<Known>, String> {
     let known = |path: PathBuf| Some((path.clone(), read(&path).transpose()?));
     Ok(files_of(runs, "")?.into_iter().filter_map(known).collect())
 }
@@ -189,9 +192,7 @@ pub fn names(runs: &Path) -> Result<Vec<String>, String> {
 /// If a file cannot be removed, or no baseline is that run.
 pub fn remove(id: &str, runs: &Path) -> Result<usize, String> {
     let known = all(runs)?;
-    let read = |(path, run): &'_ (PathBuf, Result<RunRecord, String>)| {
-        Some((path.clone(), run.as_ref().ok()?.id.clone()))
-    };
+    let read = |(path, run): &'_ Known| Some((path.clone(), run.as_ref().ok()?.id.clone()));
     let known: Vec<(PathBuf, String)> = known.iter().filter_map(read).collect();
     let files: Vec<&PathBuf> =
         known.iter().filter(|(_, name)| name == id).map(|(path, _)| path).collect();
