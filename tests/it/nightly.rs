@@ -47,6 +47,53 @@ fn a_profile_selects_and_only_its_last_runs_are_kept() {
     missing.expect(2, "there is no profile `weekly`; pipeline.toml has nightly");
 }
 
+/// The blocks of that language in docs/nightly.md.
+fn blocks_of_the_docs(language: &str) -> Vec<String> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/nightly.md");
+    let text = fs::read_to_string(path).expect("the docs");
+    let begin = format!("\n```{language}\n");
+    let blocks = text.split(&begin).skip(1);
+    blocks.map(|rest| rest.split("\n```").next().expect("an end").to_owned()).collect()
+}
+
+#[test]
+fn the_profile_of_the_docs_runs_as_copied() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let project = Project::new();
+    for folder in ["stages", "contracts"] {
+        for entry in fs::read_dir(root.join(folder)).expect("shipped").flatten() {
+            let name = entry.file_name().into_string().expect("text");
+            let text = fs::read_to_string(entry.path()).expect("TOML");
+            project.write(&format!("{folder}/{name}"), &text);
+        }
+    }
+    let [profile] = &blocks_of_the_docs("toml")[..] else { panic!("one profile in the docs") };
+    let defaults = project.read("stages/pipeline.toml");
+    project.write("stages/pipeline.toml", &format!("{defaults}\n{profile}\n"));
+    project.runner(&["check", "stages"]).expect(0, "no problems found");
+    let nightly = ["run", "stages", "--profile", "nightly", "--metrics", "runner.prom"];
+    project.runner(&nightly).expect(0, "pass, 5 of 5 stages pass");
+    // The summary in the docs has the keys of the one that was written.
+    let last = finished_runs(&project).pop().expect("a run");
+    let written = fs::read_to_string(last.join("summary.json")).expect("a summary");
+    let keys = |text: &str| {
+        let json: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        json.as_object().expect("an object").keys().cloned().collect::<Vec<_>>()
+    };
+    let [summary] = &blocks_of_the_docs("json")[..] else { panic!("one summary in the docs") };
+    assert_eq!(keys(summary), keys(&written));
+    // And so have the metrics their names.
+    let names = |text: &str| {
+        let lines = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        lines.map(|line| line.split(' ').next().expect("a name").to_owned()).collect::<Vec<_>>()
+    };
+    let docs = fs::read_to_string(root.join("docs/nightly.md")).expect("the docs");
+    let told: Vec<String> = names(&docs);
+    for name in names(&project.read("runner.prom")) {
+        assert!(told.contains(&name), "docs/nightly.md lacks {name}");
+    }
+}
+
 #[test]
 fn a_profile_whose_selection_finds_nothing_is_a_problem_of_the_manifests() {
     let project = night();

@@ -207,6 +207,26 @@ fn the_emulated_arm_gives_what_the_gpu_gave_on_small_models() {
     }
 }
 
+/// A checkpoint of FP8 that PyTorch wrote (`scripts/fp8_folder.py`), and what an H200 made of it.
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_of_a_quantised_checkpoint() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let receipts = receipts_in("runs/receipts/quantised");
+    assert_eq!(receipts.len(), 2);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            let model = Model::open(&root.join(&stage.model)).expect("the checkpoint");
+            let weight = model.tensor("blk.1.ffn_down.weight").expect("a weight");
+            assert!(weight.is_scaled(), "{name}: the weights are codes");
+            held += hold(&name, stage, &model);
+            let bits = stage.measures.iter().map(|m| m.metrics[&Metric::BitMismatches]);
+            assert!(bits.into_iter().all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
+        }
+        assert!(held >= 34, "{name}: only {held} sites were held against a GPU");
+    }
+}
+
 #[test]
 #[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
 fn the_emulated_arm_gives_what_the_gpu_gave_of_every_architecture() {

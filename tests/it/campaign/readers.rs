@@ -43,7 +43,12 @@ pub type Answer = Result<(), String>;
 pub const READERS: [Reader; 22] = [
     reader("gguf", &["mutant.gguf"], nothing, gguf),
     reader("config", &["`model`", "/model`", "config.json"], beside_config, config),
-    reader("quantised", &["`model`", "/model`", "config.json"], beside_codes, config),
+    reader(
+        "quantised",
+        &["`model`", "/model`", "config.json", "model.safetensors"],
+        beside_codes,
+        config,
+    ),
     reader("index", &["/model`", "/model/"], beside_config, index),
     reader("weights", &["model.safetensors", "/model`"], beside_config, weights),
     reader("codes", &["model.safetensors", "/model`"], beside_codes, weights),
