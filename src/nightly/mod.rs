@@ -259,7 +259,7 @@ fn line(summary: &Summary, run: &RunRecord) -> String {
         parts.push(since(&summary.changes_since_previous, previous));
     }
     parts.push(match &summary.baseline {
-        Some(baseline) => since(&summary.changes, &format!("the baseline {baseline}")),
+        Some(baseline) => format!("baseline: {}", since(&summary.changes, baseline)),
         None if !summary.problems.is_empty() => {
             format!("an earlier run cannot be read: {}", summary.problems[0])
         }

@@ -122,7 +122,7 @@ fn a_baseline_tells_what_changed_and_nothing_else() {
     assert!(ran.out.contains("ROPE-001 at blk.0.q_rope"), "{}", ran.out);
     // Since the night before nothing is new any more; the baseline still says three.
     let ran = project.run().expect(1, "nothing changed since");
-    assert!(ran.out.contains("3 changes since the baseline"), "{}", ran.out);
+    assert!(ran.out.contains("baseline: 3 changes since"), "{}", ran.out);
     let history = project.runner(&["history"]);
     history.expect(0, "R pass x 2, structural x 2 row_ulp of ROPE-001");
     project.runner(&["history", "R", "Q"]).expect(2, "no run has the stage Q; they have: E, R");
@@ -139,7 +139,7 @@ fn a_baseline_is_shown_removed_and_spared_by_keep() {
     let first = finished_runs(&project).remove(0);
     let name = first.file_name().and_then(|name| name.to_str()).expect("text").to_owned();
     for _ in 0..4 {
-        project.runner(&nightly).expect(0, &format!("nothing changed since the baseline {name}"));
+        project.runner(&nightly).expect(0, &format!("baseline: nothing changed since {name}"));
     }
     assert!(first.is_dir(), "the run that is the baseline stays");
     assert_eq!(finished_runs(&project).len(), 3);
@@ -169,7 +169,7 @@ fn another_model_or_folder_of_stages_has_another_baseline() {
     project.runner(&more).expect(0, "no baseline for these stages, models and hardware");
     // A part of the stages is held against the part of the baseline, and lost nothing.
     let part = project.runner(&["run", "stages", "--select", "E"]);
-    part.expect(0, "nothing changed since the baseline");
+    part.expect(0, "baseline: nothing changed since");
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn a_bound_that_is_loosened_and_an_arm_that_is_gone_are_told() {
     assert!(ran.out.contains("R bound of ROPE-001: none to 8 -> none to 1"), "{}", ran.out);
     project.write("contracts/rope.toml", &contract);
     let arms = ["run", "stages", "--arms", "reference,emulated"];
-    let ran = project.runner(&arms).expect(0, "1 change since the baseline");
+    let ran = project.runner(&arms).expect(0, "baseline: 1 change since");
     let gone = "E, R arms: reference emulated device -> reference emulated";
     assert!(ran.out.contains(gone), "{}", ran.out);
 }
