@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 
 /// The variable that names the machine.
-pub const VARIABLE: &str = "RUNNER_MACHINE";
+const VARIABLE: &str = "RUNNER_MACHINE";
 
 /// The name of this machine.
 pub fn name() -> &'static str {

@@ -122,6 +122,14 @@ pub struct Series {
     pub selection: Option<String>,
 }
 
+impl Series {
+    /// What a baseline belongs to besides the hardware. What was selected does not matter: of two
+    /// selections the stages that both have are compared.
+    pub fn kin(&self) -> (&str, &[String]) {
+        (&self.folder, &self.models)
+    }
+}
+
 /// One stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageRecord {

@@ -279,13 +279,7 @@ fn profiles() -> Value {
             "select": says("the stages, as `--select` names them", text()),
             "fresh": says(
                 "arms that are measured anew although their results are there",
-                list(
-                    json!({
-                        "enum":
-                            ["reference", "emulated", "device", "recorded", "external", "command"]
-                    }),
-                    0,
-                ),
+                list(json!({ "enum": Arm::MEASURED.map(Arm::name) }), 0),
             ),
             "require": says(
                 "arms without which a stage is an error",

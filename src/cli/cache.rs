@@ -8,11 +8,9 @@ use clap::{Args, Subcommand};
 use super::{FALSIFIED, PASS, keep, print, record_of, stamps_of, store_of};
 use crate::cache::{Budget, Held, Spare};
 use crate::manifest::problem::plural;
+use crate::nightly::retention::PINNED;
 use crate::record::RunRecord;
 use crate::text::Shown;
-
-/// The mark of a run whose results `gc` keeps.
-const PINNED: &str = crate::nightly::retention::PINNED;
 
 #[derive(Args)]
 pub(super) struct CacheArgs {

@@ -23,10 +23,9 @@ pub(super) fn check(folder: &Path) -> Result<u8, String> {
         return Err(told_once(problems));
     }
     if let Some(first) = outside.first() {
-        let (count, those) =
-            (plural(outside.len(), "file"), if outside.len() == 1 { "it" } else { "them" });
+        let count = plural(outside.len(), "file");
         print(&format!(
-            "{count} outside of the project not looked into, as `{}`; `plan` and `run` read {those}\n",
+            "not looked into: {count} outside of the project, as `{}`; `plan` and `run` read them\n",
             first.shown()
         ))?;
     }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{PASS, print};
+use crate::manifest::problem::plural;
 use crate::nightly::past::finished;
 use crate::op::{Arm, Site, StageId};
 use crate::record::{RunRecord, Series, StageRecord};
@@ -41,10 +42,8 @@ pub(super) struct HistoryArgs {
 pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
     let (records, left_out) = if args.machines { last_of_each(args)? } else { last(args)? };
     if left_out > 0 {
-        let (noun, those) = if left_out == 1 { ("run", "it") } else { ("runs", "them") };
-        tell_line(&format!(
-            "{left_out} {noun} of other stages or models left out; `--all` shows {those}"
-        ));
+        let left_out = plural(left_out, "run");
+        tell_line(&format!("without {left_out} of other stages or models; `--all` shows all"));
     }
     if records.is_empty() {
         return Err(match &args.machine {
@@ -71,10 +70,7 @@ pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
 /// Whether runs are of the same folder of stages and the same models; those of earlier runners do
 /// not say.
 fn are_kin(one: &Option<Series>, other: &Option<Series>) -> bool {
-    let kin = |series: &Option<Series>| {
-        series.as_ref().map(|series| (series.folder.clone(), series.models.clone()))
-    };
-    kin(one) == kin(other)
+    one.as_ref().map(Series::kin) == other.as_ref().map(Series::kin)
 }
 
 /// The last runs, the oldest first, and how many of others were passed over.
@@ -136,12 +132,11 @@ fn heads(records: &[RunRecord]) -> String {
     let named = records.iter().map(|run| machine(run).chars().count()).max().unwrap_or(0);
     let line = |run: &RunRecord| {
         let stopped = if run.interrupted { ", stopped" } else { "" };
-        let count = run.stages.len();
-        let noun = if count == 1 { "stage" } else { "stages" };
+        let count = plural(run.stages.len(), "stage");
         let (id, verdict, seconds) = (&run.id, run.verdict.name(), run.seconds);
         let machine = machine(run);
         let text = format!(
-            "{id:wide$}  {machine:named$}  {verdict:10}  {count} {noun} in {seconds:.2} s{stopped}"
+            "{id:wide$}  {machine:named$}  {verdict:10}  {count} in {seconds:.2} s{stopped}"
         );
         one_line(&text) + "\n"
     };

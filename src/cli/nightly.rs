@@ -95,13 +95,10 @@ impl<'a> Night<'a> {
         Night { args, lock: RefCell::default(), told: Cell::new(only_shown) }
     }
 
-    /// With a profile, the only run of this machine in its folder: a second one waits, and says
-    /// so. Other machines may use the folder at the same time.
+    /// The only run of a profile in its folder on this machine: a second one waits, and says so.
+    /// Other machines may use the folder at the same time.
     pub fn alone(&self, runs: &Path) -> Result<(), Failed> {
         const LOOK: Duration = Duration::from_millis(100);
-        if self.args.profile.is_none() {
-            return Ok(());
-        }
         let path = runs.join(machine::file_of(".lock"));
         let cannot = |what: &str, path: &Path, error: &std::io::Error| {
             Failed::of_io(format!("cannot {what} `{}`: {error}", path.shown()), error)
@@ -174,7 +171,7 @@ impl<'a> Night<'a> {
 
     /// What follows where there is no finished run: whoever waits for a message gets one.
     pub fn follow_failure(&self, text: &str, code: u8) {
-        self.tell(&failed(text, code, machine::name()), None);
+        self.tell(&failed(text, code, code == INTERRUPTED, machine::name()), None);
     }
 
     /// Metrics and message, once for each run. The folder is free by then: a message may take long.
@@ -314,9 +311,9 @@ pub(super) fn baseline(command: &BaselineCli) -> Result<u8, String> {
                 return Err(format!("`{id}` was stopped; a baseline is a whole run"));
             }
             let before = baseline::set(&record, runs)?.filter(|before| *before != record.id);
-            let before =
-                before.map_or(String::new(), |before| format!(", in place of {}", shown(&before)));
-            print(&format!("the baseline is now{before}\n{}", in_full(&record)))
+            let instead =
+                before.map_or(String::new(), |before| format!("instead of {}: ", shown(&before)));
+            print(&format!("{instead}the baseline is now\n{}", in_full(&record)))
         }
         BaselineCli::Show { .. } => {
             let all = baseline::all(runs)?;

@@ -10,8 +10,8 @@ use crate::nightly::{baseline, past};
 use crate::record::RunRecord;
 use crate::text::{Shown, shown};
 
-/// What may stand for a run, for help texts.
-pub(super) const NAMES: &str = "`latest`, `previous`, `baseline`, a name, or a path";
+/// What may stand for a run, for a hint.
+const NAMES: &str = "`latest`, `previous`, `baseline`, a name, or a path";
 
 /// The folder and the record of a past run. `previous` and `baseline` are those of the latest,
 /// which is this machine's where it has one here.

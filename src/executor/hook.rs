@@ -5,7 +5,7 @@
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -53,36 +53,40 @@ pub fn call(
         .map_err(|error| cannot(&error))?;
     let group = i32::try_from(child.id()).unwrap_or(0);
     UNDER_WAY.store(group, Ordering::Relaxed);
+    let ended = waited_for(&mut child, input, limit);
+    UNDER_WAY.store(0, Ordering::Relaxed);
+    match ended {
+        // What it left running on purpose is its own affair.
+        Ok(Some(status)) if status.success() => Ok(()),
+        Ok(Some(status)) => Err(cannot(&status)),
+        unended => {
+            end_group(group);
+            let _ = child.wait();
+            let too_long = || format!("not ended after {} s, and was killed", limit.as_secs_f64());
+            Err(cannot(&unended.err().unwrap_or_else(too_long)))
+        }
+    }
+}
+
+/// Hands over the input, and waits; nothing where the time is over before.
+fn waited_for(
+    child: &mut Child,
+    input: &[u8],
+    limit: Duration,
+) -> Result<Option<ExitStatus>, String> {
     if let Some(mut pipe) = child.stdin.take() {
         let input = input.to_owned();
         // It may read nothing for long, and need not read at all.
         let written = std::thread::Builder::new().spawn(move || pipe.write_all(&input));
-        if let Err(error) = written {
-            end_group(group);
-            let _ = child.wait();
-            return Err(cannot(&crate::text::no_threads(1, &error)));
-        }
+        written.map_err(|error| crate::text::no_threads(1, &error))?;
     }
     let started = Instant::now();
-    let ended = loop {
-        match child.try_wait() {
-            Ok(None) if started.elapsed() < limit => std::thread::sleep(LOOK),
-            Ok(status) => break status,
-            Err(error) => {
-                end_group(group);
-                return Err(cannot(&error));
-            }
+    loop {
+        match child.try_wait().map_err(|error| error.to_string())? {
+            None if started.elapsed() < limit => std::thread::sleep(LOOK),
+            status => return Ok(status),
         }
-    };
-    if let Some(status) = ended {
-        // What it left running on purpose is its own affair.
-        UNDER_WAY.store(0, Ordering::Relaxed);
-        return if status.success() { Ok(()) } else { Err(cannot(&status)) };
     }
-    UNDER_WAY.store(0, Ordering::Relaxed);
-    end_group(group);
-    let _ = child.wait();
-    Err(cannot(&format!("not ended after {} s, and was killed", limit.as_secs_f64())))
 }
 
 #[cfg(test)]

@@ -34,12 +34,6 @@ fn gpu_of(device: &ArmRecord) -> Option<&str> {
     })
 }
 
-/// What a baseline belongs to besides the hardware. What was selected does not matter: of two
-/// selections the stages that both have are compared.
-fn kin(series: &Series) -> (&str, &[String]) {
-    (&series.folder, &series.models)
-}
-
 /// Sixteen digits that stand for a value.
 fn digits(value: &serde_json::Value) -> String {
     blake3::hash(value.to_string().as_bytes()).to_hex()[..16].to_owned()
@@ -47,7 +41,7 @@ fn digits(value: &serde_json::Value) -> String {
 
 /// Baselines of the same stages and models begin alike.
 fn prefix(series: &Series) -> String {
-    format!("{}-", digits(&serde_json::json!(kin(series))))
+    format!("{}-", digits(&serde_json::json!(series.kin())))
 }
 
 fn place(series: &Series, hardware: &str, runs: &Path) -> PathBuf {

@@ -7,12 +7,11 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
-
 use super::baseline::hardware;
-use crate::op::{Site, StageId};
+use crate::manifest::problem::plural;
+use crate::op::StageId;
 use crate::record::{ArmRecord, RunRecord, StageRecord};
-use crate::report::{Leaf, differing};
+use crate::report::{Change, of_definition, other_sites};
 use crate::text::{number, one_line};
 use crate::verdict::{Judgement, Verdict};
 
@@ -43,9 +42,10 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
             effects.push(format!("{id} is new: {}", stage.verdict));
             continue;
         };
-        let known = causes_of(old, stage);
-        let explained = moved || !known.is_empty();
-        for cause in known.into_iter().chain(judged_otherwise(old, stage)) {
+        let known = of_definition(old, stage);
+        let explained = moved || known.iter().any(|cause| cause.topic.decides_numbers());
+        for Change { what, before, after, .. } in known {
+            let cause = format!("{what}: {before} -> {after}");
             match causes.iter_mut().find(|(earlier, _)| *earlier == cause) {
                 Some((_, stages)) => stages.push(id),
                 None => causes.push((cause, vec![id])),
@@ -65,11 +65,10 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
     }
     // On the line of the last cause: it is no change of its own.
     if let Some(last) = lines.last_mut().filter(|_| !followed.is_empty()) {
-        let count: usize = followed.iter().map(|(_, count)| count).sum();
-        let noun = if count == 1 { "value" } else { "values" };
+        let values = plural(followed.iter().map(|(_, count)| count).sum(), "value");
         let stages: Vec<&str> = followed.iter().map(|(id, _)| id.0.as_str()).collect();
         let stages = stages.join(", ");
-        *last += &format!("; {count} {noun} of {stages} moved with it (`runner diff` lists them)");
+        *last += &format!("; {values} of {stages} moved with it (`runner diff` lists them)");
     }
     lines.append(&mut effects);
     // Who selects less today has lost nothing.
@@ -80,65 +79,6 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
     }
     // A run.json may hold anything, and a line of it may become a message's head.
     lines.iter().map(|line| one_line(line)).collect()
-}
-
-/// What of a stage's definition is another one.
-fn causes_of(old: &StageRecord, new: &StageRecord) -> Vec<String> {
-    let mut causes = Vec::new();
-    let mut text = |what: &str, old: &str, new: &str| {
-        if old != new {
-            causes.push(format!("{what}: {old} -> {new}"));
-        }
-    };
-    text("model", &old.model, &new.model);
-    if old.tokens != new.tokens {
-        text("prompt", &tokens(&old.tokens), &tokens(&new.tokens));
-    }
-    let mut leaves = Vec::new();
-    differing("recipe", &json!(old.recipe), &json!(new.recipe), &mut leaves);
-    differing("op", &json!(old.op), &json!(new.op), &mut leaves);
-    let words = |leaf: Leaf| format!("{}: {} -> {}", leaf.path, leaf.before, leaf.after);
-    causes.extend(leaves.into_iter().map(words));
-    causes
-}
-
-/// What of a stage's judging is another one: no value follows from it, but a verdict may.
-fn judged_otherwise(old: &StageRecord, new: &StageRecord) -> Vec<String> {
-    let mut found = Vec::new();
-    let arms = |stage: &StageRecord| names(stage.arms.keys().map(|arm| arm.name()));
-    let mut text = |what: &str, old: &str, new: &str| {
-        if old != new {
-            found.push(format!("{what}: {old} -> {new}"));
-        }
-    };
-    text("arms", &arms(old), &arms(new));
-    text("contract", &old.contract.join(" "), &new.contract.join(" "));
-    // A contract may be changed without a new version.
-    let claims = |stage: &StageRecord| names(stage.judgements.iter().map(|j| j.falsifier.as_str()));
-    text("claims", &claims(old), &claims(new));
-    for (now, before) in both(old, new) {
-        let bounds = |j: &Judgement| {
-            let edge = |edge: Option<f64>| edge.map_or("none".to_owned(), number);
-            format!("{} to {}", edge(j.min), edge(j.max))
-        };
-        text(&format!("bound of {}", now.falsifier), &bounds(before), &bounds(now));
-    }
-    found
-}
-
-/// A prompt in words: nobody compares hundreds of numbers.
-fn tokens(tokens: &[u32]) -> String {
-    let first: Vec<String> = tokens.iter().take(4).map(u32::to_string).collect();
-    match tokens.len() {
-        0..=4 => format!("[{}]", first.join(", ")),
-        count => format!("{count} tokens [{}, ...]", first.join(", ")),
-    }
-}
-
-/// Names in a row.
-fn names<'n>(names: impl Iterator<Item = &'n str>) -> String {
-    let names: Vec<&str> = names.collect();
-    if names.is_empty() { "none".to_owned() } else { names.join(" ") }
 }
 
 /// The falsifiers that both runs have, the later one first.
@@ -210,14 +150,10 @@ fn moved_in(id: &StageId, old: &StageRecord, new: &StageRecord) -> Vec<String> {
     moved
 }
 
-/// Where an arm's tensors are others, although nothing that decides them is.
+/// Where an arm's tensors are others.
 fn other_bits(old: &ArmRecord, new: &ArmRecord) -> Option<String> {
-    let digests: BTreeMap<&Site, &String> =
-        old.sites.iter().map(|record| (&record.site, &record.blake3)).collect();
-    let other = |site: &Site, blake3: &String| digests.get(site).is_some_and(|old| *old != blake3);
-    let others = new.sites.iter().filter(|record| other(&record.site, &record.blake3));
-    let others: Vec<&Site> = others.map(|record| &record.site).collect();
-    let first = others.first()?;
+    let others = other_sites(old, new);
+    let first = &others.first()?.site;
     Some(format!("other bits at {} of {} sites, first {first}", others.len(), new.sites.len()))
 }
 

@@ -16,6 +16,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::manifest::problem::plural;
 use crate::op::Arm;
 use crate::record::{ArmState, RunRecord, Series};
 use crate::text::one_line;
@@ -24,9 +25,6 @@ use crate::verdict::Verdict;
 /// The version of [`Summary`].
 /// 1: the first format.
 const SCHEMA: u32 = 1;
-
-/// The exit code of what was stopped on request.
-const STOPPED: u8 = 130;
 
 /// The file's name, beside run.json.
 pub const SUMMARY: &str = "summary.json";
@@ -187,7 +185,7 @@ pub fn sum_up(run: &RunRecord, runs: &Path, earlier: &Earlier) -> Summary {
 }
 
 /// What is said where a run could not be made, or came to no end.
-pub fn failed(text: &str, exit_code: u8, machine: &str) -> Summary {
+pub fn failed(text: &str, exit_code: u8, interrupted: bool, machine: &str) -> Summary {
     let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason was given");
     let reason = first.strip_prefix("error: ").unwrap_or(first);
     Summary {
@@ -195,7 +193,7 @@ pub fn failed(text: &str, exit_code: u8, machine: &str) -> Summary {
         run: None,
         verdict: Verdict::Error,
         exit_code,
-        interrupted: exit_code == STOPPED,
+        interrupted,
         line: format!("runner on {machine}: error, no stage was judged; {}", one_line(reason)),
         machine: Some(machine.to_owned()),
         series: None,
@@ -250,8 +248,7 @@ fn line(summary: &Summary, run: &RunRecord) -> String {
     }
     let since = |changes: &[String], whom: &str| match changes.len() {
         0 => format!("nothing changed since {whom}"),
-        1 => format!("1 change since {whom}"),
-        count => format!("{count} changes since {whom}"),
+        count => format!("{} since {whom}", plural(count, "change")),
     };
     if let Some(previous) =
         summary.previous.as_ref().filter(|_| summary.previous != summary.baseline)

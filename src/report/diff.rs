@@ -9,10 +9,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use maud::{Markup, html};
 use serde_json::Value;
 
+use crate::manifest::problem::plural;
 use crate::metric::Metric;
-use crate::op::{Arm, Site, Stream};
-use crate::record::{RunRecord, StageRecord};
+use crate::op::{Site, Stream};
+use crate::plan::SiteRecord;
+use crate::record::{ArmRecord, RunRecord, StageRecord};
 use crate::text::{number, one_line};
+use crate::verdict::Judgement;
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub enum Topic {
     Input,
     /// What decides them, and is the machine's.
     Environment,
+    /// What decides how numbers are judged, and none of them.
+    Judging,
     /// An answer.
     Verdict,
     /// What a falsifier found.
@@ -50,6 +55,7 @@ impl Topic {
         match self {
             Topic::Input => "input",
             Topic::Environment => "environment",
+            Topic::Judging => "judging",
             Topic::Verdict => "verdict",
             Topic::Claim => "claim",
             Topic::Measure => "measure",
@@ -57,6 +63,11 @@ impl Topic {
     }
 
     fn is_cause(self) -> bool {
+        self.decides_numbers() || self == Topic::Judging
+    }
+
+    /// Whether numbers may move because of it.
+    pub fn decides_numbers(self) -> bool {
         matches!(self, Topic::Input | Topic::Environment)
     }
 
@@ -108,6 +119,44 @@ pub fn diff(before: &RunRecord, after: &RunRecord) -> Vec<Change> {
     changes.all
 }
 
+/// What of a stage's definition is another one: what decides its numbers, and how they are judged.
+pub fn of_definition(before: &StageRecord, after: &StageRecord) -> Vec<Change> {
+    let mut changes = Changes { stage: Some(after.id.0.clone()), all: Vec::new() };
+    changes.definition(before, after);
+    changes.all
+}
+
+/// The tensors of an arm that are others than before.
+pub fn other_sites<'r>(before: &ArmRecord, after: &'r ArmRecord) -> Vec<&'r SiteRecord> {
+    let digests: BTreeMap<&Site, &String> =
+        before.sites.iter().map(|record| (&record.site, &record.blake3)).collect();
+    let other =
+        |record: &&SiteRecord| digests.get(&record.site).is_some_and(|d| **d != record.blake3);
+    after.sites.iter().filter(other).collect()
+}
+
+/// Two prompts as they are told: whole where they are short, else where they first differ.
+fn prompts(before: &[u32], after: &[u32]) -> [String; 2] {
+    const SHORT: usize = 16;
+    let short = before.len().max(after.len()) <= SHORT;
+    let at = before.iter().zip(after).take_while(|(a, b)| a == b).count();
+    [before, after].map(|tokens| match (short, tokens.get(at)) {
+        (true, _) => serde_json::json!(tokens).to_string(),
+        (false, Some(token)) => format!("{} tokens, {token} at position {at}", tokens.len()),
+        (false, None) => format!("{} tokens, none at position {at}", tokens.len()),
+    })
+}
+
+/// Two numbers as they are told: with all their digits where a few do not tell them apart.
+fn told_apart(before: f64, after: f64) -> [String; 2] {
+    match [before, after].map(number) {
+        [a, b] if a == b && before.to_bits() != after.to_bits() => {
+            [before, after].map(|value| format!("{value:?}"))
+        }
+        pair => pair,
+    }
+}
+
 struct Changes {
     stage: Option<String>,
     all: Vec<Change>,
@@ -140,38 +189,53 @@ impl Changes {
         if before.verdict != after.verdict {
             self.text(Topic::Verdict, "why", &before.why, &after.why);
         }
-        self.text(Topic::Input, "model", &before.model, &after.model);
-        self.json("tokens", &before.tokens, &after.tokens);
-        self.json("op", &before.op, &after.op);
-        self.json("recipe", &before.recipe, &after.recipe);
-        self.text(Topic::Input, "contract", &before.contract.join(" "), &after.contract.join(" "));
+        self.definition(before, after);
         self.arms(before, after);
         self.claims(before, after);
         self.measures(before, after);
     }
 
-    fn arms(&mut self, before: &StageRecord, after: &StageRecord) {
-        let arms: BTreeSet<Arm> = before.arms.keys().chain(after.arms.keys()).copied().collect();
-        for arm in arms {
-            // That a result was reused changes nothing in it.
-            let state = |stage: &StageRecord| match stage.arms.get(&arm) {
-                None => "absent".to_owned(),
-                Some(record) if record.object.is_some() || record.key.is_some() => {
-                    record.arithmetic.clone().unwrap_or_else(|| "computed".to_owned())
-                }
-                Some(record) => record.why.clone(),
-            };
-            self.text(Topic::Environment, &format!("{arm} arm"), &state(before), &state(after));
-            let (Some(old), Some(new)) = (before.arms.get(&arm), after.arms.get(&arm)) else {
+    fn definition(&mut self, before: &StageRecord, after: &StageRecord) {
+        self.text(Topic::Input, "model", &before.model, &after.model);
+        let [old, new] = prompts(&before.tokens, &after.tokens);
+        self.text(Topic::Input, "tokens", &old, &new);
+        self.json("op", &before.op, &after.op);
+        self.json("recipe", &before.recipe, &after.recipe);
+        let arms = |stage: &StageRecord| {
+            stage.arms.keys().map(|arm| arm.name()).collect::<Vec<_>>().join(", ")
+        };
+        self.text(Topic::Judging, "arms", &arms(before), &arms(after));
+        let contracts = [before, after].map(|stage| stage.contract.join(" "));
+        self.text(Topic::Judging, "contract", &contracts[0], &contracts[1]);
+        // A contract may be changed without a new version.
+        for new in &after.judgements {
+            let Some(old) = before.judgements.iter().find(|old| old.falsifier == new.falsifier)
+            else {
+                self.text(Topic::Judging, &new.falsifier, "was not there", &outcome(new));
                 continue;
             };
-            let digests: BTreeMap<&Site, &String> =
-                old.sites.iter().map(|record| (&record.site, &record.blake3)).collect();
-            let moved: Vec<_> = new
-                .sites
-                .iter()
-                .filter(|record| digests.get(&record.site).is_some_and(|d| **d != record.blake3))
-                .collect();
+            let [from, to] = [(old.min, new.min), (old.max, new.max)].map(edges);
+            let bound = |side: usize| format!("{} to {}", from[side], to[side]);
+            let what = format!("bound of {}", new.falsifier);
+            self.text(Topic::Judging, &what, &bound(0), &bound(1));
+        }
+        for old in &before.judgements {
+            if !after.judgements.iter().any(|new| new.falsifier == old.falsifier) {
+                self.text(Topic::Judging, &old.falsifier, &outcome(old), "is gone");
+            }
+        }
+    }
+
+    fn arms(&mut self, before: &StageRecord, after: &StageRecord) {
+        for (arm, new) in &after.arms {
+            let Some(old) = before.arms.get(arm) else { continue };
+            // That a result was reused changes nothing in it.
+            let state = |record: &ArmRecord| match record.object.is_some() || record.key.is_some() {
+                true => record.arithmetic.clone().unwrap_or_else(|| "computed".to_owned()),
+                false => record.why.clone(),
+            };
+            self.text(Topic::Environment, &format!("{arm} arm"), &state(old), &state(new));
+            let moved = other_sites(old, new);
             if let Some(first) = moved.first() {
                 let what = format!(
                     "{arm} arm's tensors, {} of {} sites, first {}",
@@ -181,7 +245,8 @@ impl Changes {
                 );
                 // Enough of a hash to see that it is another one.
                 let short = |digest: &str| digest.chars().take(12).collect::<String>();
-                let old = digests.get(&first.site).map_or("", |digest| digest.as_str());
+                let old = old.sites.iter().find(|record| record.site == first.site);
+                let old = old.map_or("", |record| record.blake3.as_str());
                 self.text(Topic::Measure, &what, &short(old), &short(&first.blake3));
             }
         }
@@ -191,23 +256,10 @@ impl Changes {
         for new in &after.judgements {
             let Some(old) = before.judgements.iter().find(|old| old.falsifier == new.falsifier)
             else {
-                let is = format!("{:?}", new.outcome).to_lowercase();
-                self.text(Topic::Claim, &new.falsifier, "was not there", &is);
                 continue;
             };
-            let outcome = |j: &crate::verdict::Judgement| format!("{:?}", j.outcome).to_lowercase();
             self.text(Topic::Claim, &new.falsifier, &outcome(old), &outcome(new));
-            let bound = |j: &crate::verdict::Judgement| {
-                let edge = |e: Option<f64>| e.map_or("none".to_owned(), number);
-                format!("{} to {}", edge(j.min), edge(j.max))
-            };
-            self.text(
-                Topic::Input,
-                &format!("bound of {}", new.falsifier),
-                &bound(old),
-                &bound(new),
-            );
-            let value = |j: &crate::verdict::Judgement| match (&j.value, &j.site) {
+            let value = |j: &Judgement| match (&j.value, &j.site) {
                 (Some(value), Some(site)) => format!("{} at {site}", number(*value)),
                 (Some(value), None) => number(*value),
                 (None, _) => "no value".to_owned(),
@@ -219,12 +271,6 @@ impl Changes {
                     pair => pair,
                 };
                 self.text(Topic::Claim, &what, &a, &b);
-            }
-        }
-        for old in &before.judgements {
-            if !after.judgements.iter().any(|new| new.falsifier == old.falsifier) {
-                let was = format!("{:?}", old.outcome).to_lowercase();
-                self.text(Topic::Claim, &old.falsifier, &was, "is gone");
             }
         }
     }
@@ -252,9 +298,8 @@ impl Changes {
             }
         }
         for ((subject, judge, metric), Moved { sites: count, site, was, is, .. }) in moved {
-            let noun = if count == 1 { "site" } else { "sites" };
-            let what =
-                format!("{metric} of {subject} against {judge}, {count} {noun}, most at {site}");
+            let sites = plural(count, "site");
+            let what = format!("{metric} of {subject} against {judge}, {sites}, most at {site}");
             let (a, b) = match (number(was), number(is)) {
                 (a, b) if a == b => (format!("{a}, in other bits"), b),
                 pair => pair,
@@ -264,19 +309,15 @@ impl Changes {
     }
 }
 
-/// A leaf at which two values differ.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Leaf {
-    /// Its path, as `recipe.scale.weight`.
-    pub path: String,
-    /// As it was.
-    pub before: String,
-    /// As it is.
-    pub after: String,
+/// A leaf at which two values differ, by its path, as `recipe.scale.weight`.
+struct Leaf {
+    path: String,
+    before: String,
+    after: String,
 }
 
 /// Every leaf at which two values differ.
-pub fn differing(path: &str, old: &Value, new: &Value, found: &mut Vec<Leaf>) {
+fn differing(path: &str, old: &Value, new: &Value, found: &mut Vec<Leaf>) {
     if old == new {
         return;
     }
@@ -296,6 +337,18 @@ pub fn differing(path: &str, old: &Value, new: &Value, found: &mut Vec<Leaf>) {
         value => value.to_string(),
     };
     found.push(Leaf { path: path.to_owned(), before: word(old), after: word(new) });
+}
+
+fn outcome(judgement: &Judgement) -> String {
+    format!("{:?}", judgement.outcome).to_lowercase()
+}
+
+/// An edge of a bound, before and after.
+fn edges((before, after): (Option<f64>, Option<f64>)) -> [String; 2] {
+    match (before, after) {
+        (Some(before), Some(after)) => told_apart(before, after),
+        edges => [edges.0, edges.1].map(|edge| edge.map_or("none".to_owned(), number)),
+    }
 }
 
 /// How a metric of one pair moved: at how many sites, and where most.
@@ -348,7 +401,7 @@ struct Effects<'c> {
 
 /// The numbers that moved, stage by stage.
 fn effects(changes: &[Change]) -> Vec<Effects<'_>> {
-    let whole = changes.iter().any(|c| c.stage.is_none() && c.topic.is_cause());
+    let whole = changes.iter().any(|c| c.stage.is_none() && c.topic.decides_numbers());
     let mut effects: Vec<Effects<'_>> = Vec::new();
     for change in changes.iter().filter(|change| change.topic.follows()) {
         let stage = change.stage.as_deref();
@@ -356,7 +409,7 @@ fn effects(changes: &[Change]) -> Vec<Effects<'_>> {
             known.changes.push(change);
             continue;
         }
-        let own = |c: &Change| c.stage.as_deref() == stage && c.topic.is_cause();
+        let own = |c: &Change| c.stage.as_deref() == stage && c.topic.decides_numbers();
         let explained = whole || changes.iter().any(own);
         effects.push(Effects { stage, explained, changes: vec![change] });
     }
@@ -370,7 +423,7 @@ fn counted(effects: &Effects<'_>) -> String {
     [(claims, "claim"), (measures, "measure")]
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, noun)| format!("{count} {noun}{}", if count == 1 { "" } else { "s" }))
+        .map(|(count, noun)| plural(count, noun))
         .collect::<Vec<_>>()
         .join(" and ")
 }
@@ -493,5 +546,31 @@ fn table<'c>(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_prompts_that_begin_alike_are_told_apart() {
+        let before: Vec<u32> = (0..300).collect();
+        let mut after = before.clone();
+        after[250] = 7;
+        let told = prompts(&before, &after);
+        assert_eq!(told, ["300 tokens, 250 at position 250", "300 tokens, 7 at position 250"]);
+        let told = prompts(&before, &before[..299]);
+        assert_eq!(told, ["300 tokens, 299 at position 299", "299 tokens, none at position 299"]);
+        assert_eq!(prompts(&[1, 2], &[1]), ["[1,2]", "[1]"]);
+        let [a, b] = prompts(&before, &before);
+        assert_eq!(a, b, "the same prompt is no change");
+    }
+
+    #[test]
+    fn a_bound_that_moved_by_less_than_is_shown_is_told_all_the_same() {
+        assert_eq!(edges((Some(0.12341), Some(0.12342))), ["0.12341", "0.12342"]);
+        assert_eq!(edges((Some(1.0), Some(2.0))), ["1", "2"]);
+        assert_eq!(edges((None, Some(2.0))), ["none", "2"]);
     }
 }

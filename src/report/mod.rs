@@ -21,7 +21,7 @@ mod table;
 
 pub use arrow::arrow;
 pub use csv::csv;
-pub use diff::{Change, Leaf, Topic, diff, diff_text, differing};
+pub use diff::{Change, diff, diff_text, of_definition, other_sites};
 pub use github::{annotations, markdown};
 pub use html::{diff_page, page};
 pub use junit::junit;

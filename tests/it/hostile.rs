@@ -786,7 +786,7 @@ fn lines_of_files_outside_of_the_project_are_shown_by_no_command() {
     let dump = elsewhere.path().join("dump.safetensors");
     fs::write(&dump, "hunter2").expect("written");
     for (named, code, words) in [
-        (dump.clone(), 0, "1 file outside of the project not looked into"),
+        (dump.clone(), 0, "not looked into: 1 file outside of the project"),
         (elsewhere.path().join("dump.safetensor"), 2, "does not exist; correct the path"),
     ] {
         let input = format!("{{ file = \"{}\" }}", named.display());

@@ -178,7 +178,7 @@ fn a_changed_prompt_is_named_and_what_follows_is_counted() {
     project.run().expect(0, "pass");
     project.runner(&["baseline", "set", "latest"]).expect(0, "the baseline is now");
     let ran = project.runner(&["run", "stages", "--tokens", "5,6,7"]);
-    let ran = ran.expect(0, "E, R prompt: [791, 374] -> [5, 6, 7]");
+    let ran = ran.expect(0, "E, R tokens: [791,374] -> [5,6,7]");
     assert!(ran.out.contains("2 values of E moved with it"), "{}", ran.out);
 }
 
@@ -194,7 +194,7 @@ fn a_bound_that_is_loosened_and_an_arm_that_is_gone_are_told() {
     project.write("contracts/rope.toml", &contract);
     let arms = ["run", "stages", "--arms", "reference,emulated"];
     let ran = project.runner(&arms).expect(0, "baseline: 1 change since");
-    let gone = "E, R arms: reference emulated device -> reference emulated";
+    let gone = "E, R arms: reference, emulated, device -> reference, emulated";
     assert!(ran.out.contains(gone), "{}", ran.out);
 }
 
