@@ -49,21 +49,20 @@ fn place(series: &Series, hardware: &str, runs: &Path) -> PathBuf {
     runs.join(FOLDER).join(name + ".json")
 }
 
-fn parsed(path: &Path, text: &str) -> Result<RunRecord, String> {
-    serde_json::from_str(text).map_err(|error| {
-        format!(
-            "the baseline `{}` is not of this version: {error}; remove that file, and set it anew \
-             with `runner baseline set RUN`",
-            path.shown()
-        )
-    })
+/// Why a baseline's file is of no use, and what to do.
+fn unusable(path: &Path, problem: &dyn std::fmt::Display) -> String {
+    format!(
+        "the baseline `{}` is damaged or of another version: {problem}; remove that file, and set \
+         it anew with `runner baseline set RUN`",
+        path.shown()
+    )
 }
 
 fn read(path: &Path) -> Result<Option<RunRecord>, String> {
     match files::read_text(path, LARGEST_RUN) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(format!("cannot read the baseline `{}`: {error}", path.shown())),
-        Ok(text) => parsed(path, &text).map(Some),
+        Ok(text) => serde_json::from_str(&text).map(Some).map_err(|error| unusable(path, &error)),
     }
 }
 
@@ -166,15 +165,14 @@ pub fn names(runs: &Path) -> Result<Vec<String>, String> {
     }
     let mut names = Vec::new();
     for path in files_of(runs, "")? {
-        let cannot = |error: &dyn std::fmt::Display| {
-            format!(
-                "the baseline `{}` cannot be read: {error}; remove that file, and set it anew with \
-                 `runner baseline set RUN`; until then no run is removed",
-                path.shown()
-            )
+        let text = files::read_text(&path, LARGEST_RUN);
+        let name: Result<Name, String> = match text {
+            Ok(text) => serde_json::from_str(&text).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
         };
-        let text = files::read_text(&path, LARGEST_RUN).map_err(|error| cannot(&error))?;
-        let name: Name = serde_json::from_str(&text).map_err(|error| cannot(&error))?;
+        let name = name.map_err(|error| {
+            format!("{}; until then no run is removed", unusable(&path, &error))
+        })?;
         names.push(name.id);
     }
     Ok(names)
