@@ -788,9 +788,14 @@ pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
 
 /// The sites of one layer, in the order in which a forward pass makes them.
 /// Which of them a model has, [`sites`](crate::compute::flow::sites) says.
-pub const LAYER_SITES: [&str; 21] = [
+pub const LAYER_SITES: [&str; 37] = [
     "attn_norm",
+    "q_a",
+    "q_a_norm",
     "q",
+    "kv_a",
+    "kv_a_norm",
+    "kv",
     "k",
     "v",
     "q_norm",
@@ -803,10 +808,21 @@ pub const LAYER_SITES: [&str; 21] = [
     "attn_scaled",
     "attn_residual",
     "ffn_norm",
+    "ffn_router",
+    "ffn_route",
     "ffn_gate",
     "ffn_up",
     "ffn_swiglu",
+    "ffn_act",
     "ffn_down",
+    "ffn_mix",
+    "ffn_shared_gate",
+    "ffn_shared_up",
+    "ffn_shared_swiglu",
+    "ffn_shared_down",
+    "ffn_shared_router",
+    "ffn_shared_gated",
+    "ffn_out",
     "ffn_post_norm",
     "ffn_scaled",
     "ffn_residual",
@@ -832,7 +848,7 @@ pub fn flow(site: &Site) -> (u64, usize) {
 }
 
 /// Which projection's output a layer's weight makes: weight, site.
-pub const LAYER_PROJECTIONS: [(&str, &str); 7] = [
+pub const LAYER_PROJECTIONS: [(&str, &str); 16] = [
     ("attn_q", "q"),
     ("attn_k", "k"),
     ("attn_v", "v"),
@@ -840,6 +856,15 @@ pub const LAYER_PROJECTIONS: [(&str, &str); 7] = [
     ("ffn_gate", "ffn_gate"),
     ("ffn_up", "ffn_up"),
     ("ffn_down", "ffn_down"),
+    ("attn_q_a", "q_a"),
+    ("attn_q_b", "q"),
+    ("attn_kv_a_mqa", "kv_a"),
+    ("attn_kv_b", "kv"),
+    ("ffn_gate_inp", "ffn_router"),
+    ("ffn_gate_shexp", "ffn_shared_gate"),
+    ("ffn_up_shexp", "ffn_shared_up"),
+    ("ffn_down_shexp", "ffn_shared_down"),
+    ("ffn_gate_inp_shexp", "ffn_shared_router"),
 ];
 
 /// `blk.7.attn_q` taken apart: the layer and the name within it.

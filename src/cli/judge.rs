@@ -658,6 +658,7 @@ fn geometry(args: &JudgeArgs, head_dim: usize) -> Rope {
             _ => RopeLayout::Halves,
         },
         dimensions: head_dim,
+        at_end: false,
         factors: None,
         magnitude: 1.0,
         linear_scale: 1.0,

@@ -14,11 +14,12 @@ use super::emulated::chip::chip;
 use super::emulated::engine::Chosen;
 use super::floor::{Deviations, Floor};
 use super::forward::{
-    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, output_weight,
+    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, norm_of,
+    output_weight, sinks_of,
 };
 use super::reference::Reference;
 use super::shares::{Energies, energies};
-use super::{ComputeError, GemmRecord, Pass, check_same_shape, cuda, flow};
+use super::{AttentionShape, ComputeError, GemmRecord, Pass, cuda, flow};
 use crate::model::Model;
 use crate::op::{
     Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
@@ -577,11 +578,10 @@ fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, Comp
         inputs.get(place).ok_or_else(|| ComputeError::NotRecorded(unit.site.0.clone()))
     };
     let layer = crate::op::in_layer(&unit.site.0).map_or(0, |(layer, _)| layer as usize);
+    let sinks;
     let call = match task.op {
         Op::Embed { .. } => Call::Embed { weight: weight()?, tokens: task.tokens },
-        Op::RmsNorm { .. } => {
-            Call::RmsNorm { x: input(0)?, gain: weight()?, eps: config.rms_norm_eps }
-        }
+        Op::RmsNorm { .. } => norm_of(model, &unit.weight, input(0)?, config.rms_norm_eps)?,
         Op::Matmul { .. } => {
             if unit.weight == "output" && flow::after_output(model).len() > 1 {
                 return Err(ComputeError::Recipe(
@@ -595,26 +595,38 @@ fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, Comp
         }
         Op::Rope { .. } => {
             let x = input(0)?;
-            check_heads("rope", x, config.head_dim)?;
+            // The part of latent keys that turns is the same for all heads.
+            let of_keys = unit.site.0.ends_with(".k_rope");
+            let latent = config.latent.filter(|_| of_keys);
+            let head_dim = latent.map_or(config.head_dim, |latent| latent.turned);
+            check_heads("rope", x, head_dim)?;
             let rope = config.rope_of(layer).ok_or_else(|| {
                 ComputeError::Recipe(format!("block {layer} of this model has no RoPE"))
             })?;
-            Call::Rope { x, rope, head_dim: config.head_dim, first_position: 0 }
+            Call::Rope { x, rope, head_dim, first_position: 0 }
         }
         Op::Attention { .. } => {
+            sinks = sinks_of(model, layer)?;
             let shape = attention_of(config, layer, 0);
+            let shape = AttentionShape { sinks: sinks.as_deref(), ..shape };
             let (heads, kv_heads, head_dim) = (shape.heads, shape.kv_heads, shape.head_dim);
             let (q, k, v) = (input(0)?, input(1)?, input(2)?);
-            check_same_shape("keys and values", k, v)?;
+            let of_values = kv_heads * shape.value_dim;
             let (expected, given) = (
-                [heads * head_dim, kv_heads * head_dim, k.rows()],
-                [q.width(), k.width(), q.rows()],
+                [heads * head_dim, kv_heads * head_dim, of_values, k.rows(), k.rows()],
+                [q.width(), k.width(), v.width(), v.rows(), q.rows()],
             );
             if expected != given {
                 return Err(ComputeError::Shape {
                     what: format!("attention of {heads} heads over {kv_heads} of keys"),
                     left: format!("q [{}, {}]", q.rows(), q.width()),
-                    right: format!("k and v [{}, {}]", k.rows(), k.width()),
+                    right: format!(
+                        "k [{}, {}] and v [{}, {}]",
+                        k.rows(),
+                        k.width(),
+                        v.rows(),
+                        v.width()
+                    ),
                 });
             }
             Call::Attention { q, k, v, shape }
@@ -657,6 +669,10 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
         },
         Op::Rope { site, .. } if site.0.ends_with(".q_rope") => q,
         Op::Attention { .. } if place == 0 => q,
+        Op::Attention { .. } if place == 2 => config.kv_heads * config.value_dim(),
+        Op::Rope { .. } if config.latent.is_some() => {
+            config.latent.map_or(kv, |latent| latent.turned)
+        }
         Op::Rope { .. } | Op::Attention { .. } => kv,
         Op::Swiglu { site, .. } => {
             let layer = crate::op::in_layer(&site.0).map_or(0, |(layer, _)| layer);
@@ -740,8 +756,11 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
         Op::Forward { .. } => model.names().map(str::to_owned).collect(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
         Op::Matmul { weights, .. } => weights.iter().flat_map(|name| with_bias(name)).collect(),
+        Op::Attention { site, .. } => {
+            let layer = crate::op::in_layer(&site.0).map_or(0, |(layer, _)| layer);
+            vec![format!("blk.{layer}.attn_sinks.weight")]
+        }
         Op::Rope { .. }
-        | Op::Attention { .. }
         | Op::Swiglu { .. }
         | Op::Gemm { .. }
         | Op::Compare { .. }

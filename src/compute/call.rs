@@ -4,8 +4,9 @@
 //! planted bug that changes one call, a diagnosis that computes one call again under a
 //! hypothesis. Nothing is computed here.
 
+use super::experts::Products;
 use super::{AttentionShape, ComputeError, Ops, Pass};
-use crate::model::{Activation, Rope, Weight, WeightType};
+use crate::model::{Activation, Rope, Routing, Weight, WeightType};
 use crate::op::Site;
 use crate::tensor::Tensor;
 
@@ -29,6 +30,18 @@ pub enum Call<'a> {
         /// What stands under the root beside the mean square.
         eps: f32,
     },
+    /// `(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * gain + bias`, on each group of
+    /// `gain.width()` values of a row.
+    LayerNorm {
+        /// What is normalised.
+        x: &'a Tensor,
+        /// The gain.
+        gain: Weight<'a>,
+        /// What is added.
+        bias: Weight<'a>,
+        /// What stands under the root beside the variance.
+        eps: f32,
+    },
     /// `x w^T + bias`: `[tokens, K]` by `[M, K]` gives `[tokens, M]`.
     Matmul {
         /// The activation.
@@ -39,7 +52,7 @@ pub enum Call<'a> {
         bias: Option<Weight<'a>>,
     },
     /// Rotary position embedding of each head of each row; row `i` stands at position
-    /// `first_position + i`. Values of a head beyond `rope.dimensions` stay.
+    /// `first_position + i`. `rope.dimensions` values of a head turn, the others stay.
     Rope {
         /// What is rotated.
         x: &'a Tensor,
@@ -60,7 +73,7 @@ pub enum Call<'a> {
         /// Values.
         v: &'a Tensor,
         /// Heads and positions.
-        shape: AttentionShape,
+        shape: AttentionShape<'a>,
     },
     /// `activation(gate) * up`.
     Gated {
@@ -70,6 +83,40 @@ pub enum Call<'a> {
         up: &'a Tensor,
         /// The function.
         activation: Activation,
+    },
+    /// `activation(x)`.
+    Activated {
+        /// What goes through the activation.
+        x: &'a Tensor,
+        /// The function.
+        activation: Activation,
+    },
+    /// The weights of the experts that each token goes to, `[tokens, experts]`; zero for others.
+    Route {
+        /// The router's scores, `[tokens, experts]`.
+        scores: &'a Tensor,
+        /// What is added to a score where experts are chosen, and nowhere else.
+        bias: Option<Weight<'a>>,
+        /// From scores to weights.
+        routing: &'a Routing,
+    },
+    /// Each token's products with the experts that it goes to, side by side.
+    Experts(Products<'a>),
+    /// The sum of each token's experts, each times its weight, in the order of the experts.
+    Mix {
+        /// Their outputs, `[tokens, used * width]`.
+        x: &'a Tensor,
+        /// The router's weights, `[tokens, experts]`.
+        routes: &'a Tensor,
+        /// Experts that each token goes to.
+        used: usize,
+    },
+    /// `x / (1 + e^-gate)`, a gate for each row.
+    SigmoidGate {
+        /// What is scaled.
+        x: &'a Tensor,
+        /// The gates, `[tokens, 1]`.
+        gate: &'a Tensor,
     },
     /// `a + b`, the residual stream's addition.
     Add {
@@ -121,10 +168,16 @@ impl Call<'_> {
         match self {
             Call::Embed { .. } => "embed",
             Call::RmsNorm { .. } => "rms_norm",
+            Call::LayerNorm { .. } => "layer_norm",
             Call::Matmul { .. } => "matmul",
             Call::Rope { .. } => "rope",
             Call::Attention { .. } => "attention",
             Call::Gated { .. } => "swiglu",
+            Call::Activated { .. } => "activation",
+            Call::Route { .. } => "route",
+            Call::Experts(_) => "experts",
+            Call::Mix { .. } => "mix",
+            Call::SigmoidGate { .. } => "sigmoid_gate",
             Call::Add { .. } => "add",
             Call::Scale { .. } => "scale",
             Call::SoftCap { .. } => "soft_cap",
@@ -136,13 +189,19 @@ impl Call<'_> {
         match *self {
             Call::Embed { weight, tokens } => [tokens.len(), weight.width()],
             Call::RmsNorm { x, .. }
+            | Call::LayerNorm { x, .. }
+            | Call::Activated { x, .. }
+            | Call::Route { scores: x, .. }
+            | Call::SigmoidGate { x, .. }
             | Call::Rope { x, .. }
             | Call::Scale { x, .. }
             | Call::SoftCap { x, .. } => [x.rows(), x.width()],
             Call::Matmul { x, weight, .. } => [x.rows(), weight.rows()],
-            Call::Attention { q, shape, .. } => [q.rows(), shape.heads * shape.head_dim],
+            Call::Attention { q, shape, .. } => [q.rows(), shape.heads * shape.value_dim],
             Call::Gated { gate, .. } => [gate.rows(), gate.width()],
             Call::Add { a, .. } => [a.rows(), a.width()],
+            Call::Experts(products) => products.shape(),
+            Call::Mix { x, used, .. } => [x.rows(), x.width() / used.max(1)],
         }
     }
 }

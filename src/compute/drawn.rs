@@ -81,6 +81,27 @@ impl Ops for Drawn {
             // A copy rounds nothing.
             Call::Embed { .. } => call.on(&Reference),
             Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
+            Call::Experts(products) => {
+                let made =
+                    products.by_expert(|x, weight, bias| Ok([self.matmul(x, weight, bias)?]));
+                made.map(|[y]| y)
+            }
+            // Its choice is the scores' own: a zero is no weight that was rounded.
+            Call::Route { .. } => {
+                let mut y = call.on(&self.floor)?;
+                let sigma = self.floor.take_sigma();
+                if let Some(sigma) = sigma {
+                    let signs = stream_of(self.number, y.data()).signs();
+                    let values = y.data_mut().iter_mut().zip(sigma.data());
+                    for ((y, sigma), sign) in values.zip(signs) {
+                        // Nor is a choice that hangs on a rounding a rounding of the weight.
+                        if *y != 0.0 && *sigma < 0.5 * y.abs() {
+                            *y += sign * sigma;
+                        }
+                    }
+                }
+                Ok(y)
+            }
             _ => Ok(self.moved(call.on(&self.floor)?)),
         }
     }

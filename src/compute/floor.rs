@@ -20,7 +20,8 @@ use super::emulated::gemm::Scales;
 use super::emulated::kernels::WARP_LANES;
 use super::emulated::quantize::{Codes, CodesRow};
 use super::emulated::schedule::{Schedule, Step};
-use super::reference::{Reference, Widened, dot_rows, sigmoid_argument};
+use super::experts::{self, Products};
+use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, sigmoid_argument};
 use super::rope;
 use super::vector::{Kernel, dispatch};
 use super::{
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::dtype::Format;
 use crate::engine::RopeKernel;
-use crate::model::{Activation, Rope, Weight};
+use crate::model::{Activation, Rope, Routing, Weight};
 use crate::op::{Accumulate, Recipe};
 use crate::random::Random;
 use crate::tensor::Tensor;
@@ -424,12 +425,20 @@ impl Ops for Floor {
         match *call {
             Call::Embed { weight, tokens } => self.embed(weight, tokens),
             Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::LayerNorm { x, gain, bias, .. } => self.layer_norm(call, x, gain, bias),
             Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Activated { x, activation } => {
+                self.gated(x, &Tensor::new(x.width(), vec![1.0; x.data().len()]), activation)
+            }
+            Call::Route { scores, bias, routing } => self.route(call, scores, bias, routing),
+            Call::Experts(products) => self.experts(&products),
+            Call::Mix { x, routes, used } => self.mix(call, x, routes, used),
+            Call::SigmoidGate { gate, .. } => self.sigmoid_gate(call, gate),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -461,6 +470,161 @@ impl Floor {
             let size = f64::from(y);
             let variance = self.foreign(sum, size) + 2.0 * self.passed(size);
             variance.sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn layer_norm(
+        &self,
+        call: &Call<'_>,
+        x: &Tensor,
+        gain: Weight<'_>,
+        bias: Weight<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let y = call.on(&Reference)?;
+        let bias = bias.to_vec()?;
+        // As an RMSNorm's. A foreign kernel's sum of squares is that of values less a mean which
+        // it rounded; what the bias takes off was rounded at its own size.
+        let sum = gain.width() as f64 / 36.0 + 8.0;
+        let (width, means) = (bias.len(), means_by_spread(x, bias.len()));
+        self.note_each(&y, |index, y| {
+            let shift = f64::from(bias[index % width]).abs();
+            let size = f64::from(y).abs() + shift;
+            let of_mean = self.foreign(8.0, means[index / width]);
+            let variance = self.foreign(sum, size) + 2.0 * self.passed(size) + of_mean;
+            variance.sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn route(
+        &self,
+        call: &Call<'_>,
+        scores: &Tensor,
+        bias: Option<Weight<'_>>,
+        routing: &Routing,
+    ) -> Result<Tensor, ComputeError> {
+        let y = call.on(&Reference)?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let mut sigma = Tensor::zeros(y.rows(), y.width());
+        for row in 0..y.rows() {
+            let values = scores.row(row);
+            // Where the choice hangs on a rounding, a weight may as well be another expert's.
+            let open = self.open_choices(values, bias.as_deref(), routing);
+            for (expert, sigma) in sigma.row_mut(row).iter_mut().enumerate() {
+                let size = f64::from(y.row(row)[expert]);
+                // An exponential, within two places, and the difference that it is taken of; the
+                // sum of as many, a quotient, the factor, and the reference.
+                let argument = f64::from(values[expert]).abs();
+                let exponential = (4.0 * F32_UNIT * size).powi(2) + rounded(size * argument);
+                let adding = scores.width() as f64 / 4.0 + 6.0;
+                let engine = 3.0 * self.passed(size) + self.foreign(adding, size);
+                let variance = exponential + adding * rounded(size) + engine;
+                let mut deviation = variance.sqrt() + f64::from(f32::MIN_POSITIVE);
+                if open.contains(&expert) {
+                    deviation += routing.factor;
+                }
+                *sigma = deviation as f32;
+            }
+        }
+        self.note(sigma);
+        Ok(y)
+    }
+
+    /// The experts whose choice hangs on a rounding: those that another one replaces where each
+    /// score is moved by some places.
+    fn open_choices(&self, scores: &[f32], bias: Option<&[f32]>, routing: &Routing) -> Vec<usize> {
+        // The project's kernels compare scores themselves, which rounds nothing.
+        if !experts::by_sigmoid(routing) && self.recipe.stream.is_none() {
+            return Vec::new();
+        }
+        let (taken, _) = routed(scores, bias, routing);
+        let step = match self.recipe.stream {
+            Some(stream) => 2.0 * 0.5f64.powi(stream.fraction_bits() as i32),
+            None => 16.0 * F32_UNIT,
+        };
+        let mut open = Vec::new();
+        for expert in 0..scores.len() {
+            let sign = if taken.contains(&expert) { -1.0 } else { 1.0 };
+            let mut moved = scores.to_vec();
+            let value = f64::from(scores[expert]);
+            let size = if value.abs() > 1.0 { value.abs() } else { 1.0 };
+            moved[expert] = (value + sign * step * size) as f32;
+            let (others, _) = routed(&moved, bias, routing);
+            if others != taken {
+                let only = |a: &[usize], b: &[usize]| -> Vec<usize> {
+                    a.iter().filter(|expert| !b.contains(expert)).copied().collect()
+                };
+                open.extend(only(&others, &taken));
+                open.extend(only(&taken, &others));
+            }
+        }
+        open
+    }
+
+    fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
+        let used = products.used;
+        let mut all: Vec<Shared> = Vec::new();
+        let [y, sigma] = products.by_expert(|x, weight, bias| {
+            let y = self.matmul(x, weight, bias)?;
+            let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let Some(Deviations { each, shared }) = sigmas.pop() else {
+                return Err(ComputeError::NotRecorded(weight.name().to_owned()));
+            };
+            all.extend(shared);
+            Ok([y, each])
+        })?;
+        // A column holds values of several experts, whose roundings have nothing in common: the
+        // largest correlation within one of them bounds what the column has. A row's parts are
+        // such too; what is known of one expert's rows is taken for all.
+        let outputs = (y.width() / used.max(1)).max(1);
+        let most = |values: &mut dyn Iterator<Item = f32>| {
+            values.fold(0.0f32, |most, value| if value > most { value } else { most })
+        };
+        let columns = (0..y.width()).map(|column| {
+            most(&mut all.iter().filter_map(|s| s.columns.get(column % outputs)).copied())
+        });
+        let in_rows = most(&mut all.iter().flat_map(|shared| shared.rows.iter()).copied());
+        let shared = Shared { rows: vec![in_rows; y.rows()], columns: columns.collect() };
+        self.note_shared(sigma, Some(shared));
+        Ok(y)
+    }
+
+    fn mix(
+        &self,
+        call: &Call<'_>,
+        x: &Tensor,
+        routes: &Tensor,
+        used: usize,
+    ) -> Result<Tensor, ComputeError> {
+        let y = call.on(&Reference)?;
+        let taken = experts::taken(routes, used);
+        let outputs = y.width();
+        self.note_each(&y, |index, y| {
+            let (row, column) = (index / outputs, index % outputs);
+            let (mut sum, mut variance) = (0.0f64, 0.0);
+            for (place, expert) in taken[row * used..(row + 1) * used].iter().enumerate() {
+                let value = x.row(row)[place * outputs + column];
+                let term = f64::from(routes.row(row)[*expert]) * f64::from(value);
+                sum += term;
+                variance += rounded(sum) + 2.0 * self.passed(term) + self.foreign(2.0, term);
+                variance += self.passed(sum);
+            }
+            variance.sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn sigmoid_gate(&self, call: &Call<'_>, gate: &Tensor) -> Result<Tensor, ComputeError> {
+        let y = call.on(&Reference)?;
+        let width = y.width();
+        self.note_each(&y, |index, y| {
+            let power = libm::exp(-f64::from(gate.data()[index / width]));
+            let share = if power.is_finite() { power / (1.0 + power) } else { 1.0 };
+            let size = f64::from(y);
+            let exponential = (2.0 * F32_UNIT * share * size).powi(2);
+            let engine = 2.0 * self.passed(size) + self.foreign(8.0, size);
+            (exponential + 3.0 * rounded(size) + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
     }
@@ -584,7 +748,7 @@ impl Floor {
             let heads = heads.zip(x.row(row).chunks_exact(head_dim));
             for ((sigma, x), y) in heads.zip(y.row(row).chunks_exact(head_dim)) {
                 for (pair, &(sin, cos)) in angles.iter().enumerate() {
-                    let (first, second) = rope::pair(geometry, pair);
+                    let (first, second) = rope::pair(geometry, head_dim, pair);
                     let (a, b) = (f64::from(x[first]), f64::from(x[second]));
                     // A foreign engine computes the angle in f32, a frequency times a
                     // position, and may round table, products and sum to the stream's type.
@@ -618,25 +782,26 @@ impl Floor {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
         let y = Reference.attention(q, k, v, shape)?;
-        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
         let mut sigma = Tensor::zeros(y.rows(), y.width());
-        sigma.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(
+        sigma.data_mut().par_chunks_exact_mut(value_dim).enumerate().try_for_each(
             |(index, sigma)| {
                 check_interrupt()?;
                 let (row, head) = (index / heads, index % heads);
-                let group = head / (heads / kv_heads) * head_dim;
-                let group = group..group + head_dim;
+                let kv_head = head / (heads / kv_heads);
+                let group = kv_head * head_dim..(kv_head + 1) * head_dim;
+                let of_values = kv_head * value_dim..(kv_head + 1) * value_dim;
                 let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
-                let out = &y.row(row)[head * head_dim..(head + 1) * head_dim];
+                let out = &y.row(row)[head * value_dim..(head + 1) * value_dim];
                 let seen = shape.seen(row);
                 let keys = seen.clone().map(|position| &k.row(position)[group.clone()]);
                 let values: Vec<&[f32]> =
-                    seen.map(|position| &v.row(position)[group.clone()]).collect();
-                let spread =
-                    attention_spread(&shape, query, keys, &values, out, self.recipe.stream);
+                    seen.map(|position| &v.row(position)[of_values.clone()]).collect();
+                let (stream, sink) = (self.recipe.stream, shape.sink(head));
+                let spread = attention_spread(&shape, query, keys, &values, out, (stream, sink));
                 for (sigma, spread) in sigma.iter_mut().zip(spread) {
                     *sigma = (spread.sqrt() + f64::from(f32::MIN_POSITIVE)) as f32;
                 }
@@ -656,7 +821,11 @@ impl Floor {
         let y = Reference.gated(gate, up, activation)?;
         self.note_each(&y, |index, y| {
             let gate = f64::from(gate.data()[index]);
-            let argument = sigmoid_argument(activation, gate);
+            let of_gate = match activation {
+                Activation::ClampedSwiglu if gate > CLAMP => CLAMP,
+                _ => gate,
+            };
+            let argument = sigmoid_argument(activation, of_gate);
             let power = libm::exp(-argument);
             // The exponential is within two places, and weighs as its share of 1 + e^-g;
             // then a sum, a quotient and two products round, and so does the reference.
@@ -665,6 +834,14 @@ impl Floor {
             let size = f64::from(y);
             // A foreign engine may round the activation and the product to the stream's type.
             let mut engine = self.foreign(8.0, size) + 2.0 * self.passed(size);
+            if activation == Activation::ClampedSwiglu {
+                // A product and its coefficient before the exponential, and one is added to the
+                // other value.
+                exponential += share * share * 3.0 * rounded(argument);
+                let up = f64::from(up.data()[index]).clamp(-CLAMP, CLAMP);
+                engine += rounded(activated(activation, gate.min(CLAMP)) * (up.abs() + 1.0));
+                engine += 3.0 * self.passed(size);
+            }
             if activation == Activation::GeluTanh {
                 // Three roundings and a coefficient lie before the exponential. A foreign engine
                 // computes `1 + tanh`, whose small values keep the roundings of 1.
@@ -713,6 +890,17 @@ impl Floor {
     }
 }
 
+/// The mean of each group of `width` values, over the root of their variance.
+fn means_by_spread(x: &Tensor, width: usize) -> Vec<f64> {
+    let of = |group: &[f32]| {
+        let count = group.len() as f64;
+        let mean = group.iter().map(|&x| f64::from(x)).sum::<f64>() / count;
+        let spread = group.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / count;
+        if spread > 0.0 { mean / spread.sqrt() } else { 0.0 }
+    };
+    x.data().chunks_exact(width.max(1)).map(of).collect()
+}
+
 /// The variance of each value of one attention head's output.
 ///
 /// A score's error has the variance of its rounded partial sums ([`rounded_score`]). The
@@ -728,12 +916,12 @@ impl Floor {
 /// Where scores are bent to `c tanh(s / c)`, what moved s moves that by the slope
 /// `1 - tanh(s / c)^2`, and a quotient, the tangent and a product round beside.
 fn attention_spread<'k>(
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
     query: &[f32],
     keys: impl Iterator<Item = &'k [f32]>,
     values: &[&[f32]],
     out: &[f32],
-    stream: Option<Format>,
+    (stream, sink): (Option<Format>, Option<f32>),
 ) -> Vec<f64> {
     /// A score, what moves it, and what its factor's rounding moves.
     struct Score {
@@ -763,11 +951,12 @@ fn attention_spread<'k>(
             Score { value: bent, variance, of_scale: plain.of_scale * slope }
         })
         .collect();
-    let largest = scores
-        .iter()
-        .fold(f64::NEG_INFINITY, |most, s| if s.value > most { s.value } else { most });
+    let sink = sink.map(f64::from);
+    let least = sink.unwrap_or(f64::NEG_INFINITY);
+    let largest = scores.iter().fold(least, |most, s| if s.value > most { s.value } else { most });
     let weights: Vec<f64> = scores.iter().map(|s| libm::exp(s.value - largest)).collect();
-    let total: f64 = weights.iter().sum();
+    let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
+    let total: f64 = weights.iter().sum::<f64>() + of_sink;
     let mut spread = vec![0.0; out.len()];
     let mut partial = vec![0.0; out.len()];
     let mut together = vec![0.0; out.len()];
@@ -792,7 +981,15 @@ fn attention_spread<'k>(
             together[index] += moved * of_scale;
         }
     }
-    let chain = (values.len() as f64 / 32.0).ceil() + 7.0;
+    if let Some(sink) = sink {
+        // Its weight moves every value towards zero.
+        let of_stream = stream.map_or(0.0, |stream| 2.0 * rounding(stream, sink.abs()));
+        let relative = rounded(sink - largest) + (2.0 * F32_UNIT).powi(2) + of_stream;
+        for (spread, &out) in spread.iter_mut().zip(out) {
+            *spread += (of_sink / total * f64::from(out)).powi(2) * relative;
+        }
+    }
+    let chain = (values.len() as f64 / 32.0).ceil() + 8.0;
     for ((spread, &out), together) in spread.iter_mut().zip(out).zip(together) {
         *spread += chain * rounded(f64::from(out)) + together * together;
         if let Some(stream) = stream {

@@ -15,6 +15,17 @@ fn is_made(model: &Model, layer: usize, inner: &str) -> bool {
         "q_norm" => has("attn_q_norm"),
         "k_norm" => has("attn_k_norm"),
         "q_rope" | "k_rope" => config.rope_of(layer).is_some(),
+        "q_a" | "q_a_norm" => config.latent.is_some_and(|latent| latent.queries.is_some()),
+        "kv_a" | "kv_a_norm" | "kv" => config.latent.is_some(),
+        "k" | "v" => config.latent.is_none(),
+        "ffn_router" | "ffn_route" | "ffn_mix" => config.experts_of(layer).is_some(),
+        "ffn_gate" | "ffn_swiglu" => config.architecture.is_gated(),
+        "ffn_act" => !config.architecture.is_gated(),
+        "ffn_shared_gate" | "ffn_shared_up" | "ffn_shared_swiglu" | "ffn_shared_down"
+        | "ffn_out" => config.experts_of(layer).is_some_and(|experts| experts.shared.is_some()),
+        "ffn_shared_router" | "ffn_shared_gated" => {
+            config.experts_of(layer).is_some_and(|experts| experts.gates_shared)
+        }
         "attn_post_norm" => has("post_attention_norm"),
         "ffn_post_norm" => has("post_ffw_norm"),
         "attn_scaled" | "ffn_scaled" => config.factors.residual.is_some(),
@@ -78,13 +89,25 @@ pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
     let normed = |name: &str, stream: Site| {
         vec![if is_made(model, block, name) { here(name) } else { stream }]
     };
+    let routes = || Some(here("ffn_route")).filter(|_| is_made(model, block, "ffn_route"));
     match inner {
         "attn_norm" => vec![stream],
+        "q_a" | "kv_a" => normed("attn_norm", stream),
+        "q_a_norm" => vec![here("q_a")],
+        "kv_a_norm" => vec![here("kv_a")],
+        "kv" => vec![here("kv_a_norm")],
+        "q" if is_made(model, block, "q_a_norm") => vec![here("q_a_norm")],
         "q" | "k" | "v" => normed("attn_norm", stream),
         "q_norm" => vec![here("q")],
         "k_norm" => vec![here("k")],
         "q_rope" => vec![last(&["q", "q_norm"])],
+        "k_rope" if is_made(model, block, "kv_a") => vec![here("kv_a")],
         "k_rope" => vec![last(&["k", "k_norm"])],
+        "attn" if is_made(model, block, "kv") => vec![
+            last(&["q", "q_rope"]),
+            here("kv"),
+            if is_made(model, block, "k_rope") { here("k_rope") } else { here("kv_a") },
+        ],
         "attn" => {
             vec![last(&["q", "q_norm", "q_rope"]), last(&["k", "k_norm", "k_rope"]), here("v")]
         }
@@ -93,13 +116,32 @@ pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
         "attn_scaled" => vec![last(&["attn_out", "attn_post_norm"])],
         "attn_residual" => vec![stream, last(&["attn_out", "attn_post_norm", "attn_scaled"])],
         "ffn_norm" => vec![here("attn_residual")],
-        "ffn_gate" | "ffn_up" => normed("ffn_norm", here("attn_residual")),
+        "ffn_router" | "ffn_shared_router" | "ffn_shared_gate" | "ffn_shared_up" => {
+            normed("ffn_norm", here("attn_residual"))
+        }
+        "ffn_route" => vec![here("ffn_router")],
+        "ffn_gate" | "ffn_up" => {
+            let mut read = normed("ffn_norm", here("attn_residual"));
+            read.extend(routes());
+            read
+        }
         "ffn_swiglu" => vec![here("ffn_gate"), here("ffn_up")],
-        "ffn_down" => vec![here("ffn_swiglu")],
-        "ffn_post_norm" => vec![here("ffn_down")],
-        "ffn_scaled" => vec![last(&["ffn_down", "ffn_post_norm"])],
+        "ffn_act" => vec![here("ffn_up")],
+        "ffn_down" => {
+            let mut read = vec![last(&["ffn_swiglu", "ffn_act"])];
+            read.extend(routes());
+            read
+        }
+        "ffn_mix" => vec![here("ffn_down"), here("ffn_route")],
+        "ffn_shared_swiglu" => vec![here("ffn_shared_gate"), here("ffn_shared_up")],
+        "ffn_shared_down" => vec![here("ffn_shared_swiglu")],
+        "ffn_shared_gated" => vec![here("ffn_shared_down"), here("ffn_shared_router")],
+        "ffn_out" => vec![here("ffn_mix"), last(&["ffn_shared_down", "ffn_shared_gated"])],
+        "ffn_post_norm" => vec![last(&["ffn_down", "ffn_mix", "ffn_out"])],
+        "ffn_scaled" => vec![last(&["ffn_down", "ffn_mix", "ffn_out", "ffn_post_norm"])],
         "ffn_residual" => {
-            vec![here("attn_residual"), last(&["ffn_down", "ffn_post_norm", "ffn_scaled"])]
+            let branch = ["ffn_down", "ffn_mix", "ffn_out", "ffn_post_norm", "ffn_scaled"];
+            vec![here("attn_residual"), last(&branch)]
         }
         _ => Vec::new(),
     }

@@ -6,8 +6,9 @@
 //! keeps it, an anchor puts another arm's tensor in its place.
 
 use super::call::{Call, Held};
+use super::experts::Products;
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
-use crate::model::{Config, Model, Weight};
+use crate::model::{Config, Experts, Latent, Model, Weight};
 use crate::op::Site;
 use crate::tensor::Tensor;
 
@@ -17,7 +18,11 @@ pub trait Sites {
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError>;
 }
 
-/// Keys and values of the positions seen so far, per layer `[positions, kv_heads * head_dim]`.
+/// What stands under the root in the norms of latent vectors: transformers' class gives them its
+/// own value, whatever the config says.
+const LATENT_EPS: f32 = 1e-6;
+
+/// Keys and values of the positions seen so far, per layer, `[positions, kv_heads * width]`.
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
     positions: usize,
@@ -26,8 +31,8 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for a model of this shape.
     pub fn new(config: &Config) -> KvCache {
-        let width = config.kv_heads * config.head_dim;
-        let layer = || (Tensor::zeros(0, width), Tensor::zeros(0, width));
+        let empty = |head| Tensor::zeros(0, config.kv_heads * head);
+        let layer = || (empty(config.head_dim), empty(config.value_dim()));
         KvCache { layers: (0..config.layers).map(|_| layer()).collect(), positions: 0 }
     }
 
@@ -43,14 +48,45 @@ pub fn output_weight(model: &Model) -> &'static str {
 }
 
 /// The attention of a block, of queries from that position on.
-pub fn attention_of(config: &Config, layer: usize, first_position: usize) -> AttentionShape {
+pub fn attention_of(
+    config: &Config,
+    layer: usize,
+    first_position: usize,
+) -> AttentionShape<'static> {
     let Config { heads, kv_heads, head_dim, .. } = *config;
     AttentionShape {
+        value_dim: config.value_dim(),
         scale: config.factors.scores,
         window: config.window_of(layer),
         cap: config.caps.scores,
         ..AttentionShape::causal(heads, kv_heads, head_dim, first_position)
     }
+}
+
+/// The scores of a block's sinks, one for each head of queries; none where it has none.
+///
+/// # Errors
+/// If the model's file does not give them.
+pub fn sinks_of(model: &Model, layer: usize) -> Result<Option<Vec<f32>>, ComputeError> {
+    let name = format!("blk.{layer}.attn_sinks.weight");
+    Ok(if model.has(&name) { Some(model.tensor(&name)?.to_vec()?) } else { None })
+}
+
+/// The norm with the gain of that name (without `.weight`).
+///
+/// # Errors
+/// If the model lacks it.
+pub fn norm_of<'x>(
+    model: &'x Model,
+    name: &str,
+    x: &'x Tensor,
+    eps: f32,
+) -> Result<Call<'x>, ComputeError> {
+    let gain = model.tensor(&format!("{name}.weight"))?;
+    Ok(match bias_of(model, name)? {
+        Some(bias) => Call::LayerNorm { x, gain, bias, eps },
+        None => Call::RmsNorm { x, gain, eps },
+    })
 }
 
 /// One pass over `tokens`, which follow the positions that `cache` holds.
@@ -87,8 +123,7 @@ pub fn forward(
         stream = block.run(stream, &mut cache.layers[layer], &mut flow)?;
     }
     cache.positions = positions;
-    let gain = model.tensor("output_norm.weight")?;
-    let call = Call::RmsNorm { x: &stream, gain, eps: config.rms_norm_eps };
+    let call = norm_of(model, "output_norm", &stream, config.rms_norm_eps)?;
     let normed = flow.make(Site("output_norm".to_owned()), &call)?;
     let weight = model.tensor(output_weight(model))?;
     let mut names = super::flow::after_output(model).iter();
@@ -119,6 +154,9 @@ impl Flow<'_> {
     }
 }
 
+/// Makes a site of a block, by its name within it.
+type Make<'m> = dyn FnMut(&str, &Call<'_>) -> Result<Tensor, ComputeError> + 'm;
+
 /// One transformer block.
 struct Block<'a> {
     model: &'a Model,
@@ -141,6 +179,45 @@ impl Block<'_> {
         let normed = self.norm("attn_norm", &stream)?.map(|call| make("attn_norm", &call));
         let normed = normed.transpose()?;
         let x = normed.as_ref().unwrap_or(&stream);
+        let [q, k, v] = match config.latent {
+            None => self.heads(x, &mut make)?,
+            Some(latent) => self.latent_heads(latent, x, &mut make)?,
+        };
+        append(&mut cache.0, &k);
+        append(&mut cache.1, &v);
+
+        let sinks = sinks_of(self.model, self.layer)?;
+        let shape = attention_of(config, self.layer, self.first_position);
+        let shape = AttentionShape { sinks: sinks.as_deref(), ..shape };
+        let mut branch = make("attn", &Call::Attention { q: &q, k: &cache.0, v: &cache.1, shape })?;
+        branch = make("attn_out", &self.project("attn_output", &branch)?)?;
+        if let Some(call) = self.norm("post_attention_norm", &branch)? {
+            branch = make("attn_post_norm", &call)?;
+        }
+        if let Some(factor) = config.factors.residual {
+            branch = make("attn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
+        }
+        let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
+
+        let normed = self.norm("ffn_norm", &stream)?.map(|call| make("ffn_norm", &call));
+        let normed = normed.transpose()?;
+        let x = normed.as_ref().unwrap_or(&stream);
+        let mut branch = match config.experts_of(self.layer) {
+            None => self.feed_forward(["ffn_gate", "ffn_up", "ffn_down"], "ffn", x, &mut make)?,
+            Some(experts) => self.experts(experts, x, &mut make)?,
+        };
+        if let Some(call) = self.norm("post_ffw_norm", &branch)? {
+            branch = make("ffn_post_norm", &call)?;
+        }
+        if let Some(factor) = config.factors.residual {
+            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
+        }
+        make("ffn_residual", &Call::Add { a: &stream, b: &branch })
+    }
+
+    /// Queries, keys and values of a projection each.
+    fn heads(&self, x: &Tensor, make: &mut Make<'_>) -> Result<[Tensor; 3], ComputeError> {
+        let config = self.model.config();
         let mut q = make("q", &self.project("attn_q", x)?)?;
         let mut k = make("k", &self.project("attn_k", x)?)?;
         let v = make("v", &self.project("attn_v", x)?)?;
@@ -157,45 +234,142 @@ impl Block<'_> {
             k = make("k_rope", &turn(&k))?;
             q = turned;
         }
-        append(&mut cache.0, &k);
-        append(&mut cache.1, &v);
+        Ok([q, k, v])
+    }
 
-        let shape = attention_of(config, self.layer, self.first_position);
-        let mut branch = make("attn", &Call::Attention { q: &q, k: &cache.0, v: &cache.1, shape })?;
-        branch = make("attn_out", &self.project("attn_output", &branch)?)?;
-        if let Some(call) = self.norm("post_attention_norm", &branch)? {
-            branch = make("attn_post_norm", &call)?;
+    /// Queries, keys and values of latent attention: a head of keys is what its latent vector
+    /// gives, and after it what turns, which is the same for all heads.
+    fn latent_heads(
+        &self,
+        latent: Latent,
+        x: &Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<[Tensor; 3], ComputeError> {
+        let config = self.model.config();
+        let name = |name: &str| format!("blk.{}.{name}", self.layer);
+        let mut q = if latent.queries.is_some() {
+            let narrow = make("q_a", &self.project("attn_q_a", x)?)?;
+            let normed = norm_of(self.model, &name("attn_q_a_norm"), &narrow, LATENT_EPS)?;
+            let normed = make("q_a_norm", &normed)?;
+            make("q", &self.project("attn_q_b", &normed)?)?
+        } else {
+            make("q", &self.project("attn_q", x)?)?
+        };
+        let narrow = make("kv_a", &self.project("attn_kv_a_mqa", x)?)?;
+        let of_heads = narrow.columns(0..latent.keys);
+        let mut shared = narrow.columns(latent.keys..narrow.width());
+        let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, LATENT_EPS)?;
+        let normed = make("kv_a_norm", &normed)?;
+        let both = make("kv", &self.project("attn_kv_b", &normed)?)?;
+        if let Some(rope) = config.rope_of(self.layer) {
+            let first_position = self.first_position;
+            let turn = |x, head_dim| Call::Rope { x, rope, head_dim, first_position };
+            let turned = make("q_rope", &turn(&q, config.head_dim))?;
+            shared = make("k_rope", &turn(&shared, latent.turned))?;
+            q = turned;
         }
-        if let Some(factor) = config.factors.residual {
-            branch = make("attn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
+        let mut k = Tensor::zeros(both.rows(), config.heads * config.head_dim);
+        let mut v = Tensor::zeros(both.rows(), config.heads * latent.values);
+        for row in 0..both.rows() {
+            let heads = both.row(row).chunks_exact(latent.still + latent.values);
+            let keys = k.row_mut(row).chunks_exact_mut(config.head_dim);
+            for (head, key) in heads.clone().zip(keys) {
+                key[..latent.still].copy_from_slice(&head[..latent.still]);
+                key[latent.still..].copy_from_slice(shared.row(row));
+            }
+            for (head, value) in heads.zip(v.row_mut(row).chunks_exact_mut(latent.values)) {
+                value.copy_from_slice(&head[latent.still..]);
+            }
         }
-        let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
+        Ok([q, k, v])
+    }
 
-        let normed = self.norm("ffn_norm", &stream)?.map(|call| make("ffn_norm", &call));
-        let normed = normed.transpose()?;
-        let x = normed.as_ref().unwrap_or(&stream);
-        let gate = make("ffn_gate", &self.project("ffn_gate", x)?)?;
-        let up = make("ffn_up", &self.project("ffn_up", x)?)?;
-        let activation = config.activation;
+    /// A feed-forward network of these weights; its sites begin so.
+    fn feed_forward(
+        &self,
+        [gate, up, down]: [&str; 3],
+        site: &str,
+        x: &Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let activation = self.model.config().activation;
+        let name = |name: &str| format!("{site}_{name}");
+        let activated = if self.model.config().architecture.is_gated() {
+            let gate = make(&name("gate"), &self.project(gate, x)?)?;
+            let up = make(&name("up"), &self.project(up, x)?)?;
+            make(&name("swiglu"), &Call::Gated { gate: &gate, up: &up, activation })?
+        } else {
+            let up = make(&name("up"), &self.project(up, x)?)?;
+            make(&name("act"), &Call::Activated { x: &up, activation })?
+        };
+        make(&name("down"), &self.project(down, &activated)?)
+    }
+
+    /// A mixture of experts, and the network that all tokens go through beside it.
+    fn experts(
+        &self,
+        experts: &Experts,
+        x: &Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let (activation, used) = (self.model.config().activation, experts.routing.used);
+        let scores = make("ffn_router", &self.project("ffn_gate_inp", x)?)?;
+        let bias = bias_of(self.model, &format!("blk.{}.exp_probs_b", self.layer))?;
+        let call = Call::Route { scores: &scores, bias, routing: &experts.routing };
+        let routes = make("ffn_route", &call)?;
+        let mut product = |site: &str, name: &str, x: &Tensor| {
+            let (weights, biases) = self.of_experts(name, experts.count)?;
+            let biases = biases.as_deref();
+            let products = Products { x, weights: &weights, biases, routes: &routes, used };
+            make(site, &Call::Experts(products))
+        };
+        let gate = product("ffn_gate", "ffn_gate_exps", x)?;
+        let up = product("ffn_up", "ffn_up_exps", x)?;
         let activated = make("ffn_swiglu", &Call::Gated { gate: &gate, up: &up, activation })?;
-        let mut branch = make("ffn_down", &self.project("ffn_down", &activated)?)?;
-        if let Some(call) = self.norm("post_ffw_norm", &branch)? {
-            branch = make("ffn_post_norm", &call)?;
+        let mut product = |site: &str, name: &str, x: &Tensor| {
+            let (weights, biases) = self.of_experts(name, experts.count)?;
+            let biases = biases.as_deref();
+            let products = Products { x, weights: &weights, biases, routes: &routes, used };
+            make(site, &Call::Experts(products))
+        };
+        let down = product("ffn_down", "ffn_down_exps", &activated)?;
+        let mixed = make("ffn_mix", &Call::Mix { x: &down, routes: &routes, used })?;
+        if experts.shared.is_none() {
+            return Ok(mixed);
         }
-        if let Some(factor) = config.factors.residual {
-            branch = make("ffn_scaled", &Call::Scale { x: &branch, factor, held: Held::Number })?;
+        let names = ["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"];
+        let mut shared = self.feed_forward(names, "ffn_shared", x, make)?;
+        if experts.gates_shared {
+            let gate = make("ffn_shared_router", &self.project("ffn_gate_inp_shexp", x)?)?;
+            shared = make("ffn_shared_gated", &Call::SigmoidGate { x: &shared, gate: &gate })?;
         }
-        make("ffn_residual", &Call::Add { a: &stream, b: &branch })
+        make("ffn_out", &Call::Add { a: &mixed, b: &shared })
+    }
+
+    /// The weights of all experts, and their biases where they have them.
+    #[expect(clippy::type_complexity, reason = "weights and biases, side by side")]
+    fn of_experts(
+        &self,
+        name: &str,
+        count: usize,
+    ) -> Result<(Vec<Weight<'_>>, Option<Vec<Weight<'_>>>), ComputeError> {
+        let named = |expert: usize| format!("blk.{}.{name}.{expert}", self.layer);
+        let weight = |expert| Ok(self.model.tensor(&format!("{}.weight", named(expert)))?);
+        let weights: Vec<Weight<'_>> =
+            (0..count).map(weight).collect::<Result<_, ComputeError>>()?;
+        let biases = (0..count).map(|expert| bias_of(self.model, &named(expert)));
+        let biases: Option<Vec<Weight<'_>>> =
+            biases.collect::<Result<Vec<Option<_>>, _>>()?.into_iter().collect();
+        Ok((weights, biases))
     }
 
     /// The norm of that gain, where the block has it.
     fn norm<'x>(&'x self, name: &str, x: &'x Tensor) -> Result<Option<Call<'x>>, ComputeError> {
-        let name = format!("blk.{}.{name}.weight", self.layer);
-        if !self.model.has(&name) {
+        let name = format!("blk.{}.{name}", self.layer);
+        if !self.model.has(&format!("{name}.weight")) {
             return Ok(None);
         }
-        let gain = self.model.tensor(&name)?;
-        Ok(Some(Call::RmsNorm { x, gain, eps: self.model.config().rms_norm_eps }))
+        norm_of(self.model, &name, x, self.model.config().rms_norm_eps).map(Some)
     }
 
     fn project<'x>(&'x self, name: &str, x: &'x Tensor) -> Result<Call<'x>, ComputeError> {

@@ -12,6 +12,7 @@ pub mod drawn;
 pub mod eight_bit;
 pub mod emulated;
 pub mod engine_kernels;
+pub mod experts;
 pub mod floor;
 pub mod flow;
 pub mod forward;
@@ -117,13 +118,15 @@ pub struct GemmRecord {
 
 /// The shape of one attention call, and what is done to its scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionShape {
+pub struct AttentionShape<'a> {
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head of queries and keys.
     pub head_dim: usize,
+    /// Width of a head of values.
+    pub value_dim: usize,
     /// Position of the first query row; keys and values start at position 0.
     pub first_position: usize,
     /// What scores are multiplied by; `1 / sqrt(head_dim)` where nothing is said.
@@ -132,18 +135,35 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Where scores are bent towards a limit `c`: `c tanh(score / c)`, after the scale.
     pub cap: Option<f64>,
+    /// For each query head a score that stands beside those of the keys and has no value.
+    pub sinks: Option<&'a [f32]>,
 }
 
-impl AttentionShape {
+impl AttentionShape<'_> {
     /// Causal attention over all keys, with the usual scale.
     pub fn causal(
         heads: usize,
         kv_heads: usize,
         head_dim: usize,
         first_position: usize,
-    ) -> AttentionShape {
-        let (scale, window, cap) = (None, None, None);
-        AttentionShape { heads, kv_heads, head_dim, first_position, scale, window, cap }
+    ) -> AttentionShape<'static> {
+        let (value_dim, scale, window, cap, sinks) = (head_dim, None, None, None, None);
+        AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim,
+            first_position,
+            scale,
+            window,
+            cap,
+            sinks,
+        }
+    }
+
+    /// The sink of a query head.
+    pub fn sink(&self, head: usize) -> Option<f32> {
+        self.sinks.and_then(|sinks| sinks.get(head)).copied()
     }
 
     /// The scale as the reference multiplies with it.
@@ -164,7 +184,11 @@ impl AttentionShape {
 
     /// Whether every query sees all positions up to its own, and scores are only scaled as usual.
     pub fn is_plain(&self) -> bool {
-        self.scale.is_none() && self.window.is_none() && self.cap.is_none()
+        self.scale.is_none()
+            && self.window.is_none()
+            && self.cap.is_none()
+            && self.sinks.is_none()
+            && self.value_dim == self.head_dim
     }
 }
 
@@ -252,6 +276,18 @@ pub fn check_gain(x: &Tensor, gain: &Weight<'_>) -> Result<(), ComputeError> {
         what: format!("a norm with the gain `{}`", gain.name()),
         left: format!("input [{}, {}]", x.rows(), x.width()),
         right: format!("gain [{}]", gain.width()),
+    })
+}
+
+/// Refuses a LayerNorm whose bias is not as wide as its gain.
+pub fn check_norm_bias(gain: &Weight<'_>, bias: &Weight<'_>) -> Result<(), ComputeError> {
+    if gain.width() == bias.width() {
+        return Ok(());
+    }
+    Err(ComputeError::Shape {
+        what: format!("a norm with the gain `{}`", gain.name()),
+        left: format!("gain [{}]", gain.width()),
+        right: format!("bias `{}` [{}]", bias.name(), bias.width()),
     })
 }
 

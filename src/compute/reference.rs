@@ -10,12 +10,13 @@
 use rayon::prelude::*;
 
 use super::call::Call;
+use super::experts::{self, Products};
 use super::vector::{Kernel, dispatch};
 use super::{
-    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
-    check_tokens, rope,
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
+    check_same_shape, check_tokens, rope,
 };
-use crate::model::{Activation, Rope, Weight};
+use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
 use crate::tensor::Tensor;
 
 /// Number of partial sums of a dot product; element `k` goes to lane `k % LANES`.
@@ -30,12 +31,18 @@ impl Ops for Reference {
         match *call {
             Call::Embed { weight, tokens } => self.embed(weight, tokens),
             Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::LayerNorm { x, gain, bias, eps } => self.layer_norm(x, gain, bias, eps),
             Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Activated { x, activation } => self.activated(x, activation),
+            Call::Route { scores, bias, routing } => self.route(scores, bias, routing),
+            Call::Experts(products) => self.experts(&products),
+            Call::Mix { x, routes, used } => self.mix(x, routes, used),
+            Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -68,6 +75,37 @@ impl Reference {
             let scale = 1.0 / (mean_square(x) + f64::from(eps)).sqrt();
             for ((y, &x), &gain) in y.iter_mut().zip(x).zip(&gain) {
                 *y = (f64::from(x) * scale * f64::from(gain)) as f32;
+            }
+        }
+        Ok(y)
+    }
+
+    fn layer_norm(
+        &self,
+        x: &Tensor,
+        gain: Weight<'_>,
+        bias: Weight<'_>,
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        check_norm_bias(&gain, &bias)?;
+        let (gain, bias) = (gain.to_vec()?, bias.to_vec()?);
+        let mut y = Tensor::zeros(x.rows(), x.width());
+        let groups = x.data().chunks_exact(gain.len());
+        for (x, y) in groups.zip(y.data_mut().chunks_exact_mut(gain.len())) {
+            let count = x.len() as f64;
+            let mut lanes = [0.0f64; LANES];
+            for (index, &x) in x.iter().enumerate() {
+                lanes[index % LANES] += f64::from(x);
+            }
+            let mean = add_lanes(lanes) / count;
+            let mut lanes = [0.0f64; LANES];
+            for (index, &x) in x.iter().enumerate() {
+                lanes[index % LANES] += (f64::from(x) - mean).powi(2);
+            }
+            let scale = 1.0 / (add_lanes(lanes) / count + f64::from(eps)).sqrt();
+            for (((y, &x), &gain), &bias) in y.iter_mut().zip(x).zip(&gain).zip(&bias) {
+                *y = ((f64::from(x) - mean) * scale * f64::from(gain) + f64::from(bias)) as f32;
             }
         }
         Ok(y)
@@ -107,7 +145,7 @@ impl Reference {
             let angles = rope::angles(geometry, first_position + row);
             for head in y.row_mut(row).chunks_exact_mut(head_dim) {
                 for (pair, &(sin, cos)) in angles.iter().enumerate() {
-                    let (first, second) = rope::pair(geometry, pair);
+                    let (first, second) = rope::pair(geometry, head_dim, pair);
                     let (a, b) = (f64::from(head[first]), f64::from(head[second]));
                     head[first] = (a * cos - b * sin) as f32;
                     head[second] = (a * sin + b * cos) as f32;
@@ -122,16 +160,17 @@ impl Reference {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
         let scale = shape.exact_scale();
         let bent = |score: f64| shape.cap.map_or(score, |cap| cap * libm::tanh(score / cap));
-        let mut y = Tensor::zeros(q.rows(), heads * head_dim);
-        y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
+        let mut y = Tensor::zeros(q.rows(), heads * value_dim);
+        y.data_mut().par_chunks_exact_mut(value_dim).enumerate().try_for_each(|(index, out)| {
             check_interrupt()?;
             let (row, head) = (index / heads, index % heads);
-            let group = head / (heads / kv_heads) * head_dim;
+            let kv_head = head / (heads / kv_heads);
+            let (group, of_values) = (kv_head * head_dim, kv_head * value_dim);
             let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
             let seen = shape.seen(row);
             let scores: Vec<f64> = seen
@@ -139,13 +178,16 @@ impl Reference {
                 .map(|position| dot(query, &k.row(position)[group..group + head_dim]) * scale)
                 .map(bent)
                 .collect();
-            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sink = shape.sink(head).map(f64::from);
+            let least = sink.unwrap_or(f64::NEG_INFINITY);
+            let largest = scores.iter().copied().fold(least, f64::max);
             let weights: Vec<f64> =
                 scores.iter().map(|&score| libm::exp(score - largest)).collect();
-            let total: f64 = weights.iter().sum();
-            let mut sums = vec![0.0f64; head_dim];
+            let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
+            let total: f64 = weights.iter().sum::<f64>() + of_sink;
+            let mut sums = vec![0.0f64; value_dim];
             for (position, weight) in seen.zip(&weights) {
-                let value = &v.row(position)[group..group + head_dim];
+                let value = &v.row(position)[of_values..of_values + value_dim];
                 for (sum, &value) in sums.iter_mut().zip(value) {
                     *sum += weight * f64::from(value);
                 }
@@ -166,9 +208,52 @@ impl Reference {
     ) -> Result<Tensor, ComputeError> {
         check_same_shape("a gated activation", gate, up)?;
         let data = gate.data().par_iter().zip(up.data());
-        let data = data
-            .map(|(&gate, &up)| (activated(activation, f64::from(gate)) * f64::from(up)) as f32);
+        let data =
+            data.map(|(&gate, &up)| gated(activation, f64::from(gate), f64::from(up)) as f32);
         Ok(Tensor::new(gate.width(), data.collect()))
+    }
+
+    fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor, ComputeError> {
+        let data = x.data().par_iter().map(|&x| activated(activation, f64::from(x)) as f32);
+        Ok(Tensor::new(x.width(), data.collect()))
+    }
+
+    fn route(
+        &self,
+        scores: &Tensor,
+        bias: Option<Weight<'_>>,
+        routing: &Routing,
+    ) -> Result<Tensor, ComputeError> {
+        experts::check_route(scores, bias.as_ref(), routing)?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let mut y = Tensor::zeros(scores.rows(), scores.width());
+        for row in 0..scores.rows() {
+            let (_, weights) = routed(scores.row(row), bias.as_deref(), routing);
+            for (y, weight) in y.row_mut(row).iter_mut().zip(weights) {
+                *y = weight as f32;
+            }
+        }
+        Ok(y)
+    }
+
+    fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
+        let made = products.by_expert(|x, weight, bias| Ok([self.matmul(x, weight, bias)?]));
+        made.map(|[y]| y)
+    }
+
+    fn mix(&self, x: &Tensor, routes: &Tensor, used: usize) -> Result<Tensor, ComputeError> {
+        let add = |sum: f64, weight, value| sum + f64::from(weight) * f64::from(value);
+        experts::mixed(x, routes, used, add, |sum| sum as f32)
+    }
+
+    fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor, ComputeError> {
+        experts::check_gate(x, gate)?;
+        let mut y = x.clone();
+        for row in 0..x.rows() {
+            let gate = 1.0 + libm::exp(-f64::from(gate.row(row)[0]));
+            y.row_mut(row).iter_mut().for_each(|y| *y = (f64::from(*y) / gate) as f32);
+        }
+        Ok(y)
     }
 
     pub(crate) fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor, ComputeError> {
@@ -189,6 +274,51 @@ impl Reference {
     }
 }
 
+/// The experts that a row of scores goes to, in ascending order, and all weights.
+///
+/// Source: the routers of transformers 5.17 (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V3).
+pub fn routed(scores: &[f32], bias: Option<&[f32]>, routing: &Routing) -> (Vec<usize>, Vec<f64>) {
+    let mut weights = vec![0.0; scores.len()];
+    if experts::by_sigmoid(routing) {
+        let sigmoid = |score: &f32| 1.0 / (1.0 + libm::exp(-f64::from(*score)));
+        let all: Vec<f64> = scores.iter().map(sigmoid).collect();
+        let by = all.iter().enumerate();
+        let by: Vec<f64> = by.map(|(at, s)| s + bias.map_or(0.0, |b| f64::from(b[at]))).collect();
+        let taken = experts::chosen(&by, routing);
+        let total: f64 = match routing.scores {
+            RouterScores::SigmoidNormalised => taken.iter().map(|&e| all[e]).sum::<f64>() + 1e-20,
+            _ => 1.0,
+        };
+        taken.iter().for_each(|&expert| weights[expert] = all[expert] / total * routing.factor);
+        return (taken, weights);
+    }
+    let taken = experts::chosen(scores, routing);
+    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let power = |expert: usize| libm::exp(f64::from(scores[expert]) - f64::from(largest));
+    let total: f64 = match routing.scores {
+        RouterScores::SoftmaxOfTaken => taken.iter().map(|&expert| power(expert)).sum(),
+        _ => (0..scores.len()).map(power).sum(),
+    };
+    taken.iter().for_each(|&expert| weights[expert] = power(expert) / total * routing.factor);
+    (taken, weights)
+}
+
+/// The limit of gpt-oss's gated activation.
+pub const CLAMP: f64 = 7.0;
+/// What its gate's value is multiplied by before the sigmoid.
+pub const ALPHA: f64 = 1.702;
+
+/// A gate's activation times the other value. gpt-oss clamps both, and adds one to the other.
+pub fn gated(activation: Activation, gate: f64, up: f64) -> f64 {
+    match activation {
+        Activation::ClampedSwiglu => {
+            let gate = if gate > CLAMP { CLAMP } else { gate };
+            activated(activation, gate) * (up.clamp(-CLAMP, CLAMP) + 1.0)
+        }
+        _ => activated(activation, gate) * up,
+    }
+}
+
 /// SiLU, or GELU by the hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415).
 ///
 /// Both are `x / (1 + e^-z)`: of SiLU z is x, of GELU `2 sqrt(2 / pi) (x + 0.044715 x^3)`, since
@@ -201,6 +331,7 @@ pub fn activated(activation: Activation, x: f64) -> f64 {
 pub(super) fn sigmoid_argument(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::Silu => x,
+        Activation::ClampedSwiglu => ALPHA * x,
         Activation::GeluTanh => {
             2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)
         }

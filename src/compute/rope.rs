@@ -26,10 +26,16 @@ pub fn angle(rope: &Rope, pair: usize, position: usize) -> f64 {
     position as f64 * frequency
 }
 
-/// The two elements of a head that pair number `pair` rotates.
-pub fn pair(rope: &Rope, pair: usize) -> (usize, usize) {
+/// The two elements of a head of `head_dim` that pair number `pair` rotates.
+pub fn pair(rope: &Rope, head_dim: usize, pair: usize) -> (usize, usize) {
+    let start = first(rope, head_dim);
     match rope.layout {
-        RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
-        RopeLayout::Halves => (pair, pair + rope.dimensions / 2),
+        RopeLayout::Interleaved => (start + 2 * pair, start + 2 * pair + 1),
+        RopeLayout::Halves => (start + pair, start + pair + rope.dimensions / 2),
     }
+}
+
+/// The first element of a head that turns.
+pub fn first(rope: &Rope, head_dim: usize) -> usize {
+    if rope.at_end { head_dim.saturating_sub(rope.dimensions) } else { 0 }
 }

@@ -441,6 +441,34 @@ pub const CATALOGUE: &[Bug] = &[
     bug("whole heads turned for a part", &["rope-width"], ROPES, Plant::RopeWhole),
     bug("a factor left out", &["factor-missing"], SCALED, Plant::FactorMissing),
     bug("a factor applied twice", &["factor-twice"], SCALED, Plant::FactorTwice),
+    bug("sinks ignored", &["sinks-ignored"], &["attn"], Plant::SinksIgnored),
+    bug("mean not subtracted", &["mean-kept"], NORMS, Plant::MeanKept),
+    bug("norm without its bias", &["norm-bias-missing"], NORMS, Plant::NormBiasMissing),
+    bug("GELU (exact) without a gate", &["activation-function"], &["ffn_act"], Plant::Gelu),
+    bug("ReLU without a gate", &["activation-function"], &["ffn_act"], Plant::Relu),
+    // Mixtures of experts.
+    bug("a token's best expert passed over", &["expert-choice"], &["ffn_route"], Plant::NextExpert),
+    bug(
+        "weights of experts (not) divided by their sum",
+        &["routing-normalisation"],
+        &["ffn_route"],
+        Plant::RoutingScores,
+    ),
+    bug("factor of routing left out", &["routing-factor"], &["ffn_route"], Plant::RoutingFactor),
+    bug(
+        "experts chosen without the bias",
+        &["routing-bias", "expert-choice"],
+        &["ffn_route"],
+        Plant::RoutingBias,
+    ),
+    bug(
+        "an expert's matrix for another's",
+        &["expert-swapped"],
+        &["ffn_gate", "ffn_down"],
+        Plant::OtherExpert,
+    ),
+    bug("shared expert left out", &["shared-expert-missing"], &["ffn_out"], Plant::BlockMissing),
+    bug("routed experts left out", &["routed-experts-missing"], &["ffn_out"], Plant::StreamMissing),
     // Residuals.
     bug(
         "residual stream not added",

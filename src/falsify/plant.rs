@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 
 use super::chosen;
 use crate::compare::fingerprints::scale_order::{sisters_of, with_tail_of_before};
-use crate::compare::fingerprints::{cache_format, head_permutation, rope_angles, zero_point};
+use crate::compare::fingerprints::{
+    cache_format, head_permutation, layer_norm, rope_angles, zero_point,
+};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::departure::{
     Converted, Edit, MOST_E4M3FNUZ, Steps, clipped, flushed, keep, matmul_by_factor, matmul_rows,
@@ -17,11 +19,12 @@ use crate::compute::departure::{
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
 use crate::compute::emulated::schedule::Schedule;
+use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
 use crate::compute::reference::{Reference, activated};
 use crate::compute::{AttentionShape, ComputeError, Ops, rope};
 use crate::dtype::Format;
-use crate::model::{Activation, Model, Rope, RopeLayout, Weight};
+use crate::model::{Activation, Model, Rope, RopeLayout, RouterScores, Routing, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
 use crate::tensor::Tensor;
 
@@ -136,6 +139,14 @@ pub enum Plant {
     RopeWhole,
     WindowIgnored,
     WindowWider,
+    SinksIgnored,
+    MeanKept,
+    NormBiasMissing,
+    NextExpert,
+    RoutingScores,
+    RoutingFactor,
+    RoutingBias,
+    OtherExpert,
 }
 
 /// What a bug has at hand.
@@ -209,6 +220,41 @@ pub fn planted(
             }
         }
         Call::RmsNorm { x, gain, eps } => norm(plant, (x, gain, eps), ground),
+        Call::LayerNorm { x, gain, bias, eps } => match plant {
+            Plant::MeanKept => layer_norm::with_mean(ground.arm, call),
+            Plant::NormBiasMissing => {
+                let zeros = vec![0.0; bias.width()];
+                let none = MadeWeight::new(format!("{} left out", bias.name()), 1, &zeros);
+                Ok(Some(ground.arm.layer_norm(x, gain, none.weight()?, eps)?))
+            }
+            Plant::Epsilon(other) if other != eps => {
+                Ok(Some(ground.arm.layer_norm(x, gain, bias, other)?))
+            }
+            _ => Ok(None),
+        },
+        Call::Activated { x, activation } => match plant {
+            Plant::Gelu | Plant::Relu => {
+                let ones = Tensor::new(x.width(), vec![1.0; x.data().len()]);
+                gated(plant, (x, &ones, activation), ground)
+            }
+            _ => Ok(None),
+        },
+        Call::Route { scores, bias, routing } => router(plant, (scores, bias, routing), ground),
+        Call::Experts(products) => match plant {
+            Plant::OtherExpert if products.weights.len() > 1 => {
+                let taken = experts::taken(products.routes, products.used);
+                let Some(&first) = taken.get(chosen(ground.seed, taken.len())) else {
+                    return Ok(None);
+                };
+                let count = products.weights.len();
+                let mut weights = products.weights.to_vec();
+                weights[first] = products.weights[(first + 1) % count];
+                let spoilt = Products { weights: &weights, ..products };
+                Ok(Some(ground.arm.experts(&spoilt)?))
+            }
+            _ => Ok(None),
+        },
+        Call::Mix { .. } | Call::SigmoidGate { .. } => Ok(None),
         Call::Rope { x, rope, head_dim, first_position } => {
             rotation(plant, (x, rope, head_dim, first_position), ground)
         }
@@ -222,6 +268,42 @@ pub fn planted(
             _ => None,
         }),
         Call::SoftCap { x, .. } => Ok((plant == Plant::SoftCapMissing).then(|| x.clone())),
+    }
+}
+
+/// Bugs of the choice of experts and of their weights.
+fn router(
+    plant: Plant,
+    (scores, bias, routing): (&Tensor, Option<Weight<'_>>, &Routing),
+    ground: &Ground<'_>,
+) -> Made {
+    let by = |scores: &Tensor, bias, routing: Routing| {
+        Ok(Some(ground.arm.route(scores, bias, &routing)?))
+    };
+    match plant {
+        // The best expert of one token is passed over.
+        Plant::NextExpert if scores.width() > routing.used_groups * routing.used => {
+            let clean = ground.arm.route(scores, bias, routing)?;
+            let row = chosen(ground.seed, scores.rows());
+            let best = top_1(clean.row(row)).0 as usize;
+            let mut moved = scores.clone();
+            moved.row_mut(row)[best] = f32::NEG_INFINITY;
+            by(&moved, bias, *routing)
+        }
+        Plant::RoutingScores => {
+            let scores_of = match routing.scores {
+                RouterScores::Softmax => RouterScores::SoftmaxOfTaken,
+                RouterScores::SoftmaxOfTaken => RouterScores::Softmax,
+                RouterScores::Sigmoid => RouterScores::SigmoidNormalised,
+                RouterScores::SigmoidNormalised => RouterScores::Sigmoid,
+            };
+            by(scores, bias, Routing { scores: scores_of, ..*routing })
+        }
+        Plant::RoutingFactor if routing.factor != 1.0 => {
+            by(scores, bias, Routing { factor: 1.0, ..*routing })
+        }
+        Plant::RoutingBias if bias.is_some() => by(scores, None, *routing),
+        _ => Ok(None),
     }
 }
 
@@ -680,7 +762,7 @@ fn rotation(
                 let mut y = x.clone();
                 for head in y.data_mut().chunks_exact_mut(head_dim) {
                     for pair in 0..geometry.dimensions / 2 {
-                        let (_, second) = rope::pair(geometry, pair);
+                        let (_, second) = rope::pair(geometry, head_dim, pair);
                         head[second] = -head[second];
                     }
                 }
@@ -695,11 +777,11 @@ fn rotation(
 
 fn attention(
     plant: Plant,
-    (q, k, v, shape): (&Tensor, &Tensor, &Tensor, AttentionShape),
+    (q, k, v, shape): (&Tensor, &Tensor, &Tensor, AttentionShape<'_>),
     ground: &Ground<'_>,
 ) -> Made {
     let arm = ground.arm;
-    let AttentionShape { heads, kv_heads, head_dim, first_position, .. } = shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, first_position, .. } = shape;
     let scaled = |factor: f32| Ok(Some(arm.attention(&mapped(q, |q| q * factor), k, v, shape)?));
     let seen = |range: &dyn Fn(usize) -> std::ops::Range<usize>| {
         let mut data = Vec::with_capacity(q.data().len());
@@ -714,21 +796,21 @@ fn attention(
             let shape = AttentionShape { first_position, window: None, ..shape };
             data.extend(arm.attention(&one, &some(k), &some(v), shape)?.into_data());
         }
-        Ok(Some(Tensor::new(heads * head_dim, data)))
+        Ok(Some(Tensor::new(heads * value_dim, data)))
     };
     let mapped_heads = |kv_of: &dyn Fn(usize) -> usize| {
-        let wide = |x: &Tensor| {
+        let wide = |x: &Tensor, width: usize| {
             let rows = (0..x.rows()).flat_map(|row| {
                 let row = x.row(row);
                 (0..heads).flat_map(move |head| {
                     let kv = kv_of(head);
-                    row[kv * head_dim..(kv + 1) * head_dim].iter().copied()
+                    row[kv * width..(kv + 1) * width].iter().copied()
                 })
             });
-            Tensor::new(heads * head_dim, rows.collect())
+            Tensor::new(heads * width, rows.collect())
         };
         let every = AttentionShape { kv_heads: heads, ..shape };
-        Ok(Some(arm.attention(q, &wide(k), &wide(v), every)?))
+        Ok(Some(arm.attention(q, &wide(k, head_dim), &wide(v, value_dim), every)?))
     };
     let root = 1.0 / shape.f32_scale();
     let first = |own: usize| shape.seen(own - first_position).start;
@@ -763,7 +845,10 @@ fn attention(
             mapped_heads(&|head| head % kv_heads)
         }
         Plant::HeadsFirst if kv_heads > 1 => mapped_heads(&|_| 0),
-        Plant::KeysForValues => Ok(Some(arm.attention(q, v, k, shape)?)),
+        Plant::SinksIgnored if shape.sinks.is_some() => {
+            Ok(Some(arm.attention(q, k, v, AttentionShape { sinks: None, ..shape })?))
+        }
+        Plant::KeysForValues if k.width() == v.width() => Ok(Some(arm.attention(q, v, k, shape)?)),
         _ => Ok(None),
     }
 }

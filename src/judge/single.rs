@@ -353,7 +353,7 @@ fn rotated(
         x.iter().map(|&x| Value { truth: f64::from(x), variances: vec![0.0; 3] }).collect();
     for (head, x) in x.chunks_exact(head_dim).enumerate() {
         for (pair, &(sin, cos)) in angles.iter().enumerate() {
-            let (first, second) = rope::pair(geometry, pair);
+            let (first, second) = rope::pair(geometry, head_dim, pair);
             let (a, b) = (f64::from(x[first]), f64::from(x[second]));
             let frequency = position as f64
                 * libm::pow(geometry.theta, -2.0 * pair as f64 / geometry.dimensions as f64)

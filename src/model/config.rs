@@ -9,6 +9,8 @@ use super::gguf::{Header, Value};
 
 /// Sizes above this are typing errors or attacks: the largest dense models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
+/// Experts of a block: the largest mixtures have hundreds.
+const LARGEST_LIST: usize = 1 << 16;
 /// The largest RoPE width; real heads have 64 to 256 values.
 pub(super) const LARGEST_HEAD: u64 = 1 << 13;
 
@@ -37,6 +39,20 @@ pub enum Architecture {
     SmolLm3,
     /// GLM 4: norms before and after, RoPE on neighbours in a part of each head.
     Glm4,
+    /// StableLM: norms of mean and variance, RoPE on a part of each head.
+    StableLm,
+    /// StarCoder 2: norms of mean and variance, a feed-forward network without a gate.
+    Starcoder2,
+    /// Mixtral: a mixture of experts in every block.
+    Mixtral,
+    /// Qwen2 with experts, and one that all tokens share behind a gate.
+    Qwen2Moe,
+    /// Qwen3 with experts.
+    Qwen3Moe,
+    /// gpt-oss: experts with a clamped SwiGLU, attention with sinks.
+    GptOss,
+    /// DeepSeek-V3: latent attention, experts in groups beside a shared one.
+    DeepSeekV3,
 }
 
 /// Where a block has norms.
@@ -76,11 +92,18 @@ impl Architecture {
             Architecture::Granite => "granite",
             Architecture::SmolLm3 => "smollm3",
             Architecture::Glm4 => "glm4",
+            Architecture::StableLm => "stablelm",
+            Architecture::Starcoder2 => "starcoder2",
+            Architecture::Mixtral => "mixtral",
+            Architecture::Qwen2Moe => "qwen2_moe",
+            Architecture::Qwen3Moe => "qwen3_moe",
+            Architecture::GptOss => "gpt_oss",
+            Architecture::DeepSeekV3 => "deepseek_v3",
         }
     }
 
     /// All that a Hugging Face folder may hold.
-    pub const ALL: [Architecture; 11] = [
+    pub const ALL: [Architecture; 18] = [
         Architecture::Llama,
         Architecture::Qwen2,
         Architecture::Qwen3,
@@ -92,6 +115,13 @@ impl Architecture {
         Architecture::Granite,
         Architecture::SmolLm3,
         Architecture::Glm4,
+        Architecture::StableLm,
+        Architecture::Starcoder2,
+        Architecture::Mixtral,
+        Architecture::Qwen2Moe,
+        Architecture::Qwen3Moe,
+        Architecture::GptOss,
+        Architecture::DeepSeekV3,
     ];
     /// Those that a GGUF file may hold.
     const OF_GGUF: [Architecture; 3] =
@@ -117,7 +147,7 @@ impl Architecture {
 
     pub(super) fn qk_norms(self) -> QkNorms {
         match self {
-            Architecture::Qwen3 | Architecture::Gemma3 => QkNorms::Heads,
+            Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Gemma3 => QkNorms::Heads,
             Architecture::Olmo2 => QkNorms::Rows,
             _ => QkNorms::None,
         }
@@ -126,6 +156,21 @@ impl Architecture {
     /// Whether transformers' norms round once, after the gain.
     pub fn rounds_norms_late(self) -> bool {
         matches!(self, Architecture::Olmo2) || self.gains_less_one()
+    }
+
+    /// Whether norms take the mean off, and have a bias: LayerNorm.
+    pub fn takes_means_off(self) -> bool {
+        matches!(self, Architecture::StableLm | Architecture::Starcoder2)
+    }
+
+    /// Whether the feed-forward network has a gate beside the other projection.
+    pub fn is_gated(self) -> bool {
+        self != Architecture::Starcoder2
+    }
+
+    /// Whether each head of queries has a sink: a score that takes its share and has no value.
+    pub fn has_sinks(self) -> bool {
+        self == Architecture::GptOss
     }
 
     /// Whether a Hugging Face folder holds the gains of norms less one.
@@ -141,6 +186,9 @@ pub enum Activation {
     Silu,
     /// GELU by the hyperbolic tangent.
     GeluTanh,
+    /// gpt-oss: `g / (1 + e^(-1.702 g))` of a gate of at most 7, times the other value, within 7
+    /// of 0, plus one.
+    ClampedSwiglu,
 }
 
 impl Activation {
@@ -149,6 +197,7 @@ impl Activation {
         match self {
             Activation::Silu => "silu",
             Activation::GeluTanh => "gelu_tanh",
+            Activation::ClampedSwiglu => "clamped_swiglu",
         }
     }
 }
@@ -210,8 +259,10 @@ pub struct Rope {
     pub theta: f64,
     /// Which values form a pair.
     pub layout: RopeLayout,
-    /// Values of a head that turn, its first ones; the others stay.
+    /// Values of a head that turn; the others stay.
     pub dimensions: usize,
+    /// Whether these are the last ones of the head (latent attention), not the first.
+    pub at_end: bool,
     /// Divisors of the frequencies, `dimensions / 2` of them (`rope_freqs.weight`).
     pub factors: Option<Vec<f32>>,
     /// What sine and cosine are multiplied by; 1 but for YaRN and LongRoPE.
@@ -296,6 +347,80 @@ pub struct Caps {
     pub logits: Option<f64>,
 }
 
+/// How a router's scores become weights of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RouterScores {
+    /// Softmax over all experts; those that are taken keep their shares.
+    Softmax,
+    /// Softmax over those that are taken alone, which is what softmax over all and a division by
+    /// the sum of the taken ones comes to.
+    SoftmaxOfTaken,
+    /// The sigmoid of each.
+    Sigmoid,
+    /// The sigmoid of each, divided by the sum of those that are taken.
+    SigmoidNormalised,
+}
+
+impl RouterScores {
+    /// The name that requests to programs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            RouterScores::Softmax => "softmax",
+            RouterScores::SoftmaxOfTaken => "softmax_of_taken",
+            RouterScores::Sigmoid => "sigmoid",
+            RouterScores::SigmoidNormalised => "sigmoid_normalised",
+        }
+    }
+}
+
+/// Which experts a token goes to, and with which weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts that each token goes to.
+    pub used: usize,
+    /// From scores to weights.
+    pub scores: RouterScores,
+    /// What weights are multiplied by.
+    pub factor: f64,
+    /// Groups that experts are in, of equal size; one where nothing is said.
+    pub groups: usize,
+    /// Groups that a token may go to: those with the largest sums of their two best scores.
+    pub used_groups: usize,
+}
+
+/// A mixture of experts in the place of a feed-forward network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// Width of each.
+    pub ffn: usize,
+    /// Which a token goes to.
+    pub routing: Routing,
+    /// Width of the network that all tokens go through beside; none where nothing is said.
+    pub shared: Option<usize>,
+    /// Whether a sigmoid of its own scales what the shared network returns.
+    pub gates_shared: bool,
+    /// Which blocks have experts; all of them where the list is empty.
+    pub blocks: Vec<bool>,
+}
+
+/// Latent attention (MLA): queries, keys and values come out of narrow vectors, and a part of each
+/// key is the same for all heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Latent {
+    /// Width of the vector that queries come out of; from the normed stream itself where none.
+    pub queries: Option<usize>,
+    /// Width of the vector that keys and values come out of.
+    pub keys: usize,
+    /// Values of each head of queries and keys that RoPE does not turn, its first ones.
+    pub still: usize,
+    /// Values that it turns; of keys they are the same for all heads.
+    pub turned: usize,
+    /// Width of a head of values.
+    pub values: usize,
+}
+
 /// Checked hyperparameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -335,6 +460,10 @@ pub struct Config {
     pub factors: Factors,
     /// Towards what values are bent.
     pub caps: Caps,
+    /// A mixture of experts in the place of the feed-forward network.
+    pub experts: Option<Experts>,
+    /// Latent attention.
+    pub latent: Option<Latent>,
 }
 
 /// A tensor that the forward pass reads.
@@ -354,6 +483,7 @@ impl Config {
                 "theta": theta,
                 "layout": layout.name(),
                 "dimensions": dimensions,
+                "at_end": rope.at_end,
                 "factors": factors,
                 "linear_scale": linear_scale,
                 "magnitude": magnitude,
@@ -381,7 +511,40 @@ impl Config {
                 "logits_divisor": self.factors.logits_divisor,
             },
             "caps": { "scores": self.caps.scores, "logits": self.caps.logits },
+            "norm": if self.architecture.takes_means_off() { "layer" } else { "rms" },
+            "gated": self.architecture.is_gated(),
+            "experts": self.experts.as_ref().map(|experts| serde_json::json!({
+                "count": experts.count,
+                "used": experts.routing.used,
+                "scores": experts.routing.scores.name(),
+                "factor": experts.routing.factor,
+                "groups": experts.routing.groups,
+                "used_groups": experts.routing.used_groups,
+                "shared": experts.shared,
+                "gates_shared": experts.gates_shared,
+                "blocks": experts.blocks,
+            })),
+            "latent": self.latent.map(|latent| serde_json::json!({
+                "queries": latent.queries,
+                "keys": latent.keys,
+                "still": latent.still,
+                "turned": latent.turned,
+                "values": latent.values,
+            })),
         })
+    }
+
+    /// Width of a head of values; of queries and keys it is `head_dim`.
+    pub fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.values)
+    }
+
+    /// The mixture of experts of a block, where it has one.
+    pub fn experts_of(&self, layer: usize) -> Option<&Experts> {
+        let has = |experts: &&Experts| {
+            experts.blocks.get(layer).copied().unwrap_or(experts.blocks.is_empty())
+        };
+        self.experts.as_ref().filter(has)
     }
 
     /// Whether a block's attention sees a window.
@@ -406,62 +569,124 @@ impl Config {
 
     /// The tensors that stand outside the blocks.
     pub(super) fn expected_globals(&self) -> Vec<Expected> {
-        vec![
+        let mut tensors = vec![
             expected("token_embd.weight", self.vocabulary, self.hidden, true),
             expected("output_norm.weight", 1, self.hidden, true),
             expected("output.weight", self.vocabulary, self.hidden, !self.tied_embeddings),
-        ]
+        ];
+        if self.architecture.takes_means_off() {
+            tensors.push(expected("output_norm.bias", 1, self.hidden, true));
+        }
+        tensors
     }
 
     /// The tensors of one block.
     pub(super) fn expected_in_block(&self, layer: usize) -> Vec<Expected> {
         let queries = self.heads * self.head_dim;
         let keys = self.kv_heads * self.head_dim;
-        let mut tensors = Vec::new();
+        let mut tensors: Vec<(String, usize, usize, Presence)> = Vec::new();
+        let mut push = |name: &str, rows: usize, width: usize, presence: Presence| {
+            if presence != Presence::Never {
+                tensors.push((name.to_owned(), rows, width, presence));
+            }
+        };
+        let always = Presence::Always;
+        let Biases { qkv, output, ffn } = self.biases;
         let norms = self.architecture.norms();
-        if norms != Norms::After {
-            tensors.push(("attn_norm.weight", 1, self.hidden, true));
-            tensors.push(("ffn_norm.weight", 1, self.hidden, true));
+        let before: &[&str] = if norms == Norms::After { &[] } else { &["attn_norm", "ffn_norm"] };
+        for name in before {
+            push(&format!("{name}.weight"), 1, self.hidden, always);
+            if self.architecture.takes_means_off() {
+                push(&format!("{name}.bias"), 1, self.hidden, always);
+            }
         }
         if norms != Norms::Before {
-            tensors.push(("post_attention_norm.weight", 1, self.hidden, true));
-            tensors.push(("post_ffw_norm.weight", 1, self.hidden, true));
+            push("post_attention_norm.weight", 1, self.hidden, always);
+            push("post_ffw_norm.weight", 1, self.hidden, always);
         }
-        tensors.extend([
-            ("attn_q.weight", queries, self.hidden, true),
-            ("attn_k.weight", keys, self.hidden, true),
-            ("attn_v.weight", keys, self.hidden, true),
-            ("attn_output.weight", self.hidden, queries, true),
-            ("ffn_gate.weight", self.ffn, self.hidden, true),
-            ("ffn_up.weight", self.ffn, self.hidden, true),
-            ("ffn_down.weight", self.hidden, self.ffn, true),
-        ]);
-        let Biases { qkv, output, ffn } = self.biases;
-        let biases = [
-            ("attn_q.bias", queries, qkv),
-            ("attn_k.bias", keys, qkv),
-            ("attn_v.bias", keys, qkv),
-            ("attn_output.bias", self.hidden, output),
-            ("ffn_gate.bias", self.ffn, ffn),
-            ("ffn_up.bias", self.ffn, ffn),
-            ("ffn_down.bias", self.hidden, ffn),
-        ];
-        let biases = biases.into_iter().filter(|(.., presence)| *presence != Presence::Never);
-        tensors.extend(
-            biases.map(|(name, width, presence)| (name, 1, width, presence == Presence::Always)),
-        );
+        match self.latent {
+            None => {
+                for (name, rows) in [("attn_q", queries), ("attn_k", keys), ("attn_v", keys)] {
+                    push(&format!("{name}.weight"), rows, self.hidden, always);
+                    push(&format!("{name}.bias"), 1, rows, qkv);
+                }
+            }
+            Some(latent) => {
+                match latent.queries {
+                    Some(width) => {
+                        push("attn_q_a.weight", width, self.hidden, always);
+                        push("attn_q_a.bias", 1, width, qkv);
+                        push("attn_q_a_norm.weight", 1, width, always);
+                        push("attn_q_b.weight", queries, width, always);
+                    }
+                    None => push("attn_q.weight", queries, self.hidden, always),
+                }
+                let narrow = latent.keys + latent.turned;
+                push("attn_kv_a_mqa.weight", narrow, self.hidden, always);
+                push("attn_kv_a_mqa.bias", 1, narrow, qkv);
+                push("attn_kv_a_norm.weight", 1, latent.keys, always);
+                let wide = self.heads * (latent.still + latent.values);
+                push("attn_kv_b.weight", wide, latent.keys, always);
+            }
+        }
+        push("attn_output.weight", self.hidden, self.heads * self.value_dim(), always);
+        push("attn_output.bias", 1, self.hidden, output);
+        if self.architecture.has_sinks() {
+            push("attn_sinks.weight", 1, self.heads, always);
+        }
         let widths = match self.architecture.qk_norms() {
             QkNorms::None => None,
             QkNorms::Heads => Some([self.head_dim; 2]),
             QkNorms::Rows => Some([queries, keys]),
         };
         if let Some([of_queries, of_keys]) = widths {
-            tensors.push(("attn_q_norm.weight", 1, of_queries, true));
-            tensors.push(("attn_k_norm.weight", 1, of_keys, true));
+            push("attn_q_norm.weight", 1, of_queries, always);
+            push("attn_k_norm.weight", 1, of_keys, always);
+        }
+        match self.experts_of(layer) {
+            None => {
+                if self.architecture.is_gated() {
+                    push("ffn_gate.weight", self.ffn, self.hidden, always);
+                    push("ffn_gate.bias", 1, self.ffn, ffn);
+                }
+                push("ffn_up.weight", self.ffn, self.hidden, always);
+                push("ffn_up.bias", 1, self.ffn, ffn);
+                push("ffn_down.weight", self.hidden, self.ffn, always);
+                push("ffn_down.bias", 1, self.hidden, ffn);
+            }
+            Some(experts) => {
+                push("ffn_gate_inp.weight", experts.count, self.hidden, always);
+                push("ffn_gate_inp.bias", 1, experts.count, ffn);
+                if matches!(
+                    experts.routing.scores,
+                    RouterScores::Sigmoid | RouterScores::SigmoidNormalised
+                ) {
+                    push("exp_probs_b.bias", 1, experts.count, always);
+                }
+                for expert in 0..experts.count {
+                    for (name, rows, width) in [
+                        ("ffn_gate_exps", experts.ffn, self.hidden),
+                        ("ffn_up_exps", experts.ffn, self.hidden),
+                        ("ffn_down_exps", self.hidden, experts.ffn),
+                    ] {
+                        push(&format!("{name}.{expert}.weight"), rows, width, always);
+                        push(&format!("{name}.{expert}.bias"), 1, rows, ffn);
+                    }
+                }
+                if let Some(width) = experts.shared {
+                    push("ffn_gate_shexp.weight", width, self.hidden, always);
+                    push("ffn_up_shexp.weight", width, self.hidden, always);
+                    push("ffn_down_shexp.weight", self.hidden, width, always);
+                }
+                if experts.gates_shared {
+                    push("ffn_gate_inp_shexp.weight", 1, self.hidden, always);
+                }
+            }
         }
         tensors
             .into_iter()
-            .map(|(name, rows, width, required)| {
+            .map(|(name, rows, width, presence)| {
+                let required = presence == Presence::Always;
                 expected(&format!("blk.{layer}.{name}"), rows, width, required)
             })
             .collect()
@@ -494,11 +719,14 @@ pub(super) struct Raw {
     pub turned: Vec<bool>,
     pub factors: Factors,
     pub caps: Caps,
+    pub experts: Option<Experts>,
+    pub latent: Option<Latent>,
 }
 
 /// RoPE as written.
 pub(super) struct RawRope {
     pub dimensions: u64,
+    pub at_end: bool,
     pub theta: f64,
     pub layout: RopeLayout,
     pub factors: Option<Vec<f32>>,
@@ -511,7 +739,7 @@ pub(super) struct RawRope {
 impl RawRope {
     fn check(self) -> Result<Rope, Fault> {
         let RawRope { dimensions, theta, layout, factors, linear_scale, .. } = self;
-        let RawRope { magnitude, scaling, in_f32, .. } = self;
+        let RawRope { magnitude, scaling, in_f32, at_end, .. } = self;
         if !(1..=LARGEST_HEAD).contains(&dimensions) || !dimensions.is_multiple_of(2) {
             return Err(Fault::malformed(
                 format!("its RoPE width {dimensions} is no even number up to {LARGEST_HEAD}"),
@@ -522,8 +750,17 @@ impl RawRope {
         positive("RoPE scale", linear_scale)?;
         positive("RoPE attention factor", magnitude)?;
         let dimensions = dimensions as usize;
-        let rope =
-            Rope { theta, layout, dimensions, factors, magnitude, linear_scale, scaling, in_f32 };
+        let rope = Rope {
+            theta,
+            layout,
+            dimensions,
+            at_end,
+            factors,
+            magnitude,
+            linear_scale,
+            scaling,
+            in_f32,
+        };
         rope.check_factors()?;
         Ok(rope)
     }
@@ -567,6 +804,8 @@ impl Raw {
             turned: self.turned,
             factors: self.factors,
             caps: self.caps,
+            experts: self.experts,
+            latent: self.latent,
         };
         config.check()?;
         Ok(config)
@@ -603,7 +842,51 @@ impl Config {
                 ));
             }
         }
-        positive("RMS norm epsilon", self.rms_norm_eps.into())?;
+        if let Some(Experts { count, ffn, routing, shared, blocks, .. }) = &self.experts {
+            let Routing { used, factor, groups, used_groups, .. } = *routing;
+            let width = shared.unwrap_or(1);
+            if *count == 0 || *ffn == 0 || width == 0 || *count > LARGEST_LIST || width > 1 << 24 {
+                return bad(format!("it has {count} experts of {ffn}, and shares {width}"));
+            }
+            if groups == 0 || !count.is_multiple_of(groups) || used_groups == 0 {
+                return bad(format!("its {count} experts do not fill {groups} groups"));
+            }
+            if used == 0 || used_groups > groups || used > used_groups * (count / groups) {
+                return bad(format!(
+                    "each token goes to {used} of {count} experts, in {used_groups} of {groups} \
+                     groups"
+                ));
+            }
+            if groups > 1 && count / groups < 2 {
+                return bad(format!("its groups of experts have {} each", count / groups));
+            }
+            if !blocks.is_empty() && blocks.len() != self.layers {
+                let (given, layers) = (blocks.len(), self.layers);
+                return bad(format!(
+                    "it says of {given} blocks whether they have experts, of {layers}"
+                ));
+            }
+            positive("factor of the experts' weights", f64::from(factor as f32))?;
+        }
+        if let Some(Latent { queries, keys, still, turned, values }) = self.latent {
+            for (what, width) in [
+                ("q_lora_rank", queries.unwrap_or(1)),
+                ("kv_lora_rank", keys),
+                ("qk_nope_head_dim", still),
+                ("qk_rope_head_dim", turned),
+                ("v_head_dim", values),
+            ] {
+                if width == 0 || width > LARGEST_SIZE as usize {
+                    return bad(format!("its {what} is {width}"));
+                }
+            }
+            if kv_heads != heads {
+                return bad(format!(
+                    "latent attention has {heads} heads of queries and {kv_heads} of keys"
+                ));
+            }
+        }
+        positive("norm epsilon", self.rms_norm_eps.into())?;
         let Factors { embedding, residual, scores, logits_divisor, .. } = self.factors;
         let Caps { scores: score_cap, logits: logit_cap } = self.caps;
         for (what, value) in [
@@ -681,6 +964,7 @@ pub(super) fn from_gguf(
         head_dim,
         rope: RawRope {
             dimensions: whole_head(keys.optional("rope.dimension_count")?, head_dim)?,
+            at_end: false,
             theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
             layout: match architecture {
                 Architecture::Llama => RopeLayout::Interleaved,
@@ -714,6 +998,8 @@ pub(super) fn from_gguf(
         turned: Vec::new(),
         factors: Factors::default(),
         caps: Caps::default(),
+        experts: None,
+        latent: None,
     }
     .check()
 }

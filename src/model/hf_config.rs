@@ -13,8 +13,9 @@ use std::f64::consts::PI;
 use serde_json::{Map, Value};
 
 use super::config::{
-    Activation, Architecture, Biases, Caps, Config, Factors, LARGEST_HEAD, LARGEST_SIZE, Presence,
-    Raw, RawRope, RopeLayout, Scaling, exact_share, missing_key, positive,
+    Activation, Architecture, Biases, Caps, Config, Experts, Factors, LARGEST_HEAD, LARGEST_SIZE,
+    Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling, exact_share,
+    missing_key, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::quantised::{self, Quantised};
@@ -77,10 +78,12 @@ const WITHOUT_EFFECT: &[&str] = &[
     "no_repeat_ngram_size",
     "num_beam_groups",
     "num_beams",
+    "num_nextn_predict_layers",
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
     "output_logits",
+    "output_router_logits",
     "output_scores",
     "pad_token_id",
     "penalty_alpha",
@@ -92,6 +95,8 @@ const WITHOUT_EFFECT: &[&str] = &[
     "resid_pdrop",
     "residual_dropout",
     "return_dict",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
     "return_dict_in_generate",
     "sep_token_id",
     "stop_strings",
@@ -150,8 +155,31 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
     let hidden = keys.required("hidden_size")?;
     let heads = keys.required("num_attention_heads")?;
     let layers = keys.required("num_hidden_layers")?;
+    let latent = latent(keys, architecture)?;
     let head_dim = match (keys.whole("head_dim")?, architecture) {
+        // The width that turns, whatever the file says; heads have more.
+        (Some(width), Architecture::DeepSeekV3)
+            if latent.is_some_and(|l| width == l.turned as u64) =>
+        {
+            width
+        }
+        (Some(width), Architecture::DeepSeekV3) => {
+            let turned = latent.map_or(0, |latent| latent.turned);
+            return Err(Fault::malformed(
+                format!("its `head_dim` is {width} and its `qk_rope_head_dim` is {turned}"),
+                "remove the one that is out of date",
+            ));
+        }
+        (None, Architecture::DeepSeekV3) => latent.map_or(0, |latent| latent.turned as u64),
+        // transformers reads none in this class.
+        (Some(width), Architecture::StableLm) if width != exact_share(hidden, heads)? => {
+            return Err(Fault::malformed(
+                format!("its `head_dim` is {width}, and its heads share {hidden}"),
+                FETCH_AGAIN,
+            ));
+        }
         (Some(width), _) => width,
+        (None, Architecture::GptOss) => 64,
         // Defaults of the configuration classes, whatever the hidden width.
         (None, Architecture::Qwen3 | Architecture::Glm4) => 128,
         (None, Architecture::Gemma2 | Architecture::Gemma3) => 256,
@@ -164,8 +192,9 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         None => keys.whole("max_sequence_length")?.unwrap_or(usual.context_length),
     };
     let (window, sliding) = windows(keys, architecture, layers, context_length)?;
-    let Ropes { main, sliding: sliding_rope, longest } =
+    let Ropes { mut main, sliding: sliding_rope, longest } =
         ropes(keys, architecture, head_dim, context_length)?;
+    main.at_end = latent.is_some();
     let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
     let (mut factors, mut caps) = (Factors::default(), Caps::default());
     if of_gemma {
@@ -196,6 +225,22 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         // Not `1 / sqrt(head_dim)` even where the key is absent.
         factors.scores = Some(keys.number("attention_multiplier")?.unwrap_or(1.0));
     }
+    if latent.is_some() {
+        factors.scores = latent_scale(keys, latent)?;
+    }
+    if architecture == Architecture::StableLm {
+        for (key, what) in [
+            ("qk_layernorm", "norms of each head's queries and keys of their own"),
+            ("use_parallel_residual", "attention and feed-forward network side by side"),
+        ] {
+            if keys.flag(key)? == Some(true) {
+                return Err(Fault::unsupported(
+                    format!("its `{key}` is true: {what} are not computed"),
+                    OTHER_MODEL,
+                ));
+            }
+        }
+    }
     Ok(Raw {
         architecture,
         layers,
@@ -207,16 +252,22 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
             (None, Some(usual)) if !keys.map.contains_key("num_key_value_heads") => usual,
             (None, _) => heads,
         },
-        head_dim,
+        head_dim: latent.map_or(head_dim, |latent| (latent.still + latent.turned) as u64),
         rope: main,
         ffn: keys.required("intermediate_size")?,
         vocabulary: keys.required("vocab_size")?,
         context_length: longest,
-        rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(usual.rms_norm_eps),
-        tied_embeddings: keys
-            .flag("tie_word_embeddings")?
-            .unwrap_or(of_gemma || architecture == Architecture::SmolLm3),
-        activation: activation(keys, of_gemma)?,
+        rms_norm_eps: match architecture {
+            Architecture::StableLm => keys.number("layer_norm_eps")?,
+            Architecture::Starcoder2 => keys.number("norm_epsilon")?,
+            // transformers gives the norms of latents their class's own, whatever is written.
+            _ => keys.number("rms_norm_eps")?,
+        }
+        .unwrap_or(usual.rms_norm_eps),
+        tied_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(
+            of_gemma || matches!(architecture, Architecture::SmolLm3 | Architecture::Starcoder2),
+        ),
+        activation: activation(keys, architecture)?,
         biases: biases(keys, architecture)?,
         window,
         sliding,
@@ -224,13 +275,219 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         turned: turned(keys, architecture, layers)?,
         factors,
         caps,
+        experts: experts(keys, architecture, layers)?,
+        latent,
     })
 }
 
-fn activation(keys: &Keys<'_>, of_gemma: bool) -> Result<Activation, Fault> {
-    let (key, usual) = match of_gemma {
-        true => ("hidden_activation", Activation::GeluTanh),
-        false => ("hidden_act", Activation::Silu),
+/// Latent attention.
+fn latent(keys: &Keys<'_>, architecture: Architecture) -> Result<Option<Latent>, Fault> {
+    if architecture != Architecture::DeepSeekV3 {
+        return Ok(None);
+    }
+    let width = |key: &str, usual: u64| -> Result<usize, Fault> {
+        Ok(keys.whole(key)?.unwrap_or(usual).min(LARGEST_SIZE + 1) as usize)
+    };
+    let latent = Latent {
+        // Null is none; where nothing is said the class's own value holds.
+        queries: match keys.map.contains_key("q_lora_rank") {
+            true => keys.whole("q_lora_rank")?.map(|width| width.min(LARGEST_SIZE + 1) as usize),
+            false => Some(1536),
+        },
+        keys: width("kv_lora_rank", 512)?,
+        still: width("qk_nope_head_dim", 128)?,
+        turned: width("qk_rope_head_dim", 64)?,
+        values: width("v_head_dim", 128)?,
+    };
+    let whole = (latent.still + latent.turned) as u64;
+    match keys.whole("qk_head_dim")? {
+        Some(width) if width != whole => Err(Fault::malformed(
+            format!("its `qk_head_dim` is {width}, and the widths of its parts add up to {whole}"),
+            FETCH_AGAIN,
+        )),
+        _ => Ok(Some(latent)),
+    }
+}
+
+/// What latent attention multiplies scores with where YaRN stretches its context: the usual
+/// scale times the square of YaRN's `mscale_all_dim` (`yarn_apply_mscale` of transformers).
+fn latent_scale(keys: &Keys<'_>, latent: Option<Latent>) -> Result<Option<f64>, Fault> {
+    let rope = match keys.object("rope_parameters")? {
+        Some(rope) => Some(rope),
+        None => keys.object("rope_scaling")?,
+    };
+    let (Some(rope), Some(latent)) = (rope, latent) else { return Ok(None) };
+    let kind = match rope.text("rope_type")? {
+        Some(kind) => Some(kind),
+        None => rope.text("type")?,
+    };
+    let all = rope.number("mscale_all_dim")?.unwrap_or(0.0);
+    if matches!(kind, None | Some("default")) || all == 0.0 {
+        return Ok(None);
+    }
+    let factor = rope.number("factor")?.ok_or_else(|| missing_key("rope_scaling.factor"))?;
+    let usual = 1.0 / ((latent.still + latent.turned) as f64).sqrt();
+    let magnitude = if factor <= 1.0 { 1.0 } else { 0.1 * all * factor.ln() + 1.0 };
+    Ok(Some(usual * magnitude * magnitude))
+}
+
+/// The mixture of experts. Two names of their number must agree.
+fn experts(
+    keys: &Keys<'_>,
+    architecture: Architecture,
+    layers: u64,
+) -> Result<Option<Experts>, Fault> {
+    let width = |key: &str, usual: u64| -> Result<usize, Fault> {
+        Ok(keys.whole(key)?.unwrap_or(usual).min(LARGEST_SIZE + 1) as usize)
+    };
+    let count = |names: &[&str], usual: u64| -> Result<usize, Fault> {
+        let mut found: Option<(&str, u64)> = None;
+        for name in names {
+            let Some(count) = keys.whole(name)? else { continue };
+            if let Some((other, before)) = found.filter(|(_, before)| *before != count) {
+                return Err(Fault::malformed(
+                    format!("its `{other}` is {before} and its `{name}` is {count}"),
+                    "remove the one that is out of date",
+                ));
+            }
+            found = Some((name, count));
+        }
+        Ok(found.map_or(usual, |(_, count)| count).min(LARGEST_SIZE) as usize)
+    };
+    let one_group = |used, scores| Routing { used, scores, factor: 1.0, groups: 1, used_groups: 1 };
+    let of_share = |normalised: Option<bool>, usual: bool| match normalised.unwrap_or(usual) {
+        true => RouterScores::SoftmaxOfTaken,
+        false => RouterScores::Softmax,
+    };
+    let blocks = 0..layers.min(LARGEST_SIZE);
+    let experts = match architecture {
+        Architecture::Mixtral | Architecture::GptOss => {
+            let (usual, used) =
+                if architecture == Architecture::Mixtral { (8, 2) } else { (128, 4) };
+            let used = match keys.whole("experts_per_token")? {
+                // gpt-oss's own files name it twice.
+                Some(older) => count(&["num_experts_per_tok", "experts_per_token"], older)?,
+                None => width("num_experts_per_tok", used)?,
+            };
+            Experts {
+                count: count(&["num_local_experts", "num_experts"], usual)?,
+                ffn: keys.required("intermediate_size")?.min(LARGEST_SIZE + 1) as usize,
+                routing: one_group(used, RouterScores::SoftmaxOfTaken),
+                shared: None,
+                gates_shared: false,
+                blocks: Vec::new(),
+            }
+        }
+        Architecture::Qwen2Moe | Architecture::Qwen3Moe => {
+            let older = architecture == Architecture::Qwen2Moe;
+            let step = keys.whole("decoder_sparse_step")?.unwrap_or(1);
+            if step == 0 {
+                return Err(Fault::malformed("its `decoder_sparse_step` is 0", FETCH_AGAIN));
+            }
+            let dense: Vec<u64> = match keys.list("mlp_only_layers")? {
+                None => Vec::new(),
+                Some(list) => {
+                    let of = |value: &Value| {
+                        let layer = value.as_u64();
+                        layer
+                            .ok_or_else(|| keys.wrong("mlp_only_layers", value, "a list of blocks"))
+                    };
+                    list.iter().map(of).collect::<Result<_, _>>()?
+                }
+            };
+            let (count_usual, used, ffn) = if older { (60, 4, 1408) } else { (128, 8, 768) };
+            let has = |block: u64| (block + 1).is_multiple_of(step) && !dense.contains(&block);
+            let blocks: Vec<bool> = blocks.map(has).collect();
+            let experts = Experts {
+                count: count(&["num_local_experts", "num_experts"], count_usual)?,
+                ffn: width("moe_intermediate_size", ffn)?,
+                routing: one_group(
+                    width("num_experts_per_tok", used)?,
+                    of_share(keys.flag("norm_topk_prob")?, false),
+                ),
+                shared: match older {
+                    true => Some(width("shared_expert_intermediate_size", 5632)?),
+                    false => None,
+                },
+                gates_shared: older,
+                blocks,
+            };
+            if experts.count == 0 || !experts.blocks.contains(&true) {
+                return Ok(None);
+            }
+            experts
+        }
+        Architecture::DeepSeekV3 => {
+            let first = keys.whole("first_k_dense_replace")?.unwrap_or(3);
+            match keys.whole("moe_layer_freq")? {
+                None | Some(1) => {}
+                Some(step) => {
+                    return Err(Fault::unsupported(
+                        format!("its `moe_layer_freq` is {step}, which transformers does not read"),
+                        OTHER_MODEL,
+                    ));
+                }
+            }
+            for (key, known) in [("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")] {
+                if let Some(other) = keys.text(key)?.filter(|value| *value != known) {
+                    return Err(Fault::unsupported(
+                        format!("its `{key}` is `{}`, not `{known}`", shown(other)),
+                        OTHER_MODEL,
+                    ));
+                }
+            }
+            keys.get("ep_size");
+            let ffn = width("moe_intermediate_size", 2048)?;
+            let factor = keys.number("routed_scaling_factor")?.unwrap_or(2.5);
+            let experts = Experts {
+                count: count(&["n_routed_experts", "num_local_experts"], 256)?,
+                ffn,
+                routing: Routing {
+                    used: width("num_experts_per_tok", 8)?,
+                    scores: match keys.flag("norm_topk_prob")?.unwrap_or(true) {
+                        true => RouterScores::SigmoidNormalised,
+                        false => RouterScores::Sigmoid,
+                    },
+                    factor,
+                    groups: width("n_group", 8)?,
+                    used_groups: width("topk_group", 4)?,
+                },
+                shared: Some(ffn.saturating_mul(width("n_shared_experts", 1)?)),
+                gates_shared: false,
+                blocks: blocks.map(|block| block >= first).collect(),
+            };
+            if !experts.blocks.contains(&true) {
+                return Ok(None);
+            }
+            experts
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(experts))
+}
+
+fn activation(keys: &Keys<'_>, architecture: Architecture) -> Result<Activation, Fault> {
+    let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    let (key, usual) = match architecture {
+        _ if of_gemma => ("hidden_activation", Activation::GeluTanh),
+        Architecture::Starcoder2 => ("hidden_act", Activation::GeluTanh),
+        Architecture::GptOss => {
+            // transformers computes the same whatever is written; other programs read it.
+            if let Some(other) = keys.text("hidden_act")?.filter(|name| *name != "silu") {
+                return Err(Fault::unsupported(
+                    format!("its activation is `{}`, not `silu`", shown(other)),
+                    OTHER_MODEL,
+                ));
+            }
+            if let Some(limit) = keys.number("swiglu_limit")?.filter(|limit| *limit != 7.0) {
+                return Err(Fault::unsupported(
+                    format!("its `swiglu_limit` is {limit}, not 7"),
+                    OTHER_MODEL,
+                ));
+            }
+            return Ok(Activation::ClampedSwiglu);
+        }
+        _ => ("hidden_act", Activation::Silu),
     };
     if of_gemma && let Some(older) = keys.text("hidden_act")? {
         // transformers does not read the older key in these models.
@@ -263,7 +520,20 @@ fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> 
     let (qkv, output) = match architecture {
         Architecture::Qwen2 => (true, false),
         Architecture::Glm4 => (of_attention.unwrap_or(true), false),
-        Architecture::Mistral | Architecture::Phi3 => (false, false),
+        Architecture::Mistral | Architecture::Phi3 | Architecture::Mixtral => (false, false),
+        Architecture::Qwen2Moe => (keys.flag("qkv_bias")?.unwrap_or(true), false),
+        Architecture::StableLm => (keys.flag("use_qkv_bias")?.unwrap_or(false), false),
+        Architecture::Starcoder2 => {
+            let all = keys.flag("use_bias")?.unwrap_or(true);
+            let all = Presence::of(all);
+            return Ok(Biases { qkv: all, output: all, ffn: all });
+        }
+        Architecture::GptOss => {
+            // Experts and router have biases whatever the file says of attention's.
+            let of_attention = Presence::of(of_attention.unwrap_or(true));
+            let ffn = Presence::Always;
+            return Ok(Biases { qkv: of_attention, output: of_attention, ffn });
+        }
         _ => (of_attention.unwrap_or(false), of_attention.unwrap_or(false)),
     };
     Ok(Biases { qkv: Presence::of(qkv), output: Presence::of(output), ffn: of_ffn })
@@ -288,9 +558,18 @@ fn windows(
     };
     let window = match architecture {
         // Qwen's and SmolLM3's files name a window that they do not use.
-        Architecture::Qwen2 | Architecture::Qwen3 if used => or_usual(4096),
+        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe if used => {
+            or_usual(4096)
+        }
         Architecture::SmolLm3 if used => written,
-        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => None,
+        Architecture::Qwen2Moe if used => or_usual(4096),
+        Architecture::Qwen2
+        | Architecture::Qwen3
+        | Architecture::Qwen2Moe
+        | Architecture::Qwen3Moe
+        | Architecture::SmolLm3 => None,
+        Architecture::GptOss => or_usual(128),
+        Architecture::Mixtral | Architecture::Starcoder2 => written,
         Architecture::Gemma2 | Architecture::Gemma3 => {
             let window = or_usual(4096);
             if window.is_none() {
@@ -301,17 +580,20 @@ fn windows(
         Architecture::Mistral => or_usual(4096),
         Architecture::Phi3 => written,
         // transformers reads no window in these.
-        Architecture::Llama | Architecture::Olmo2 | Architecture::Granite | Architecture::Glm4 => {
-            match written {
-                Some(window) if window != 0 && window < context_length => {
-                    return Err(Fault::unsupported(
-                        format!("its attention slides over {window} of {context_length} positions"),
-                        OTHER_MODEL,
-                    ));
-                }
-                _ => None,
+        Architecture::Llama
+        | Architecture::Olmo2
+        | Architecture::Granite
+        | Architecture::Glm4
+        | Architecture::StableLm
+        | Architecture::DeepSeekV3 => match written {
+            Some(window) if window != 0 && window < context_length => {
+                return Err(Fault::unsupported(
+                    format!("its attention slides over {window} of {context_length} positions"),
+                    OTHER_MODEL,
+                ));
             }
-        }
+            _ => None,
+        },
     };
     let slides = |kind: &&str| match *kind {
         "full_attention" => Ok(false),
@@ -347,7 +629,13 @@ fn windows(
                 let first = first.unwrap_or(28);
                 blocks.map(|block| block >= first).collect()
             }
-            Architecture::Gemma2 => blocks.map(|block| block % 2 == 0).collect(),
+            Architecture::Gemma2 | Architecture::GptOss => {
+                blocks.map(|block| block % 2 == 0).collect()
+            }
+            Architecture::Qwen2Moe => {
+                let first = first.unwrap_or(28);
+                blocks.map(|block| block % 2 == 0 && block < first).collect()
+            }
             Architecture::Gemma3 => {
                 let pattern = pattern.unwrap_or(6).max(1);
                 blocks.map(|block| (block + 1) % pattern != 0).collect()
@@ -386,6 +674,13 @@ impl Usual {
             Architecture::Gemma2 => (8192, Some(4), 1e-6),
             Architecture::Gemma3 => (131_072, Some(4), 1e-6),
             Architecture::Glm4 => (131_072, Some(2), 1.5625e-7),
+            Architecture::StableLm => (4096, Some(32), 1e-5),
+            Architecture::Starcoder2 => (4096, Some(2), 1e-5),
+            Architecture::Mixtral => (131_072, Some(8), 1e-5),
+            Architecture::Qwen2Moe => (32_768, Some(16), 1e-6),
+            Architecture::Qwen3Moe => (32_768, Some(4), 1e-6),
+            Architecture::GptOss => (131_072, Some(8), 1e-5),
+            Architecture::DeepSeekV3 => (4096, Some(128), 1e-6),
         };
         Usual { context_length, kv_heads, rms_norm_eps }
     }
@@ -452,13 +747,21 @@ fn ropes(
         },
         layout: match architecture {
             Architecture::Glm4 => RopeLayout::Interleaved,
+            // What is false is halves.
+            Architecture::DeepSeekV3 if keys.flag("rope_interleave")?.unwrap_or(true) => {
+                RopeLayout::Interleaved
+            }
             _ => RopeLayout::Halves,
         },
         share: match architecture {
             Architecture::Glm4 => 0.5,
+            Architecture::StableLm => 0.25,
             _ => 1.0,
         },
-        turns_parts: matches!(architecture, Architecture::Phi3 | Architecture::Glm4),
+        turns_parts: matches!(
+            architecture,
+            Architecture::Phi3 | Architecture::Glm4 | Architecture::StableLm
+        ),
         in_f32: architecture == Architecture::Olmo2,
         yarn_is_longrope: architecture == Architecture::Phi3,
     };
@@ -492,8 +795,21 @@ fn ropes(
         return Ok(Ropes { main, sliding: Some(rope), longest });
     }
     // The default of transformers' classes, and what the first Llama files mean.
-    let usual = if architecture == Architecture::SmolLm3 { 2_000_000.0 } else { 10_000.0 };
-    let (main, longest) = reader.read(newer.as_ref().or(older.as_ref()), usual)?;
+    let usual = match architecture {
+        Architecture::SmolLm3 => 2_000_000.0,
+        Architecture::Mixtral => 1_000_000.0,
+        Architecture::GptOss => 150_000.0,
+        _ => 10_000.0,
+    };
+    let given = newer.as_ref().or(older.as_ref());
+    if architecture == Architecture::GptOss && given.is_none() {
+        return Err(Fault::malformed(
+            "neither `rope_scaling` nor `rope_parameters` is there, and transformers would stretch \
+             the context by YaRN all the same",
+            "write `rope_scaling` with the settings that the model was trained with",
+        ));
+    }
+    let (main, longest) = reader.read(given, usual)?;
     Ok(Ropes { main, sliding: None, longest })
 }
 
@@ -562,6 +878,7 @@ impl RopeReader<'_> {
         let dimensions = (self.head_dim as f64 * share) as u64;
         let mut read = RawRope {
             dimensions,
+            at_end: false,
             theta,
             layout: self.layout,
             factors: None,

@@ -10,6 +10,7 @@ mod error;
 mod gguf;
 mod gguf_writer;
 mod hf_config;
+mod mixture;
 mod quantised;
 mod safetensors;
 pub mod synthetic;
@@ -27,13 +28,14 @@ use std::sync::OnceLock;
 use crate::files::{self, Mapped};
 use crate::text::Shown;
 pub use config::{
-    Activation, Architecture, Biases, Caps, Config, Factors, Presence, Rope, RopeLayout, Scaling,
-    Sliding,
+    Activation, Architecture, Biases, Caps, Config, Experts, Factors, Latent, Presence, Rope,
+    RopeLayout, RouterScores, Routing, Scaling, Sliding,
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
 use quantised::Quantised;
 use tokenizer::{Tokenizer, TokenizerFault};
+use weights::Steps;
 pub use weights::{Weight, WeightType};
 
 /// GGUF's name for the divisors of RoPE's frequencies.
@@ -90,6 +92,8 @@ struct Place {
     less_one: bool,
     /// Where the scales of codes stand.
     scales: Option<ScalesPlace>,
+    /// How values lie among the bytes, where rows do not follow one another.
+    steps: Option<Steps>,
 }
 
 /// Where the scales of a tensor of codes stand.
@@ -99,6 +103,7 @@ struct ScalesPlace {
     bytes: Range<usize>,
     kind: WeightType,
     shape: [usize; 2],
+    steps: Option<Steps>,
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -153,7 +158,8 @@ impl Model {
         for info in &header.tensors {
             let gguf::TensorInfo { name, kind, rows, width, bytes } = info;
             let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
-            let place = Place { file: 0, bytes, kind, rows, width, less_one: false, scales: None };
+            let (less_one, scales, steps) = (false, None, None);
+            let place = Place { file: 0, bytes, kind, rows, width, less_one, scales, steps };
             tensors.insert(name.clone(), place);
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
@@ -188,10 +194,10 @@ impl Model {
             let infos = infos.map_err(|fault| fault.at(&path))?;
             check_promise(&infos, promised.as_ref(), &config).map_err(|fault| fault.at(&path))?;
             for info in infos {
-                let safetensors::TensorInfo { name, kind, rows, width, bytes, .. } = info;
+                let safetensors::TensorInfo { name, kind, rows, width, bytes, steps } = info;
                 if let Some(of) = name.strip_suffix(safetensors::SCALES) {
                     let (file, shape) = (files.len(), [rows, width]);
-                    scales.push((of.to_owned(), ScalesPlace { file, bytes, kind, shape }));
+                    scales.push((of.to_owned(), ScalesPlace { file, bytes, kind, shape, steps }));
                     continue;
                 }
                 let less_one =
@@ -200,7 +206,16 @@ impl Model {
                     MapEntry::Vacant(entry) => {
                         let file = files.len();
                         let scales = None;
-                        entry.insert(Place { file, bytes, kind, rows, width, less_one, scales });
+                        entry.insert(Place {
+                            file,
+                            bytes,
+                            kind,
+                            rows,
+                            width,
+                            less_one,
+                            scales,
+                            steps,
+                        });
                     }
                     MapEntry::Occupied(entry) => {
                         let fault = Fault::malformed("two files hold it", FETCH_AGAIN);
@@ -247,8 +262,9 @@ impl Model {
                 );
             }
             let bytes = &self.files[scales.file].map[scales.bytes.clone()];
+            let step = scales.steps.map(|steps| steps.row);
             quantised
-                .scales([place.rows, place.width], scales.kind, scales.shape, bytes)
+                .scales([place.rows, place.width], scales.kind, (scales.shape, step), bytes)
                 .map_err(|fault| fault.in_tensor(&name))?;
             place.scales = Some(scales);
         }
@@ -391,11 +407,17 @@ impl Model {
             });
         };
         let bytes = &self.files[place.file].map[place.bytes.clone()];
-        let weight = Weight::new(name, place.kind, place.rows, place.width, bytes)?.of(self);
+        let (kind, rows, width) = (place.kind, place.rows, place.width);
+        let weight = match place.steps {
+            None => Weight::new(name, kind, rows, width, bytes)?,
+            Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
+        };
+        let weight = weight.of(self);
         if let (Some(scales), Some(quantised)) = (&place.scales, &self.quantised) {
             let bytes = &self.files[scales.file].map[scales.bytes.clone()];
             let shape = [place.rows, place.width];
-            return Ok(weight.scaled_by(quantised.of(shape, scales.kind, bytes)));
+            let step = scales.steps.map(|steps| steps.row);
+            return Ok(weight.scaled_by(quantised.of(shape, scales.kind, step, bytes)));
         }
         Ok(if place.less_one { weight.plus_one() } else { weight })
     }

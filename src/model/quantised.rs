@@ -57,21 +57,27 @@ pub(super) struct Scales<'a> {
     pub bytes: &'a [u8],
     /// Rows and values of a block.
     pub block: [usize; 2],
+    /// Bytes from one row of scales to the next, where these do not follow one another.
+    pub step: Option<usize>,
 }
 
 impl Scales<'_> {
-    /// The scale of a block by its place in the row-major list.
-    fn at(&self, place: usize) -> f32 {
-        let bytes = |size: usize| &self.bytes[place * size..][..size];
+    /// The scale of a block by its row and column, of so many columns.
+    fn at(&self, row: usize, column: usize, columns: usize) -> f32 {
+        let bytes = |size: usize| {
+            let row = row * self.step.unwrap_or(columns * size);
+            &self.bytes[row + column * size..][..size]
+        };
         match self.kind {
             WeightType::F16 => half::f16::from_le_bytes([bytes(2)[0], bytes(2)[1]]).to_f32(),
             WeightType::BF16 => half::bf16::from_le_bytes([bytes(2)[0], bytes(2)[1]]).to_f32(),
-            WeightType::E8m0 => power_of_two(self.bytes[place]),
+            WeightType::E8m0 => power_of_two(bytes(1)[0]),
             _ => f32::from_le_bytes([bytes(4)[0], bytes(4)[1], bytes(4)[2], bytes(4)[3]]),
         }
     }
 
-    /// Decodes rows of codes, which are `width` wide.
+    /// Decodes rows of codes, which are `width` wide; 4-bit codes stand two in a byte, the lower
+    /// half first.
     pub fn decode(
         &self,
         codes: WeightType,
@@ -83,11 +89,25 @@ impl Scales<'_> {
         let [tall, wide] = self.block;
         let per_row = width.div_ceil(wide);
         let table = values_of(codes);
+        if codes == WeightType::E2m1 {
+            let lines = out.chunks_exact_mut(width).zip(bytes.chunks_exact(width / 2));
+            for (row, (out, codes)) in rows.zip(lines) {
+                let parts = out.chunks_mut(wide).zip(codes.chunks(wide / 2));
+                for (column, (out, codes)) in parts.enumerate() {
+                    let scale = self.at(row / tall, column, per_row);
+                    for (pair, code) in out.chunks_exact_mut(2).zip(codes) {
+                        pair[0] = table[usize::from(code & 15)] * scale;
+                        pair[1] = table[usize::from(code >> 4)] * scale;
+                    }
+                }
+            }
+            return;
+        }
         let lines = out.chunks_exact_mut(width).zip(bytes.chunks_exact(width));
         for (row, (out, codes)) in rows.zip(lines) {
             let parts = out.chunks_mut(wide).zip(codes.chunks(wide));
             for (column, (out, codes)) in parts.enumerate() {
-                let scale = self.at(row / tall * per_row + column);
+                let scale = self.at(row / tall, column, per_row);
                 for (value, code) in out.iter_mut().zip(codes) {
                     *value = table[usize::from(*code)] * scale;
                 }
@@ -101,7 +121,8 @@ impl Scales<'_> {
         let per_row = width.div_ceil(wide);
         let places = 0..rows.div_ceil(tall) * per_row;
         let bad = |scale: &f32| !(scale.is_finite() && *scale > 0.0);
-        let scales = places.map(|place| (place, self.at(place)));
+        let scales =
+            places.map(|place| (place, self.at(place / per_row, place % per_row, per_row)));
         let (place, scale) = scales.into_iter().find(|(_, scale)| bad(scale))?;
         Some((place / per_row * tall, place % per_row * wide, scale))
     }
@@ -109,21 +130,27 @@ impl Scales<'_> {
 
 /// The value of each code.
 fn values_of(codes: WeightType) -> &'static [f32; 256] {
-    static TABLES: OnceLock<[[f32; 256]; 3]> = OnceLock::new();
+    static TABLES: OnceLock<[[f32; 256]; 4]> = OnceLock::new();
     let tables = TABLES.get_or_init(|| {
         let all = |value: fn(u8) -> f32| std::array::from_fn(|code| value(code as u8));
         [
             all(|code| Format::E4m3.decode(code.into())),
             all(|code| Format::E5m2.decode(code.into())),
             all(|code| f32::from(code as i8)),
+            all(|code| E2M1[usize::from(code & 15)]),
         ]
     });
     match codes {
         WeightType::E5m2 => &tables[1],
         WeightType::I8 => &tables[2],
+        WeightType::E2m1 => &tables[3],
         _ => &tables[0],
     }
 }
+
+/// The values of E2M1, a float of 4 bits (OCP Microscaling Formats 1.0).
+const E2M1: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// The value of an E8M0 code: 2^(code - 127), and NaN for 255 (OCP Microscaling Formats 1.0).
 fn power_of_two(code: u8) -> f32 {
@@ -140,9 +167,10 @@ impl Quantised {
         &self,
         [rows, width]: [usize; 2],
         kind: WeightType,
+        step: Option<usize>,
         bytes: &'a [u8],
     ) -> Scales<'a> {
-        Scales { kind, bytes, block: self.strategy.block(rows, width) }
+        Scales { kind, bytes, block: self.strategy.block(rows, width), step }
     }
 
     /// How the scales of a weight of that shape stand in their tensor.
@@ -153,7 +181,7 @@ impl Quantised {
         &self,
         [rows, width]: [usize; 2],
         kind: WeightType,
-        shape: [usize; 2],
+        (shape, step): ([usize; 2], Option<usize>),
         bytes: &'a [u8],
     ) -> Result<Scales<'a>, Fault> {
         let block = self.strategy.block(rows, width);
@@ -177,7 +205,7 @@ impl Quantised {
                 FETCH_AGAIN,
             ));
         }
-        let scales = self.of([rows, width], kind, bytes);
+        let scales = self.of([rows, width], kind, step, bytes);
         match scales.first_bad(rows, width) {
             None => Ok(scales),
             Some((row, column, scale)) => Err(Fault::malformed(
@@ -199,6 +227,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Quantised, Fault> {
     let read = match keys.text("quant_method")? {
         Some("fp8") => fp8(keys),
         Some("compressed-tensors") => compressed_tensors(keys),
+        Some("mxfp4") => mxfp4(keys),
         Some(other) => Err(unknown(format!("its weights are quantised by `{}`", shown(other)))),
         None => Err(unknown("its `quantization_config` names no `quant_method`".to_owned())),
     }?;
@@ -208,7 +237,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Quantised, Fault> {
 
 fn unknown(problem: String) -> Fault {
     Fault::unsupported(
-        format!("{problem}; `fp8` and 8 bits of `compressed-tensors` are read"),
+        format!("{problem}; `fp8`, `mxfp4` and 8 bits of `compressed-tensors` are read"),
         OTHER_MODEL,
     )
 }
@@ -238,6 +267,15 @@ fn fp8(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         Some(list) => Strategy::Block(block(list, "weight_block_size")?),
     };
     Ok(Quantised { codes, strategy, scale: "weight_scale_inv" })
+}
+
+/// gpt-oss: the experts' matrices alone. Which layers are not converted their tensors say.
+fn mxfp4(keys: &Keys<'_>) -> Result<Quantised, Fault> {
+    keys.get("modules_to_not_convert");
+    if keys.flag("dequantize")? == Some(true) {
+        return Err(unknown("its `dequantize` is true".to_owned()));
+    }
+    Ok(Quantised { codes: WeightType::E2m1, strategy: Strategy::Group(32), scale: "_scales" })
 }
 
 fn block(list: &[serde_json::Value], key: &str) -> Result<[usize; 2], Fault> {
@@ -364,7 +402,8 @@ mod tests {
     #[test]
     fn each_block_has_its_scale_and_blocks_at_the_edges_are_cut() {
         let scales: Vec<u8> = [1f32, 2.0, 4.0, 8.0].iter().flat_map(|s| s.to_le_bytes()).collect();
-        let scales = Scales { kind: WeightType::F32, bytes: &scales, block: [2, 2] };
+        let block = [2, 2];
+        let scales = Scales { kind: WeightType::F32, bytes: &scales, block, step: None };
         // 1.0 in E4M3.
         let codes = [0x38; 9];
         let mut out = [0.0; 9];

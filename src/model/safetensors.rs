@@ -17,8 +17,9 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
+use super::mixture::Mixture;
 use super::quantised::Quantised;
-use super::weights::WeightType;
+use super::weights::{Steps, WeightType};
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -53,6 +54,8 @@ pub(super) struct TensorInfo {
     pub width: usize,
     /// Bytes of the file.
     pub bytes: Range<usize>,
+    /// How values lie among them, where rows do not follow one another.
+    pub steps: Option<Steps>,
 }
 
 /// A file of weights.
@@ -171,6 +174,15 @@ pub(super) fn parse(
     let mut tensors = Vec::new();
     for name in keys.0 {
         let Some(info) = metadata.info(&name) else { continue };
+        if let Some(mixture) = Mixture::of(&name, config) {
+            let parts = mixture.cut(info, quantised).map_err(|fault| fault.in_tensor(&name))?;
+            let ahead = 8 + json.len();
+            tensors.extend(parts.into_iter().map(|part| {
+                let bytes = ahead + part.bytes.start..ahead + part.bytes.end;
+                TensorInfo { bytes, ..part }
+            }));
+            continue;
+        }
         let part_of = |canonical: String| {
             let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets, quantised)
                 .map_err(|fault| fault.in_tensor(&name))?;
@@ -287,7 +299,7 @@ fn tensor(
     if rows == 0 || width == 0 {
         return Err(Fault::malformed(format!("its shape {shape:?} has a zero"), FETCH_AGAIN));
     }
-    Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1 })
+    Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1, steps: None })
 }
 
 /// A tensor of scales.
@@ -301,7 +313,7 @@ fn of_scales(
         Dtype::F8_E8M0 => match *shape {
             [rows, width] if rows > 0 && width > 0 => {
                 let (kind, bytes) = (WeightType::E8m0, place.0..place.1);
-                Ok(TensorInfo { name, kind, rows, width, bytes })
+                Ok(TensorInfo { name, kind, rows, width, bytes, steps: None })
             }
             _ => Err(Fault::malformed(format!("its shape is {shape:?}"), FETCH_AGAIN)),
         },
@@ -323,7 +335,7 @@ fn cut(whole: &TensorInfo, parts: Vec<(String, usize)>) -> Result<Vec<TensorInfo
     let part = |(name, rows): (String, usize)| {
         let bytes = start..start + rows * row_bytes;
         start = bytes.end;
-        TensorInfo { name, kind: whole.kind, rows, width: whole.width, bytes }
+        TensorInfo { name, kind: whole.kind, rows, width: whole.width, bytes, steps: None }
     };
     Ok(parts.into_iter().map(part).collect())
 }
@@ -359,6 +371,7 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
     let known = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
+        "model.norm.bias" if config.architecture.takes_means_off() => "output_norm.bias",
         "lm_head.weight" => "output.weight",
         _ => return canonical_block_name(name, config),
     };
@@ -374,6 +387,14 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
     let Some(layer) = layer.parse::<u32>().ok().filter(|index| index.to_string() == layer) else {
         return Canonical::Unknown;
     };
+    let architecture = config.architecture;
+    // What predicts further tokens stands behind the blocks of a pass, which do without it.
+    if architecture == Architecture::DeepSeekV3 && layer as usize >= config.layers {
+        return Canonical::Ignored;
+    }
+    if let Some(canonical) = of_experts(part, config) {
+        return Canonical::Known(format!("blk.{layer}.{canonical}"));
+    }
     let norms = config.architecture.norms();
     let glm = config.architecture == Architecture::Glm4;
     let fused = |parts: &[(&str, usize)]| {
@@ -382,6 +403,21 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
     };
     let part = match part {
         "input_layernorm.weight" => "attn_norm.weight",
+        "input_layernorm.bias" if architecture.takes_means_off() => "attn_norm.bias",
+        "post_attention_layernorm.bias" if architecture.takes_means_off() => "ffn_norm.bias",
+        "mlp.c_fc.weight" if architecture == Architecture::Starcoder2 => "ffn_up.weight",
+        "mlp.c_fc.bias" if architecture == Architecture::Starcoder2 => "ffn_up.bias",
+        "mlp.c_proj.weight" if architecture == Architecture::Starcoder2 => "ffn_down.weight",
+        "mlp.c_proj.bias" if architecture == Architecture::Starcoder2 => "ffn_down.bias",
+        "self_attn.sinks" if architecture.has_sinks() => "attn_sinks.weight",
+        "self_attn.q_a_proj.weight" if config.latent.is_some() => "attn_q_a.weight",
+        "self_attn.q_a_proj.bias" if config.latent.is_some() => "attn_q_a.bias",
+        "self_attn.q_a_layernorm.weight" if config.latent.is_some() => "attn_q_a_norm.weight",
+        "self_attn.q_b_proj.weight" if config.latent.is_some() => "attn_q_b.weight",
+        "self_attn.kv_a_proj_with_mqa.weight" if config.latent.is_some() => "attn_kv_a_mqa.weight",
+        "self_attn.kv_a_proj_with_mqa.bias" if config.latent.is_some() => "attn_kv_a_mqa.bias",
+        "self_attn.kv_a_layernorm.weight" if config.latent.is_some() => "attn_kv_a_norm.weight",
+        "self_attn.kv_b_proj.weight" if config.latent.is_some() => "attn_kv_b.weight",
         "self_attn.q_proj.weight" => "attn_q.weight",
         "self_attn.k_proj.weight" => "attn_k.weight",
         "self_attn.v_proj.weight" => "attn_v.weight",
@@ -420,8 +456,45 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
     Canonical::Known(format!("blk.{layer}.{part}"))
 }
 
+/// The canonical name within its block of a tensor that belongs to a mixture of experts.
+fn of_experts(part: &str, config: &Config) -> Option<String> {
+    config.experts.as_ref()?;
+    let rest = match config.architecture {
+        Architecture::Mixtral => part.strip_prefix("block_sparse_moe.")?,
+        _ => part.strip_prefix("mlp.")?,
+    };
+    let fixed = match (rest, config.architecture) {
+        ("gate.weight", _) => "ffn_gate_inp.weight",
+        ("router.weight", Architecture::GptOss) => "ffn_gate_inp.weight",
+        ("router.bias", Architecture::GptOss) => "ffn_gate_inp.bias",
+        ("gate.e_score_correction_bias", Architecture::DeepSeekV3) => "exp_probs_b.bias",
+        ("shared_expert_gate.weight", Architecture::Qwen2Moe) => "ffn_gate_inp_shexp.weight",
+        _ => "",
+    };
+    if !fixed.is_empty() {
+        return Some(fixed.to_owned());
+    }
+    let projection = |name: &str| match name {
+        "gate_proj.weight" | "w1.weight" => Some("ffn_gate"),
+        "up_proj.weight" | "w3.weight" => Some("ffn_up"),
+        "down_proj.weight" | "w2.weight" => Some("ffn_down"),
+        _ => None,
+    };
+    let shared =
+        rest.strip_prefix("shared_experts.").or_else(|| rest.strip_prefix("shared_expert."));
+    if let Some(name) = shared {
+        return Some(format!("{}_shexp.weight", projection(name)?));
+    }
+    let (expert, name) = rest.strip_prefix("experts.")?.split_once('.')?;
+    let number = expert.parse::<u32>().ok().filter(|number| number.to_string() == expert)?;
+    Some(format!("{}_exps.{number}.weight", projection(name)?))
+}
+
 /// The canonical names of what a Hugging Face tensor holds; its own name where no pass knows it.
 pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
+    if let Some(mixture) = Mixture::of(name, config) {
+        return mixture.canonical_names();
+    }
     match canonical_name(name, config) {
         Canonical::Known(name) | Canonical::Scales(name) => vec![name],
         Canonical::Fused(parts) => parts.into_iter().map(|(name, _)| name).collect(),

@@ -54,6 +54,8 @@ pub enum WeightType {
     E4m3,
     /// As [`WeightType::E4m3`], with a wider exponent.
     E5m2,
+    /// Floats of 4 bits, two in a byte; their scales stand in a tensor of their own.
+    E2m1,
     /// Signed 8-bit codes; their scales stand in a tensor of their own.
     I8,
     /// Powers of two: scales of codes, no weights.
@@ -98,6 +100,7 @@ impl WeightType {
             WeightType::Q8K => "Q8_K",
             WeightType::E4m3 => "F8_E4M3",
             WeightType::E5m2 => "F8_E5M2",
+            WeightType::E2m1 => "F4_E2M1",
             WeightType::I8 => "I8",
             WeightType::E8m0 => "F8_E8M0",
         }
@@ -105,7 +108,10 @@ impl WeightType {
 
     /// Values in a block.
     pub fn block_width(self) -> usize {
-        self.candle().map_or(1, |codec| codec.block_size())
+        match self {
+            WeightType::E2m1 => 2,
+            _ => self.candle().map_or(1, |codec| codec.block_size()),
+        }
     }
 
     /// Bytes of a block.
@@ -115,7 +121,7 @@ impl WeightType {
 
     /// Whether the values are codes, which mean nothing without the scales beside them.
     pub fn is_scaled(self) -> bool {
-        matches!(self, WeightType::E4m3 | WeightType::E5m2 | WeightType::I8)
+        matches!(self, WeightType::E4m3 | WeightType::E5m2 | WeightType::E2m1 | WeightType::I8)
     }
 
     /// Bytes of a row of `width` values; `width` must fill whole blocks.
@@ -144,6 +150,7 @@ impl WeightType {
             WeightType::E5m2 => 1001,
             WeightType::I8 => 1002,
             WeightType::E8m0 => 1003,
+            WeightType::E2m1 => 1004,
         }
     }
 
@@ -193,7 +200,11 @@ impl WeightType {
             WeightType::Q5K => GgmlDType::Q5K,
             WeightType::Q6K => GgmlDType::Q6K,
             WeightType::Q8K => GgmlDType::Q8K,
-            WeightType::E4m3 | WeightType::E5m2 | WeightType::I8 | WeightType::E8m0 => return None,
+            WeightType::E4m3
+            | WeightType::E5m2
+            | WeightType::E2m1
+            | WeightType::I8
+            | WeightType::E8m0 => return None,
         })
     }
 }
@@ -206,6 +217,15 @@ impl fmt::Display for WeightType {
 
 /// Values decoded through candle at once: its result stays in the L1 and L2 caches.
 const CHUNK: usize = 8192;
+
+/// How the values of a matrix lie among its bytes where rows do not follow one another: bytes
+/// from one row to the next, and from one value of a row to the next. Values that are packed
+/// follow one another within a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Steps {
+    pub row: usize,
+    pub value: usize,
+}
 
 /// A tensor in its file, row-major `[rows, width]`; a vector has one row.
 #[derive(Clone, Copy)]
@@ -220,6 +240,8 @@ pub struct Weight<'a> {
     less_one: bool,
     /// The scales of codes.
     scales: Option<Scales<'a>>,
+    /// How values lie among the bytes, where rows do not follow one another.
+    steps: Option<Steps>,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -237,8 +259,17 @@ impl<'a> Weight<'a> {
         width: usize,
         bytes: &'a [u8],
     ) -> Result<Weight<'a>, ModelError> {
-        let weight =
-            Weight { name, kind, rows, width, bytes, model: None, less_one: false, scales: None };
+        let weight = Weight {
+            name,
+            kind,
+            rows,
+            width,
+            bytes,
+            model: None,
+            less_one: false,
+            scales: None,
+            steps: None,
+        };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
             .checked_mul(kind.block_bytes())
@@ -246,6 +277,33 @@ impl<'a> Weight<'a> {
         if rows == 0 || !whole_blocks || size != Some(bytes.len()) {
             return Err(weight.refuse(format!(
                 "{} bytes are not {rows} rows of {width} {kind} values",
+                bytes.len()
+            )));
+        }
+        Ok(weight)
+    }
+
+    /// A tensor whose values lie among `bytes` by steps, which its first value begins.
+    pub(super) fn stepped(
+        name: &'a str,
+        kind: WeightType,
+        [rows, width]: [usize; 2],
+        bytes: &'a [u8],
+        steps: Steps,
+    ) -> Result<Weight<'a>, ModelError> {
+        let (model, less_one, scales) = (None, false, None);
+        let weight =
+            Weight { name, kind, rows, width, bytes, model, less_one, scales, steps: Some(steps) };
+        let row = match kind {
+            WeightType::F32 => Some((width.saturating_sub(1)) * steps.value + 4),
+            WeightType::F16 | WeightType::BF16 => Some((width.saturating_sub(1)) * steps.value + 2),
+            WeightType::E2m1 if width.is_multiple_of(2) => Some(width / 2),
+            _ => None,
+        };
+        let end = row.map(|row| rows.saturating_sub(1) * steps.row + row);
+        if rows == 0 || width == 0 || end.is_none_or(|end| end > bytes.len()) {
+            return Err(weight.refuse(format!(
+                "{} bytes do not hold {rows} rows of {width} {kind} values",
                 bytes.len()
             )));
         }
@@ -270,6 +328,17 @@ impl<'a> Weight<'a> {
     /// Whether the bytes are codes, whose scales stand elsewhere.
     pub fn is_scaled(&self) -> bool {
         self.scales.is_some()
+    }
+
+    /// Whether the bytes are its rows, one after the other, and say all of its values but that
+    /// they may hold them less one.
+    pub fn is_plain(&self) -> bool {
+        self.scales.is_none() && self.steps.is_none()
+    }
+
+    /// How values lie among the bytes, where rows do not follow one another; else nothing.
+    pub(crate) fn layout(&self) -> String {
+        self.steps.map_or_else(String::new, |Steps { row, value }| format!(" by {row} and {value}"))
     }
 
     /// The values as the bytes hold them.
@@ -337,6 +406,9 @@ impl<'a> Weight<'a> {
                 out.len()
             )));
         }
+        if let Some(steps) = self.steps {
+            return self.decode_steps(steps, rows, out);
+        }
         let bytes = self.row_bytes(rows.clone());
         if let Some(scales) = &self.scales {
             scales.decode(self.kind, bytes, rows, self.width, out);
@@ -372,12 +444,49 @@ impl<'a> Weight<'a> {
         if self.less_one {
             hasher.update(b"less one");
         }
-        if let Some(Scales { kind, bytes, block }) = self.scales {
+        if let Some(Scales { kind, bytes, block, step }) = self.scales {
             hasher.update(format!("scales {kind} {block:?}").as_bytes());
+            if let Some(step) = step {
+                hasher.update(format!(" a row each {step} bytes").as_bytes());
+            }
             hasher.update(bytes);
+        }
+        if let Some(Steps { row, value }) = self.steps {
+            hasher.update(format!("a row each {row} bytes, a value each {value}").as_bytes());
         }
         hasher.update_rayon(self.bytes);
         hasher.finalize()
+    }
+
+    /// Decodes rows whose values lie by steps.
+    fn decode_steps(
+        &self,
+        steps: Steps,
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        if let Some(scales) = &self.scales {
+            let length = self.kind.row_bytes(self.width);
+            for (row, out) in rows.zip(out.chunks_exact_mut(self.width)) {
+                let bytes = &self.bytes[row * steps.row..][..length];
+                scales.decode(self.kind, bytes, row..row + 1, self.width, out);
+            }
+            return Ok(());
+        }
+        // Along the outer of both steps last: the inner one stays within a line of the cache.
+        for column in 0..self.width {
+            for (place, row) in rows.clone().enumerate() {
+                let bytes = &self.bytes[row * steps.row + column * steps.value..];
+                let value = &mut out[place * self.width + column..][..1];
+                match self.kind {
+                    WeightType::F32 => decode_f32(&bytes[..4], value),
+                    WeightType::F16 => decode_f16(&bytes[..2], value),
+                    WeightType::BF16 => decode_bf16(&bytes[..2], value),
+                    _ => return Err(self.refuse("its codes have no scales".to_owned())),
+                }
+            }
+        }
+        Ok(())
     }
 
     fn decode_blocks(&self, bytes: &[u8], out: &mut [f32]) -> Result<(), ModelError> {

@@ -76,7 +76,8 @@ impl OpenModel {
         let known = origin.filter(|_| !tensor.is_scaled()).map(|origin| {
             let (kind, rows, width) = (tensor.kind(), tensor.rows(), tensor.width());
             let less = if tensor.is_less_one() { " less one" } else { "" };
-            let part = format!("{kind} {rows}x{width} @{}{less}", origin.offset);
+            let layout = tensor.layout();
+            let part = format!("{kind} {rows}x{width} @{}{less}{layout}", origin.offset);
             (Stamp::of(origin.facts), part, origin.path)
         });
         let found = known.as_ref().and_then(|(stamp, part, _)| stamps.known(stamp, part));

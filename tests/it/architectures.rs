@@ -21,7 +21,7 @@ use crate::engines::{changed, judged, rewrite_file, stage};
 use crate::single::project;
 
 /// Folders that hold an architecture which is computed.
-const COMPUTED: [&str; 12] = [
+const COMPUTED: [&str; 18] = [
     "llama",
     "llama-linear",
     "llama3-rope",
@@ -34,6 +34,12 @@ const COMPUTED: [&str; 12] = [
     "granite",
     "smollm3",
     "glm4",
+    "stablelm",
+    "starcoder2",
+    "mixtral",
+    "qwen3-moe",
+    "gpt-oss",
+    "deepseek-v3",
 ];
 
 const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };

@@ -766,6 +766,7 @@ fn vllms_frequencies_are_powers_as_cuda_makes_them() {
         let plain = Rope {
             layout: RopeLayout::Halves,
             dimensions: 128,
+            at_end: false,
             theta: 1e6,
             linear_scale: 1.0,
             magnitude: 1.0,
@@ -1299,6 +1300,7 @@ fn frequencies_divide_in_f32_and_are_powers_as_the_cpu_makes_them() {
             theta,
             layout,
             dimensions: head_dim,
+            at_end: false,
             factors: None,
             magnitude: 1.0,
             linear_scale: 1.0,

@@ -3,6 +3,7 @@
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
+use crate::compute::reference::{ALPHA, CLAMP, gated};
 use crate::model::Activation;
 use crate::tensor::Tensor;
 
@@ -21,10 +22,19 @@ fn sigmoid(x: f64) -> f64 {
 }
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
-    let Call::Gated { gate, up, activation } = *case.call else { return Ok(Vec::new()) };
+    let ones;
+    let (gate, up, activation) = match *case.call {
+        Call::Gated { gate, up, activation } => (gate, up, activation),
+        Call::Activated { x, activation } => {
+            ones = Tensor::new(x.width(), vec![1.0; x.data().len()]);
+            (x, &ones, activation)
+        }
+        _ => return Ok(Vec::new()),
+    };
     let own = match activation {
         Activation::Silu => "SiLU",
         Activation::GeluTanh => "GELU (tanh)",
+        Activation::ClampedSwiglu => "the clamped SwiGLU",
     };
     let functions: [(&str, Function); 5] = [
         ("GELU (exact)", |g| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2))),
@@ -41,6 +51,18 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     for &(name, function) in others {
         let detail = format!("{name} instead of {own}");
         all.push((detail, Box::new(move |g, u| function(g) * u)));
+    }
+    if activation == Activation::ClampedSwiglu {
+        let inner = |g: f64| g * sigmoid(ALPHA * g);
+        let unclamped: Gate = Box::new(move |g, u| inner(g) * (u + 1.0));
+        all.push(("neither value is clamped".to_owned(), unclamped));
+        let unmoved: Gate = Box::new(|g, u| gated(Activation::ClampedSwiglu, g, u.min(7.0) - 1.0));
+        all.push(("one is not added to the up projection".to_owned(), unmoved));
+        let usual: Gate = Box::new(|g, u| {
+            let (g, u) = (g.min(CLAMP), u.clamp(-CLAMP, CLAMP));
+            g * sigmoid(g) * (u + 1.0)
+        });
+        all.push(("the gate is not multiplied by 1.702".to_owned(), usual));
     }
     let activated = functions.iter().find(|(name, _)| *name == own).map(|(_, function)| *function);
     if let Some(activated) = activated {

@@ -58,7 +58,7 @@ fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    shape: AttentionShape,
+    shape: AttentionShape<'_>,
     seen: &dyn Fn(usize) -> std::ops::Range<usize>,
 ) -> Result<Tensor, ComputeError> {
     let mut data = Vec::with_capacity(q.data().len());
@@ -73,7 +73,7 @@ fn attend(
         let shape = AttentionShape { first_position, window: None, ..shape };
         data.extend(arm.attention(&query, &some(k), &some(v), shape)?.into_data());
     }
-    Ok(Tensor::new(shape.heads * shape.head_dim, data))
+    Ok(Tensor::new(shape.heads * shape.value_dim, data))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Call::Attention { q, k, v, shape } = *case.call else { return Ok(Vec::new()) };
-    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
     let group = heads / kv_heads;
     let right: Vec<usize> = (0..heads).map(|head| head / group).collect();
     let maps: [(&str, Vec<usize>); 4] = [
@@ -24,7 +24,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     ];
     let mut fits = Vec::new();
     for (detail, map) in maps.into_iter().filter(|(_, map)| *map != right) {
-        let (k, v) = (expanded(k, &map, head_dim), expanded(v, &map, head_dim));
+        let (k, v) = (expanded(k, &map, head_dim), expanded(v, &map, value_dim));
         let call =
             Call::Attention { q, k: &k, v: &v, shape: AttentionShape { kv_heads: heads, ..shape } };
         fits.extend(case.fit_call("gqa-head-map", detail.to_owned(), &call)?);

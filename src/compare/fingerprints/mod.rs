@@ -20,6 +20,8 @@ mod gain;
 mod gqa_map;
 pub mod head_permutation;
 mod k_range;
+pub mod layer_norm;
+mod mixture;
 mod narrow_accumulation;
 mod narrow_operand;
 mod non_finite;
@@ -101,7 +103,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 49] = [
+pub const ALL: [&Fingerprint; 51] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -146,6 +148,8 @@ pub const ALL: [&Fingerprint; 49] = [
     &narrow_accumulation::FINGERPRINT,
     &norm_gain::FINGERPRINT,
     &norm_mean::FINGERPRINT,
+    &layer_norm::FINGERPRINT,
+    &mixture::FINGERPRINT,
     &epsilon::FINGERPRINT,
     &softmax_scale::FINGERPRINT,
     &cache_format::FINGERPRINT,

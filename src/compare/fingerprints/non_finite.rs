@@ -17,7 +17,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     if !case.clean.data()[index].is_finite() {
         let weight = match *case.call {
             Call::Matmul { weight, .. } | Call::Embed { weight, .. } => Some(weight),
-            Call::RmsNorm { gain, .. } => Some(gain),
+            Call::RmsNorm { gain, .. } | Call::LayerNorm { gain, .. } => Some(gain),
             _ => None,
         };
         let Some(weight) = weight else { return Ok(Vec::new()) };

@@ -56,6 +56,18 @@ impl Null {
         arm: &Emulated,
         recipe: &Recipe,
     ) -> Result<Null, ComputeError> {
+        if let Call::Experts(products) = *call {
+            // Each expert's product is one of its own.
+            let [noise] = products.by_expert(|x, weight, bias| {
+                let call = Call::Matmul { x, weight, bias };
+                let clean = call.on(arm)?;
+                let noise = Null::of(&call, &clean, arm, recipe)?.noise;
+                let noise = noise.into_iter().map(|noise| noise as f32);
+                Ok([Tensor::new(weight.rows(), noise.collect())])
+            })?;
+            let noise = noise.into_data().into_iter().map(f64::from);
+            return Ok(Null { noise: noise.collect() });
+        }
         let of_order = match *call {
             Call::Matmul { x, weight, .. } => {
                 // The same products in two parts, before any rounding of the output.

@@ -8,25 +8,38 @@ use crate::text::number;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a residual addition weighs its terms wrongly, or takes another tensor",
-    causes: &["residual-missing", "residual-weighted", "residual-swapped"],
+    causes: &[
+        "residual-missing",
+        "residual-weighted",
+        "residual-swapped",
+        "shared-expert-missing",
+        "routed-experts-missing",
+    ],
     test,
 };
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Call::Add { a, b } = *case.call else { return Ok(Vec::new()) };
     let mut fits = Vec::new();
-    fits.extend(case.fit_if_any(
-        "residual-missing",
-        "the residual stream is not added".to_owned(),
-        0,
-        b,
-    ));
-    fits.extend(case.fit_if_any(
-        "residual-missing",
-        "the block's output is not added".to_owned(),
-        0,
-        a,
-    ));
+    // Where a mixture's experts meet the one that all tokens go through.
+    let of_experts = case.site.0.ends_with(".ffn_out");
+    let [without_a, without_b] = match of_experts {
+        true => [
+            ("routed-experts-missing", "the routed experts are not added"),
+            ("shared-expert-missing", "the shared expert is not added"),
+        ],
+        false => [
+            ("residual-missing", "the residual stream is not added"),
+            ("residual-missing", "the block's output is not added"),
+        ],
+    };
+    for ((cause, detail), left) in [(without_a, b), (without_b, a)] {
+        fits.extend(case.fit_if_any(cause, detail.to_owned(), 0, left));
+    }
+    let [of_a_named, of_b_named] = match of_experts {
+        true => ["the routed experts", "the shared expert"],
+        false => ["the residual stream", "the block's output"],
+    };
     let (mut aa, mut ab, mut bb, mut sa, mut sb) = (0.0, 0.0, 0.0, 0.0, 0.0);
     for ((&a, &b), &s) in a.data().iter().zip(b.data()).zip(case.subject.data()) {
         let (a, b, s) = (f64::from(a), f64::from(b), f64::from(s));
@@ -45,7 +58,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let values = a.data().iter().zip(b.data());
         let values = values.map(|(&a, &b)| (of_a * f64::from(a) + of_b * f64::from(b)) as f32);
         let detail = format!(
-            "{} of the residual stream and {} of the block's output are added",
+            "{} of {of_a_named} and {} of {of_b_named} are added",
             number(of_a),
             number(of_b)
         );
@@ -55,9 +68,9 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     for (site, other) in case.recorded {
         let same = (other.rows(), other.width()) == (a.rows(), a.width());
         if same && site != case.site && other != a && other != b {
-            let detail = format!("`{site}` is added in the residual stream's place");
+            let detail = format!("`{site}` is added in the place of {of_a_named}");
             fits.extend(case.fit_call("residual-swapped", detail, &Call::Add { a: other, b })?);
-            let detail = format!("`{site}` is added in the block's place");
+            let detail = format!("`{site}` is added in the place of {of_b_named}");
             fits.extend(case.fit_call("residual-swapped", detail, &Call::Add { a, b: other })?);
         }
     }

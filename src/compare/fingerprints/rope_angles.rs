@@ -52,7 +52,7 @@ pub fn turned(
             };
             let (sin, cos) = libm::sincos(angle);
             let (sin, cos) = (sin * geometry.magnitude, cos * geometry.magnitude);
-            let (first, second) = rope::pair(geometry, pair);
+            let (first, second) = rope::pair(geometry, head_dim, pair);
             for head in y.row_mut(row).chunks_exact_mut(head_dim) {
                 let (a, b) = (f64::from(head[first]), f64::from(head[second]));
                 head[first] = (a * cos - b * sin) as f32;
@@ -76,7 +76,7 @@ mod tests {
         x.row_mut(0)[0] = 1.0;
         // The first pair turns by the position itself.
         let y = turned(&x, &rope, 64, 301, (Format::Bf16, true));
-        let (first, second) = rope::pair(&rope, 0);
+        let (first, second) = rope::pair(&rope, 64, 0);
         let (sin, cos) = 300f64.sin_cos();
         assert_eq!((y.row(0)[first], y.row(0)[second]), (cos as f32, sin as f32));
     }

@@ -134,7 +134,7 @@ fn turned_back(
         let mut y = x.clone();
         for head in y.data_mut().chunks_exact_mut(head_dim) {
             for pair in 0..rope.dimensions / 2 {
-                let (_, second) = crate::compute::rope::pair(rope, pair);
+                let (_, second) = crate::compute::rope::pair(rope, head_dim, pair);
                 head[second] = -head[second];
             }
         }

@@ -52,7 +52,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 }
 
 /// No score is larger, by the lengths of queries and keys.
-fn largest_score(q: &Tensor, k: &Tensor, shape: AttentionShape) -> f64 {
+fn largest_score(q: &Tensor, k: &Tensor, shape: AttentionShape<'_>) -> f64 {
     let longest = |x: &Tensor| {
         let length = |head: &[f32]| head.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
         x.data().chunks(shape.head_dim.max(1)).map(length).fold(0.0, f64::max).sqrt()
@@ -65,7 +65,7 @@ fn largest_score(q: &Tensor, k: &Tensor, shape: AttentionShape) -> f64 {
 /// every score is minus infinity.
 fn attended(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
-    shape: AttentionShape,
+    shape: AttentionShape<'_>,
     score: &(dyn Fn(bool, f64) -> f64 + Sync),
     start: f64,
 ) -> Tensor {

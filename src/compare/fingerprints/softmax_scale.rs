@@ -1,12 +1,12 @@
-//! Attention scores with another scale than the model's, or without its soft cap.
+//! Attention scores with another scale than the model's, or without its soft cap or its sinks.
 
 use super::{Case, Fingerprint, Fit, mapped};
 use crate::compute::call::Call;
 use crate::compute::{AttentionShape, ComputeError};
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
-    what: "attention scores carry another scale, or no soft cap",
-    causes: &["softmax-scale", "soft-cap-missing"],
+    what: "attention scores carry another scale, no soft cap or no sinks",
+    causes: &["softmax-scale", "soft-cap-missing", "sinks-ignored"],
     test,
 };
 
@@ -42,6 +42,16 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let call = Call::Attention { q, k, v, shape: plain };
         fits.extend(case.fit_call("soft-cap-missing", detail, &call)?);
     }
+    if let Some(sinks) = shape.sinks {
+        let plain = AttentionShape { sinks: None, ..shape };
+        let call = Call::Attention { q, k, v, shape: plain };
+        fits.extend(case.fit_call("sinks-ignored", "the sinks take no share".to_owned(), &call)?);
+        let next: Vec<f32> = sinks.iter().cycle().skip(1).take(sinks.len()).copied().collect();
+        let turned = AttentionShape { sinks: Some(&next), ..shape };
+        let call = Call::Attention { q, k, v, shape: turned };
+        let detail = "each head has the next one's sink".to_owned();
+        fits.extend(case.fit_call("sinks-ignored", detail, &call)?);
+    }
     Ok(fits)
 }
 
@@ -70,6 +80,8 @@ mod tests {
         let wrong = bench.clean(&call(plain));
         let capped = AttentionShape { cap: Some(0.5), ..plain };
         bench.expect("soft-cap-missing", &call(capped), &wrong);
+        let sunk = AttentionShape { sinks: Some(&[0.5, 1.5, -0.5, 1.0]), ..plain };
+        bench.expect("sinks-ignored", &call(sunk), &wrong);
         let scaled = AttentionShape { scale: Some(0.04), ..plain };
         bench.expect("softmax-scale", &call(scaled), &wrong);
     }

@@ -52,6 +52,8 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
                 }
                 if same(k) && other != v {
                     attempt("the keys' tensor", &Call::Attention { q, k: other, v, shape })?;
+                }
+                if same(v) && other != k {
                     attempt("the values' tensor", &Call::Attention { q, k, v: other, shape })?;
                 }
             }

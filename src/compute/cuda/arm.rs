@@ -15,12 +15,13 @@ use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
 use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of};
 use crate::compute::call::Call;
+use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
-    check_same_shape, check_tokens, rope,
+    check_norm_bias, check_same_shape, check_tokens, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Activation, Rope, RopeLayout, Weight};
+use crate::model::{Activation, Rope, RopeLayout, Routing, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, WeightScale};
 use crate::tensor::Tensor;
 
@@ -327,12 +328,20 @@ impl Ops for Device {
         match *call {
             Call::Embed { weight, tokens } => self.embed(weight, tokens),
             Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::LayerNorm { x, gain, bias, eps } => self.layer_norm(x, gain, bias, eps),
             Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Activated { x, activation } => {
+                self.gated(x, &Tensor::new(x.width(), vec![1.0; x.data().len()]), activation)
+            }
+            Call::Route { scores, bias, routing } => self.route(scores, bias, routing),
+            Call::Experts(products) => self.experts(&products),
+            Call::Mix { x, routes, used } => self.mix(x, routes, used),
+            Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -382,6 +391,98 @@ impl Device {
         })
     }
 
+    fn layer_norm(
+        &self,
+        x: &Tensor,
+        gain: Weight<'_>,
+        bias: Weight<'_>,
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        check_norm_bias(&gain, &bias)?;
+        self.gpu.with("a LayerNorm", |state| {
+            let (gain, bias) = (self.values(state, gain)?, self.values(state, bias)?);
+            let (Entry::Values(gain), Entry::Values(bias)) = (gain.as_ref(), bias.as_ref()) else {
+                return Err(DeviceError::Refused("a gain or bias of another form".to_owned()));
+            };
+            let State { stream, kernels, .. } = state;
+            let values = stream.clone_htod(x.data())?;
+            let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
+            kernels.layer_norm(stream, &values, (gain, bias), eps, &mut y)?;
+            download(state, &y, x.width())
+        })
+    }
+
+    /// The router's weights. Which experts are taken is sorted out on the host; of sigmoids from
+    /// those that the GPU made.
+    fn route(
+        &self,
+        scores: &Tensor,
+        bias: Option<Weight<'_>>,
+        routing: &Routing,
+    ) -> Result<Tensor, ComputeError> {
+        experts::check_route(scores, bias.as_ref(), routing)?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        self.gpu.with("a router of experts", |state| {
+            let values = state.stream.clone_htod(scores.data())?;
+            let by = if experts::by_sigmoid(routing) {
+                let mut powers = state.stream.alloc_zeros::<f32>(scores.data().len())?;
+                state.kernels.sigmoid(&state.stream, &values, &mut powers)?;
+                let mut by = download(state, &powers, scores.width())?;
+                if let Some(bias) = &bias {
+                    by.add_to_rows(bias);
+                }
+                by
+            } else {
+                scores.clone()
+            };
+            let taken: Vec<i32> = (0..by.rows())
+                .flat_map(|row| experts::chosen(by.row(row), routing))
+                .map(|expert| expert as i32)
+                .collect();
+            let State { stream, kernels, .. } = state;
+            let taken = stream.clone_htod(&taken)?;
+            let mut y = stream.alloc_zeros::<f32>(scores.data().len())?;
+            let shape = (scores.rows() as u64, scores.width() as u64, routing.used as u64);
+            let factor = routing.factor as f32;
+            kernels.route(stream, &values, &taken, shape, routing.scores, factor, &mut y)?;
+            download(state, &y, scores.width())
+        })
+    }
+
+    fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
+        let made = products.by_expert(|x, weight, bias| Ok([self.matmul(x, weight, bias)?]));
+        made.map(|[y]| y)
+    }
+
+    fn mix(&self, x: &Tensor, routes: &Tensor, used: usize) -> Result<Tensor, ComputeError> {
+        experts::check_mix(x, routes, used)?;
+        let taken = experts::taken(routes, used);
+        let weights: Vec<f32> =
+            taken.iter().enumerate().map(|(at, &e)| routes.row(at / used)[e]).collect();
+        self.gpu.with("the sum of a mixture of experts", |state| {
+            let State { stream, kernels, .. } = state;
+            let (values, weights) = (stream.clone_htod(x.data())?, stream.clone_htod(&weights)?);
+            let width = x.width() / used;
+            let mut y = stream.alloc_zeros::<f32>(x.rows() * width)?;
+            let shape = (x.rows() as u64, used as u64, width as u64);
+            kernels.mix(stream, &values, &weights, shape, &mut y)?;
+            download(state, &y, width)
+        })
+    }
+
+    fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor, ComputeError> {
+        experts::check_gate(x, gate)?;
+        self.gpu.with("the gate of a shared expert", |state| {
+            let State { stream, kernels, .. } = state;
+            let (values, gates) = (stream.clone_htod(x.data())?, stream.clone_htod(gate.data())?);
+            let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
+            let shape = (x.rows() as u64, x.width() as u64);
+            kernels.sigmoid_gate(stream, &values, &gates, shape, &mut y)?;
+            download(state, &y, x.width())
+        })
+    }
+
     fn matmul(
         &self,
         x: &Tensor,
@@ -420,7 +521,8 @@ impl Device {
             let tables = (stream.clone_htod(&sines)?, stream.clone_htod(&cosines)?);
             let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
             let heads = (x.width() / head_dim) as u64;
-            let shape = (x.rows() as u64, heads, head_dim as u64, pairs as u64);
+            let start = rope::first(geometry, head_dim) as u64;
+            let shape = (x.rows() as u64, heads, head_dim as u64, pairs as u64, start);
             let interleaved = geometry.layout == RopeLayout::Interleaved;
             kernels.rope(stream, &values, (&tables.0, &tables.1), shape, interleaved, &mut y)?;
             download(state, &y, x.width())
@@ -432,9 +534,9 @@ impl Device {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
-        let AttentionShape { heads, kv_heads, head_dim, first_position, .. } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, first_position, .. } = shape;
         let positions = k.rows();
         if first_position + q.rows() > positions || v.rows() != positions {
             return Err(ComputeError::Shape {
@@ -447,25 +549,28 @@ impl Device {
         self.gpu.with("attention", |state| {
             let State { stream, kernels, .. } = state;
             let (keys, values) = (stream.clone_htod(k.data())?, stream.clone_htod(v.data())?);
-            let mut out = Tensor::zeros(q.rows(), heads * head_dim);
+            let sinks = shape.sinks.map(|sinks| stream.clone_htod(sinks)).transpose()?;
+            let mut out = Tensor::zeros(q.rows(), heads * value_dim);
             for first in (0..q.rows()).step_by(rows_at_once) {
                 let rows = rows_at_once.min(q.rows() - first);
                 let part = first * q.width()..(first + rows) * q.width();
                 let queries = stream.clone_htod(&q.data()[part])?;
                 let mut scores = stream.alloc_zeros::<f32>(rows * heads * positions)?;
-                let mut y = stream.alloc_zeros::<f32>(rows * heads * head_dim)?;
+                let mut y = stream.alloc_zeros::<f32>(rows * heads * value_dim)?;
                 let call = AttentionCall {
                     rows: rows as u64,
                     heads: heads as u64,
                     kv_heads: kv_heads as u64,
                     head_dim: head_dim as u64,
+                    value_dim: value_dim as u64,
                     first_position: (first_position + first) as u64,
                     positions: positions as u64,
                     window: shape.window.map_or(u64::MAX, |window| window as u64),
                     scale: shape.f32_scale(),
                     cap: shape.cap.unwrap_or(0.0) as f32,
                 };
-                kernels.attention(stream, &queries, &keys, &values, call, &mut scores, &mut y)?;
+                let (sinks, scores) = (sinks.as_ref(), &mut scores);
+                kernels.attention(stream, &queries, &keys, &values, call, sinks, scores, &mut y)?;
                 let width = out.width();
                 let target = &mut out.data_mut()[first * width..(first + rows) * width];
                 stream.memcpy_dtoh(&y, target)?;

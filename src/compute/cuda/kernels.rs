@@ -12,7 +12,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::dtype::Format;
-use crate::model::{Activation, WeightType};
+use crate::model::{Activation, RouterScores, WeightType};
 
 /// Threads of a block, where a kernel does not prescribe them.
 const THREADS: u32 = 256;
@@ -95,8 +95,10 @@ pub struct AttentionCall {
     pub heads: u64,
     /// Key and value heads.
     pub kv_heads: u64,
-    /// Width of a head.
+    /// Width of a head of queries and keys.
     pub head_dim: u64,
+    /// Width of a head of values.
+    pub value_dim: u64,
     /// Position of the first query row.
     pub first_position: u64,
     /// Rows of keys and values.
@@ -119,10 +121,16 @@ pub struct Kernels {
     finish: CudaFunction,
     add_block: CudaFunction,
     rms_norm: CudaFunction,
+    layer_norm: CudaFunction,
     rope: CudaFunction,
     attention: CudaFunction,
     swiglu: CudaFunction,
     geglu: CudaFunction,
+    clamped_swiglu: CudaFunction,
+    route: CudaFunction,
+    sigmoid: CudaFunction,
+    mix: CudaFunction,
+    sigmoid_gate: CudaFunction,
     scale: CudaFunction,
     soft_cap: CudaFunction,
     add: CudaFunction,
@@ -167,10 +175,16 @@ impl Kernels {
             finish: load("finish")?,
             add_block: load("add_block")?,
             rms_norm: load("rms_norm")?,
+            layer_norm: load("layer_norm")?,
             rope: load("rope")?,
             attention: load("attention")?,
             swiglu: load("swiglu")?,
             geglu: load("geglu")?,
+            clamped_swiglu: load("clamped_swiglu")?,
+            route: load("route")?,
+            sigmoid: load("sigmoid")?,
+            mix: load("mix")?,
+            sigmoid_gate: load("sigmoid_gate")?,
             scale: load("scale")?,
             soft_cap: load("soft_cap")?,
             add: load("add")?,
@@ -423,19 +437,40 @@ impl Kernels {
         launch!(stream, self.rms_norm, config, x, gain, &width, &eps, y)
     }
 
+    /// LayerNorm of each group of `gain.len()` values.
+    pub fn layer_norm(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        (gain, bias): (&CudaSlice<f32>, &CudaSlice<f32>),
+        eps: f32,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let width = gain.len() as u64;
+        let groups = (x.len() as u64).checked_div(width).unwrap_or(0);
+        must_hold("the bias", bias.len(), width);
+        must_hold("the result", y.len(), groups * width);
+        let config = LaunchConfig {
+            grid_dim: (groups as u32, 1, 1),
+            block_dim: (NORM_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        launch!(stream, self.layer_norm, config, x, gain, bias, &width, &eps, y)
+    }
+
     /// Rotates each pair of each head of each row; tables are `[rows, pairs]`, and the shape
-    /// is rows, heads, the width of a head and pairs.
+    /// is rows, heads, the width of a head, pairs, and the first value of a head that turns.
     pub fn rope(
         &self,
         stream: &Arc<CudaStream>,
         x: &CudaSlice<f32>,
         (sines, cosines): (&CudaSlice<f32>, &CudaSlice<f32>),
-        (rows, heads, head_dim, pairs): (u64, u64, u64, u64),
+        (rows, heads, head_dim, pairs, start): (u64, u64, u64, u64, u64),
         interleaved: bool,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
         let count = rows * heads * head_dim;
-        assert!(2 * pairs <= head_dim, "no more turns than a head has");
+        assert!(start + 2 * pairs <= head_dim, "no more turns than a head has");
         must_hold("the values", x.len(), count);
         must_hold("the result", y.len(), count);
         must_hold("the sines", sines.len(), rows * pairs);
@@ -452,6 +487,7 @@ impl Kernels {
             &heads,
             &head_dim,
             &pairs,
+            &start,
             &interleaved,
             y
         )
@@ -466,40 +502,109 @@ impl Kernels {
         k: &CudaSlice<f32>,
         v: &CudaSlice<f32>,
         call: AttentionCall,
+        sinks: Option<&CudaSlice<f32>>,
         scores: &mut CudaSlice<f32>,
         out: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
         let AttentionCall { rows, heads, kv_heads, head_dim, first_position, positions, .. } = call;
-        let AttentionCall { window, scale, cap, .. } = call;
+        let AttentionCall { window, scale, cap, value_dim, .. } = call;
         must_hold("the queries", q.len(), rows * heads * head_dim);
         must_hold("the keys", k.len(), positions * kv_heads * head_dim);
-        must_hold("the values", v.len(), positions * kv_heads * head_dim);
+        must_hold("the values", v.len(), positions * kv_heads * value_dim);
         must_hold("the scores", scores.len(), rows * heads * positions);
-        must_hold("the result", out.len(), rows * heads * head_dim);
+        must_hold("the result", out.len(), rows * heads * value_dim);
+        if let Some(sinks) = sinks {
+            must_hold("the sinks", sinks.len(), heads);
+        }
         assert!(first_position + rows <= positions, "a query sees no position beyond the keys");
         let config = LaunchConfig {
             grid_dim: (heads as u32, rows as u32, 1),
             block_dim: (ATTENTION_THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
-        let (kv_heads, head_dim) = (kv_heads as i32, head_dim as i32);
+        let [kv_heads, head_dim, value_dim] = [kv_heads, head_dim, value_dim].map(|n| n as i32);
+        let mut builder = stream.launch_builder(&self.attention);
+        builder.arg(q).arg(k).arg(v).arg(&kv_heads).arg(&head_dim).arg(&value_dim);
+        builder.arg(&first_position).arg(&positions).arg(&window).arg(&scale).arg(&cap);
+        match sinks {
+            Some(sinks) => builder.arg(sinks),
+            None => builder.arg(&0u64),
+        };
+        builder.arg(scores).arg(out);
+        // SAFETY: the arguments are those of `attention` in `kernels/transformer.cu`, in its order
+        // and of its types; the buffers were checked above, and a null pointer is never followed.
+        unsafe { builder.launch(config) }.map(|_| ())
+    }
+
+    /// The weights of the experts that each row takes, `[rows, experts]`; `y` is zero before.
+    #[expect(clippy::too_many_arguments, reason = "the kernel's own parameters")]
+    pub fn route(
+        &self,
+        stream: &Arc<CudaStream>,
+        scores: &CudaSlice<f32>,
+        taken: &CudaSlice<i32>,
+        (rows, experts, used): (u64, u64, u64),
+        kind: RouterScores,
+        factor: f32,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the scores", scores.len(), rows * experts);
+        must_hold("the experts", taken.len(), rows * used);
+        must_hold("the result", y.len(), rows * experts);
+        let kind = match kind {
+            RouterScores::Softmax => 0i32,
+            RouterScores::SoftmaxOfTaken => 1,
+            RouterScores::Sigmoid => 2,
+            RouterScores::SigmoidNormalised => 3,
+        };
+        let config = striding(rows);
         launch!(
-            stream,
-            self.attention,
-            config,
-            q,
-            k,
-            v,
-            &kv_heads,
-            &head_dim,
-            &first_position,
-            &positions,
-            &window,
-            &scale,
-            &cap,
-            scores,
-            out
+            stream, self.route, config, scores, taken, &rows, &experts, &used, &kind, &factor, y
         )
+    }
+
+    /// `1 / (1 + e^-x)`.
+    pub fn sigmoid(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let count = y.len() as u64;
+        must_hold("the input", x.len(), count);
+        launch!(stream, self.sigmoid, striding(count), x, &count, y)
+    }
+
+    /// Each row's sum of its experts' outputs, times their weights, `[rows, used]`.
+    pub fn mix(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        weights: &CudaSlice<f32>,
+        (rows, used, width): (u64, u64, u64),
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the outputs", x.len(), rows * used * width);
+        must_hold("the weights", weights.len(), rows * used);
+        must_hold("the result", y.len(), rows * width);
+        let config = striding(rows * width);
+        launch!(stream, self.mix, config, x, weights, &rows, &used, &width, y)
+    }
+
+    /// `x / (1 + e^-gate)`, a gate for each row.
+    pub fn sigmoid_gate(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        gate: &CudaSlice<f32>,
+        (rows, width): (u64, u64),
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the input", x.len(), rows * width);
+        must_hold("the gates", gate.len(), rows);
+        must_hold("the result", y.len(), rows * width);
+        let config = striding(rows * width);
+        launch!(stream, self.sigmoid_gate, config, x, gate, &rows, &width, y)
     }
 
     /// `activation(gate) * up`.
@@ -517,6 +622,7 @@ impl Kernels {
         let kernel = match activation {
             Activation::Silu => &self.swiglu,
             Activation::GeluTanh => &self.geglu,
+            Activation::ClampedSwiglu => &self.clamped_swiglu,
         };
         launch!(stream, *kernel, striding(count), gate, up, &count, y)
     }

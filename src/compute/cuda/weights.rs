@@ -140,7 +140,7 @@ impl Weights {
 
 fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
     match form {
-        Form::Table if weight.is_scaled() => weight.rows() * weight.width() * 4,
+        Form::Table if !weight.is_plain() => weight.rows() * weight.width() * 4,
         Form::Table => weight.bytes().len(),
         Form::Values => weight.rows() * weight.width() * 4,
         Form::Operand(format, _) => {
@@ -152,7 +152,7 @@ fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
 
 /// How a table holds a tensor's values: codes whose scales stand elsewhere are decoded before.
 pub fn held_as(weight: Weight<'_>) -> WeightType {
-    if weight.is_scaled() { WeightType::F32 } else { weight.kind() }
+    if weight.is_plain() { weight.kind() } else { WeightType::F32 }
 }
 
 fn make(
@@ -162,10 +162,10 @@ fn make(
     form: Form,
 ) -> Result<Entry, DeviceError> {
     let kind = held_as(weight);
-    let table = match weight.is_scaled() {
-        false => stream.clone_htod(weight.bytes())?,
+    let table = match weight.is_plain() {
+        true => stream.clone_htod(weight.bytes())?,
         // Codes are decoded here: the kernels know blocks that bring their scales along.
-        true => {
+        false => {
             let values = weight.to_vec()?;
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             stream.clone_htod(&bytes)?

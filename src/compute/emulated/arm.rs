@@ -16,13 +16,14 @@ use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
 use crate::compute::call::{Call, Held};
+use crate::compute::experts::{self, Products};
 use crate::compute::vector::{Kernel, dispatch};
 use crate::compute::{
-    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
-    check_tokens, rope,
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
+    check_same_shape, check_tokens, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Activation, Rope, Weight};
+use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
 use crate::op::{ActivationScale, Recipe, WeightScale};
 use crate::tensor::Tensor;
 
@@ -225,12 +226,18 @@ impl Ops for Emulated {
         match *call {
             Call::Embed { weight, tokens } => self.embed(weight, tokens),
             Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
+            Call::LayerNorm { x, gain, bias, eps } => self.layer_norm(x, gain, bias, eps),
             Call::Matmul { x, weight, bias } => self.matmul(x, weight, bias),
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
+            Call::Activated { x, activation } => self.activated(x, activation),
+            Call::Route { scores, bias, routing } => self.route(scores, bias, routing),
+            Call::Experts(products) => self.experts(&products),
+            Call::Mix { x, routes, used } => self.mix(x, routes, used),
+            Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, held } => self.scale(x, factor, held),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -244,7 +251,7 @@ impl Emulated {
         let mut rows = Tensor::zeros(tokens.len(), weight.width());
         for (index, &token) in tokens.iter().enumerate() {
             let token = token as usize;
-            if weight.is_scaled() {
+            if !weight.is_plain() {
                 weight.decode_rows(token..token + 1, rows.row_mut(index))?;
                 continue;
             }
@@ -271,6 +278,89 @@ impl Emulated {
             .par_chunks_exact_mut(width)
             .zip(x.data().par_chunks_exact(width))
             .for_each(|(y, x)| dispatch(RmsNorm { x, gain: &gain, eps, y }));
+        Ok(self.streamed(y))
+    }
+
+    pub(crate) fn layer_norm(
+        &self,
+        x: &Tensor,
+        gain: Weight<'_>,
+        bias: Weight<'_>,
+        eps: f32,
+    ) -> Result<Tensor, ComputeError> {
+        check_gain(x, &gain)?;
+        check_norm_bias(&gain, &bias)?;
+        self.own_kernel("a LayerNorm")?;
+        let (gain, bias) = (gain.to_vec()?, bias.to_vec()?);
+        let mut y = Tensor::zeros(x.rows(), x.width());
+        let width = gain.len();
+        y.data_mut()
+            .par_chunks_exact_mut(width)
+            .zip(x.data().par_chunks_exact(width))
+            .for_each(|(y, x)| dispatch(LayerNorm { x, gain: &gain, bias: &bias, eps, y }));
+        Ok(self.streamed(y))
+    }
+
+    /// Refuses an op whose kernel in the recipe's engine is not known.
+    fn own_kernel(&self, what: &str) -> Result<(), ComputeError> {
+        match self.engine {
+            None => Ok(()),
+            Some(_) => Err(super::engine::unknown(what)),
+        }
+    }
+
+    fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor, ComputeError> {
+        self.own_kernel("an activation without a gate")?;
+        let ones = Tensor::new(x.width(), vec![1.0; x.data().len()]);
+        self.gated(x, &ones, activation)
+    }
+
+    pub(crate) fn route(
+        &self,
+        scores: &Tensor,
+        bias: Option<Weight<'_>>,
+        routing: &Routing,
+    ) -> Result<Tensor, ComputeError> {
+        experts::check_route(scores, bias.as_ref(), routing)?;
+        self.own_kernel("a router of experts")?;
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let mut y = Tensor::zeros(scores.rows(), scores.width());
+        for row in 0..scores.rows() {
+            dispatch(Route {
+                scores: scores.row(row),
+                bias: bias.as_deref(),
+                routing,
+                y: y.row_mut(row),
+            });
+        }
+        Ok(self.streamed(y))
+    }
+
+    pub(crate) fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
+        self.own_kernel("the products of a mixture of experts")?;
+        let made = products.by_expert(|x, weight, bias| Ok([self.matmul(x, weight, bias)?]));
+        made.map(|[y]| y)
+    }
+
+    pub(crate) fn mix(
+        &self,
+        x: &Tensor,
+        routes: &Tensor,
+        used: usize,
+    ) -> Result<Tensor, ComputeError> {
+        self.own_kernel("the sum of a mixture of experts")?;
+        let add = |sum: f32, weight: f32, value| weight.mul_add(value, sum);
+        Ok(self.streamed(experts::mixed(x, routes, used, add, |sum| sum)?))
+    }
+
+    pub(crate) fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor, ComputeError> {
+        experts::check_gate(x, gate)?;
+        self.own_kernel("the gate of a shared expert")?;
+        let mut y = x.clone();
+        for row in 0..x.rows() {
+            let gate = 1.0 + dispatch(Exponential { x: -gate.row(row)[0] });
+            y.row_mut(row).iter_mut().for_each(|y| *y /= gate);
+        }
         Ok(self.streamed(y))
     }
 
@@ -318,7 +408,7 @@ impl Emulated {
             let angles = rope::angles(geometry, first_position + row);
             for head in y.row_mut(row).chunks_exact_mut(head_dim) {
                 for (pair, &(sin, cos)) in angles.iter().enumerate() {
-                    let (first, second) = rope::pair(geometry, pair);
+                    let (first, second) = rope::pair(geometry, head_dim, pair);
                     (head[first], head[second]) =
                         kernels::rotate(head[first], head[second], sin as f32, cos as f32);
                 }
@@ -332,27 +422,33 @@ impl Emulated {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
         if let Some(engine) = &self.engine {
             return engine.attention(q, k, v, shape);
         }
-        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
         let (scale, cap) = (shape.f32_scale(), shape.cap.unwrap_or(0.0) as f32);
-        let mut y = Tensor::zeros(q.rows(), heads * head_dim);
-        y.data_mut().par_chunks_exact_mut(head_dim).enumerate().try_for_each(|(index, out)| {
+        let mut y = Tensor::zeros(q.rows(), heads * value_dim);
+        y.data_mut().par_chunks_exact_mut(value_dim).enumerate().try_for_each(|(index, out)| {
             check_interrupt()?;
             let (row, head) = (index / heads, index % heads);
             let seen = shape.seen(row);
-            let seen = seen.start * k.width()..seen.end * k.width();
+            let rows = |x: &'_ Tensor| seen.start * x.width()..seen.end * x.width();
+            let kv_head = head / (heads / kv_heads);
             dispatch(Attend {
                 query: &q.row(row)[head * head_dim..(head + 1) * head_dim],
-                keys: &k.data()[seen.clone()],
-                values: &v.data()[seen],
-                scale,
-                cap,
-                stride: k.width(),
-                offset: head / (heads / kv_heads) * head_dim,
+                keys: kernels::Rows {
+                    data: &k.data()[rows(k)],
+                    stride: k.width(),
+                    offset: kv_head * head_dim,
+                },
+                values: kernels::Rows {
+                    data: &v.data()[rows(v)],
+                    stride: v.width(),
+                    offset: kv_head * value_dim,
+                },
+                scores: kernels::OfScores { scale, cap, sink: shape.sink(head) },
                 out,
             });
             Ok::<(), ComputeError>(())
@@ -449,14 +545,85 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
+struct LayerNorm<'a> {
+    x: &'a [f32],
+    gain: &'a [f32],
+    bias: &'a [f32],
+    eps: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for LayerNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        kernels::layer_norm(self.x, self.gain, self.bias, self.eps, self.y);
+    }
+}
+
+struct Exponential {
+    x: f32,
+}
+
+impl Kernel for Exponential {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> f32 {
+        kernels::exp(self.x)
+    }
+}
+
+/// A row of a router's scores: the weights of the experts that it takes, in the order of the
+/// experts, each of them divided by the sum and multiplied by the factor.
+struct Route<'a> {
+    scores: &'a [f32],
+    bias: Option<&'a [f32]>,
+    routing: &'a Routing,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Route<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Route { scores, bias, routing, y } = self;
+        let factor = routing.factor as f32;
+        let in_order = |all: &[f32]| all.iter().fold(0.0f32, |sum, x| sum + x);
+        let (taken, powers) = if experts::by_sigmoid(routing) {
+            let powers: Vec<f32> = scores.iter().map(|x| kernels::sigmoid(*x)).collect();
+            let by = match bias {
+                Some(bias) => powers.iter().zip(bias).map(|(s, b)| s + b).collect(),
+                None => powers.clone(),
+            };
+            (experts::chosen(&by, routing), powers)
+        } else {
+            let largest = scores
+                .iter()
+                .copied()
+                .fold(f32::NEG_INFINITY, |most, x| if x > most || x.is_nan() { x } else { most });
+            let powers = scores.iter().map(|x| kernels::exp(x - largest)).collect();
+            (experts::chosen(scores, routing), powers)
+        };
+        let of_taken: Vec<f32> = taken.iter().map(|&expert| powers[expert]).collect();
+        let total = match routing.scores {
+            RouterScores::Softmax => in_order(&powers),
+            RouterScores::SoftmaxOfTaken | RouterScores::SigmoidNormalised => in_order(&of_taken),
+            RouterScores::Sigmoid => 1.0,
+        };
+        for expert in taken {
+            y[expert] = powers[expert] / total * factor;
+        }
+    }
+}
+
 struct Attend<'a> {
     query: &'a [f32],
-    keys: &'a [f32],
-    values: &'a [f32],
-    stride: usize,
-    offset: usize,
-    scale: f32,
-    cap: f32,
+    keys: kernels::Rows<'a>,
+    values: kernels::Rows<'a>,
+    scores: kernels::OfScores,
     out: &'a mut [f32],
 }
 
@@ -465,9 +632,9 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Attend { query, keys, values, stride, offset, scale, cap, out } = self;
-        let mut weights = Vec::with_capacity(keys.len() / stride);
-        kernels::attend(query, keys, values, stride, offset, (scale, cap), &mut weights, out);
+        let Attend { query, keys, values, scores, out } = self;
+        let mut weights = Vec::with_capacity(keys.data.len() / keys.stride.max(1));
+        kernels::attend(query, &keys, &values, scores, &mut weights, out);
     }
 }
 
@@ -487,6 +654,9 @@ impl Kernel for Gated<'_> {
         match self.activation {
             Activation::Silu => all.for_each(|((y, &gate), &up)| *y = kernels::swiglu(gate, up)),
             Activation::GeluTanh => all.for_each(|((y, &gate), &up)| *y = kernels::geglu(gate, up)),
+            Activation::ClampedSwiglu => {
+                all.for_each(|((y, &gate), &up)| *y = kernels::clamped_swiglu(gate, up));
+            }
         }
     }
 }

@@ -38,7 +38,11 @@ pub fn dequantise_row(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
         WeightType::Q5K => each_block(bytes, out, q5_k),
         WeightType::Q6K => each_block(bytes, out, q6_k),
         WeightType::Q8K => each_block(bytes, out, q8_k),
-        WeightType::E4m3 | WeightType::E5m2 | WeightType::I8 | WeightType::E8m0 => {
+        WeightType::E4m3
+        | WeightType::E5m2
+        | WeightType::E2m1
+        | WeightType::I8
+        | WeightType::E8m0 => {
             unreachable!("codes are decoded with their scales, by `Weight::decode_rows`")
         }
     }

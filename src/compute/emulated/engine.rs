@@ -372,7 +372,9 @@ impl EngineArm {
         if geometry.layout != RopeLayout::Halves {
             // Pairs of neighbours turn as the pairs of halves do.
             let halves = Rope { layout: RopeLayout::Halves, ..geometry.clone() };
-            let places = |pair: usize| (rotary::pair(geometry, pair), rotary::pair(&halves, pair));
+            let places = |pair: usize| {
+                (rotary::pair(geometry, head_dim, pair), rotary::pair(&halves, head_dim, pair))
+            };
             let places: Vec<_> = (0..geometry.dimensions / 2).map(places).collect();
             let mut turned = x.clone();
             move_pairs(x, &mut turned, head_dim, places.iter().copied());
@@ -431,7 +433,7 @@ impl EngineArm {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
         let kernel = self.kernels.attention.first().unwrap_or(AttentionKernel::Eager);
         self.attention_by(kernel, q, k, v, shape)
@@ -443,11 +445,13 @@ impl EngineArm {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         if !knows_attention(kernel, shape, k.rows()) {
-            return Err(unknown("attention with a window, a soft cap or a scale of its own"));
+            return Err(unknown(
+                "attention with a window, a soft cap, sinks, a scale of its own or narrower values",
+            ));
         }
         let mut own = Heads::causal(heads, kv_heads, head_dim);
         own.scale = shape.scale.map_or(own.scale, |scale| scale as f32);
@@ -509,7 +513,13 @@ impl EngineArm {
     }
 
     /// Notes the orders of eager attention that the engine's file lists, where they gave every bit.
-    fn list_eager(&self, choice: &mut Choice<'_>, q: &Tensor, k: &Tensor, shape: AttentionShape) {
+    fn list_eager(
+        &self,
+        choice: &mut Choice<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        shape: AttentionShape<'_>,
+    ) {
         let (queries, keys, head_dim) = (q.rows(), k.rows(), shape.head_dim);
         let listed = [
             (ProductOf::Scores, [queries, keys, head_dim]),
@@ -530,7 +540,7 @@ impl EngineArm {
         choice: &mut Choice<'_>,
         listed: &Tensor,
         [q, k, v]: [&Tensor; 3],
-        shape: AttentionShape,
+        shape: AttentionShape<'_>,
     ) -> Result<(), ComputeError> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         let heads = Heads {
@@ -634,7 +644,7 @@ impl EngineArm {
             model::Activation::Silu => Activation::Silu,
             // PyTorch's; what other engines compute was not looked at.
             model::Activation::GeluTanh if rounds_activation => Activation::GeluTanh,
-            model::Activation::GeluTanh => {
+            model::Activation::GeluTanh | model::Activation::ClampedSwiglu => {
                 return Err(unknown("a gated activation that is not SiLU"));
             }
         };
@@ -755,6 +765,12 @@ impl EngineArm {
                 choice.offer("a factor", self.scale(x, factor, held)?);
             }
             Call::SoftCap { x, cap } => choice.offer("a soft cap", self.soft_cap(x, cap)?),
+            Call::LayerNorm { .. }
+            | Call::Activated { .. }
+            | Call::Route { .. }
+            | Call::Experts(_)
+            | Call::Mix { .. }
+            | Call::SigmoidGate { .. } => return Err(unknown(&format!("`{}`", call.op()))),
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
         choice.best.ok_or_else(nothing)
@@ -809,6 +825,12 @@ impl EngineArm {
             | Call::Matmul { .. }
             | Call::Add { .. }
             | Call::Scale { .. }
+            | Call::LayerNorm { .. }
+            | Call::Activated { .. }
+            | Call::Route { .. }
+            | Call::Experts(_)
+            | Call::Mix { .. }
+            | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => false,
         }
     }
@@ -851,6 +873,12 @@ impl EngineArm {
             | Call::Matmul { .. }
             | Call::Add { .. }
             | Call::Scale { .. }
+            | Call::LayerNorm { .. }
+            | Call::Activated { .. }
+            | Call::Route { .. }
+            | Call::Experts(_)
+            | Call::Mix { .. }
+            | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => {}
         }
         Ok(())
@@ -859,9 +887,11 @@ impl EngineArm {
 
 /// Whether a kernel of attention is known with what is done to these scores. Where a window is
 /// wider than the keys, transformers gives no mask; else `sdpa` takes its memory-efficient kernel.
-fn knows_attention(kernel: AttentionKernel, shape: AttentionShape, keys: usize) -> bool {
+fn knows_attention(kernel: AttentionKernel, shape: AttentionShape<'_>, keys: usize) -> bool {
     let slides = shape.window.is_some_and(|window| window <= keys);
+    let unusual = shape.sinks.is_some() || shape.value_dim != shape.head_dim;
     match kernel {
+        _ if unusual => false,
         AttentionKernel::Eager => true,
         AttentionKernel::Flash2 | AttentionKernel::Cudnn => !slides && shape.cap.is_none(),
         _ => shape.is_plain(),
@@ -872,9 +902,9 @@ fn knows_attention(kernel: AttentionKernel, shape: AttentionShape, keys: usize) 
 /// What an engine does with the codes and scales of a file is not known: its kernels multiply
 /// them, and not the values that they stand for.
 fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
-    match weight.is_scaled() {
-        false => Ok(()),
-        true => Err(unknown("a product with the codes and scales of a quantised checkpoint")),
+    match weight.is_plain() {
+        true => Ok(()),
+        false => Err(unknown("a product with the codes and scales of a quantised checkpoint")),
     }
 }
 

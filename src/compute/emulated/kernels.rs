@@ -70,6 +70,76 @@ pub fn rms_norm(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) {
             low[lane] += error + product_error;
         }
     }
+    let (mean, mean_low) = mean_of(&mut high, &mut low, x.len() as f32);
+    let (root, root_low) = reciprocal_root(mean, mean_low, eps);
+
+    for ((y, &x), &gain) in y.iter_mut().zip(x).zip(gain) {
+        let product = x * gain;
+        let product_error = x.mul_add(gain, -product);
+        let correction = product_error.mul_add(root, product * root_low);
+        *y = product.mul_add(root, correction);
+    }
+}
+
+/// One group of LayerNorm: `y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * gain + bias`.
+///
+/// As [`rms_norm`], in two f32 each throughout:
+/// * lane: `(hi, e) = two_sum(hi, x)`, `lo += e`, then the tree, and the mean `m = hi / n`;
+/// * `d = x - m` and its error, `p = d d` with twice the product of both beside it, lane and tree;
+/// * the root as in [`rms_norm`], of the sum over `n`;
+/// * `(s, t) = two_sum((d gain) r, bias)`, and all that was left over.
+#[inline(always)]
+pub fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) {
+    let count = x.len() as f32;
+    let mut high = [0.0f32; NORM_LANES];
+    let mut low = [0.0f32; NORM_LANES];
+    for chunk in x.chunks(NORM_LANES) {
+        for (lane, &x) in chunk.iter().enumerate() {
+            let (sum, error) = two_sum(high[lane], x);
+            high[lane] = sum;
+            low[lane] += error;
+        }
+    }
+    let (mean, mean_low) = mean_of(&mut high, &mut low, count);
+
+    let mut high = [0.0f32; NORM_LANES];
+    let mut low = [0.0f32; NORM_LANES];
+    for chunk in x.chunks(NORM_LANES) {
+        for (lane, &x) in chunk.iter().enumerate() {
+            let (centred, centred_low) = centre(x, mean, mean_low);
+            let product = centred * centred;
+            let product_error = centred.mul_add(centred, -product);
+            let product_error = (centred + centred).mul_add(centred_low, product_error);
+            let (sum, error) = two_sum(high[lane], product);
+            high[lane] = sum;
+            low[lane] += error + product_error;
+        }
+    }
+    let (variance, variance_low) = mean_of(&mut high, &mut low, count);
+    let (root, root_low) = reciprocal_root(variance, variance_low, eps);
+
+    for (((y, &x), &gain), &bias) in y.iter_mut().zip(x).zip(gain).zip(bias) {
+        let (centred, centred_low) = centre(x, mean, mean_low);
+        let product = centred * gain;
+        let product_error = centred_low.mul_add(gain, centred.mul_add(gain, -product));
+        let scaled = product * root;
+        let scaled_error = product.mul_add(root, -scaled);
+        let correction = product_error.mul_add(root, product * root_low);
+        let (sum, error) = two_sum(scaled, bias);
+        *y = sum + (error + (scaled_error + correction));
+    }
+}
+
+/// A value less the mean, in two f32.
+#[inline(always)]
+fn centre(x: f32, mean: f32, mean_low: f32) -> (f32, f32) {
+    let (centred, error) = two_sum(x, -mean);
+    (centred, error - mean_low)
+}
+
+/// The sum of all lanes over their count, in two f32.
+#[inline(always)]
+fn mean_of(high: &mut [f32; NORM_LANES], low: &mut [f32; NORM_LANES], count: f32) -> (f32, f32) {
     let mut half = NORM_LANES / 2;
     while half > 0 {
         for lane in 0..half {
@@ -80,27 +150,22 @@ pub fn rms_norm(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) {
         half /= 2;
     }
     let (sum, sum_low) = two_sum(high[0], low[0]);
-
-    let count = x.len() as f32;
     let mean = sum / count;
-    let mean_low = ((-mean).mul_add(count, sum) + sum_low) / count;
+    (mean, ((-mean).mul_add(count, sum) + sum_low) / count)
+}
+
+/// `1 / sqrt(mean + eps)` in two f32.
+#[inline(always)]
+fn reciprocal_root(mean: f32, mean_low: f32, eps: f32) -> (f32, f32) {
     let (radicand, error) = two_sum(mean, eps);
     let radicand_low = mean_low + error;
-
     let root = 1.0 / radicand.sqrt();
     let square = root * root;
     let square_low = root.mul_add(root, -square);
     let residual = (-radicand).mul_add(square, 1.0);
     let residual = (-radicand).mul_add(square_low, residual);
     let residual = (-radicand_low).mul_add(square, residual);
-    let root_low = 0.5 * root * residual;
-
-    for ((y, &x), &gain) in y.iter_mut().zip(x).zip(gain) {
-        let product = x * gain;
-        let product_error = x.mul_add(gain, -product);
-        let correction = product_error.mul_add(root, product * root_low);
-        *y = product.mul_add(root, correction);
-    }
+    (root, 0.5 * root * residual)
 }
 
 /// One rotated pair: `(a cos - b sin, a sin + b cos)`, each a product and an fma.
@@ -123,6 +188,22 @@ pub fn geglu(gate: f32, up: f32) -> f32 {
     const CUBIC: f32 = 0.071_354_814;
     let z = (gate * gate).mul_add(CUBIC, LINEAR) * gate;
     gate / (1.0 + exp(-z)) * up
+}
+
+/// `gate / (1 + e^(-1.702 gate)) * (up + 1)` of a gate of at most 7 and an `up` within 7 of 0
+/// (gpt-oss).
+#[inline(always)]
+pub fn clamped_swiglu(gate: f32, up: f32) -> f32 {
+    let gate = if gate > 7.0 { 7.0 } else { gate };
+    let up = if up > 7.0 { 7.0 } else { up };
+    let up = if up < -7.0 { -7.0 } else { up };
+    gate / (1.0 + exp(-(1.702 * gate))) * (up + 1.0)
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
 }
 
 /// The hyperbolic tangent, within two places: a polynomial below 0.625, else
@@ -175,44 +256,67 @@ fn warp_dot(a: &[f32], b: &[f32]) -> f32 {
     warp_sum(lanes)
 }
 
-/// One query head over the keys and values it may see, rows of `stride` values
-/// from which the head's `query.len()` values are taken at `offset`.
+/// Keys or values of one head: rows of `stride` values, from which the head's are taken at
+/// `offset`.
+pub struct Rows<'a> {
+    /// The rows that the query may see.
+    pub data: &'a [f32],
+    /// Values of a row.
+    pub stride: usize,
+    /// The head's first one.
+    pub offset: usize,
+}
+
+/// What is done to a head's scores.
+#[derive(Clone, Copy)]
+pub struct OfScores {
+    /// What they are multiplied by.
+    pub scale: f32,
+    /// Towards what they are bent; 0 for not at all.
+    pub cap: f32,
+    /// A score that has no value.
+    pub sink: Option<f32>,
+}
+
+/// One query head over the keys and values it may see.
 ///
 /// * score `j`: `dot(query, key_j) * scale`, by a warp, and [`soft_cap`] of it where `cap` is not 0;
-/// * weight `j`: `exp(score_j - largest score)`;
-/// * total: lane `j % 32` sums in order, then the tree;
+/// * weight `j`: `exp(score_j - largest score)`, the sink among them;
+/// * total: lane `j % 32` sums in order, then the tree, then the sink's weight;
 /// * `out = (chain of fma over j of weight_j * value_j) / total`.
-#[expect(clippy::too_many_arguments, reason = "the kernel's own parameters")]
 #[inline(always)]
 pub fn attend(
     query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    stride: usize,
-    offset: usize,
-    (scale, cap): (f32, f32),
+    keys: &Rows<'_>,
+    values: &Rows<'_>,
+    OfScores { scale, cap, sink }: OfScores,
     weights: &mut Vec<f32>,
     out: &mut [f32],
 ) {
-    let head = offset..offset + query.len();
+    let head = keys.offset..keys.offset + query.len();
     weights.clear();
-    weights
-        .extend(keys.chunks_exact(stride).map(|key| warp_dot(query, &key[head.clone()]) * scale));
+    let rows = keys.data.chunks_exact(keys.stride);
+    weights.extend(rows.map(|key| warp_dot(query, &key[head.clone()]) * scale));
     if cap != 0.0 {
         weights.iter_mut().for_each(|score| *score = soft_cap(*score, cap));
     }
     // A NaN score must not be lost: it makes every weight NaN below.
-    let largest = weights.iter().fold(f32::NEG_INFINITY, |most, &score| {
-        if score > most || score.is_nan() { score } else { most }
-    });
+    let least = sink.unwrap_or(f32::NEG_INFINITY);
+    let largest = weights
+        .iter()
+        .fold(least, |most, &score| if score > most || score.is_nan() { score } else { most });
     let mut lanes = [0.0f32; WARP_LANES];
     for (index, weight) in weights.iter_mut().enumerate() {
         *weight = exp(*weight - largest);
         lanes[index % WARP_LANES] += *weight;
     }
-    let total = warp_sum(lanes);
+    let mut total = warp_sum(lanes);
+    if let Some(sink) = sink {
+        total += exp(sink - largest);
+    }
     out.fill(0.0);
-    for (&weight, value) in weights.iter().zip(values.chunks_exact(stride)) {
+    let head = values.offset..values.offset + out.len();
+    for (&weight, value) in weights.iter().zip(values.data.chunks_exact(values.stride)) {
         for (out, &value) in out.iter_mut().zip(&value[head.clone()]) {
             *out = weight.mul_add(value, *out);
         }
@@ -270,6 +374,56 @@ mod tests {
             assert!(error <= allowed, "geglu({x}): off by {error:e}, allowed {allowed:e}");
             x += 0.003_1;
         }
+    }
+
+    #[test]
+    fn layer_norm_is_within_one_ulp_on_all_widths() {
+        let mut state = 1u64;
+        let mut draw = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        for width in [2, 3, 31, 64, 255, 256, 257, 576, 896, 3584, 18944] {
+            for round in 0..5 {
+                // The last round: a mean that is far larger than the spread.
+                let size = 10f32.powi(round - 2);
+                let mean = if round == 4 { 300.0 } else { size * draw() };
+                let x: Vec<f32> = (0..width).map(|_| mean + draw() * draw() * size).collect();
+                let gain: Vec<f32> = (0..width).map(|_| 1.0 + draw()).collect();
+                let bias: Vec<f32> = (0..width).map(|_| draw()).collect();
+                let mut y = vec![0.0; width];
+                layer_norm(&x, &gain, &bias, 1e-5, &mut y);
+                let wide = |x: &f32| f64::from(*x);
+                let mean = x.iter().map(wide).sum::<f64>() / width as f64;
+                let squares: f64 = x.iter().map(|x| (wide(x) - mean).powi(2)).sum();
+                let root = 1.0 / (squares / width as f64 + f64::from(1e-5f32)).sqrt();
+                for (at, &y) in y.iter().enumerate() {
+                    let normed = (wide(&x[at]) - mean) * root * wide(&gain[at]);
+                    let exact = (normed + wide(&bias[at])) as f32;
+                    // Where both cancel, what is left has fewer digits than an f32.
+                    let few = 1e-13 * normed.abs();
+                    let close = (f64::from(y) - f64::from(exact)).abs() <= few;
+                    assert!(ulps(y, exact) <= 1 || close, "width {width}: {y:e}, exact {exact:e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sink_takes_its_share_and_has_no_value() {
+        let query = [1.0, 0.0];
+        let keys = Rows { data: &[0.0, 0.0, 0.0, 0.0], stride: 2, offset: 0 };
+        // Wider rows, of which the head's values are the last two.
+        let values = Rows { data: &[9.0, 3.0, 6.0, 9.0, 3.0, 12.0], stride: 3, offset: 1 };
+        let of = |sink| {
+            let mut out = [0.0; 2];
+            let scores = OfScores { scale: 1.0, cap: 0.0, sink };
+            attend(&query, &keys, &values, scores, &mut Vec::new(), &mut out);
+            out
+        };
+        assert_eq!(of(None), [3.0, 9.0]);
+        assert_eq!(of(Some(0.0)), [2.0, 6.0]);
+        assert_eq!(of(Some(200.0)), [0.0, 0.0]);
     }
 
     #[test]

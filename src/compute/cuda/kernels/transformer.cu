@@ -74,6 +74,90 @@ extern "C" __global__ void rms_norm(const float* x, const float* gain, u64 width
     }
 }
 
+// The sum of all lanes over `count`, in two f32; every thread of the block takes part.
+__device__ __forceinline__ float mean_of(float sum, float sum_low, float count, float* high, float* low, float* mean_low) {
+    int lane = threadIdx.x;
+    float error;
+    __syncthreads();
+    high[lane] = sum;
+    low[lane] = sum_low;
+    for (int half = NORM_LANES / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (lane < half) {
+            float total = two_sum(high[lane], high[lane + half], &error);
+            high[lane] = total;
+            low[lane] = __fadd_rn(__fadd_rn(low[lane], low[lane + half]), error);
+        }
+    }
+    __syncthreads();
+    float whole_low;
+    float whole = two_sum(high[0], low[0], &whole_low);
+    float mean = __fdiv_rn(whole, count);
+    *mean_low = __fdiv_rn(__fadd_rn(__fmaf_rn(-mean, count, whole), whole_low), count);
+    return mean;
+}
+
+// A value less the mean, in two f32.
+__device__ __forceinline__ float centre(float x, float mean, float mean_low, float* low) {
+    float error;
+    float centred = two_sum(x, -mean, &error);
+    *low = __fsub_rn(error, mean_low);
+    return centred;
+}
+
+// One group of LayerNorm a block: y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * gain + bias.
+extern "C" __global__ void layer_norm(
+    const float* x, const float* gain, const float* bias, u64 width, float eps, float* y) {
+    __shared__ float high[NORM_LANES];
+    __shared__ float low[NORM_LANES];
+    int lane = threadIdx.x;
+    x += blockIdx.x * width;
+    y += blockIdx.x * width;
+    float count = (float)width, error;
+    float sum = 0.0f, sum_low = 0.0f;
+    for (u64 index = lane; index < width; index += NORM_LANES) {
+        sum = two_sum(sum, x[index], &error);
+        sum_low = __fadd_rn(sum_low, error);
+    }
+    float mean_low;
+    float mean = mean_of(sum, sum_low, count, high, low, &mean_low);
+
+    sum = 0.0f;
+    sum_low = 0.0f;
+    for (u64 index = lane; index < width; index += NORM_LANES) {
+        float centred_low;
+        float centred = centre(x[index], mean, mean_low, &centred_low);
+        float product = __fmul_rn(centred, centred);
+        float product_error = __fmaf_rn(centred, centred, -product);
+        product_error = __fmaf_rn(__fadd_rn(centred, centred), centred_low, product_error);
+        sum = two_sum(sum, product, &error);
+        sum_low = __fadd_rn(sum_low, __fadd_rn(error, product_error));
+    }
+    float variance_low;
+    float variance = mean_of(sum, sum_low, count, high, low, &variance_low);
+    float radicand = two_sum(variance, eps, &error);
+    float radicand_low = __fadd_rn(variance_low, error);
+    float root = __fdiv_rn(1.0f, __fsqrt_rn(radicand));
+    float square = __fmul_rn(root, root);
+    float square_low = __fmaf_rn(root, root, -square);
+    float residual = __fmaf_rn(-radicand, square, 1.0f);
+    residual = __fmaf_rn(-radicand, square_low, residual);
+    residual = __fmaf_rn(-radicand_low, square, residual);
+    float root_low = __fmul_rn(__fmul_rn(0.5f, root), residual);
+
+    for (u64 index = lane; index < width; index += NORM_LANES) {
+        float centred_low;
+        float centred = centre(x[index], mean, mean_low, &centred_low);
+        float product = __fmul_rn(centred, gain[index]);
+        float product_error = __fmaf_rn(centred_low, gain[index], __fmaf_rn(centred, gain[index], -product));
+        float scaled = __fmul_rn(product, root);
+        float scaled_error = __fmaf_rn(product, root, -scaled);
+        float correction = __fmaf_rn(product_error, root, __fmul_rn(product, root_low));
+        float total = two_sum(scaled, bias[index], &error);
+        y[index] = __fadd_rn(total, __fadd_rn(error, __fadd_rn(scaled_error, correction)));
+    }
+}
+
 // The hyperbolic tangent of `kernels.rs`.
 __device__ __forceinline__ float tangent(float x) {
     float size = fabsf(x);
@@ -93,13 +177,14 @@ __device__ __forceinline__ float tangent(float x) {
 __device__ __forceinline__ float bent(float x, float cap) { return __fmul_rn(tangent(__fdiv_rn(x, cap)), cap); }
 
 // Each pair of each head of each row, by the angle of its position. `interleaved` pairs
-// neighbours, else the halves of what turns are paired; values of a head beyond the pairs
-// stay. Tables are [rows, pairs].
+// neighbours, else the halves of what turns are paired. What turns begins with value `start` of a
+// head; its other values stay. Tables are [rows, pairs].
 extern "C" __global__ void rope(
-    const float* x, const float* sines, const float* cosines, u64 rows, u64 heads, u64 head_dim, u64 pairs, int interleaved, float* y) {
+    const float* x, const float* sines, const float* cosines, u64 rows, u64 heads, u64 head_dim, u64 pairs, u64 start,
+    int interleaved, float* y) {
     for (u64 index = first_index(); index < rows * heads * pairs; index += all_threads()) {
         u64 pair = index % pairs, head = index / pairs, row = head / heads;
-        u64 first = head * head_dim + (interleaved ? 2 * pair : pair);
+        u64 first = head * head_dim + start + (interleaved ? 2 * pair : pair);
         u64 second = first + (interleaved ? 1 : pairs);
         float sin = sines[row * pairs + pair], cos = cosines[row * pairs + pair];
         float a = x[first], b = x[second];
@@ -108,25 +193,30 @@ extern "C" __global__ void rope(
     }
     u64 rest = head_dim - 2 * pairs;
     for (u64 index = first_index(); index < rows * heads * rest; index += all_threads()) {
-        u64 place = index / rest * head_dim + 2 * pairs + index % rest;
+        u64 other = index % rest;
+        u64 place = index / rest * head_dim + (other < start ? other : other + 2 * pairs);
         y[place] = x[place];
     }
 }
 
 // One query head of one row a block: blockIdx.x is the head, blockIdx.y the row. `scores`
 // has room for `positions` values per head and row. A query sees `window` positions, its own
-// among them. Where `cap` is not 0, scores are bent towards it.
+// among them. Where `cap` is not 0, scores are bent towards it. Heads of values are `value_dim` wide.
+// Where `sinks` is not null, each head has a score more that has no value.
 extern "C" __global__ void attention(
-    const float* q, const float* k, const float* v, int kv_heads, int head_dim, u64 first_position, u64 positions,
-    u64 window, float scale, float cap, float* scores, float* out) {
+    const float* q, const float* k, const float* v, int kv_heads, int head_dim, int value_dim,
+    u64 first_position, u64 positions, u64 window, float scale, float cap, const float* sinks, float* scores,
+    float* out) {
     int heads = gridDim.x, head = blockIdx.x;
     u64 row = blockIdx.y, end = first_position + row + 1, begin = end > window ? end - window : 0;
     u64 seen = end - begin;
-    u64 stride = (u64)kv_heads * head_dim, offset = (u64)(head / (heads / kv_heads)) * head_dim;
+    u64 kv_head = head / (heads / kv_heads);
+    u64 stride = (u64)kv_heads * head_dim, offset = kv_head * head_dim;
+    u64 value_stride = (u64)kv_heads * value_dim, value_offset = kv_head * value_dim;
     const float* query = q + (row * heads + head) * head_dim;
     float* score = scores + (row * heads + head) * positions;
     k += begin * stride;
-    v += begin * stride;
+    v += begin * value_stride;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
     for (u64 position = warp; position < seen; position += warps) {
@@ -143,7 +233,7 @@ extern "C" __global__ void attention(
 
     __shared__ float shared_largest;
     if (threadIdx.x == 0) {
-        float largest = __int_as_float(0xff800000);
+        float largest = sinks ? sinks[head] : __int_as_float(0xff800000);
         for (u64 position = 0; position < seen; position++) {
             float s = score[position];
             if (s > largest || s != s) largest = s;
@@ -160,14 +250,15 @@ extern "C" __global__ void attention(
         float sum = 0.0f;
         for (u64 position = lane; position < seen; position += 32) sum = __fadd_rn(sum, score[position]);
         sum = warp_sum(sum);
-        if (lane == 0) shared_total = sum;
+        if (lane == 0)
+            shared_total = sinks ? __fadd_rn(sum, exponential(__fsub_rn(sinks[head], shared_largest))) : sum;
     }
     __syncthreads();
-    for (int index = threadIdx.x; index < head_dim; index += blockDim.x) {
+    for (int index = threadIdx.x; index < value_dim; index += blockDim.x) {
         float sum = 0.0f;
         for (u64 position = 0; position < seen; position++)
-            sum = __fmaf_rn(score[position], v[position * stride + offset + index], sum);
-        out[(row * heads + head) * head_dim + index] = __fdiv_rn(sum, shared_total);
+            sum = __fmaf_rn(score[position], v[position * value_stride + value_offset + index], sum);
+        out[(row * heads + head) * value_dim + index] = __fdiv_rn(sum, shared_total);
     }
 }
 
@@ -184,6 +275,71 @@ extern "C" __global__ void geglu(const float* gate, const float* up, u64 count, 
         float z = __fmul_rn(__fmaf_rn(__fmul_rn(x, x), 0.071354814f, 1.5957691f), x);
         y[index] = __fmul_rn(__fdiv_rn(x, __fadd_rn(1.0f, exponential(-z))), up[index]);
     }
+}
+
+// gpt-oss: of a gate of at most 7 and an `up` within 7 of 0.
+extern "C" __global__ void clamped_swiglu(const float* gate, const float* up, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) {
+        float x = gate[index], other = up[index];
+        x = x > 7.0f ? 7.0f : x;
+        other = other > 7.0f ? 7.0f : other;
+        other = other < -7.0f ? -7.0f : other;
+        float activated = __fdiv_rn(x, __fadd_rn(1.0f, exponential(-__fmul_rn(1.702f, x))));
+        y[index] = __fmul_rn(activated, __fadd_rn(other, 1.0f));
+    }
+}
+
+// The weights of the experts that `taken` says each row goes to, [rows, used], ascending; the powers of
+// their scores over a sum, times `factor`. `kind` is 0 for softmax over all, 1 over those that are taken,
+// 2 for sigmoids, 3 for sigmoids over their sum. `y` is zero before. A thread a row.
+extern "C" __global__ void route(
+    const float* scores, const int* taken, u64 rows, u64 experts, u64 used, int kind, float factor, float* y) {
+    for (u64 row = first_index(); row < rows; row += all_threads()) {
+        const float* score = scores + row * experts;
+        const int* chosen = taken + row * used;
+        float largest = __int_as_float(0xff800000);
+        for (u64 expert = 0; expert < experts; expert++)
+            if (score[expert] > largest || score[expert] != score[expert]) largest = score[expert];
+        float total = 0.0f;
+        if (kind == 0)
+            for (u64 expert = 0; expert < experts; expert++)
+                total = __fadd_rn(total, exponential(__fsub_rn(score[expert], largest)));
+        for (u64 place = 0; place < used; place++) {
+            float x = score[chosen[place]];
+            float power = kind < 2 ? exponential(__fsub_rn(x, largest))
+                                   : __fdiv_rn(1.0f, __fadd_rn(1.0f, exponential(-x)));
+            if (kind == 1 || kind == 3) total = __fadd_rn(total, power);
+            y[row * experts + chosen[place]] = power;
+        }
+        if (kind == 2) total = 1.0f;
+        for (u64 place = 0; place < used; place++) {
+            float* weight = y + row * experts + chosen[place];
+            *weight = __fmul_rn(__fdiv_rn(*weight, total), factor);
+        }
+    }
+}
+
+// 1 / (1 + e^-x).
+extern "C" __global__ void sigmoid(const float* x, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads())
+        y[index] = __fdiv_rn(1.0f, __fadd_rn(1.0f, exponential(-x[index])));
+}
+
+// Each row's sum of its experts' outputs, [rows, used * width], times their weights, [rows, used].
+extern "C" __global__ void mix(const float* x, const float* weights, u64 rows, u64 used, u64 width, float* y) {
+    for (u64 index = first_index(); index < rows * width; index += all_threads()) {
+        u64 row = index / width, column = index % width;
+        float sum = 0.0f;
+        for (u64 place = 0; place < used; place++)
+            sum = __fmaf_rn(weights[row * used + place], x[(row * used + place) * width + column], sum);
+        y[index] = sum;
+    }
+}
+
+// x / (1 + e^-gate), a gate for each row.
+extern "C" __global__ void sigmoid_gate(const float* x, const float* gate, u64 rows, u64 width, float* y) {
+    for (u64 index = first_index(); index < rows * width; index += all_threads())
+        y[index] = __fdiv_rn(x[index], __fadd_rn(1.0f, exponential(-gate[index / width])));
 }
 
 extern "C" __global__ void scale(const float* x, float factor, u64 count, float* y) {
