@@ -212,17 +212,20 @@ def made(seed, case):
     """A random model of that shape, in f32 on the CPU."""
     torch.manual_seed(seed)
     rope = {"rope_parameters": case["rope"]} if "rope" in case else {"rope_theta": case["theta"]}
+    config = (CONFIGS | OTHERS)[case["architecture"]]
+    # What a class does not know it would save all the same.
+    shape = {"head_dim": case["head"], "rms_norm_eps": case.get("eps", 1e-6)}
+    fields = config.__dataclass_fields__
+    rope |= {name: value for name, value in shape.items() if name in fields or config in CONFIGS.values()}
     model = transformers.AutoModelForCausalLM.from_config(
-        (CONFIGS | OTHERS)[case["architecture"]](
+        config(
             hidden_size=case["hidden"],
-            head_dim=case["head"],
             num_attention_heads=case["heads"],
             num_key_value_heads=case["key_heads"],
             intermediate_size=case["ffn"],
             num_hidden_layers=case["layers"],
             vocab_size=case["vocabulary"],
             max_position_embeddings=4096,
-            rms_norm_eps=case.get("eps", 1e-6),
             **rope,
             **case.get("settings", {}),
             tie_word_embeddings=case["tied"],
@@ -235,7 +238,7 @@ def made(seed, case):
     )
     for name, parameter in model.named_parameters():
         # Gains of 1 and biases of 0 would hide what is done with them.
-        if name.endswith("norm.weight") or name.endswith("bias"):
+        if name.endswith("norm.weight") or name.endswith("bias") or name.endswith("sinks"):
             parameter.data += torch.randn_like(parameter) * 0.1
     return model
 

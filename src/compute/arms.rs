@@ -200,7 +200,7 @@ fn once(
         }
         op => {
             let mut sites = Vec::new();
-            for unit in units(op) {
+            for unit in units(op, Some(task.model)) {
                 let tensor = single(task, ops, &unit)?;
                 progress(&tensor);
                 sites.push((unit.site, tensor));
@@ -516,7 +516,7 @@ fn visit_recorded(
         }
         // Only the logits are known: there is nothing to anchor on.
         Op::Forward { capture: Capture::Logits, .. } => Ok(Vec::new()),
-        op => units(op)
+        op => units(op, Some(task.model))
             .into_iter()
             .map(|unit| {
                 let truth = single(task, ops, &unit)?;
@@ -535,7 +535,7 @@ pub fn site_names(op: &Op, model: Option<&Model>) -> Vec<Site> {
         }
         Op::Gemm { .. } => vec![Site("y".to_owned())],
         Op::Compare { site, .. } => vec![site.clone()],
-        op => units(op).into_iter().map(|unit| unit.site).collect(),
+        op => units(op, model).into_iter().map(|unit| unit.site).collect(),
     }
 }
 
@@ -545,7 +545,34 @@ struct UnitOp {
     weight: String,
 }
 
-fn units(op: &Op) -> Vec<UnitOp> {
+/// The projection that a model has in the place of one that a manifest names: of latent
+/// attention those that the normed stream goes through first.
+pub fn projection_of(weight: &str, model: &Model) -> String {
+    let has = |name: &str| model.has(&format!("{name}.weight"));
+    if has(weight) {
+        return weight.to_owned();
+    }
+    let other = match crate::op::in_layer(weight) {
+        Some((layer, "attn_q")) => format!("blk.{layer}.attn_q_a"),
+        Some((layer, "attn_k" | "attn_v")) => format!("blk.{layer}.attn_kv_a_mqa"),
+        _ => return weight.to_owned(),
+    };
+    if has(&other) { other } else { weight.to_owned() }
+}
+
+/// The projections of a matmul, each once, as the model has them.
+fn projections(weights: &[String], model: Option<&Model>) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for weight in weights {
+        let name = model.map_or_else(|| weight.clone(), |model| projection_of(weight, model));
+        if !all.contains(&name) {
+            all.push(name);
+        }
+    }
+    all
+}
+
+fn units(op: &Op, model: Option<&Model>) -> Vec<UnitOp> {
     let unit = |weight: &String, site: Option<Site>| UnitOp {
         site: site.unwrap_or_else(|| Site(weight.clone())),
         weight: weight.clone(),
@@ -558,6 +585,7 @@ fn units(op: &Op) -> Vec<UnitOp> {
         Op::Embed { weight } => vec![unit(weight, Some(Site("embed".to_owned())))],
         Op::RmsNorm { weight, .. } => vec![unit(weight, site_of_norm(weight))],
         Op::Matmul { weights, .. } => {
+            let weights = projections(weights, model);
             weights.iter().map(|weight| unit(weight, site_of_projection(weight))).collect()
         }
     }
@@ -665,7 +693,9 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
         Op::RmsNorm { .. } => config.hidden,
         Op::Matmul { weights, .. } => match weights.first().map(String::as_str) {
             Some("output") | None => config.hidden,
-            Some(weight) => model.tensor(&format!("{weight}.weight"))?.width(),
+            Some(weight) => {
+                model.tensor(&format!("{}.weight", projection_of(weight, model)))?.width()
+            }
         },
         Op::Rope { site, .. } if site.0.ends_with(".q_rope") => q,
         Op::Attention { .. } if place == 0 => q,
@@ -755,7 +785,9 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
     let names: Vec<String> = match op {
         Op::Forward { .. } => model.names().map(str::to_owned).collect(),
         Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
-        Op::Matmul { weights, .. } => weights.iter().flat_map(|name| with_bias(name)).collect(),
+        Op::Matmul { weights, .. } => {
+            projections(weights, Some(model)).iter().flat_map(|name| with_bias(name)).collect()
+        }
         Op::Attention { site, .. } => {
             let layer = crate::op::in_layer(&site.0).map_or(0, |(layer, _)| layer);
             vec![format!("blk.{layer}.attn_sinks.weight")]

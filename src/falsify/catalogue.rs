@@ -463,7 +463,7 @@ pub const CATALOGUE: &[Bug] = &[
     ),
     bug(
         "an expert's matrix for another's",
-        &["expert-swapped"],
+        &["expert-swapped", "swapped-weight"],
         &["ffn_gate", "ffn_down"],
         Plant::OtherExpert,
     ),

@@ -21,7 +21,7 @@ use crate::compute::emulated::gemm::Scales;
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
-use crate::compute::reference::{Reference, activated};
+use crate::compute::reference::{Reference, activated, gated as of_pair};
 use crate::compute::{AttentionShape, ComputeError, Ops, rope};
 use crate::dtype::Format;
 use crate::model::{Activation, Model, Rope, RopeLayout, RouterScores, Routing, Weight};
@@ -387,7 +387,9 @@ impl Gemm<'_> {
                 }
             }
             Plant::ScaleSlice => {
-                let Some(sister) = sisters_of(self.weight.name()).into_iter().next() else {
+                let Some(sister) =
+                    sisters_of(self.weight.name(), self.ground.model).into_iter().next()
+                else {
                     return Ok(None);
                 };
                 let sister = self.ground.model.tensor(&sister)?;
@@ -576,11 +578,14 @@ impl Gemm<'_> {
                 self.on(*arm, x, made.weight()?, bias)
             }
             Plant::PreviousLayersWeight => match layers_name(weight.name(), 1) {
-                Some(name) => self.on(*arm, x, model.tensor(&name)?, bias),
-                None => Ok(None),
+                Some(name) if model.has(&name) => self.on(*arm, x, model.tensor(&name)?, bias),
+                _ => Ok(None),
             },
             Plant::SistersWeight => {
                 let name = weight.name().replace("attn_v", "attn_k").replace("ffn_gate", "ffn_up");
+                if !model.has(&name) {
+                    return Ok(None);
+                }
                 let sister = model.tensor(&name)?;
                 // K and V may be stored alike, never be alike.
                 self.on(*arm, x, sister, bias)
@@ -598,8 +603,10 @@ impl Gemm<'_> {
             },
             Plant::BiasMissing if bias.is_some() => self.on(*arm, x, weight, None),
             Plant::PreviousLayersBias => match bias.and_then(|bias| layers_name(bias.name(), 1)) {
-                Some(name) => self.on(*arm, x, weight, Some(model.tensor(&name)?)),
-                None => Ok(None),
+                Some(name) if model.has(&name) => {
+                    self.on(*arm, x, weight, Some(model.tensor(&name)?))
+                }
+                _ => Ok(None),
             },
             _ => Ok(None),
         }
@@ -702,6 +709,9 @@ fn norm(plant: Plant, (x, gain, eps): (&Tensor, Weight<'_>, f32), ground: &Groun
             } else {
                 name.replace("ffn_norm", "attn_norm")
             };
+            if !ground.model.has(&other) {
+                return Ok(None);
+            }
             Ok(Some(arm.rms_norm(x, ground.model.tensor(&other)?, eps)?))
         }
         Plant::MeanSubtracted => {
@@ -867,7 +877,11 @@ fn gated(
         Plant::GateForUp => Ok(Some(ground.arm.gated(up, gate, activation)?)),
         Plant::Gelu => each(&|g, u| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2)) * u),
         Plant::Relu => each(&|g, u| if g > 0.0 { g * u } else { 0.0 }),
-        Plant::UpIgnored => each(&|g, _| activated(activation, g)),
+        // gpt-oss's other value counts as one where it is zero.
+        Plant::UpIgnored => each(&|g, _| match activation {
+            Activation::ClampedSwiglu => of_pair(activation, g, 0.0),
+            _ => activated(activation, g),
+        }),
         _ => Ok(None),
     }
 }

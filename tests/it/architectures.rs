@@ -183,9 +183,43 @@ fn others(folder: &OsStr) -> Vec<(String, PathBuf)> {
 #[test]
 #[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
 fn the_reference_is_transformers_in_f64() {
-    let mut wrong = Vec::new();
     let others = std::env::var_os("RUNNER_GOLDEN_PASSES").map(|folder| others(&folder));
-    for (name, folder) in others.unwrap_or_else(folders) {
+    hold_to_transformers(others.unwrap_or_else(folders));
+}
+
+#[test]
+fn the_reference_is_transformers_in_f64_for_very_small_models() {
+    let small = others(own("tests/fixtures/small-models").as_os_str());
+    assert_eq!(small.len(), 6);
+    hold_to_transformers(small);
+}
+
+/// The sites and the bits of a reference pass.
+fn reference_pass(folder: &Path, tokens: &[u32]) -> arms::Output {
+    let model = Model::open(folder).expect("a model");
+    let task = Task { op: &PASS, model: &model, tokens, input: None };
+    arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass")
+}
+
+#[test]
+fn experts_in_mxfp4_are_what_transformers_decodes_them_to() {
+    let folder = own("tests/fixtures/mxfp4");
+    let tokens = Golden::of(&folder).ids();
+    let packed = reference_pass(&folder.join("packed"), &tokens);
+    let plain = reference_pass(&folder.join("plain"), &tokens);
+    assert_eq!(packed.sites.len(), plain.sites.len());
+    for ((site, packed), (_, plain)) in packed.sites.iter().zip(&plain.sites) {
+        let pairs = packed.data().iter().zip(plain.data());
+        assert!(pairs.clone().all(|(a, b)| a.to_bits() == b.to_bits()), "{site}");
+    }
+    let logits = packed.site(&Site("logits".to_owned())).expect("logits");
+    let worst = worst(logits, &Golden::of(&folder).values("logits"));
+    assert!(worst < TOLERANCE, "{worst:e}");
+}
+
+fn hold_to_transformers(folders: Vec<(String, PathBuf)>) {
+    let mut wrong = Vec::new();
+    for (name, folder) in folders {
         let model = match Model::open(&folder) {
             Ok(model) => model,
             Err(error) => {
@@ -219,7 +253,17 @@ fn the_reference_is_transformers_in_f64() {
 #[test]
 #[ignore = "needs RUNNER_DATA, a folder with golden/architectures"]
 fn every_site_of_the_emulated_arm_lies_within_its_floor() {
-    for (name, folder) in folders() {
+    let others = std::env::var_os("RUNNER_GOLDEN_PASSES").map(|folder| others(&folder));
+    hold_to_floors(others.unwrap_or_else(folders));
+}
+
+#[test]
+fn every_site_of_very_small_models_lies_within_its_floor() {
+    hold_to_floors(others(own("tests/fixtures/small-models").as_os_str()));
+}
+
+fn hold_to_floors(folders: Vec<(String, PathBuf)>) {
+    for (name, folder) in folders {
         let model = Model::open(&folder).expect("a model");
         let tokens = Golden::of(&folder).ids();
         let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };

@@ -53,6 +53,8 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         all.push((detail, Box::new(move |g, u| function(g) * u)));
     }
     if activation == Activation::ClampedSwiglu {
+        let ignored: Gate = Box::new(|g, _| gated(Activation::ClampedSwiglu, g, 0.0));
+        all.push(("the up projection is ignored".to_owned(), ignored));
         let inner = |g: f64| g * sigmoid(ALPHA * g);
         let unclamped: Gate = Box::new(move |g, u| inner(g) * (u + 1.0));
         all.push(("neither value is clamped".to_owned(), unclamped));

@@ -53,7 +53,7 @@ fn ratio_to_group(case: &Case<'_>) -> Result<Option<(f32, String)>, ComputeError
     }
     let mine = absmax(&gemm.weight.to_vec()?);
     let mut largest = (mine, String::new());
-    for name in sisters_of(gemm.weight.name()) {
+    for name in sisters_of(gemm.weight.name(), model) {
         let most = absmax(&model.tensor(&name)?.to_vec()?);
         if most > largest.0 {
             largest = (most, name);

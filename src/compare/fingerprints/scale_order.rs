@@ -7,7 +7,7 @@ use crate::compute::ComputeError;
 use crate::compute::departure::{BLOCK, Edit, Steps, keep, operands, with_scales_of};
 use crate::compute::emulated::fp8_product::stacked_names;
 use crate::compute::emulated::gemm::Scales;
-use crate::model::Weight;
+use crate::model::{Model, Weight};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -120,7 +120,7 @@ fn scales_of_sisters(
     let Some(model) = case.model else { return Ok(Vec::new()) };
     let mut sisters = Vec::new();
     let x = Tensor::zeros(1, weight.width());
-    for name in sisters_of(weight.name()) {
+    for name in sisters_of(weight.name(), model) {
         let sister = model.tensor(&name)?;
         let is_large = sister.rows() * sister.width() > LARGEST;
         if is_large || sister.rows() < weight.rows() || sister.width() != weight.width() {
@@ -134,9 +134,9 @@ fn scales_of_sisters(
     Ok(sisters)
 }
 
-/// The names of the weights that engines fuse with the one of this name.
-pub fn sisters_of(name: &str) -> Vec<String> {
-    stacked_names(name).into_iter().filter(|other| other != name).collect()
+/// The names of the weights that engines fuse with the one of this name, where the model has them.
+pub fn sisters_of(name: &str, model: &Model) -> Vec<String> {
+    stacked_names(name).into_iter().filter(|other| other != name && model.has(other)).collect()
 }
 
 #[cfg(test)]
@@ -190,7 +190,8 @@ mod tests {
             bench.expect("scale-slice", &call, &wrong);
             assert!(bench.fits(&call, &wrong)[0].detail.contains("attn_q"));
         }
-        assert!(sisters_of("blk.0.ffn_down.weight").is_empty());
-        assert_eq!(sisters_of("blk.3.ffn_up.weight"), ["blk.3.ffn_gate.weight"]);
+        let model = &super::super::bench::Bench::default().model;
+        assert!(sisters_of("blk.0.ffn_down.weight", model).is_empty());
+        assert_eq!(sisters_of("blk.2.ffn_up.weight", model), ["blk.2.ffn_gate.weight"]);
     }
 }
