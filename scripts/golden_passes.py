@@ -33,6 +33,7 @@ MORE = {
     "qwen3-moe": transformers.Qwen3MoeConfig,
     "gpt-oss": transformers.GptOssConfig,
     "deepseek-v3": transformers.DeepseekV3Config,
+    "qwen3-next": transformers.Qwen3NextConfig,
 }
 passes.OTHERS |= MORE
 # RoPE and settings of very small passes.
@@ -43,6 +44,12 @@ SMALL = {
     "mixtral": (ROPE, {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2-moe": (ROPE, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}),
     "qwen3-moe": (ROPE, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "qwen3-next": (
+        ROPE | {"partial_rotary_factor": 0.25},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        | {"linear_key_head_dim": 12, "linear_value_head_dim": 10, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
     "deepseek-v3": (
         ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0},
         {"n_group": 2, "topk_group": 1, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -161,6 +168,22 @@ def add_settings(dice, kind, case):
         if dice.random() < 0.7:
             rope = {"rope_theta": 150000.0, "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
             rope |= {"truncate": False, "original_max_position_embeddings": 4096}
+    if kind == "qwen3-next":
+        case["layers"] = dice.randint(2, 4)
+        rope["partial_rotary_factor"] = dice.choice([0.25, 0.5])
+        keys = dice.choice([1, 2])
+        settings |= experts | {
+            "num_experts": dice.choice([4, 6, 16]),
+            "norm_topk_prob": dice.random() < 0.7,
+            "moe_intermediate_size": 16 * dice.randint(1, 6),
+            "shared_expert_intermediate_size": 16 * dice.randint(1, 6),
+            "linear_conv_kernel_dim": dice.choice([2, 4]),
+            "linear_key_head_dim": dice.choice([16, 24]),
+            "linear_value_head_dim": dice.choice([8, 32]),
+            "linear_num_key_heads": keys,
+            "linear_num_value_heads": keys * dice.choice([1, 2, 3]),
+            "layer_types": [dice.choice(["linear_attention", "full_attention"]) for _ in range(case["layers"])],
+        }
     if kind == "deepseek-v3":
         groups = dice.choice([1, 2, 4])
         case["key_heads"] = heads

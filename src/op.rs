@@ -788,8 +788,15 @@ pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
 
 /// The sites of one layer, in the order in which a forward pass makes them.
 /// Which of them a model has, [`sites`](crate::compute::flow::sites) says.
-pub const LAYER_SITES: [&str; 37] = [
+pub const LAYER_SITES: [&str; 45] = [
     "attn_norm",
+    "lin_qkvz",
+    "lin_ba",
+    "lin_conv",
+    "lin_gates",
+    "lin_delta",
+    "lin_norm",
+    "lin_gated",
     "q_a",
     "q_a_norm",
     "q",
@@ -803,6 +810,7 @@ pub const LAYER_SITES: [&str; 37] = [
     "q_rope",
     "k_rope",
     "attn",
+    "attn_gated",
     "attn_out",
     "attn_post_norm",
     "attn_scaled",
@@ -848,7 +856,7 @@ pub fn flow(site: &Site) -> (u64, usize) {
 }
 
 /// Which projection's output a layer's weight makes: weight, site.
-pub const LAYER_PROJECTIONS: [(&str, &str); 16] = [
+pub const LAYER_PROJECTIONS: [(&str, &str); 19] = [
     ("attn_q", "q"),
     ("attn_k", "k"),
     ("attn_v", "v"),
@@ -860,6 +868,9 @@ pub const LAYER_PROJECTIONS: [(&str, &str); 16] = [
     ("attn_q_b", "q"),
     ("attn_kv_a_mqa", "kv_a"),
     ("attn_kv_b", "kv"),
+    ("ssm_in", "lin_qkvz"),
+    ("ssm_ba", "lin_ba"),
+    ("ssm_out", "attn_out"),
     ("ffn_gate_inp", "ffn_router"),
     ("ffn_gate_shexp", "ffn_shared_gate"),
     ("ffn_up_shexp", "ffn_shared_up"),

@@ -4,6 +4,7 @@
 //! planted bug that changes one call, a diagnosis that computes one call again under a
 //! hypothesis. Nothing is computed here.
 
+use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
 use super::{AttentionShape, ComputeError, Ops, Pass};
 use crate::model::{Activation, Rope, Routing, Weight, WeightType};
@@ -111,11 +112,17 @@ pub enum Call<'a> {
         /// Experts that each token goes to.
         used: usize,
     },
-    /// `x / (1 + e^-gate)`, a gate for each row.
+    /// A convolution of each channel over the last positions, and SiLU of it.
+    Convolve(Convolution<'a>),
+    /// How much of a delta net's state stays, and how much of it is corrected, at each token.
+    Gates(Gates<'a>),
+    /// The gated delta rule.
+    Delta(DeltaRule<'a>),
+    /// `x / (1 + e^-gate)`.
     SigmoidGate {
         /// What is scaled.
         x: &'a Tensor,
-        /// The gates, `[tokens, 1]`.
+        /// The gates: one for each row, or for each value.
         gate: &'a Tensor,
     },
     /// `a + b`, the residual stream's addition.
@@ -178,6 +185,9 @@ impl Call<'_> {
             Call::Experts(_) => "experts",
             Call::Mix { .. } => "mix",
             Call::SigmoidGate { .. } => "sigmoid_gate",
+            Call::Convolve(_) => "convolution",
+            Call::Gates(_) => "gates",
+            Call::Delta(_) => "delta_rule",
             Call::Add { .. } => "add",
             Call::Scale { .. } => "scale",
             Call::SoftCap { .. } => "soft_cap",
@@ -201,6 +211,9 @@ impl Call<'_> {
             Call::Gated { gate, .. } => [gate.rows(), gate.width()],
             Call::Add { a, .. } => [a.rows(), a.width()],
             Call::Experts(products) => products.shape(),
+            Call::Convolve(convolution) => convolution.shape(),
+            Call::Gates(gates) => gates.shape(),
+            Call::Delta(rule) => rule.shape(),
             Call::Mix { x, used, .. } => [x.rows(), x.width() / used.max(1)],
         }
     }

@@ -208,16 +208,16 @@ pub fn check_mix(x: &Tensor, routes: &Tensor, used: usize) -> Result<(), Compute
     })
 }
 
-/// Refuses a gate that is not one value for each row.
+/// Refuses gates that are not one for each row, or for each value.
 ///
 /// # Errors
 /// With both shapes.
 pub fn check_gate(x: &Tensor, gate: &Tensor) -> Result<(), ComputeError> {
-    if (gate.rows(), gate.width()) == (x.rows(), 1) {
+    if gate.rows() == x.rows() && (gate.width() == 1 || gate.width() == x.width()) {
         return Ok(());
     }
     Err(ComputeError::Shape {
-        what: "the gate of a shared expert".to_owned(),
+        what: "a sigmoid's gate".to_owned(),
         left: format!("gate [{}, {}]", gate.rows(), gate.width()),
         right: format!("input [{}, {}]", x.rows(), x.width()),
     })

@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::call::Call;
+use super::delta::{Convolution, DeltaRule};
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
@@ -439,6 +440,19 @@ impl Ops for Floor {
             Call::Experts(products) => self.experts(&products),
             Call::Mix { x, routes, used } => self.mix(call, x, routes, used),
             Call::SigmoidGate { gate, .. } => self.sigmoid_gate(call, gate),
+            Call::Convolve(convolution) => self.convolve(&convolution),
+            Call::Gates(gates) => {
+                let y = gates.made()?;
+                // The same values for every arm of the project.
+                self.note_each(&y, |_, y| {
+                    let size = f64::from(y);
+                    (2.0 * self.passed(1.0) + self.foreign(64.0, 1.0)).sqrt()
+                        + quarter_place(y)
+                        + F32_UNIT * size
+                });
+                Ok(y)
+            }
+            Call::Delta(rule) => self.delta(&rule),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -617,14 +631,54 @@ impl Floor {
 
     fn sigmoid_gate(&self, call: &Call<'_>, gate: &Tensor) -> Result<Tensor, ComputeError> {
         let y = call.on(&Reference)?;
-        let width = y.width();
+        let width = y.width() / gate.width().max(1);
         self.note_each(&y, |index, y| {
-            let power = libm::exp(-f64::from(gate.data()[index / width]));
+            let power = libm::exp(-f64::from(gate.data()[index / width.max(1)]));
             let share = if power.is_finite() { power / (1.0 + power) } else { 1.0 };
             let size = f64::from(y);
             let exponential = (2.0 * F32_UNIT * share * size).powi(2);
             let engine = 2.0 * self.passed(size) + self.foreign(8.0, size);
             (exponential + 3.0 * rounded(size) + engine).sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn convolve(&self, convolution: &Convolution<'_>) -> Result<Tensor, ComputeError> {
+        let y = convolution.exact()?;
+        let taps = convolution.checked()?;
+        let (count, channels) = (convolution.weight.width(), y.width());
+        self.note_each(&y, |index, y| {
+            let (row, channel) = (convolution.first + index / channels, index % channels);
+            let (mut sum, mut before) = (0.0f64, 0.0);
+            for (tap, &weight) in taps[channel * count..][..count].iter().enumerate() {
+                if let Some(row) = (row + tap + 1).checked_sub(count) {
+                    sum += f64::from(weight) * f64::from(convolution.x.row(row)[channel]);
+                    before += rounded(sum) + self.foreign(2.0, sum);
+                }
+            }
+            before += self.passed(sum);
+            // SiLU's slope is at most 1.1; its exponential is within two places.
+            let size = f64::from(y);
+            let own = (4.0 * F32_UNIT * size).powi(2) + 4.0 * rounded(size) + self.passed(size);
+            let argument = rounded(sum) * size * size;
+            (1.21 * before + own + argument).sqrt() + quarter_place(y)
+        });
+        Ok(y)
+    }
+
+    fn delta(&self, rule: &DeltaRule<'_>) -> Result<Tensor, ComputeError> {
+        let (y, variances) = rule.exact()?;
+        // Roundings of one query or key are shared by all columns, and a token's by all later ones:
+        // twice the deviation of independent ones. A foreign engine computes in chunks of
+        // positions, in an order of its own, and passes values of the stream's type.
+        let foreign = if self.recipe.stream.is_some() { 8.0 } else { 2.0 };
+        let largest =
+            y.data().iter().fold(0.0f32, |most, y| if y.abs() > most { y.abs() } else { most });
+        self.note_each(&y, |index, y| {
+            let own = foreign * f64::from(variances.data()[index]).sqrt();
+            let passed =
+                (2.0 * self.passed(f64::from(y)) + self.foreign(8.0, f64::from(largest))).sqrt();
+            own + passed + quarter_place(y)
         });
         Ok(y)
     }

@@ -12,6 +12,14 @@ fn is_made(model: &Model, layer: usize, inner: &str) -> bool {
     let has = |name: &str| model.has(&format!("blk.{layer}.{name}.weight"));
     match inner {
         "attn_norm" | "ffn_norm" => has(inner),
+        "lin_qkvz" | "lin_ba" | "lin_conv" | "lin_gates" | "lin_delta" | "lin_norm"
+        | "lin_gated" => config.delta_of(layer).is_some(),
+        "q" | "k" | "v" | "q_rope" | "k_rope" | "attn" | "attn_gated"
+            if config.delta_of(layer).is_some() =>
+        {
+            false
+        }
+        "attn_gated" => config.architecture.gates_attention(),
         "q_norm" => has("attn_q_norm"),
         "k_norm" => has("attn_k_norm"),
         "q_rope" | "k_rope" => config.rope_of(layer).is_some(),
@@ -111,7 +119,15 @@ pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
         "attn" => {
             vec![last(&["q", "q_norm", "q_rope"]), last(&["k", "k_norm", "k_rope"]), here("v")]
         }
-        "attn_out" => vec![here("attn")],
+        "attn_gated" => vec![here("attn"), here("q")],
+        "attn_out" if is_made(model, block, "lin_gated") => vec![here("lin_gated")],
+        "attn_out" => vec![last(&["attn", "attn_gated"])],
+        "lin_qkvz" | "lin_ba" => normed("attn_norm", stream),
+        "lin_conv" => vec![here("lin_qkvz")],
+        "lin_gates" => vec![here("lin_ba")],
+        "lin_delta" => vec![here("lin_conv"), here("lin_gates")],
+        "lin_norm" => vec![here("lin_delta")],
+        "lin_gated" => vec![here("lin_qkvz"), here("lin_norm")],
         "attn_post_norm" => vec![here("attn_out")],
         "attn_scaled" => vec![last(&["attn_out", "attn_post_norm"])],
         "attn_residual" => vec![stream, last(&["attn_out", "attn_post_norm", "attn_scaled"])],

@@ -6,9 +6,10 @@
 //! keeps it, an anchor puts another arm's tensor in its place.
 
 use super::call::{Call, Held};
+use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
-use crate::model::{Config, Experts, Latent, Model, Weight};
+use crate::model::{Activation, Config, DeltaNet, Experts, Latent, Model, Weight};
 use crate::op::Site;
 use crate::tensor::Tensor;
 
@@ -22,9 +23,19 @@ pub trait Sites {
 /// own value, whatever the config says.
 const LATENT_EPS: f32 = 1e-6;
 
-/// Keys and values of the positions seen so far, per layer, `[positions, kv_heads * width]`.
+/// What a block keeps of the positions seen so far.
+struct Seen {
+    /// Keys, `[positions, kv_heads * head_dim]`; of a delta net what its convolution reads.
+    keys: Tensor,
+    /// Values, `[positions, kv_heads * value_dim]`; of a delta net what the convolution gives.
+    values: Tensor,
+    /// The gates of a delta net.
+    gates: Tensor,
+}
+
+/// What blocks keep of the positions seen so far.
 pub struct KvCache {
-    layers: Vec<(Tensor, Tensor)>,
+    layers: Vec<Seen>,
     positions: usize,
 }
 
@@ -32,7 +43,11 @@ impl KvCache {
     /// An empty cache for a model of this shape.
     pub fn new(config: &Config) -> KvCache {
         let empty = |head| Tensor::zeros(0, config.kv_heads * head);
-        let layer = || (empty(config.head_dim), empty(config.value_dim()));
+        let layer = || Seen {
+            keys: empty(config.head_dim),
+            values: empty(config.value_dim()),
+            gates: Tensor::zeros(0, 1),
+        };
         KvCache { layers: (0..config.layers).map(|_| layer()).collect(), positions: 0 }
     }
 
@@ -168,7 +183,7 @@ impl Block<'_> {
     fn run(
         &self,
         stream: Tensor,
-        cache: &mut (Tensor, Tensor),
+        cache: &mut Seen,
         flow: &mut Flow<'_>,
     ) -> Result<Tensor, ComputeError> {
         let config = self.model.config();
@@ -179,18 +194,10 @@ impl Block<'_> {
         let normed = self.norm("attn_norm", &stream)?.map(|call| make("attn_norm", &call));
         let normed = normed.transpose()?;
         let x = normed.as_ref().unwrap_or(&stream);
-        let [q, k, v] = match config.latent {
-            None => self.heads(x, &mut make)?,
-            Some(latent) => self.latent_heads(latent, x, &mut make)?,
+        let mut branch = match config.delta_of(self.layer) {
+            None => self.attention(x, cache, &mut make)?,
+            Some(delta) => self.delta_net(delta, x, cache, &mut make)?,
         };
-        append(&mut cache.0, &k);
-        append(&mut cache.1, &v);
-
-        let sinks = sinks_of(self.model, self.layer)?;
-        let shape = attention_of(config, self.layer, self.first_position);
-        let shape = AttentionShape { sinks: sinks.as_deref(), ..shape };
-        let mut branch = make("attn", &Call::Attention { q: &q, k: &cache.0, v: &cache.1, shape })?;
-        branch = make("attn_out", &self.project("attn_output", &branch)?)?;
         if let Some(call) = self.norm("post_attention_norm", &branch)? {
             branch = make("attn_post_norm", &call)?;
         }
@@ -215,12 +222,102 @@ impl Block<'_> {
         make("ffn_residual", &Call::Add { a: &stream, b: &branch })
     }
 
-    /// Queries, keys and values of a projection each.
-    fn heads(&self, x: &Tensor, make: &mut Make<'_>) -> Result<[Tensor; 3], ComputeError> {
+    /// Attention, and the product behind it.
+    fn attention(
+        &self,
+        x: &Tensor,
+        cache: &mut Seen,
+        make: &mut Make<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let config = self.model.config();
+        let ([q, k, v], gates) = match config.latent {
+            None => self.heads(x, make)?,
+            Some(latent) => (self.latent_heads(latent, x, make)?, None),
+        };
+        append(&mut cache.keys, &k);
+        append(&mut cache.values, &v);
+        let sinks = sinks_of(self.model, self.layer)?;
+        let shape = attention_of(config, self.layer, self.first_position);
+        let shape = AttentionShape { sinks: sinks.as_deref(), ..shape };
+        let call = Call::Attention { q: &q, k: &cache.keys, v: &cache.values, shape };
+        let mut branch = make("attn", &call)?;
+        if let Some(gate) = &gates {
+            branch = make("attn_gated", &Call::SigmoidGate { x: &branch, gate })?;
+        }
+        make("attn_out", &self.project("attn_output", &branch)?)
+    }
+
+    /// A gated delta net, and the product behind it. Each head of keys has its query, its key, and
+    /// the values and gates of its group side by side.
+    fn delta_net(
+        &self,
+        net: &DeltaNet,
+        x: &Tensor,
+        cache: &mut Seen,
+        make: &mut Make<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let eps = self.model.config().rms_norm_eps;
+        let weight = |name: &str| self.model.tensor(&format!("blk.{}.{name}", self.layer));
+        let all = make("lin_qkvz", &self.project("ssm_in", x)?)?;
+        let raw = make("lin_ba", &self.project("ssm_ba", x)?)?;
+        let (keys, values) = (net.key_dim, net.value_heads / net.key_heads * net.value_dim);
+        let parts = |widths: [usize; 2]| {
+            let heads = (0..all.rows()).flat_map(|row| {
+                all.row(row)
+                    .chunks_exact(2 * keys + 2 * values)
+                    .flat_map(move |head| head[widths[0]..widths[1]].iter().copied())
+            });
+            Tensor::new(net.key_heads * (widths[1] - widths[0]), heads.collect())
+        };
+        let (query, key) = (parts([0, keys]), parts([keys, 2 * keys]));
+        let value = parts([2 * keys, 2 * keys + values]);
+        let gate = parts([2 * keys + values, 2 * keys + 2 * values]);
+        let mut mixed = Tensor::zeros(all.rows(), net.channels());
+        mixed.set_columns(0, &query);
+        mixed.set_columns(query.width(), &key);
+        mixed.set_columns(2 * query.width(), &value);
+        append(&mut cache.keys, &mixed);
+        let first = self.first_position;
+        let taps = weight("ssm_conv1d.weight")?;
+        let call = Call::Convolve(Convolution { x: &cache.keys, weight: taps, first });
+        let convolved = make("lin_conv", &call)?;
+        append(&mut cache.values, &convolved);
+        let (rates, shift) = (weight("ssm_a_log.weight")?, weight("ssm_dt.bias")?);
+        let gates = make("lin_gates", &Call::Gates(Gates { x: &raw, rates, shift, net }))?;
+        append(&mut cache.gates, &gates);
+        let rule = DeltaRule { x: &cache.values, gates: &cache.gates, first, net };
+        let read = make("lin_delta", &Call::Delta(rule))?;
+        let call = norm_of(self.model, &format!("blk.{}.ssm_norm", self.layer), &read, eps)?;
+        let normed = make("lin_norm", &call)?;
+        let activation = Activation::Silu;
+        let call = Call::Gated { gate: &gate, up: &normed, activation };
+        let gated = make("lin_gated", &call)?;
+        make("attn_out", &self.project("ssm_out", &gated)?)
+    }
+
+    /// Queries, keys and values of a projection each, and gates where queries come with them.
+    #[expect(clippy::type_complexity, reason = "three tensors, and one more")]
+    fn heads(
+        &self,
+        x: &Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<([Tensor; 3], Option<Tensor>), ComputeError> {
         let config = self.model.config();
         let mut q = make("q", &self.project("attn_q", x)?)?;
         let mut k = make("k", &self.project("attn_k", x)?)?;
         let v = make("v", &self.project("attn_v", x)?)?;
+        let mut gates = None;
+        if config.architecture.gates_attention() {
+            // Each head has its query and then its gates.
+            let part = |which: usize| {
+                let heads = q.data().chunks_exact(config.head_dim).skip(which).step_by(2);
+                let data = heads.flatten().copied().collect();
+                Tensor::new(config.heads * config.head_dim, data)
+            };
+            let queries = part(0);
+            gates = Some(part(1));
+            q = queries;
+        }
         if let Some(call) = self.norm("attn_q_norm", &q)? {
             q = make("q_norm", &call)?;
         }
@@ -234,7 +331,7 @@ impl Block<'_> {
             k = make("k_rope", &turn(&k))?;
             q = turned;
         }
-        Ok([q, k, v])
+        Ok(([q, k, v], gates))
     }
 
     /// Queries, keys and values of latent attention: a head of keys is what its latent vector

@@ -7,6 +7,7 @@
 pub mod arms;
 pub mod call;
 pub mod cuda;
+pub mod delta;
 pub mod departure;
 pub mod drawn;
 pub mod eight_bit;

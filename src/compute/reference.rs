@@ -43,6 +43,9 @@ impl Ops for Reference {
             Call::Experts(products) => self.experts(&products),
             Call::Mix { x, routes, used } => self.mix(x, routes, used),
             Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
+            Call::Convolve(convolution) => convolution.exact(),
+            Call::Gates(gates) => gates.made(),
+            Call::Delta(rule) => Ok(rule.exact()?.0),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -250,8 +253,10 @@ impl Reference {
         experts::check_gate(x, gate)?;
         let mut y = x.clone();
         for row in 0..x.rows() {
-            let gate = 1.0 + libm::exp(-f64::from(gate.row(row)[0]));
-            y.row_mut(row).iter_mut().for_each(|y| *y = (f64::from(*y) / gate) as f32);
+            let gates = gate.row(row).iter().cycle();
+            for (y, gate) in y.row_mut(row).iter_mut().zip(gates) {
+                *y = (f64::from(*y) / (1.0 + libm::exp(-f64::from(*gate)))) as f32;
+            }
         }
         Ok(y)
     }

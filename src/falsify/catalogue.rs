@@ -446,6 +446,8 @@ pub const CATALOGUE: &[Bug] = &[
     bug("norm without its bias", &["norm-bias-missing"], NORMS, Plant::NormBiasMissing),
     bug("GELU (exact) without a gate", &["activation-function"], &["ffn_act"], Plant::Gelu),
     bug("ReLU without a gate", &["activation-function"], &["ffn_act"], Plant::Relu),
+    bug("a state that does not decay", &["delta-gate"], &["lin_delta"], Plant::StateKept),
+    bug("a state corrected whole", &["delta-gate"], &["lin_delta"], Plant::StateUncorrected),
     // Mixtures of experts.
     bug("a token's best expert passed over", &["expert-choice"], &["ffn_route"], Plant::NextExpert),
     bug(

@@ -11,6 +11,7 @@ use crate::compare::fingerprints::{
     cache_format, head_permutation, layer_norm, rope_angles, zero_point,
 };
 use crate::compute::call::{Call, MadeWeight};
+use crate::compute::delta::DeltaRule;
 use crate::compute::departure::{
     Converted, Edit, MOST_E4M3FNUZ, Steps, clipped, flushed, keep, matmul_by_factor, matmul_rows,
     only_inner, operands, read_as, read_as_fnuz, requantised, rounded_up_beside_codes, scaled,
@@ -147,6 +148,8 @@ pub enum Plant {
     RoutingFactor,
     RoutingBias,
     OtherExpert,
+    StateKept,
+    StateUncorrected,
 }
 
 /// What a bug has at hand.
@@ -254,7 +257,23 @@ pub fn planted(
             }
             _ => Ok(None),
         },
-        Call::Mix { .. } | Call::SigmoidGate { .. } => Ok(None),
+        Call::Delta(rule) => match plant {
+            Plant::StateKept | Plant::StateUncorrected => {
+                let heads = rule.net.value_heads;
+                let kept = plant == Plant::StateKept;
+                let mut gates = rule.gates.clone();
+                for row in 0..gates.rows() {
+                    let range = if kept { 0..heads } else { heads..2 * heads };
+                    gates.row_mut(row)[range].fill(1.0);
+                }
+                let spoilt = DeltaRule { gates: &gates, ..rule };
+                Ok(Some(Call::Delta(spoilt).on(ground.arm)?))
+            }
+            _ => Ok(None),
+        },
+        Call::Mix { .. } | Call::SigmoidGate { .. } | Call::Convolve(_) | Call::Gates(_) => {
+            Ok(None)
+        }
         Call::Rope { x, rope, head_dim, first_position } => {
             rotation(plant, (x, rope, head_dim, first_position), ground)
         }

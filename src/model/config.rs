@@ -53,6 +53,8 @@ pub enum Architecture {
     GptOss,
     /// DeepSeek-V3: latent attention, experts in groups beside a shared one.
     DeepSeekV3,
+    /// Qwen3-Next: a gated delta net in most blocks, gated attention in the others, experts.
+    Qwen3Next,
 }
 
 /// Where a block has norms.
@@ -99,11 +101,12 @@ impl Architecture {
             Architecture::Qwen3Moe => "qwen3_moe",
             Architecture::GptOss => "gpt_oss",
             Architecture::DeepSeekV3 => "deepseek_v3",
+            Architecture::Qwen3Next => "qwen3_next",
         }
     }
 
     /// All that a Hugging Face folder may hold.
-    pub const ALL: [Architecture; 18] = [
+    pub const ALL: [Architecture; 19] = [
         Architecture::Llama,
         Architecture::Qwen2,
         Architecture::Qwen3,
@@ -122,6 +125,7 @@ impl Architecture {
         Architecture::Qwen3Moe,
         Architecture::GptOss,
         Architecture::DeepSeekV3,
+        Architecture::Qwen3Next,
     ];
     /// Those that a GGUF file may hold.
     const OF_GGUF: [Architecture; 3] =
@@ -147,7 +151,10 @@ impl Architecture {
 
     pub(super) fn qk_norms(self) -> QkNorms {
         match self {
-            Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Gemma3 => QkNorms::Heads,
+            Architecture::Qwen3
+            | Architecture::Qwen3Moe
+            | Architecture::Qwen3Next
+            | Architecture::Gemma3 => QkNorms::Heads,
             Architecture::Olmo2 => QkNorms::Rows,
             _ => QkNorms::None,
         }
@@ -175,7 +182,12 @@ impl Architecture {
 
     /// Whether a Hugging Face folder holds the gains of norms less one.
     pub(super) fn gains_less_one(self) -> bool {
-        matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
+        matches!(self, Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Qwen3Next)
+    }
+
+    /// Whether the projection of queries gives a gate for each value of attention besides.
+    pub fn gates_attention(self) -> bool {
+        self == Architecture::Qwen3Next
     }
 }
 
@@ -421,6 +433,31 @@ pub struct Latent {
     pub values: usize,
 }
 
+/// Gated delta nets in the place of attention (Yang et al., arXiv 2412.06464): a state for each
+/// head of values, which decays and is corrected at every token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeltaNet {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values, a multiple of those of keys.
+    pub value_heads: usize,
+    /// Width of a head of queries and keys.
+    pub key_dim: usize,
+    /// Width of a head of values.
+    pub value_dim: usize,
+    /// Positions that the convolution before it reads, its own among them.
+    pub taps: usize,
+    /// Which blocks have one; the others have attention.
+    pub blocks: Vec<bool>,
+}
+
+impl DeltaNet {
+    /// Values that go through the convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+    }
+}
+
 /// Checked hyperparameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -464,6 +501,8 @@ pub struct Config {
     pub experts: Option<Experts>,
     /// Latent attention.
     pub latent: Option<Latent>,
+    /// Gated delta nets.
+    pub delta: Option<DeltaNet>,
 }
 
 /// A tensor that the forward pass reads.
@@ -524,6 +563,14 @@ impl Config {
                 "gates_shared": experts.gates_shared,
                 "blocks": experts.blocks,
             })),
+            "delta": self.delta.as_ref().map(|delta| serde_json::json!({
+                "key_heads": delta.key_heads,
+                "value_heads": delta.value_heads,
+                "key_dim": delta.key_dim,
+                "value_dim": delta.value_dim,
+                "taps": delta.taps,
+                "blocks": delta.blocks,
+            })),
             "latent": self.latent.map(|latent| serde_json::json!({
                 "queries": latent.queries,
                 "keys": latent.keys,
@@ -537,6 +584,12 @@ impl Config {
     /// Width of a head of values; of queries and keys it is `head_dim`.
     pub fn value_dim(&self) -> usize {
         self.latent.map_or(self.head_dim, |latent| latent.values)
+    }
+
+    /// The gated delta net of a block, where it has one and no attention.
+    pub fn delta_of(&self, layer: usize) -> Option<&DeltaNet> {
+        let has = |delta: &&DeltaNet| delta.blocks.get(layer).copied().unwrap_or(false);
+        self.delta.as_ref().filter(has)
     }
 
     /// The mixture of experts of a block, where it has one.
@@ -604,9 +657,13 @@ impl Config {
             push("post_attention_norm.weight", 1, self.hidden, always);
             push("post_ffw_norm.weight", 1, self.hidden, always);
         }
+        let delta = self.delta_of(layer);
         match self.latent {
+            None if delta.is_some() => {}
             None => {
-                for (name, rows) in [("attn_q", queries), ("attn_k", keys), ("attn_v", keys)] {
+                let gates = if self.architecture.gates_attention() { queries } else { 0 };
+                let all = [("attn_q", queries + gates), ("attn_k", keys), ("attn_v", keys)];
+                for (name, rows) in all {
                     push(&format!("{name}.weight"), rows, self.hidden, always);
                     push(&format!("{name}.bias"), 1, rows, qkv);
                 }
@@ -629,8 +686,22 @@ impl Config {
                 push("attn_kv_b.weight", wide, latent.keys, always);
             }
         }
-        push("attn_output.weight", self.hidden, self.heads * self.value_dim(), always);
-        push("attn_output.bias", 1, self.hidden, output);
+        match delta {
+            Some(delta) => {
+                let (heads, values) = (delta.value_heads, delta.value_heads * delta.value_dim);
+                push("ssm_in.weight", delta.channels() + values, self.hidden, always);
+                push("ssm_ba.weight", 2 * heads, self.hidden, always);
+                push("ssm_conv1d.weight", delta.channels(), delta.taps, always);
+                push("ssm_a_log.weight", 1, heads, always);
+                push("ssm_dt.bias", 1, heads, always);
+                push("ssm_norm.weight", 1, delta.value_dim, always);
+                push("ssm_out.weight", self.hidden, values, always);
+            }
+            None => {
+                push("attn_output.weight", self.hidden, self.heads * self.value_dim(), always);
+                push("attn_output.bias", 1, self.hidden, output);
+            }
+        }
         if self.architecture.has_sinks() {
             push("attn_sinks.weight", 1, self.heads, always);
         }
@@ -639,7 +710,7 @@ impl Config {
             QkNorms::Heads => Some([self.head_dim; 2]),
             QkNorms::Rows => Some([queries, keys]),
         };
-        if let Some([of_queries, of_keys]) = widths {
+        if let Some([of_queries, of_keys]) = widths.filter(|_| delta.is_none()) {
             push("attn_q_norm.weight", 1, of_queries, always);
             push("attn_k_norm.weight", 1, of_keys, always);
         }
@@ -721,6 +792,7 @@ pub(super) struct Raw {
     pub caps: Caps,
     pub experts: Option<Experts>,
     pub latent: Option<Latent>,
+    pub delta: Option<DeltaNet>,
 }
 
 /// RoPE as written.
@@ -806,6 +878,7 @@ impl Raw {
             caps: self.caps,
             experts: self.experts,
             latent: self.latent,
+            delta: self.delta,
         };
         config.check()?;
         Ok(config)
@@ -883,6 +956,21 @@ impl Config {
             if kv_heads != heads {
                 return bad(format!(
                     "latent attention has {heads} heads of queries and {kv_heads} of keys"
+                ));
+            }
+        }
+        if let Some(delta) = &self.delta {
+            let DeltaNet { key_heads, value_heads, key_dim, value_dim, taps, blocks } = delta;
+            let all = [key_heads, value_heads, key_dim, value_dim, taps];
+            if all.iter().any(|size| **size == 0 || **size > 1 << 16)
+                || !value_heads.is_multiple_of(*key_heads)
+                || blocks.len() != self.layers
+            {
+                return bad(format!(
+                    "its delta nets have {key_heads} heads of {key_dim} keys, {value_heads} heads \
+                     of {value_dim} values, a convolution over {taps} positions, and it says of {} \
+                     blocks whether they have one",
+                    blocks.len()
                 ));
             }
         }
@@ -1000,6 +1088,7 @@ pub(super) fn from_gguf(
         caps: Caps::default(),
         experts: None,
         latent: None,
+        delta: None,
     }
     .check()
 }

@@ -13,9 +13,9 @@ use std::f64::consts::PI;
 use serde_json::{Map, Value};
 
 use super::config::{
-    Activation, Architecture, Biases, Caps, Config, Experts, Factors, LARGEST_HEAD, LARGEST_SIZE,
-    Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling, exact_share,
-    missing_key, positive,
+    Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, LARGEST_HEAD,
+    LARGEST_SIZE, Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling,
+    exact_share, missing_key, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::quantised::{self, Quantised};
@@ -182,7 +182,7 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         (None, Architecture::GptOss) => 64,
         // Defaults of the configuration classes, whatever the hidden width.
         (None, Architecture::Qwen3 | Architecture::Glm4) => 128,
-        (None, Architecture::Gemma2 | Architecture::Gemma3) => 256,
+        (None, Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Qwen3Next) => 256,
         (None, _) => exact_share(hidden, heads)?,
     };
     let usual = Usual::of(architecture);
@@ -277,7 +277,48 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         caps,
         experts: experts(keys, architecture, layers)?,
         latent,
+        delta: delta(keys, architecture, layers)?,
     })
+}
+
+/// Gated delta nets, and which blocks have them.
+fn delta(
+    keys: &Keys<'_>,
+    architecture: Architecture,
+    layers: u64,
+) -> Result<Option<DeltaNet>, Fault> {
+    if architecture != Architecture::Qwen3Next {
+        return Ok(None);
+    }
+    let width = |key: &str, usual: u64| -> Result<usize, Fault> {
+        Ok(keys.whole(key)?.unwrap_or(usual).min(LARGEST_SIZE + 1) as usize)
+    };
+    let interval = keys.whole("full_attention_interval")?.unwrap_or(4).max(1);
+    let blocks = match keys.texts("layer_types")? {
+        None => {
+            let blocks = 0..layers.min(LARGEST_SIZE);
+            blocks.map(|block| (block + 1) % interval != 0).collect()
+        }
+        Some(types) => {
+            let has = |kind: &&str| match *kind {
+                "full_attention" => Ok(false),
+                "linear_attention" => Ok(true),
+                other => Err(Fault::unsupported(
+                    format!("it has layers of type `{}`", shown(other)),
+                    OTHER_MODEL,
+                )),
+            };
+            types.iter().map(has).collect::<Result<Vec<bool>, _>>()?
+        }
+    };
+    Ok(Some(DeltaNet {
+        key_heads: width("linear_num_key_heads", 16)?,
+        value_heads: width("linear_num_value_heads", 32)?,
+        key_dim: width("linear_key_head_dim", 128)?,
+        value_dim: width("linear_value_head_dim", 128)?,
+        taps: width("linear_conv_kernel_dim", 4)?,
+        blocks,
+    }))
 }
 
 /// Latent attention.
@@ -378,8 +419,8 @@ fn experts(
                 blocks: Vec::new(),
             }
         }
-        Architecture::Qwen2Moe | Architecture::Qwen3Moe => {
-            let older = architecture == Architecture::Qwen2Moe;
+        Architecture::Qwen2Moe | Architecture::Qwen3Moe | Architecture::Qwen3Next => {
+            let shares = architecture != Architecture::Qwen3Moe;
             let step = keys.whole("decoder_sparse_step")?.unwrap_or(1);
             if step == 0 {
                 return Err(Fault::malformed("its `decoder_sparse_step` is 0", FETCH_AGAIN));
@@ -395,7 +436,12 @@ fn experts(
                     list.iter().map(of).collect::<Result<_, _>>()?
                 }
             };
-            let (count_usual, used, ffn) = if older { (60, 4, 1408) } else { (128, 8, 768) };
+            let (count_usual, used, ffn, shared) = match architecture {
+                Architecture::Qwen2Moe => (60, 4, 1408, 5632),
+                Architecture::Qwen3Next => (512, 10, 512, 512),
+                _ => (128, 8, 768, 0),
+            };
+            let normalises = architecture == Architecture::Qwen3Next;
             let has = |block: u64| (block + 1).is_multiple_of(step) && !dense.contains(&block);
             let blocks: Vec<bool> = blocks.map(has).collect();
             let experts = Experts {
@@ -403,13 +449,13 @@ fn experts(
                 ffn: width("moe_intermediate_size", ffn)?,
                 routing: one_group(
                     width("num_experts_per_tok", used)?,
-                    of_share(keys.flag("norm_topk_prob")?, false),
+                    of_share(keys.flag("norm_topk_prob")?, normalises),
                 ),
-                shared: match older {
-                    true => Some(width("shared_expert_intermediate_size", 5632)?),
+                shared: match shares {
+                    true => Some(width("shared_expert_intermediate_size", shared)?),
                     false => None,
                 },
-                gates_shared: older,
+                gates_shared: shares,
                 blocks,
             };
             if experts.count == 0 || !experts.blocks.contains(&true) {
@@ -547,6 +593,10 @@ fn windows(
     context_length: u64,
 ) -> Result<(Option<u64>, Vec<bool>), Fault> {
     let written = keys.whole("sliding_window")?;
+    // Its kinds of layers are read elsewhere.
+    if architecture == Architecture::Qwen3Next && written.is_none() {
+        return Ok((None, Vec::new()));
+    }
     let used = keys.flag("use_sliding_window")?.unwrap_or(false);
     let first = keys.whole("max_window_layers")?;
     let pattern = keys.whole("sliding_window_pattern")?;
@@ -585,7 +635,8 @@ fn windows(
         | Architecture::Granite
         | Architecture::Glm4
         | Architecture::StableLm
-        | Architecture::DeepSeekV3 => match written {
+        | Architecture::DeepSeekV3
+        | Architecture::Qwen3Next => match written {
             Some(window) if window != 0 && window < context_length => {
                 return Err(Fault::unsupported(
                     format!("its attention slides over {window} of {context_length} positions"),
@@ -681,6 +732,7 @@ impl Usual {
             Architecture::Qwen3Moe => (32_768, Some(4), 1e-6),
             Architecture::GptOss => (131_072, Some(8), 1e-5),
             Architecture::DeepSeekV3 => (4096, Some(128), 1e-6),
+            Architecture::Qwen3Next => (32_768, Some(2), 1e-6),
         };
         Usual { context_length, kv_heads, rms_norm_eps }
     }
@@ -755,12 +807,15 @@ fn ropes(
         },
         share: match architecture {
             Architecture::Glm4 => 0.5,
-            Architecture::StableLm => 0.25,
+            Architecture::StableLm | Architecture::Qwen3Next => 0.25,
             _ => 1.0,
         },
         turns_parts: matches!(
             architecture,
-            Architecture::Phi3 | Architecture::Glm4 | Architecture::StableLm
+            Architecture::Phi3
+                | Architecture::Glm4
+                | Architecture::StableLm
+                | Architecture::Qwen3Next
         ),
         in_f32: architecture == Architecture::Olmo2,
         yarn_is_longrope: architecture == Architecture::Phi3,

@@ -28,8 +28,8 @@ use std::sync::OnceLock;
 use crate::files::{self, Mapped};
 use crate::text::Shown;
 pub use config::{
-    Activation, Architecture, Biases, Caps, Config, Experts, Factors, Latent, Presence, Rope,
-    RopeLayout, RouterScores, Routing, Scaling, Sliding,
+    Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, Latent, Presence,
+    Rope, RopeLayout, RouterScores, Routing, Scaling, Sliding,
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
@@ -200,8 +200,10 @@ impl Model {
                     scales.push((of.to_owned(), ScalesPlace { file, bytes, kind, shape, steps }));
                     continue;
                 }
-                let less_one =
-                    config.architecture.gains_less_one() && name.ends_with("norm.weight");
+                // The norm within a delta net holds its gain itself.
+                let less_one = config.architecture.gains_less_one()
+                    && name.ends_with("norm.weight")
+                    && !name.ends_with("ssm_norm.weight");
                 match tensors.entry(name) {
                     MapEntry::Vacant(entry) => {
                         let file = files.len();

@@ -289,6 +289,8 @@ fn tensor(
         }
         [width] => (1, width),
         [rows, width] => (rows, width),
+        // A convolution of each channel by itself.
+        [channels, 1, taps] if name.ends_with("conv1d.weight") => (channels, taps),
         _ => {
             return Err(Fault::malformed(
                 format!("its shape {shape:?} is neither a vector's nor a matrix's"),
@@ -368,6 +370,10 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
             _ => Canonical::Unknown,
         };
     }
+    // What predicts further tokens, which a pass does without.
+    if config.architecture == Architecture::Qwen3Next && name.starts_with("mtp.") {
+        return Canonical::Ignored;
+    }
     let known = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
@@ -409,6 +415,13 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
         "mlp.c_fc.bias" if architecture == Architecture::Starcoder2 => "ffn_up.bias",
         "mlp.c_proj.weight" if architecture == Architecture::Starcoder2 => "ffn_down.weight",
         "mlp.c_proj.bias" if architecture == Architecture::Starcoder2 => "ffn_down.bias",
+        "linear_attn.in_proj_qkvz.weight" if config.delta.is_some() => "ssm_in.weight",
+        "linear_attn.in_proj_ba.weight" if config.delta.is_some() => "ssm_ba.weight",
+        "linear_attn.conv1d.weight" if config.delta.is_some() => "ssm_conv1d.weight",
+        "linear_attn.A_log" if config.delta.is_some() => "ssm_a_log.weight",
+        "linear_attn.dt_bias" if config.delta.is_some() => "ssm_dt.bias",
+        "linear_attn.norm.weight" if config.delta.is_some() => "ssm_norm.weight",
+        "linear_attn.out_proj.weight" if config.delta.is_some() => "ssm_out.weight",
         "self_attn.sinks" if architecture.has_sinks() => "attn_sinks.weight",
         "self_attn.q_a_proj.weight" if config.latent.is_some() => "attn_q_a.weight",
         "self_attn.q_a_proj.bias" if config.latent.is_some() => "attn_q_a.bias",
@@ -468,7 +481,9 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
         ("router.weight", Architecture::GptOss) => "ffn_gate_inp.weight",
         ("router.bias", Architecture::GptOss) => "ffn_gate_inp.bias",
         ("gate.e_score_correction_bias", Architecture::DeepSeekV3) => "exp_probs_b.bias",
-        ("shared_expert_gate.weight", Architecture::Qwen2Moe) => "ffn_gate_inp_shexp.weight",
+        ("shared_expert_gate.weight", Architecture::Qwen2Moe | Architecture::Qwen3Next) => {
+            "ffn_gate_inp_shexp.weight"
+        }
         _ => "",
     };
     if !fixed.is_empty() {

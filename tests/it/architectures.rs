@@ -21,7 +21,7 @@ use crate::engines::{changed, judged, rewrite_file, stage};
 use crate::single::project;
 
 /// Folders that hold an architecture which is computed.
-const COMPUTED: [&str; 18] = [
+const COMPUTED: [&str; 19] = [
     "llama",
     "llama-linear",
     "llama3-rope",
@@ -40,6 +40,7 @@ const COMPUTED: [&str; 18] = [
     "qwen3-moe",
     "gpt-oss",
     "deepseek-v3",
+    "qwen3-next",
 ];
 
 const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
@@ -190,7 +191,7 @@ fn the_reference_is_transformers_in_f64() {
 #[test]
 fn the_reference_is_transformers_in_f64_for_very_small_models() {
     let small = others(own("tests/fixtures/small-models").as_os_str());
-    assert_eq!(small.len(), 6);
+    assert_eq!(small.len(), 7);
     hold_to_transformers(small);
 }
 

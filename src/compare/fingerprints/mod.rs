@@ -11,6 +11,7 @@ mod bias;
 pub mod cache_format;
 mod cast;
 mod causal_mask;
+mod delta;
 mod e5m2_read;
 mod epsilon;
 mod f16_overflow;
@@ -103,7 +104,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 51] = [
+pub const ALL: [&Fingerprint; 52] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -150,6 +151,7 @@ pub const ALL: [&Fingerprint; 51] = [
     &norm_mean::FINGERPRINT,
     &layer_norm::FINGERPRINT,
     &mixture::FINGERPRINT,
+    &delta::FINGERPRINT,
     &epsilon::FINGERPRINT,
     &softmax_scale::FINGERPRINT,
     &cache_format::FINGERPRINT,

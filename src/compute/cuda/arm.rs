@@ -15,6 +15,7 @@ use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
 use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of};
 use crate::compute::call::Call;
+use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
@@ -342,6 +343,9 @@ impl Ops for Device {
             Call::Experts(products) => self.experts(&products),
             Call::Mix { x, routes, used } => self.mix(x, routes, used),
             Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
+            Call::Convolve(convolution) => self.convolve(&convolution),
+            Call::Gates(gates) => gates.made(),
+            Call::Delta(rule) => self.delta(&rule),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, .. } => self.scale(x, factor),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -477,9 +481,41 @@ impl Device {
             let State { stream, kernels, .. } = state;
             let (values, gates) = (stream.clone_htod(x.data())?, stream.clone_htod(gate.data())?);
             let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
-            let shape = (x.rows() as u64, x.width() as u64);
+            let shape = (x.rows() as u64, x.width() as u64, gate.width() as u64);
             kernels.sigmoid_gate(stream, &values, &gates, shape, &mut y)?;
             download(state, &y, x.width())
+        })
+    }
+
+    fn convolve(&self, convolution: &Convolution<'_>) -> Result<Tensor, ComputeError> {
+        let taps = convolution.checked()?;
+        let [rows, channels] = convolution.shape();
+        self.gpu.with("a convolution", |state| {
+            let State { stream, kernels, .. } = state;
+            let values = stream.clone_htod(convolution.x.data())?;
+            let taps = stream.clone_htod(&taps)?;
+            let mut y = stream.alloc_zeros::<f32>(rows * channels)?;
+            let count = convolution.weight.width() as u64;
+            let shape = (rows as u64, channels as u64, count, convolution.first as u64);
+            kernels.convolve(stream, &values, &taps, shape, &mut y)?;
+            download(state, &y, channels)
+        })
+    }
+
+    fn delta(&self, rule: &DeltaRule<'_>) -> Result<Tensor, ComputeError> {
+        rule.check()?;
+        let [rows, width] = rule.shape();
+        let net = rule.net;
+        self.gpu.with("a gated delta rule", |state| {
+            let State { stream, kernels, .. } = state;
+            let values = stream.clone_htod(rule.x.data())?;
+            let gates = stream.clone_htod(rule.gates.data())?;
+            let cells = net.value_heads * net.key_dim * net.value_dim;
+            let mut memory = stream.alloc_zeros::<f32>(cells)?;
+            let mut y = stream.alloc_zeros::<f32>(rows * width)?;
+            let positions = (rule.x.rows() as u64, rule.first as u64);
+            kernels.delta(stream, &values, &gates, net, positions, &mut memory, &mut y)?;
+            download(state, &y, width)
         })
     }
 

@@ -12,7 +12,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::dtype::Format;
-use crate::model::{Activation, RouterScores, WeightType};
+use crate::model::{Activation, DeltaNet, RouterScores, WeightType};
 
 /// Threads of a block, where a kernel does not prescribe them.
 const THREADS: u32 = 256;
@@ -131,6 +131,8 @@ pub struct Kernels {
     sigmoid: CudaFunction,
     mix: CudaFunction,
     sigmoid_gate: CudaFunction,
+    convolve: CudaFunction,
+    delta: CudaFunction,
     scale: CudaFunction,
     soft_cap: CudaFunction,
     add: CudaFunction,
@@ -185,6 +187,8 @@ impl Kernels {
             sigmoid: load("sigmoid")?,
             mix: load("mix")?,
             sigmoid_gate: load("sigmoid_gate")?,
+            convolve: load("convolve")?,
+            delta: load("delta")?,
             scale: load("scale")?,
             soft_cap: load("soft_cap")?,
             add: load("add")?,
@@ -591,20 +595,67 @@ impl Kernels {
         launch!(stream, self.mix, config, x, weights, &rows, &used, &width, y)
     }
 
-    /// `x / (1 + e^-gate)`, a gate for each row.
+    /// SiLU of each channel's convolution over its last `taps` positions; the shape is rows,
+    /// channels, taps, and the position of the first row.
+    pub fn convolve(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        taps: &CudaSlice<f32>,
+        (rows, channels, count, first): (u64, u64, u64, u64),
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        must_hold("the positions", x.len(), (first + rows) * channels);
+        must_hold("the taps", taps.len(), channels * count);
+        must_hold("the result", y.len(), rows * channels);
+        let config = striding(rows * channels);
+        launch!(stream, self.convolve, config, x, taps, &rows, &channels, &count, &first, y)
+    }
+
+    /// The gated delta rule over all positions; results from `first` on. `memory` is zero before.
+    #[expect(clippy::too_many_arguments, reason = "the kernel's own parameters")]
+    pub fn delta(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        gates: &CudaSlice<f32>,
+        net: &DeltaNet,
+        (positions, first): (u64, u64),
+        memory: &mut CudaSlice<f32>,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let [key_heads, value_heads, key_dim, value_dim] =
+            [net.key_heads, net.value_heads, net.key_dim, net.value_dim].map(|n| n as u64);
+        must_hold("queries, keys and values", x.len(), positions * net.channels() as u64);
+        must_hold("the gates", gates.len(), positions * 2 * value_heads);
+        must_hold("the states", memory.len(), value_heads * key_dim * value_dim);
+        let rows = positions.saturating_sub(first);
+        must_hold("the result", y.len(), rows * value_heads * value_dim);
+        let config = LaunchConfig {
+            grid_dim: (value_heads as u32, 1, 1),
+            block_dim: (ATTENTION_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        launch!(
+            stream, self.delta, config, x, gates, &key_heads, &key_dim, &value_dim, &positions,
+            &first, memory, y
+        )
+    }
+
+    /// `x / (1 + e^-gate)`, a gate for each row or for each value: `gates` of a row.
     pub fn sigmoid_gate(
         &self,
         stream: &Arc<CudaStream>,
         x: &CudaSlice<f32>,
         gate: &CudaSlice<f32>,
-        (rows, width): (u64, u64),
+        (rows, width, gates): (u64, u64, u64),
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
         must_hold("the input", x.len(), rows * width);
-        must_hold("the gates", gate.len(), rows);
+        must_hold("the gates", gate.len(), rows * gates);
         must_hold("the result", y.len(), rows * width);
         let config = striding(rows * width);
-        launch!(stream, self.sigmoid_gate, config, x, gate, &rows, &width, y)
+        launch!(stream, self.sigmoid_gate, config, x, gate, &rows, &width, &gates, y)
     }
 
     /// `activation(gate) * up`.

@@ -16,6 +16,7 @@ use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
 use crate::compute::call::{Call, Held};
+use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::vector::{Kernel, dispatch};
 use crate::compute::{
@@ -238,6 +239,12 @@ impl Ops for Emulated {
             Call::Experts(products) => self.experts(&products),
             Call::Mix { x, routes, used } => self.mix(x, routes, used),
             Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
+            Call::Convolve(convolution) => self.convolve(&convolution),
+            Call::Gates(gates) => {
+                self.own_kernel("the gates of a delta net")?;
+                Ok(self.streamed(gates.made()?))
+            }
+            Call::Delta(rule) => self.delta(&rule),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, held } => self.scale(x, factor, held),
             Call::SoftCap { x, cap } => self.soft_cap(x, cap),
@@ -358,8 +365,42 @@ impl Emulated {
         self.own_kernel("the gate of a shared expert")?;
         let mut y = x.clone();
         for row in 0..x.rows() {
-            let gate = 1.0 + dispatch(Exponential { x: -gate.row(row)[0] });
-            y.row_mut(row).iter_mut().for_each(|y| *y /= gate);
+            let gates = gate.row(row);
+            dispatch(SigmoidGate { gates, y: y.row_mut(row) });
+        }
+        Ok(self.streamed(y))
+    }
+
+    fn convolve(&self, convolution: &Convolution<'_>) -> Result<Tensor, ComputeError> {
+        self.own_kernel("a convolution before a delta net")?;
+        let taps = convolution.checked()?;
+        let [rows, channels] = convolution.shape();
+        let mut y = Tensor::zeros(rows, channels);
+        y.data_mut().par_chunks_exact_mut(channels.max(1)).enumerate().for_each(|(row, y)| {
+            let position = convolution.first + row;
+            dispatch(Convolve { x: convolution.x, taps: &taps, position, y });
+        });
+        Ok(self.streamed(y))
+    }
+
+    fn delta(&self, rule: &DeltaRule<'_>) -> Result<Tensor, ComputeError> {
+        self.own_kernel("the gated delta rule")?;
+        rule.check()?;
+        let [rows, width] = rule.shape();
+        let mut y = Tensor::zeros(rows, width);
+        let heads: Vec<Vec<f32>> = (0..rule.net.value_heads)
+            .into_par_iter()
+            .map(|head| {
+                check_interrupt()?;
+                Ok(dispatch(Delta { rule, head }))
+            })
+            .collect::<Result<_, ComputeError>>()?;
+        let value_dim = rule.net.value_dim;
+        for (head, values) in heads.iter().enumerate() {
+            for (row, values) in values.chunks_exact(value_dim).enumerate() {
+                let first = head * value_dim;
+                y.row_mut(row)[first..first + value_dim].copy_from_slice(values);
+            }
         }
         Ok(self.streamed(y))
     }
@@ -562,16 +603,74 @@ impl Kernel for LayerNorm<'_> {
     }
 }
 
-struct Exponential {
-    x: f32,
+struct SigmoidGate<'a> {
+    gates: &'a [f32],
+    y: &'a mut [f32],
 }
 
-impl Kernel for Exponential {
-    type Output = f32;
+impl Kernel for SigmoidGate<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> f32 {
-        kernels::exp(self.x)
+    fn run<const FMA: bool>(self) {
+        for (y, gate) in self.y.iter_mut().zip(self.gates.iter().cycle()) {
+            *y /= 1.0 + kernels::exp(-gate);
+        }
+    }
+}
+
+struct Convolve<'a> {
+    x: &'a Tensor,
+    taps: &'a [f32],
+    position: usize,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Convolve<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Convolve { x, taps, position, y } = self;
+        let count = taps.len() / y.len().max(1);
+        for (channel, y) in y.iter_mut().enumerate() {
+            let taps = &taps[channel * count..(channel + 1) * count];
+            let mut sum = 0.0f32;
+            for (tap, &weight) in taps.iter().enumerate() {
+                // The last tap is the position's own.
+                if let Some(row) = (position + tap + 1).checked_sub(count) {
+                    sum = weight.mul_add(x.row(row)[channel], sum);
+                }
+            }
+            *y = kernels::swiglu(sum, 1.0);
+        }
+    }
+}
+
+struct Delta<'a> {
+    rule: &'a DeltaRule<'a>,
+    head: usize,
+}
+
+impl Kernel for Delta<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<f32> {
+        let Delta { rule, head } = self;
+        let (key_dim, value_dim) = (rule.net.key_dim, rule.net.value_dim);
+        let mut state = vec![0.0; key_dim * value_dim];
+        let [rows, _] = rule.shape();
+        let mut all = Vec::with_capacity(rows * value_dim);
+        let mut out = vec![0.0; value_dim];
+        for position in 0..rule.x.rows() {
+            let token = rule.token(position, head);
+            kernels::delta_step(&token, &mut state, &mut out);
+            if position >= rule.first {
+                all.extend_from_slice(&out);
+            }
+        }
+        all
     }
 }
 

@@ -770,6 +770,9 @@ impl EngineArm {
             | Call::Route { .. }
             | Call::Experts(_)
             | Call::Mix { .. }
+            | Call::Convolve(_)
+            | Call::Gates(_)
+            | Call::Delta(_)
             | Call::SigmoidGate { .. } => return Err(unknown(&format!("`{}`", call.op()))),
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
@@ -830,6 +833,9 @@ impl EngineArm {
             | Call::Route { .. }
             | Call::Experts(_)
             | Call::Mix { .. }
+            | Call::Convolve(_)
+            | Call::Gates(_)
+            | Call::Delta(_)
             | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => false,
         }
@@ -878,6 +884,9 @@ impl EngineArm {
             | Call::Route { .. }
             | Call::Experts(_)
             | Call::Mix { .. }
+            | Call::Convolve(_)
+            | Call::Gates(_)
+            | Call::Delta(_)
             | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => {}
         }

@@ -168,6 +168,53 @@ fn reciprocal_root(mean: f32, mean_low: f32, eps: f32) -> (f32, f32) {
     (root, 0.5 * root * residual)
 }
 
+/// What a delta net's head reads at one token.
+pub struct DeltaToken<'a> {
+    /// The query.
+    pub query: &'a [f32],
+    /// The key, as wide.
+    pub key: &'a [f32],
+    /// The value.
+    pub value: &'a [f32],
+    /// How much of the state stays.
+    pub decay: f32,
+    /// How much of what the state says for the key is corrected.
+    pub beta: f32,
+}
+
+/// One token of one head of the gated delta rule; `state` is `[query.len(), value.len()]`.
+///
+/// * `r = 1 / sqrt(q . q + 1e-6)` by a warp, `q = (q r) / sqrt(width)`, and `k = k r` likewise;
+/// * `S = S decay`, and of each column `m = sum S k`, a chain of fma over the rows;
+/// * `d = (v - m) beta`, `S = fma(k, d, S)`, and `out = sum S q`, a chain of fma.
+#[inline(always)]
+pub fn delta_step(token: &DeltaToken<'_>, state: &mut [f32], out: &mut [f32]) {
+    let DeltaToken { query, key, value, decay, beta } = *token;
+    let width = value.len();
+    let inverse = |x: &[f32]| 1.0 / (warp_dot(x, x) + 1e-6).sqrt();
+    let (of_query, of_key) = (inverse(query), inverse(key));
+    let scale = 1.0 / (query.len() as f32).sqrt();
+    let mut kept = vec![0.0f32; width];
+    for (row, &key) in state.chunks_exact_mut(width).zip(key) {
+        let key = key * of_key;
+        for (state, kept) in row.iter_mut().zip(&mut kept) {
+            *state *= decay;
+            *kept = state.mul_add(key, *kept);
+        }
+    }
+    for (kept, &value) in kept.iter_mut().zip(value) {
+        *kept = (value - *kept) * beta;
+    }
+    out.fill(0.0);
+    for ((row, &key), &query) in state.chunks_exact_mut(width).zip(key).zip(query) {
+        let (key, query) = (key * of_key, query * of_query * scale);
+        for ((state, &change), out) in row.iter_mut().zip(&kept).zip(out.iter_mut()) {
+            *state = key.mul_add(change, *state);
+            *out = state.mul_add(query, *out);
+        }
+    }
+}
+
 /// One rotated pair: `(a cos - b sin, a sin + b cos)`, each a product and an fma.
 #[inline(always)]
 pub fn rotate(a: f32, b: f32, sin: f32, cos: f32) -> (f32, f32) {

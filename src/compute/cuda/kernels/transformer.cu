@@ -336,10 +336,69 @@ extern "C" __global__ void mix(const float* x, const float* weights, u64 rows, u
     }
 }
 
-// x / (1 + e^-gate), a gate for each row.
-extern "C" __global__ void sigmoid_gate(const float* x, const float* gate, u64 rows, u64 width, float* y) {
-    for (u64 index = first_index(); index < rows * width; index += all_threads())
-        y[index] = __fdiv_rn(x[index], __fadd_rn(1.0f, exponential(-gate[index / width])));
+// x / (1 + e^-gate), a gate for each row, or for each value.
+extern "C" __global__ void sigmoid_gate(const float* x, const float* gate, u64 rows, u64 width, u64 gates, float* y) {
+    for (u64 index = first_index(); index < rows * width; index += all_threads()) {
+        float g = gate[gates == 1 ? index / width : index];
+        y[index] = __fdiv_rn(x[index], __fadd_rn(1.0f, exponential(-g)));
+    }
+}
+
+// SiLU of each channel's sum over its last `count` positions; the last tap is the position's own.
+extern "C" __global__ void convolve(
+    const float* x, const float* taps, u64 rows, u64 channels, u64 count, u64 first, float* y) {
+    for (u64 index = first_index(); index < rows * channels; index += all_threads()) {
+        u64 position = first + index / channels, channel = index % channels;
+        float sum = 0.0f;
+        for (u64 tap = 0; tap < count; tap++)
+            if (position + tap + 1 >= count)
+                sum = __fmaf_rn(taps[channel * count + tap], x[(position + tap + 1 - count) * channels + channel], sum);
+        y[index] = __fdiv_rn(sum, __fadd_rn(1.0f, exponential(-sum)));
+    }
+}
+
+// The gated delta rule: a block for each head of values, a thread for each of its columns. `memory` is
+// [heads, key_dim, value_dim], zero before; results are those from position `first` on.
+extern "C" __global__ void delta(
+    const float* x, const float* gates, u64 key_heads, u64 key_dim, u64 value_dim, u64 positions, u64 first,
+    float* memory, float* y) {
+    u64 heads = gridDim.x, head = blockIdx.x, keys = key_heads * key_dim;
+    u64 key_head = head / (heads / key_heads) * key_dim, channels = 2 * keys + heads * value_dim;
+    float* state = memory + head * key_dim * value_dim;
+    float scale = __fdiv_rn(1.0f, __fsqrt_rn((float)key_dim));
+    __shared__ float inverse[2];
+    for (u64 position = 0; position < positions; position++) {
+        const float* query = x + position * channels + key_head;
+        const float* key = query + keys;
+        const float* value = x + position * channels + 2 * keys + head * value_dim;
+        float decay = gates[position * 2 * heads + head], beta = gates[position * 2 * heads + heads + head];
+        __syncthreads();
+        if (threadIdx.x < 64) {
+            int lane = threadIdx.x % 32, which = threadIdx.x / 32;
+            const float* of = which ? key : query;
+            float sum = 0.0f;
+            for (u64 index = lane; index < key_dim; index += 32) sum = __fmaf_rn(of[index], of[index], sum);
+            sum = warp_sum(sum);
+            if (lane == 0) inverse[which] = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(sum, 1e-6f)));
+        }
+        __syncthreads();
+        for (u64 column = threadIdx.x; column < value_dim; column += blockDim.x) {
+            float kept = 0.0f;
+            for (u64 row = 0; row < key_dim; row++) {
+                float* cell = state + row * value_dim + column;
+                *cell = __fmul_rn(*cell, decay);
+                kept = __fmaf_rn(*cell, __fmul_rn(key[row], inverse[1]), kept);
+            }
+            float change = __fmul_rn(__fsub_rn(value[column], kept), beta);
+            float sum = 0.0f;
+            for (u64 row = 0; row < key_dim; row++) {
+                float* cell = state + row * value_dim + column;
+                *cell = __fmaf_rn(__fmul_rn(key[row], inverse[1]), change, *cell);
+                sum = __fmaf_rn(*cell, __fmul_rn(__fmul_rn(query[row], inverse[0]), scale), sum);
+            }
+            if (position >= first) y[((position - first) * heads + head) * value_dim + column] = sum;
+        }
+    }
 }
 
 extern "C" __global__ void scale(const float* x, float factor, u64 count, float* y) {
