@@ -545,26 +545,29 @@ struct UnitOp {
     weight: String,
 }
 
-/// The projection that a model has in the place of one that a manifest names: of latent
-/// attention those that the normed stream goes through first.
-pub fn projection_of(weight: &str, model: &Model) -> String {
+/// The weight that a model has in the place of one that a manifest names (both without
+/// `.weight`): of latent attention and of delta nets the projections of the same input, and where
+/// no norm stands before attention or feed-forward network, the one behind it.
+pub fn weight_of(weight: &str, model: &Model) -> String {
     let has = |name: &str| model.has(&format!("{name}.weight"));
-    if has(weight) {
-        return weight.to_owned();
-    }
-    let other = match crate::op::in_layer(weight) {
-        Some((layer, "attn_q")) => format!("blk.{layer}.attn_q_a"),
-        Some((layer, "attn_k" | "attn_v")) => format!("blk.{layer}.attn_kv_a_mqa"),
-        _ => return weight.to_owned(),
+    let others: &[&str] = match crate::op::in_layer(weight) {
+        _ if has(weight) => return weight.to_owned(),
+        Some((_, "attn_q")) => &["attn_q_a", "ssm_in"],
+        Some((_, "attn_k" | "attn_v")) => &["attn_kv_a_mqa", "ssm_ba"],
+        Some((_, "attn_norm")) => &["post_attention_norm"],
+        Some((_, "ffn_norm")) => &["post_ffw_norm"],
+        _ => &[],
     };
-    if has(&other) { other } else { weight.to_owned() }
+    let layer = crate::op::in_layer(weight).map_or(0, |(layer, _)| layer);
+    let mut others = others.iter().map(|other| format!("blk.{layer}.{other}"));
+    others.find(|other| has(other)).unwrap_or_else(|| weight.to_owned())
 }
 
 /// The projections of a matmul, each once, as the model has them.
 fn projections(weights: &[String], model: Option<&Model>) -> Vec<String> {
     let mut all: Vec<String> = Vec::new();
     for weight in weights {
-        let name = model.map_or_else(|| weight.clone(), |model| projection_of(weight, model));
+        let name = model.map_or_else(|| weight.clone(), |model| weight_of(weight, model));
         if !all.contains(&name) {
             all.push(name);
         }
@@ -609,7 +612,9 @@ fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, Comp
     let sinks;
     let call = match task.op {
         Op::Embed { .. } => Call::Embed { weight: weight()?, tokens: task.tokens },
-        Op::RmsNorm { .. } => norm_of(model, &unit.weight, input(0)?, config.rms_norm_eps)?,
+        Op::RmsNorm { .. } => {
+            norm_of(model, &weight_of(&unit.weight, model), input(0)?, config.rms_norm_eps)?
+        }
         Op::Matmul { .. } => {
             if unit.weight == "output" && flow::after_output(model).len() > 1 {
                 return Err(ComputeError::Recipe(
@@ -693,9 +698,7 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
         Op::RmsNorm { .. } => config.hidden,
         Op::Matmul { weights, .. } => match weights.first().map(String::as_str) {
             Some("output") | None => config.hidden,
-            Some(weight) => {
-                model.tensor(&format!("{}.weight", projection_of(weight, model)))?.width()
-            }
+            Some(weight) => model.tensor(&format!("{}.weight", weight_of(weight, model)))?.width(),
         },
         Op::Rope { site, .. } if site.0.ends_with(".q_rope") => q,
         Op::Attention { .. } if place == 0 => q,
@@ -784,7 +787,8 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
     };
     let names: Vec<String> = match op {
         Op::Forward { .. } => model.names().map(str::to_owned).collect(),
-        Op::Embed { weight } | Op::RmsNorm { weight, .. } => with_bias(weight).to_vec(),
+        Op::Embed { weight } => with_bias(weight).to_vec(),
+        Op::RmsNorm { weight, .. } => with_bias(&weight_of(weight, model)).to_vec(),
         Op::Matmul { weights, .. } => {
             projections(weights, Some(model)).iter().flat_map(|name| with_bias(name)).collect()
         }

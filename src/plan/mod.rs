@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{Action, Key, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
-use crate::compute::arms::{Workshop, projection_of, reads_kernels, tensors_read};
+use crate::compute::arms::{Workshop, reads_kernels, tensors_read, weight_of};
 use crate::compute::forward::{Greedy, attention_of};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
@@ -696,7 +696,7 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         _ => Vec::new(),
     };
     for weight in weights.into_iter().filter(|weight| *weight != "output") {
-        let weight = projection_of(weight, model);
+        let weight = weight_of(weight, model);
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
     Ok(())
