@@ -225,6 +225,7 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         // Not `1 / sqrt(head_dim)` even where the key is absent.
         factors.scores = Some(keys.number("attention_multiplier")?.unwrap_or(1.0));
     }
+    refuse_other_forms(keys, architecture)?;
     if latent.is_some() {
         factors.scores = latent_scale(keys, latent)?;
     }
@@ -319,6 +320,67 @@ fn delta(
         taps: width("linear_conv_kernel_dim", 4)?,
         blocks,
     }))
+}
+
+/// Settings that files of some architectures have and transformers does not read: they must say
+/// what it computes.
+fn refuse_other_forms(keys: &Keys<'_>, architecture: Architecture) -> Result<(), Fault> {
+    match architecture {
+        Architecture::Starcoder2 => {
+            for key in [
+                "activation_function",
+                "attention_softmax_in_fp32",
+                "scale_attention_softmax_in_fp32",
+                "scale_attn_weights",
+            ] {
+                keys.get(key);
+            }
+            for (key, known) in [("norm_type", "layer_norm"), ("mlp_type", "default")] {
+                if let Some(other) = keys.text(key)?.filter(|value| *value != known) {
+                    return Err(Fault::unsupported(
+                        format!("its `{key}` is `{}`, not `{known}`", shown(other)),
+                        OTHER_MODEL,
+                    ));
+                }
+            }
+            let (used, older) = (keys.number("norm_epsilon")?, keys.number("layer_norm_epsilon")?);
+            match older.filter(|older| *older != used.unwrap_or(1e-5)) {
+                Some(older) => Err(disagree_of("norm_epsilon", used, "layer_norm_epsilon", older)),
+                None => Ok(()),
+            }
+        }
+        Architecture::StableLm => {
+            let (used, older) = (keys.number("layer_norm_eps")?, keys.number("norm_eps")?);
+            match older.filter(|older| *older != used.unwrap_or(1e-5)) {
+                Some(older) => Err(disagree_of("layer_norm_eps", used, "norm_eps", older)),
+                None => Ok(()),
+            }
+        }
+        Architecture::GptOss => {
+            let Some(first) = keys.number("initial_context_length")? else { return Ok(()) };
+            let of = |object: Option<Keys<'_>>| -> Result<Option<f64>, Fault> {
+                let number = object.map(|rope| rope.number("original_max_position_embeddings"));
+                number.transpose().map(Option::flatten)
+            };
+            let newer = of(keys.object("rope_parameters")?)?;
+            let older = of(keys.object("rope_scaling")?)?;
+            let key = "original_max_position_embeddings";
+            match newer.or(older).filter(|used| *used != first) {
+                Some(used) => Err(disagree_of(key, Some(used), "initial_context_length", first)),
+                None => Ok(()),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Two keys of the same meaning, of which transformers reads the first.
+fn disagree_of(key: &str, used: Option<f64>, other: &str, value: f64) -> Fault {
+    let used = used.map_or("not there".to_owned(), |used| used.to_string());
+    Fault::malformed(
+        format!("its `{key}` is {used} and its `{other}` is {value}"),
+        "remove the one that is out of date",
+    )
 }
 
 /// Latent attention.
@@ -482,7 +544,9 @@ fn experts(
                     ));
                 }
             }
-            keys.get("ep_size");
+            for key in ["ep_size", "aux_loss_alpha", "seq_aux"] {
+                keys.get(key);
+            }
             let ffn = width("moe_intermediate_size", 2048)?;
             let factor = keys.number("routed_scaling_factor")?.unwrap_or(2.5);
             let experts = Experts {
@@ -593,11 +657,12 @@ fn windows(
     context_length: u64,
 ) -> Result<(Option<u64>, Vec<bool>), Fault> {
     let written = keys.whole("sliding_window")?;
+    let used = keys.flag("use_sliding_window")?.unwrap_or(false);
     // Its kinds of layers are read elsewhere.
     if architecture == Architecture::Qwen3Next && written.is_none() {
+        keys.get("max_window_layers");
         return Ok((None, Vec::new()));
     }
-    let used = keys.flag("use_sliding_window")?.unwrap_or(false);
     let first = keys.whole("max_window_layers")?;
     let pattern = keys.whole("sliding_window_pattern")?;
     let types = keys.texts("layer_types")?;
@@ -1264,5 +1329,196 @@ impl<'a> Keys<'a> {
                 "remove the key if it changes no result, or choose another model",
             )),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What all of these say in the same way.
+    fn with(name: &str, own: Value) -> Vec<u8> {
+        let mut all = serde_json::json!({
+            "model_type": name, "architectures": ["X"], "attention_dropout": 0.0, "bos_token_id": 1,
+            "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02,
+            "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+            "use_cache": true, "rms_norm_eps": 1e-6
+        });
+        let (Some(all), Value::Object(own)) = (all.as_object_mut(), own) else { panic!("objects") };
+        all.extend(own);
+        all.retain(|_, value| *value != Value::String("absent".to_owned()));
+        serde_json::to_vec(all).expect("JSON")
+    }
+
+    fn read(name: &str, own: Value) -> Config {
+        from_hf(&with(name, own)).expect("a config that is published so").0
+    }
+
+    fn refused(name: &str, own: Value) -> String {
+        format!("{:?}", from_hf(&with(name, own)).expect_err("refused"))
+    }
+
+    #[test]
+    fn published_configs_of_mixtures_are_read() {
+        let mixtral = read(
+            "mixtral",
+            serde_json::json!({
+                "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+                "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+                "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+                "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": null,
+                "vocab_size": 32000
+            }),
+        );
+        let experts = mixtral.experts.expect("experts");
+        assert_eq!((experts.count, experts.ffn, experts.routing.used), (8, 14336, 2));
+        let qwen = read(
+            "qwen3_moe",
+            serde_json::json!({
+                "attention_bias": false, "decoder_sparse_step": 1, "head_dim": 128, "hidden_size": 2048,
+                "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+                "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true,
+                "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+                "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": false,
+                "rope_scaling": null, "rope_theta": 1e6, "router_aux_loss_coef": 0.001,
+                "sliding_window": null, "use_sliding_window": false, "vocab_size": 151936
+            }),
+        );
+        let experts = qwen.experts.expect("experts");
+        assert_eq!(experts.routing.scores, RouterScores::SoftmaxOfTaken);
+        assert_eq!((experts.count, experts.routing.used, experts.shared), (128, 8, None));
+        let older = read(
+            "qwen2_moe",
+            serde_json::json!({
+                "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 5632,
+                "max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408,
+                "norm_topk_prob": false, "num_attention_heads": 16, "num_experts": 60,
+                "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16,
+                "output_router_logits": false, "rope_theta": 1e6, "router_aux_loss_coef": 0.001,
+                "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
+                "use_sliding_window": false, "vocab_size": 151936
+            }),
+        );
+        let experts = older.experts.expect("experts");
+        assert_eq!(experts.routing.scores, RouterScores::Softmax);
+        assert_eq!((experts.shared, experts.gates_shared), (Some(5632), true));
+    }
+
+    fn gpt_oss() -> Value {
+        serde_json::json!({
+            "attention_bias": true, "experts_per_token": 4, "head_dim": 64, "hidden_size": 2880,
+            "initial_context_length": 4096, "intermediate_size": 2880,
+            "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 131072,
+            "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 2,
+            "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": false,
+            "quantization_config": { "modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4" },
+            "rms_norm_eps": 1e-5, "rope_scaling": { "beta_fast": 32.0, "beta_slow": 1.0,
+                "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+                "truncate": false }, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+            "sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088
+        })
+    }
+
+    #[test]
+    fn gpt_oss_is_read_and_what_contradicts_is_named() {
+        let config = read("gpt_oss", gpt_oss());
+        assert_eq!(config.sliding.window, Some(128));
+        assert_eq!(config.sliding.blocks, [true, false]);
+        assert_eq!(config.experts.expect("experts").routing.used, 4);
+        assert_eq!(config.activation, Activation::ClampedSwiglu);
+        for (key, value, words) in [
+            ("experts_per_token", 8.0, "experts_per_token` is 8"),
+            ("initial_context_length", 2048.0, "initial_context_length` is 2048"),
+            ("swiglu_limit", 9.0, "swiglu_limit` is 9"),
+        ] {
+            let mut own = gpt_oss();
+            own[key] = serde_json::json!(value);
+            let said = refused("gpt_oss", own);
+            assert!(said.contains(words), "{said}");
+        }
+        let mut own = gpt_oss();
+        own["rope_scaling"] = Value::Null;
+        assert!(refused("gpt_oss", own).contains("rope_scaling"));
+    }
+
+    #[test]
+    fn deepseek_v3_is_read_with_the_scale_that_yarn_gives_its_scores() {
+        let own = serde_json::json!({
+            "attention_bias": false, "auto_map": { "AutoConfig": "x" }, "ep_size": 1,
+            "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432,
+            "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048,
+            "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+            "norm_topk_prob": true, "num_attention_heads": 128, "num_experts_per_tok": 8,
+            "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+            "quantization_config": { "activation_scheme": "dynamic", "fmt": "e4m3",
+                "quant_method": "fp8", "weight_block_size": [128, 128] },
+            "rope_scaling": { "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn" },
+            "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+            "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280
+        });
+        let config = read("deepseek_v3", own.clone());
+        assert_eq!((config.head_dim, config.value_dim()), (192, 128));
+        let scale = config.factors.scores.expect("a scale");
+        let expected = (0.1 * 40f64.ln() + 1.0).powi(2) / 192f64.sqrt();
+        assert!((scale - expected).abs() < 1e-12, "{scale} for {expected}");
+        assert!(config.experts_of(2).is_none() && config.experts_of(3).is_some());
+        let experts = config.experts.expect("experts");
+        assert_eq!(experts.routing.scores, RouterScores::SigmoidNormalised);
+        let mut other = own.clone();
+        other["topk_method"] = serde_json::json!("greedy");
+        assert!(refused("deepseek_v3", other).contains("`greedy`"));
+        let mut other = own;
+        other["n_group"] = serde_json::json!(7);
+        assert!(refused("deepseek_v3", other).contains("7 groups"));
+    }
+
+    #[test]
+    fn qwen3_next_stablelm_and_starcoder2_are_read_as_published() {
+        let next = read(
+            "qwen3_next",
+            serde_json::json!({
+                "attention_bias": false, "decoder_sparse_step": 1, "full_attention_interval": 4,
+                "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120,
+                "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+                "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+                "max_position_embeddings": 262144, "mlp_only_layers": [], "moe_intermediate_size": 512,
+                "norm_topk_prob": true, "num_attention_heads": 16, "num_experts": 512,
+                "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2,
+                "output_router_logits": false, "partial_rotary_factor": 0.25, "rope_scaling": null,
+                "rope_theta": 1e7, "router_aux_loss_coef": 0.001,
+                "shared_expert_intermediate_size": 512, "use_sliding_window": false,
+                "vocab_size": 151936
+            }),
+        );
+        assert!(next.delta_of(2).is_some() && next.delta_of(3).is_none());
+        assert_eq!(next.rope.dimensions, 64);
+        let stable = serde_json::json!({
+            "hidden_size": 2048, "intermediate_size": 5632, "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 24,
+            "num_key_value_heads": 32, "partial_rotary_factor": 0.25, "rope_theta": 10000,
+            "rms_norm_eps": "absent", "use_qkv_bias": true, "vocab_size": 100352
+        });
+        assert_eq!(read("stablelm", stable.clone()).rope.dimensions, 16);
+        let mut parallel = stable;
+        parallel["use_parallel_residual"] = Value::Bool(true);
+        assert!(refused("stablelm", parallel).contains("side by side"));
+        let star = serde_json::json!({
+            "activation_function": "gelu", "attention_softmax_in_fp32": true,
+            "embedding_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,
+            "intermediate_size": 12288, "layer_norm_epsilon": 1e-5,
+            "max_position_embeddings": 16384, "mlp_type": "default", "norm_epsilon": 1e-5,
+            "norm_type": "layer_norm", "num_attention_heads": 24, "num_hidden_layers": 30,
+            "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999_999.44,
+            "rms_norm_eps": "absent", "scale_attention_softmax_in_fp32": true,
+            "scale_attn_weights": true, "sliding_window": 4096, "tie_word_embeddings": true,
+            "use_bias": true, "vocab_size": 49152
+        });
+        let config = read("starcoder2", star.clone());
+        assert_eq!((config.activation, config.sliding.window), (Activation::GeluTanh, Some(4096)));
+        let mut other = star;
+        other["layer_norm_epsilon"] = serde_json::json!(1e-6);
+        assert!(refused("starcoder2", other).contains("layer_norm_epsilon"));
     }
 }

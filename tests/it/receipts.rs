@@ -8,7 +8,7 @@ use runner::compute::arms::{Shipped, Task, Workshop, compute};
 use runner::dtype::Format;
 use runner::metric::Metric;
 use runner::model::Model;
-use runner::op::{Arm, ChipName, Op, Recipe};
+use runner::op::{Arm, ChipName, Op, Recipe, Stream};
 use runner::plan::open_model;
 use runner::record::{RunRecord, StageRecord};
 use runner::text::grouped;
@@ -222,6 +222,27 @@ fn the_emulated_arm_gives_what_the_gpu_gave_of_a_quantised_checkpoint() {
             held += hold(&name, stage, &model);
             let bits = stage.measures.iter().map(|m| m.metrics[&Metric::BitMismatches]);
             assert!(bits.into_iter().all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
+        }
+        assert!(held >= 34, "{name}: only {held} sites were held against a GPU");
+    }
+}
+
+/// Very small models of nine kinds (`scripts/golden_passes.py --small`, `scripts/mxfp4_folder.py`),
+/// and what an H200 made of them.
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_of_very_small_models() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let receipts = receipts_in("runs/receipts/small-models");
+    assert_eq!(receipts.len(), 18);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            let model = Model::open(&root.join(&stage.model)).expect("a model");
+            held += hold(&name, stage, &model);
+            let of_device = stage.measures.iter().filter(|m| m.subject == Stream::Arm(Arm::Device));
+            let of_device = of_device.filter(|m| m.judge == Stream::Arm(Arm::Emulated));
+            let mut bits = of_device.map(|m| m.metrics[&Metric::BitMismatches]);
+            assert!(bits.all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
         }
         assert!(held >= 34, "{name}: only {held} sites were held against a GPU");
     }
