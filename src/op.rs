@@ -878,6 +878,17 @@ pub const LAYER_PROJECTIONS: [(&str, &str); 19] = [
     ("ffn_gate_inp_shexp", "ffn_shared_router"),
 ];
 
+/// The sites that projections of a layer write, each once.
+pub fn projection_sites() -> Vec<&'static str> {
+    let mut sites: Vec<&str> = Vec::new();
+    for (_, site) in LAYER_PROJECTIONS {
+        if !sites.contains(&site) {
+            sites.push(site);
+        }
+    }
+    sites
+}
+
 /// `blk.7.attn_q` taken apart: the layer and the name within it.
 /// Leading zeros and signs are not a layer's number.
 pub fn in_layer(name: &str) -> Option<(u32, &str)> {

@@ -19,6 +19,7 @@ mod journal;
 mod judge;
 mod manners;
 mod measure;
+mod models;
 mod new;
 mod nightly;
 mod past;
@@ -201,7 +202,11 @@ enum Command {
         folder: PathBuf,
     },
     /// Print the reference of commands, verdicts, metrics and exit codes.
-    Reference,
+    Reference {
+        /// Print which models are computed, and what each is held to, instead.
+        #[arg(long)]
+        models: bool,
+    },
     /// The run that later ones are held against: set it, show it, remove it.
     Baseline {
         #[command(subcommand)]
@@ -356,7 +361,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
         // They compute nothing; the process server has to have one thread.
         Command::ProcessServer | Command::Check { .. } | Command::Graph { .. } => {}
         Command::Watch(_) | Command::Completions { .. } | Command::Man { .. } => {}
-        Command::Reference | Command::New(_) | Command::Schema { .. } => {}
+        Command::Reference { .. } | Command::New(_) | Command::Schema { .. } => {}
         _ => ready_threads()?,
     }
     match command {
@@ -402,7 +407,8 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Watch(args) => watch::watch(&args),
         Command::Completions { shell } => manners::completions(shell),
         Command::Man { folder } => manners::man(&folder),
-        Command::Reference => reference::reference(),
+        Command::Reference { models: true } => models::models(),
+        Command::Reference { models: false } => reference::reference(),
         Command::Baseline { command } => nightly::baseline(&command),
         Command::History(args) => history::history(&args),
         Command::New(args) => new::new(&args),

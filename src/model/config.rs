@@ -131,6 +131,11 @@ impl Architecture {
     const OF_GGUF: [Architecture; 3] =
         [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
 
+    /// Whether GGUF files of it are read.
+    pub fn is_of_gguf(self) -> bool {
+        Architecture::OF_GGUF.contains(&self)
+    }
+
     pub(super) fn from_name(name: &str, known: &[Architecture]) -> Result<Architecture, Fault> {
         known.iter().copied().find(|architecture| architecture.name() == name).ok_or_else(|| {
             let names: Vec<&str> = known.iter().map(|architecture| architecture.name()).collect();

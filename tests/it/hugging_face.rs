@@ -274,7 +274,7 @@ fn rope_scaling_follows_transformers() {
 fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     type Change = fn(&mut serde_json::Value);
     let cases: [(Change, &str); 27] = [
-        (|c| c["model_type"] = json!("mixtral"), "`mixtral`"),
+        (|c| c["model_type"] = json!("mamba2"), "`mamba2`"),
         (|c| c["rope_scaling"] = json!({ "rope_type": "ntk", "factor": 4.0 }), "`ntk`"),
         (|c| c["rope_scaling"] = json!({ "type": "linear" }), "rope_scaling.factor"),
         (

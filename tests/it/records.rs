@@ -114,6 +114,15 @@ fn the_reference_in_docs_is_what_the_code_says() {
 }
 
 #[test]
+fn the_models_in_docs_are_what_the_code_says() {
+    let (code, stdout, _) = runner(&["reference", "--models"]);
+    assert_eq!(code, Some(0));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md");
+    let written = std::fs::read_to_string(path).expect("docs/models.md");
+    assert!(written == stdout, "run `runner reference --models > docs/models.md`");
+}
+
+#[test]
 fn every_command_on_the_page_can_be_typed() {
     let runs = tempfile::tempdir().expect("a folder");
     let id = one_run(runs.path());

@@ -12,7 +12,7 @@ use super::heatmap::{GUTTER, axis, column_width};
 use super::{Page, command};
 use crate::compare::Account;
 use crate::compute::shares::Shares;
-use crate::op::{LAYER_PROJECTIONS, Stream, in_layer};
+use crate::op::{Stream, in_layer, projection_sites};
 use crate::record::StageRecord;
 use crate::report::commands;
 
@@ -135,7 +135,7 @@ fn by_layer(
         Some((layer, _)) => layers.binary_search(&layer).unwrap_or(0),
         None => layers.len() - 1,
     };
-    let mut rows: Vec<&str> = LAYER_PROJECTIONS.iter().map(|(_, site)| *site).collect();
+    let mut rows = projection_sites();
     for (_, account) in accounts {
         let name = in_layer(&account.site.0).map_or(account.site.0.as_str(), |(_, name)| name);
         if !rows.contains(&name) {

@@ -16,7 +16,7 @@ use super::histogram::histograms;
 use super::{Page, command, commands, fold, outcome, verdict};
 use crate::compare::Measure;
 use crate::metric::Metric;
-use crate::op::{Arm, LAYER_PROJECTIONS, Stream};
+use crate::op::{Arm, Stream, projection_sites};
 use crate::record::{ArmState, StageRecord};
 use crate::report::commands::{explain, export, measures, of_stage};
 use crate::report::layers::Grid;
@@ -397,7 +397,7 @@ fn charts(stage: &StageRecord, place: usize, grid: &Grid<'_>) -> Markup {
             })
             .collect()
     };
-    let projections: Vec<&str> = LAYER_PROJECTIONS.iter().map(|(_, site)| *site).collect();
+    let projections = projection_sites();
     html! {
         @match grid.judge {
             Stream::Anchored(_) if grid.has(Metric::ZRms) => {

@@ -1,0 +1,152 @@
+//! `runner reference --models`: which models are computed, and what holds each of them to what.
+//!
+//! `docs/models.md` is its output; a test holds it to that, and the receipts to what it says.
+
+use std::fmt::Write;
+
+use super::print;
+use crate::model::{Architecture, WeightType};
+
+pub(super) fn models() -> Result<u8, String> {
+    print(&text())
+}
+
+/// Where the receipts of an architecture's passes on a GPU lie.
+fn receipts(architecture: Architecture) -> &'static str {
+    match architecture {
+        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => "runs/receipts",
+        Architecture::Mistral
+        | Architecture::Phi3
+        | Architecture::Gemma2
+        | Architecture::Gemma3
+        | Architecture::Olmo2
+        | Architecture::Granite
+        | Architecture::SmolLm3
+        | Architecture::Glm4 => "runs/receipts/architectures",
+        Architecture::StableLm
+        | Architecture::Starcoder2
+        | Architecture::Mixtral
+        | Architecture::Qwen2Moe
+        | Architecture::Qwen3Moe
+        | Architecture::GptOss
+        | Architecture::DeepSeekV3
+        | Architecture::Qwen3Next => "runs/receipts/small-models",
+    }
+}
+
+/// The engines whose kernels for it are known to the bit.
+fn engines(architecture: Architecture) -> &'static str {
+    match architecture {
+        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+            "transformers, vLLM, SGLang, torchao, llama.cpp"
+        }
+        _ if receipts(architecture).ends_with("architectures") => "transformers",
+        _ => "none: `stream` alone",
+    }
+}
+
+/// What it has of its own.
+fn about(architecture: Architecture) -> &'static str {
+    match architecture {
+        Architecture::Llama => "biases where the file says so",
+        Architecture::Qwen2 => "biases of Q, K and V, windows from `max_window_layers` on",
+        Architecture::Qwen3 => "norms of heads, windows",
+        Architecture::Mistral => "a window in every block",
+        Architecture::Phi3 => "fused projections, RoPE on a part of each head",
+        Architecture::Gemma2 => {
+            "norms on both sides with gains of 1 + w, GELU, windows in every other block, soft caps"
+        }
+        Architecture::Gemma3 => "the same with norms of heads and two RoPEs (its text part)",
+        Architecture::Olmo2 => {
+            "norms after attention and feed-forward alone, norms of whole Q and K"
+        }
+        Architecture::Granite => "four factors",
+        Architecture::SmolLm3 => "blocks without RoPE",
+        Architecture::Glm4 => "norms on both sides, RoPE on neighbours in a part of each head",
+        Architecture::StableLm => "LayerNorm, RoPE on a part of each head",
+        Architecture::Starcoder2 => "LayerNorm, biases, a feed-forward network without a gate",
+        Architecture::Mixtral => "experts in every block",
+        Architecture::Qwen2Moe => "experts, and a gated one that all tokens share",
+        Architecture::Qwen3Moe => "experts, norms of heads",
+        Architecture::GptOss => {
+            "experts in MXFP4 or BF16 with biases, clamped SwiGLU, attention with sinks and windows"
+        }
+        Architecture::DeepSeekV3 => {
+            "latent attention (MLA), experts in groups by sigmoids, a shared one"
+        }
+        Architecture::Qwen3Next => "gated delta nets, gated attention, experts and a shared one",
+    }
+}
+
+fn text() -> String {
+    let mut text = String::from("# Models\nMade by `runner reference --models`; do not edit.\n\n");
+    text.push_str(
+        "## Architectures\nThe name is `model_type` of `config.json`. Every architecture is \
+         computed by the reference, emulated and device arms.\nThe reference is held to passes of \
+         transformers 5.17 in f64, of saved models that nobody here made and of very small ones \
+         (`cargo test --test it the_reference_is_transformers`): logits and hidden states within \
+         2e-5 of the largest value. The device arm gave the emulated arm's bits at every site on \
+         an H200; `cargo test --test it receipts` replays the receipts.\n\n\
+         | architecture | what it has of its own | GGUF | receipts | engines known to the bit |\n\
+         |---|---|---|---|---|\n",
+    );
+    for architecture in Architecture::ALL {
+        let gguf = if architecture.is_of_gguf() { "yes" } else { "no" };
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "| `{}` | {} | {gguf} | `{}` | {} |",
+            architecture.name(),
+            about(architecture),
+            receipts(architecture),
+            engines(architecture)
+        );
+    }
+    text.push_str(
+        "\nNot computed, and refused by name: parallel residuals and norms of each head's own \
+         (`use_parallel_residual` and `qk_layernorm` of stablelm), soft caps or windows in GGUF \
+         files, adapters, vision and audio parts.\n\n\
+         ## Weights\n| form | where | held to |\n|---|---|---|\n",
+    );
+    for kind in WeightType::ALL {
+        let of = match kind {
+            WeightType::F32 | WeightType::F16 | WeightType::BF16 => {
+                "GGUF, safetensors | every bit of its values"
+            }
+            _ => "GGUF | the `gguf` package, in every bit",
+        };
+        let _ = writeln!(text, "| {kind} | {of} |");
+    }
+    text.push_str(
+        "| `quant_method: fp8` (blocks of any size, whole tensors) | safetensors | PyTorch's \
+         codes, an H200 (`runs/receipts/quantised`) |\n\
+         | compressed-tensors, 8 bits (floats, symmetric integers) | safetensors | the decoded \
+         weights |\n\
+         | MXFP4 (gpt-oss) | safetensors | transformers' decoding, in every bit of a pass |\n\n\
+         Refused by name: fused weights with scales (phi3, glm4), zero points, packed integers \
+         of 4 bits (GPTQ, AWQ, compressed-tensors), NVFP4, bitsandbytes, scales of a KV cache, \
+         GGUF's IQ, TQ and MXFP4 types, split GGUF files.\n",
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The folder that the table names holds a receipt of that architecture.
+    #[test]
+    fn every_architecture_has_receipts_where_the_table_says() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        for architecture in Architecture::ALL {
+            let folder = root.join(receipts(architecture));
+            let name = architecture.name().replace("_text", "").replace('_', "-");
+            let files = std::fs::read_dir(&folder).expect("a folder of receipts");
+            let found = files.flatten().any(|file| {
+                let file = file.file_name().to_string_lossy().into_owned();
+                file.starts_with(&format!("h200-{name}"))
+            });
+            assert!(found, "{}: no receipt of {name}", folder.display());
+        }
+    }
+}
