@@ -300,14 +300,20 @@ fn router(
         Ok(Some(ground.arm.route(scores, bias, &routing)?))
     };
     match plant {
-        // The best expert of one token is passed over.
-        Plant::NextExpert if scores.width() > routing.used_groups * routing.used => {
+        // The best expert of one token is passed over, and the best of the others takes its place.
+        Plant::NextExpert if scores.width() > routing.used => {
+            let used = routing.used;
             let clean = ground.arm.route(scores, bias, routing)?;
+            let mut taken = experts::taken(&clean, used);
             let row = chosen(ground.seed, scores.rows());
             let best = top_1(clean.row(row)).0 as usize;
-            let mut moved = scores.clone();
-            moved.row_mut(row)[best] = f32::NEG_INFINITY;
-            by(&moved, bias, *routing)
+            let own = &mut taken[row * used..(row + 1) * used];
+            let mut rest: Vec<f32> = scores.row(row).to_vec();
+            own.iter().for_each(|&expert| rest[expert] = f32::NEG_INFINITY);
+            let next = top_1(&rest).0 as usize;
+            own.iter_mut().filter(|expert| **expert == best).for_each(|expert| *expert = next);
+            own.sort_unstable();
+            Ok(Some(ground.arm.route_to(scores, routing, &taken)))
         }
         Plant::RoutingScores => {
             let scores_of = match routing.scores {

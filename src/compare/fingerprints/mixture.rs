@@ -5,7 +5,7 @@ use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::experts::{self, Products};
 use crate::compute::reference::routed;
-use crate::model::{RouterScores, Routing};
+use crate::model::{RouterScores, Routing, Weight};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -27,10 +27,7 @@ const MOST_TRIED: usize = 64;
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     match *case.call {
-        Call::Route { scores, bias, routing } => {
-            let bias = bias.map(|bias| bias.to_vec()).transpose()?;
-            of_router(case, scores, bias.as_deref(), routing)
-        }
+        Call::Route { scores, bias, routing } => of_router(case, scores, bias, routing),
         Call::Experts(products) => of_experts(case, &products),
         _ => Ok(Vec::new()),
     }
@@ -39,16 +36,14 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 fn of_router(
     case: &Case<'_>,
     scores: &Tensor,
-    bias: Option<&[f32]>,
+    weight: Option<Weight<'_>>,
     routing: &Routing,
 ) -> Result<Vec<Fit>, ComputeError> {
     let mut fits = Vec::new();
-    let by = |bias: Option<&[f32]>, routing: &Routing| {
-        let rows = (0..scores.rows()).flat_map(|row| {
-            let (_, weights) = routed(scores.row(row), bias, routing);
-            weights.into_iter().map(|weight| weight as f32)
-        });
-        Tensor::new(scores.width(), rows.collect())
+    let values = weight.map(|bias| bias.to_vec()).transpose()?;
+    let bias = values.as_deref();
+    let by = |cause: &str, detail: String, bias: Option<Weight<'_>>, routing: Routing| {
+        case.fit_call(cause, detail, &Call::Route { scores, bias, routing: &routing })
     };
     let kinds = [
         (RouterScores::Softmax, "shares of all experts are taken as they are"),
@@ -60,22 +55,21 @@ fn of_router(
         ),
     ];
     for (kind, words) in kinds.into_iter().filter(|(kind, _)| *kind != routing.scores) {
-        let other = by(bias, &Routing { scores: kind, ..*routing });
         let detail = format!("{words} ({} asked for)", routing.scores.name());
-        fits.extend(case.fit_if_any("routing-normalisation", detail, 0, &other));
+        let other = Routing { scores: kind, ..*routing };
+        fits.extend(by("routing-normalisation", detail, weight, other)?);
     }
     if routing.factor != 1.0 {
         for (detail, factor) in [
             (format!("the factor {} is left out", routing.factor), 1.0),
             (format!("the factor {} is applied twice", routing.factor), routing.factor.powi(2)),
         ] {
-            let other = by(bias, &Routing { factor, ..*routing });
-            fits.extend(case.fit_if_any("routing-factor", detail, 0, &other));
+            fits.extend(by("routing-factor", detail, weight, Routing { factor, ..*routing })?);
         }
     }
     if let Some(bias) = bias {
         let detail = "experts are chosen without the bias".to_owned();
-        fits.extend(case.fit_if_any("routing-bias", detail, 0, &by(None, routing)));
+        fits.extend(by("routing-bias", detail, None, *routing)?);
         let added: Vec<f32> = (0..scores.rows())
             .flat_map(|row| {
                 let (taken, _) = routed(scores.row(row), Some(bias), routing);
@@ -97,8 +91,8 @@ fn of_router(
     }
     if routing.groups > 1 {
         let detail = format!("the {} groups of experts are ignored", routing.groups);
-        let other = by(bias, &Routing { groups: 1, used_groups: 1, ..*routing });
-        fits.extend(case.fit_if_any("expert-choice", detail, 0, &other));
+        let all = Routing { groups: 1, used_groups: 1, ..*routing };
+        fits.extend(by("expert-choice", detail, weight, all)?);
     }
     fits.extend(other_choice(case, scores, bias, routing));
     Ok(fits)
@@ -113,14 +107,12 @@ fn other_choice(
 ) -> Option<Fit> {
     let used = routing.used;
     let seen = experts::taken(case.subject, used);
-    let mut data = Vec::with_capacity(case.subject.data().len());
     let mut first = None;
     let mut rows = 0;
     for row in 0..scores.rows() {
         let taken = &seen[row * used..(row + 1) * used];
-        let (asked, weights) = routed(scores.row(row), bias, routing);
+        let (asked, _) = routed(scores.row(row), bias, routing);
         if asked == taken {
-            data.extend(weights.iter().map(|weight| *weight as f32));
             continue;
         }
         rows += 1;
@@ -135,24 +127,10 @@ fn other_choice(
                 named(&asked)
             )
         });
-        // As if no other expert were there to choose.
-        let mut only = vec![f32::NEG_INFINITY; scores.width()];
-        taken.iter().for_each(|&expert| only[expert] = scores.row(row)[expert]);
-        let all = Routing { groups: 1, used_groups: 1, ..*routing };
-        let (_, mut weights) = routed(&only, None, &all);
-        if routing.scores == RouterScores::Softmax {
-            // Shares of all, which the others take part in.
-            let sum = |scores: &[f32]| -> f64 {
-                scores.iter().map(|&score| libm::exp(f64::from(score))).sum()
-            };
-            let share = sum(&only) / sum(scores.row(row));
-            weights.iter_mut().for_each(|weight| *weight *= share);
-        }
-        data.extend(weights.iter().map(|weight| *weight as f32));
     }
     let detail = first?;
     let detail = if rows > 1 { format!("{detail}; {rows} tokens do so") } else { detail };
-    let predicted = Tensor::new(scores.width(), data);
+    let predicted = case.arm.route_to(scores, routing, &seen);
     case.fit_if_any("expert-choice", detail, rows, &predicted)
 }
 
@@ -317,7 +295,6 @@ mod tests {
     use super::super::bench::Bench;
     use super::*;
     use crate::compute::call::MadeWeight;
-    use crate::model::Weight;
 
     const ROUTING: Routing = Routing {
         used: 2,
@@ -349,12 +326,14 @@ mod tests {
         let softmax = Routing { scores: RouterScores::SoftmaxOfTaken, factor: 1.0, ..ROUTING };
         let softmax = Routing { groups: 1, ..softmax };
         let call = Call::Route { scores: &scores, bias: None, routing: &softmax };
-        let mut one = bench.clean(&call);
-        let mut moved = scores.clone();
-        let best = experts::taken(&one, 2)[2 * 5];
-        moved.row_mut(5)[best] = f32::NEG_INFINITY;
-        let other = bench.clean(&Call::Route { scores: &moved, bias: None, routing: &softmax });
-        one.row_mut(5).copy_from_slice(other.row(5));
+        let mut taken = experts::taken(&bench.clean(&call), 2);
+        // The best expert of a token that is not among its own.
+        let others: Vec<usize> = (0..8).filter(|expert| !taken[10..12].contains(expert)).collect();
+        let score = |expert: &usize| scores.row(5)[*expert];
+        let best = others.iter().max_by(|a, b| score(a).total_cmp(&score(b))).expect("others");
+        taken[10] = *best;
+        taken[10..12].sort_unstable();
+        let one = bench.arm.route_to(&scores, &softmax, &taken);
         bench.expect("expert-choice", &call, &one);
     }
 

@@ -333,14 +333,21 @@ impl Emulated {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let mut y = Tensor::zeros(scores.rows(), scores.width());
         for row in 0..scores.rows() {
-            dispatch(Route {
-                scores: scores.row(row),
-                bias: bias.as_deref(),
-                routing,
-                y: y.row_mut(row),
-            });
+            let (scores, bias, y) = (scores.row(row), bias.as_deref(), y.row_mut(row));
+            dispatch(Route { scores, bias, routing, taken: None, y });
         }
         Ok(self.streamed(y))
+    }
+
+    /// The weights of these experts, `used` for each row in ascending order, whatever the scores
+    /// ask for.
+    pub(crate) fn route_to(&self, scores: &Tensor, routing: &Routing, taken: &[usize]) -> Tensor {
+        let mut y = Tensor::zeros(scores.rows(), scores.width());
+        for (row, taken) in taken.chunks_exact(routing.used.max(1)).enumerate() {
+            let (scores, y) = (scores.row(row), y.row_mut(row));
+            dispatch(Route { scores, bias: None, routing, taken: Some(taken), y });
+        }
+        self.streamed(y)
     }
 
     pub(crate) fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
@@ -680,6 +687,8 @@ struct Route<'a> {
     scores: &'a [f32],
     bias: Option<&'a [f32]>,
     routing: &'a Routing,
+    /// The experts, where they are not those that the scores ask for.
+    taken: Option<&'a [usize]>,
     y: &'a mut [f32],
 }
 
@@ -688,7 +697,7 @@ impl Kernel for Route<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Route { scores, bias, routing, y } = self;
+        let Route { scores, bias, routing, taken: forced, y } = self;
         let factor = routing.factor as f32;
         let in_order = |all: &[f32]| all.iter().fold(0.0f32, |sum, x| sum + x);
         let (taken, powers) = if experts::by_sigmoid(routing) {
@@ -706,6 +715,7 @@ impl Kernel for Route<'_> {
             let powers = scores.iter().map(|x| kernels::exp(x - largest)).collect();
             (experts::chosen(scores, routing), powers)
         };
+        let taken = forced.map_or(taken, <[usize]>::to_vec);
         let of_taken: Vec<f32> = taken.iter().map(|&expert| powers[expert]).collect();
         let total = match routing.scores {
             RouterScores::Softmax => in_order(&powers),
