@@ -104,8 +104,11 @@ fn text() -> String {
     }
     text.push_str(
         "\nNot computed, and refused by name: parallel residuals and norms of each head's own \
-         (`use_parallel_residual` and `qk_layernorm` of stablelm), soft caps or windows in GGUF \
-         files, adapters, vision and audio parts.\n\n\
+         (`use_parallel_residual` and `qk_layernorm` of stablelm), windows in GGUF files but gemma's, \
+         adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
+         and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
+         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, and \
+         gemma's scores are scaled by the width of a head, whatever the original's config said.\n\n\
          ## Weights\n| form | where | held to |\n|---|---|---|\n",
     );
     for kind in WeightType::ALL {

@@ -127,13 +127,28 @@ impl Architecture {
         Architecture::DeepSeekV3,
         Architecture::Qwen3Next,
     ];
-    /// Those that a GGUF file may hold.
-    const OF_GGUF: [Architecture; 3] =
-        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+    /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
+    /// Mixtral.
+    const OF_GGUF: [(&str, Architecture); 13] = [
+        ("llama", Architecture::Llama),
+        ("qwen2", Architecture::Qwen2),
+        ("qwen3", Architecture::Qwen3),
+        ("gemma2", Architecture::Gemma2),
+        ("gemma3", Architecture::Gemma3),
+        ("olmo2", Architecture::Olmo2),
+        ("granite", Architecture::Granite),
+        ("smollm3", Architecture::SmolLm3),
+        ("glm4", Architecture::Glm4),
+        ("stablelm", Architecture::StableLm),
+        ("starcoder2", Architecture::Starcoder2),
+        ("qwen2moe", Architecture::Qwen2Moe),
+        ("qwen3moe", Architecture::Qwen3Moe),
+    ];
 
     /// Whether GGUF files of it are read.
     pub fn is_of_gguf(self) -> bool {
-        Architecture::OF_GGUF.contains(&self)
+        let found = |(_, architecture): &(&str, Architecture)| *architecture == self;
+        self == Architecture::Mixtral || Architecture::OF_GGUF.iter().any(found)
     }
 
     pub(super) fn from_name(name: &str, known: &[Architecture]) -> Result<Architecture, Fault> {
@@ -1031,11 +1046,24 @@ pub(super) fn from_gguf(
     let name = header
         .text(file, "general.architecture")?
         .ok_or_else(|| missing_key("general.architecture"))?;
-    let architecture = Architecture::from_name(name, &Architecture::OF_GGUF)?;
-    let keys = Keys { header, prefix: architecture.name() };
+    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
+    let Some(&(prefix, architecture)) = known else {
+        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
+        return Err(Fault::unsupported(
+            format!("the architecture `{}` is unknown", shown(name)),
+            format!("choose a GGUF file of one of these: {}", names.join(", ")),
+        ));
+    };
+    let keys = Keys { header, prefix, architecture };
     keys.refuse_unknown(file)?;
+    let experts = keys.experts()?;
+    let architecture = match (architecture, &experts) {
+        (Architecture::Llama, Some(_)) => Architecture::Mixtral,
+        (other, _) => other,
+    };
     let hidden = keys.required("embedding_length")?;
     let heads = keys.required("attention.head_count")?;
+    let layers = keys.required("block_count")?;
     let head_dim = match keys.optional("attention.key_length")? {
         Some(width) => width,
         None => exact_share(hidden, heads)?,
@@ -1048,50 +1076,98 @@ pub(super) fn from_gguf(
             OTHER_MODEL,
         ));
     }
+    let turns_parts = matches!(architecture, Architecture::StableLm | Architecture::Glm4);
+    let rope = |theta: f64, linear_scale: f64| -> Result<RawRope, Fault> {
+        let dimensions = keys.optional("rope.dimension_count")?;
+        Ok(RawRope {
+            dimensions: match turns_parts {
+                true => dimensions.unwrap_or(head_dim),
+                false => whole_head(dimensions, head_dim)?,
+            },
+            at_end: false,
+            theta,
+            // What llama.cpp turns: neighbours where its converter permutes queries and keys.
+            layout: match architecture {
+                Architecture::Llama
+                | Architecture::Mixtral
+                | Architecture::Granite
+                | Architecture::SmolLm3
+                | Architecture::Glm4 => RopeLayout::Interleaved,
+                _ => RopeLayout::Halves,
+            },
+            factors: None,
+            linear_scale,
+            magnitude: 1.0,
+            scaling: None,
+            in_f32: false,
+        })
+    };
+    let theta = keys.float("rope.freq_base")?.unwrap_or(10_000.0);
+    let blocks = 0..layers.min(LARGEST_SIZE);
+    let window = keys.optional("attention.sliding_window")?.filter(|window| *window != 0);
+    let (window, sliding, sliding_rope) = match architecture {
+        // What llama.cpp does by itself: every other block, or five of six.
+        Architecture::Gemma2 => {
+            let every_other = blocks.clone().map(|block| block % 2 == 0).collect();
+            (Some(window.unwrap_or(4096)), every_other, None)
+        }
+        Architecture::Gemma3 if window.is_some() => {
+            let local = keys.float("rope.freq_base_swa")?.unwrap_or(10_000.0);
+            let sliding = blocks.clone().map(|block| block % 6 != 5).collect();
+            (window, sliding, Some(rope(local, 1.0)?))
+        }
+        _ => (None, Vec::new(), None),
+    };
+    let ffn = keys.optional("feed_forward_length")?;
+    let ffn = match (ffn, &experts) {
+        (Some(width), _) => width,
+        (None, Some(experts)) => experts.ffn as u64,
+        (None, None) => keys.required("feed_forward_length")?,
+    };
+    let eps_key = match architecture.takes_means_off() {
+        true => "attention.layer_norm_epsilon",
+        false => "attention.layer_norm_rms_epsilon",
+    };
+    let (factors, caps) = keys.factors(architecture, layers, hidden, heads, head_dim)?;
     Raw {
         architecture,
-        layers: keys.required("block_count")?,
+        layers,
         hidden,
         heads,
         kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        rope: RawRope {
-            dimensions: whole_head(keys.optional("rope.dimension_count")?, head_dim)?,
-            at_end: false,
-            theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
-            layout: match architecture {
-                Architecture::Llama => RopeLayout::Interleaved,
-                _ => RopeLayout::Halves,
-            },
-            factors: None,
-            linear_scale: keys.linear_scale(file)?,
-            magnitude: 1.0,
-            scaling: None,
-            in_f32: false,
-        },
-        ffn: keys.required("feed_forward_length")?,
+        rope: rope(theta, keys.linear_scale(file)?)?,
+        ffn,
         vocabulary: vocabulary as u64,
         context_length: keys.required("context_length")?,
-        rms_norm_eps: keys
-            .float("attention.layer_norm_rms_epsilon")?
-            .ok_or_else(|| missing_key(&keys.full("attention.layer_norm_rms_epsilon")))?,
+        rms_norm_eps: keys.float(eps_key)?.ok_or_else(|| missing_key(&keys.full(eps_key)))?,
         tied_embeddings: tied,
-        activation: Activation::Silu,
+        activation: match architecture {
+            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Starcoder2 => {
+                Activation::GeluTanh
+            }
+            _ => Activation::Silu,
+        },
         biases: Biases {
             qkv: match architecture {
-                Architecture::Qwen2 => Presence::Always,
+                Architecture::Qwen2 | Architecture::Qwen2Moe => Presence::Always,
                 _ => Presence::Open,
             },
             output: Presence::Open,
-            ffn: Presence::Open,
+            // Mixtures have none.
+            ffn: if experts.is_some() { Presence::Never } else { Presence::Open },
         },
-        window: None,
-        sliding: Vec::new(),
-        sliding_rope: None,
-        turned: Vec::new(),
-        factors: Factors::default(),
-        caps: Caps::default(),
-        experts: None,
+        window,
+        sliding,
+        sliding_rope,
+        // llama.cpp leaves every fourth block of it unturned, whatever the file says.
+        turned: match architecture {
+            Architecture::SmolLm3 => blocks.map(|block| (block + 1) % 4 != 0).collect(),
+            _ => Vec::new(),
+        },
+        factors,
+        caps,
+        experts,
         latent: None,
         delta: None,
     }
@@ -1152,6 +1228,7 @@ pub(super) fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
 struct Keys<'a> {
     header: &'a Header,
     prefix: &'static str,
+    architecture: Architecture,
 }
 
 impl Keys<'_> {
@@ -1180,6 +1257,97 @@ impl Keys<'_> {
         "rope.scaling.original_context_length",
         "tensor_data_layout",
     ];
+
+    /// Keys that are read, or must say what is computed, in this architecture alone.
+    fn own(&self) -> &'static [&'static str] {
+        match self.architecture {
+            Architecture::Qwen2Moe => {
+                &["expert_feed_forward_length", "expert_shared_feed_forward_length"]
+            }
+            Architecture::Qwen3Moe => &["expert_feed_forward_length"],
+            Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
+            Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
+            Architecture::Gemma2 => &["attn_logit_softcapping", "final_logit_softcapping"],
+            Architecture::Gemma3 => &["final_logit_softcapping", "rope.freq_base_swa"],
+            Architecture::Granite => {
+                &["attention.scale", "embedding_scale", "residual_scale", "logit_scale"]
+            }
+            _ => &[],
+        }
+    }
+
+    /// The mixture of experts, as llama.cpp computes it: of a llama and a qwen3moe the weights are
+    /// divided by their sum, of a qwen2moe they are not.
+    fn experts(&self) -> Result<Option<Experts>, Fault> {
+        let count = self.optional("expert_count")?.unwrap_or(0).min(LARGEST_SIZE) as usize;
+        let width = |key: &str| -> Result<usize, Fault> {
+            Ok(self.required(key)?.min(LARGEST_SIZE + 1) as usize)
+        };
+        let shares = self.architecture == Architecture::Qwen2Moe;
+        let (ffn, scores) = match self.architecture {
+            _ if count == 0 => return Ok(None),
+            Architecture::Llama => ("feed_forward_length", RouterScores::SoftmaxOfTaken),
+            Architecture::Qwen3Moe => ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken),
+            Architecture::Qwen2Moe => ("expert_feed_forward_length", RouterScores::Softmax),
+            _ => return Err(Fault::unsupported("it is a mixture of experts", OTHER_MODEL)),
+        };
+        let used = width("expert_used_count")?;
+        Ok(Some(Experts {
+            count,
+            ffn: width(ffn)?,
+            routing: Routing { used, scores, factor: 1.0, groups: 1, used_groups: 1 },
+            shared: match shares {
+                true => Some(width("expert_shared_feed_forward_length")?),
+                false => None,
+            },
+            gates_shared: shares,
+            blocks: Vec::new(),
+        }))
+    }
+
+    /// Factors and caps, as llama.cpp reads or knows them.
+    fn factors(
+        &self,
+        architecture: Architecture,
+        layers: u64,
+        hidden: u64,
+        heads: u64,
+        head_dim: u64,
+    ) -> Result<(Factors, Caps), Fault> {
+        let (mut factors, mut caps) = (Factors::default(), Caps::default());
+        match architecture {
+            Architecture::Gemma2 | Architecture::Gemma3 => {
+                // The largest of both families scales scores by the share of a head, not its width.
+                let largest = if architecture == Architecture::Gemma2 { 46 } else { 62 };
+                let width = match layers == largest {
+                    true => hidden as f64 / heads.max(1) as f64,
+                    false => head_dim as f64,
+                };
+                positive("width of a head", width)?;
+                factors.scores = Some(1.0 / width.sqrt());
+                factors.embedding = Some((hidden as f64).sqrt());
+                factors.embedding_is_held = true;
+                let of_cap = |key: &str| -> Result<Option<f64>, Fault> {
+                    Ok(self.float(key)?.filter(|cap| *cap != 0.0))
+                };
+                caps.logits = of_cap("final_logit_softcapping")?;
+                if architecture == Architecture::Gemma2 {
+                    caps.scores = of_cap("attn_logit_softcapping")?;
+                }
+            }
+            Architecture::Granite => {
+                let other_than_one = |key: &str| -> Result<Option<f64>, Fault> {
+                    Ok(self.float(key)?.filter(|factor| *factor != 1.0 && *factor != 0.0))
+                };
+                factors.embedding = other_than_one("embedding_scale")?;
+                factors.residual = other_than_one("residual_scale")?;
+                factors.logits_divisor = other_than_one("logit_scale")?;
+                factors.scores = self.float("attention.scale")?.filter(|scale| *scale != 0.0);
+            }
+            _ => {}
+        }
+        Ok((factors, caps))
+    }
 
     fn full(&self, key: &str) -> String {
         format!("{}.{key}", self.prefix)
@@ -1212,18 +1380,24 @@ impl Keys<'_> {
         // YaRN and its relatives: their other keys follow from the type.
         self.linear_scale(file)?;
         for key in own {
-            if !Self::UNDERSTOOD.contains(&key) {
+            if !Self::UNDERSTOOD.contains(&key) && !self.own().contains(&key) {
                 return Err(Fault::unsupported(
                     format!("what `{}` asks for is not computed", shown(&self.full(key))),
                     OTHER_MODEL,
                 ));
             }
         }
-        if self.optional("expert_count")?.is_some_and(|experts| experts > 0) {
-            return Err(Fault::unsupported("it is a mixture of experts", OTHER_MODEL));
+        if self.header.bool(&self.full("use_parallel_residual"))? == Some(true) {
+            return Err(Fault::unsupported(
+                "its attention and feed-forward network stand side by side",
+                OTHER_MODEL,
+            ));
         }
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {
             return Err(Fault::unsupported("its attention is not causal", OTHER_MODEL));
+        }
+        if matches!(self.architecture, Architecture::Gemma2 | Architecture::Gemma3) {
+            return Ok(());
         }
         refuse_window(
             self.optional("attention.sliding_window")?,

@@ -168,9 +168,11 @@ impl Model {
         }
         let tied = !tensors.contains_key("output.weight");
         let config = config::from_gguf(&header, &file, embedding, tied);
+        let config = config.map_err(|fault| fault.at(path))?;
+        cut_fused(&mut tensors, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
-            config: config.map_err(|fault| fault.at(path))?,
+            config,
             files: vec![MappedFile { path: path.to_owned(), map: file, opened }],
             tensors,
             vocabulary: Vocabulary::Gguf(header),
@@ -475,6 +477,42 @@ impl Model {
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
     }
+}
+
+/// Cuts what a GGUF file keeps in one tensor: all experts of a block, one below the other, and the
+/// gate above the other projection of a GLM 4.
+fn cut_fused(tensors: &mut BTreeMap<String, Place>, config: &Config) -> Result<(), Fault> {
+    let glm = config.architecture == Architecture::Glm4;
+    let experts = config.experts.as_ref().map_or(1, |experts| experts.count);
+    let parts_of = |name: &str| -> Option<Vec<String>> {
+        let (layer, inner) = crate::op::in_layer(name)?;
+        let (stem, ending) = inner.rsplit_once('.')?;
+        match stem {
+            "ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps" if config.experts.is_some() => {
+                let part = |expert| format!("blk.{layer}.{stem}.{expert}.{ending}");
+                Some((0..experts).map(part).collect())
+            }
+            "ffn_up" if glm && ending == "weight" => {
+                Some(["ffn_gate", "ffn_up"].map(|part| format!("blk.{layer}.{part}.weight")).into())
+            }
+            _ => None,
+        }
+    };
+    let fused: Vec<(String, Vec<String>)> =
+        tensors.keys().filter_map(|name| Some((name.clone(), parts_of(name)?))).collect();
+    for (name, parts) in fused {
+        let Some(whole) = tensors.remove(&name) else { continue };
+        if !whole.rows.is_multiple_of(parts.len()) {
+            let problem = format!("its {} rows are no {} equal parts", whole.rows, parts.len());
+            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
+        }
+        let (rows, length) = (whole.rows / parts.len(), whole.bytes.len() / parts.len());
+        for (number, part) in parts.into_iter().enumerate() {
+            let start = whole.bytes.start + number * length;
+            tensors.insert(part, Place { rows, bytes: start..start + length, ..whole.clone() });
+        }
+    }
+    Ok(())
 }
 
 fn missing_tensor(name: &str) -> Fault {
