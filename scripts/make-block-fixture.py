@@ -23,6 +23,8 @@ SCALES = {
     "F32": [], "F16": [], "BF16": [],
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
     "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q8_K": [],
+    "IQ4_NL": [0], "MXFP4": [], "IQ4_XS": [0], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0],
+    "IQ3_S": [0], "IQ1_S": [0], "IQ1_M": [], "TQ1_0": [52], "TQ2_0": [64],
 }
 
 
@@ -33,6 +35,17 @@ def blocks(rng, name, block_bytes, count):
         raw[:, offset : offset + 2] = scale(np.float16)
     if name == "Q8_K":
         raw[:, :4] = scale(np.float32)
+    if name == "MXFP4":
+        # Powers of two that are numbers of ordinary size, the two smallest among them.
+        raw[:, 0] = rng.integers(96, 160, count)
+        raw[:2, 0] = [0, 1]
+    if name == "IQ1_M":
+        # The scale is the upper bits of four words.
+        bits = rng.standard_normal(count).astype(np.float16).view(np.uint16)
+        words = raw[:, 48:56].copy().view(np.uint16)
+        for place in range(4):
+            words[:, place] = (words[:, place] & 0x0FFF) | ((bits >> (4 * place)) & 15) << 12
+        raw[:, 48:56] = words.view(np.uint8)
     if name in ("F32", "F16", "BF16"):
         values = rng.standard_normal(count).astype(np.float32)
         if name == "BF16":
@@ -46,6 +59,9 @@ def main():
     rng = np.random.default_rng(1)
     tensors = {}
     for name in SCALES:
+        # Types that joined later leave the others' blocks as they are.
+        if name == "IQ4_NL":
+            rng = np.random.default_rng(2)
         kind = gguf.GGMLQuantizationType[name]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = blocks(rng, name, size, ROWS * WIDTH // block).reshape(ROWS, -1)

@@ -128,7 +128,7 @@ fn text() -> String {
          | MXFP4 (gpt-oss) | safetensors | transformers' decoding, in every bit of a pass |\n\n\
          Refused by name: fused weights with scales (phi3, glm4), zero points, packed integers \
          of 4 bits (GPTQ, AWQ, compressed-tensors), NVFP4, bitsandbytes, scales of a KV cache, \
-         GGUF's IQ, TQ and MXFP4 types, split GGUF files.\n",
+         split GGUF files, GGUF's NVFP4.\n",
     );
     text
 }

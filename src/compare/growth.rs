@@ -123,6 +123,11 @@ pub fn growth(
 /// The norm of what rounding must leave of the products that enter the residual
 /// stream in one layer, as far as both are predicted.
 fn floor_of(layer: u32, floors: &[(Site, Deviations)]) -> Option<f64> {
+    // A mixture's products enter the stream times their weights, and beside a shared one.
+    let routed = format!("blk.{layer}.ffn_route");
+    if floors.iter().any(|(site, _)| site.0 == routed) {
+        return None;
+    }
     let of = |name: &str| {
         let wanted = format!("blk.{layer}.{name}");
         floors.iter().find(|(site, _)| site.0 == wanted).map(|(_, floor)| norm(&floor.each))

@@ -709,7 +709,10 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
         Op::Rope { .. } | Op::Attention { .. } => kv,
         Op::Swiglu { site, .. } => {
             let layer = crate::op::in_layer(&site.0).map_or(0, |(layer, _)| layer);
-            model.tensor(&format!("blk.{layer}.ffn_up.weight"))?.rows()
+            match config.experts_of(layer as usize) {
+                Some(experts) => experts.routing.used * experts.ffn,
+                None => model.tensor(&format!("blk.{layer}.ffn_up.weight"))?.rows(),
+            }
         }
         Op::Forward { .. }
         | Op::Embed { .. }

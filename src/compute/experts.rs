@@ -271,6 +271,24 @@ mod tests {
     }
 
     #[test]
+    fn scores_far_below_zero_leave_weights_that_are_numbers() {
+        use crate::compute::Ops;
+        use crate::compute::call::Call;
+        use crate::compute::emulated::arm::Emulated;
+        use crate::compute::reference::Reference;
+        let scores = Tensor::new(3, vec![-280.0, -61.25, -231.0]);
+        let routing = Routing { scores: RouterScores::SigmoidNormalised, ..routing(2, 1, 1) };
+        let call = Call::Route { scores: &scores, bias: None, routing: &routing };
+        let arm = Emulated::new(&crate::op::Recipe::default()).expect("a recipe");
+        let [truth, made] =
+            [&Reference as &dyn Ops, &arm].map(|arm| call.on(arm).expect("weights"));
+        for (truth, made) in truth.data().iter().zip(made.data()) {
+            let off = (truth - made).abs();
+            assert!(made.is_finite() && off <= 1e-5 * truth.abs() + 1e-30, "{made} for {truth}");
+        }
+    }
+
+    #[test]
     fn a_group_counts_by_its_two_best() {
         // The best expert of all stands in a group whose second is poor.
         let by = [9.0, 0.0, 5.0, 6.0, 1.0, 1.0];

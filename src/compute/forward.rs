@@ -296,7 +296,6 @@ impl Block<'_> {
     }
 
     /// Queries, keys and values of a projection each, and gates where queries come with them.
-    #[expect(clippy::type_complexity, reason = "three tensors, and one more")]
     fn heads(
         &self,
         x: &Tensor,
@@ -444,7 +443,6 @@ impl Block<'_> {
     }
 
     /// The weights of all experts, and their biases where they have them.
-    #[expect(clippy::type_complexity, reason = "weights and biases, side by side")]
     fn of_experts(
         &self,
         name: &str,

@@ -78,6 +78,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "no_repeat_ngram_size",
     "num_beam_groups",
     "num_beams",
+    "num_mtp_layers",
     "num_nextn_predict_layers",
     "num_return_sequences",
     "output_attentions",
@@ -302,7 +303,8 @@ fn delta(
         }
         Some(types) => {
             let has = |kind: &&str| match *kind {
-                "full_attention" => Ok(false),
+                // The older name, which transformers maps.
+                "full_attention" | "attention" => Ok(false),
                 "linear_attention" => Ok(true),
                 other => Err(Fault::unsupported(
                     format!("it has layers of type `{}`", shown(other)),
@@ -467,11 +469,18 @@ fn experts(
         Architecture::Mixtral | Architecture::GptOss => {
             let (usual, used) =
                 if architecture == Architecture::Mixtral { (8, 2) } else { (128, 4) };
-            let used = match keys.whole("experts_per_token")? {
-                // gpt-oss's own files name it twice.
-                Some(older) => count(&["num_experts_per_tok", "experts_per_token"], older)?,
-                None => width("num_experts_per_tok", used)?,
-            };
+            let given = keys.whole("num_experts_per_tok")?.unwrap_or(used);
+            // gpt-oss's own files name it twice; transformers reads the first.
+            if let Some(older) = keys.whole("experts_per_token")?.filter(|older| *older != given) {
+                let key = "num_experts_per_tok";
+                return Err(disagree_of(
+                    key,
+                    Some(given as f64),
+                    "experts_per_token",
+                    older as f64,
+                ));
+            }
+            let used = given.min(LARGEST_SIZE) as usize;
             Experts {
                 count: count(&["num_local_experts", "num_experts"], usual)?,
                 ffn: keys.required("intermediate_size")?.min(LARGEST_SIZE + 1) as usize,
@@ -487,8 +496,8 @@ fn experts(
             if step == 0 {
                 return Err(Fault::malformed("its `decoder_sparse_step` is 0", FETCH_AGAIN));
             }
-            let dense: Vec<u64> = match keys.list("mlp_only_layers")? {
-                None => Vec::new(),
+            let dense: BTreeSet<u64> = match keys.list("mlp_only_layers")? {
+                None => BTreeSet::new(),
                 Some(list) => {
                     let of = |value: &Value| {
                         let layer = value.as_u64();
@@ -506,8 +515,13 @@ fn experts(
             let normalises = architecture == Architecture::Qwen3Next;
             let has = |block: u64| (block + 1).is_multiple_of(step) && !dense.contains(&block);
             let blocks: Vec<bool> = blocks.map(has).collect();
+            // The older class knows one name of their number.
+            let names: &[&str] = match architecture {
+                Architecture::Qwen3Moe => &["num_local_experts", "num_experts"],
+                _ => &["num_experts"],
+            };
             let experts = Experts {
-                count: count(&["num_local_experts", "num_experts"], count_usual)?,
+                count: count(names, count_usual)?,
                 ffn: width("moe_intermediate_size", ffn)?,
                 routing: one_group(
                     width("num_experts_per_tok", used)?,
@@ -554,7 +568,7 @@ fn experts(
                 ffn,
                 routing: Routing {
                     used: width("num_experts_per_tok", 8)?,
-                    scores: match keys.flag("norm_topk_prob")?.unwrap_or(true) {
+                    scores: match keys.flag_or("norm_topk_prob", true)? {
                         true => RouterScores::SigmoidNormalised,
                         false => RouterScores::Sigmoid,
                     },
@@ -578,6 +592,16 @@ fn experts(
 
 fn activation(keys: &Keys<'_>, architecture: Architecture) -> Result<Activation, Fault> {
     let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    if architecture == Architecture::Qwen3Next
+        && let Some(other) =
+            keys.text("hidden_act")?.filter(|name| !["silu", "swish"].contains(name))
+    {
+        // The convolution of its delta nets has that function too.
+        return Err(Fault::unsupported(
+            format!("its activation is `{}`, not `silu`", shown(other)),
+            OTHER_MODEL,
+        ));
+    }
     let (key, usual) = match architecture {
         _ if of_gemma => ("hidden_activation", Activation::GeluTanh),
         Architecture::Starcoder2 => ("hidden_act", Activation::GeluTanh),
@@ -626,7 +650,11 @@ fn activation(keys: &Keys<'_>, architecture: Architecture) -> Result<Activation,
 
 fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> {
     let of_attention = keys.flag("attention_bias")?;
-    let of_ffn = Presence::of(keys.flag("mlp_bias")?.unwrap_or(false));
+    let of_ffn = match (keys.flag("mlp_bias")?, architecture) {
+        // transformers reads none in this class.
+        (_, Architecture::DeepSeekV3) => Presence::Never,
+        (flag, _) => Presence::of(flag.unwrap_or(false)),
+    };
     let (qkv, output) = match architecture {
         Architecture::Qwen2 => (true, false),
         Architecture::Glm4 => (of_attention.unwrap_or(true), false),
@@ -658,8 +686,8 @@ fn windows(
 ) -> Result<(Option<u64>, Vec<bool>), Fault> {
     let written = keys.whole("sliding_window")?;
     let used = keys.flag("use_sliding_window")?.unwrap_or(false);
-    // Its kinds of layers are read elsewhere.
-    if architecture == Architecture::Qwen3Next && written.is_none() {
+    // Its kinds of layers are read elsewhere, and transformers reads no window in it.
+    if architecture == Architecture::Qwen3Next {
         keys.get("max_window_layers");
         return Ok((None, Vec::new()));
     }
@@ -729,7 +757,15 @@ fn windows(
             ));
         }
         // transformers gives every block of these the window.
-        if architecture == Architecture::Phi3 && window.is_some() && types.contains(&false) {
+        let of_all = matches!(
+            architecture,
+            Architecture::Phi3
+                | Architecture::Mistral
+                | Architecture::Mixtral
+                | Architecture::Starcoder2
+                | Architecture::Qwen3Moe
+        );
+        if of_all && window.is_some() && types.contains(&false) {
             return Err(Fault::malformed(
                 "its `layer_types` hold `full_attention`, and its `sliding_window` is that of all",
                 FETCH_AGAIN,
@@ -838,7 +874,8 @@ fn ropes(
     context_length: u64,
 ) -> Result<Ropes, Fault> {
     // Newer files keep everything of RoPE in `rope_parameters`.
-    let older = keys.object("rope_scaling")?;
+    // transformers takes an empty older object for none.
+    let older = keys.object("rope_scaling")?.filter(|older| !older.map.is_empty());
     let newer = keys.object("rope_parameters")?;
     if let (Some(older), Some(newer)) = (&older, &newer)
         && older.map != newer.map
@@ -865,7 +902,7 @@ fn ropes(
         layout: match architecture {
             Architecture::Glm4 => RopeLayout::Interleaved,
             // What is false is halves.
-            Architecture::DeepSeekV3 if keys.flag("rope_interleave")?.unwrap_or(true) => {
+            Architecture::DeepSeekV3 if keys.flag_or("rope_interleave", true)? => {
                 RopeLayout::Interleaved
             }
             _ => RopeLayout::Halves,
@@ -1273,6 +1310,14 @@ impl<'a> Keys<'a> {
         self.as_type(key, "true or false", Value::as_bool)
     }
 
+    /// A flag whose null is false, and which is `usual` where the key is absent.
+    fn flag_or(&self, key: &str, usual: bool) -> Result<bool, Fault> {
+        match self.map.contains_key(key) {
+            true => Ok(self.flag(key)?.unwrap_or(false)),
+            false => Ok(usual),
+        }
+    }
+
     pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, Fault> {
         self.as_type(key, "a text", Value::as_str)
     }
@@ -1372,6 +1417,23 @@ mod tests {
         );
         let experts = mixtral.experts.expect("experts");
         assert_eq!((experts.count, experts.ffn, experts.routing.used), (8, 14336, 2));
+        // Every block has the window, whatever the types of its layers say.
+        for name in ["mixtral", "starcoder2", "qwen3_moe", "mistral"] {
+            let own = serde_json::json!({
+                "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "vocab_size": 9, "num_hidden_layers": 2,
+                "sliding_window": 4, "use_sliding_window": true, "norm_epsilon": 1e-5,
+                "layer_types": ["full_attention", "sliding_attention"],
+            });
+            assert!(refused(name, own).contains("full_attention"), "{name}");
+        }
+        // As many blocks as a file may claim, and a long list of them.
+        let own = serde_json::json!({
+            "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 9,
+            "num_key_value_heads": 2, "num_hidden_layers": 1 << 24,
+            "mlp_only_layers": (0..20_000).collect::<Vec<u32>>()
+        });
+        assert_eq!(read("qwen3_moe", own).layers, 1 << 24);
         let qwen = read(
             "qwen3_moe",
             serde_json::json!({
@@ -1436,9 +1498,16 @@ mod tests {
             let said = refused("gpt_oss", own);
             assert!(said.contains(words), "{said}");
         }
+        for nothing in [Value::Null, serde_json::json!({})] {
+            let mut own = gpt_oss();
+            own["rope_scaling"] = nothing;
+            assert!(refused("gpt_oss", own).contains("rope_scaling"));
+        }
+        // transformers takes its own value where only the older key is there.
         let mut own = gpt_oss();
-        own["rope_scaling"] = Value::Null;
-        assert!(refused("gpt_oss", own).contains("rope_scaling"));
+        own.as_object_mut().expect("an object").remove("num_experts_per_tok");
+        own["experts_per_token"] = serde_json::json!(2);
+        assert!(refused("gpt_oss", own).contains("experts_per_token` is 2"));
     }
 
     #[test]
@@ -1469,6 +1538,20 @@ mod tests {
         let mut other = own.clone();
         other["topk_method"] = serde_json::json!("greedy");
         assert!(refused("deepseek_v3", other).contains("`greedy`"));
+        // Null is false, which is not what holds where the key is absent.
+        let mut other = own.clone();
+        other["norm_topk_prob"] = Value::Null;
+        other["rope_interleave"] = Value::Null;
+        other["num_mtp_layers"] = serde_json::json!(1);
+        let config = read("deepseek_v3", other);
+        assert_eq!(config.rope.layout, RopeLayout::Halves);
+        let routing = config.experts.as_ref().expect("experts").routing;
+        assert_eq!(routing.scores, RouterScores::Sigmoid);
+        // What predicts further tokens is left aside, its scales too.
+        for name in ["mlp.gate.weight", "self_attn.o_proj.weight_scale_inv"] {
+            let name = format!("model.layers.61.{name}");
+            assert!(super::super::safetensors::canonical_names(&name, &config).is_empty());
+        }
         let mut other = own;
         other["n_group"] = serde_json::json!(7);
         assert!(refused("deepseek_v3", other).contains("7 groups"));
@@ -1494,6 +1577,15 @@ mod tests {
         );
         assert!(next.delta_of(2).is_some() && next.delta_of(3).is_none());
         assert_eq!(next.rope.dimensions, 64);
+        let other = serde_json::json!({
+            "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 9,
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "attention"],
+            "sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh"
+        });
+        assert!(refused("qwen3_next", other.clone()).contains("gelu_pytorch_tanh"));
+        let mut silu = other;
+        silu["hidden_act"] = serde_json::json!("silu");
+        assert!(read("qwen3_next", silu).delta_of(1).is_none());
         let stable = serde_json::json!({
             "hidden_size": 2048, "intermediate_size": 5632, "layer_norm_eps": 1e-5,
             "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 24,

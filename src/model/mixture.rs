@@ -74,10 +74,16 @@ impl Mixture {
         Some(Mixture { layer, names, holds, experts: experts.count, outputs, inputs })
     }
 
-    /// The canonical names of its parts.
-    pub fn canonical_names(&self) -> Vec<String> {
-        let of = |expert| self.names.iter().map(move |name| self.canonical(name, expert));
-        (0..self.experts).flat_map(of).collect()
+    /// The canonical name of its first part, which stands for all of them.
+    pub fn representative(&self) -> String {
+        self.canonical(self.names[0], 0)
+    }
+
+    /// Whether a canonical name is of a part that another one stands for.
+    pub fn is_stood_for(name: &str, config: &Config) -> bool {
+        let part = crate::op::in_layer(name).and_then(|(_, inner)| inner.split_once("_exps."));
+        let all = config.architecture == Architecture::GptOss;
+        part.is_some_and(|(stem, rest)| all && (stem == "ffn_up" || !rest.starts_with("0.")))
     }
 
     fn canonical(&self, name: &str, expert: usize) -> String {

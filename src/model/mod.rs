@@ -5,6 +5,7 @@
 //! checked on opening, so that it cannot fail later for want of a tensor or a
 //! shape. It knows nothing of arms, recipes or stages.
 
+mod blocks;
 mod config;
 mod error;
 mod gguf;
@@ -33,6 +34,7 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+use mixture::Mixture;
 use quantised::Quantised;
 use tokenizer::{Tokenizer, TokenizerFault};
 use weights::Steps;
@@ -529,7 +531,8 @@ fn check_promise(
     let Some(promised) = promised else { return Ok(()) };
     let promised: BTreeSet<String> =
         promised.iter().flat_map(|name| safetensors::canonical_names(name, config)).collect();
-    let held: BTreeSet<String> = infos.iter().map(|info| info.name.clone()).collect();
+    let held = infos.iter().filter(|info| !Mixture::is_stood_for(&info.name, config));
+    let held: BTreeSet<String> = held.map(|info| info.name.clone()).collect();
     match promised.symmetric_difference(&held).next() {
         None => Ok(()),
         Some(name) => {

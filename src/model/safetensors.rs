@@ -361,12 +361,14 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
     if let Some(of) = scales.filter(|of| of.ends_with(".weight")) {
         return match canonical_name(of, config) {
             Canonical::Known(canonical) => Canonical::Scales(canonical + SCALES),
+            Canonical::Ignored => Canonical::Ignored,
             _ => Canonical::Unknown,
         };
     }
     if let Some(of) = name.strip_suffix("input_scale") {
         return match canonical_name(&format!("{of}weight"), config) {
             Canonical::Known(_) | Canonical::Fused(_) => Canonical::InputScale,
+            Canonical::Ignored => Canonical::Ignored,
             _ => Canonical::Unknown,
         };
     }
@@ -495,8 +497,10 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
         "down_proj.weight" | "w2.weight" => Some("ffn_down"),
         _ => None,
     };
-    let shared =
-        rest.strip_prefix("shared_experts.").or_else(|| rest.strip_prefix("shared_expert."));
+    let shared = match config.architecture {
+        Architecture::DeepSeekV3 => rest.strip_prefix("shared_experts."),
+        _ => rest.strip_prefix("shared_expert."),
+    };
     if let Some(name) = shared {
         return Some(format!("{}_shexp.weight", projection(name)?));
     }
@@ -505,10 +509,12 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
     Some(format!("{}_exps.{number}.weight", projection(name)?))
 }
 
-/// The canonical names of what a Hugging Face tensor holds; its own name where no pass knows it.
+/// The canonical names by which an index and a file are held against each other: those of what a
+/// Hugging Face tensor holds, of all experts in one tensor the first one's; its own name where no
+/// pass knows it.
 pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
     if let Some(mixture) = Mixture::of(name, config) {
-        return mixture.canonical_names();
+        return vec![mixture.representative()];
     }
     match canonical_name(name, config) {
         Canonical::Known(name) | Canonical::Scales(name) => vec![name],

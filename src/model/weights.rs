@@ -3,7 +3,7 @@
 //! It knows block formats, not files: the readers hand it bytes whose length
 //! they have checked against the shape. Of its model it only remembers which it is, for
 //! whoever needs the weights beside it. The codecs of the block types are
-//! candle's; the plain float types are decoded here, where they need no
+//! candle's, or those of `blocks.rs`; the plain float types are decoded here, where they need no
 //! alignment and no copy.
 
 use std::borrow::Cow;
@@ -16,6 +16,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::Model;
+use super::blocks;
 use super::error::ModelError;
 use super::quantised::Scales;
 
@@ -50,6 +51,30 @@ pub enum WeightType {
     Q6K,
     /// 8 bits, blocks of 256 with a binary32 scale.
     Q8K,
+    /// 4 bits of a table, blocks of 32 with a scale.
+    Iq4Nl,
+    /// E2M1, blocks of 32 with a power of two (OCP Microscaling Formats 1.0).
+    Mxfp4,
+    /// 4 bits of a table, blocks of 256 in 8 groups with 6-bit scales.
+    Iq4Xs,
+    /// 2.06 bits: 8 values an entry of a table, blocks of 256.
+    Iq2Xxs,
+    /// 2.31 bits: as IQ2_XXS, with more entries and scales.
+    Iq2Xs,
+    /// 2.5 bits: as IQ2_XS, with all signs.
+    Iq2S,
+    /// 3.06 bits: 4 values an entry of a table, blocks of 256.
+    Iq3Xxs,
+    /// 3.44 bits: as IQ3_XXS, with more entries, scales and all signs.
+    Iq3S,
+    /// 1.56 bits: 8 values an entry of a table, moved by an eighth, blocks of 256.
+    Iq1S,
+    /// 1.75 bits: as IQ1_S, with more scales.
+    Iq1M,
+    /// Ternary, five digits a byte, blocks of 256 with a scale.
+    Tq1_0,
+    /// Ternary, four digits a byte, blocks of 256 with a scale.
+    Tq2_0,
     /// OCP FP8 codes; their scales stand in a tensor of their own.
     E4m3,
     /// As [`WeightType::E4m3`], with a wider exponent.
@@ -64,7 +89,7 @@ pub enum WeightType {
 
 impl WeightType {
     /// All types that GGUF files hold.
-    pub const ALL: [WeightType; 14] = [
+    pub const ALL: [WeightType; 26] = [
         WeightType::F32,
         WeightType::F16,
         WeightType::BF16,
@@ -79,6 +104,18 @@ impl WeightType {
         WeightType::Q5K,
         WeightType::Q6K,
         WeightType::Q8K,
+        WeightType::Iq4Nl,
+        WeightType::Mxfp4,
+        WeightType::Iq4Xs,
+        WeightType::Iq2Xxs,
+        WeightType::Iq2Xs,
+        WeightType::Iq2S,
+        WeightType::Iq3Xxs,
+        WeightType::Iq3S,
+        WeightType::Iq1S,
+        WeightType::Iq1M,
+        WeightType::Tq1_0,
+        WeightType::Tq2_0,
     ];
 
     /// The name that ggml gives the type, such as `Q4_K`, or safetensors.
@@ -98,6 +135,18 @@ impl WeightType {
             WeightType::Q5K => "Q5_K",
             WeightType::Q6K => "Q6_K",
             WeightType::Q8K => "Q8_K",
+            WeightType::Iq4Nl => "IQ4_NL",
+            WeightType::Mxfp4 => "MXFP4",
+            WeightType::Iq4Xs => "IQ4_XS",
+            WeightType::Iq2Xxs => "IQ2_XXS",
+            WeightType::Iq2Xs => "IQ2_XS",
+            WeightType::Iq2S => "IQ2_S",
+            WeightType::Iq3Xxs => "IQ3_XXS",
+            WeightType::Iq3S => "IQ3_S",
+            WeightType::Iq1S => "IQ1_S",
+            WeightType::Iq1M => "IQ1_M",
+            WeightType::Tq1_0 => "TQ1_0",
+            WeightType::Tq2_0 => "TQ2_0",
             WeightType::E4m3 => "F8_E4M3",
             WeightType::E5m2 => "F8_E5M2",
             WeightType::E2m1 => "F4_E2M1",
@@ -110,13 +159,22 @@ impl WeightType {
     pub fn block_width(self) -> usize {
         match self {
             WeightType::E2m1 => 2,
-            _ => self.candle().map_or(1, |codec| codec.block_size()),
+            _ => blocks::size(self).map_or_else(
+                || self.candle().map_or(1, |codec| codec.block_size()),
+                |(width, _)| width,
+            ),
         }
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        self.candle().map_or(1, |codec| codec.type_size())
+        blocks::size(self)
+            .map_or_else(|| self.candle().map_or(1, |codec| codec.type_size()), |(_, bytes)| bytes)
+    }
+
+    /// Whether the arms' own kernels decode the type; others are decoded before they compute.
+    pub fn is_of_kernels(self) -> bool {
+        self.candle().is_some()
     }
 
     /// Whether the values are codes, which mean nothing without the scales beside them.
@@ -146,6 +204,18 @@ impl WeightType {
             WeightType::Q6K => 14,
             WeightType::Q8K => 15,
             WeightType::BF16 => 30,
+            WeightType::Iq4Nl => 20,
+            WeightType::Mxfp4 => 39,
+            WeightType::Iq4Xs => 23,
+            WeightType::Iq2Xxs => 16,
+            WeightType::Iq2Xs => 17,
+            WeightType::Iq2S => 22,
+            WeightType::Iq3Xxs => 18,
+            WeightType::Iq3S => 21,
+            WeightType::Iq1S => 19,
+            WeightType::Iq1M => 29,
+            WeightType::Tq1_0 => 34,
+            WeightType::Tq2_0 => 35,
             WeightType::E4m3 => 1000,
             WeightType::E5m2 => 1001,
             WeightType::I8 => 1002,
@@ -160,23 +230,11 @@ impl WeightType {
         known.ok_or_else(|| {
             let name = match id {
                 9 => "Q8_1",
-                16 => "IQ2_XXS",
-                17 => "IQ2_XS",
-                18 => "IQ3_XXS",
-                19 => "IQ1_S",
-                20 => "IQ4_NL",
-                21 => "IQ3_S",
-                22 => "IQ2_S",
-                23 => "IQ4_XS",
                 24 => "I8",
                 25 => "I16",
                 26 => "I32",
                 27 => "I64",
                 28 => "F64",
-                29 => "IQ1_M",
-                34 => "TQ1_0",
-                35 => "TQ2_0",
-                39 => "MXFP4",
                 other => return format!("number {other}"),
             };
             name.to_owned()
@@ -200,7 +258,19 @@ impl WeightType {
             WeightType::Q5K => GgmlDType::Q5K,
             WeightType::Q6K => GgmlDType::Q6K,
             WeightType::Q8K => GgmlDType::Q8K,
-            WeightType::E4m3
+            WeightType::Iq4Nl
+            | WeightType::Mxfp4
+            | WeightType::Iq4Xs
+            | WeightType::Iq2Xxs
+            | WeightType::Iq2Xs
+            | WeightType::Iq2S
+            | WeightType::Iq3Xxs
+            | WeightType::Iq3S
+            | WeightType::Iq1S
+            | WeightType::Iq1M
+            | WeightType::Tq1_0
+            | WeightType::Tq2_0
+            | WeightType::E4m3
             | WeightType::E5m2
             | WeightType::E2m1
             | WeightType::I8
@@ -330,10 +400,10 @@ impl<'a> Weight<'a> {
         self.scales.is_some()
     }
 
-    /// Whether the bytes are its rows, one after the other, and say all of its values but that
-    /// they may hold them less one.
+    /// Whether the bytes are its rows, one after the other, in a type that the arms' own kernels
+    /// decode, and say all of its values but that they may hold them less one.
     pub fn is_plain(&self) -> bool {
-        self.scales.is_none() && self.steps.is_none()
+        self.scales.is_none() && self.steps.is_none() && self.kind.is_of_kernels()
     }
 
     /// How values lie among the bytes, where rows do not follow one another; else nothing.
@@ -490,6 +560,9 @@ impl<'a> Weight<'a> {
     }
 
     fn decode_blocks(&self, bytes: &[u8], out: &mut [f32]) -> Result<(), ModelError> {
+        if blocks::decode(self.kind, bytes, out).is_some() {
+            return Ok(());
+        }
         let Some(codec) = self.kind.candle() else {
             return Err(self.refuse("its codes have no scales".to_owned()));
         };

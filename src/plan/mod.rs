@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{Action, Key, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
-use crate::compute::arms::{Workshop, reads_kernels, tensors_read, weight_of};
+use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, weight_of};
 use crate::compute::forward::{Greedy, attention_of};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
@@ -358,6 +358,13 @@ impl<'a> Plan<'a> {
         }
         let Some(model) = model else { return walk };
         let config = model.model.config();
+        for (place, (name, input)) in stage.op.inputs().into_iter().enumerate() {
+            if matches!(input, Input::Generated(_)) {
+                // How wide it is made follows from the model.
+                let width = input_width(&stage.op, place, &model.model).unwrap_or(0);
+                walk.field(&format!("width of {name}"), width);
+            }
+        }
         match &stage.op {
             Op::Forward { .. } => walk.field("config", format!("{config:?}")),
             Op::RmsNorm { .. } => {

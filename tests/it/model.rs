@@ -341,8 +341,8 @@ fn a_gguf_gets_its_defaults_where_keys_are_absent() {
 fn what_would_be_computed_wrongly_is_refused_with_its_name() {
     let text = |text: &str| Value::String(text.to_owned());
     let cases: Vec<(Draft, &str)> = vec![
-        (draft("gemma3"), "architecture `gemma3`"),
-        (draft("llama").with("llama.expert_count", Value::U32(8)), "mixture of experts"),
+        (draft("gemma3n"), "architecture `gemma3n`"),
+        (draft("qwen2").with("qwen2.expert_count", Value::U32(8)), "mixture of experts"),
         (draft("llama").with("llama.rope.scaling.type", text("yarn")), "`yarn`"),
         (draft("llama").with("llama.attn_logit_softcapping", Value::F32(50.0)), "softcapping"),
         (draft("llama").with("llama.attention.sliding_window", Value::U32(32)), "slides over 32"),

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::command::Project;
@@ -149,6 +150,28 @@ fn every_kernel_runs_on_generated_values_of_every_distribution() {
     let ran = project.run().expect(0, "run: pass");
     let rows = ran.out.lines().filter(|line| line.contains(" pass ")).count();
     assert_eq!(rows, lines + 1, "the run has a line too: {}", ran.out);
+}
+
+#[test]
+fn a_generated_input_is_as_wide_as_the_model_asks_and_another_models_is_not_reused() {
+    let made = "{ generate = \"normal\", rows = 4 }";
+    let lines = format!("[swiglu]\ngate = {made}\nup = {made}\nsite = \"blk.1.ffn_swiglu\"\n");
+    let project = project().file("stages/s.toml", &stage("S", "swiglu", &lines));
+    // The gates of a feed-forward network, of two experts side by side, and of other two.
+    for (model, width) in [("stablelm", 48), ("mixtral", 96), ("qwen3-moe", 32)] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/small-models");
+        let folder = folder.join(model);
+        let folder = folder.to_str().expect("a path");
+        let ran = project.runner(&["run", "stages", "--model", folder, "--tokens", "1,2,3"]);
+        ran.expect(0, "reference  ran in").expect(0, "run: pass");
+        let out = project.path("out.safetensors");
+        let out = out.to_str().expect("a path");
+        let _ = fs::remove_file(out);
+        project.runner(&["export", "latest", "S", "reference", out]).expect(0, "");
+        let bytes = fs::read(out).expect("exported");
+        let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+        assert_eq!(file.tensor("blk.1.ffn_swiglu").expect("the site").shape(), [4, width]);
+    }
 }
 
 #[test]

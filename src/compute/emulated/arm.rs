@@ -719,7 +719,8 @@ impl Kernel for Route<'_> {
         let of_taken: Vec<f32> = taken.iter().map(|&expert| powers[expert]).collect();
         let total = match routing.scores {
             RouterScores::Softmax => in_order(&powers),
-            RouterScores::SoftmaxOfTaken | RouterScores::SigmoidNormalised => in_order(&of_taken),
+            RouterScores::SoftmaxOfTaken => in_order(&of_taken),
+            RouterScores::SigmoidNormalised => in_order(&of_taken) + 1e-20,
             RouterScores::Sigmoid => 1.0,
         };
         for expert in taken {

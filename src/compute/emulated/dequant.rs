@@ -38,12 +38,24 @@ pub fn dequantise_row(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
         WeightType::Q5K => each_block(bytes, out, q5_k),
         WeightType::Q6K => each_block(bytes, out, q6_k),
         WeightType::Q8K => each_block(bytes, out, q8_k),
-        WeightType::E4m3
+        WeightType::Iq4Nl
+        | WeightType::Mxfp4
+        | WeightType::Iq4Xs
+        | WeightType::Iq2Xxs
+        | WeightType::Iq2Xs
+        | WeightType::Iq2S
+        | WeightType::Iq3Xxs
+        | WeightType::Iq3S
+        | WeightType::Iq1S
+        | WeightType::Iq1M
+        | WeightType::Tq1_0
+        | WeightType::Tq2_0
+        | WeightType::E4m3
         | WeightType::E5m2
         | WeightType::E2m1
         | WeightType::I8
         | WeightType::E8m0 => {
-            unreachable!("codes are decoded with their scales, by `Weight::decode_rows`")
+            unreachable!("`Weight::decode_rows` decodes these")
         }
     }
 }
@@ -305,7 +317,7 @@ mod tests {
         fn any_bytes_decode_as_the_reference_decodes_them(
             bytes in prop::collection::vec(any::<u8>(), BLOCKS * LARGEST_BLOCK)
         ) {
-            for kind in WeightType::ALL {
+            for kind in WeightType::ALL.into_iter().filter(|kind| kind.is_of_kernels()) {
                 let bytes = &bytes[..BLOCKS * kind.block_bytes()];
                 let (ours, theirs) = (ours(kind, bytes), candles(kind, bytes));
                 prop_assert_eq!(first_difference(&ours, &theirs), None, "{}", kind);
@@ -327,7 +339,7 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blocks.safetensors");
         let file = fs::read(path).unwrap();
         let fixture = SafeTensors::deserialize(&file).unwrap();
-        for kind in WeightType::ALL {
+        for kind in WeightType::ALL.into_iter().filter(|kind| kind.is_of_kernels()) {
             let blocks = fixture.tensor(&format!("{kind}.bytes")).unwrap();
             let expected = fixture.tensor(&format!("{kind}.values")).unwrap();
             let expected: Vec<f32> = expected

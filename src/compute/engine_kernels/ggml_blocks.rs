@@ -163,7 +163,7 @@ impl Block {
 pub fn is_known(kind: WeightType) -> bool {
     let plain = matches!(kind, WeightType::F32 | WeightType::F16 | WeightType::BF16);
     let scaled = kind.is_scaled() || kind == WeightType::E8m0;
-    !(plain || scaled || kind == WeightType::Q8K)
+    kind.is_of_kernels() && !(plain || scaled || kind == WeightType::Q8K)
 }
 
 /// A row of activations in 8 bits.

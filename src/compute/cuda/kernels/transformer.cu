@@ -312,6 +312,7 @@ extern "C" __global__ void route(
             y[row * experts + chosen[place]] = power;
         }
         if (kind == 2) total = 1.0f;
+        if (kind == 3) total = __fadd_rn(total, 1e-20f);
         for (u64 place = 0; place < used; place++) {
             float* weight = y + row * experts + chosen[place];
             *weight = __fmul_rn(__fdiv_rn(*weight, total), factor);
