@@ -266,7 +266,7 @@ pub struct Biases {
 /// Which two values of a head RoPE turns together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RopeLayout {
-    /// Values `2i` and `2i + 1`: GGUF files of llama models.
+    /// Values `2i` and `2i + 1`: GGUF files whose converter permutes (llama, granite, smollm3), glm4.
     Interleaved,
     /// Values `i` and `i + dimensions / 2`: qwen2, qwen3 and Hugging Face folders but glm4.
     Halves,
@@ -1104,7 +1104,26 @@ pub(super) fn from_gguf(
     };
     let theta = keys.float("rope.freq_base")?.unwrap_or(10_000.0);
     let blocks = 0..layers.min(LARGEST_SIZE);
-    let window = keys.optional("attention.sliding_window")?.filter(|window| *window != 0);
+    let window = keys.optional("attention.sliding_window")?;
+    let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    if of_gemma && window == Some(0) {
+        let key = keys.full("attention.sliding_window");
+        return Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN));
+    }
+    // What llama.cpp demands, or has no use for.
+    let needs_output = matches!(
+        architecture,
+        Architecture::Olmo2 | Architecture::StableLm | Architecture::Qwen2Moe
+    );
+    if needs_output && tied {
+        return Err(Fault::malformed("`output.weight` is missing", FETCH_AGAIN));
+    }
+    if architecture == Architecture::Gemma2 && !tied {
+        return Err(Fault::malformed(
+            "it holds `output.weight`, and a gemma2's output matrix is its embedding",
+            FETCH_AGAIN,
+        ));
+    }
     let (window, sliding, sliding_rope) = match architecture {
         // What llama.cpp does by itself: every other block, or five of six.
         Architecture::Gemma2 => {
@@ -1112,9 +1131,8 @@ pub(super) fn from_gguf(
             (Some(window.unwrap_or(4096)), every_other, None)
         }
         Architecture::Gemma3 if window.is_some() => {
-            let local = keys.float("rope.freq_base_swa")?.unwrap_or(10_000.0);
             let sliding = blocks.clone().map(|block| block % 6 != 5).collect();
-            (window, sliding, Some(rope(local, 1.0)?))
+            (window, sliding, Some(rope(10_000.0, 1.0)?))
         }
         _ => (None, Vec::new(), None),
     };
@@ -1150,12 +1168,24 @@ pub(super) fn from_gguf(
         },
         biases: Biases {
             qkv: match architecture {
-                Architecture::Qwen2 | Architecture::Qwen2Moe => Presence::Always,
+                Architecture::Qwen2 | Architecture::Qwen2Moe | Architecture::Starcoder2 => {
+                    Presence::Always
+                }
+                Architecture::Gemma2 | Architecture::SmolLm3 | Architecture::Olmo2 => {
+                    Presence::Never
+                }
                 _ => Presence::Open,
             },
-            output: Presence::Open,
-            // Mixtures have none.
-            ffn: if experts.is_some() { Presence::Never } else { Presence::Open },
+            output: match architecture {
+                Architecture::Starcoder2 => Presence::Always,
+                _ => Presence::Open,
+            },
+            ffn: match architecture {
+                Architecture::Starcoder2 => Presence::Always,
+                // Mixtures have none.
+                _ if experts.is_some() => Presence::Never,
+                _ => Presence::Open,
+            },
         },
         window,
         sliding,
@@ -1264,11 +1294,17 @@ impl Keys<'_> {
             Architecture::Qwen2Moe => {
                 &["expert_feed_forward_length", "expert_shared_feed_forward_length"]
             }
-            Architecture::Qwen3Moe => &["expert_feed_forward_length"],
+            Architecture::Qwen3Moe => &[
+                "expert_feed_forward_length",
+                "expert_shared_feed_forward_length",
+                "expert_group_count",
+                "expert_group_used_count",
+                "expert_gating_func",
+            ],
             Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
             Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
             Architecture::Gemma2 => &["attn_logit_softcapping", "final_logit_softcapping"],
-            Architecture::Gemma3 => &["final_logit_softcapping", "rope.freq_base_swa"],
+            Architecture::Gemma3 => &["rope.freq_base_swa"],
             Architecture::Granite => {
                 &["attention.scale", "embedding_scale", "residual_scale", "logit_scale"]
             }
@@ -1327,12 +1363,13 @@ impl Keys<'_> {
                 factors.scores = Some(1.0 / width.sqrt());
                 factors.embedding = Some((hidden as f64).sqrt());
                 factors.embedding_is_held = true;
-                let of_cap = |key: &str| -> Result<Option<f64>, Fault> {
-                    Ok(self.float(key)?.filter(|cap| *cap != 0.0))
-                };
-                caps.logits = of_cap("final_logit_softcapping")?;
+                // Where nothing is said llama.cpp takes these of a gemma2, and of a gemma3 none.
                 if architecture == Architecture::Gemma2 {
-                    caps.scores = of_cap("attn_logit_softcapping")?;
+                    let of_cap = |key: &str, usual: f64| -> Result<Option<f64>, Fault> {
+                        Ok(Some(self.float(key)?.unwrap_or(usual)))
+                    };
+                    caps.logits = of_cap("final_logit_softcapping", 30.0)?;
+                    caps.scores = of_cap("attn_logit_softcapping", 50.0)?;
                 }
             }
             Architecture::Granite => {
@@ -1341,7 +1378,16 @@ impl Keys<'_> {
                 };
                 factors.embedding = other_than_one("embedding_scale")?;
                 factors.residual = other_than_one("residual_scale")?;
-                factors.logits_divisor = other_than_one("logit_scale")?;
+                let divisor = self.float("logit_scale")?;
+                let divisor = divisor.ok_or_else(|| missing_key(&self.full("logit_scale")))?;
+                factors.logits_divisor = Some(divisor).filter(|divisor| *divisor != 1.0);
+                // llama.cpp takes it for a switch of RoPE in this architecture.
+                if self.header.bool(&self.full("rope.scaling.finetuned"))? == Some(false) {
+                    return Err(Fault::unsupported(
+                        "its `rope.scaling.finetuned` is false, and llama.cpp turns nothing then",
+                        OTHER_MODEL,
+                    ));
+                }
                 factors.scores = self.float("attention.scale")?.filter(|scale| *scale != 0.0);
             }
             _ => {}
@@ -1387,9 +1433,27 @@ impl Keys<'_> {
                 ));
             }
         }
-        if self.header.bool(&self.full("use_parallel_residual"))? == Some(true) {
+        // What must say what is computed. `use_parallel_residual` says nothing: llama.cpp goes by
+        // whether there is a norm before the feed-forward network.
+        for (key, known) in [
+            ("expert_group_count", &[0, 1][..]),
+            ("expert_group_used_count", &[0, 1]),
+            // Softmax.
+            ("expert_gating_func", &[1]),
+        ] {
+            if let Some(other) = self.optional(key)?.filter(|value| !known.contains(value)) {
+                let key = self.full(key);
+                return Err(Fault::unsupported(format!("`{key}` is {other}"), OTHER_MODEL));
+            }
+        }
+        if self.architecture == Architecture::Qwen3Moe
+            && self.optional("expert_shared_feed_forward_length")?.is_some_and(|width| width > 0)
+        {
+            return Err(Fault::unsupported("it has experts that all tokens share", OTHER_MODEL));
+        }
+        if let Some(base) = self.float("rope.freq_base_swa")?.filter(|base| *base != 10_000.0) {
             return Err(Fault::unsupported(
-                "its attention and feed-forward network stand side by side",
+                format!("`{}` is {base}, not 10000", self.full("rope.freq_base_swa")),
                 OTHER_MODEL,
             ));
         }

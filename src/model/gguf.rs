@@ -45,6 +45,8 @@ pub(super) struct TensorInfo {
     pub rows: usize,
     /// The innermost dimension.
     pub width: usize,
+    /// The dimensions beyond the second, multiplied: matrices that lie one below the other.
+    pub depth: usize,
     pub bytes: Range<usize>,
 }
 
@@ -293,8 +295,7 @@ fn place(
     let kind = WeightType::from_ggml(line.kind).map_err(|name| {
         Fault::unsupported(
             format!("its type {name} has no decoder here"),
-            "quantize the model to one of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to \
-             Q8_K",
+            "quantize the model to a type that `docs/models.md` lists, such as Q8_0 or F16",
         )
     })?;
     let (&width, outer) =
@@ -331,6 +332,8 @@ fn place(
         kind,
         rows: rows as usize,
         width: width as usize,
+        // No more than the rows.
+        depth: outer.iter().skip(1).product::<u64>() as usize,
         bytes: start as usize..end as usize,
     })
 }

@@ -158,7 +158,7 @@ impl Model {
         let header = gguf::Header::parse(&file).map_err(|fault| fault.at(path))?;
         let mut tensors = BTreeMap::new();
         for info in &header.tensors {
-            let gguf::TensorInfo { name, kind, rows, width, bytes } = info;
+            let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
             let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
             let (less_one, scales, steps) = (false, None, None);
             let place = Place { file: 0, bytes, kind, rows, width, less_one, scales, steps };
@@ -171,7 +171,7 @@ impl Model {
         let tied = !tensors.contains_key("output.weight");
         let config = config::from_gguf(&header, &file, embedding, tied);
         let config = config.map_err(|fault| fault.at(path))?;
-        cut_fused(&mut tensors, &config).map_err(|fault| fault.at(path))?;
+        cut_fused(&mut tensors, &header.tensors, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
             config,
@@ -483,35 +483,66 @@ impl Model {
 
 /// Cuts what a GGUF file keeps in one tensor: all experts of a block, one below the other, and the
 /// gate above the other projection of a GLM 4.
-fn cut_fused(tensors: &mut BTreeMap<String, Place>, config: &Config) -> Result<(), Fault> {
+fn cut_fused(
+    tensors: &mut BTreeMap<String, Place>,
+    infos: &[gguf::TensorInfo],
+    config: &Config,
+) -> Result<(), Fault> {
     let glm = config.architecture == Architecture::Glm4;
-    let experts = config.experts.as_ref().map_or(1, |experts| experts.count);
-    let parts_of = |name: &str| -> Option<Vec<String>> {
-        let (layer, inner) = crate::op::in_layer(name)?;
-        let (stem, ending) = inner.rsplit_once('.')?;
-        match stem {
-            "ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps" if config.experts.is_some() => {
-                let part = |expert| format!("blk.{layer}.{stem}.{expert}.{ending}");
-                Some((0..experts).map(part).collect())
-            }
-            "ffn_up" if glm && ending == "weight" => {
-                Some(["ffn_gate", "ffn_up"].map(|part| format!("blk.{layer}.{part}.weight")).into())
-            }
-            _ => None,
+    for info in infos {
+        let Some((layer, inner)) = crate::op::in_layer(&info.name) else { continue };
+        if config.experts.is_some() && inner.contains("_exps.") && inner.matches('.').count() > 1 {
+            let problem = "a GGUF file holds all experts of a block in one tensor";
+            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
         }
-    };
-    let fused: Vec<(String, Vec<String>)> =
-        tensors.keys().filter_map(|name| Some((name.clone(), parts_of(name)?))).collect();
-    for (name, parts) in fused {
-        let Some(whole) = tensors.remove(&name) else { continue };
-        if !whole.rows.is_multiple_of(parts.len()) {
-            let problem = format!("its {} rows are no {} equal parts", whole.rows, parts.len());
-            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
+        let part = |name: &str| format!("blk.{layer}.{name}.weight");
+        let (parts, rows, width) = match (inner, &config.experts) {
+            ("ffn_gate_exps.weight" | "ffn_up_exps.weight" | "ffn_down_exps.weight", Some(of)) => {
+                let stem = inner.trim_end_matches(".weight");
+                let (rows, width) = match stem {
+                    "ffn_down_exps" => (config.hidden, of.ffn),
+                    _ => (of.ffn, config.hidden),
+                };
+                // Before names are made: a shape that is another one is told below.
+                let fits =
+                    (info.depth, info.rows, info.width) == (of.count, of.count * rows, width);
+                if !fits || layer as usize >= config.layers {
+                    let problem = format!(
+                        "it is [{}, {}, {width_of}], but the hyperparameters make it [{}, {rows}, \
+                         {width}]",
+                        info.depth,
+                        info.rows / info.depth.max(1),
+                        of.count,
+                        width_of = info.width,
+                    );
+                    return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
+                }
+                let names = (0..of.count).map(|expert| part(&format!("{stem}.{expert}")));
+                (names.collect::<Vec<String>>(), rows, width)
+            }
+            ("ffn_up.weight", _) if glm => {
+                (vec![part("ffn_gate"), part("ffn_up")], config.ffn, config.hidden)
+            }
+            _ => continue,
+        };
+        let Some(whole) = tensors.remove(&info.name) else { continue };
+        if (whole.rows, whole.width) != (parts.len() * rows, width) {
+            let problem = format!(
+                "it is [{}, {}], but the hyperparameters make it [{}, {width}]",
+                whole.rows,
+                whole.width,
+                parts.len() * rows
+            );
+            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
         }
-        let (rows, length) = (whole.rows / parts.len(), whole.bytes.len() / parts.len());
+        let length = whole.bytes.len() / parts.len();
         for (number, part) in parts.into_iter().enumerate() {
             let start = whole.bytes.start + number * length;
-            tensors.insert(part, Place { rows, bytes: start..start + length, ..whole.clone() });
+            let place = Place { rows, bytes: start..start + length, ..whole.clone() };
+            if tensors.insert(part, place).is_some() {
+                let problem = "what is fused in it stands beside it too";
+                return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
+            }
         }
     }
     Ok(())

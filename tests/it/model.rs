@@ -338,6 +338,40 @@ fn a_gguf_gets_its_defaults_where_keys_are_absent() {
 }
 
 #[test]
+fn what_llama_cpp_reads_otherwise_or_not_at_all_is_refused_by_name() {
+    let mixture = || {
+        draft("qwen3moe")
+            .with("qwen3moe.expert_count", Value::U32(2))
+            .with("qwen3moe.expert_used_count", Value::U32(1))
+            .with("qwen3moe.expert_feed_forward_length", Value::U32(16))
+    };
+    let granite = || draft("granite").with("granite.logit_scale", Value::F32(2.0));
+    let cases: Vec<(Draft, &str)> = vec![
+        (mixture().tensor("blk.0.ffn_gate_exps.weight", &[16, 2, 8]), "make it [2, 16, 8]"),
+        (mixture().tensor("blk.0.ffn_gate_exps.weight", &[32, 8]), "make it [2, 16, 8]"),
+        (mixture().tensor("blk.9.ffn_up_exps.weight", &[2, 16, 8]), "`blk.9.ffn_up_exps.weight`"),
+        (mixture().tensor("blk.0.ffn_up_exps.1.weight", &[16, 8]), "in one tensor"),
+        (mixture().with("qwen3moe.expert_gating_func", Value::U32(2)), "expert_gating_func"),
+        (
+            mixture().with("qwen3moe.expert_shared_feed_forward_length", Value::U32(8)),
+            "all tokens share",
+        ),
+        (draft("granite"), "granite.logit_scale"),
+        (granite().with("granite.rope.scaling.finetuned", Value::Bool(false)), "finetuned"),
+        (draft("gemma2").with("gemma2.attn_logit_softcapping", Value::F32(0.0)), "soft cap"),
+        (draft("gemma2").with("gemma2.attention.sliding_window", Value::U32(0)), "is 0"),
+        (draft("gemma3").with("gemma3.final_logit_softcapping", Value::F32(30.0)), "softcapping"),
+        (draft("gemma3").with("gemma3.rope.freq_base_swa", Value::F32(500.0)), "is 500"),
+        (draft("olmo2"), "`output.weight` is missing"),
+        (draft("gemma2").tensor("output.weight", &[300, 8]), "is its embedding"),
+    ];
+    for (draft, expected) in cases {
+        let error = open(&draft.write()).unwrap_err().to_string();
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
 fn what_would_be_computed_wrongly_is_refused_with_its_name() {
     let text = |text: &str| Value::String(text.to_owned());
     let cases: Vec<(Draft, &str)> = vec![

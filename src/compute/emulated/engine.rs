@@ -911,10 +911,13 @@ fn knows_attention(kernel: AttentionKernel, shape: AttentionShape<'_>, keys: usi
 /// What an engine does with the codes and scales of a file is not known: its kernels multiply
 /// them, and not the values that they stand for.
 fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
-    match weight.is_plain() {
-        true => Ok(()),
-        false => Err(unknown("a product with the codes and scales of a quantised checkpoint")),
+    if weight.is_plain() {
+        return Ok(());
     }
+    Err(match weight.is_scaled() || weight.kind().is_of_kernels() {
+        true => unknown("a product with the codes and scales of a quantised checkpoint"),
+        false => unknown(&format!("a product with {} blocks", weight.kind())),
+    })
 }
 
 pub(super) fn unknown(what: &str) -> ComputeError {
