@@ -194,7 +194,8 @@ impl DeltaRule<'_> {
         }
     }
 
-    /// The exact result, and the variance that the f32 kernel's roundings give each value.
+    /// The exact result, and the deviation that the f32 kernel's roundings give each value: of a
+    /// value near 1e-16 an f32 cannot hold the variance.
     ///
     /// Every rounding of the kernel counts as an independent error of variance `(u s)^2 / 3` and is
     /// carried on: a state's variance decays with it, and each token adds its own.
@@ -206,7 +207,7 @@ impl DeltaRule<'_> {
         let [rows, width] = self.shape();
         let (key_dim, value_dim) = (self.net.key_dim, self.net.value_dim);
         let rounded = |value: f64| (value / f64::from(1u32 << 24)).powi(2) / 3.0;
-        let (mut y, mut variances) = (Tensor::zeros(rows, width), Tensor::zeros(rows, width));
+        let (mut y, mut deviations) = (Tensor::zeros(rows, width), Tensor::zeros(rows, width));
         let scale = 1.0 / (key_dim as f64).sqrt();
         let unit = |x: &[f32], scale: f64| {
             let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
@@ -251,12 +252,12 @@ impl DeltaRule<'_> {
                     }
                     if let Some(row) = position.checked_sub(self.first) {
                         y.row_mut(row)[head * value_dim + column] = out as f32;
-                        variances.row_mut(row)[head * value_dim + column] = of_out as f32;
+                        deviations.row_mut(row)[head * value_dim + column] = of_out.sqrt() as f32;
                     }
                 }
             }
         }
-        Ok((y, variances))
+        Ok((y, deviations))
     }
 }
 
@@ -283,15 +284,30 @@ mod tests {
         // The first head keeps its state and corrects half of it; the second forgets.
         let gates = Tensor::new(4, vec![1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 0.5, 0.5]);
         let rule = DeltaRule { x: &x, gates: &gates, first: 0, net: &net };
-        let (y, variances) = rule.exact().expect("a rule");
+        let (y, deviations) = rule.exact().expect("a rule");
         let root = 0.5f64.sqrt();
         let expected = [0.5 * root, 0.5 * root, 2.25 * root, 2.0 * root];
         for (y, expected) in y.data().iter().zip(expected) {
             assert!((f64::from(*y) - expected).abs() < 1e-6, "{y} for {expected}");
         }
-        assert!(variances.data().iter().all(|variance| *variance > 0.0));
+        assert!(deviations.data().iter().all(|deviation| *deviation > 0.0));
         let later = DeltaRule { first: 1, ..rule };
         assert_eq!(later.exact().expect("a rule").0.data(), &y.data()[2..]);
+    }
+
+    #[test]
+    fn a_rule_keeps_the_deviation_of_values_whose_variance_no_f32_holds() {
+        let net = net();
+        let gates = Tensor::new(4, vec![1.0, 0.0, 0.5, 0.5]);
+        let deviations = |value: f32| {
+            let x = Tensor::new(6, vec![3.0, 1.0, 5.0, 2.0, value, value]);
+            let rule = DeltaRule { x: &x, gates: &gates, first: 0, net: &net };
+            rule.exact().expect("a rule").1.data().to_vec()
+        };
+        let size = 2.0f32.powi(-80);
+        for (tiny, one) in deviations(size).into_iter().zip(deviations(1.0)) {
+            assert!((tiny / size - one).abs() < 1e-6 * one, "{tiny:e} for {one:e}");
+        }
     }
 
     #[test]

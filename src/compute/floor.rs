@@ -667,7 +667,7 @@ impl Floor {
     }
 
     fn delta(&self, rule: &DeltaRule<'_>) -> Result<Tensor, ComputeError> {
-        let (y, variances) = rule.exact()?;
+        let (y, deviations) = rule.exact()?;
         // Roundings of one query or key are shared by all columns, and a token's by all later ones:
         // twice the deviation of independent ones. A foreign engine computes in chunks of
         // positions, in an order of its own, and passes values of the stream's type.
@@ -675,7 +675,7 @@ impl Floor {
         let largest =
             y.data().iter().fold(0.0f32, |most, y| if y.abs() > most { y.abs() } else { most });
         self.note_each(&y, |index, y| {
-            let own = foreign * f64::from(variances.data()[index]).sqrt();
+            let own = foreign * f64::from(deviations.data()[index]);
             let passed =
                 (2.0 * self.passed(f64::from(y)) + self.foreign(8.0, f64::from(largest))).sqrt();
             own + passed + quarter_place(y)

@@ -413,22 +413,16 @@ impl Block<'_> {
         let bias = bias_of(self.model, &format!("blk.{}.exp_probs_b", self.layer))?;
         let call = Call::Route { scores: &scores, bias, routing: &experts.routing };
         let routes = make("ffn_route", &call)?;
-        let mut product = |site: &str, name: &str, x: &Tensor| {
+        let product = |site: &str, name: &str, x: &Tensor, make: &mut Make<'_>| {
             let (weights, biases) = self.of_experts(name, experts.count)?;
             let biases = biases.as_deref();
             let products = Products { x, weights: &weights, biases, routes: &routes, used };
             make(site, &Call::Experts(products))
         };
-        let gate = product("ffn_gate", "ffn_gate_exps", x)?;
-        let up = product("ffn_up", "ffn_up_exps", x)?;
+        let gate = product("ffn_gate", "ffn_gate_exps", x, make)?;
+        let up = product("ffn_up", "ffn_up_exps", x, make)?;
         let activated = make("ffn_swiglu", &Call::Gated { gate: &gate, up: &up, activation })?;
-        let mut product = |site: &str, name: &str, x: &Tensor| {
-            let (weights, biases) = self.of_experts(name, experts.count)?;
-            let biases = biases.as_deref();
-            let products = Products { x, weights: &weights, biases, routes: &routes, used };
-            make(site, &Call::Experts(products))
-        };
-        let down = product("ffn_down", "ffn_down_exps", &activated)?;
+        let down = product("ffn_down", "ffn_down_exps", &activated, make)?;
         let mixed = make("ffn_mix", &Call::Mix { x: &down, routes: &routes, used })?;
         if experts.shared.is_none() {
             return Ok(mixed);

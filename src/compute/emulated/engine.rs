@@ -907,7 +907,6 @@ fn knows_attention(kernel: AttentionKernel, shape: AttentionShape<'_>, keys: usi
     }
 }
 
-/// An op whose kernel in the engine is not known.
 /// What an engine does with the codes and scales of a file is not known: its kernels multiply
 /// them, and not the values that they stand for.
 fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
@@ -920,6 +919,7 @@ fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
     })
 }
 
+/// An op whose kernel in the engine is not known.
 pub(super) fn unknown(what: &str) -> ComputeError {
     ComputeError::Recipe(format!(
         "the engine's kernel of {what} is not known, and this model needs it; take a recipe with \
