@@ -7,7 +7,7 @@
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
 
-/// Sizes above this are typing errors or attacks: the largest dense models stay far below.
+/// Sizes above this are typing errors or attacks: the largest models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
 /// Experts of a block: the largest mixtures have hundreds.
 const LARGEST_LIST: usize = 1 << 16;
@@ -937,9 +937,11 @@ impl Config {
         }
         if let Some(Experts { count, ffn, routing, shared, blocks, .. }) = &self.experts {
             let Routing { used, factor, groups, used_groups, .. } = *routing;
-            let width = shared.unwrap_or(1);
-            if *count == 0 || *ffn == 0 || width == 0 || *count > LARGEST_LIST || width > 1 << 24 {
-                return bad(format!("it has {count} experts of {ffn}, and shares {width}"));
+            if *count == 0 || *count > LARGEST_LIST || *ffn == 0 {
+                return bad(format!("it has {count} experts of width {ffn}"));
+            }
+            if let Some(width) = shared.filter(|width| *width == 0 || *width > 1 << 24) {
+                return bad(format!("the expert that all tokens share has width {width}"));
             }
             if groups == 0 || !count.is_multiple_of(groups) || used_groups == 0 {
                 return bad(format!("its {count} experts do not fill {groups} groups"));

@@ -139,4 +139,4 @@ pub(super) const FETCH_AGAIN: &str =
 
 /// Remedy for a model that the runner would compute wrongly.
 pub(super) const OTHER_MODEL: &str =
-    "choose a dense model of one of the known architectures without this feature";
+    "choose a model of one of the known architectures without this feature";

@@ -1492,6 +1492,7 @@ mod tests {
             ("experts_per_token", 8.0, "experts_per_token` is 8"),
             ("initial_context_length", 2048.0, "initial_context_length` is 2048"),
             ("swiglu_limit", 9.0, "swiglu_limit` is 9"),
+            ("num_local_experts", 0.0, "it has 0 experts of width 2880"),
         ] {
             let mut own = gpt_oss();
             own[key] = serde_json::json!(value);
