@@ -123,12 +123,27 @@ fn text() -> String {
     text.push_str(
         "| `quant_method: fp8` (blocks of any size, whole tensors) | safetensors | PyTorch's \
          codes, an H200 (`runs/receipts/quantised`) |\n\
-         | compressed-tensors, 8 bits (floats, symmetric integers) | safetensors | the decoded \
-         weights |\n\
-         | MXFP4 (gpt-oss) | safetensors | transformers' decoding, in every bit of a pass |\n\n\
-         Refused by name: fused weights with scales (phi3, glm4), zero points, packed integers \
-         of 4 bits (GPTQ, AWQ, compressed-tensors), NVFP4, bitsandbytes, scales of a KV cache, \
-         split GGUF files, GGUF's NVFP4.\n",
+         | compressed-tensors, 8 bits: floats, integers with and without zero points; MXFP8 | \
+         safetensors | the package, in f32 |\n\
+         | compressed-tensors, integers of 1 to 8 bits in words, with zero points and activation \
+         order; NVFP4; MXFP4 | safetensors | the package, in f32 |\n\
+         | ModelOpt, FP8 and NVFP4, also by `hf_quant_config.json` | safetensors | the package, \
+         in f32 |\n\
+         | GPTQ, 2, 3, 4 and 8 bits, `gptq` and `gptq_v2`, activation order | safetensors | \
+         GPTQModel's unpacking, in f32 |\n\
+         | AWQ, 4 bits, `gemm` | safetensors | AutoAWQ's unpacking, in f32 |\n\
+         | bitsandbytes, NF4 and FP4, scales of scales; 8 bits | safetensors | the package, in f32 \
+         |\n\
+         | MXFP4 (gpt-oss) | safetensors | transformers' decoding, in every bit of a pass |\n\
+         | F64 | safetensors | its values, rounded to f32 |\n\n\
+         A package in f32: the same bits of every weight (`cargo test --test it quantised`; \
+         `scripts/quantised_folders.py` names the versions), also of weights that are fused (phi3, \
+         glm4). Packages decode to BF16 or F16 by default, which rounds; the reference takes the \
+         values before that. Codes of activations, and scales of activations and of a KV cache, \
+         change no weight: they are read past.\n\n\
+         Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
+         (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, split GGUF \
+         files, GGUF's NVFP4 and big-endian files.\n",
     );
     text
 }

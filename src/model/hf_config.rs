@@ -134,8 +134,34 @@ const OFF: &[&str] = &[
     "use_mrope",
 ];
 
+/// Where ModelOpt says how it quantised.
+pub(super) const SIDECAR: &str = "hf_quant_config.json";
+
+/// What ModelOpt's own file says, which must be what `config.json` says if that says anything.
+fn beside_config(json: &[u8], other: Option<Quantised>) -> Result<Quantised, Fault> {
+    let bad = |problem: String| Fault::malformed(format!("{SIDECAR}: {problem}"), FETCH_AGAIN);
+    let Value::Object(map) =
+        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
+    else {
+        return Err(bad("it is no object".to_owned()));
+    };
+    let read = quantised::read_sidecar(&Keys::new(&map, String::new()))?;
+    match other {
+        Some(other) if other != read => Err(Fault::malformed(
+            format!("`quantization_config` says {other:?}, and {SIDECAR} says {read:?}"),
+            "remove the one that is out of date",
+        )),
+        _ => Ok(read),
+    }
+}
+
 /// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
-pub(super) fn from_hf(json: &[u8]) -> Result<(Config, Option<Quantised>), Fault> {
+///
+/// `beside` is ModelOpt's `hf_quant_config.json`, where the folder has one.
+pub(super) fn from_hf(
+    json: &[u8],
+    beside: Option<&[u8]>,
+) -> Result<(Config, Option<Quantised>), Fault> {
     let bad = |problem: String| Fault::malformed(format!("config.json: {problem}"), FETCH_AGAIN);
     let Value::Object(map) =
         serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
@@ -147,6 +173,10 @@ pub(super) fn from_hf(json: &[u8]) -> Result<(Config, Option<Quantised>), Fault>
     let architecture = Architecture::from_name(name, &Architecture::ALL)?;
     let quantised = keys.object("quantization_config")?;
     let quantised = quantised.as_ref().map(quantised::read).transpose()?;
+    let quantised = match beside {
+        None => quantised,
+        Some(beside) => Some(beside_config(beside, quantised)?),
+    };
     let raw = raw(&keys, architecture)?;
     keys.refuse_unread()?;
     Ok((raw.check()?, quantised))
@@ -1396,11 +1426,11 @@ mod tests {
     }
 
     fn read(name: &str, own: Value) -> Config {
-        from_hf(&with(name, own)).expect("a config that is published so").0
+        from_hf(&with(name, own), None).expect("a config that is published so").0
     }
 
     fn refused(name: &str, own: Value) -> String {
-        format!("{:?}", from_hf(&with(name, own)).expect_err("refused"))
+        format!("{:?}", from_hf(&with(name, own), None).expect_err("refused"))
     }
 
     #[test]
@@ -1551,7 +1581,7 @@ mod tests {
         // What predicts further tokens is left aside, its scales too.
         for name in ["mlp.gate.weight", "self_attn.o_proj.weight_scale_inv"] {
             let name = format!("model.layers.61.{name}");
-            assert!(super::super::safetensors::canonical_names(&name, &config).is_empty());
+            assert!(!super::super::safetensors::counts(&name, &config, false));
         }
         let mut other = own;
         other["n_group"] = serde_json::json!(7);

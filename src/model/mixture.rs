@@ -9,8 +9,8 @@ use safetensors::tensor::{Dtype, TensorInfo as Entry};
 
 use super::config::{Architecture, Config};
 use super::error::{FETCH_AGAIN, Fault};
-use super::quantised::Quantised;
-use super::safetensors::{SCALES, TensorInfo};
+use super::quantised::{Part, Piece, Quantised};
+use super::safetensors::{Held, TensorInfo};
 use super::weights::{Steps, WeightType};
 
 /// Codes of a block that share a scale (OCP Microscaling Formats 1.0).
@@ -74,36 +74,19 @@ impl Mixture {
         Some(Mixture { layer, names, holds, experts: experts.count, outputs, inputs })
     }
 
-    /// The canonical name of its first part, which stands for all of them.
-    pub fn representative(&self) -> String {
-        self.canonical(self.names[0], 0)
-    }
-
-    /// Whether a canonical name is of a part that another one stands for.
-    pub fn is_stood_for(name: &str, config: &Config) -> bool {
-        let part = crate::op::in_layer(name).and_then(|(_, inner)| inner.split_once("_exps."));
-        let all = config.architecture == Architecture::GptOss;
-        part.is_some_and(|(stem, rest)| all && (stem == "ffn_up" || !rest.starts_with("0.")))
-    }
-
     fn canonical(&self, name: &str, expert: usize) -> String {
         let ending = match self.holds {
             Holds::Biases => "bias",
             _ => "weight",
         };
-        let scales = if self.holds == Holds::Scales { SCALES } else { "" };
-        format!("blk.{}.{name}.{expert}.{ending}{scales}", self.layer)
+        format!("blk.{}.{name}.{expert}.{ending}", self.layer)
     }
 
     /// Each expert's matrices, vectors, codes or scales, by their places among the data.
     ///
     /// # Errors
     /// If type or shape are not those that the config asks for.
-    pub fn cut(
-        &self,
-        entry: &Entry,
-        quantised: Option<&Quantised>,
-    ) -> Result<Vec<TensorInfo>, Fault> {
+    pub fn cut(&self, entry: &Entry, quantised: Option<&Quantised>) -> Result<Vec<Held>, Fault> {
         let turns = self.names.len();
         let (experts, outputs, inputs) = (self.experts, self.outputs, self.inputs);
         let all = turns * outputs;
@@ -118,7 +101,7 @@ impl Mixture {
             let problem = format!("its rows of {inputs} values are no whole blocks of {BLOCK}");
             return Err(Fault::malformed(problem, FETCH_AGAIN));
         }
-        if packed && quantised.is_none_or(|quantised| quantised.codes != WeightType::E2m1) {
+        if packed && !quantised.is_some_and(Quantised::is_mixture) {
             return Err(Fault::malformed(
                 "it holds MXFP4, and `quantization_config` does not say so",
                 FETCH_AGAIN,
@@ -131,8 +114,8 @@ impl Mixture {
             ));
         }
         let (kind, size) = match (self.holds, entry.dtype) {
-            (Holds::Codes, Dtype::U8) => (WeightType::E2m1, 1),
-            (Holds::Scales, Dtype::U8) => (WeightType::E8m0, 1),
+            // Pieces, whose type is that of the tensor.
+            (Holds::Codes | Holds::Scales, Dtype::U8) => (WeightType::E2m1, 1),
             (Holds::Values | Holds::Biases, Dtype::F32) => (WeightType::F32, 4),
             (Holds::Values | Holds::Biases, Dtype::F16) => (WeightType::F16, 2),
             (Holds::Values | Holds::Biases, Dtype::BF16) => (WeightType::BF16, 2),
@@ -158,7 +141,8 @@ impl Mixture {
         let (rows, width) = match self.holds {
             Holds::Biases => (1, outputs),
             Holds::Scales => (outputs, inputs / BLOCK),
-            Holds::Values | Holds::Codes => (outputs, inputs),
+            Holds::Codes => (outputs, inputs / 2),
+            Holds::Values => (outputs, inputs),
         };
         let last = match self.holds {
             Holds::Values => (rows - 1) * row + (width - 1) * value + 1,
@@ -172,7 +156,18 @@ impl Mixture {
                 let name = self.canonical(name, expert);
                 let bytes = start..start + last * size;
                 let steps = Some(Steps { row: row * size, value: value * size });
-                tensors.push(TensorInfo { name, kind, rows, width, bytes, steps });
+                let part = match self.holds {
+                    Holds::Codes => Part::Codes,
+                    Holds::Scales => Part::Scales,
+                    Holds::Values | Holds::Biases => {
+                        let tensor = TensorInfo { name, kind, rows, width, bytes, steps };
+                        tensors.push(Held::Tensor(tensor));
+                        continue;
+                    }
+                };
+                let (dtype, shape) = (entry.dtype, vec![rows, width]);
+                let piece = Piece { file: 0, bytes, dtype, shape, steps };
+                tensors.push(Held::Piece { weights: vec![(name, 0)], part, piece });
             }
         }
         Ok(tensors)

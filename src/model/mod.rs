@@ -34,10 +34,11 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
-use mixture::Mixture;
-use quantised::Quantised;
+use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
+use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
 use weights::Steps;
+pub(crate) use quantised::HeldFp8;
 pub use weights::{Weight, WeightType};
 
 /// GGUF's name for the divisors of RoPE's frequencies.
@@ -54,8 +55,6 @@ pub struct Model {
     tensors: BTreeMap<String, Place>,
     vocabulary: Vocabulary,
     tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
-    /// How codes and scales make weights, where some do.
-    quantised: Option<Quantised>,
 }
 
 /// A file of weights.
@@ -92,19 +91,9 @@ struct Place {
     width: usize,
     /// Whether the file holds the values less one.
     less_one: bool,
-    /// Where the scales of codes stand.
-    scales: Option<ScalesPlace>,
+    /// What makes values of codes, where they are codes.
+    coded: Option<Box<Coded>>,
     /// How values lie among the bytes, where rows do not follow one another.
-    steps: Option<Steps>,
-}
-
-/// Where the scales of a tensor of codes stand.
-#[derive(Clone, Debug)]
-struct ScalesPlace {
-    file: usize,
-    bytes: Range<usize>,
-    kind: WeightType,
-    shape: [usize; 2],
     steps: Option<Steps>,
 }
 
@@ -160,8 +149,8 @@ impl Model {
         for info in &header.tensors {
             let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
             let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
-            let (less_one, scales, steps) = (false, None, None);
-            let place = Place { file: 0, bytes, kind, rows, width, less_one, scales, steps };
+            let (less_one, coded, steps) = (false, None, None);
+            let place = Place { file: 0, bytes, kind, rows, width, less_one, coded, steps };
             tensors.insert(name.clone(), place);
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
@@ -179,7 +168,6 @@ impl Model {
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
-            quantised: None,
         };
         model.take_rope_factors()?;
         model.check_tensors().map_err(|fault| fault.at(path))?;
@@ -188,48 +176,52 @@ impl Model {
 
     fn open_folder(folder: &Path) -> Result<Model, ModelError> {
         let json = read_small(&folder.join("config.json"))?;
-        let (config, quantised) = hf_config::from_hf(&json).map_err(|fault| fault.at(folder))?;
+        let beside = folder.join(hf_config::SIDECAR);
+        let beside = beside.exists().then(|| read_small(&beside)).transpose()?;
+        let (config, quantised) =
+            hf_config::from_hf(&json, beside.as_deref()).map_err(|fault| fault.at(folder))?;
         let mut files = Vec::new();
         let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
-        let mut scales: Vec<(String, ScalesPlace)> = Vec::new();
+        // What makes weights of codes; a piece may stand in another file than the rest.
+        let mut coded: BTreeMap<Vec<(String, usize)>, Pieces> = BTreeMap::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
-            let (file, opened) = map(&path)?;
-            let infos = safetensors::parse(&file, &config, quantised.as_ref());
-            let infos = infos.map_err(|fault| fault.at(&path))?;
-            check_promise(&infos, promised.as_ref(), &config).map_err(|fault| fault.at(&path))?;
-            for info in infos {
-                let safetensors::TensorInfo { name, kind, rows, width, bytes, steps } = info;
-                if let Some(of) = name.strip_suffix(safetensors::SCALES) {
-                    let (file, shape) = (files.len(), [rows, width]);
-                    scales.push((of.to_owned(), ScalesPlace { file, bytes, kind, shape, steps }));
-                    continue;
-                }
+            let (map, opened) = map(&path)?;
+            let file = files.len();
+            let contents = safetensors::parse(&map, &config, quantised.as_ref());
+            let contents = contents.map_err(|fault| fault.at(&path))?;
+            check_promise(&contents.names, promised, &config, quantised.is_some())
+                .map_err(|fault| fault.at(&path))?;
+            let twice = |name: &str| {
+                Fault::malformed("two files hold it", FETCH_AGAIN).in_tensor(name).at(&path)
+            };
+            for held in contents.held {
+                let tensor = match held {
+                    Held::Tensor(tensor) => tensor,
+                    Held::Piece { weights, part, piece } => {
+                        let name = weights.first().map_or_else(String::new, |(n, _)| n.clone());
+                        let pieces = coded.entry(weights).or_default();
+                        if pieces.insert(part, Piece { file, ..piece }).is_some() {
+                            return Err(twice(&name));
+                        }
+                        continue;
+                    }
+                };
+                let safetensors::TensorInfo { name, kind, rows, width, bytes, steps } = tensor;
                 // The norm within a delta net holds its gain itself.
                 let less_one = config.architecture.gains_less_one()
                     && name.ends_with("norm.weight")
                     && !name.ends_with("ssm_norm.weight");
                 match tensors.entry(name) {
                     MapEntry::Vacant(entry) => {
-                        let file = files.len();
-                        let scales = None;
-                        entry.insert(Place {
-                            file,
-                            bytes,
-                            kind,
-                            rows,
-                            width,
-                            less_one,
-                            scales,
-                            steps,
-                        });
+                        let coded = None;
+                        let place =
+                            Place { file, bytes, kind, rows, width, less_one, coded, steps };
+                        entry.insert(place);
                     }
-                    MapEntry::Occupied(entry) => {
-                        let fault = Fault::malformed("two files hold it", FETCH_AGAIN);
-                        return Err(fault.in_tensor(entry.key()).at(&path));
-                    }
+                    MapEntry::Occupied(entry) => return Err(twice(entry.key())),
                 }
             }
-            files.push(MappedFile { path, map: file, opened: Some(opened) });
+            files.push(MappedFile { path, map, opened: Some(opened) });
         }
         let mut model = Model {
             path: folder.to_owned(),
@@ -238,55 +230,78 @@ impl Model {
             tensors,
             vocabulary: Vocabulary::Folder,
             tokenizer: OnceLock::new(),
-            quantised: None,
         };
-        model.take_scales(scales, quantised.as_ref()).map_err(|fault| fault.at(folder))?;
+        model.put_together(coded, quantised.as_ref()).map_err(|fault| fault.at(folder))?;
+        if quantised.is_some_and(|quantised| quantised.has_idle_biases()) {
+            model.drop_idle_biases();
+        }
         model.drop_tied_copy().map_err(|fault| fault.at(folder))?;
         model.check_tensors().map_err(|fault| fault.at(folder))?;
         Ok(model)
     }
 
-    /// Gives each tensor of codes its scales; they may stand in another file.
-    fn take_scales(
+    /// Makes weights of their codes and what belongs to them.
+    fn put_together(
         &mut self,
-        scales: Vec<(String, ScalesPlace)>,
+        coded: BTreeMap<Vec<(String, usize)>, Pieces>,
         quantised: Option<&Quantised>,
     ) -> Result<(), Fault> {
-        for (name, scales) in scales {
-            let (Some(place), Some(quantised)) = (self.tensors.get_mut(&name), quantised) else {
-                return Err(Fault::malformed("there are scales of it, and no codes", FETCH_AGAIN)
-                    .in_tensor(name));
-            };
-            if !place.kind.is_scaled() {
-                let kind = place.kind;
-                let problem = format!("there are scales of it, and it is {kind}, no codes");
-                return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
-            }
-            if place.scales.is_some() {
-                return Err(
-                    Fault::malformed("its scales are there twice", FETCH_AGAIN).in_tensor(name)
-                );
-            }
-            let bytes = &self.files[scales.file].map[scales.bytes.clone()];
-            let step = scales.steps.map(|steps| steps.row);
-            quantised
-                .scales([place.rows, place.width], scales.kind, (scales.shape, step), bytes)
-                .map_err(|fault| fault.in_tensor(&name))?;
-            place.scales = Some(scales);
-        }
-        let bare = self.tensors.iter().find(|(_, p)| p.kind.is_scaled() && p.scales.is_none());
-        if let Some((name, place)) = bare {
-            let problem = format!("it is {}, codes, and there are no scales of it", place.kind);
-            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(name));
-        }
-        self.quantised = quantised.copied();
-        if quantised.is_some() && !self.tensors.values().any(|place| place.scales.is_some()) {
+        if quantised.is_some() && coded.is_empty() {
             return Err(Fault::malformed(
                 "`quantization_config` says that weights are codes, and none is",
                 "remove `quantization_config` if the weights are plain, or fetch the file again",
             ));
         }
+        for (weights, pieces) in coded {
+            let Some(quantised) = quantised else { continue };
+            let names = weights.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
+            let names = names.join(" and ");
+            let broken =
+                |problem: String| Fault::malformed(problem, FETCH_AGAIN).in_tensor(names.clone());
+            let plain = weights.iter().find_map(|(name, _)| self.tensors.get(name));
+            // Of a layer that was not quantised, after all.
+            if plain.is_some() && pieces.keys().all(|part| *part == Part::InputScale) {
+                continue;
+            }
+            if let Some(Place { kind, .. }) = plain {
+                return Err(broken(format!("there are scales of it, and it is {kind}, no codes")));
+            }
+            let whole = quantised.assemble(pieces, &self.files);
+            let Assembled { kind, rows, width, coded } =
+                whole.map_err(|fault| fault.in_tensor(names.clone()))?;
+            let parts: Vec<(String, usize)> = match <[_; 1]>::try_from(weights) {
+                Ok([(name, _)]) => vec![(name, rows)],
+                Err(parts) => parts,
+            };
+            let held: usize = parts.iter().map(|(_, rows)| rows).sum();
+            if held != rows {
+                return Err(broken(format!(
+                    "it has {rows} rows, and what it holds by the config has {held}"
+                )));
+            }
+            let mut first = 0;
+            for (name, rows) in parts {
+                let (file, bytes) = coded.place();
+                let (less_one, steps) = (false, None);
+                let coded = Some(Box::new(coded.from(first)));
+                let place = Place { file, bytes, kind, rows, width, less_one, coded, steps };
+                self.tensors.insert(name, place);
+                first += rows;
+            }
+        }
         Ok(())
+    }
+
+    /// Drops biases of zeros that the architecture has no use for.
+    fn drop_idle_biases(&mut self) {
+        let blocks = (0..self.config.layers).flat_map(|layer| self.config.expected_in_block(layer));
+        let used: BTreeSet<String> = blocks.map(|expected| expected.name).collect();
+        let files = &self.files;
+        self.tensors.retain(|name, place| {
+            let idle = name.ends_with(".bias") && !used.contains(name);
+            let zero = || files[place.file].map[place.bytes.clone()].iter().all(|&byte| byte == 0);
+            !(idle && zero())
+        });
     }
 
     /// Drops a saved copy of a tied embedding, which transformers overwrites with the embedding.
@@ -296,11 +311,10 @@ impl Model {
             return Ok(());
         };
         let bytes = |place: &Place| &self.files[place.file].map[place.bytes.clone()];
-        let scales = |place: &Place| {
-            place.scales.as_ref().map(|scales| &self.files[scales.file].map[scales.bytes.clone()])
-        };
-        let same = |place: &Place| {
-            place.kind == copy.kind && bytes(place) == bytes(copy) && scales(place) == scales(copy)
+        let same = |place: &Place| match (&place.coded, &copy.coded) {
+            (Some(one), Some(other)) => one.is_same(other, &self.files),
+            (None, None) => place.kind == copy.kind && bytes(place) == bytes(copy),
+            _ => false,
         };
         if !embedding.is_some_and(same) {
             return Err(Fault::malformed(
@@ -412,19 +426,17 @@ impl Model {
                 nearest: self.nearest(name),
             });
         };
-        let bytes = &self.files[place.file].map[place.bytes.clone()];
         let (kind, rows, width) = (place.kind, place.rows, place.width);
+        if let Some(coded) = &place.coded {
+            let coding = Coding::new(coded, &self.files);
+            return Ok(Weight::coded(name, kind, [rows, width], coding).of(self));
+        }
+        let bytes = &self.files[place.file].map[place.bytes.clone()];
         let weight = match place.steps {
             None => Weight::new(name, kind, rows, width, bytes)?,
             Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
         };
         let weight = weight.of(self);
-        if let (Some(scales), Some(quantised)) = (&place.scales, &self.quantised) {
-            let bytes = &self.files[scales.file].map[scales.bytes.clone()];
-            let shape = [place.rows, place.width];
-            let step = scales.steps.map(|steps| steps.row);
-            return Ok(weight.scaled_by(quantised.of(shape, scales.kind, step, bytes)));
-        }
         Ok(if place.less_one { weight.plus_one() } else { weight })
     }
 
@@ -555,16 +567,14 @@ fn missing_tensor(name: &str) -> Fault {
 
 /// Whether a shard holds what the index says, no more and no less.
 fn check_promise(
-    infos: &[safetensors::TensorInfo],
-    promised: Option<&BTreeSet<String>>,
+    held: &BTreeSet<String>,
+    promised: Option<BTreeSet<String>>,
     config: &Config,
+    quantised: bool,
 ) -> Result<(), Fault> {
-    let Some(promised) = promised else { return Ok(()) };
-    let promised: BTreeSet<String> =
-        promised.iter().flat_map(|name| safetensors::canonical_names(name, config)).collect();
-    let held = infos.iter().filter(|info| !Mixture::is_stood_for(&info.name, config));
-    let held: BTreeSet<String> = held.map(|info| info.name.clone()).collect();
-    match promised.symmetric_difference(&held).next() {
+    let Some(mut promised) = promised else { return Ok(()) };
+    promised.retain(|name| safetensors::counts(name, config, quantised));
+    match promised.symmetric_difference(held).next() {
         None => Ok(()),
         Some(name) => {
             let problem = if held.contains(name) {

@@ -18,13 +18,13 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::mixture::Mixture;
-use super::quantised::Quantised;
+use super::quantised::{Part, Piece, Quantised};
 use super::weights::{Steps, WeightType};
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Endings of tensors that are known to belong to quantised checkpoints, and are not read.
-const OF_OTHER_METHODS: [&str; 14] = [
+const OF_OTHER_METHODS: [&str; 18] = [
     "_scale",
     "_scale_inv",
     "_zero_point",
@@ -39,9 +39,23 @@ const OF_OTHER_METHODS: [&str; 14] = [
     ".SCB",
     ".absmax",
     ".quant_map",
+    "_scale_2",
+    ".k_scale",
+    ".v_scale",
+    ".weight_format",
 ];
-/// What the canonical name of a tensor of scales ends with, after that of its codes.
-pub(super) const SCALES: &str = "#scales";
+/// Scales of a cache of keys and values, after the name of the attention.
+const OF_CACHE: [&str; 9] = [
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "kv_scale",
+    "attn.k_scale",
+    "attn.v_scale",
+    "k_proj.k_scale",
+    "v_proj.v_scale",
+    "kv_cache_scale",
+];
 /// The limit of the safetensors format.
 const LONGEST_HEADER: u64 = 100_000_000;
 
@@ -56,6 +70,32 @@ pub(super) struct TensorInfo {
     pub bytes: Range<usize>,
     /// How values lie among them, where rows do not follow one another.
     pub steps: Option<Steps>,
+}
+
+/// What a file holds of a model.
+pub(super) enum Held {
+    /// A tensor of values.
+    Tensor(TensorInfo),
+    /// A piece of a weight of codes, or of several whose rows stand below one another: their
+    /// canonical names, each with its rows; of one alone these are not told.
+    Piece { weights: Vec<(String, usize)>, part: Part, piece: Piece },
+}
+
+impl Held {
+    /// The same, so many bytes further on.
+    fn moved(mut self, ahead: usize) -> Held {
+        let (Held::Tensor(TensorInfo { bytes, .. })
+        | Held::Piece { piece: Piece { bytes, .. }, .. }) = &mut self;
+        *bytes = ahead + bytes.start..ahead + bytes.end;
+        self
+    }
+}
+
+/// What a safetensors file holds.
+pub(super) struct Contents {
+    pub held: Vec<Held>,
+    /// The Hugging Face names of what a pass reads.
+    pub names: BTreeSet<String>,
 }
 
 /// A file of weights.
@@ -146,7 +186,7 @@ pub(super) fn parse(
     file: &[u8],
     config: &Config,
     quantised: Option<&Quantised>,
-) -> Result<Vec<TensorInfo>, Fault> {
+) -> Result<Contents, Fault> {
     let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
     let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(bad("it is shorter than a safetensors header".into()));
@@ -171,83 +211,91 @@ pub(super) fn parse(
             data.len()
         )));
     }
-    let mut tensors = Vec::new();
+    let mut contents = Contents { held: Vec::new(), names: BTreeSet::new() };
+    let ahead = 8 + json.len();
+    let moved = |bytes: Range<usize>| ahead + bytes.start..ahead + bytes.end;
     for name in keys.0 {
         let Some(info) = metadata.info(&name) else { continue };
-        if let Some(mixture) = Mixture::of(&name, config) {
-            let parts = mixture.cut(info, quantised).map_err(|fault| fault.in_tensor(&name))?;
-            let ahead = 8 + json.len();
-            tensors.extend(parts.into_iter().map(|part| {
-                let bytes = ahead + part.bytes.start..ahead + part.bytes.end;
-                TensorInfo { bytes, ..part }
-            }));
-            continue;
-        }
-        let part_of = |canonical: String| {
-            let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets, quantised)
-                .map_err(|fault| fault.in_tensor(&name))?;
-            let Range { start, end } = tensor.bytes;
-            let bytes = 8 + json.len() + start..8 + json.len() + end;
-            Ok(TensorInfo { bytes, ..tensor })
+        let in_tensor = |fault: Fault| fault.in_tensor(&name);
+        let piece = || {
+            let (start, end) = info.data_offsets;
+            let (dtype, shape) = (info.dtype, info.shape.clone());
+            Piece { file: 0, bytes: moved(start..end), dtype, shape, steps: None }
         };
-        match canonical_name(&name, config) {
-            Canonical::Ignored => continue,
-            // Of activations, which no weight depends on.
-            Canonical::InputScale if quantised.is_some() => continue,
-            Canonical::Scales(_) | Canonical::InputScale if quantised.is_none() => {
-                return Err(Fault::malformed(
-                    "it is a scale, and there is no `quantization_config`",
-                    FETCH_AGAIN,
-                )
-                .in_tensor(&name));
-            }
-            Canonical::Scales(_) if quantised.is_some_and(|q| !name.ends_with(q.scale)) => {
-                let scale = quantised.map_or("", |quantised| quantised.scale);
-                return Err(Fault::malformed(
-                    format!("scales of its `quant_method` are called `{scale}`"),
-                    FETCH_AGAIN,
-                )
-                .in_tensor(&name));
-            }
-            Canonical::Known(canonical) => tensors.push(part_of(canonical)?),
-            Canonical::Fused(parts) => {
-                let whole = part_of(String::new())?;
-                tensors.extend(cut(&whole, parts).map_err(|fault| fault.in_tensor(&name))?);
-            }
-            Canonical::Scales(canonical) => {
-                let flat = |shape: &[usize]| match *shape {
-                    [] => vec![1, 1],
-                    // A column: one for each row of codes.
-                    [rows] => vec![rows, 1],
-                    _ => shape.to_owned(),
-                };
-                let (shape, place) = (flat(&info.shape), info.data_offsets);
-                let scales = of_scales(canonical, info.dtype, &shape, place)
-                    .map_err(|fault| fault.in_tensor(&name))?;
-                let Range { start, end } = scales.bytes;
-                let bytes = 8 + json.len() + start..8 + json.len() + end;
-                tensors.push(TensorInfo { bytes, ..scales });
-            }
-            Canonical::Unknown | Canonical::InputScale
-                if OF_OTHER_METHODS.iter().any(|ending| name.ends_with(ending)) =>
-            {
-                return Err(Fault::unsupported(
-                    "it belongs to a way of quantising that is not read: zero points, scales of \
-                     fused weights or of a KV cache, packed codes",
-                    "choose the model's unquantised folder, or one of FP8 without them",
-                )
-                .in_tensor(&name));
-            }
-            Canonical::Unknown | Canonical::InputScale => {
-                return Err(Fault::unsupported(
-                    format!("the forward pass of {} has no use for it", config.architecture.name()),
-                    "choose a model of one of the known architectures, without adapters",
-                )
-                .in_tensor(&name));
+        if let Some(mixture) = Mixture::of(&name, config) {
+            let parts = mixture.cut(info, quantised).map_err(in_tensor)?;
+            contents.held.extend(parts.into_iter().map(|part| part.moved(ahead)));
+        } else if let Some((layer, part)) = quantised.and_then(|known| known.part(&name)) {
+            let weights = match canonical_name(&format!("{layer}.weight"), config) {
+                Canonical::Known(canonical) => vec![(canonical, 0)],
+                Canonical::Fused(parts) => parts,
+                Canonical::Ignored => continue,
+                _ => return Err(of_no_use(&name, config)),
+            };
+            contents.held.push(Held::Piece { weights, part, piece: piece() });
+        } else {
+            let codes = quantised.is_some_and(|known| known.are_codes(info.dtype));
+            let codes = codes && name.ends_with(".weight");
+            let whole = |canonical: String| {
+                let tensor = tensor(canonical, info.dtype, &info.shape, info.data_offsets);
+                tensor.map_err(in_tensor)
+            };
+            match canonical_name(&name, config) {
+                Canonical::Ignored => continue,
+                // Of activations and caches, which no weight depends on.
+                Canonical::InputScale | Canonical::OfCache if quantised.is_some() => continue,
+                Canonical::Known(canonical) if codes => {
+                    let (weights, part) = (vec![(canonical, 0)], Part::Codes);
+                    contents.held.push(Held::Piece { weights, part, piece: piece() });
+                }
+                Canonical::Fused(weights) if codes => {
+                    contents.held.push(Held::Piece { weights, part: Part::Codes, piece: piece() });
+                }
+                Canonical::Known(canonical) => {
+                    let tensor = Held::Tensor(whole(canonical)?);
+                    contents.held.push(tensor.moved(ahead));
+                }
+                Canonical::Fused(parts) => {
+                    let parts = cut(&whole(String::new())?, parts).map_err(in_tensor)?;
+                    let parts = parts.into_iter().map(|part| Held::Tensor(part).moved(ahead));
+                    contents.held.extend(parts);
+                }
+                Canonical::Scales | Canonical::InputScale if quantised.is_none() => {
+                    let problem = "it is a scale, and there is no `quantization_config`";
+                    return Err(in_tensor(Fault::malformed(problem, FETCH_AGAIN)));
+                }
+                Canonical::Scales => {
+                    let scale = quantised.map_or("", Quantised::scale_name);
+                    return Err(in_tensor(Fault::malformed(
+                        format!("scales of its `quant_method` are called `{scale}`"),
+                        FETCH_AGAIN,
+                    )));
+                }
+                Canonical::Unknown | Canonical::InputScale | Canonical::OfCache => {
+                    return Err(of_no_use(&name, config));
+                }
             }
         }
+        contents.names.insert(name);
     }
-    Ok(tensors)
+    Ok(contents)
+}
+
+/// A tensor that no pass reads.
+fn of_no_use(name: &str, config: &Config) -> Fault {
+    if OF_OTHER_METHODS.iter().any(|ending| name.ends_with(ending)) {
+        return Fault::unsupported(
+            "it belongs to a way of quantising that `quantization_config` does not name, or to a \
+             layer that no pass has",
+            "fetch the folder again with its config.json, or choose the model's unquantised folder",
+        )
+        .in_tensor(name);
+    }
+    Fault::unsupported(
+        format!("the forward pass of {} has no use for it", config.architecture.name()),
+        "choose a model of one of the known architectures, without adapters",
+    )
+    .in_tensor(name)
 }
 
 fn tensor(
@@ -255,17 +303,13 @@ fn tensor(
     dtype: Dtype,
     shape: &[usize],
     place: (usize, usize),
-    quantised: Option<&Quantised>,
 ) -> Result<TensorInfo, Fault> {
-    let codes = quantised.map(|quantised| quantised.codes);
     let kind = match dtype {
         Dtype::F32 => WeightType::F32,
+        Dtype::F64 => WeightType::F64,
         Dtype::F16 => WeightType::F16,
         Dtype::BF16 => WeightType::BF16,
-        Dtype::F8_E4M3 if codes == Some(WeightType::E4m3) => WeightType::E4m3,
-        Dtype::F8_E5M2 if codes == Some(WeightType::E5m2) => WeightType::E5m2,
-        Dtype::I8 if codes == Some(WeightType::I8) => WeightType::I8,
-        other @ (Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8) => {
+        other @ (Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8) => {
             return Err(Fault::malformed(
                 format!(
                     "its type is {other:?}, and `quantization_config` says nothing of such codes"
@@ -281,12 +325,6 @@ fn tensor(
         }
     };
     let (rows, width) = match *shape {
-        [_] if kind.is_scaled() => {
-            return Err(Fault::unsupported(
-                format!("its type is {dtype:?} and it is a vector; matrices alone are codes"),
-                "save it in F32, F16 or BF16",
-            ));
-        }
         [width] => (1, width),
         [rows, width] => (rows, width),
         // A convolution of each channel by itself.
@@ -302,25 +340,6 @@ fn tensor(
         return Err(Fault::malformed(format!("its shape {shape:?} has a zero"), FETCH_AGAIN));
     }
     Ok(TensorInfo { name, kind, rows, width, bytes: place.0..place.1, steps: None })
-}
-
-/// A tensor of scales.
-fn of_scales(
-    name: String,
-    dtype: Dtype,
-    shape: &[usize],
-    place: (usize, usize),
-) -> Result<TensorInfo, Fault> {
-    match dtype {
-        Dtype::F8_E8M0 => match *shape {
-            [rows, width] if rows > 0 && width > 0 => {
-                let (kind, bytes) = (WeightType::E8m0, place.0..place.1);
-                Ok(TensorInfo { name, kind, rows, width, bytes, steps: None })
-            }
-            _ => Err(Fault::malformed(format!("its shape is {shape:?}"), FETCH_AGAIN)),
-        },
-        other => tensor(name, other, shape, place, None),
-    }
 }
 
 /// The tensors that stand below one another in a fused one.
@@ -347,10 +366,12 @@ enum Canonical {
     Known(String),
     /// Several tensors with their rows, one below the other.
     Fused(Vec<(String, usize)>),
-    /// The scales of codes, by the name of those with [`SCALES`] after it.
-    Scales(String),
+    /// The scales of codes.
+    Scales,
     /// The scale of a product's activations.
     InputScale,
+    /// The scale of what attention keeps of keys or values.
+    OfCache,
     /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
@@ -360,14 +381,24 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
     let scales = name.strip_suffix("_scale_inv").or_else(|| name.strip_suffix("_scale"));
     if let Some(of) = scales.filter(|of| of.ends_with(".weight")) {
         return match canonical_name(of, config) {
-            Canonical::Known(canonical) => Canonical::Scales(canonical + SCALES),
+            Canonical::Known(_) | Canonical::Fused(_) => Canonical::Scales,
             Canonical::Ignored => Canonical::Ignored,
             _ => Canonical::Unknown,
         };
     }
-    if let Some(of) = name.strip_suffix("input_scale") {
+    let of_input = ["input_scale", "input_global_scale", "input_zero_point"];
+    if let Some(of) = of_input.iter().find_map(|ending| name.strip_suffix(ending)) {
         return match canonical_name(&format!("{of}weight"), config) {
             Canonical::Known(_) | Canonical::Fused(_) => Canonical::InputScale,
+            Canonical::Ignored => Canonical::Ignored,
+            _ => Canonical::Unknown,
+        };
+    }
+    let of_attention = |of: &&str| of.ends_with(".self_attn.");
+    let before = |ending: &&str| name.strip_suffix(ending).filter(of_attention);
+    if let Some(of) = OF_CACHE.iter().find_map(before) {
+        return match canonical_name(&format!("{of}o_proj.weight"), config) {
+            Canonical::Known(_) => Canonical::OfCache,
             Canonical::Ignored => Canonical::Ignored,
             _ => Canonical::Unknown,
         };
@@ -509,18 +540,13 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
     Some(format!("{}_exps.{number}.weight", projection(name)?))
 }
 
-/// The canonical names by which an index and a file are held against each other: those of what a
-/// Hugging Face tensor holds, of all experts in one tensor the first one's; its own name where no
-/// pass knows it.
-pub(super) fn canonical_names(name: &str, config: &Config) -> Vec<String> {
-    if let Some(mixture) = Mixture::of(name, config) {
-        return vec![mixture.representative()];
-    }
+/// Whether a pass knows what to do with a tensor of this name, if only to say that it has no use
+/// for it.
+pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
     match canonical_name(name, config) {
-        Canonical::Known(name) | Canonical::Scales(name) => vec![name],
-        Canonical::Fused(parts) => parts.into_iter().map(|(name, _)| name).collect(),
-        Canonical::Ignored | Canonical::InputScale => Vec::new(),
-        Canonical::Unknown => vec![name.to_owned()],
+        Canonical::Ignored => false,
+        Canonical::InputScale | Canonical::OfCache => !quantised,
+        _ => true,
     }
 }
 

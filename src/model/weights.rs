@@ -18,13 +18,15 @@ use half::slice::HalfFloatSliceExt;
 use super::Model;
 use super::blocks;
 use super::error::ModelError;
-use super::quantised::Scales;
+use super::quantised::{Coding, HeldFp8};
 
 /// How a tensor's values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WeightType {
     /// IEEE binary32.
     F32,
+    /// IEEE binary64, in safetensors; its values are rounded to binary32.
+    F64,
     /// IEEE binary16.
     F16,
     /// The upper half of a binary32.
@@ -83,6 +85,12 @@ pub enum WeightType {
     E2m1,
     /// Signed 8-bit codes; their scales stand in a tensor of their own.
     I8,
+    /// Integers of so many bits, 1 to 8, in words; their scales stand in a tensor of their own.
+    Packed(u8),
+    /// bitsandbytes' 4 bits of a table; their scales stand in a tensor of their own.
+    Nf4,
+    /// As [`WeightType::Nf4`], of another table.
+    Fp4,
     /// Powers of two: scales of codes, no weights.
     E8m0,
 }
@@ -122,6 +130,7 @@ impl WeightType {
     pub fn name(self) -> &'static str {
         match self {
             WeightType::F32 => "F32",
+            WeightType::F64 => "F64",
             WeightType::F16 => "F16",
             WeightType::BF16 => "BF16",
             WeightType::Q4_0 => "Q4_0",
@@ -152,6 +161,16 @@ impl WeightType {
             WeightType::E2m1 => "F4_E2M1",
             WeightType::I8 => "I8",
             WeightType::E8m0 => "F8_E8M0",
+            WeightType::Packed(1) => "INT1",
+            WeightType::Packed(2) => "INT2",
+            WeightType::Packed(3) => "INT3",
+            WeightType::Packed(4) => "INT4",
+            WeightType::Packed(5) => "INT5",
+            WeightType::Packed(6) => "INT6",
+            WeightType::Packed(7) => "INT7",
+            WeightType::Packed(_) => "INT8",
+            WeightType::Nf4 => "NF4",
+            WeightType::Fp4 => "FP4",
         }
     }
 
@@ -159,6 +178,7 @@ impl WeightType {
     pub fn block_width(self) -> usize {
         match self {
             WeightType::E2m1 => 2,
+            WeightType::F64 => 1,
             _ => blocks::size(self).map_or_else(
                 || self.candle().map_or(1, |codec| codec.block_size()),
                 |(width, _)| width,
@@ -168,6 +188,9 @@ impl WeightType {
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
+        if self == WeightType::F64 {
+            return 8;
+        }
         blocks::size(self)
             .map_or_else(|| self.candle().map_or(1, |codec| codec.type_size()), |(_, bytes)| bytes)
     }
@@ -179,7 +202,16 @@ impl WeightType {
 
     /// Whether the values are codes, which mean nothing without the scales beside them.
     pub fn is_scaled(self) -> bool {
-        matches!(self, WeightType::E4m3 | WeightType::E5m2 | WeightType::E2m1 | WeightType::I8)
+        matches!(
+            self,
+            WeightType::E4m3
+                | WeightType::E5m2
+                | WeightType::E2m1
+                | WeightType::I8
+                | WeightType::Packed(_)
+                | WeightType::Nf4
+                | WeightType::Fp4
+        )
     }
 
     /// Bytes of a row of `width` values; `width` must fill whole blocks.
@@ -216,11 +248,15 @@ impl WeightType {
             WeightType::Iq1M => 29,
             WeightType::Tq1_0 => 34,
             WeightType::Tq2_0 => 35,
+            WeightType::F64 => 999,
             WeightType::E4m3 => 1000,
             WeightType::E5m2 => 1001,
             WeightType::I8 => 1002,
             WeightType::E8m0 => 1003,
             WeightType::E2m1 => 1004,
+            WeightType::Nf4 => 1005,
+            WeightType::Fp4 => 1006,
+            WeightType::Packed(bits) => 1100 + u32::from(bits),
         }
     }
 
@@ -273,8 +309,12 @@ impl WeightType {
             | WeightType::E4m3
             | WeightType::E5m2
             | WeightType::E2m1
+            | WeightType::F64
             | WeightType::I8
-            | WeightType::E8m0 => return None,
+            | WeightType::E8m0
+            | WeightType::Packed(_)
+            | WeightType::Nf4
+            | WeightType::Fp4 => return None,
         })
     }
 }
@@ -308,8 +348,8 @@ pub struct Weight<'a> {
     model: Option<&'a Model>,
     /// Whether the bytes hold the values less one.
     less_one: bool,
-    /// The scales of codes.
-    scales: Option<Scales<'a>>,
+    /// What makes values of codes.
+    coding: Option<Coding<'a>>,
     /// How values lie among the bytes, where rows do not follow one another.
     steps: Option<Steps>,
 }
@@ -337,7 +377,7 @@ impl<'a> Weight<'a> {
             bytes,
             model: None,
             less_one: false,
-            scales: None,
+            coding: None,
             steps: None,
         };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
@@ -361,13 +401,12 @@ impl<'a> Weight<'a> {
         bytes: &'a [u8],
         steps: Steps,
     ) -> Result<Weight<'a>, ModelError> {
-        let (model, less_one, scales) = (None, false, None);
+        let (model, less_one, coding) = (None, false, None);
         let weight =
-            Weight { name, kind, rows, width, bytes, model, less_one, scales, steps: Some(steps) };
+            Weight { name, kind, rows, width, bytes, model, less_one, coding, steps: Some(steps) };
         let row = match kind {
             WeightType::F32 => Some((width.saturating_sub(1)) * steps.value + 4),
             WeightType::F16 | WeightType::BF16 => Some((width.saturating_sub(1)) * steps.value + 2),
-            WeightType::E2m1 if width.is_multiple_of(2) => Some(width / 2),
             _ => None,
         };
         let end = row.map(|row| rows.saturating_sub(1) * steps.row + row);
@@ -380,6 +419,18 @@ impl<'a> Weight<'a> {
         Ok(weight)
     }
 
+    /// A tensor of codes, which were checked when they were put together.
+    pub(super) fn coded(
+        name: &'a str,
+        kind: WeightType,
+        [rows, width]: [usize; 2],
+        coding: Coding<'a>,
+    ) -> Weight<'a> {
+        let (bytes, model, less_one) = (coding.codes(), None, false);
+        let (coding, steps) = (Some(coding), None);
+        Weight { name, kind, rows, width, bytes, model, less_one, coding, steps }
+    }
+
     /// The same tensor, as one of a model's.
     pub(super) fn of(self, model: &'a Model) -> Weight<'a> {
         Weight { model: Some(model), ..self }
@@ -390,24 +441,38 @@ impl<'a> Weight<'a> {
         Weight { less_one: true, ..self }
     }
 
-    /// The same tensor, whose bytes are codes with these scales.
-    pub(super) fn scaled_by(self, scales: Scales<'a>) -> Weight<'a> {
-        Weight { scales: Some(scales), ..self }
-    }
-
     /// Whether the bytes are codes, whose scales stand elsewhere.
     pub fn is_scaled(&self) -> bool {
-        self.scales.is_some()
+        self.coding.is_some()
+    }
+
+    /// The E4M3 codes and scales of its file, where the file holds such.
+    pub(crate) fn held_fp8(&self) -> Option<HeldFp8<'a>> {
+        self.coding?.held_fp8()
+    }
+
+    /// Whether its rows stand among others in a tensor of codes.
+    pub(crate) fn is_fused(&self) -> bool {
+        self.coding.is_some_and(|coding| coding.is_fused(self.rows))
     }
 
     /// Whether the bytes are its rows, one after the other, in a type that the arms' own kernels
     /// decode, and say all of its values but that they may hold them less one.
     pub fn is_plain(&self) -> bool {
-        self.scales.is_none() && self.steps.is_none() && self.kind.is_of_kernels()
+        self.coding.is_none() && self.steps.is_none() && self.kind.is_of_kernels()
     }
 
-    /// How values lie among the bytes, where rows do not follow one another; else nothing.
+    /// Whether all that makes its values stands in one file.
+    pub(crate) fn is_in_one_file(&self) -> bool {
+        self.coding.is_none_or(|coding| coding.is_in_one_file())
+    }
+
+    /// How values lie among the bytes, where rows do not follow one another, and how codes are
+    /// decoded; else nothing.
     pub(crate) fn layout(&self) -> String {
+        if let Some(coding) = &self.coding {
+            return coding.layout();
+        }
         self.steps.map_or_else(String::new, |Steps { row, value }| format!(" by {row} and {value}"))
     }
 
@@ -476,16 +541,17 @@ impl<'a> Weight<'a> {
                 out.len()
             )));
         }
+        if let Some(coding) = &self.coding {
+            coding.decode(rows, out);
+            return Ok(());
+        }
         if let Some(steps) = self.steps {
             return self.decode_steps(steps, rows, out);
         }
-        let bytes = self.row_bytes(rows.clone());
-        if let Some(scales) = &self.scales {
-            scales.decode(self.kind, bytes, rows, self.width, out);
-            return Ok(());
-        }
+        let bytes = self.row_bytes(rows);
         match self.kind {
             WeightType::F32 => decode_f32(bytes, out),
+            WeightType::F64 => decode_f64(bytes, out),
             WeightType::F16 => decode_f16(bytes, out),
             WeightType::BF16 => decode_bf16(bytes, out),
             _ => self.decode_blocks(bytes, out)?,
@@ -514,12 +580,9 @@ impl<'a> Weight<'a> {
         if self.less_one {
             hasher.update(b"less one");
         }
-        if let Some(Scales { kind, bytes, block, step }) = self.scales {
-            hasher.update(format!("scales {kind} {block:?}").as_bytes());
-            if let Some(step) = step {
-                hasher.update(format!(" a row each {step} bytes").as_bytes());
-            }
-            hasher.update(bytes);
+        if let Some(coding) = &self.coding {
+            coding.digest(&mut hasher);
+            return hasher.finalize();
         }
         if let Some(Steps { row, value }) = self.steps {
             hasher.update(format!("a row each {row} bytes, a value each {value}").as_bytes());
@@ -535,14 +598,6 @@ impl<'a> Weight<'a> {
         rows: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), ModelError> {
-        if let Some(scales) = &self.scales {
-            let length = self.kind.row_bytes(self.width);
-            for (row, out) in rows.zip(out.chunks_exact_mut(self.width)) {
-                let bytes = &self.bytes[row * steps.row..][..length];
-                scales.decode(self.kind, bytes, row..row + 1, self.width, out);
-            }
-            return Ok(());
-        }
         // Along the outer of both steps last: the inner one stays within a line of the cache.
         for column in 0..self.width {
             for (place, row) in rows.clone().enumerate() {
@@ -601,6 +656,12 @@ fn aligned<'b>(bytes: &'b [u8], alignment: usize, moved: &'b mut Vec<u8>) -> &'b
 fn decode_f32(bytes: &[u8], out: &mut [f32]) {
     for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
         *value = f32::from_le_bytes(*bytes);
+    }
+}
+
+fn decode_f64(bytes: &[u8], out: &mut [f32]) {
+    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *value = f64::from_le_bytes(*bytes) as f32;
     }
 }
 

@@ -73,7 +73,7 @@ impl OpenModel {
         let origin = self.model.origin(name);
         // The stamp is that of the file that was opened, whatever its name means now.
         // The scales of codes may stand in another file, and its stamp says nothing of them.
-        let known = origin.filter(|_| !tensor.is_scaled()).map(|origin| {
+        let known = origin.filter(|_| tensor.is_in_one_file()).map(|origin| {
             let (kind, rows, width) = (tensor.kind(), tensor.rows(), tensor.width());
             let less = if tensor.is_less_one() { " less one" } else { "" };
             let layout = tensor.layout();

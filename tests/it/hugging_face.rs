@@ -159,12 +159,18 @@ fn shards_are_joined_and_may_not_leave_the_folder() {
     missing.insert("model.layers.0.self_attn.q_proj.bias".into(), "a.safetensors".into());
     write_index(&folder, &missing);
     let error = Model::open(&folder).unwrap_err().to_string();
-    assert!(error.contains("`blk.0.attn_q.bias`: the index places it"), "{error}");
+    assert!(
+        error.contains("`model.layers.0.self_attn.q_proj.bias`: the index places it"),
+        "{error}"
+    );
     let mut hidden = index.clone();
     hidden.remove("model.layers.0.mlp.up_proj.weight");
     write_index(&folder, &hidden);
     let error = Model::open(&folder).unwrap_err().to_string();
-    assert!(error.contains("`blk.0.ffn_up.weight`: the index does not place it"), "{error}");
+    assert!(
+        error.contains("`model.layers.0.mlp.up_proj.weight`: the index does not place it"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -298,7 +304,7 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
         (|c| c["layer_types"] = json!(["chunked_attention"]), "chunked_attention"),
         (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), ""),
-        (|c| c["quantization_config"] = json!({ "quant_method": "awq" }), "quantised by `awq`"),
+        (|c| c["quantization_config"] = json!({ "quant_method": "hqq" }), "quantised by `hqq`"),
         (|c| c["attention_bias"] = json!(true), "`blk.0.attn_q.bias`: it is missing"),
         (|c| c["mlp_bias"] = json!("yes"), "true or false"),
         (|c| c["num_experts"] = json!(8), "`num_experts` = 8"),
@@ -723,14 +729,14 @@ fn codes_and_scales_that_do_not_belong_together_are_named() {
     let fp8 = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
     type Change = fn(&mut Stored);
     let cases: [(&str, Change); 6] = [
-        ("there are no scales of it", |all| {
+        ("there are codes of it, and no scales", |all| {
             all.remove("model.layers.0.mlp.up_proj.weight_scale_inv").unwrap();
         }),
         ("there are scales of it, and it is F32, no codes", |all| {
             let scales = all["model.layers.0.mlp.up_proj.weight_scale_inv"].clone();
             all.insert("model.embed_tokens.weight_scale_inv".to_owned(), scales);
         }),
-        ("a way of quantising that is not read", |all| {
+        ("that `quantization_config` does not name", |all| {
             let scales = all["model.layers.0.mlp.up_proj.weight_scale_inv"].clone();
             all.insert("model.layers.0.mlp.left_proj.weight_scale_inv".to_owned(), scales);
         }),

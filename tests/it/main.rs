@@ -24,6 +24,7 @@ mod missing;
 mod model;
 mod nightly;
 mod peers;
+mod quantised;
 mod readers;
 mod receipts;
 mod recorded;

@@ -53,8 +53,12 @@ pub fn dequantise_row(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
         | WeightType::E4m3
         | WeightType::E5m2
         | WeightType::E2m1
+        | WeightType::F64
         | WeightType::I8
-        | WeightType::E8m0 => {
+        | WeightType::E8m0
+        | WeightType::Packed(_)
+        | WeightType::Nf4
+        | WeightType::Fp4 => {
             unreachable!("`Weight::decode_rows` decodes these")
         }
     }

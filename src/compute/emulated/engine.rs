@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::chip::Unit;
-use super::fp8_product::{Fp8Product, Otherwise};
+use super::fp8_product::{held_for, Fp8Product, Otherwise};
 use super::ggml_product::GgmlProduct;
 use super::orders::{Operands, differing, is_tried, rows_afforded, same_row, some_names};
 use super::schedule::Schedule;
@@ -272,9 +272,9 @@ impl EngineArm {
         let unit = self.fp8_unit.as_ref().ok_or_else(|| {
             ComputeError::Recipe("the engine multiplies FP8, and the chip cannot".to_owned())
         })?;
-        known_weight(weight)?;
-        let bias = self.held_bias(bias)?;
-        Ok(Fp8Product { kernel, format: self.format, unit, weight, bias, largest: &self.largest })
+        let held = held_for(kernel, &weight)?;
+        let (format, bias, largest) = (self.format, self.held_bias(bias)?, &self.largest);
+        Ok(Fp8Product { kernel, format, unit, weight, bias, largest, held })
     }
 
     /// How many rows the call had in which a row of a tensor of so many came.
@@ -318,7 +318,7 @@ impl EngineArm {
         weight: Weight<'_>,
     ) -> Result<Option<[Whole; 2]>, ComputeError> {
         let Some(product) = self.fp8_product(weight, None)? else { return Ok(None) };
-        let (codes, scales) = product.activation(x);
+        let (codes, scales) = product.activation(x)?;
         Ok(Some([(codes, scales, 0), product.whole_weight()?]))
     }
 
@@ -909,7 +909,7 @@ fn knows_attention(kernel: AttentionKernel, shape: AttentionShape<'_>, keys: usi
 
 /// What an engine does with the codes and scales of a file is not known: its kernels multiply
 /// them, and not the values that they stand for.
-fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
+pub(super) fn known_weight(weight: Weight<'_>) -> Result<(), ComputeError> {
     if weight.is_plain() {
         return Ok(());
     }

@@ -11,18 +11,19 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::chip::Unit;
+use super::engine::known_weight;
 use super::gemm::{Operand, Scales};
-use super::quantize::{Codes, absmax};
+use super::quantize::{Codes, CodesRow, absmax};
 use super::schedule::{Epilogue, Schedule};
 use super::steps::{Converted, Edit, Whole};
 use crate::compute::ComputeError;
 use crate::compute::engine_kernels::fp8::{
-    GROUP, Quantise, block_scaled_mm, block_weight, cutlass_scaled_mm, scaled_mm,
+    GROUP, Quantise, block_scaled_mm, block_weight, blocks_by_powers, cutlass_scaled_mm, scaled_mm,
 };
 use crate::compute::engine_kernels::linear::finish;
 use crate::dtype::Format;
 use crate::engine::LinearKernel;
-use crate::model::Weight;
+use crate::model::{HeldFp8, Weight};
 use crate::tensor::Tensor;
 
 /// The FP8 product of an engine with one weight.
@@ -36,6 +37,32 @@ pub(super) struct Fp8Product<'a> {
     pub bias: Option<Vec<f32>>,
     /// The largest magnitudes of stacks, by a weight's name, as they were met.
     pub largest: &'a Mutex<BTreeMap<String, f32>>,
+    /// What the file holds, where that is FP8 already.
+    pub held: Option<HeldFp8<'a>>,
+}
+
+/// What the file holds of a weight, where that is FP8 as the kernel takes it.
+///
+/// # Errors
+/// If it is quantised in a way of which it is not known what the kernel does.
+pub(super) fn held_for<'a>(
+    kernel: LinearKernel,
+    weight: &Weight<'a>,
+) -> Result<Option<HeldFp8<'a>>, ComputeError> {
+    if weight.is_plain() {
+        return Ok(None);
+    }
+    let (rows, width) = (weight.rows(), weight.width());
+    let fits = |held: &HeldFp8<'_>| match kernel {
+        LinearKernel::VllmFp8 => held.block()[0] >= rows && held.block()[1] == width,
+        LinearKernel::VllmFp8Channel => held.block() == [1, width],
+        LinearKernel::VllmFp8Block => held.block() == [GROUP, GROUP],
+        _ => false,
+    };
+    match weight.held_fp8().filter(fits) {
+        Some(held) => Ok(Some(held)),
+        None => known_weight(*weight).map(|()| None),
+    }
 }
 
 /// What is done otherwise than the kernel does.
@@ -74,7 +101,7 @@ impl Fp8Product<'_> {
         tokens: impl Fn(usize) -> usize + Sync,
         otherwise: &Otherwise<'_>,
     ) -> Result<Tensor, ComputeError> {
-        let (codes, scales) = self.activation(x);
+        let (codes, scales) = self.activation(x)?;
         let x = (otherwise.x)(Converted { values: x.data(), codes, scales, first_row: 0 });
         let weight = self.weight_rows(rows.clone())?;
         let w = Converted {
@@ -111,7 +138,29 @@ impl Fp8Product<'_> {
     }
 
     /// The codes and scales of an activation.
-    pub fn activation(&self, x: &Tensor) -> (Codes, Scales) {
+    ///
+    /// # Errors
+    /// If the weights that are stacked with this one are not those of one checkpoint.
+    pub fn activation(&self, x: &Tensor) -> Result<(Codes, Scales), ComputeError> {
+        if let Some(scale) = self.static_scale()? {
+            let codes = Quantise::VLLM_TENSOR.codes(x, &vec![scale; x.rows()]);
+            return Ok((codes, Scales::Tensor(scale)));
+        }
+        Ok(self.dynamic_activation(x))
+    }
+
+    /// The scale of activations that the file holds: the largest of what is stacked.
+    fn static_scale(&self) -> Result<Option<f32>, ComputeError> {
+        let Some(own) = self.held.and_then(|held| held.input_scale) else { return Ok(None) };
+        let mut most = own;
+        for part in stacked(self.weight)? {
+            let of_part = part.held_fp8().and_then(|held| held.input_scale);
+            most = most.max(of_part.ok_or_else(|| mixed(&part))?);
+        }
+        Ok(Some(most))
+    }
+
+    fn dynamic_activation(&self, x: &Tensor) -> (Codes, Scales) {
         let by_row = |quantise: Quantise| {
             let (codes, scales) = quantise.grouped(x, x.width());
             (codes, Scales::Row(scales))
@@ -141,6 +190,9 @@ impl Fp8Product<'_> {
             return self.block_rows(rows);
         }
         let first_row = rows.start;
+        if let Some(held) = self.held {
+            return self.rows_of_file(&held, rows);
+        }
         let values = self.held(&self.weight, rows)?;
         let by_row = |quantise: Quantise| {
             let (codes, scales) = quantise.grouped(&values, values.width());
@@ -154,6 +206,42 @@ impl Fp8Product<'_> {
                 let scale = Quantise::VLLM_TENSOR.scale_of(&[self.largest_of_stack()?]);
                 let codes = Quantise::VLLM_TENSOR.codes(&values, &vec![scale; values.rows()]);
                 (codes, Scales::Tensor(scale))
+            }
+        };
+        Ok(Rows { values, codes, scales, before: 0, first_row })
+    }
+
+    /// Rows of a weight that the file holds in FP8, with a scale for each or for all.
+    fn rows_of_file(&self, held: &HeldFp8<'_>, rows: Range<usize>) -> Result<Rows, ComputeError> {
+        let (first_row, width) = (rows.start, self.weight.width());
+        let mut values = Tensor::zeros(rows.len(), width);
+        self.weight.decode_rows(rows.clone(), values.data_mut())?;
+        let as_held = || {
+            let mut codes = Codes::zeros(Format::E4m3, rows.len(), width);
+            let lines = held.codes(rows.clone()).chunks_exact(width);
+            for (mut codes, held) in codes.rows_mut().into_iter().zip(lines) {
+                codes.copy_from(CodesRow::Bits8(held));
+            }
+            codes
+        };
+        let (codes, scales) = match self.kernel {
+            LinearKernel::VllmFp8Channel => {
+                (as_held(), Scales::Row(rows.clone().map(|row| held.scale(row, 0)).collect()))
+            }
+            // Fused in the file: the scale is that of all.
+            _ if self.weight.is_fused() => (as_held(), Scales::Tensor(held.scale(0, 0))),
+            // One scale for what is stacked, to which all is converted through f16
+            // (`requantize_with_max_scale`), also what is alone.
+            _ => {
+                let mut most = 0_f32;
+                for part in stacked(self.weight)? {
+                    let of_part = part.held_fp8().ok_or_else(|| mixed(&part))?;
+                    most = most.max(of_part.scale(0, 0));
+                }
+                let mut halves = values.clone();
+                halves.data_mut().iter_mut().for_each(|value| *value = Format::F16.round(*value));
+                let codes = Quantise::VLLM_TENSOR.codes(&halves, &vec![most; rows.len()]);
+                (codes, Scales::Tensor(most))
             }
         };
         Ok(Rows { values, codes, scales, before: 0, first_row })
@@ -208,7 +296,10 @@ impl Fp8Product<'_> {
             at += part.rows();
         }
         let values = Tensor::new(weight.width(), values);
-        let (codes, scales) = block_weight(&values);
+        let (codes, scales) = match self.held {
+            Some(_) => blocks_by_powers(&values),
+            None => block_weight(&values),
+        };
         let scales = Scales::Block128 { rows_per_block: GROUP, first_row: 0, scales };
         let before = own + rows.start - first;
         Ok(Rows { values, codes, scales, before, first_row: first - own / GROUP * GROUP })
@@ -218,10 +309,21 @@ impl Fp8Product<'_> {
     fn held(&self, weight: &Weight<'_>, rows: Range<usize>) -> Result<Tensor, ComputeError> {
         let mut values = Tensor::zeros(rows.len(), weight.width());
         weight.decode_rows(rows, values.data_mut())?;
+        if self.held.is_some() {
+            return Ok(values);
+        }
         let round = |value: &mut f32| *value = self.format.round(*value);
         values.data_mut().par_iter_mut().for_each(round);
         Ok(values)
     }
+}
+
+fn mixed(part: &Weight<'_>) -> ComputeError {
+    ComputeError::Recipe(format!(
+        "the engine stacks `{}` with weights that the file holds in FP8, and it is {}",
+        part.name(),
+        part.kind()
+    ))
 }
 
 /// The weights that engines stack to one matrix, in the order of its rows: queries, keys and

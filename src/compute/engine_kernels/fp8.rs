@@ -170,8 +170,8 @@ fn power_of_two_above(x: f32) -> f32 {
 }
 
 /// The codes and scales of a weight in blocks of 128 by 128, as vLLM makes them for DeepGEMM
-/// of bf16 values: `per_block_cast_to_fp8`, and of what that leaves
-/// `requant_weight_ue8m0_inplace`. `rows` begin with a whole block.
+/// of bf16 values: `per_block_cast_to_fp8`, and what [`blocks_by_powers`] makes of that. `rows`
+/// begin with a whole block.
 pub fn block_weight(rows: &Tensor) -> (Codes, Vec<f32>) {
     let (first, scales) = cast_blocks(rows, |most| div_full(most, Format::E4m3.max_finite()));
     let mut read = Tensor::zeros(rows.rows(), rows.width());
@@ -183,7 +183,13 @@ pub fn block_weight(rows: &Tensor) -> (Codes, Vec<f32>) {
             *read = code * scales[row / GROUP * blocks + column / GROUP];
         }
     });
-    cast_blocks(&read, |most| {
+    blocks_by_powers(&read)
+}
+
+/// The codes and scales of blocks of 128 by 128 of values that were FP8 already, as vLLM makes them
+/// for DeepGEMM of a checkpoint: `requant_weight_ue8m0_inplace`. `rows` begin with a whole block.
+pub fn blocks_by_powers(rows: &Tensor) -> (Codes, Vec<f32>) {
+    cast_blocks(rows, |most| {
         let scale = div_full(most, Format::E4m3.max_finite());
         f64::from(f64::from(scale).log2() as f32).ceil().exp2() as f32
     })
