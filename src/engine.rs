@@ -101,6 +101,8 @@ pub enum LinearKernel {
     SglangFp8,
     /// torchao's dynamic FP8 of rows: activations per token, weights per output.
     TorchaoFp8Row,
+    /// vLLM's of a checkpoint in INT8: activations per token, weights per output or whole.
+    VllmInt8,
     /// llama.cpp's on CUDA, by the weight's type and the number of tokens.
     GgmlCuda,
 }
@@ -108,7 +110,7 @@ pub enum LinearKernel {
 impl LinearKernel {
     /// Whether it multiplies FP8 codes.
     pub fn is_fp8(self) -> bool {
-        !matches!(self, LinearKernel::Cublas | LinearKernel::GgmlCuda)
+        !matches!(self, LinearKernel::Cublas | LinearKernel::VllmInt8 | LinearKernel::GgmlCuda)
     }
 }
 
@@ -623,11 +625,12 @@ pub enum Activations {
 }
 
 /// The engines that ship: their names and their files.
-pub const SHIPPED: [(&str, &str); 12] = [
+pub const SHIPPED: [(&str, &str); 13] = [
     ("transformers", include_str!("../engines/transformers.toml")),
     ("vllm", include_str!("../engines/vllm.toml")),
     ("vllm-fp8", include_str!("../engines/vllm-fp8.toml")),
     ("vllm-fp8-channel", include_str!("../engines/vllm-fp8-channel.toml")),
+    ("vllm-int8", include_str!("../engines/vllm-int8.toml")),
     ("vllm-fp8-block", include_str!("../engines/vllm-fp8-block.toml")),
     ("sglang", include_str!("../engines/sglang.toml")),
     ("sglang-fp8", include_str!("../engines/sglang-fp8.toml")),

@@ -213,7 +213,7 @@ impl Scale {
     /// stream's type.
     pub fn of(kernel: LinearKernel) -> Option<Scale> {
         let (weight, activation) = match kernel {
-            LinearKernel::Cublas | LinearKernel::GgmlCuda => return None,
+            LinearKernel::Cublas | LinearKernel::VllmInt8 | LinearKernel::GgmlCuda => return None,
             LinearKernel::VllmFp8 => (WeightScale::Tensor, ActivationScale::Token),
             LinearKernel::VllmFp8Channel
             | LinearKernel::SglangFp8

@@ -38,7 +38,7 @@ use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
 use weights::Steps;
-pub(crate) use quantised::HeldFp8;
+pub(crate) use quantised::HeldCodes;
 pub use weights::{Weight, WeightType};
 
 /// GGUF's name for the divisors of RoPE's frequencies.

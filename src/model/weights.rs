@@ -18,7 +18,7 @@ use half::slice::HalfFloatSliceExt;
 use super::Model;
 use super::blocks;
 use super::error::ModelError;
-use super::quantised::{Coding, HeldFp8};
+use super::quantised::{Coding, HeldCodes};
 
 /// How a tensor's values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -446,9 +446,9 @@ impl<'a> Weight<'a> {
         self.coding.is_some()
     }
 
-    /// The E4M3 codes and scales of its file, where the file holds such.
-    pub(crate) fn held_fp8(&self) -> Option<HeldFp8<'a>> {
-        self.coding?.held_fp8()
+    /// The codes and scales of its file, where the file holds such codes.
+    pub(crate) fn held_codes(&self, codes: WeightType) -> Option<HeldCodes<'a>> {
+        self.coding?.held_codes(codes)
     }
 
     /// Whether its rows stand among others in a tensor of codes.

@@ -17,7 +17,7 @@ use crate::compute::call::{Call, Held};
 use crate::compute::engine_kernels::activation::{Activation, Gated};
 use crate::compute::engine_kernels::attention::{self, Heads, eager, eager_of};
 use crate::compute::engine_kernels::flash::{Flash3Call, Plan, flash};
-use crate::compute::engine_kernels::ggml;
+use crate::compute::engine_kernels::{ggml, int8};
 use crate::compute::engine_kernels::linear::residue_tile;
 use crate::compute::engine_kernels::norm::{RmsNorm, add};
 use crate::compute::engine_kernels::rope::{self, Rotation, Table};
@@ -29,7 +29,7 @@ use crate::engine::{
     AttentionKernel, EngineKernels, LinearKernel, NormKernel, Order, Product, ProductOf,
     RopeKernel, SwigluKernel, name_of,
 };
-use crate::model::{self, Rope, RopeLayout, Weight};
+use crate::model::{self, HeldCodes, Rope, RopeLayout, Weight, WeightType};
 use crate::tensor::Tensor;
 
 /// Multiprocessors of an H100 and an H200, by which FlashAttention 2 cuts its keys, and among
@@ -86,7 +86,8 @@ impl EngineArm {
     /// Whether the product with the weight of that name can be made by other steps than its
     /// kernel's.
     pub fn takes_steps(&self, weight: &str) -> bool {
-        self.kernels.linear_of(weight).first() != Some(LinearKernel::GgmlCuda)
+        let kernel = self.kernels.linear_of(weight).first();
+        !matches!(kernel, Some(LinearKernel::GgmlCuda | LinearKernel::VllmInt8))
     }
 
     /// Rows as the engine holds them.
@@ -192,6 +193,7 @@ impl EngineArm {
                 })
             }
             Some(LinearKernel::GgmlCuda) => self.ggml_product(x, weight, bias),
+            Some(LinearKernel::VllmInt8) => self.int8_product(x, weight, bias),
             Some(kernel) => self.fp8_matmul(&self.fp8_product_of(kernel, weight, bias)?, x),
         }
     }
@@ -212,6 +214,30 @@ impl EngineArm {
             data.extend(product.apply(&x, order)?.into_data());
         }
         Ok(Tensor::new(weight.rows().max(1), data))
+    }
+
+    /// vLLM's product with the codes of a checkpoint in INT8.
+    fn int8_product(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        let whole_rows = |held: &HeldCodes<'_>| held.block()[1] == weight.width();
+        let held = weight.held_codes(WeightType::I8).filter(whole_rows);
+        let held = held.filter(|held| held.input_scale.is_none()).ok_or_else(|| {
+            ComputeError::Recipe(format!(
+                "vLLM multiplies INT8 codes of a checkpoint, with a scale for each output or for \
+                 all and activations quantised as they come; `{}` is {} in another form",
+                weight.name(),
+                weight.kind()
+            ))
+        })?;
+        let rows = 0..weight.rows();
+        let scales = rows.clone().map(|row| held.scale(row, 0)).collect();
+        let bias = self.held_bias(bias)?;
+        let weight = int8::Weight { codes: held.codes(rows), scales, bias };
+        Ok(int8::product(x, &weight, self.format))
     }
 
     /// What cuBLAS multiplies for PyTorch.
@@ -730,6 +756,10 @@ impl EngineArm {
                                 self.call_of(operands, (&x, &observed), product.shape(&x), &of)
                             });
                             choice.offer_calls(calls.collect::<Result<_, ComputeError>>()?);
+                        }
+                        LinearKernel::VllmInt8 => {
+                            let y = self.int8_product(x, weight, bias)?;
+                            choice.offer(format!("product {}", name_of(kernel)), y);
                         }
                         kernel => {
                             let y =

@@ -23,7 +23,7 @@ use crate::compute::engine_kernels::fp8::{
 use crate::compute::engine_kernels::linear::finish;
 use crate::dtype::Format;
 use crate::engine::LinearKernel;
-use crate::model::{HeldFp8, Weight};
+use crate::model::{HeldCodes, Weight, WeightType};
 use crate::tensor::Tensor;
 
 /// The FP8 product of an engine with one weight.
@@ -38,7 +38,7 @@ pub(super) struct Fp8Product<'a> {
     /// The largest magnitudes of stacks, by a weight's name, as they were met.
     pub largest: &'a Mutex<BTreeMap<String, f32>>,
     /// What the file holds, where that is FP8 already.
-    pub held: Option<HeldFp8<'a>>,
+    pub held: Option<HeldCodes<'a>>,
 }
 
 /// What the file holds of a weight, where that is FP8 as the kernel takes it.
@@ -48,18 +48,18 @@ pub(super) struct Fp8Product<'a> {
 pub(super) fn held_for<'a>(
     kernel: LinearKernel,
     weight: &Weight<'a>,
-) -> Result<Option<HeldFp8<'a>>, ComputeError> {
+) -> Result<Option<HeldCodes<'a>>, ComputeError> {
     if weight.is_plain() {
         return Ok(None);
     }
     let (rows, width) = (weight.rows(), weight.width());
-    let fits = |held: &HeldFp8<'_>| match kernel {
+    let fits = |held: &HeldCodes<'_>| match kernel {
         LinearKernel::VllmFp8 => held.block()[0] >= rows && held.block()[1] == width,
         LinearKernel::VllmFp8Channel => held.block() == [1, width],
         LinearKernel::VllmFp8Block => held.block() == [GROUP, GROUP],
         _ => false,
     };
-    match weight.held_fp8().filter(fits) {
+    match weight.held_codes(WeightType::E4m3).filter(fits) {
         Some(held) => Ok(Some(held)),
         None => known_weight(*weight).map(|()| None),
     }
@@ -154,7 +154,7 @@ impl Fp8Product<'_> {
         let Some(own) = self.held.and_then(|held| held.input_scale) else { return Ok(None) };
         let mut most = own;
         for part in stacked(self.weight)? {
-            let of_part = part.held_fp8().and_then(|held| held.input_scale);
+            let of_part = part.held_codes(WeightType::E4m3).and_then(|held| held.input_scale);
             most = most.max(of_part.ok_or_else(|| mixed(&part))?);
         }
         Ok(Some(most))
@@ -212,7 +212,7 @@ impl Fp8Product<'_> {
     }
 
     /// Rows of a weight that the file holds in FP8, with a scale for each or for all.
-    fn rows_of_file(&self, held: &HeldFp8<'_>, rows: Range<usize>) -> Result<Rows, ComputeError> {
+    fn rows_of_file(&self, held: &HeldCodes<'_>, rows: Range<usize>) -> Result<Rows, ComputeError> {
         let (first_row, width) = (rows.start, self.weight.width());
         let mut values = Tensor::zeros(rows.len(), width);
         self.weight.decode_rows(rows.clone(), values.data_mut())?;
@@ -230,16 +230,19 @@ impl Fp8Product<'_> {
             }
             // Fused in the file: the scale is that of all.
             _ if self.weight.is_fused() => (as_held(), Scales::Tensor(held.scale(0, 0))),
-            // One scale for what is stacked, to which all is converted through f16
-            // (`requantize_with_max_scale`), also what is alone.
+            // One scale for what is stacked, to which all is converted, also what is alone
+            // (`requantize_with_max_scale`): through f16, to which PyTorch rounds the scale too,
+            // since both operands are tensors on the GPU.
             _ => {
                 let mut most = 0_f32;
                 for part in stacked(self.weight)? {
-                    let of_part = part.held_fp8().ok_or_else(|| mixed(&part))?;
+                    let of_part = part.held_codes(WeightType::E4m3).ok_or_else(|| mixed(&part))?;
                     most = most.max(of_part.scale(0, 0));
                 }
-                let mut halves = values.clone();
-                halves.data_mut().iter_mut().for_each(|value| *value = Format::F16.round(*value));
+                let own = Format::F16.round(held.scale(0, 0));
+                let read = |code: &u8| Format::F16.round(Format::E4m3.decode((*code).into()) * own);
+                let halves = held.codes(rows.clone()).iter().map(read).collect();
+                let halves = Tensor::new(width, halves);
                 let codes = Quantise::VLLM_TENSOR.codes(&halves, &vec![most; rows.len()]);
                 (codes, Scales::Tensor(most))
             }

@@ -14,6 +14,7 @@ pub mod norm;
 pub mod softmax;
 pub mod activation;
 pub mod rope;
+pub mod int8;
 pub mod linear;
 pub mod attention;
 pub mod flash;

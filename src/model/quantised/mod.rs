@@ -671,9 +671,9 @@ fn assemble_table(found: &Found<'_>) -> Result<Layed, Fault> {
     Ok((kind, state.shape, Layout::Table(layout)))
 }
 
-/// The E4M3 codes of a weight as its file holds them.
+/// The codes of a weight, a byte each, as its file holds them.
 #[derive(Clone, Copy)]
-pub(crate) struct HeldFp8<'a> {
+pub(crate) struct HeldCodes<'a> {
     scaled: Scaled<'a>,
     /// Rows of the tensor before its own.
     first: usize,
@@ -681,7 +681,7 @@ pub(crate) struct HeldFp8<'a> {
     pub input_scale: Option<f32>,
 }
 
-impl<'a> HeldFp8<'a> {
+impl<'a> HeldCodes<'a> {
     /// Rows and values of a block that has one scale.
     pub fn block(&self) -> [usize; 2] {
         self.scaled.scales.block
@@ -728,15 +728,18 @@ impl<'a> Coding<'a> {
         self.bytes(Part::Codes)
     }
 
-    /// The codes and scales as they are, where they are E4M3 with no more than one scale.
-    pub fn held_fp8(&self) -> Option<HeldFp8<'a>> {
+    /// The codes and scales as they are, where they are codes of a byte of this type, each with no
+    /// more than a scale.
+    pub fn held_codes(&self, codes: WeightType) -> Option<HeldCodes<'a>> {
         let Decoder::Scaled(scaled) = self.decoder() else { return None };
-        let plain = scaled.step.is_none() && scaled.scales.whole == Whole::None;
+        let plain = scaled.step.is_none()
+            && scaled.zeros.is_none()
+            && scaled.scales.whole == Whole::None;
         let input = self.coded.pieces.get(&Part::InputScale);
         let input_scale =
             input.map(|i| scaled::scale(scale_type(i.dtype), self.bytes(Part::InputScale)));
-        (plain && scaled.codes == WeightType::E4m3)
-            .then_some(HeldFp8 { scaled, first: self.coded.first, input_scale })
+        (plain && scaled.codes == codes && codes != WeightType::E2m1)
+            .then_some(HeldCodes { scaled, first: self.coded.first, input_scale })
     }
 
     /// Whether its rows are not all of the tensor's.
