@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes a small random Qwen2 as checkpoints of 8 bits are published: the same weights in seven forms.
+"""Writes a small random Qwen2 or Llama as checkpoints of 8 bits are published: the same weights in seven forms.
 
     scripts/fp8_checkpoints.py OUT [--hidden 256] [--ffn 384] [--heads 4] [--kv-heads 2] [--layers 1]
-        [--vocabulary 128] [--seed 5]
+        [--vocabulary 128] [--seed 5] [--kind llama]
 
 Scales are up to a third larger than the largest value needs, as calibrated ones are, so that nothing
 that quantises the decoded values anew gets the same codes. Needs PyTorch and safetensors.
@@ -91,12 +91,13 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     for name, usual in [("hidden", 256), ("ffn", 384), ("heads", 4), ("kv-heads", 2), ("layers", 1), ("vocabulary", 128), ("seed", 5)]:
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--kind", choices=["qwen2", "llama"], default="qwen2")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     hidden, head = options.hidden, options.hidden // options.heads
     config = {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": options.kind,
+        "architectures": [f"{options.kind.capitalize()}ForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": options.ffn,
         "num_hidden_layers": options.layers,
@@ -120,7 +121,7 @@ def main():
             plain[f"{layer}.{norm}.weight"] = (1 + torch.randn(hidden) * 0.1).bfloat16()
         heads = {"q": options.heads, "k": options.kv_heads, "v": options.kv_heads}
         shapes = {f"self_attn.{name}_proj": (count * head, hidden) for name, count in heads.items()}
-        for name, (rows, _) in shapes.items():
+        for name, (rows, _) in shapes.items() if options.kind == "qwen2" else []:
             plain[f"{layer}.{name}.bias"] = (torch.randn(rows) * 0.5).bfloat16()
         shapes |= {
             "self_attn.o_proj": (hidden, hidden),

@@ -122,7 +122,7 @@ fn text() -> String {
     }
     text.push_str(
         "| `quant_method: fp8` (blocks of any size, whole tensors) | safetensors | PyTorch's \
-         codes, an H200 (`runs/receipts/quantised`) |\n\
+         codes, an H200 (`runs/receipts/quantised`, `runs/receipts/checkpoints`) |\n\
          | compressed-tensors, 8 bits: floats, integers with and without zero points; MXFP8 | \
          safetensors | the package, in f32 |\n\
          | compressed-tensors, integers of 1 to 8 bits in words, with zero points and activation \

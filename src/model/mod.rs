@@ -34,11 +34,11 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+pub(crate) use quantised::HeldCodes;
 use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
 use weights::Steps;
-pub(crate) use quantised::HeldCodes;
 pub use weights::{Weight, WeightType};
 
 /// GGUF's name for the divisors of RoPE's frequencies.

@@ -91,6 +91,14 @@ EXPECTED = {
             "pass": ("pass", "recorded = emulated, 0 of 337,920 values differ"),
         },
     ),
+    "vllm-checkpoints": (
+        0,
+        {
+            f"{kind}-{what}": ("pass", "18 of 18 sites to the bit")
+            for kind in ["block", "channel", "int8", "static"]
+            for what in ["sites", "pass"]
+        },
+    ),
     "vllm": (
         0,
         {

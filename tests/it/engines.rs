@@ -713,6 +713,87 @@ fn every_bit_of_vllms_passes_follows_in_bf16_and_fp8_and_with_decoded_tokens() {
     }
 }
 
+/// A recording of vLLM over a checkpoint in FP8 or INT8, with its stages `sites` and `pass`.
+fn of_checkpoint(kind: &str) -> Project {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/vllm-checkpoints");
+    let stage = |name: &str| {
+        let text = fs::read_to_string(folder.join("stages").join(name)).expect("a stage");
+        let text = text.replace("contracts = \"../../../contracts\"\n", "");
+        let text = text
+            .replace(&format!("\"{kind}-"), "\"")
+            .replace(&format!("../{kind}\""), "../model\"");
+        text.replace(&format!("{kind}.safe"), "capture.safe")
+    };
+    let project = project()
+        .file("stages/pipeline.toml", &stage("pipeline.toml"))
+        .file("stages/sites.toml", &stage(&format!("{kind}-sites.toml")))
+        .file("stages/pass.toml", &stage(&format!("{kind}-pass.toml")));
+    fs::create_dir_all(project.path("model")).expect("a folder");
+    for file in ["config.json", "model.safetensors"] {
+        let from = folder.join(kind).join(file);
+        fs::copy(from, project.path(&format!("model/{file}"))).expect("copied");
+    }
+    fs::copy(folder.join(format!("{kind}.safetensors")), project.path("capture.safetensors"))
+        .expect("copied");
+    project
+}
+
+#[test]
+fn every_bit_of_vllms_passes_over_checkpoints_in_fp8_and_int8_follows() {
+    for kind in ["channel", "static", "block", "int8"] {
+        let stages = judged(&of_checkpoint(kind));
+        for id in ["sites", "pass"] {
+            let stage = stage(&stages, id);
+            let why = stage["why"].as_str().expect("a reason");
+            assert_eq!(stage["verdict"], "pass", "{kind}, {id}: {why}");
+            assert!(why.contains("18 of 18 sites to the bit"), "{kind}, {id}: {why}");
+        }
+    }
+}
+
+/// A scale that is 2 % off passes every tolerance that clean FP8 passes.
+#[test]
+fn a_wrong_scale_of_a_checkpoint_is_located_and_named() {
+    for kind in ["channel", "static", "block", "int8"] {
+        let project = of_checkpoint(kind);
+        spoil(&project, "blk.0.ffn_up", |rows| {
+            rows.iter_mut().for_each(|row| row.iter_mut().for_each(|value| *value *= 1.02));
+        });
+        let stages = judged(&project);
+        let stage = stage(&stages, "sites");
+        let why = stage["why"].as_str().expect("a reason");
+        assert_eq!(stage["verdict"], "structural", "{kind}: {why}");
+        assert_eq!(stage["first"]["site"], "blk.0.ffn_up", "{kind}: {why}");
+        assert!(why.contains("scale-wrong"), "{kind}: {why}");
+    }
+}
+
+#[test]
+fn an_engine_over_a_checkpoint_of_another_form_is_refused_by_name() {
+    for (kind, own, other, words) in [
+        (
+            "channel",
+            "vllm-fp8-channel",
+            "vllm-fp8",
+            "the codes and scales of a quantised checkpoint",
+        ),
+        ("block", "vllm-fp8-block", "vllm-fp8-channel", "the codes and scales of a quantised"),
+        ("channel", "vllm-fp8-channel", "sglang-fp8", "the codes and scales of a quantised"),
+        ("channel", "vllm-fp8-channel", "vllm", "the codes and scales of a quantised checkpoint"),
+        ("channel", "vllm-fp8-channel", "vllm-int8", "multiplies INT8 codes of a checkpoint"),
+        ("int8", "vllm-int8", "vllm-fp8", "the codes and scales of a quantised checkpoint"),
+    ] {
+        let project = of_checkpoint(kind);
+        let text = project.read("stages/pass.toml");
+        project.write(
+            "stages/pass.toml",
+            &text.replace(&format!("\"{own}\""), &format!("\"{other}\"")),
+        );
+        let said = project.runner(&["run", "stages", "--select", "pass"]).expect(4, words);
+        drop(said);
+    }
+}
+
 /// Bugs that were published, put back into transformers and vLLM while they ran on an H200
 /// (`scripts/public_bugs.py`): of each the site and the name, which its manifest says.
 #[test]

@@ -70,6 +70,25 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
     assert_eq!(seen, 5 * 2 * 423);
 }
 
+/// Passes of vLLM over checkpoints in FP8 and INT8: their list says what README and docs say.
+#[test]
+fn receipts_of_checkpoints_are_to_the_bit_and_count_what_the_readme_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).expect("readable");
+    let text = read("runs/receipts/checkpoints/h200-vllm.json");
+    let receipt: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert!(receipt["gpu"].as_str().is_some_and(|gpu| gpu.starts_with("NVIDIA")));
+    let passes = receipt["passes"].as_array().expect("passes");
+    assert!(passes.iter().all(|pass| pass["mismatches"] == 0));
+    let sum = |key: &str| passes.iter().filter_map(|pass| pass[key].as_u64()).sum::<u64>() as usize;
+    for file in ["README.md", "docs/engines.md"] {
+        let text = read(file);
+        for said in [grouped(sum("values")), grouped(sum("sites")), passes.len().to_string()] {
+            assert!(text.contains(&said), "{file} does not say {said}");
+        }
+    }
+}
+
 /// What README says of clean passes is what their receipts count.
 #[test]
 fn receipts_of_clean_passes_count_what_the_readme_says() {

@@ -453,9 +453,7 @@ fn assemble_scaled(
         Names::PackedMxfp4 | Names::Mixture => &[Dtype::U8, Dtype::F8_E8M0],
         Names::BitsAndBytes => &[Dtype::F32],
         Names::Plain => &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8_E8M0, Dtype::U8],
-        Names::Inverse | Names::Either => {
-            &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8_E8M0]
-        }
+        Names::Inverse | Names::Either => &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8_E8M0],
     };
     found.typed(Part::Scales, scale_types)?;
     let shape = match *scales.shape {
@@ -732,14 +730,16 @@ impl<'a> Coding<'a> {
     /// more than a scale.
     pub fn held_codes(&self, codes: WeightType) -> Option<HeldCodes<'a>> {
         let Decoder::Scaled(scaled) = self.decoder() else { return None };
-        let plain = scaled.step.is_none()
-            && scaled.zeros.is_none()
-            && scaled.scales.whole == Whole::None;
+        let plain =
+            scaled.step.is_none() && scaled.zeros.is_none() && scaled.scales.whole == Whole::None;
         let input = self.coded.pieces.get(&Part::InputScale);
         let input_scale =
             input.map(|i| scaled::scale(scale_type(i.dtype), self.bytes(Part::InputScale)));
-        (plain && scaled.codes == codes && codes != WeightType::E2m1)
-            .then_some(HeldCodes { scaled, first: self.coded.first, input_scale })
+        (plain && scaled.codes == codes && codes != WeightType::E2m1).then_some(HeldCodes {
+            scaled,
+            first: self.coded.first,
+            input_scale,
+        })
     }
 
     /// Whether its rows are not all of the tensor's.
