@@ -145,10 +145,10 @@ pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Deviations) -> Option<Again
     let count = z.len() as f64;
     let mean_square = z.iter().map(|z| z * z).sum::<f64>() / count;
     let most = z.iter().fold(0.0, |most, z| larger(most, z.abs()));
-    let Shared { rows: in_rows, columns: in_columns } = match shared {
+    let Shared { rows: in_rows, columns: in_columns, quiet } = match shared {
         Some(shared) => shared.clone(),
         // Of what is not known nothing is independent.
-        None => Shared { rows: vec![1.0; rows], columns: vec![1.0; width] },
+        None => Shared { rows: vec![1.0; rows], columns: vec![1.0; width], quiet: 0.0 },
     };
     let row = |row: usize| z[row * width..(row + 1) * width].iter().map(|z| z * z).sum::<f64>();
     let column = |column: usize| (0..rows).map(|row| z[row * width + column].powi(2)).sum::<f64>();
@@ -167,7 +167,7 @@ pub fn against_floor(a: &Tensor, b: &Tensor, floor: &Deviations) -> Option<Again
         (Metric::ZMax, [0.0, union_bound(count, 2.0)]),
         (Metric::ZRow, of_line(rows, width)),
         (Metric::ZColumn, of_line(width, rows)),
-        (Metric::ZRms, whole((rows, width), mean(&in_rows), mean(&in_columns))),
+        (Metric::ZRms, whole((rows, width), quiet, mean(&in_rows), mean(&in_columns))),
     ];
     // Of few values, or where nothing differs, the counts say nothing.
     let told = z.len() >= LEAST_VALUES && most > 0.0;
@@ -262,15 +262,18 @@ fn worst_line(length: usize, r2: &[f32], sum: impl Fn(usize) -> f64) -> f64 {
 }
 
 /// The root mean square of all z that chance allows: entries of one row correlate as
-/// `in_rows` says, those of one column as `in_columns` does, others not at all.
-fn whole((rows, width): (usize, usize), in_rows: f64, in_columns: f64) -> [f64; 2] {
+/// `in_rows` says, those of one column as `in_columns` does, others not at all. The share of them
+/// that is quiet may be nothing.
+fn whole((rows, width): (usize, usize), quiet: f64, in_rows: f64, in_columns: f64) -> [f64; 2] {
     let (rows, width) = (rows as f64, width as f64);
     let count = rows * width;
     let within_row = width * (width - 1.0) * in_rows;
     let within_column = rows * (rows - 1.0) * in_columns;
     let others = rows * within_row + width * within_column;
     let sum = SumOfSquares::of(count, others, within_row.sqrt() + within_column.sqrt());
-    sum.within(union_bound(1.0, 2.0)).map(|sum| (sum / count).sqrt())
+    let [least, most] = sum.within(union_bound(1.0, 2.0));
+    let least = larger(least - quiet * count, 0.0);
+    [least, most].map(|sum| (sum / count).sqrt())
 }
 
 #[cfg(test)]
@@ -286,7 +289,7 @@ mod tests {
     /// z itself, as a floor of ones over nothing known or over independent errors.
     fn floor_of(each: Tensor, independent: bool) -> Deviations {
         let (rows, width) = (each.rows(), each.width());
-        let shared = Shared { rows: vec![0.0; rows], columns: vec![0.0; width] };
+        let shared = Shared { rows: vec![0.0; rows], columns: vec![0.0; width], quiet: 0.0 };
         Deviations { each, shared: independent.then_some(shared) }
     }
 

@@ -423,6 +423,11 @@ pub fn recipe_of_pass(
     recipe: &Recipe,
     recorded: Option<&crate::op::Recorded>,
 ) -> Result<Recipe, ComputeError> {
+    if let (Some(from), Some(kernels), Op::Forward { .. }) = (recorded, recipe.engine, task.op)
+        && from.file.exists()
+    {
+        super::recorded::check_steps(from, kernels.decoded)?;
+    }
     let Some(from) = recorded.filter(|_| reads_kernels(task.op, recipe)) else {
         return Ok(*recipe);
     };

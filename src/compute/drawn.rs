@@ -140,7 +140,7 @@ impl Drawn {
             for (index, ((&dot, energies), sign)) in dots.iter().zip(each).zip(signs).enumerate() {
                 // sum (x w)^2, as if it did not matter which x meets which w.
                 let terms = energies / width as f64;
-                let chain = chains.as_ref().map(|chains| f64::from(chains[index]));
+                let chain = chains.as_ref().map(|chains| chains[index]);
                 let moved = self.floor.after_operands(width, dot, terms, chain).sqrt();
                 let bias =
                     bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % codes.rows()]));

@@ -19,7 +19,7 @@ use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
 use super::emulated::kernels::WARP_LANES;
-use super::emulated::quantize::{Codes, CodesRow};
+use super::emulated::quantize::{Codes, CodesRow, absmax};
 use super::emulated::schedule::{Schedule, Step};
 use super::experts::{self, Products};
 use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, sigmoid_argument};
@@ -52,12 +52,19 @@ pub struct Shared {
     pub rows: Vec<f32>,
     /// Of each column.
     pub columns: Vec<f32>,
+    /// The share of values that the conversions and the additions leave as they are, but for
+    /// less than their own last rounding: of a weight of zeros, or where a bias outweighs the
+    /// product. Every arm may round them alike, so their errors may lie as low as they like.
+    pub quiet: f64,
 }
 
 /// Pairs of rows whose correlation is computed in each column.
 const ROW_PAIRS: usize = 8;
 /// Pairs of columns whose correlation is computed in each row, of every chunk of a weight.
 const COLUMN_PAIRS: usize = 4;
+
+/// Below this share of a value's variance what comes before its last rounding leaves it quiet.
+const QUIET: f64 = 1.0 / 16.0;
 
 /// Half an ULP of f32, relative.
 const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
@@ -114,7 +121,7 @@ impl Floor {
     /// Each addition rounds the running sum, `ulp^2 / 12`. The sums depend on where along
     /// K the large terms stand: a sum that an outlier channel raises early rounds coarsely
     /// all the way, however small the result is. So they are followed one by one.
-    pub fn chains(&self, x: &[f32], w: &[f32], width: usize) -> Option<Vec<f32>> {
+    pub fn chains(&self, x: &[f32], w: &[f32], width: usize) -> Option<Vec<f64>> {
         match chip(self.recipe.chip).unit(self.recipe.gemm, self.recipe.gemm) {
             Some(Unit::TensorCore(_)) => None,
             _ => {
@@ -197,10 +204,10 @@ struct Chains<'a> {
 }
 
 impl Kernel for Chains<'_> {
-    type Output = Vec<f32>;
+    type Output = Vec<f64>;
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> Vec<f32> {
+    fn run<const FMA: bool>(self) -> Vec<f64> {
         /// Rows of the weight that are followed side by side.
         const SIDE: usize = 8;
         let Chains { x, w, width, steps } = self;
@@ -236,7 +243,7 @@ impl Kernel for Chains<'_> {
                 let first = row * count + block * SIDE;
                 let unit = (2.0 * F32_UNIT).powi(2) / 12.0;
                 let places = variances[first..first + lanes].iter_mut().zip(squares);
-                places.for_each(|(variance, squares)| *variance = (squares * unit) as f32);
+                places.for_each(|(variance, squares)| *variance = squares * unit);
             }
         }
         variances
@@ -304,13 +311,45 @@ pub(super) fn rounding_errors(values: &[f32], codes: &Codes, scales: &Scales) ->
     errors
 }
 
-/// An operand's squares, and its rounding errors' squares, row-major.
+/// An operand's rows, each divided by a power of two so that its largest magnitude lies between 1
+/// and 2: the square of a value near 2^-70 is no f32.
 ///
-/// f32 is enough: a floor of seven digits is far better than its own model.
-fn squares(values: &[f32], codes: &Codes, scales: &Scales) -> (Vec<f32>, Vec<f32>) {
-    let mut errors = rounding_errors(values, codes, scales);
-    errors.iter_mut().for_each(|error| *error *= *error);
-    (values.iter().map(|value| value * value).collect(), errors)
+/// f32 is enough else: a floor of seven digits is far better than its own model.
+struct Lifted {
+    /// Row-major.
+    values: Vec<f32>,
+    squares: Vec<f32>,
+    /// Of the rounding errors.
+    error_squares: Vec<f32>,
+    /// What each row was divided by.
+    powers: Vec<f64>,
+}
+
+impl Lifted {
+    fn of(values: &[f32], codes: &Codes, scales: &Scales) -> Lifted {
+        let width = codes.width();
+        let (mut values, mut errors) = (values.to_vec(), rounding_errors(values, codes, scales));
+        let mut powers = Vec::with_capacity(values.len() / width.max(1));
+        let rows = values.chunks_exact_mut(width).zip(errors.chunks_exact_mut(width));
+        for (values, errors) in rows {
+            let power = power_below(absmax(values));
+            // Of powers of two of f64 the quotients are exact, and end within f32.
+            let lift = |value: &mut f32| *value = (f64::from(*value) / power) as f32;
+            values.iter_mut().for_each(lift);
+            errors.iter_mut().for_each(lift);
+            powers.push(power);
+        }
+        let squares = values.iter().map(|value| value * value).collect();
+        errors.iter_mut().for_each(|error| *error *= *error);
+        Lifted { values, squares, error_squares: errors, powers }
+    }
+}
+
+/// The largest power of two that is not above a magnitude; 1 for zero, infinities and NaN.
+fn power_below(magnitude: f32) -> f64 {
+    let usual = magnitude > 0.0 && magnitude < f32::INFINITY;
+    let bits = f64::from(if usual { magnitude } else { 1.0 }).to_bits();
+    f64::from_bits(bits & 0x7ff0_0000_0000_0000)
 }
 
 /// What the floor finds in one chunk of a weight's rows.
@@ -323,6 +362,8 @@ struct Chunk {
     /// The sum of the squared correlations within each row, over `pairs` pairs.
     in_rows: Vec<f32>,
     pairs: usize,
+    /// How many values are quiet, see [`Shared::quiet`].
+    quiet: usize,
 }
 
 /// Some pairs of `count` things, all of them where there are few.
@@ -347,10 +388,11 @@ struct RowPairs {
 }
 
 impl RowPairs {
-    fn of(x: &Tensor, dx_square: &[f32], pairs: &[(usize, usize)]) -> RowPairs {
-        let width = x.width();
-        let products = |&(a, b): &(usize, usize)| x.row(a).iter().zip(x.row(b)).map(|(a, b)| a * b);
-        let same = |&(a, b): &(usize, usize)| x.row(a) == x.row(b);
+    fn of(x: &Lifted, width: usize, pairs: &[(usize, usize)]) -> RowPairs {
+        let dx_square = &x.error_squares;
+        let row = |row: usize| &x.values[row * width..(row + 1) * width];
+        let products = |&(a, b): &(usize, usize)| row(a).iter().zip(row(b)).map(|(a, b)| a * b);
+        let same = |&(a, b): &(usize, usize)| x.powers[a] == x.powers[b] && row(a) == row(b);
         let squares = |pair: &(usize, usize)| {
             let squares = &dx_square[pair.0 * width..(pair.0 + 1) * width];
             let same = same(pair);
@@ -599,7 +641,8 @@ impl Floor {
             most(&mut all.iter().filter_map(|s| s.columns.get(column % outputs)).copied())
         });
         let in_rows = most(&mut all.iter().flat_map(|shared| shared.rows.iter()).copied());
-        let shared = Shared { rows: vec![in_rows; y.rows()], columns: columns.collect() };
+        let quiet = all.iter().fold(0.0, |most, of| if of.quiet > most { of.quiet } else { most });
+        let shared = Shared { rows: vec![in_rows; y.rows()], columns: columns.collect(), quiet };
         self.note_shared(sigma, Some(shared));
         Ok(y)
     }
@@ -693,14 +736,25 @@ impl Floor {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
         let (codes, scales) = self.emulated.quantise_activation(x);
-        let (x_square, dx_square) = squares(x.data(), &codes, &scales);
+        let lifted = Lifted::of(x.data(), &codes, &scales);
+        let (x_square, dx_square) = (&lifted.squares, &lifted.error_squares);
         let x_wide = Widened::of(x.data(), width);
         let (of_terms, of_sum) = self.accumulation(width);
         let pairs = pairs_of(x.rows(), ROW_PAIRS);
-        let products = RowPairs::of(x, &dx_square, &pairs);
+        let products = RowPairs::of(&lifted, width, &pairs);
+        let of_x = &lifted.powers;
         let chunks = self.emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
             let count = codes.rows();
-            let (mut with_x, mut with_dx) = squares(rows, codes, &scales);
+            let Lifted {
+                values: lifted_rows,
+                squares: mut with_x,
+                error_squares: mut with_dx,
+                powers: of_w,
+            } = Lifted::of(rows, codes, &scales);
+            // Variances of lifted rows, as they are.
+            let lowered = |variance: f32, row: usize, column: usize| {
+                f64::from(variance) * (of_x[row] * of_w[column]).powi(2)
+            };
             for (w, dw) in with_x.iter_mut().zip(&mut with_dx) {
                 let (w_square, dw_square) = (*w, *dw);
                 // x^2 meets dw^2 and the accumulation's share of w^2; dx^2 meets both.
@@ -710,25 +764,34 @@ impl Floor {
             let dots = dot_rows(&x_wide, &Widened::of(rows, width));
             let chains = self.chains(x.data(), rows, width);
             let positive = |x, w| dispatch(Dots { x, w, width });
-            let from_x = chains.unwrap_or_else(|| positive(&x_square, &with_x));
-            let from_dx = positive(&dx_square, &with_dx);
+            let from_x = match chains {
+                Some(chains) => chains,
+                None => {
+                    let lifted = positive(x_square, &with_x).into_iter().enumerate();
+                    lifted.map(|(at, of)| lowered(of, at / count, at % count)).collect()
+                }
+            };
+            let from_dx = positive(dx_square, &with_dx);
+            let mut quiet = 0;
             let mut truth = Vec::with_capacity(dots.len());
             let mut sigma = Vec::with_capacity(dots.len());
             for (index, &dot) in dots.iter().enumerate() {
-                let inner =
-                    f64::from(from_x[index]) + f64::from(from_dx[index]) + of_sum * dot * dot;
+                let of_dx = lowered(from_dx[index], index / count, index % count);
+                let inner = from_x[index] + of_dx + of_sum * dot * dot;
                 let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
                 let bias = bias.as_ref().map(|bias| f64::from(bias[first + index % count]));
                 let whole = dot + bias.unwrap_or(0.0);
                 // The reference rounds to f32, and so does the sum with a bias.
                 let ends = if bias.is_some() { 2.0 } else { 1.0 };
-                let mut variance =
-                    inner + self.output(size) + ends * rounding(Format::F32, whole.abs());
+                // Zero is rounded to itself.
+                let before = if size > 0.0 { inner + self.output(size) } else { 0.0 };
+                let mut variance = before + ends * rounding(Format::F32, whole.abs());
                 // The product may be rounded to the stream's type before its bias is added.
                 variance += self.passed(whole);
                 if bias.is_some_and(|bias| bias != 0.0) {
                     variance += self.passed(dot);
                 }
+                quiet += usize::from(before < QUIET * variance);
                 truth.push(whole as f32);
                 sigma.push(variance.sqrt() as f32);
             }
@@ -741,36 +804,40 @@ impl Floor {
             let mut columns = vec![0.0; count];
             for (pair, &(a, b)) in pairs.iter().enumerate() {
                 for (column, sum) in columns.iter_mut().enumerate() {
-                    let (a, b) = (a * count + column, b * count + column);
                     let at = pair * count + column;
-                    let shared =
+                    let lifted =
                         f64::from(of_dw[at]) + of_dx.as_ref().map_or(0.0, |d| d[at].into());
+                    let shared = lifted * of_x[a] * of_x[b] * of_w[column].powi(2);
+                    let (a, b) = (a * count + column, b * count + column);
                     *sum +=
                         correlation(shared + of_sum * dots[a] * dots[b], a, b) / pairs.len() as f32;
                 }
             }
             // Within a row: what two columns make of the same dx.
             let neighbours = pairs_of(count, COLUMN_PAIRS);
-            let row = |number: usize| rows[number * width..(number + 1) * width].iter();
+            let row = |number: usize| lifted_rows[number * width..(number + 1) * width].iter();
             let weights: Vec<f32> = neighbours
                 .iter()
                 .flat_map(|&(a, b)| row(a).zip(row(b)).map(|(a, b)| a * b))
                 .collect();
-            let of_dx = positive(&dx_square, &weights);
+            let of_dx = positive(dx_square, &weights);
             let mut in_rows = vec![0.0; x.rows()];
             for (token, sum) in in_rows.iter_mut().enumerate() {
                 for (pair, &(a, b)) in neighbours.iter().enumerate() {
+                    let lifted = f64::from(of_dx[token * neighbours.len() + pair]);
+                    let shared = lifted * of_x[token].powi(2) * of_w[a] * of_w[b];
                     let (a, b) = (token * count + a, token * count + b);
-                    let shared = f64::from(of_dx[token * neighbours.len() + pair]);
                     *sum += correlation(shared + of_sum * dots[a] * dots[b], a, b);
                 }
             }
-            let sites = Chunk { first, truth, sigma, columns, in_rows, pairs: neighbours.len() };
-            Ok(sites)
+            let pairs = neighbours.len();
+            Ok(Chunk { first, truth, sigma, columns, in_rows, pairs, quiet })
         })?;
         let mut truth = Tensor::zeros(x.rows(), weight.rows());
         let mut sigma = Tensor::zeros(x.rows(), weight.rows());
-        let mut shared = Shared { rows: vec![0.0; x.rows()], columns: Vec::new() };
+        let quiet: usize = chunks.iter().map(|chunk| chunk.quiet).sum();
+        let quiet = quiet as f64 / (x.rows() * weight.rows()).max(1) as f64;
+        let mut shared = Shared { rows: vec![0.0; x.rows()], columns: Vec::new(), quiet };
         let pairs: usize = chunks.iter().map(|chunk| chunk.pairs).sum();
         for chunk in chunks {
             let count = chunk.columns.len();

@@ -107,6 +107,25 @@ fn check_ids(
     Err(TensorFileError::Unusable { path, name, problem })
 }
 
+/// Refuses a recipe that says of an engine another number of tokens that came in steps of their own
+/// than the recording says itself. Another batch is a question that a stage may ask.
+///
+/// # Errors
+/// If the file is not readable, or says something else.
+pub fn check_steps(recorded: &Recorded, decoded: usize) -> Result<(), ComputeError> {
+    let file = TensorFile::open(&recorded.file)?;
+    // The last token that an engine answers is only sampled.
+    match file.note("decoded").map(|ids| ids.split(',').count() - 1) {
+        Some(said) if said != decoded => Err(ComputeError::Recipe(format!(
+            "`{}` says that {} came in steps of their own, and the recipe says {decoded}: write \
+             `decoded = {said}` beside `engine`",
+            recorded.file.shown(),
+            count(said, "token")
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Which of the op's sites a file holds no tensor for, in a sentence that also lists what the
 /// file has and no site uses; nothing if it holds all.
 ///

@@ -331,6 +331,14 @@ impl TensorFile {
         }))
     }
 
+    /// What the metadata of a safetensors file says under a key.
+    pub fn note(&self, key: &str) -> Option<String> {
+        let is_safetensors = self.path.extension().is_some_and(|of| of == "safetensors");
+        let map = self.maps.first().filter(|_| is_safetensors)?;
+        let (_, header) = SafeTensors::read_metadata(map).ok()?;
+        header.metadata().as_ref()?.get(key).cloned()
+    }
+
     fn entry(&self, name: Option<&str>) -> Result<&Entry, TensorFileError> {
         let wanted = match (name, self.entries.as_slice()) {
             (None, [only]) => return Ok(only),

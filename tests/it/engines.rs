@@ -794,6 +794,16 @@ fn an_engine_over_a_checkpoint_of_another_form_is_refused_by_name() {
     }
 }
 
+/// One too many is easily written: `--decode 7` makes six rows. It would read as another kernel.
+#[test]
+fn a_recipe_that_contradicts_the_recordings_own_steps_is_refused() {
+    let project = of_checkpoint("int8");
+    let text = project.read("stages/pass.toml");
+    project.write("stages/pass.toml", &text.replace("decoded = 6", "decoded = 7"));
+    let words = "says that 6 tokens came in steps of their own, and the recipe says 7";
+    project.runner(&["run", "stages", "--select", "pass"]).expect(4, words);
+}
+
 /// Bugs that were published, put back into transformers and vLLM while they ran on an H200
 /// (`scripts/public_bugs.py`): of each the site and the name, which its manifest says.
 #[test]

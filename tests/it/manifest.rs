@@ -301,7 +301,7 @@ fn a_recipe_that_says_an_engine_alone_is_the_one_that_predict_takes() {
             known += 1;
         }
     }
-    assert_eq!(known, 9);
+    assert_eq!(known, 10);
 }
 
 #[test]
