@@ -142,8 +142,8 @@ fn text() -> String {
          values before that. Codes of activations, and scales of activations and of a KV cache, \
          change no weight: they are read past.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
-         (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, split GGUF \
-         files, GGUF's NVFP4 and big-endian files.\n",
+         (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, GGUF's NVFP4 \
+         and big-endian GGUF files.\n",
     );
     text
 }

@@ -1227,12 +1227,6 @@ fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
             "give the language model's own file",
         ));
     }
-    if header.unsigned("split.count")?.is_some_and(|parts| parts > 1) {
-        return Err(Fault::unsupported(
-            "it is one part of a split model",
-            "join the parts with `llama-gguf-split --merge FIRST-PART OUTPUT`",
-        ));
-    }
     match header.unsigned("general.quantization_version")? {
         None | Some(2) => Ok(()),
         Some(version) => Err(Fault::unsupported(

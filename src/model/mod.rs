@@ -9,6 +9,7 @@ mod blocks;
 mod config;
 mod error;
 mod gguf;
+mod gguf_parts;
 mod gguf_writer;
 mod hf_config;
 mod mixture;
@@ -120,37 +121,41 @@ impl Model {
         if metadata.is_dir() {
             Model::open_folder(path)
         } else {
-            let (file, opened) = map(path)?;
-            Model::open_gguf(path, file, Some(opened))
+            let (map, opened) = map(path)?;
+            let first = MappedFile { path: path.to_owned(), map, opened: Some(opened) };
+            let others = gguf_parts::others(path, &first.map)?;
+            Model::open_gguf(first, others)
         }
     }
 
     /// Opens a GGUF file that is already in memory; `path` is its name in errors.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Model, ModelError> {
         // In a map, so that the tensors are aligned as in a file.
-        let file = Mapped::copy(bytes).map_err(|source| io("copy", path, source))?;
-        Model::open_gguf(path, file, None)
+        let map = Mapped::copy(bytes).map_err(|source| io("copy", path, source))?;
+        Model::open_gguf(MappedFile { path: path.to_owned(), map, opened: None }, Vec::new())
     }
 
-    fn open_gguf(
-        path: &Path,
-        file: Mapped,
-        opened: Option<OpenedFile>,
-    ) -> Result<Model, ModelError> {
-        if !gguf::is_gguf(&file) {
+    /// A GGUF file, and the other parts of it where it is split.
+    fn open_gguf(first: MappedFile, others: Vec<MappedFile>) -> Result<Model, ModelError> {
+        let path = first.path.clone();
+        let path = path.as_path();
+        if !gguf::is_gguf(&first.map) {
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
                 "give a GGUF file or a folder with config.json and safetensors",
             )
             .at(path));
         }
-        let header = gguf::Header::parse(&file).map_err(|fault| fault.at(path))?;
+        let mut header = gguf::Header::parse(&first.map).map_err(|fault| fault.at(path))?;
+        let mut files = vec![first];
+        files.extend(others);
+        let held = gguf_parts::tensors(&mut header, &files)?;
         let mut tensors = BTreeMap::new();
-        for info in &header.tensors {
+        for (file, info) in &held {
             let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
-            let (kind, rows, width, bytes) = (*kind, *rows, *width, bytes.clone());
+            let (file, kind, rows, width, bytes) = (*file, *kind, *rows, *width, bytes.clone());
             let (less_one, coded, steps) = (false, None, None);
-            let place = Place { file: 0, bytes, kind, rows, width, less_one, coded, steps };
+            let place = Place { file, bytes, kind, rows, width, less_one, coded, steps };
             tensors.insert(name.clone(), place);
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
@@ -158,13 +163,14 @@ impl Model {
             return Err(missing_tensor("token_embd.weight").at(path));
         }
         let tied = !tensors.contains_key("output.weight");
-        let config = config::from_gguf(&header, &file, embedding, tied);
+        let config = config::from_gguf(&header, &files[0].map, embedding, tied);
         let config = config.map_err(|fault| fault.at(path))?;
-        cut_fused(&mut tensors, &header.tensors, &config).map_err(|fault| fault.at(path))?;
+        let infos = held.iter().map(|(_, info)| info);
+        cut_fused(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
             config,
-            files: vec![MappedFile { path: path.to_owned(), map: file, opened }],
+            files,
             tensors,
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
@@ -495,9 +501,9 @@ impl Model {
 
 /// Cuts what a GGUF file keeps in one tensor: all experts of a block, one below the other, and the
 /// gate above the other projection of a GLM 4.
-fn cut_fused(
+fn cut_fused<'t>(
     tensors: &mut BTreeMap<String, Place>,
-    infos: &[gguf::TensorInfo],
+    infos: impl Iterator<Item = &'t gguf::TensorInfo>,
     config: &Config,
 ) -> Result<(), Fault> {
     let glm = config.architecture == Architecture::Glm4;

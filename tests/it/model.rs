@@ -297,12 +297,121 @@ impl Draft {
             .with("tokenizer.ggml.bos_token_id", Value::U32(258))
     }
 
+    /// The same model in parts, as `gguf-split` writes it: all metadata in the first one.
+    fn parts(&self, count: u16) -> Vec<Draft> {
+        let each = self.tensors.len().div_ceil(count.into());
+        let mut tensors = self.tensors.iter();
+        let part = |number: u16| {
+            let mut metadata = if number == 0 { self.metadata.clone() } else { BTreeMap::new() };
+            metadata.insert("split.no".to_owned(), Value::U16(number));
+            metadata.insert("split.count".to_owned(), Value::U16(count));
+            let all = Value::I32(self.tensors.len() as i32);
+            metadata.insert("split.tensors.count".to_owned(), all);
+            let own = tensors.by_ref().take(each);
+            let held = |(name, tensor): (&String, &QTensor)| {
+                (name.clone(), f32_tensor(tensor.shape().dims()))
+            };
+            Draft { metadata, tensors: own.map(held).collect() }
+        };
+        (0..count).map(part).collect()
+    }
+
     pub fn write(&self) -> Vec<u8> {
         let mut file = Cursor::new(Vec::new());
         let metadata: Vec<_> = self.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
         let tensors: Vec<_> = self.tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
         gguf_file::write(&mut file, &metadata, &tensors).unwrap();
         file.into_inner()
+    }
+}
+
+/// Writes the parts under their names, and gives the first one's path.
+fn write_parts(folder: &Path, parts: &[Draft]) -> PathBuf {
+    let count = parts.len();
+    let name = |number: usize| folder.join(format!("m-{:05}-of-{count:05}.gguf", number + 1));
+    for (number, part) in parts.iter().enumerate() {
+        std::fs::write(name(number), part.write()).unwrap();
+    }
+    name(0)
+}
+
+#[test]
+fn a_split_model_is_the_model_of_its_parts() {
+    let whole = open(&draft("llama").write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let first = write_parts(folder.path(), &draft("llama").parts(3));
+    let split = Model::open(&first).unwrap();
+    assert_eq!(split.files().count(), 3);
+    assert_eq!(split.config(), whole.config());
+    let names: Vec<&str> = whole.names().collect();
+    assert_eq!(split.names().collect::<Vec<_>>(), names);
+    for name in names {
+        let [whole, split] = [&whole, &split].map(|model| model.tensor(name).unwrap());
+        assert_eq!(whole.digest(), split.digest(), "{name}");
+        assert_eq!(whole.to_vec().unwrap(), split.to_vec().unwrap(), "{name}");
+    }
+    assert_eq!(split.encode("abc").ok(), whole.encode("abc").ok());
+}
+
+#[test]
+fn parts_that_are_not_one_model_are_named() {
+    let said = |change: &dyn Fn(&Path, &mut Vec<Draft>) -> Option<PathBuf>| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut parts = draft("llama").parts(3);
+        let other = change(folder.path(), &mut parts);
+        let first = write_parts(folder.path(), &parts);
+        let other = other.map(|name| folder.path().join(name));
+        if let Some(gone) = other.as_ref().filter(|name| name.ends_with("gone")) {
+            std::fs::remove_file(gone.with_file_name("m-00003-of-00003.gguf")).unwrap();
+            return Model::open(&first).unwrap_err().to_string();
+        }
+        if let Some(other) = other.as_ref().filter(|name| name.ends_with("plain.gguf")) {
+            std::fs::rename(&first, other).unwrap();
+        }
+        Model::open(other.as_deref().unwrap_or(&first)).unwrap_err().to_string()
+    };
+    let name = |name: &'static str| move |_: &Path, _: &mut Vec<Draft>| Some(PathBuf::from(name));
+    let cases = [
+        (
+            said(&name("m-00002-of-00003.gguf")),
+            "it is part 2 of 3 of a split model; give `m-00001-of",
+        ),
+        (said(&name("gone")), "m-00003-of-00003.gguf` is not a sound model: part 3 of 3"),
+        (said(&name("plain.gguf")), "it is part 1 of 3 of a split model, and is not named so"),
+        (
+            said(&|_, parts| {
+                parts[1].metadata.insert("split.no".to_owned(), Value::U16(2));
+                None
+            }),
+            "its metadata do not say that it is part 2 of 3",
+        ),
+        (
+            said(&|_, parts| {
+                let key = "llama.rope.freq_base".to_owned();
+                parts[2].metadata.insert(key, Value::F32(1e6));
+                None
+            }),
+            "`llama.rope.freq_base`, which belongs in the first part",
+        ),
+        (
+            said(&|_, parts| {
+                let (name, _) = parts[0].tensors.first_key_value().unwrap();
+                let name = name.clone();
+                parts[1].tensors.insert(name, f32_tensor(&[8]));
+                None
+            }),
+            "another part holds it too",
+        ),
+        (
+            said(&|_, parts| {
+                parts[1].tensors.pop_last();
+                None
+            }),
+            "tensors in all parts, and they hold",
+        ),
+    ];
+    for (said, words) in cases {
+        assert!(said.contains(words), "{words}: {said}");
     }
 }
 

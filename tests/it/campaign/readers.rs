@@ -40,7 +40,7 @@ pub struct Reader {
 pub type Answer = Result<(), String>;
 
 /// All of them.
-pub const READERS: [Reader; 22] = [
+pub const READERS: [Reader; 23] = [
     reader("gguf", &["mutant.gguf"], nothing, gguf),
     reader("config", &["`model`", "/model`", "config.json"], beside_config, config),
     reader(
@@ -52,6 +52,7 @@ pub const READERS: [Reader; 22] = [
     reader("index", &["/model`", "/model/"], beside_config, index),
     reader("weights", &["model.safetensors", "/model`"], beside_config, weights),
     reader("codes", &["model.safetensors", "/model`"], beside_codes, weights),
+    reader("forms", &["model.safetensors", "/model`"], beside_forms, forms),
     reader("tokenizer", &["/model`", "tokenizer.json"], beside_tokenizer, tokenizer),
     reader("npy", &["mutant.npy"], nothing, npy),
     reader("npz", &["mutant.npz"], nothing, npz),
@@ -207,6 +208,28 @@ fn beside_codes(folder: &Path) {
     put(&folder, "model.safetensors", &tensors_of_codes());
 }
 
+/// Quantised folders of tests/fixtures/quantised, one of each way of decoding, with their configs.
+macro_rules! configs {
+    ($($form:literal),*) => {
+        [$(($form, include_str!(concat!("../../fixtures/quantised/", $form, "/config.json")))),*]
+    };
+}
+pub const FORMS: [(&str, &str); 7] = configs![
+    "gptq-4-ordered",
+    "gptq-3",
+    "awq",
+    "packed-4-zeros",
+    "nf4-nested",
+    "int-8-zeros",
+    "phi3-nvfp4"
+];
+
+fn beside_forms(folder: &Path) {
+    for (form, config) in FORMS {
+        put(&make(folder, &format!("{form}/model")), "config.json", config.as_bytes());
+    }
+}
+
 fn beside_tokenizer(folder: &Path) {
     let folder = make(folder, "model");
     put(&folder, "config.json", CONFIG.replace(r#"size":8,"#, r#"size":512,"#).as_bytes());
@@ -230,6 +253,16 @@ fn index(folder: &Path, bytes: &[u8]) -> Answer {
 fn weights(folder: &Path, bytes: &[u8]) -> Answer {
     put(folder, "model/model.safetensors", bytes);
     use_model(&Model::open(&folder.join("model")).map_err(in_words)?)
+}
+
+/// Under the config of each form: one at most is its own.
+fn forms(folder: &Path, bytes: &[u8]) -> Answer {
+    let answers = FORMS.map(|(form, _)| {
+        let folder = folder.join(form).join("model");
+        put(&folder, "model.safetensors", bytes);
+        use_model(&Model::open(&folder).map_err(in_words)?)
+    });
+    answers.into_iter().reduce(Answer::or).expect("forms")
 }
 
 fn tokenizer(folder: &Path, bytes: &[u8]) -> Answer {

@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use super::mutate::Kind;
-use super::readers::{CONFIG, record_walk, tensors_of_codes, tensors_of_config};
+use super::readers::{CONFIG, FORMS, record_walk, tensors_of_codes, tensors_of_config};
 use crate::data::own;
 use crate::model::draft;
 
@@ -25,6 +25,7 @@ pub fn of(reader: &str) -> (Kind, Vec<Vec<u8>>) {
         "index" => (Kind::Json, vec![index()]),
         "weights" => (Kind::Safetensors, vec![tensors_of_config(8)]),
         "codes" => (Kind::Safetensors, vec![tensors_of_codes()]),
+        "forms" => (Kind::Safetensors, forms()),
         "tokenizer" => (Kind::Json, tokenizers()),
         "npy" => (Kind::Npy, fixtures(&["f2.npy", "f4.npy", "f8.npy", "version2.npy"])),
         "npz" => (Kind::Npz, fixtures(&["stored.npz", "compressed.npz"])),
@@ -51,6 +52,11 @@ fn read(path: &Path) -> Vec<u8> {
 
 fn fixtures(names: &[&str]) -> Vec<Vec<u8>> {
     names.iter().map(|name| read(&own("tests/fixtures/readers").join(name))).collect()
+}
+
+fn forms() -> Vec<Vec<u8>> {
+    let file = |form: &str| own("tests/fixtures/quantised").join(form).join("model.safetensors");
+    FORMS.map(|(form, _)| read(&file(form))).into()
 }
 
 fn models() -> Vec<Vec<u8>> {
