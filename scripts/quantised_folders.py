@@ -6,8 +6,8 @@
 Each OUT/FORM gets `config.json`, `model.safetensors`, and `weights.json`: of each weight, by its canonical
 name, the BLAKE3 of its values in f32, little-endian, row by row, zeros without a sign, as the package
 itself decodes it in f32.
-Needs PyTorch, compressed-tensors, bitsandbytes, nvidia-modelopt, safetensors, blake3, and the sources of
-gptqmodel 7.7.0 and autoawq 0.2.9, of which it takes the functions that unpack (neither installs without
+Needs PyTorch, compressed-tensors 0.20.1, bitsandbytes 0.50.2, nvidia-modelopt 0.47.0, safetensors, blake3, and the
+sources of gptqmodel 7.7.0 and autoawq 0.2.9, of which it takes the functions that unpack (neither installs without
 a GPU). tests/fixtures/quantised was written by it.
 """
 
