@@ -19,6 +19,7 @@ mod journal;
 mod judge;
 mod manners;
 mod measure;
+mod model;
 mod models;
 mod new;
 mod nightly;
@@ -102,6 +103,20 @@ struct Cli {
     command: Command,
 }
 
+/// What is done with models.
+#[derive(Subcommand)]
+enum ModelCli {
+    /// Say whether two forms of a model, such as a GGUF file and a folder, are the same function,
+    /// and which setting, tensor or text differs; the exit code is 1 where one does.
+    #[command(after_help = "Example: runner model compare model.gguf FOLDER")]
+    Compare {
+        /// A GGUF file, or a folder with config.json and safetensors.
+        first: PathBuf,
+        /// The other one.
+        second: PathBuf,
+    },
+}
+
 #[derive(Subcommand)]
 enum Command {
     /// Run stages and print one verdict for each.
@@ -178,6 +193,11 @@ enum Command {
         /// The folder of runs.
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
+    },
+    /// Look at models themselves.
+    Model {
+        #[command(subcommand)]
+        command: ModelCli,
     },
     /// What this machine has, and what each missing piece switches off.
     Doctor,
@@ -397,6 +417,9 @@ fn carry_out(command: Command) -> Result<u8, String> {
             Ok(PASS)
         }
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
+        Command::Model { command: ModelCli::Compare { first, second } } => {
+            model::same(&first, &second)
+        }
         Command::Doctor => doctor::examine(),
         Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
         Command::Identify { stage, run, runs } => identify::identify(&stage, &run, &runs),

@@ -10,6 +10,7 @@ pub mod fingerprints;
 pub mod fit;
 mod growth;
 mod logits;
+pub mod models;
 mod numbers;
 mod outcome;
 mod stage;

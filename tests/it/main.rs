@@ -22,6 +22,7 @@ mod judge;
 mod manifest;
 mod missing;
 mod model;
+mod model_compare;
 mod nightly;
 mod peers;
 mod quantised;

@@ -1,0 +1,431 @@
+//! Two forms of a model, such as a GGUF file and the folder that it was made of: whether they are
+//! the same function, and which setting, tensor or text differs.
+//!
+//! Rows of queries and keys stand in the order in which a file's RoPE turns them, so those of one form
+//! are put into the other's before they are compared. Where the forms store values in other types, what
+//! rounding to these leaves is no difference. It computes no pass.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde_json::Value;
+
+use crate::model::{Model, ModelError, RopeLayout, Weight, WeightType};
+
+/// What two forms of a model differ in; of each pair the first is the first model's.
+#[derive(Debug, Default)]
+pub struct Models {
+    /// Settings, by their names, and what they are.
+    pub settings: Vec<(String, [Value; 2])>,
+    /// Tensors that both have.
+    pub tensors: Vec<Pair>,
+    /// Tensors that one of them has alone.
+    pub alone: [Vec<String>; 2],
+    /// Texts that give other tokens, and from which token on.
+    pub texts: Vec<(String, usize)>,
+    /// Why texts were not compared, where they were not.
+    pub no_texts: Option<String>,
+}
+
+/// A tensor in both forms.
+#[derive(Debug)]
+pub struct Pair {
+    /// Its canonical name.
+    pub name: String,
+    /// How its values are stored.
+    pub kinds: [WeightType; 2],
+    /// What differs.
+    pub found: Found,
+}
+
+/// What two tensors differ in.
+#[derive(Debug, PartialEq)]
+pub enum Found {
+    /// Nothing: the same values.
+    Same,
+    /// What rounding to the types in which they are stored leaves: the mean squared difference,
+    /// relative to the mean square.
+    Rounded(f64),
+    /// More.
+    Differs(Difference),
+}
+
+/// More than rounding.
+#[derive(Debug, PartialEq)]
+pub enum Difference {
+    /// Rows and width.
+    Shape([[usize; 2]; 2]),
+    /// Its rows are put in the order of so many heads, and it has another number.
+    Heads {
+        /// How many they were put in order for.
+        taken: usize,
+        /// How many there are.
+        has: usize,
+    },
+    /// Its rows are in the order of the other form's RoPE.
+    Order,
+    /// All values are multiplied by this.
+    Factor(f64),
+    /// One is added to all values, or was left out.
+    One,
+    /// So many values differ, most of all this one, by its row and its place in it.
+    Values {
+        /// How many differ.
+        count: usize,
+        /// The largest difference.
+        most: f64,
+        /// The row, and the place in it.
+        at: [usize; 2],
+    },
+}
+
+impl Models {
+    /// Whether the two are the same function, but for rounding.
+    pub fn are_same(&self) -> bool {
+        let differs = |pair: &Pair| matches!(pair.found, Found::Differs(_));
+        self.settings.is_empty()
+            && self.alone.iter().all(Vec::is_empty)
+            && self.texts.is_empty()
+            && !self.tensors.iter().any(differs)
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Difference::Shape([[a, b], [c, d]]) => {
+                write!(f, "it is [{a}, {b}] in one and [{c}, {d}] in the other")
+            }
+            Difference::Heads { taken, has } => {
+                write!(f, "its rows were put in order as those of {taken} heads, and it has {has}")
+            }
+            Difference::Order => {
+                write!(f, "its rows are in the order of the other form: they were not put in order")
+            }
+            Difference::Factor(factor) => {
+                write!(f, "all values of the second are {factor:.6} times the first's")
+            }
+            Difference::One => write!(f, "the values differ by 1: gains are kept less one, or not"),
+            Difference::Values { count, most, at: [row, value] } => {
+                write!(
+                    f,
+                    "{count} values differ, most of all row {row}, value {value}: by {most:.3e}"
+                )
+            }
+        }
+    }
+}
+
+/// Texts whose tokens are compared.
+const TEXTS: [&str; 6] = [
+    "The quick brown fox jumps over the lazy dog.",
+    " Hello,\n\n  world!\tIt's 1234567 o'clock",
+    "\u{e9}t\u{e9} \u{4f60}\u{597d} \u{1f642}\u{1f469}\u{200d}\u{1f4bb}",
+    "def f(x):\n    return {'a': x ** 2}",
+    "<s>[INST] hi [/INST]</s><|im_start|>user<|im_end|>",
+    "",
+];
+
+/// Compares two forms of a model.
+///
+/// # Errors
+/// If a tensor cannot be read.
+pub fn compare(first: &Model, second: &Model) -> Result<Models, ModelError> {
+    let mut found = Models { settings: settings(first, second), ..Models::default() };
+    let of = |model: &Model| model.names().map(str::to_owned).collect::<BTreeSet<String>>();
+    let [a, b] = [of(first), of(second)];
+    for name in a.union(&b) {
+        let tensors = [first, second].map(|model| tensor(model, name));
+        let [Some(one), Some(other)] = tensors else {
+            found.alone[usize::from(tensors[0].is_none())].push(name.clone());
+            continue;
+        };
+        let (one, other) = (one?, other?);
+        let kinds = [one.kind(), other.kind()];
+        let found_here = differences([first, second], name, [one, other])?;
+        found.tensors.push(Pair { name: name.clone(), kinds, found: found_here });
+    }
+    for text in TEXTS {
+        match (first.encode(text), second.encode(text)) {
+            (Ok(a), Ok(b)) if a == b => {}
+            (Ok(a), Ok(b)) => {
+                let same = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
+                found.texts.push((text.to_owned(), same));
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                found.no_texts = Some(error.to_string());
+                break;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The tensor of that name; where a form ties the output matrix, the embedding is that.
+fn tensor<'m>(model: &'m Model, name: &str) -> Option<Result<Weight<'m>, ModelError>> {
+    let tied = name == "output.weight" && !model.has(name) && model.config().tied_embeddings;
+    let name = if tied { "token_embd.weight" } else { name };
+    model.has(name).then(|| model.tensor(name))
+}
+
+/// Settings that a pass depends on and that differ; the order of RoPE's values is the file's.
+fn settings(first: &Model, second: &Model) -> Vec<(String, [Value; 2])> {
+    let mut found = Vec::new();
+    let of = |model: &Model| {
+        let config = model.config();
+        let mut all = config.parameters();
+        if let Some(all) = all.as_object_mut() {
+            for (name, size) in [
+                ("layers", config.layers),
+                ("hidden", config.hidden),
+                ("ffn", config.ffn),
+                ("vocabulary", config.vocabulary),
+            ] {
+                all.insert(name.to_owned(), Value::from(size));
+            }
+        }
+        all
+    };
+    walk("", &of(first), &of(second), &mut found);
+    found
+}
+
+fn walk(name: &str, a: &Value, b: &Value, found: &mut Vec<(String, [Value; 2])>) {
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * a.abs().max(b.abs());
+    let numbers = |a: &Value, b: &Value| a.as_f64().zip(b.as_f64());
+    match (a, b) {
+        (Value::Object(one), Value::Object(other)) => {
+            let keys: BTreeSet<&String> = one.keys().chain(other.keys()).collect();
+            for key in keys.into_iter().filter(|key| *key != "layout") {
+                let inner = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+                let of = |map: &serde_json::Map<String, Value>| {
+                    map.get(key).cloned().unwrap_or(Value::Null)
+                };
+                walk(&inner, &of(one), &of(other), found);
+            }
+        }
+        (Value::Array(one), Value::Array(other)) if one.len() == other.len() => {
+            let same =
+                |(a, b): (&Value, &Value)| a == b || numbers(a, b).is_some_and(|(a, b)| near(a, b));
+            if !one.iter().zip(other).all(same) {
+                found.push((name.to_owned(), [a.clone(), b.clone()]));
+            }
+        }
+        _ if a == b || numbers(a, b).is_some_and(|(a, b)| near(a, b)) => {}
+        _ => found.push((name.to_owned(), [a.clone(), b.clone()])),
+    }
+}
+
+/// Values that are compared at a time.
+const CHUNK: usize = 1 << 20;
+
+fn differences(
+    models: [&Model; 2],
+    name: &str,
+    weights: [Weight<'_>; 2],
+) -> Result<Found, ModelError> {
+    let [one, other] = weights;
+    let shapes = [one, other].map(|weight| [weight.rows(), weight.width()]);
+    if shapes[0] != shapes[1] {
+        return Ok(Found::Differs(Difference::Shape(shapes)));
+    }
+    let bound = bound(one.kind()) + bound(other.kind());
+    if let Some(heads) = turned(models, name) {
+        return turned_rows(models, heads, weights, bound);
+    }
+    let (rows, width) = (one.rows(), one.width());
+    let chunk = (CHUNK / width).max(1);
+    let mut sums = Sums::new(bound);
+    for first in (0..rows).step_by(chunk) {
+        let rows = first..rows.min(first + chunk);
+        let mut values = [(); 2].map(|()| vec![0.0; rows.len() * width]);
+        for (weight, values) in weights.iter().zip(&mut values) {
+            weight.decode_rows(rows.clone(), values)?;
+        }
+        sums.add(&values[0], &values[1], first, width);
+    }
+    Ok(sums.found(width))
+}
+
+/// Query and key projections whose rows the forms keep in different orders: how many heads.
+fn turned(models: [&Model; 2], name: &str) -> Option<usize> {
+    let [a, b] = models.map(Model::config);
+    let (_, part) = crate::op::in_layer(name)?;
+    let heads = match part {
+        "attn_q.weight" | "attn_q.bias" => a.heads,
+        "attn_k.weight" | "attn_k.bias" => a.kv_heads,
+        _ => return None,
+    };
+    let fits = (a.heads, a.kv_heads, a.head_dim) == (b.heads, b.kv_heads, b.head_dim);
+    (fits && a.rope.layout != b.rope.layout && a.latent.is_none()).then_some(heads)
+}
+
+/// Where the rows of so many heads go from one order of RoPE's values to the other: row `n` of the
+/// result is row `order[n]`.
+fn order(model: &Model, rows: usize, heads: usize) -> Vec<usize> {
+    let rope = &model.config().rope;
+    let head_dim = rows / heads;
+    let half = rope.dimensions.min(head_dim) / 2;
+    let start = if rope.at_end { head_dim - 2 * half } else { 0 };
+    let of_head = |place: usize| match (place.checked_sub(start), rope.layout) {
+        (Some(turned), _) if turned >= 2 * half => place,
+        (None, _) => place,
+        // From halves to neighbours, or back.
+        (Some(turned), RopeLayout::Interleaved) => start + turned % 2 * half + turned / 2,
+        (Some(turned), RopeLayout::Halves) => start + turned % half * 2 + turned / half,
+    };
+    (0..rows).map(|row| row / head_dim * head_dim + of_head(row % head_dim)).collect()
+}
+
+fn turned_rows(
+    [first, _]: [&Model; 2],
+    heads: usize,
+    [one, other]: [Weight<'_>; 2],
+    bound: f64,
+) -> Result<Found, ModelError> {
+    let (own, theirs) = (one.to_vec()?, other.to_vec()?);
+    // A bias is one row of as many values.
+    let (rows, width) = match one.rows() {
+        1 => (one.width(), 1),
+        rows => (rows, one.width()),
+    };
+    let put = |order: Option<&[usize]>| {
+        let Some(order) = order else { return theirs.clone() };
+        order.iter().flat_map(|&row| theirs[row * width..(row + 1) * width].to_vec()).collect()
+    };
+    let fits = |order: Option<&[usize]>| {
+        let mut sums = Sums::new(bound);
+        sums.add(&own, &put(order), 0, width);
+        sums.found(width)
+    };
+    let found = fits(Some(&order(first, rows, heads)));
+    if !matches!(found, Found::Differs(_)) {
+        return Ok(found);
+    }
+    // What converters are known to do wrong.
+    let counts = [first.config().heads, first.config().kv_heads];
+    let is_good = |found: &Found| !matches!(found, Found::Differs(_));
+    for taken in counts.into_iter().filter(|&taken| taken != heads && rows.is_multiple_of(taken)) {
+        // What the second form's converter did to so many heads, undone.
+        let tried = order(first, rows, taken);
+        if (rows / taken).is_multiple_of(2) && is_good(&fits(Some(&tried))) {
+            return Ok(Found::Differs(Difference::Heads { taken, has: heads }));
+        }
+    }
+    if is_good(&fits(None)) {
+        return Ok(Found::Differs(Difference::Order));
+    }
+    Ok(found)
+}
+
+/// What rounding to a type leaves of values as weights have them, at most: the squared error, relative
+/// to the square of a value, or of the largest of those that share a scale; and the mean squared error,
+/// relative to the mean square.
+fn bound(kind: WeightType) -> f64 {
+    match kind {
+        WeightType::F64 | WeightType::F32 => 0.0,
+        WeightType::F16 => 1e-6,
+        WeightType::BF16 => 1.6e-5,
+        WeightType::Q8_0 | WeightType::Q8K | WeightType::I8 => 3e-4,
+        WeightType::Q6K => 2e-3,
+        WeightType::E4m3 => 4e-3,
+        WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5K => 8e-3,
+        WeightType::E5m2 => 1.6e-2,
+        // Powers of two as scales: the largest value may be cut by a quarter.
+        WeightType::E2m1 | WeightType::Mxfp4 => 0.07,
+        WeightType::Packed(bits) => (4.0 * 0.25f64.powi(bits.into())).max(3e-4),
+        WeightType::Q3K | WeightType::Iq3Xxs | WeightType::Iq3S => 0.1,
+        WeightType::Q2K | WeightType::Iq2Xxs | WeightType::Iq2Xs | WeightType::Iq2S => 0.35,
+        WeightType::Iq1S | WeightType::Iq1M | WeightType::Tq1_0 | WeightType::Tq2_0 => 0.8,
+        _ => 0.03,
+    }
+}
+
+/// Values that share scales, at most.
+const BLOCK: usize = 256;
+
+/// Sums over pairs of values.
+#[derive(Default)]
+struct Sums {
+    /// What rounding leaves, see [`bound`].
+    bound: f64,
+    /// Values that differ by more than rounding to a grid over their block can make.
+    beyond: usize,
+    count: usize,
+    differing: usize,
+    /// The largest difference, and where.
+    most: (f64, usize),
+    aa: f64,
+    fourth: f64,
+    ab: f64,
+    dd: f64,
+    d: f64,
+}
+
+impl Sums {
+    fn new(bound: f64) -> Sums {
+        Sums { bound, ..Sums::default() }
+    }
+
+    /// Adds whole rows, of which the first has this number.
+    fn add(&mut self, a: &[f32], b: &[f32], first: usize, width: usize) {
+        let rows = a.chunks(width).zip(b.chunks(width)).enumerate();
+        for (row, (a, b)) in rows {
+            for (block, (a, b)) in a.chunks(BLOCK).zip(b.chunks(BLOCK)).enumerate() {
+                self.add_block(a, b, (first + row) * width + block * BLOCK);
+            }
+        }
+    }
+
+    fn add_block(&mut self, a: &[f32], b: &[f32], first: usize) {
+        let most = a.iter().chain(b).fold(0.0f32, |most, value| most.max(value.abs()));
+        let step = self.bound.sqrt() * f64::from(most);
+        for (place, (&a, &b)) in a.iter().zip(b).enumerate() {
+            let (a, b) = (f64::from(a), f64::from(b));
+            let off = b - a;
+            self.beyond += usize::from(off.is_nan() || off.abs() > step);
+            self.count += 1;
+            self.aa += a * a;
+            self.fourth += a.powi(4);
+            self.ab += a * b;
+            // NaN differs from all.
+            if a != b {
+                self.differing += 1;
+                self.d += off;
+                self.dd += off * off;
+                if off.is_nan() || off.abs() > self.most.0 {
+                    self.most = (off.abs(), first + place);
+                }
+            }
+        }
+    }
+
+    fn found(&self, width: usize) -> Found {
+        let bound = self.bound;
+        if self.differing == 0 {
+            return Found::Same;
+        }
+        let (off, slope) = (self.dd / self.aa, self.ab / self.aa);
+        // A factor that rounding to the type does not leave, nor chance where few values, or few
+        // large ones, make the sums.
+        let chance = 4.0 * (bound * self.fourth).sqrt() / self.aa;
+        let tilt = 2e-4 + 0.3 * bound + chance;
+        if self.beyond == 0 && off <= bound && (slope - 1.0).abs() <= tilt {
+            return Found::Rounded(off);
+        }
+        let count = self.count as f64;
+        let mean = self.d / count;
+        let spread = (self.dd / count - mean * mean).max(0.0);
+        if (mean.abs() - 1.0).abs() < 0.02 && spread <= 1e-3 {
+            return Found::Differs(Difference::One);
+        }
+        // What is left once the factor is taken out.
+        let left = (self.dd - (slope - 1.0).powi(2) * self.aa).max(0.0) / self.aa;
+        if left <= bound.max(1e-12) * slope * slope && self.differing * 2 > self.count {
+            return Found::Differs(Difference::Factor(slope));
+        }
+        let at = [self.most.1 / width, self.most.1 % width];
+        let (count, most) = (self.differing, self.most.0);
+        Found::Differs(Difference::Values { count, most, at })
+    }
+}
