@@ -31,7 +31,7 @@ pub struct Weight<'a> {
 pub fn quantised(row: &[f32]) -> (Vec<i8>, f32) {
     let most = absmax(row);
     let inverse = if most == 0.0 { 0.0 } else { MOST / most };
-    // A cast keeps within the type, and NaN is 0: as the kernel's `cvt.rni.sat.s8.f32`.
+    // A cast keeps within the type, and makes 0 of NaN; what the kernel makes of NaN was not recorded.
     let codes = row.iter().map(|x| (x * inverse).round_ties_even() as i8).collect();
     (codes, most / MOST)
 }
