@@ -12,6 +12,7 @@ pub mod op;
 pub mod random;
 pub mod tensor;
 pub mod text;
+pub mod vector;
 
 // Beside everything: the only ways to a foreign file, to memory by a count, and to a terminal.
 pub mod files;

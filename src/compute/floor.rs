@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use super::call::Call;
 use super::delta::{Convolution, DeltaRule};
+use super::dots::dots;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::Scales;
@@ -24,7 +25,6 @@ use super::emulated::schedule::{Schedule, Step};
 use super::experts::{self, Products};
 use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, sigmoid_argument};
 use super::rope;
-use super::vector::{Kernel, dispatch};
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_tokens,
 };
@@ -34,6 +34,7 @@ use crate::model::{Activation, Rope, Routing, Weight};
 use crate::op::{Accumulate, Recipe};
 use crate::random::Random;
 use crate::tensor::Tensor;
+use crate::vector::{Kernel, dispatch};
 
 /// What rounding alone makes of a result.
 #[derive(Clone, Debug, PartialEq)]
@@ -412,55 +413,14 @@ impl RowPairs {
         with_dx: &[f32],
         width: usize,
     ) -> (Vec<f32>, Option<Vec<f32>>) {
-        let dots = |x: &[f32], w| dispatch(Dots { x, w, width });
+        let dots = |x: &[f32], w: &[f32]| dots(x, w, width);
         (dots(&self.x, with_x), self.dx.as_ref().map(|dx| dots(dx, with_dx)))
     }
 }
 
-/// All dot products of rows in f32, `[x rows, w rows]`.
-///
-/// Of positive values nothing cancels, so they are right to some 1e-6 whatever the order.
-struct Dots<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
-    width: usize,
-}
-
 /// All dot products of the rows of two operands of positive values: `[x rows, w rows]`.
 pub(super) fn positive_dots(x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
-    dispatch(Dots { x, w, width })
-}
-
-/// Partial sums of a dot product.
-const LANES: usize = 16;
-
-impl Kernel for Dots<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) -> Vec<f32> {
-        let Dots { x, w, width } = self;
-        let mut dots = Vec::with_capacity(x.len() / width * (w.len() / width));
-        for x in x.chunks_exact(width) {
-            for w in w.chunks_exact(width) {
-                let mut lanes = [0.0f32; LANES];
-                let (x_blocks, x_rest) = x.as_chunks::<LANES>();
-                let (w_blocks, w_rest) = w.as_chunks::<LANES>();
-                for (x, w) in x_blocks.iter().zip(w_blocks) {
-                    for lane in 0..LANES {
-                        lanes[lane] = if FMA {
-                            x[lane].mul_add(w[lane], lanes[lane])
-                        } else {
-                            x[lane] * w[lane] + lanes[lane]
-                        };
-                    }
-                }
-                let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
-                dots.push(lanes.iter().sum::<f32>() + rest);
-            }
-        }
-        dots
-    }
+    dots(x, w, width)
 }
 
 impl Ops for Floor {
@@ -763,7 +723,7 @@ impl Floor {
             }
             let dots = dot_rows(&x_wide, &Widened::of(rows, width));
             let chains = self.chains(x.data(), rows, width);
-            let positive = |x, w| dispatch(Dots { x, w, width });
+            let positive = |x, w| positive_dots(x, w, width);
             let from_x = match chains {
                 Some(chains) => chains,
                 None => {

@@ -9,6 +9,7 @@ pub mod call;
 pub mod cuda;
 pub mod delta;
 pub mod departure;
+mod dots;
 pub mod drawn;
 pub mod eight_bit;
 pub mod emulated;
@@ -23,7 +24,6 @@ pub mod recorded;
 pub mod reference;
 pub mod rope;
 pub mod shares;
-pub mod vector;
 
 use std::ops::Range;
 

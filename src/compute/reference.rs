@@ -7,17 +7,20 @@
 //! Transcendental functions come from `libm`, the same code on every machine.
 //! It knows nothing of recipes: no quantised activations, no chip.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::call::Call;
+use super::dots::dots;
 use super::experts::{self, Products};
-use super::vector::{Kernel, dispatch};
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
     check_same_shape, check_tokens, rope,
 };
 use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
 use crate::tensor::Tensor;
+use crate::vector::{Kernel, dispatch};
 
 /// Number of partial sums of a dot product; element `k` goes to lane `k % LANES`.
 const LANES: usize = 8;
@@ -165,41 +168,26 @@ impl Reference {
         v: &Tensor,
         shape: AttentionShape<'_>,
     ) -> Result<Tensor, ComputeError> {
-        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
-        let scale = shape.exact_scale();
-        let bent = |score: f64| shape.cap.map_or(score, |cap| cap * libm::tanh(score / cap));
+        let AttentionShape { heads, kv_heads, value_dim, .. } = shape;
+        let blocks: Vec<(usize, Range<usize>)> = (0..kv_heads)
+            .flat_map(|kv_head| (0..q.rows()).step_by(QUERY_ROWS).map(move |row| (kv_head, row)))
+            .map(|(kv_head, row)| (kv_head, row..(row + QUERY_ROWS).min(q.rows())))
+            .collect();
+        let group = heads / kv_heads;
+        let made: Vec<Tensor> = blocks
+            .par_iter()
+            .map(|(kv_head, rows)| {
+                check_interrupt()?;
+                Ok(attended(q, k, v, shape, *kv_head, rows.clone()))
+            })
+            .collect::<Result<_, ComputeError>>()?;
         let mut y = Tensor::zeros(q.rows(), heads * value_dim);
-        y.data_mut().par_chunks_exact_mut(value_dim).enumerate().try_for_each(|(index, out)| {
-            check_interrupt()?;
-            let (row, head) = (index / heads, index % heads);
-            let kv_head = head / (heads / kv_heads);
-            let (group, of_values) = (kv_head * head_dim, kv_head * value_dim);
-            let query = &q.row(row)[head * head_dim..(head + 1) * head_dim];
-            let seen = shape.seen(row);
-            let scores: Vec<f64> = seen
-                .clone()
-                .map(|position| dot(query, &k.row(position)[group..group + head_dim]) * scale)
-                .map(bent)
-                .collect();
-            let sink = shape.sink(head).map(f64::from);
-            let least = sink.unwrap_or(f64::NEG_INFINITY);
-            let largest = scores.iter().copied().fold(least, f64::max);
-            let weights: Vec<f64> =
-                scores.iter().map(|&score| libm::exp(score - largest)).collect();
-            let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
-            let total: f64 = weights.iter().sum::<f64>() + of_sink;
-            let mut sums = vec![0.0f64; value_dim];
-            for (position, weight) in seen.zip(&weights) {
-                let value = &v.row(position)[of_values..of_values + value_dim];
-                for (sum, &value) in sums.iter_mut().zip(value) {
-                    *sum += weight * f64::from(value);
-                }
+        for ((kv_head, rows), made) in blocks.into_iter().zip(made) {
+            let first = kv_head * group * value_dim;
+            for (at, row) in rows.enumerate() {
+                y.row_mut(row)[first..first + made.width()].copy_from_slice(made.row(at));
             }
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = (sum / total) as f32;
-            }
-            Ok::<(), ComputeError>(())
-        })?;
+        }
         Ok(y)
     }
 
@@ -279,6 +267,82 @@ impl Reference {
     }
 }
 
+/// Rows of queries whose scores are computed together.
+const QUERY_ROWS: usize = 16;
+
+/// What the query heads of one key and value head make of some rows: `[rows, group value_dim]`.
+fn attended(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: AttentionShape<'_>,
+    kv_head: usize,
+    rows: Range<usize>,
+) -> Tensor {
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
+    let group = heads / kv_heads;
+    let scale = shape.exact_scale();
+    let bent = |score: f64| shape.cap.map_or(score, |cap| cap * libm::tanh(score / cap));
+    let positions = shape.seen(rows.start).start..shape.seen(rows.end - 1).end;
+    let queries = parts_of(q, rows.clone(), kv_head * group * head_dim, group * head_dim);
+    let queries = Widened::of(&queries, head_dim);
+    let keys = parts_of(k, positions.clone(), kv_head * head_dim, head_dim);
+    let keys = Widened::of(&keys, head_dim);
+    let scores = dot_rows(&queries, &keys);
+    let mut y = Tensor::zeros(rows.len(), group * value_dim);
+    for (at, row) in rows.enumerate() {
+        let seen = shape.seen(row);
+        for member in 0..group {
+            let scores = &scores[(at * group + member) * positions.len()..][..positions.len()];
+            let scores = &scores[seen.start - positions.start..seen.end - positions.start];
+            let scores: Vec<f64> = scores.iter().map(|score| bent(score * scale)).collect();
+            let sink = shape.sink(kv_head * group + member).map(f64::from);
+            let least = sink.unwrap_or(f64::NEG_INFINITY);
+            let largest = scores.iter().copied().fold(least, f64::max);
+            let weights: Vec<f64> =
+                scores.iter().map(|&score| libm::exp(score - largest)).collect();
+            let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
+            let total: f64 = weights.iter().sum::<f64>() + of_sink;
+            let mut sums = vec![0.0f64; value_dim];
+            let first = kv_head * value_dim;
+            dispatch(Weighted { weights: &weights, v, from: seen.start, first, sums: &mut sums });
+            let out = &mut y.row_mut(at)[member * value_dim..][..value_dim];
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = (sum / total) as f32;
+            }
+        }
+    }
+    y
+}
+
+/// Some columns of some rows of a tensor, one after the other.
+fn parts_of(x: &Tensor, rows: Range<usize>, first: usize, width: usize) -> Vec<f32> {
+    rows.flat_map(|row| x.row(row)[first..first + width].iter().copied()).collect()
+}
+
+/// Adds weighted rows of values to sums, one position after the other, each product rounded.
+struct Weighted<'a> {
+    weights: &'a [f64],
+    v: &'a Tensor,
+    from: usize,
+    first: usize,
+    sums: &'a mut [f64],
+}
+
+impl Kernel for Weighted<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for (at, &weight) in self.weights.iter().enumerate() {
+            let values = &self.v.row(self.from + at)[self.first..][..self.sums.len()];
+            for (sum, &value) in self.sums.iter_mut().zip(values) {
+                *sum += weight * f64::from(value);
+            }
+        }
+    }
+}
+
 /// The experts that a row of scores goes to, in ascending order, and all weights.
 ///
 /// Source: the routers of transformers 5.17 (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V3).
@@ -351,8 +415,10 @@ fn mean_square(x: &[f32]) -> f64 {
 /// A dot product over fixed lanes; short vectors only, the GEMM has its own loop.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     let mut lanes = [0.0f64; LANES];
-    for (index, (&a, &b)) in a.iter().zip(b).enumerate() {
-        lanes[index % LANES] += f64::from(a) * f64::from(b);
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += f64::from(a) * f64::from(b);
+        }
     }
     add_lanes(lanes)
 }
@@ -433,11 +499,6 @@ impl Widened {
         self.data.resize(self.rows * self.stride, 0.0);
         dispatch(Widen { values, width, stride: self.stride, data: &mut self.data });
     }
-
-    #[inline(always)]
-    fn row(&self, row: usize) -> &[f64] {
-        &self.data[row * self.stride..(row + 1) * self.stride]
-    }
 }
 
 /// Converts rows of f32 to padded rows of f64.
@@ -464,79 +525,5 @@ impl Kernel for Widen<'_> {
 
 /// All dot products of the rows of `x` with the rows of `w`, `[x rows, w rows]`.
 pub(super) fn dot_rows(x: &Widened, w: &Widened) -> Vec<f64> {
-    dispatch(Dots { x, w })
-}
-
-/// All dot products of the rows of `x` with the rows of `w`: `[x rows, w rows]`.
-struct Dots<'a> {
-    x: &'a Widened,
-    w: &'a Widened,
-}
-
-impl Kernel for Dots<'_> {
-    type Output = Vec<f64>;
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) -> Vec<f64> {
-        let mut dots = vec![0.0; self.x.rows * self.w.rows];
-        let mut token = 0;
-        while token < self.x.rows {
-            match self.x.rows - token {
-                1 => token += self.tokens::<1, FMA>(token, &mut dots),
-                2 | 3 => token += self.tokens::<2, FMA>(token, &mut dots),
-                _ => token += self.tokens::<4, FMA>(token, &mut dots),
-            }
-        }
-        dots
-    }
-}
-
-impl Dots<'_> {
-    /// Fills the dot products of `T` tokens with every weight row.
-    #[inline(always)]
-    fn tokens<const T: usize, const FMA: bool>(&self, token: usize, dots: &mut [f64]) -> usize {
-        let mut row = 0;
-        while row < self.w.rows {
-            row += match self.w.rows - row {
-                1..=3 => self.tile::<1, T, FMA>(row, token, dots),
-                _ => self.tile::<4, T, FMA>(row, token, dots),
-            };
-        }
-        T
-    }
-
-    /// A tile of `R` weight rows by `T` tokens, accumulated in registers.
-    #[inline(always)]
-    fn tile<const R: usize, const T: usize, const FMA: bool>(
-        &self,
-        row: usize,
-        token: usize,
-        dots: &mut [f64],
-    ) -> usize {
-        let w: [&[f64]; R] = std::array::from_fn(|r| self.w.row(row + r));
-        let x: [&[f64]; T] = std::array::from_fn(|t| self.x.row(token + t));
-        let mut lanes = [[[0.0f64; LANES]; T]; R];
-        for first in (0..self.w.stride).step_by(LANES) {
-            let x: [[f64; LANES]; T] =
-                std::array::from_fn(|t| std::array::from_fn(|lane| x[t][first + lane]));
-            for r in 0..R {
-                let w: [f64; LANES] = std::array::from_fn(|lane| w[r][first + lane]);
-                for t in 0..T {
-                    for lane in 0..LANES {
-                        lanes[r][t][lane] = if FMA {
-                            w[lane].mul_add(x[t][lane], lanes[r][t][lane])
-                        } else {
-                            w[lane] * x[t][lane] + lanes[r][t][lane]
-                        };
-                    }
-                }
-            }
-        }
-        for t in 0..T {
-            for r in 0..R {
-                dots[(token + t) * self.w.rows + row + r] = add_lanes(lanes[r][t]);
-            }
-        }
-        R
-    }
+    dots(&x.data[..x.rows * x.stride], &w.data[..w.rows * w.stride], w.stride)
 }

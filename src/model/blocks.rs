@@ -1,12 +1,14 @@
-//! Codecs of ggml's blocks that no library here has: IQ, TQ and MXFP4.
+//! Codecs of all of ggml's blocks.
 //!
 //! Each decodes one block to f32 as ggml's `dequantize_row_*` and the `gguf` package do, operation
 //! by operation. It knows bytes and values: no files, no tensors. The tables of the IQ formats are
 //! data of the format (`scripts/make-grids.py`).
-
-use half::f16;
+//!
+//! The loops are plain ones over runs of codes, compiled for each instruction set. No operation is
+//! fused, so the values are the same on all of them.
 
 use super::weights::WeightType;
+use crate::vector::{Kernel, dispatch};
 
 /// Values of the large blocks.
 const LARGE: usize = 256;
@@ -27,6 +29,17 @@ const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 /// Values and bytes of a block, where it is one of these.
 pub(super) fn size(kind: WeightType) -> Option<(usize, usize)> {
     Some(match kind {
+        WeightType::Q4_0 => (32, 18),
+        WeightType::Q4_1 => (32, 20),
+        WeightType::Q5_0 => (32, 22),
+        WeightType::Q5_1 => (32, 24),
+        WeightType::Q8_0 => (32, 34),
+        WeightType::Q2K => (LARGE, 84),
+        WeightType::Q3K => (LARGE, 110),
+        WeightType::Q4K => (LARGE, 144),
+        WeightType::Q5K => (LARGE, 176),
+        WeightType::Q6K => (LARGE, 210),
+        WeightType::Q8K => (LARGE, 292),
         WeightType::Iq4Nl => (32, 18),
         WeightType::Mxfp4 => (32, 17),
         WeightType::Iq4Xs => (LARGE, 136),
@@ -45,46 +58,261 @@ pub(super) fn size(kind: WeightType) -> Option<(usize, usize)> {
 
 /// Decodes whole blocks; nothing where the type is none of these.
 pub(super) fn decode(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Option<()> {
-    let (width, length) = size(kind)?;
-    let block: fn(&[u8], &mut [f32]) = match kind {
-        WeightType::Iq4Nl => iq4_nl,
-        WeightType::Mxfp4 => mxfp4,
-        WeightType::Iq4Xs => iq4_xs,
-        WeightType::Iq2Xxs => iq2_xxs,
-        WeightType::Iq2Xs => iq2_xs,
-        WeightType::Iq2S => iq2_s,
-        WeightType::Iq3Xxs => iq3_xxs,
-        WeightType::Iq3S => iq3_s,
-        WeightType::Iq1S => iq1_s,
-        WeightType::Iq1M => iq1_m,
-        WeightType::Tq1_0 => tq1_0,
-        WeightType::Tq2_0 => tq2_0,
-        _ => return None,
-    };
-    for (bytes, out) in bytes.chunks_exact(length).zip(out.chunks_exact_mut(width)) {
-        block(bytes, out);
-    }
+    size(kind)?;
+    dispatch(Decode { kind, bytes, out });
     Some(())
 }
 
-fn half(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+struct Decode<'a> {
+    kind: WeightType,
+    bytes: &'a [u8],
+    out: &'a mut [f32],
 }
 
+impl Kernel for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Decode { kind, bytes, out } = self;
+        match kind {
+            WeightType::Q4_0 => each::<18, 32>(bytes, out, q4_0),
+            WeightType::Q4_1 => each::<20, 32>(bytes, out, q4_1),
+            WeightType::Q5_0 => each::<22, 32>(bytes, out, q5_0),
+            WeightType::Q5_1 => each::<24, 32>(bytes, out, q5_1),
+            WeightType::Q8_0 => each::<34, 32>(bytes, out, q8_0),
+            WeightType::Q2K => each::<84, LARGE>(bytes, out, q2_k),
+            WeightType::Q3K => each::<110, LARGE>(bytes, out, q3_k),
+            WeightType::Q4K => each::<144, LARGE>(bytes, out, q4_k),
+            WeightType::Q5K => each::<176, LARGE>(bytes, out, q5_k),
+            WeightType::Q6K => each::<210, LARGE>(bytes, out, q6_k),
+            WeightType::Q8K => each::<292, LARGE>(bytes, out, q8_k),
+            WeightType::Iq4Nl => each::<18, 32>(bytes, out, iq4_nl),
+            WeightType::Mxfp4 => each::<17, 32>(bytes, out, mxfp4),
+            WeightType::Iq4Xs => each::<136, LARGE>(bytes, out, iq4_xs),
+            WeightType::Iq2Xxs => each::<66, LARGE>(bytes, out, iq2_xxs),
+            WeightType::Iq2Xs => each::<74, LARGE>(bytes, out, iq2_xs),
+            WeightType::Iq2S => each::<82, LARGE>(bytes, out, iq2_s),
+            WeightType::Iq3Xxs => each::<98, LARGE>(bytes, out, iq3_xxs),
+            WeightType::Iq3S => each::<110, LARGE>(bytes, out, iq3_s),
+            WeightType::Iq1S => each::<50, LARGE>(bytes, out, iq1_s),
+            WeightType::Iq1M => each::<56, LARGE>(bytes, out, iq1_m),
+            WeightType::Tq1_0 => each::<54, LARGE>(bytes, out, tq1_0),
+            WeightType::Tq2_0 => each::<66, LARGE>(bytes, out, tq2_0),
+            _ => {}
+        }
+    }
+}
+
+/// Decodes blocks of `BYTES` bytes and `WIDTH` values, one after the other.
+#[inline(always)]
+fn each<const BYTES: usize, const WIDTH: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    block: impl Fn(&[u8; BYTES], &mut [f32; WIDTH]),
+) {
+    let (blocks, out) = (bytes.as_chunks::<BYTES>().0, out.as_chunks_mut::<WIDTH>().0);
+    for (bytes, out) in blocks.iter().zip(out) {
+        block(bytes, out);
+    }
+}
+
+/// The f32 of a binary16, in operations that need no table and no branch: the exponent is
+/// moved by a product that is exact, subnormals too.
+#[inline(always)]
+fn half_value(bits: u16) -> f32 {
+    let rest = u32::from(bits & 0x7fff) << 13;
+    let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
+    let whole = if bits & 0x7c00 == 0x7c00 { rest | 0x7f80_0000 } else { finite.to_bits() };
+    f32::from_bits(whole | u32::from(bits & 0x8000) << 16)
+}
+
+#[inline(always)]
+fn half(bytes: &[u8], at: usize) -> f32 {
+    half_value(word(bytes, at))
+}
+
+/// The low and the high nibbles of 16 bytes, as 32 codes.
+#[inline(always)]
+fn nibbles(bytes: &[u8]) -> [u8; 32] {
+    std::array::from_fn(|at| if at < 16 { bytes[at] & 15 } else { bytes[at - 16] >> 4 })
+}
+
+/// Four bytes' bits as 32 codes of 0 or 16.
+#[inline(always)]
+fn fifths(bytes: &[u8], at: usize) -> [u8; 32] {
+    let bits = long(bytes, at);
+    std::array::from_fn(|place| ((bits >> place & 1) << 4) as u8)
+}
+
+/// Signed codes times a scale.
+#[inline(always)]
+fn scaled(codes: &[i8], scale: f32, out: &mut [f32]) {
+    for (out, &code) in out.iter_mut().zip(codes) {
+        *out = f32::from(code) * scale;
+    }
+}
+
+/// Codes times a scale, and a minimum added.
+#[inline(always)]
+fn moved_by(codes: &[u8], scale: f32, minimum: f32, out: &mut [f32]) {
+    for (out, &code) in out.iter_mut().zip(codes) {
+        *out = f32::from(code) * scale + minimum;
+    }
+}
+
+#[inline(always)]
+fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
+    let codes = nibbles(&bytes[2..]).map(|code| code as i8 - 8);
+    scaled(&codes, half(bytes, 0), out);
+}
+
+#[inline(always)]
+fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
+    moved_by(&nibbles(&bytes[4..]), half(bytes, 0), half(bytes, 2), out);
+}
+
+#[inline(always)]
+fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
+    let (low, high) = (nibbles(&bytes[6..]), fifths(bytes, 2));
+    let codes: [i8; 32] = std::array::from_fn(|at| (low[at] | high[at]) as i8 - 16);
+    scaled(&codes, half(bytes, 0), out);
+}
+
+#[inline(always)]
+fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
+    let (low, high) = (nibbles(&bytes[8..]), fifths(bytes, 4));
+    let codes: [u8; 32] = std::array::from_fn(|at| low[at] | high[at]);
+    moved_by(&codes, half(bytes, 0), half(bytes, 2), out);
+}
+
+#[inline(always)]
+fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
+    let codes: [i8; 32] = std::array::from_fn(|at| bytes[2 + at] as i8);
+    scaled(&codes, half(bytes, 0), out);
+}
+
+#[inline(always)]
+fn q8_k(bytes: &[u8; 292], out: &mut [f32; LARGE]) {
+    let codes: [i8; LARGE] = std::array::from_fn(|at| bytes[4 + at] as i8);
+    scaled(&codes, f32::from_bits(long(bytes, 0)), out);
+}
+
+/// Two bits of each of 64 bytes, as 256 codes: 32 bytes hold four runs of 32.
+#[inline(always)]
+fn crumbs(bytes: &[u8]) -> [u8; LARGE] {
+    std::array::from_fn(|at| bytes[at / 128 * 32 + at % 32] >> (at % 128 / 32 * 2) & 3)
+}
+
+#[inline(always)]
+fn q2_k(bytes: &[u8; 84], out: &mut [f32; LARGE]) {
+    let (d, least) = (half(bytes, 80), half(bytes, 82));
+    let codes = crumbs(&bytes[16..80]);
+    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let scale = d * f32::from(bytes[group] & 15);
+        let minimum = least * f32::from(bytes[group] >> 4);
+        moved_by(&codes[16 * group..][..16], scale, -minimum, out);
+    }
+}
+
+#[inline(always)]
+fn q3_k(bytes: &[u8; 110], out: &mut [f32; LARGE]) {
+    let d = half(bytes, 108);
+    let low = crumbs(&bytes[32..96]);
+    // A third bit that is set keeps 4 from being taken off.
+    let codes: [i8; LARGE] = std::array::from_fn(|at| {
+        let third = bytes[at % 32] >> (at / 32) & 1;
+        (low[at] | third << 2) as i8 - 4
+    });
+    // Sixteen scales of six bits: four below, in the nibbles of eight bytes, two above.
+    let below = &bytes[96..104];
+    let scales: [i8; 16] = std::array::from_fn(|at| {
+        let four = if at < 8 { below[at] & 15 } else { below[at - 8] >> 4 };
+        let two = bytes[104 + at % 4] >> (at / 4 * 2) & 3;
+        (four | two << 4) as i8 - 32
+    });
+    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        scaled(&codes[16 * group..][..16], d * f32::from(scales[group]), out);
+    }
+}
+
+/// Eight scales and eight minimums of six bits in twelve bytes.
+#[inline(always)]
+fn sixes(bytes: &[u8]) -> ([u8; 8], [u8; 8]) {
+    let scale = |at: usize| match at {
+        0..4 => bytes[at] & 63,
+        _ => bytes[at + 4] & 15 | bytes[at - 4] >> 6 << 4,
+    };
+    let minimum = |at: usize| match at {
+        0..4 => bytes[at + 4] & 63,
+        _ => bytes[at + 4] >> 4 | bytes[at] >> 6 << 4,
+    };
+    (std::array::from_fn(scale), std::array::from_fn(minimum))
+}
+
+#[inline(always)]
+fn q4_k(bytes: &[u8; 144], out: &mut [f32; LARGE]) {
+    let (d, least) = (half(bytes, 0), half(bytes, 2));
+    let (scales, minimums) = sixes(&bytes[4..16]);
+    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let both = &bytes[16 + group / 2 * 32..][..32];
+        let codes: [u8; 32] = std::array::from_fn(|at| both[at] >> (group % 2 * 4) & 15);
+        let minimum = least * f32::from(minimums[group]);
+        moved_by(&codes, d * f32::from(scales[group]), -minimum, out);
+    }
+}
+
+#[inline(always)]
+fn q5_k(bytes: &[u8; 176], out: &mut [f32; LARGE]) {
+    let (d, least) = (half(bytes, 0), half(bytes, 2));
+    let (scales, minimums) = sixes(&bytes[4..16]);
+    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let both = &bytes[48 + group / 2 * 32..][..32];
+        let codes: [u8; 32] = std::array::from_fn(|at| {
+            both[at] >> (group % 2 * 4) & 15 | (bytes[16 + at] >> group & 1) << 4
+        });
+        let minimum = least * f32::from(minimums[group]);
+        moved_by(&codes, d * f32::from(scales[group]), -minimum, out);
+    }
+}
+
+#[inline(always)]
+fn q6_k(bytes: &[u8; 210], out: &mut [f32; LARGE]) {
+    let d = half(bytes, 208);
+    for (run, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        // A half of the block has 64 bytes of nibbles, 32 bytes of upper bits and four runs.
+        let (half, place) = (run / 4, run % 4);
+        let low = &bytes[64 * half + place % 2 * 32..][..32];
+        let high = &bytes[128 + 32 * half..][..32];
+        let codes: [i8; 32] = std::array::from_fn(|at| {
+            let four = low[at] >> (place / 2 * 4) & 15;
+            (four | (high[at] >> (2 * place) & 3) << 4) as i8 - 32
+        });
+        for (part, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let scale = d * f32::from(bytes[192 + 2 * run + part] as i8);
+            scaled(&codes[16 * part..][..16], scale, out);
+        }
+    }
+}
+
+#[inline(always)]
 fn word(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
+#[inline(always)]
 fn long(bytes: &[u8], at: usize) -> u32 {
     u32::from(word(bytes, at)) | u32::from(word(bytes, at + 2)) << 16
 }
 
 /// One entry of a table of `width` values.
+#[inline(always)]
 fn grid(table: usize, width: usize, index: usize) -> &'static [u8] {
     &GRIDS[table + index * width..][..width]
 }
 
 /// Values of a table with the signs that bits of a byte give, times a scale.
+#[inline(always)]
 fn signed(scale: f32, values: &[u8], signs: u8, out: &mut [f32]) {
     for (bit, (out, &value)) in out.iter_mut().zip(values).enumerate() {
         let sign = if signs >> bit & 1 == 1 { -1.0 } else { 1.0 };
@@ -92,11 +320,13 @@ fn signed(scale: f32, values: &[u8], signs: u8, out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn pattern(index: u32) -> u8 {
     GRIDS[SIGNS + (index & 127) as usize]
 }
 
-fn iq4_nl(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq4_nl(bytes: &[u8; 18], out: &mut [f32; 32]) {
     let d = half(bytes, 0);
     for (at, &code) in bytes[2..18].iter().enumerate() {
         out[at] = d * f32::from(IQ4[usize::from(code & 15)]);
@@ -104,7 +334,8 @@ fn iq4_nl(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq4_xs(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq4_xs(bytes: &[u8; 136], out: &mut [f32; LARGE]) {
     let (d, high) = (half(bytes, 0), word(bytes, 2));
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let low = bytes[4 + part / 2] >> (4 * (part % 2)) & 15;
@@ -117,7 +348,8 @@ fn iq4_xs(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn mxfp4(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn mxfp4(bytes: &[u8; 17], out: &mut [f32; 32]) {
     // Half of 2^(e - 127), since the values stand doubled.
     let d = match bytes[0] {
         0 => f32::from_bits(0x0020_0000),
@@ -130,7 +362,8 @@ fn mxfp4(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq2_xxs(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq2_xxs(bytes: &[u8; 66], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let at = 2 + 8 * part;
@@ -144,11 +377,13 @@ fn iq2_xxs(bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Two scales of 4 bits.
+#[inline(always)]
 fn scales(d: f32, byte: u8, unit: f32) -> [f32; 2] {
     [byte & 15, byte >> 4].map(|scale| d * (0.5 + f32::from(scale)) * unit)
 }
 
-fn iq2_xs(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq2_xs(bytes: &[u8; 74], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let scales = scales(d, bytes[66 + part], 0.25);
@@ -160,7 +395,8 @@ fn iq2_xs(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq2_s(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq2_s(bytes: &[u8; 82], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let (high, scales) = (bytes[66 + part], scales(d, bytes[74 + part], 0.25));
@@ -172,7 +408,8 @@ fn iq2_s(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq3_xxs(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq3_xxs(bytes: &[u8; 98], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let rest = long(bytes, 66 + 4 * part);
@@ -187,7 +424,8 @@ fn iq3_xxs(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq3_s(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq3_s(bytes: &[u8; 110], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let scale = bytes[106 + part / 2] >> (4 * (part % 2)) & 15;
@@ -205,6 +443,7 @@ fn iq3_s(bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Eight values of IQ1's table, all moved by the same share.
+#[inline(always)]
 fn moved(scale: f32, index: usize, down: bool, out: &mut [f32]) {
     let delta = if down { -0.125 } else { 0.125 };
     for (out, &value) in out.iter_mut().zip(grid(IQ1_S, 8, index)) {
@@ -212,7 +451,8 @@ fn moved(scale: f32, index: usize, down: bool, out: &mut [f32]) {
     }
 }
 
-fn iq1_s(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq1_s(bytes: &[u8; 50], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let high = word(bytes, 34 + 2 * part);
@@ -225,10 +465,11 @@ fn iq1_s(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn iq1_m(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn iq1_m(bytes: &[u8; 56], out: &mut [f32; LARGE]) {
     let scales: [u16; 4] = std::array::from_fn(|place| word(bytes, 48 + 2 * place));
     let d = scales.iter().enumerate().fold(0, |d, (place, s)| d | (s >> 12) << (4 * place));
-    let d = f16::from_bits(d).to_f32();
+    let d = half_value(d);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         for (group, out) in out.chunks_exact_mut(8).enumerate() {
             let scale = scales[part / 2] >> (6 * (part % 2) + 3 * (group / 2)) & 7;
@@ -240,13 +481,15 @@ fn iq1_m(bytes: &[u8], out: &mut [f32]) {
 }
 
 /// The digit of a byte that five ternary digits share.
+#[inline(always)]
 fn digit(byte: u8, place: usize) -> f32 {
     const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
     let moved = byte.wrapping_mul(POWERS[place]);
     f32::from((u16::from(moved) * 3) >> 8) - 1.0
 }
 
-fn tq1_0(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn tq1_0(bytes: &[u8; 54], out: &mut [f32; LARGE]) {
     let d = half(bytes, 52);
     let mut values = out.iter_mut();
     for (codes, digits) in [(&bytes[..32], 5), (&bytes[32..48], 5), (&bytes[48..52], 4)] {
@@ -258,13 +501,28 @@ fn tq1_0(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn tq2_0(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn tq2_0(bytes: &[u8; 66], out: &mut [f32; LARGE]) {
     let d = half(bytes, 64);
     for (half, out) in out.chunks_exact_mut(128).enumerate() {
         for (place, out) in out.chunks_exact_mut(32).enumerate() {
             for (out, code) in out.iter_mut().zip(&bytes[32 * half..]) {
                 *out = (f32::from(code >> (2 * place) & 3) - 1.0) * d;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_binary16_has_its_f32() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (half_value(bits), half::f16::from_bits(bits).to_f32());
+            let same = ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan();
+            assert!(same, "{bits:#06x}: {ours} is not {theirs}");
         }
     }
 }

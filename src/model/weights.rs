@@ -2,16 +2,12 @@
 //!
 //! It knows block formats, not files: the readers hand it bytes whose length
 //! they have checked against the shape. Of its model it only remembers which it is, for
-//! whoever needs the weights beside it. The codecs of the block types are
-//! candle's, or those of `blocks.rs`; the plain float types are decoded here, where they need no
-//! alignment and no copy.
+//! whoever needs the weights beside it. The codecs of the block types are those of
+//! `blocks.rs`; the plain float types are decoded here.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
-use candle_core::CpuStorage;
-use candle_core::quantized::GgmlDType;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -178,26 +174,39 @@ impl WeightType {
     pub fn block_width(self) -> usize {
         match self {
             WeightType::E2m1 => 2,
-            WeightType::F64 => 1,
-            _ => blocks::size(self).map_or_else(
-                || self.candle().map_or(1, |codec| codec.block_size()),
-                |(width, _)| width,
-            ),
+            _ => blocks::size(self).map_or(1, |(width, _)| width),
         }
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        if self == WeightType::F64 {
-            return 8;
+        match self {
+            WeightType::F64 => 8,
+            WeightType::F32 => 4,
+            WeightType::F16 | WeightType::BF16 => 2,
+            _ => blocks::size(self).map_or(1, |(_, bytes)| bytes),
         }
-        blocks::size(self)
-            .map_or_else(|| self.candle().map_or(1, |codec| codec.type_size()), |(_, bytes)| bytes)
     }
 
     /// Whether the arms' own kernels decode the type; others are decoded before they compute.
     pub fn is_of_kernels(self) -> bool {
-        self.candle().is_some()
+        matches!(
+            self,
+            WeightType::F32
+                | WeightType::F16
+                | WeightType::BF16
+                | WeightType::Q4_0
+                | WeightType::Q4_1
+                | WeightType::Q5_0
+                | WeightType::Q5_1
+                | WeightType::Q8_0
+                | WeightType::Q2K
+                | WeightType::Q3K
+                | WeightType::Q4K
+                | WeightType::Q5K
+                | WeightType::Q6K
+                | WeightType::Q8K
+        )
     }
 
     /// Whether the values are codes, which mean nothing without the scales beside them.
@@ -276,47 +285,6 @@ impl WeightType {
             name.to_owned()
         })
     }
-
-    /// Its codec, where it is one of ggml's.
-    fn candle(self) -> Option<GgmlDType> {
-        Some(match self {
-            WeightType::F32 => GgmlDType::F32,
-            WeightType::F16 => GgmlDType::F16,
-            WeightType::BF16 => GgmlDType::BF16,
-            WeightType::Q4_0 => GgmlDType::Q4_0,
-            WeightType::Q4_1 => GgmlDType::Q4_1,
-            WeightType::Q5_0 => GgmlDType::Q5_0,
-            WeightType::Q5_1 => GgmlDType::Q5_1,
-            WeightType::Q8_0 => GgmlDType::Q8_0,
-            WeightType::Q2K => GgmlDType::Q2K,
-            WeightType::Q3K => GgmlDType::Q3K,
-            WeightType::Q4K => GgmlDType::Q4K,
-            WeightType::Q5K => GgmlDType::Q5K,
-            WeightType::Q6K => GgmlDType::Q6K,
-            WeightType::Q8K => GgmlDType::Q8K,
-            WeightType::Iq4Nl
-            | WeightType::Mxfp4
-            | WeightType::Iq4Xs
-            | WeightType::Iq2Xxs
-            | WeightType::Iq2Xs
-            | WeightType::Iq2S
-            | WeightType::Iq3Xxs
-            | WeightType::Iq3S
-            | WeightType::Iq1S
-            | WeightType::Iq1M
-            | WeightType::Tq1_0
-            | WeightType::Tq2_0
-            | WeightType::E4m3
-            | WeightType::E5m2
-            | WeightType::E2m1
-            | WeightType::F64
-            | WeightType::I8
-            | WeightType::E8m0
-            | WeightType::Packed(_)
-            | WeightType::Nf4
-            | WeightType::Fp4 => return None,
-        })
-    }
 }
 
 impl fmt::Display for WeightType {
@@ -324,9 +292,6 @@ impl fmt::Display for WeightType {
         f.write_str(self.name())
     }
 }
-
-/// Values decoded through candle at once: its result stays in the L1 and L2 caches.
-const CHUNK: usize = 8192;
 
 /// How the values of a matrix lie among its bytes where rows do not follow one another: bytes
 /// from one row to the next, and from one value of a row to the next. Values that are packed
@@ -618,39 +583,12 @@ impl<'a> Weight<'a> {
         if blocks::decode(self.kind, bytes, out).is_some() {
             return Ok(());
         }
-        let Some(codec) = self.kind.candle() else {
-            return Err(self.refuse("its codes have no scales".to_owned()));
-        };
-        let alignment = if self.kind == WeightType::Q8K { 4 } else { 2 };
-        let chunk_bytes = CHUNK / self.kind.block_width() * self.kind.block_bytes();
-        let mut moved = Vec::new();
-        for (bytes, out) in bytes.chunks(chunk_bytes).zip(out.chunks_mut(CHUNK)) {
-            let blocks = aligned(bytes, alignment, &mut moved);
-            match codec.from_data(Cow::Borrowed(blocks)).dequantize(out.len()) {
-                Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
-                Ok(_) => return Err(self.refuse("its blocks decode to another type".to_owned())),
-                Err(error) => return Err(self.refuse(format!("its blocks do not decode: {error}"))),
-            }
-        }
-        Ok(())
+        Err(self.refuse("its codes have no scales".to_owned()))
     }
 
     fn refuse(&self, problem: String) -> ModelError {
         ModelError::Request { tensor: self.name.to_owned(), problem }
     }
-}
-
-/// The bytes at an address that is a multiple of `alignment`: candle views them as
-/// blocks and asserts that. Mapped GGUF tensors are aligned, so this seldom copies.
-fn aligned<'b>(bytes: &'b [u8], alignment: usize, moved: &'b mut Vec<u8>) -> &'b [u8] {
-    if bytes.as_ptr().addr().is_multiple_of(alignment) {
-        return bytes;
-    }
-    moved.resize(bytes.len() + alignment, 0);
-    let address = moved.as_ptr().addr();
-    let skip = address.next_multiple_of(alignment) - address;
-    moved[skip..skip + bytes.len()].copy_from_slice(bytes);
-    &moved[skip..skip + bytes.len()]
 }
 
 fn decode_f32(bytes: &[u8], out: &mut [f32]) {

@@ -18,7 +18,6 @@ use super::{dequant, kernels};
 use crate::compute::call::{Call, Held};
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
-use crate::compute::vector::{Kernel, dispatch};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
     check_same_shape, check_tokens, rope,
@@ -27,6 +26,7 @@ use crate::dtype::Format;
 use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
 use crate::op::{ActivationScale, Recipe, WeightScale};
 use crate::tensor::Tensor;
+use crate::vector::{Kernel, dispatch};
 
 /// Elements of K, and rows of a weight, that share a block scale.
 const BLOCK: usize = 128;

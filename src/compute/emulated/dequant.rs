@@ -1,7 +1,7 @@
 //! From the blocks of a GGUF tensor to f32 values, as the GPU kernel decodes them.
 //!
 //! It knows the block layouts and nothing of files, shapes or threads. It shares no
-//! code with the reference arm, whose codecs are candle's: the two are written apart
+//! code with the reference arm, whose codecs are `model/blocks.rs`: the two are written apart
 //! so that one can check the other.
 //!
 //! The arithmetic is that of ggml's `dequantize_row_*` (`ggml-quants.c`): integer
