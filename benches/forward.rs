@@ -24,6 +24,7 @@ const E4M3: Recipe = Recipe {
     stream: None,
     engine: None,
     emulate: None,
+    codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
 };
 

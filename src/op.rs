@@ -74,6 +74,25 @@ pub enum Accumulate {
     Promoted,
 }
 
+/// Where the codes and scales of the weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Codes {
+    /// The arms convert the weights' values to the recipe's format.
+    #[default]
+    Made,
+    /// The checkpoint: FP8 weights are multiplied as they stand in the file, by their own scales,
+    /// and every other weight in its own type.
+    Checkpoint,
+}
+
+impl Codes {
+    /// Whether the arms convert.
+    pub fn are_made(&self) -> bool {
+        *self == Codes::Made
+    }
+}
+
 /// The chip whose arithmetic is prescribed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -128,6 +147,10 @@ impl std::fmt::Display for ChipName {
 pub struct Recipe {
     /// Operand format of every GEMM.
     pub gemm: Format,
+    /// Whose codes the weights are. Where it is the checkpoint, `gemm` and `scale` stand for
+    /// what a weight's own form says.
+    #[serde(default, skip_serializing_if = "Codes::are_made")]
+    pub codes: Codes,
     /// Granularity of the operands' scales; FP8 only.
     pub scale: Scale,
     /// Accumulation along K; FP8 only.
@@ -158,6 +181,7 @@ impl Default for Recipe {
     fn default() -> Recipe {
         Recipe {
             gemm: Format::E4m3,
+            codes: Codes::Made,
             scale: Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor },
             accumulate: Accumulate::Promoted,
             output: Format::Bf16,
@@ -178,6 +202,7 @@ impl Recipe {
         let default = Recipe::default();
         Recipe {
             gemm: if scale.is_some() { Format::E4m3 } else { stream },
+            codes: Codes::Made,
             scale: scale.unwrap_or(default.scale),
             accumulate: match scale {
                 Some(scale) if !blocks(&scale) => Accumulate::Fast,

@@ -242,7 +242,11 @@ fn recipe() -> Value {
         closed(
             &[],
             json!({
-                "gemm": says("the operands' format in every GEMM", formats()),
+                "gemm": says(
+                    "the operands' format in every GEMM; `checkpoint`: FP8 codes and scales as the model's file \
+                     holds them, other weights in their own type",
+                    gemms(),
+                ),
                 "scale": says("how operands are scaled before they are rounded", scale),
                 "accumulate": says(
                     "`promoted`: every 128 products the sum is added to one in f32 and starts again",
@@ -538,6 +542,11 @@ fn generated() -> Value {
 fn formats() -> Value {
     let names: Vec<&str> = Format::ALL.iter().map(|format| format.name()).collect();
     json!({ "enum": names })
+}
+
+fn gemms() -> Value {
+    let names = Format::ALL.iter().map(|format| format.name()).chain(["checkpoint"]);
+    json!({ "enum": names.collect::<Vec<_>>() })
 }
 
 fn shape() -> Value {

@@ -141,6 +141,12 @@ fn text() -> String {
          glm4). Packages decode to BF16 or F16 by default, which rounds; the reference takes the \
          values before that. Codes of activations, and scales of activations and of a KV cache, \
          change no weight: they are read past.\n\n\
+         A recipe with `gemm = \"checkpoint\"` multiplies FP8 weights by the codes and scales that \
+         the file holds, in the emulated and the device arm, without converting them anew, and every \
+         other weight in its own type (BF16, F16, F32). Activations have the scale that the file \
+         holds for them (`input_scale`), one per token and 128 values beside blocks of 128 x 128, \
+         and one per token elsewhere. Other codes (integers, 4 bits, GGUF's blocks) and blocks of \
+         another size are refused by name.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
          (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, GGUF's NVFP4 \
          and big-endian GGUF files.\n",

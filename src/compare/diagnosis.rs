@@ -406,6 +406,14 @@ fn examine(
         let same = subject.data().iter().zip(clean.data());
         let prescribed = same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits());
         let null = Null::of(call, &clean, &arm, recipe)?;
+        let of_weight = match call {
+            Call::Matmul { weight, .. } => arm.of_weight(weight)?,
+            _ => None,
+        };
+        let (arm, recipe) = match &of_weight {
+            Some(arm) => (arm, arm.recipe()),
+            None => (&arm, recipe),
+        };
         let case = Case {
             site: wanted,
             call,
@@ -413,7 +421,7 @@ fn examine(
             clean: &clean,
             truth: &truth,
             null: &null,
-            arm: &arm,
+            arm,
             recipe,
             model: Some(scene.task.model),
             recorded: &output.sites,

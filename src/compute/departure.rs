@@ -56,6 +56,16 @@ pub fn matmul_rows(
             return matmul_rows(&arm, &recipe, (x, weight, bias), rows, &steps);
         }
     }
+    if let Some(of_weight) = arm.of_weight(&weight)? {
+        let (recipe_here, recipe) = (recipe, of_weight.recipe());
+        // A schedule that is the recipe's own is that of the weight's.
+        let schedule = match steps.schedule == Schedule::of(recipe_here) {
+            true => Schedule::of(recipe),
+            false => steps.schedule,
+        };
+        let steps = Steps { schedule, ..*steps };
+        return matmul_rows(&of_weight, recipe, (x, weight, bias), rows, &steps);
+    }
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let whole = arm.absmax_of(weight)?;
     let (codes, scales) = arm.quantise_activation(x);
@@ -69,7 +79,7 @@ pub fn matmul_rows(
             let range = start..(start + CHUNK_ROWS).min(rows.end);
             let mut values = vec![0.0; range.len() * width];
             weight.decode_rows(range, &mut values)?;
-            let (codes, scales) = arm.quantise_weight_rows(&values, width, whole);
+            let (codes, scales) = arm.quantise_weight_rows(weight, start, &values, whole);
             let w = (steps.w)(Converted { values: &values, codes, scales, first_row: start });
             let (x_format, w_format) = (edited.codes.format(), w.codes.format());
             let unit = chip(recipe.chip).unit(x_format, w_format).ok_or_else(|| {
@@ -275,8 +285,11 @@ pub fn operands(
     {
         return Ok(operands);
     }
+    if let Some(arm) = arm.of_weight(&weight)? {
+        return operands(&arm, x, weight);
+    }
     let whole = arm.absmax_of(weight)?;
-    let (w_codes, w_scales) = arm.quantise_weight_rows(&weight.to_vec()?, weight.width(), whole);
+    let (w_codes, w_scales) = arm.quantise_weight_rows(weight, 0, &weight.to_vec()?, whole);
     let (x_codes, x_scales) = arm.quantise_activation(x);
     Ok([(x_codes, x_scales, 0), (w_codes, w_scales, 0)])
 }
@@ -352,6 +365,7 @@ mod tests {
         stream: None,
         engine: None,
         emulate: None,
+        codes: crate::op::Codes::Made,
         pin: Pin::NONE,
     };
 

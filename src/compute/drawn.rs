@@ -115,6 +115,9 @@ impl Drawn {
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
         check_matmul(x, &weight, bias.as_ref())?;
+        if let Some(floor) = self.floor.of_weight(&weight)? {
+            return Drawn { floor, number: self.number }.matmul(x, weight, bias);
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
         let emulated = self.floor.emulated();

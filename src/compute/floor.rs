@@ -91,6 +91,15 @@ impl Floor {
         Ok(Floor { recipe: *recipe, emulated, sigmas: Mutex::default() })
     }
 
+    /// The floor of the products with one weight, where the recipe takes the checkpoint's codes.
+    ///
+    /// # Errors
+    /// As [`Emulated::of_weight`].
+    pub fn of_weight(&self, weight: &Weight<'_>) -> Result<Option<Floor>, ComputeError> {
+        let Some(emulated) = self.emulated.of_weight(weight)? else { return Ok(None) };
+        Ok(Some(Floor { recipe: *emulated.recipe(), emulated, sigmas: Mutex::default() }))
+    }
+
     /// The prescribed arithmetic, whose rounding this is.
     pub fn emulated(&self) -> &Emulated {
         &self.emulated
@@ -693,6 +702,12 @@ impl Floor {
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
         check_matmul(x, &weight, bias.as_ref())?;
+        if let Some(floor) = self.of_weight(&weight)? {
+            let truth = floor.matmul(x, weight, bias)?;
+            let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            sigmas.extend(floor.into_sigmas());
+            return Ok(truth);
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
         let (codes, scales) = self.emulated.quantise_activation(x);

@@ -6,6 +6,7 @@
 
 pub mod arms;
 pub mod call;
+pub mod checkpoint;
 pub mod cuda;
 pub mod delta;
 pub mod departure;

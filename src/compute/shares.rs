@@ -107,12 +107,17 @@ pub fn energies(
         }
         None => (arm, recipe),
     };
+    let of_weight = arm.of_weight(&weight)?;
+    let (arm, recipe) = match &of_weight {
+        Some(arm) => (arm, arm.recipe()),
+        None => (arm, recipe),
+    };
     let fewest = if recipe.scale.weight == WeightScale::Block128 { BLOCK } else { FOLLOWED };
     let count = fewest.min(weight.rows());
     let width = weight.width();
     let mut rows = vec![0.0; count * width];
     weight.decode_rows(0..count, &mut rows)?;
-    let (w_codes, w_scales) = arm.quantise_weight_rows(&rows, width, arm.absmax_of(weight)?);
+    let (w_codes, w_scales) = arm.quantise_weight_rows(weight, 0, &rows, arm.absmax_of(weight)?);
     let (x_codes, x_scales) = arm.quantise_activation(x);
     let x_wide = Widened::of(x.data(), width);
     let w_rounded = Widened::of_f64(&dequantised(&w_codes, &w_scales), width);

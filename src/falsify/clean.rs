@@ -183,6 +183,7 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         stream: None,
         engine: None,
         emulate: None,
+        codes: crate::op::Codes::Made,
         pin: Pin::NONE,
     }
 }

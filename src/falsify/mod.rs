@@ -492,9 +492,15 @@ impl Workshop for Planted {
                 };
                 let made = made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 let inputs = inputs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let of_weight = match call {
+                    Call::Matmul { weight, .. } => emulated.of_weight(weight)?,
+                    _ => None,
+                };
+                let of_weight = of_weight.as_ref().map(|arm| (arm, arm.recipe()));
+                let (arm, recipe) = of_weight.unwrap_or((&emulated, &recipe));
                 let ground = Ground {
-                    arm: &emulated,
-                    recipe: &recipe,
+                    arm,
+                    recipe,
                     model: &secret.model.model,
                     seed: secret.plot.seed,
                     in_batch: call.shape()[0] > secret.rows,

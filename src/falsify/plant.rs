@@ -500,7 +500,8 @@ impl Gemm<'_> {
             return Ok(None);
         };
         let absmax = arm.absmax_of(self.weight)?;
-        let (_, Scales::Tensor(w_scale)) = arm.quantise_weight_rows(&[], 1, absmax) else {
+        let (_, Scales::Tensor(w_scale)) = arm.quantise_weight_rows(self.weight, 0, &[], absmax)
+        else {
             return Ok(None);
         };
         let one: &Edit = &|o| scaled(o, |_| 1.0);

@@ -85,6 +85,7 @@ pub(super) fn of_product(
         stream: None,
         engine: None,
         emulate: None,
+        codes: crate::op::Codes::Made,
         pin: Pin::NONE,
     };
     let arm = Emulated::new(&recipe)?;

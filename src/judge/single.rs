@@ -313,6 +313,7 @@ fn recipe(output: Format) -> Recipe {
         stream: None,
         engine: None,
         emulate: None,
+        codes: crate::op::Codes::Made,
         pin: Pin::NONE,
     }
 }

@@ -11,7 +11,9 @@ use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
 use crate::dtype::Format;
 use crate::engine::{Activations, EngineFile, EngineKernels};
-use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Pin, Recipe, Scale, WeightScale};
+use crate::op::{
+    Accumulate, ActivationScale, Arm, ChipName, Codes, Pin, Recipe, Scale, WeightScale,
+};
 
 /// The settings as one file writes them; what it leaves out is inherited.
 #[derive(Clone, Debug, Default)]
@@ -38,7 +40,7 @@ struct RawResources {
 /// `[recipe]`, inherited key by key.
 #[derive(Clone, Debug, Default)]
 struct RawRecipe {
-    gemm: Option<Put<Format>>,
+    gemm: Option<Put<Gemm>>,
     weight: Option<Put<WeightScale>>,
     activation: Option<Put<ActivationScale>>,
     accumulate: Option<Put<Accumulate>>,
@@ -71,6 +73,32 @@ const FORMATS: [(&str, Format); 6] = [
     ("f16", Format::F16),
     ("e4m3", Format::E4m3),
     ("e5m2", Format::E5m2),
+];
+/// What the products of a recipe are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gemm {
+    Format(Format),
+    Checkpoint,
+}
+
+impl Gemm {
+    /// The operands' format; of a checkpoint that of its codes.
+    fn format(self) -> Format {
+        match self {
+            Gemm::Format(format) => format,
+            Gemm::Checkpoint => Format::E4m3,
+        }
+    }
+}
+
+const GEMMS: [(&str, Gemm); 7] = [
+    ("f32", Gemm::Format(Format::F32)),
+    ("tf32", Gemm::Format(Format::Tf32)),
+    ("bf16", Gemm::Format(Format::Bf16)),
+    ("f16", Gemm::Format(Format::F16)),
+    ("e4m3", Gemm::Format(Format::E4m3)),
+    ("e5m2", Gemm::Format(Format::E5m2)),
+    ("checkpoint", Gemm::Checkpoint),
 ];
 const WEIGHT_SCALES: [(&str, WeightScale); 3] = [
     ("tensor", WeightScale::Tensor),
@@ -367,7 +395,7 @@ impl RawRecipe {
             return RawRecipe::default();
         };
         let mut recipe = RawRecipe {
-            gemm: table.choice("gemm", &FORMATS, findings),
+            gemm: table.choice("gemm", &GEMMS, findings),
             accumulate: table.choice("accumulate", &ACCUMULATIONS, findings),
             output: table.choice("output", &FORMATS, findings),
             stream: table.choice("stream", &FORMATS, findings),
@@ -446,10 +474,14 @@ impl RawRecipe {
         };
         let of_engine = self.engine.as_ref().map(|engine| of_engine(&engine.value));
         let inherited = of_engine.as_ref().unwrap_or(inherited);
+        // The checkpoint's scales stand in place of those that are inherited.
+        let of_checkpoint = self.gemm.as_ref().is_some_and(|gemm| gemm.value == Gemm::Checkpoint);
+        let scales = (inherited.weight.clone(), inherited.activation.clone());
+        let scales = if of_checkpoint { (None, None) } else { scales };
         RawRecipe {
             gemm: self.gemm.or_else(|| inherited.gemm.clone()),
-            weight: self.weight.or_else(|| inherited.weight.clone()),
-            activation: self.activation.or_else(|| inherited.activation.clone()),
+            weight: self.weight.or(scales.0),
+            activation: self.activation.or(scales.1),
             accumulate: self.accumulate.or_else(|| inherited.accumulate.clone()),
             output: self.output.or_else(|| inherited.output.clone()),
             stream: self.stream.or_else(|| inherited.stream.clone()),
@@ -477,10 +509,11 @@ impl RawRecipe {
         let linear = kernels.and_then(|kernels| kernels.linear.first());
         let scaled = linear.and_then(Scale::of);
         let gemm = match (of_products, scaled) {
-            (Some(_), Some(_)) => Put::unwritten(Format::E4m3),
-            (Some(stream), None) => Put::unwritten(stream),
-            (None, _) => or_default(&self.gemm, default.gemm),
+            (Some(_), Some(_)) => Put::unwritten(Gemm::Format(Format::E4m3)),
+            (Some(stream), None) => Put::unwritten(Gemm::Format(stream)),
+            (None, _) => or_default(&self.gemm, Gemm::Format(default.gemm)),
         };
+        let of_checkpoint = gemm.value == Gemm::Checkpoint;
         let of_engine = scaled.unwrap_or(default.scale);
         let weight = or_default(&self.weight, of_engine.weight);
         let activation = or_default(&self.activation, of_engine.activation);
@@ -498,8 +531,19 @@ impl RawRecipe {
         let chip = or_default(&self.chip, of_engine.unwrap_or(default.chip));
 
         let mut problems = self.beside_engine();
-        let fp8 = matches!(gemm.value, Format::E4m3 | Format::E5m2);
-        let gemm_name = name_of(gemm.value, &FORMATS);
+        if let (true, Some(put)) = (of_checkpoint, self.weight.as_ref().map(|put| &put.at)) {
+            problems.push(
+                Problem::new(
+                    "`scale` has no use beside `gemm = \"checkpoint\"`",
+                    "remove `scale`, also where it is inherited from: the checkpoint holds the \
+                     scales of its weights, and says whether activations have one",
+                )
+                .at_if(put.as_ref(), "not read")
+                .at_if(gemm.at.as_ref(), "the checkpoint's scales"),
+            );
+        }
+        let fp8 = matches!(gemm.value.format(), Format::E4m3 | Format::E5m2);
+        let gemm_name = name_of(gemm.value, &GEMMS);
         let block_weight = weight.value == WeightScale::Block128;
         let block_activation = activation.value == ActivationScale::Block128;
         let block_at = if block_weight { &weight.at } else { &activation.at };
@@ -625,7 +669,7 @@ impl RawRecipe {
             );
         }
         let missing = formats_missing_on(chip.value);
-        if missing.contains(&gemm.value) {
+        if missing.contains(&gemm.value.format()) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
             problems.push(
                 Problem::new(
@@ -640,7 +684,8 @@ impl RawRecipe {
         let sound = problems.is_empty();
         problems.into_iter().for_each(|problem| findings.push(problem));
         sound.then_some(Recipe {
-            gemm: gemm.value,
+            gemm: gemm.value.format(),
+            codes: if of_checkpoint { Codes::Checkpoint } else { Codes::Made },
             scale: Scale { weight: weight.value, activation: activation.value },
             accumulate: accumulate.value,
             output: output.value,

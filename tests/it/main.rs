@@ -3,6 +3,7 @@
 
 mod architectures;
 mod cache;
+mod checkpoint;
 mod campaign;
 mod clean;
 mod command;

@@ -31,6 +31,7 @@ const RECIPE: Recipe = Recipe {
     stream: None,
     engine: None,
     emulate: None,
+    codes: runner::op::Codes::Made,
     pin: Pin::NONE,
 };
 

@@ -34,6 +34,7 @@ impl Default for Bench {
             stream: None,
             engine: None,
             emulate: None,
+            codes: crate::op::Codes::Made,
             pin: Pin::NONE,
         };
         let mut file = Vec::new();

@@ -22,7 +22,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         return Ok(Vec::new());
     };
     let whole = case.arm.absmax_of(gemm.weight)?;
-    let (_, w_scales) = case.arm.quantise_weight_rows(&[], 1, whole);
+    let (_, w_scales) = case.arm.quantise_weight_rows(gemm.weight, 0, &[], whole);
     let one: &Edit = &|operand| scaled(operand, |_| 1.0);
     let mut cases = vec![("the activation's scale", x_scale, &keep as &Edit)];
     if let Scales::Tensor(w_scale) = w_scales {

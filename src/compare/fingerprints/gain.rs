@@ -78,7 +78,7 @@ fn name(case: &Case<'_>, factor: f64, of: &str) -> Result<(&'static str, String)
         scales.push(("the activation's scale", f64::from(scale)));
     }
     let absmax = case.arm.absmax_of(weight)?;
-    if let (_, Scales::Tensor(scale)) = case.arm.quantise_weight_rows(&[], 1, absmax) {
+    if let (_, Scales::Tensor(scale)) = case.arm.quantise_weight_rows(weight, 0, &[], absmax) {
         scales.push(("the weight's scale", f64::from(scale)));
     }
     if let [(_, x), (_, w)] = scales[..] {

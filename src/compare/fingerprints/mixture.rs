@@ -168,7 +168,14 @@ fn of_experts(case: &Case<'_>, products: &Products<'_>) -> Result<Vec<Fit>, Comp
         let weight = products.weights[part.expert];
         let bias = products.biases.and_then(|biases| biases.get(part.expert)).copied();
         let call = Call::Matmul { x: &part.x, weight, bias };
+        let of_weight = case.arm.of_weight(&weight)?;
+        let (arm, recipe) = match &of_weight {
+            Some(arm) => (arm, arm.recipe()),
+            None => (case.arm, case.recipe),
+        };
         let within = Case {
+            arm,
+            recipe,
             call: &call,
             subject: &part.subject,
             clean: &part.clean,

@@ -19,7 +19,7 @@ use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
-    check_norm_bias, check_same_shape, check_tokens, rope,
+    check_norm_bias, check_same_shape, check_tokens, checkpoint, rope,
 };
 use crate::dtype::Format;
 use crate::model::{Activation, Rope, RopeLayout, Routing, Weight};
@@ -81,28 +81,35 @@ impl Device {
         }
     }
 
-    fn weight_granularity(&self) -> Granularity {
-        match self.recipe.scale.weight {
-            _ if !self.recipe.gemm.is_fp8() => Granularity::Tensor,
+    fn weight_granularity(recipe: &Recipe) -> Granularity {
+        match recipe.scale.weight {
+            _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
             WeightScale::Tensor => Granularity::Tensor,
             WeightScale::Channel => Granularity::Row,
             WeightScale::Block128 => Granularity::Block(BLOCK as u64),
         }
     }
 
-    fn activation_granularity(&self) -> Granularity {
-        match self.recipe.scale.activation {
-            _ if !self.recipe.gemm.is_fp8() => Granularity::Tensor,
+    fn activation_granularity(recipe: &Recipe) -> Granularity {
+        match recipe.scale.activation {
+            _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
             ActivationScale::Tensor => Granularity::Tensor,
             ActivationScale::Token => Granularity::Row,
             ActivationScale::Block128 => Granularity::Block(1),
         }
     }
 
-    /// An activation's codes and scales; rows are padded too.
-    fn quantise(&self, state: &State, x: &Tensor) -> Result<Operand, DeviceError> {
+    /// An activation's codes and scales; rows are padded too. `held` is the scale that the
+    /// checkpoint has for it.
+    fn quantise(
+        &self,
+        state: &State,
+        x: &Tensor,
+        recipe: &Recipe,
+        held: Option<f32>,
+    ) -> Result<Operand, DeviceError> {
         let State { stream, kernels, .. } = state;
-        let (format, granularity) = (self.recipe.gemm, self.activation_granularity());
+        let (format, granularity) = (recipe.gemm, Self::activation_granularity(recipe));
         let (rows, width) = (x.rows(), x.width());
         let (padded_rows, padded_width) =
             (rows.next_multiple_of(ALIGNMENT), width.next_multiple_of(ALIGNMENT));
@@ -117,6 +124,9 @@ impl Device {
         }
         let mut scales = stream.alloc_zeros::<f32>(count)?;
         fill_scales(stream, kernels, format, &most, &mut scales)?;
+        if let Some(scale) = held {
+            stream.memcpy_htod(&[scale], &mut scales)?;
+        }
         if let Some(scale) = stream.clone_dtoh(&scales)?.iter().find(|scale| !scale.is_finite()) {
             return Err(DeviceError::Refused(format!(
                 "a scale of the activation is {scale}: the input holds NaN or infinity"
@@ -132,8 +142,7 @@ impl Device {
     }
 
     /// The format that the library is to write.
-    fn library_output(&self, scaled: bool) -> Format {
-        let recipe = &self.recipe;
+    fn library_output(recipe: &Recipe, scaled: bool) -> Format {
         let writes = match recipe.gemm {
             Format::E4m3 | Format::E5m2 => scaled,
             Format::Bf16 => recipe.output == Format::Bf16,
@@ -155,17 +164,27 @@ impl Device {
             Some(Entry::Values(values)) => Some(values),
             _ => None,
         };
-        let form = Form::Operand(self.recipe.gemm, self.weight_granularity());
+        let of_weight = checkpoint::of_weight(&self.recipe, &weight);
+        let of_weight = of_weight.map_err(|error| DeviceError::Refused(error.to_string()))?;
+        let held = of_weight.as_ref().and_then(|of_weight| of_weight.held);
+        let recipe = &of_weight.map_or(self.recipe, |of_weight| of_weight.recipe);
+        let granularity = Self::weight_granularity(recipe);
+        let form = match held {
+            Some(_) => Form::Held(recipe.gemm, granularity),
+            None => Form::Operand(recipe.gemm, granularity),
+        };
         let entry = self.entry(state, weight, form)?;
         let Entry::Operand(w) = entry.as_ref() else {
             return Err(DeviceError::Refused("a weight of another form".to_owned()));
         };
-        let activation = self.quantise(state, x)?;
+        let input_scale = held.and_then(|held| held.input_scale);
+        let activation = self.quantise(state, x, recipe, input_scale)?;
         let (tokens, outputs) = (x.rows(), weight.rows());
         let mut y = state.stream.alloc_zeros::<f32>(tokens * outputs)?;
         if matches!(w.granularity, Granularity::Block(_)) {
             self.multiply_by_block(
                 state,
+                recipe,
                 weight,
                 (&activation, w),
                 (tokens, outputs),
@@ -173,16 +192,26 @@ impl Device {
                 &mut y,
             )?;
         } else {
-            self.multiply_whole(state, weight, (&activation, w), (tokens, outputs), bias, &mut y)?;
+            self.multiply_whole(
+                state,
+                recipe,
+                weight,
+                (&activation, w),
+                (tokens, outputs),
+                bias,
+                &mut y,
+            )?;
         }
         download(state, &y, outputs)
     }
 
     /// One product over all of K. The library applies scales of whole tensors;
     /// finer ones are applied by the kernel that finishes the product.
+    #[expect(clippy::too_many_arguments, reason = "one product: its operands, shape and recipe")]
     fn multiply_whole(
         &self,
         state: &mut State,
+        recipe: &Recipe,
         weight: Weight<'_>,
         (x, w): (&Operand, &Operand),
         (tokens, outputs): (usize, usize),
@@ -190,15 +219,15 @@ impl Device {
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DeviceError> {
         let per_tensor = |operand: &Operand| operand.granularity == Granularity::Tensor;
-        let by_library = self.recipe.gemm.is_fp8() && per_tensor(x) && per_tensor(w);
+        let by_library = recipe.gemm.is_fp8() && per_tensor(x) && per_tensor(w);
         let spec = Spec {
-            operands: self.recipe.gemm,
-            output: self.library_output(by_library),
+            operands: recipe.gemm,
+            output: Self::library_output(recipe, by_library),
             tokens: x.padded_rows,
             outputs: w.padded_rows,
             inner: w.padded_width,
             stride: w.padded_width,
-            fast: self.recipe.accumulate == Accumulate::Fast,
+            fast: recipe.accumulate == Accumulate::Fast,
             scaled: by_library,
         };
         let scales = by_library.then_some((&w.scales, &x.scales));
@@ -213,13 +242,15 @@ impl Device {
         };
         let unscaled = (!by_library).then_some((x.scales(), w.scales()));
         let State { stream, kernels, .. } = state;
-        Ok(kernels.finish(stream, &product, unscaled, self.recipe.output, bias, y)?)
+        Ok(kernels.finish(stream, &product, unscaled, recipe.output, bias, y)?)
     }
 
     /// One product per 128 elements of K, each scaled and added by a kernel.
+    #[expect(clippy::too_many_arguments, reason = "one product: its operands, shape and recipe")]
     fn multiply_by_block(
         &self,
         state: &mut State,
+        recipe: &Recipe,
         weight: Weight<'_>,
         (x, w): (&Operand, &Operand),
         (tokens, outputs): (usize, usize),
@@ -232,7 +263,7 @@ impl Device {
         for block in 0..blocks {
             let width = BLOCK.min(w.padded_width - block * BLOCK);
             let spec = Spec {
-                operands: self.recipe.gemm,
+                operands: recipe.gemm,
                 output: Format::F32,
                 tokens: x.padded_rows,
                 outputs: w.padded_rows,
@@ -241,7 +272,7 @@ impl Device {
                 fast: true,
                 scaled: false,
             };
-            let skip = block * BLOCK * self.recipe.gemm.bytes();
+            let skip = block * BLOCK * recipe.gemm.bytes();
             let operands = Operands { w: &w.codes, x: &x.codes, skip, scales: None };
             let partial = self.product(state, &spec, &operands, weight)?;
             let partial = Product {
@@ -265,7 +296,7 @@ impl Device {
         let one = state.stream.clone_htod(&[1.0f32])?;
         let one = Scales { values: &one, granularity: Granularity::Tensor };
         let State { stream, kernels, .. } = state;
-        Ok(kernels.finish(stream, &sum, Some((one, one)), self.recipe.output, bias, y)?)
+        Ok(kernels.finish(stream, &sum, Some((one, one)), recipe.output, bias, y)?)
     }
 
     /// The library's product, with the algorithm that the rule picks for its shape.

@@ -29,6 +29,8 @@ pub enum Form {
     Values,
     /// Codes of a GEMM's operand.
     Operand(Format, Granularity),
+    /// Codes of a GEMM's operand with their scales, as the checkpoint holds them.
+    Held(Format, Granularity),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -143,7 +145,7 @@ fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
         Form::Table if !weight.is_plain() => weight.rows() * weight.width() * 4,
         Form::Table => weight.bytes().len(),
         Form::Values => weight.rows() * weight.width() * 4,
-        Form::Operand(format, _) => {
+        Form::Operand(format, _) | Form::Held(format, _) => {
             let rows = weight.rows().next_multiple_of(ALIGNMENT);
             rows * weight.width().next_multiple_of(ALIGNMENT) * format.bytes()
         }
@@ -161,6 +163,9 @@ fn make(
     weight: Weight<'_>,
     form: Form,
 ) -> Result<Entry, DeviceError> {
+    if let Form::Held(format, granularity) = form {
+        return held(stream, weight, format, granularity).map(Entry::Operand);
+    }
     let kind = held_as(weight);
     let table = match weight.is_plain() {
         true => stream.clone_htod(weight.bytes())?,
@@ -189,7 +194,39 @@ fn make(
             let converter = Converter { stream, kernels, weight, kind, table, format, granularity };
             converter.convert().map(Entry::Operand)
         }
+        Form::Held(..) => unreachable!("made above, without its values"),
     }
+}
+
+/// An operand of codes and scales as the checkpoint holds them.
+fn held(
+    stream: &Arc<CudaStream>,
+    weight: Weight<'_>,
+    format: Format,
+    granularity: Granularity,
+) -> Result<Operand, DeviceError> {
+    let codes = if format == Format::E5m2 { WeightType::E5m2 } else { WeightType::E4m3 };
+    let held = weight.held_codes(codes).ok_or_else(|| {
+        DeviceError::Refused(format!("the weight `{}` holds no {format} codes", weight.name()))
+    })?;
+    let (rows, width) = (weight.rows(), weight.width());
+    let (padded_rows, padded_width) =
+        (rows.next_multiple_of(ALIGNMENT), width.next_multiple_of(ALIGNMENT));
+    let mut padded = vec![0u8; padded_rows * padded_width];
+    let lines = held.codes(0..rows).chunks_exact(width);
+    for (padded, codes) in padded.chunks_exact_mut(padded_width).zip(lines) {
+        padded[..width].copy_from_slice(codes);
+    }
+    let scales: Vec<f32> = match granularity {
+        Granularity::Tensor => vec![held.scale(0, 0)],
+        Granularity::Row => (0..rows).map(|row| held.scale(row, 0)).collect(),
+        Granularity::Block(tall) => (0..rows)
+            .step_by(tall as usize)
+            .flat_map(|row| (0..width).step_by(128).map(move |value| held.scale(row, value)))
+            .collect(),
+    };
+    let (codes, scales) = (stream.clone_htod(&padded)?, stream.clone_htod(&scales)?);
+    Ok(Operand { codes, scales, granularity, padded_rows, padded_width })
 }
 
 /// Turns a table of blocks into an operand, a chunk of rows at a time.

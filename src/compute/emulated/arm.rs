@@ -5,6 +5,7 @@
 //! right or wrong.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
@@ -12,7 +13,7 @@ use rayon::prelude::*;
 use super::chip::{Chip, Unit, chip};
 use super::engine::EngineArm;
 use super::gemm::{Operand, Scales, gemm_prepared, prepare};
-use super::quantize::{Codes, CodesRowMut, absmax, quantize_row, scale_for};
+use super::quantize::{Codes, CodesRow, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
 use crate::compute::call::{Call, Held};
@@ -20,11 +21,11 @@ use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
-    check_same_shape, check_tokens, rope,
+    check_same_shape, check_tokens, checkpoint, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
-use crate::op::{ActivationScale, Recipe, WeightScale};
+use crate::model::{Activation, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType};
+use crate::op::{ActivationScale, Codes as CodesOf, Recipe, WeightScale};
 use crate::tensor::Tensor;
 use crate::vector::{Kernel, dispatch};
 
@@ -44,6 +45,10 @@ pub struct Emulated {
     /// The absmax of each weight met so far, by name: an arm lives as long as
     /// one model, and decoding meets every weight once per token.
     absmax: Mutex<BTreeMap<String, f32>>,
+    /// The scale that the checkpoint holds for the activations of one weight.
+    input_scale: Option<f32>,
+    /// Whether weights are taken as the checkpoint holds them.
+    takes_codes: bool,
 }
 
 impl Emulated {
@@ -66,7 +71,34 @@ impl Emulated {
         let engine = recipe.engine.zip(own);
         let fp8 = chip.unit(Format::E4m3, Format::E4m3).copied();
         let engine = engine.map(|(kernels, unit)| EngineArm::new(kernels, stream, unit, fp8));
-        Ok(Emulated { recipe: *recipe, chip, unit, schedule, engine, absmax: Mutex::default() })
+        Ok(Emulated {
+            recipe: *recipe,
+            chip,
+            unit,
+            schedule,
+            engine,
+            absmax: Mutex::default(),
+            input_scale: None,
+            takes_codes: false,
+        })
+    }
+
+    /// The arm of the products with one weight, where the recipe takes the checkpoint's codes.
+    ///
+    /// # Errors
+    /// As [`checkpoint::of_weight`], and if the chip does not have the weight's format.
+    pub fn of_weight(&self, weight: &Weight<'_>) -> Result<Option<Emulated>, ComputeError> {
+        let Some(of_weight) = checkpoint::of_weight(&self.recipe, weight)? else {
+            return Ok(None);
+        };
+        let input_scale = of_weight.held.and_then(|held| held.input_scale);
+        let arm = Emulated::new(&of_weight.recipe)?;
+        Ok(Some(Emulated { input_scale, takes_codes: of_weight.held.is_some(), ..arm }))
+    }
+
+    /// The recipe that it computes.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
     }
 
     /// The kernels of an engine, where the recipe names one.
@@ -78,7 +110,11 @@ impl Emulated {
     pub fn describe(&self) -> String {
         let stream = self.recipe.stream.map(|stream| format!(", {stream} between ops"));
         let stream = stream.unwrap_or_default();
-        format!("{} {}, {}{stream}", self.chip.name, self.recipe.gemm, self.schedule)
+        let gemm = match self.recipe.codes {
+            CodesOf::Made => self.recipe.gemm.to_string(),
+            CodesOf::Checkpoint => "the checkpoint's codes".to_owned(),
+        };
+        format!("{} {gemm}, {}{stream}", self.chip.name, self.schedule)
     }
 
     /// A result as the next op reads it: rounded to the stream's type.
@@ -105,7 +141,9 @@ impl Emulated {
         let format = self.recipe.gemm;
         let scales = match self.recipe.scale.activation {
             _ if !self.scaled() => Scales::Tensor(1.0),
-            ActivationScale::Tensor => Scales::Tensor(scale_for(format, absmax(x.data()))),
+            ActivationScale::Tensor => Scales::Tensor(
+                self.input_scale.unwrap_or_else(|| scale_for(format, absmax(x.data()))),
+            ),
             ActivationScale::Token => {
                 let rows = (0..x.rows()).map(|row| scale_for(format, absmax(x.row(row))));
                 Scales::Row(rows.collect())
@@ -119,10 +157,19 @@ impl Emulated {
         self.converted(x.data(), x.width(), scales)
     }
 
-    /// The codes and scales of some rows of a weight; `whole` is the absmax of
-    /// the whole weight.
-    pub fn quantise_weight_rows(&self, rows: &[f32], width: usize, whole: f32) -> (Codes, Scales) {
-        let format = self.recipe.gemm;
+    /// The codes and scales of some rows of a weight, whose values are `rows`; `whole` is the
+    /// absmax of the whole weight.
+    pub fn quantise_weight_rows(
+        &self,
+        weight: Weight<'_>,
+        first: usize,
+        rows: &[f32],
+        whole: f32,
+    ) -> (Codes, Scales) {
+        let (format, width) = (self.recipe.gemm, weight.width());
+        if let Some(held) = self.held(&weight) {
+            return as_held(format, &held, first..first + rows.len() / width, width);
+        }
         let scales = match self.recipe.scale.weight {
             _ if !self.scaled() => Scales::Tensor(1.0),
             WeightScale::Tensor => Scales::Tensor(scale_for(format, whole)),
@@ -159,7 +206,8 @@ impl Emulated {
     /// # Errors
     /// If the weight's file does not give its rows.
     pub fn absmax_of(&self, weight: Weight<'_>) -> Result<f32, ComputeError> {
-        if !self.scaled() || self.recipe.scale.weight != WeightScale::Tensor {
+        let made = self.held(&weight).is_none();
+        if !self.scaled() || self.recipe.scale.weight != WeightScale::Tensor || !made {
             return Ok(1.0);
         }
         let known = |arm: &Emulated| {
@@ -185,9 +233,19 @@ impl Emulated {
     ) -> Result<Vec<T>, ComputeError> {
         let whole = self.absmax_of(weight)?;
         by_chunk(weight, |first, rows| {
-            let (codes, scales) = self.quantise_weight_rows(rows, weight.width(), whole);
+            let (codes, scales) = self.quantise_weight_rows(weight, first, rows, whole);
             work(first, rows, &codes, scales)
         })
+    }
+
+    /// The weight's codes, where the arm takes what the checkpoint holds.
+    fn held<'a>(&self, weight: &Weight<'a>) -> Option<HeldCodes<'a>> {
+        let codes = match self.recipe.gemm {
+            Format::E4m3 => WeightType::E4m3,
+            Format::E5m2 => WeightType::E5m2,
+            _ => return None,
+        };
+        weight.held_codes(codes).filter(|_| self.takes_codes)
     }
 
     fn convert(&self, values: &[f32], width: usize, scales: &Scales) -> Codes {
@@ -220,6 +278,35 @@ impl Emulated {
             }
         }
     }
+}
+
+/// Rows of a weight as the checkpoint holds them.
+fn as_held(
+    format: Format,
+    held: &HeldCodes<'_>,
+    rows: Range<usize>,
+    width: usize,
+) -> (Codes, Scales) {
+    let mut codes = Codes::zeros(format, rows.len(), width);
+    let lines = held.codes(rows.clone()).chunks_exact(width);
+    for (mut codes, held) in codes.rows_mut().into_iter().zip(lines) {
+        codes.copy_from(CodesRow::Bits8(held));
+    }
+    let [tall, wide] = held.block();
+    let scales = if wide < width {
+        let blocks = width.div_ceil(BLOCK);
+        let of_rows = |row: usize| (0..blocks).map(move |block| held.scale(row, block * BLOCK));
+        Scales::Block128 {
+            rows_per_block: BLOCK,
+            first_row: 0,
+            scales: rows.step_by(BLOCK).flat_map(of_rows).collect(),
+        }
+    } else if tall == 1 {
+        Scales::Row(rows.map(|row| held.scale(row, 0)).collect())
+    } else {
+        Scales::Tensor(held.scale(0, 0))
+    };
+    (codes, scales)
 }
 
 impl Ops for Emulated {
@@ -421,6 +508,9 @@ impl Emulated {
         check_matmul(x, &weight, bias.as_ref())?;
         if let Some(engine) = &self.engine {
             return engine.matmul(x, weight, bias);
+        }
+        if let Some(arm) = self.of_weight(&weight)? {
+            return arm.matmul(x, weight, bias);
         }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);

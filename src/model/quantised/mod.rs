@@ -685,6 +685,11 @@ impl<'a> HeldCodes<'a> {
         self.scaled.scales.block
     }
 
+    /// Rows of the tensor that stand before the weight's own.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
     /// The codes of rows.
     pub fn codes(&self, rows: Range<usize>) -> &'a [u8] {
         let width = self.scaled.width;

@@ -599,10 +599,14 @@ fn arithmetic(stage: &StageRecord) -> Markup {
     };
     html! {
             dl {
-                dt { "GEMM" } dd { (word(serde_json::to_value(recipe.gemm))) }
-                dt { "scales" } dd {
-                    "weight per " (word(serde_json::to_value(recipe.scale.weight)))
-                    ", activation per " (word(serde_json::to_value(recipe.scale.activation)))
+                @if recipe.codes.are_made() {
+                    dt { "GEMM" } dd { (word(serde_json::to_value(recipe.gemm))) }
+                    dt { "scales" } dd {
+                        "weight per " (word(serde_json::to_value(recipe.scale.weight)))
+                        ", activation per " (word(serde_json::to_value(recipe.scale.activation)))
+                    }
+                } @else {
+                    dt { "GEMM" } dd { "the checkpoint's codes and scales; other weights in their own type" }
                 }
                 dt { "accumulation" } dd { (word(serde_json::to_value(recipe.accumulate))) }
                 dt { "output" } dd { (word(serde_json::to_value(recipe.output))) }

@@ -1,0 +1,86 @@
+//! A recipe that takes the checkpoint's own codes: what it says of one weight.
+//!
+//! It knows which forms the project's own kernels multiply as they stand in a file. A weight of
+//! FP8 codes is an operand with its scales; one of a plain float type is multiplied in that type;
+//! every other form would have to be converted, and is refused by name.
+
+use super::ComputeError;
+use crate::dtype::Format;
+use crate::model::{HeldCodes, Weight, WeightType};
+use crate::op::{Accumulate, ActivationScale, Codes, Recipe, Scale, WeightScale};
+
+/// Rows and values of a block that the kernels scale.
+const BLOCK: usize = 128;
+
+/// What the recipe says of a product with one weight.
+pub struct OfWeight<'a> {
+    /// Formats and scales.
+    pub recipe: Recipe,
+    /// The codes, where the file holds them.
+    pub(crate) held: Option<HeldCodes<'a>>,
+}
+
+/// What a recipe of the checkpoint's codes says of this weight; nothing of another recipe.
+///
+/// Activations have one scale where the file holds it, one per token and 128 values where the
+/// weight has blocks, and one per token elsewhere.
+///
+/// # Errors
+/// If the weight has a form that the project's kernels do not multiply, or blocks of another size.
+pub fn of_weight<'a>(
+    recipe: &Recipe,
+    weight: &Weight<'a>,
+) -> Result<Option<OfWeight<'a>>, ComputeError> {
+    if recipe.codes.are_made() {
+        return Ok(None);
+    }
+    let recipe = Recipe { codes: Codes::Made, ..*recipe };
+    let refuse = |what: String| {
+        Err(ComputeError::Recipe(format!(
+            "`gemm = \"checkpoint\"`: the weight `{}` {what}; write another `gemm`, which converts \
+             its values, or name the `engine` that multiplies it",
+            weight.name()
+        )))
+    };
+    if !weight.is_scaled() {
+        let gemm = match weight.kind() {
+            WeightType::BF16 => Format::Bf16,
+            WeightType::F16 => Format::F16,
+            WeightType::F32 | WeightType::F64 => Format::F32,
+            kind => return refuse(format!("is {kind}, which no tensor core takes as it is")),
+        };
+        return Ok(Some(OfWeight { recipe: Recipe { gemm, ..recipe }, held: None }));
+    }
+    let e4m3 = weight.held_codes(WeightType::E4m3).map(|held| (Format::E4m3, held));
+    let codes = e4m3.or_else(|| Some((Format::E5m2, weight.held_codes(WeightType::E5m2)?)));
+    let Some((gemm, held)) = codes else {
+        return refuse(format!(
+            "holds {} codes, and the project's kernels take FP8 codes alone",
+            weight.kind()
+        ));
+    };
+    let [tall, wide] = held.block();
+    let of_weight = match (tall, wide) {
+        (1, wide) if wide == weight.width() => WeightScale::Channel,
+        (tall, wide) if tall >= weight.rows() && wide == weight.width() => WeightScale::Tensor,
+        (BLOCK, BLOCK) if held.first().is_multiple_of(BLOCK) => WeightScale::Block128,
+        _ => return refuse(format!("has blocks of {tall} by {wide} values, and the kernels 128")),
+    };
+    let blocks = of_weight == WeightScale::Block128;
+    let activation = match (held.input_scale, blocks) {
+        (Some(_), false) => ActivationScale::Tensor,
+        (None, true) => ActivationScale::Block128,
+        (None, false) => ActivationScale::Token,
+        (Some(_), true) => {
+            return refuse("has blocks, and one scale for all activations".to_owned());
+        }
+    };
+    if blocks && recipe.accumulate == Accumulate::Fast {
+        return refuse(
+            "has a scale for 128 values of K, which `accumulate = \"fast\"` cannot apply"
+                .to_owned(),
+        );
+    }
+    let scale = Scale { weight: of_weight, activation };
+    Ok(Some(OfWeight { recipe: Recipe { gemm, scale, ..recipe }, held: Some(held) }))
+}

@@ -1,0 +1,139 @@
+//! `gemm = "checkpoint"`: products of the codes that a checkpoint holds.
+//!
+//! The folders are those that vLLM computed (`examples/vllm-checkpoints`) and that packages wrote
+//! (`tests/fixtures/quantised`).
+
+use std::path::{Path, PathBuf};
+
+use runner::compute::Ops;
+use runner::compute::arms::{self, Task};
+use runner::compute::call::Call;
+use runner::compute::emulated::arm::Emulated;
+use runner::compute::floor::Floor;
+use runner::compute::reference::Reference;
+use runner::dtype::Format;
+use runner::model::Model;
+use runner::op::{Accumulate, Capture, ChipName, Codes, Op, Recipe};
+use runner::tensor::Tensor;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn recipe() -> Recipe {
+    Recipe { codes: Codes::Checkpoint, chip: ChipName::Hopper, ..Recipe::default() }
+}
+
+/// Folders of FP8 codes: by channel, by block, one scale with one for activations, fused.
+const FP8: [&str; 5] = [
+    "examples/vllm-checkpoints/channel",
+    "examples/vllm-checkpoints/block",
+    "examples/vllm-checkpoints/static",
+    "tests/fixtures/quantised/modelopt-fp8",
+    "tests/fixtures/quantised/phi3-fp8",
+];
+
+/// One row for each of the first columns, which has one value there.
+fn one_hot(columns: usize, width: usize, value: f32) -> Tensor {
+    let mut x = Tensor::zeros(columns, width);
+    (0..columns).for_each(|column| x.row_mut(column)[column] = value);
+    x
+}
+
+#[test]
+fn a_weight_is_multiplied_as_its_file_holds_it() {
+    for name in FP8 {
+        let model = Model::open(&folder(name)).unwrap();
+        let arm = Emulated::new(&Recipe { output: Format::F32, ..recipe() }).unwrap();
+        let made = Recipe { codes: Codes::Made, output: Format::F32, ..recipe() };
+        let made = Emulated::new(&made).unwrap();
+        let mut farthest = 0.0f32;
+        for weight in ["blk.0.attn_q", "blk.0.attn_v", "blk.0.ffn_up", "blk.0.ffn_down"] {
+            let weight = model.tensor(&format!("{weight}.weight")).unwrap();
+            let columns = weight.width().min(160);
+            let values = weight.to_vec().unwrap();
+            // The largest code, with the scale that the file has for it or its own, 1.
+            let of_weight = arm.of_weight(&weight).unwrap().unwrap();
+            let (_, scales) = of_weight.quantise_activation(&one_hot(1, weight.width(), 448.0));
+            let x = one_hot(columns, weight.width(), scales_first(&scales) * 448.0);
+            let call = Call::Matmul { x: &x, weight, bias: None };
+            let (y, anew) = (arm.compute(&call).unwrap(), made.compute(&call).unwrap());
+            for column in 0..columns {
+                for row in 0..weight.rows() {
+                    let true_y = x.row(column)[column] * values[row * weight.width() + column];
+                    let of =
+                        |y: &Tensor| (y.row(column)[row] - true_y).abs() / true_y.abs().max(1e-20);
+                    assert!(of(&y) < 4e-7, "{name} {} {row} {column}", weight.name());
+                    farthest = farthest.max(of(&anew));
+                }
+            }
+        }
+        // Converting the values anew, with one scale for all of them, rounds them once more.
+        let finer = name.ends_with("channel") || name.ends_with("block");
+        assert!(farthest > 0.01 || !finer, "{name}: {farthest}");
+    }
+}
+
+fn scales_first(scales: &runner::compute::emulated::gemm::Scales) -> f32 {
+    use runner::compute::emulated::gemm::Scales;
+    match scales {
+        Scales::Tensor(scale) => *scale,
+        Scales::Row(scales) | Scales::Block128 { scales, .. } => scales[0],
+    }
+}
+
+#[test]
+fn a_pass_over_held_codes_lies_within_its_floor() {
+    for name in FP8 {
+        let model = Model::open(&folder(name)).unwrap();
+        let arm = Emulated::new(&recipe()).unwrap();
+        let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+        let tokens = [3, 60, 17, 0, 42, 5];
+        let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+        let pass = arms::compute(&task, &arm, String::new(), &mut |_| {}).unwrap();
+        for local in arms::local(&task, &recipe(), &pass).unwrap() {
+            let Some(sigma) = &local.sigma else { continue };
+            let (truth, sigma) = (&local.truth, &sigma.each);
+            let subject = pass.site(&local.site).unwrap();
+            let z: Vec<f64> = subject
+                .data()
+                .iter()
+                .zip(truth.data())
+                .zip(sigma.data())
+                .map(|((y, truth), sigma)| f64::from(y - truth) / f64::from(*sigma).max(1e-30))
+                .collect();
+            let rms = (z.iter().map(|z| z * z).sum::<f64>() / z.len() as f64).sqrt();
+            assert!(rms < 1.3, "{name} {}: {rms}", local.site);
+        }
+    }
+}
+
+#[test]
+fn a_form_that_no_tensor_core_takes_is_refused_by_name() {
+    let said = |name: &str, recipe: &Recipe| {
+        let model = Model::open(&folder(name)).unwrap();
+        let weight = model.tensor("blk.0.attn_q.weight").unwrap();
+        Emulated::new(recipe).unwrap().of_weight(&weight).err().unwrap().to_string()
+    };
+    let int8 = said("examples/vllm-checkpoints/int8", &recipe());
+    assert!(int8.contains("`blk.0.attn_q.weight` holds I8 codes"), "{int8}");
+    let nvfp4 = said("tests/fixtures/quantised/modelopt-nvfp4", &recipe());
+    assert!(nvfp4.contains("take FP8 codes alone"), "{nvfp4}");
+    let fast = Recipe { accumulate: Accumulate::Fast, ..recipe() };
+    let blocks = said("examples/vllm-checkpoints/block", &fast);
+    assert!(blocks.contains("`accumulate = \"fast\"` cannot apply"), "{blocks}");
+}
+
+#[test]
+fn a_weight_without_codes_is_multiplied_in_its_own_type() {
+    let model = Model::open(&folder("examples/vllm-checkpoints/channel")).unwrap();
+    let weight = model.tensor("output.weight").unwrap();
+    let x = one_hot(3, weight.width(), 1.0);
+    let call = Call::Matmul { x: &x, weight, bias: None };
+    let y = Emulated::new(&recipe()).unwrap().compute(&call).unwrap();
+    let exact = Reference.compute(&call).unwrap();
+    assert_eq!(y.data(), exact.data(), "one product of a bf16 value and 1");
+    let floor = Floor::new(&recipe()).unwrap();
+    floor.compute(&call).unwrap();
+    assert_eq!(floor.into_sigmas().len(), 1);
+}
