@@ -125,6 +125,7 @@ impl Drawn {
         let x_values = redrawn(stream_of(self.number, x.data()), x.data(), &codes, &scales);
         let x_energies = energies(&x_values, width);
         let x = Widened::of(&x_values, width);
+        let accumulation = self.floor.accumulation(width);
         let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
             // A weight is large, and its name says as much as its values.
             let parts: [&[u8]; 3] = [
@@ -144,7 +145,7 @@ impl Drawn {
                 // sum (x w)^2, as if it did not matter which x meets which w.
                 let terms = energies / width as f64;
                 let chain = chains.as_ref().map(|chains| chains[index]);
-                let moved = self.floor.after_operands(width, dot, terms, chain).sqrt();
+                let moved = self.floor.after_operands(accumulation, dot, terms, chain).sqrt();
                 let bias =
                     bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % codes.rows()]));
                 y.push((dot + f64::from(sign) * moved + bias) as f32);

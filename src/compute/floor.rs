@@ -117,10 +117,16 @@ impl Floor {
     }
 
     /// The variance of what a GEMM's result meets after its operands' conversion:
-    /// accumulation and output rounding. `terms` is `sum_k (x w)^2`, and `chain` the
+    /// accumulation and output rounding. The first pair is what [`Floor::accumulation`] gives for
+    /// the width, `terms` is `sum_k (x w)^2`, and `chain` the
     /// accumulation's variance where [`Floor::chains`] gives it.
-    pub fn after_operands(&self, inner: usize, dot: f64, terms: f64, chain: Option<f64>) -> f64 {
-        let (of_terms, of_sum) = self.accumulation(inner);
+    pub fn after_operands(
+        &self,
+        (of_terms, of_sum): (f64, f64),
+        dot: f64,
+        terms: f64,
+        chain: Option<f64>,
+    ) -> f64 {
         let accumulation = chain.unwrap_or(of_terms * terms + of_sum * dot * dot);
         accumulation + self.output(dot.abs()) + rounding(Format::F32, dot.abs())
     }
@@ -164,7 +170,7 @@ impl Floor {
     /// cuts of terms of either sign add as a random walk, `steps 2^-2R` of the
     /// terms' squares; the running sum loses up to half a unit each time, in
     /// the same direction, `(steps 2^-(R+1))^2` of its square.
-    fn accumulation(&self, inner: usize) -> (f64, f64) {
+    pub fn accumulation(&self, inner: usize) -> (f64, f64) {
         let inner = inner as f64;
         match chip(self.recipe.chip).unit(self.recipe.gemm, self.recipe.gemm) {
             Some(Unit::TensorCore(core)) => {
@@ -267,11 +273,19 @@ fn square_of_power(value: f32) -> f64 {
     power * power
 }
 
+/// `2^exponent`, of exponents in f64's normal range.
+fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits(((exponent + 1023) as u64) << 52)
+}
+
 /// The variance of rounding a value of about `size`: `ulp^2 / 12`.
 fn rounding(format: Format, size: f64) -> f64 {
-    let exponent = if size > 0.0 { size.log2().floor() as i32 } else { format.min_exponent() };
-    let exponent = exponent.max(format.min_exponent()) - format.fraction_bits() as i32;
-    2f64.powi(exponent).powi(2) / 12.0
+    // Below f64's normal range the exponent's bits say less than any format's least one.
+    let exponent = (size.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    let least = format.min_exponent();
+    let exponent = if size > 0.0 && exponent > least { exponent } else { least };
+    let place = power_of_two(exponent - format.fraction_bits() as i32);
+    place * place / 12.0
 }
 
 /// A quarter of the last place of an f32: where a result must be the correctly
@@ -289,36 +303,63 @@ fn rounded(value: f64) -> f64 {
 
 /// The rounding error of each value of an operand, row-major.
 pub(super) fn rounding_errors(values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
-    /// Columns that share a scale, at least.
-    const SPAN: usize = 128;
-    let (format, width) = (codes.format(), codes.width());
-    let table: Vec<f32> = match format.bytes() {
-        1 => (0..256).map(|code| format.decode(code)).collect(),
-        _ => Vec::new(),
-    };
-    let mut errors = vec![0.0; values.len()];
-    let rows = values.chunks_exact(width).zip(errors.chunks_exact_mut(width));
-    for (row, (values, errors)) in rows.enumerate() {
-        let spans = values.chunks(SPAN).zip(errors.chunks_mut(SPAN));
-        for (span, (values, errors)) in spans.enumerate() {
-            let first = span * SPAN;
-            let scale = scales.of(row, span, width);
-            let pairs = errors.iter_mut().zip(values);
-            let range = first..first + values.len();
-            match codes.row(row) {
-                CodesRow::Bits8(codes) => pairs
-                    .zip(&codes[range])
-                    .for_each(|((e, &x), &code)| *e = table[usize::from(code)] * scale - x),
-                CodesRow::Bits16(codes) => pairs
-                    .zip(&codes[range])
-                    .for_each(|((e, &x), &code)| *e = format.decode(u32::from(code)) * scale - x),
-                CodesRow::Bits32(codes) => pairs
-                    .zip(&codes[range])
-                    .for_each(|((e, &x), &code)| *e = format.decode(code) * scale - x),
+    dispatch(RoundingErrors { values, codes, scales })
+}
+
+struct RoundingErrors<'a> {
+    values: &'a [f32],
+    codes: &'a Codes,
+    scales: &'a Scales,
+}
+
+impl Kernel for RoundingErrors<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<f32> {
+        let RoundingErrors { values, codes, scales } = self;
+        /// Columns that share a scale, at least.
+        const SPAN: usize = 128;
+        let (format, width) = (codes.format(), codes.width());
+        let table: Vec<f32> = match format.bytes() {
+            1 => (0..256).map(|code| format.decode(code)).collect(),
+            _ => Vec::new(),
+        };
+        let mut errors = vec![0.0; values.len()];
+        let rows = values.chunks_exact(width).zip(errors.chunks_exact_mut(width));
+        for (row, (values, errors)) in rows.enumerate() {
+            let spans = values.chunks(SPAN).zip(errors.chunks_mut(SPAN));
+            for (span, (values, errors)) in spans.enumerate() {
+                let first = span * SPAN;
+                let scale = scales.of(row, span, width);
+                let pairs = errors.iter_mut().zip(values);
+                let range = first..first + values.len();
+                match codes.row(row) {
+                    CodesRow::Bits8(codes) => {
+                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
+                            *e = table[usize::from(code)] * scale - x;
+                        }
+                    }
+                    CodesRow::Bits16(codes) if format == Format::Bf16 => {
+                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
+                            *e = f32::from_bits(u32::from(code) << 16) * scale - x;
+                        }
+                    }
+                    CodesRow::Bits16(codes) => {
+                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
+                            *e = format.decode(u32::from(code)) * scale - x;
+                        }
+                    }
+                    CodesRow::Bits32(codes) => {
+                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
+                            *e = format.decode(code) * scale - x;
+                        }
+                    }
+                }
             }
         }
+        errors
     }
-    errors
 }
 
 /// An operand's rows, each divided by a power of two so that its largest magnitude lies between 1

@@ -7,6 +7,7 @@
 //! Transcendental functions come from `libm`, the same code on every machine.
 //! It knows nothing of recipes: no quantised activations, no chip.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -448,18 +449,24 @@ fn by_chunk<T: Send>(
     let starts: Vec<usize> = (0..rows).step_by(step).collect();
     starts
         .into_par_iter()
-        .map_init(
-            || (Vec::new(), Widened::empty(width)),
-            |(decoded, chunk), start| {
-                check_interrupt()?;
-                let range = start..(start + step).min(rows);
-                decoded.resize(range.len() * width, 0.0);
-                weight.decode_rows(range, decoded)?;
-                chunk.refill(decoded, width);
-                Ok((start, work(chunk)))
-            },
-        )
+        .map(|start| {
+            check_interrupt()?;
+            let range = start..(start + step).min(rows);
+            let (mut decoded, wide) = SCRATCH.take();
+            let mut chunk = Widened { data: wide, ..Widened::empty(width) };
+            decoded.resize(range.len() * width, 0.0);
+            weight.decode_rows(range, &mut decoded)?;
+            chunk.refill(&decoded, width);
+            let made = work(&chunk);
+            SCRATCH.set((decoded, chunk.data));
+            Ok((start, made))
+        })
         .collect()
+}
+
+thread_local! {
+    /// A chunk's values and the same as f64, whose memory serves the next chunk again.
+    static SCRATCH: Cell<(Vec<f32>, Vec<f64>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
 /// Rows of f64, each padded with zeros to whole lanes. A zero product leaves a
@@ -516,9 +523,12 @@ impl Kernel for Widen<'_> {
     fn run<const FMA: bool>(self) {
         let rows = self.values.chunks_exact(self.width);
         for (values, wide) in rows.zip(self.data.chunks_exact_mut(self.stride)) {
+            let (wide, padding) = wide.split_at_mut(self.width);
             for (wide, &value) in wide.iter_mut().zip(values) {
                 *wide = f64::from(value);
             }
+            // The memory may have held another tensor.
+            padding.fill(0.0);
         }
     }
 }
@@ -526,4 +536,21 @@ impl Kernel for Widen<'_> {
 /// All dot products of the rows of `x` with the rows of `w`, `[x rows, w rows]`.
 pub(super) fn dot_rows(x: &Widened, w: &Widened) -> Vec<f64> {
     dots(&x.data[..x.rows * x.stride], &w.data[..w.rows * w.stride], w.stride)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_serves_again_leaves_nothing_in_the_padding() {
+        let full = vec![7.0f32; 64];
+        let mut wide = Widened::of(&full, 16);
+        wide = Widened { data: wide.data, ..Widened::empty(12) };
+        wide.refill(&full[..36], 12);
+        for row in wide.data.chunks_exact(16) {
+            assert_eq!(row[..12], [7.0; 12]);
+            assert_eq!(row[12..], [0.0; 4]);
+        }
+    }
 }

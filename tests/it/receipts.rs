@@ -8,7 +8,7 @@ use runner::compute::arms::{Shipped, Task, Workshop, compute};
 use runner::dtype::Format;
 use runner::metric::Metric;
 use runner::model::Model;
-use runner::op::{Arm, ChipName, Op, Recipe, Stream};
+use runner::op::{Arm, ChipName, Codes, Op, Recipe, Stream};
 use runner::plan::open_model;
 use runner::record::{RunRecord, StageRecord};
 use runner::text::grouped;
@@ -75,6 +75,18 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
 fn receipts_of_checkpoints_are_to_the_bit_and_count_what_the_readme_says() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |name: &str| std::fs::read_to_string(root.join(name)).expect("readable");
+    let of_own = read("runs/receipts/checkpoints/h200-own.json");
+    let of_own: serde_json::Value = serde_json::from_str(&of_own).expect("JSON");
+    let runs = of_own["runs"].as_array().expect("runs");
+    assert!(runs.iter().all(|run| run["mismatches"] == 0));
+    let sum = |key: &str| runs.iter().filter_map(|run| run[key].as_u64()).sum::<u64>() as usize;
+    let said = format!(
+        "{} runs, {} sites and {} values",
+        runs.len(),
+        grouped(sum("sites")),
+        grouped(sum("values"))
+    );
+    assert!(read("README.md").contains(&said), "README.md does not say {said}");
     let text = read("runs/receipts/checkpoints/h200-vllm.json");
     let receipt: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert!(receipt["gpu"].as_str().is_some_and(|gpu| gpu.starts_with("NVIDIA")));
@@ -243,6 +255,28 @@ fn the_emulated_arm_gives_what_the_gpu_gave_of_a_quantised_checkpoint() {
             assert!(bits.into_iter().all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
         }
         assert!(held >= 34, "{name}: only {held} sites were held against a GPU");
+    }
+}
+
+/// Checkpoints of FP8 codes by channel, by block and by tensor, with static activations and fused,
+/// under `gemm = "checkpoint"`, and what an H200 made of them.
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_of_a_checkpoints_own_codes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let receipts = receipts_in("runs/receipts/checkpoints/own");
+    assert_eq!(receipts.len(), 5);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            assert_eq!(stage.recipe.codes, Codes::Checkpoint, "{name}");
+            let model = Model::open(&root.join(&stage.model)).expect("the checkpoint");
+            held += hold(&name, stage, &model);
+            let of_device = stage.measures.iter().filter(|m| m.subject == Stream::Arm(Arm::Device));
+            let of_device = of_device.filter(|m| m.judge == Stream::Arm(Arm::Emulated));
+            let mut bits = of_device.map(|m| m.metrics[&Metric::BitMismatches]);
+            assert!(bits.all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
+        }
+        assert!(held >= 20, "{name}: only {held} sites were held against a GPU");
     }
 }
 

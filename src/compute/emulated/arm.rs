@@ -4,6 +4,7 @@
 //! sequences of `kernels.rs`. It knows no truth: it says what a chip returns,
 //! right or wrong.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -642,14 +643,22 @@ fn by_chunk<T: Send>(
     let starts: Vec<usize> = (0..rows).step_by(CHUNK_ROWS).collect();
     starts
         .into_par_iter()
-        .map_init(Vec::new, |decoded, start| {
+        .map(|start| {
             check_interrupt()?;
             let range = start..(start + CHUNK_ROWS).min(rows);
+            let mut decoded = DECODED.take();
             decoded.resize(range.len() * width, 0.0);
-            weight.decode_rows(range, decoded)?;
-            work(start, decoded)
+            weight.decode_rows(range, &mut decoded)?;
+            let made = work(start, &decoded);
+            DECODED.set(decoded);
+            made
         })
         .collect()
+}
+
+thread_local! {
+    /// The values of a chunk, whose memory serves the next chunk again.
+    static DECODED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// One scale per block of `rows_per_block` rows by [`BLOCK`] columns, row-major.

@@ -341,9 +341,12 @@ pub fn attend(
     out: &mut [f32],
 ) {
     let head = keys.offset..keys.offset + query.len();
-    weights.clear();
     let rows = keys.data.chunks_exact(keys.stride);
-    weights.extend(rows.map(|key| warp_dot(query, &key[head.clone()]) * scale));
+    // A loop of its own: what `extend` calls is compiled without this instruction set.
+    weights.resize(rows.len(), 0.0);
+    for (weight, key) in weights.iter_mut().zip(rows) {
+        *weight = warp_dot(query, &key[head.clone()]) * scale;
+    }
     if cap != 0.0 {
         weights.iter_mut().for_each(|score| *score = soft_cap(*score, cap));
     }

@@ -6,6 +6,7 @@
 //! quotient.
 
 use crate::dtype::{Format, bf16_from_f32, e4m3_from_f32, e5m2_from_f32};
+use crate::vector::{Kernel, dispatch};
 
 /// Codes of a matrix, row-major `[rows, width]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -293,9 +294,23 @@ impl CodesRowMut<'_> {
 
 /// The largest magnitude; 0 of nothing. A NaN anywhere gives NaN.
 pub fn absmax(values: &[f32]) -> f32 {
-    // Magnitudes order like their bits, and every NaN lies above infinity.
-    let bits = values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff));
-    f32::from_bits(bits)
+    dispatch(Absmax(values))
+}
+
+struct Absmax<'a>(&'a [f32]);
+
+impl Kernel for Absmax<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> f32 {
+        // Magnitudes order like their bits, and every NaN lies above infinity.
+        let mut most = 0;
+        for value in self.0 {
+            most = most.max(value.to_bits() & 0x7fff_ffff);
+        }
+        f32::from_bits(most)
+    }
 }
 
 /// The scale that maps `absmax` to the format's largest value: for FP8
@@ -313,33 +328,50 @@ pub fn scale_for(format: Format, absmax: f32) -> f32 {
 /// bug of the caller.
 pub fn quantize_row(format: Format, values: &[f32], scale: f32, codes: &mut CodesRowMut) {
     assert_eq!(values.len(), codes.len(), "one code per value");
-    match (format, codes) {
-        (Format::E4m3, CodesRowMut::Bits8(codes)) => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = e4m3_from_f32(value / scale);
+    dispatch(Quantise { format, values, scale, codes });
+}
+
+struct Quantise<'a, 'c> {
+    format: Format,
+    values: &'a [f32],
+    scale: f32,
+    codes: &'a mut CodesRowMut<'c>,
+}
+
+impl Kernel for Quantise<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Quantise { format, values, scale, codes } = self;
+        match (format, codes) {
+            (Format::E4m3, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e4m3_from_f32(value / scale);
+                }
             }
-        }
-        (Format::E5m2, CodesRowMut::Bits8(codes)) => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = e5m2_from_f32(value / scale);
+            (Format::E5m2, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e5m2_from_f32(value / scale);
+                }
             }
-        }
-        (Format::Bf16, CodesRowMut::Bits16(codes)) => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = bf16_from_f32(value / scale);
+            (Format::Bf16, CodesRowMut::Bits16(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = bf16_from_f32(value / scale);
+                }
             }
-        }
-        (Format::F16, CodesRowMut::Bits16(codes)) => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = format.encode(value / scale) as u16;
+            (Format::F16, CodesRowMut::Bits16(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = format.encode(value / scale) as u16;
+                }
             }
-        }
-        (Format::Tf32 | Format::F32, CodesRowMut::Bits32(codes)) => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = format.encode(value / scale);
+            (Format::Tf32 | Format::F32, CodesRowMut::Bits32(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = format.encode(value / scale);
+                }
             }
+            (format, codes) => panic!("{format} codes do not fit into {codes:?}"),
         }
-        (format, codes) => panic!("{format} codes do not fit into {codes:?}"),
     }
 }
 
