@@ -985,7 +985,11 @@ impl Floor {
                 exponential += share * share * 4.0 * rounded(argument);
                 engine += self.foreign(8.0, 0.5 * gate * f64::from(up.data()[index]));
             }
-            (size * size * exponential + 5.0 * rounded(size) + engine).sqrt() + quarter_place(y)
+            // Beyond f32's largest number the exponential is infinite, and the quotient 0: all that
+            // is left of the value is lost.
+            let lost = if power > 0.999 * f64::from(f32::MAX) { size * size } else { 0.0 };
+            let own = size * size * exponential + 5.0 * rounded(size) + lost;
+            (own + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
     }
