@@ -322,7 +322,7 @@ fn problem_of_model(path: &Path) -> Result<Found, CacheError> {
         (synthetic::NOTE, synthetic::Noted::Damaged) => {
             return Ok(Found::Damaged("its check does not fit"));
         }
-        ("gguf", synthetic::Noted::Digest(made)) => made,
+        ("gguf" | "safetensors", synthetic::Noted::Digest(made)) => made,
         // The next run makes a note for a model of an earlier version.
         _ => return Ok(Found::NoneOfOurs),
     };

@@ -257,9 +257,13 @@ struct Selection {
     /// The folder of stages.
     #[arg(default_value = "stages")]
     folder: PathBuf,
-    /// The model: `synthetic:<preset>`, a GGUF file or a safetensors folder.
+    /// The model: `synthetic:<preset>[@<scale>]`, a GGUF file or a safetensors folder.
     #[arg(long)]
     model: Option<String>,
+    /// What a synthetic model's widths, heads, vocabulary and blocks are multiplied by: `--model
+    /// synthetic:<preset> --scale 8` is `synthetic:<preset>@8`.
+    #[arg(long, requires = "model")]
+    scale: Option<String>,
     /// The prompt as token ids.
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
     tokens: Option<Vec<u32>>,
@@ -459,18 +463,29 @@ fn graph_of(pipeline: &Pipeline) -> Result<Graph, String> {
 }
 
 /// What the command line sets for every stage.
-fn overrides(args: &Selection) -> Overrides {
-    Overrides {
-        model: args.model.clone(),
+fn overrides(args: &Selection) -> Result<Overrides, String> {
+    let model = match (&args.model, &args.scale) {
+        (Some(model), Some(_)) if !model.starts_with("synthetic:") => {
+            return Err(format!(
+                "`--scale` is of synthetic models, and `{}` is none: write `--model \
+                 synthetic:NAME`",
+                crate::text::shown(model)
+            ));
+        }
+        (Some(model), Some(scale)) => Some(format!("{model}@{scale}")),
+        (model, _) => model.clone(),
+    };
+    Ok(Overrides {
+        model,
         tokens: args.tokens.clone(),
         prompt: args.prompt.clone(),
         arms: args.arms.clone(),
-    }
+    })
 }
 
 /// The pipeline, its graph and the selected stages.
 fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), String> {
-    let pipeline = load_pipeline(&args.folder, &overrides(args))?;
+    let pipeline = load_pipeline(&args.folder, &overrides(args)?)?;
     let graph = graph_of(&pipeline)?;
     let stages = match &args.select {
         None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use super::print;
+use crate::model::synthetic::Preset;
 use crate::model::{Architecture, WeightType};
 
 pub(super) fn models() -> Result<u8, String> {
@@ -78,6 +79,23 @@ fn about(architecture: Architecture) -> &'static str {
     }
 }
 
+/// Models that need no weights.
+fn synthetic(text: &mut String) {
+    text.push_str(
+        "## Synthetic models\n`synthetic:NAME` makes a model of seeded values, the same bytes on \
+         every machine, to try a kind without weights: a GGUF file in the cache, or \
+         a Hugging Face folder (mistral, phi3, gpt-oss, deepseek-v3 and qwen3-next). A few channels of \
+         its residual stream carry values some 25 times larger than the rest, and tokens of a \
+         mixture go to all experts. `synthetic:NAME@SCALE`, such as `synthetic:qwen3-moe-tiny@8`, \
+         has SCALE times the hidden and feed-forward width, the heads, the vocabulary and the \
+         blocks, these up to the number of a large model of the kind.\n\n| name | what it is |\n|---|---|\n",
+    );
+    for preset in Preset::ALL {
+        let _ = writeln!(text, "| `{preset}` | {} |", preset.about());
+    }
+    text.push('\n');
+}
+
 fn text() -> String {
     let mut text = String::from("# Models\nMade by `runner reference --models`; do not edit.\n\n");
     text.push_str(
@@ -108,9 +126,10 @@ fn text() -> String {
          adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
          smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, and \
-         gemma's scores are scaled by the width of a head, whatever the original's config said.\n\n\
-         ## Weights\n| form | where | held to |\n|---|---|---|\n",
+         gemma's scores are scaled by the width of a head, whatever the original's config said.\n\n",
     );
+    synthetic(&mut text);
+    text.push_str("## Weights\n| form | where | held to |\n|---|---|---|\n");
     for kind in WeightType::ALL {
         let of = match kind {
             WeightType::F32 | WeightType::F16 | WeightType::BF16 => {

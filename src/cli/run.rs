@@ -108,7 +108,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     })?;
     if args.nightly.profile.is_some() && !args.dry_run {
         // A profile that is not there need not wait for its turn.
-        let overrides = super::overrides(&args.selection);
+        let overrides = super::overrides(&args.selection)?;
         args.nightly.profile(&load_pipeline(&args.selection.folder, &overrides)?)?;
         night.alone(runs)?;
     }

@@ -145,6 +145,17 @@ impl Architecture {
         ("qwen3moe", Architecture::Qwen3Moe),
     ];
 
+    /// The name that GGUF files use.
+    pub(super) fn gguf_name(self) -> &'static str {
+        let found = Architecture::OF_GGUF.iter().find(|(_, architecture)| *architecture == self);
+        match found {
+            Some((name, _)) => name,
+            // A llama with experts.
+            None if self == Architecture::Mixtral => Architecture::Llama.name(),
+            None => self.name(),
+        }
+    }
+
     /// Whether GGUF files of it are read.
     pub fn is_of_gguf(self) -> bool {
         let found = |(_, architecture): &(&str, Architecture)| *architecture == self;

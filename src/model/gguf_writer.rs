@@ -64,10 +64,15 @@ impl HeaderWriter {
         self.metadata.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     }
 
-    /// Appends a tensor `[rows, width]`; a vector has one row and one dimension.
-    pub fn tensor(&mut self, name: &str, kind: WeightType, rows: usize, width: usize) {
+    /// Appends a tensor `[rows, width]`, which may be `depth` matrices one below the other; a
+    /// vector has one row and one dimension.
+    pub fn tensor(&mut self, name: &str, kind: WeightType, [depth, rows, width]: [usize; 3]) {
         push_text(&mut self.table, name);
-        let dimensions = if rows == 1 { &[width][..] } else { &[width, rows][..] };
+        let dimensions = match (depth, rows) {
+            (1, 1) => &[width][..],
+            (1, _) => &[width, rows],
+            _ => &[width, rows / depth, depth],
+        };
         self.table.extend((dimensions.len() as u32).to_le_bytes());
         for &dimension in dimensions {
             self.table.extend((dimension as u64).to_le_bytes());

@@ -82,6 +82,12 @@ impl Mixture {
         format!("blk.{}.{name}.{expert}.{ending}", self.layer)
     }
 
+    /// The canonical names of all that it holds.
+    pub fn held(&self) -> Vec<String> {
+        let of = |expert: usize| self.names.iter().map(move |name| self.canonical(name, expert));
+        (0..self.experts).flat_map(of).collect()
+    }
+
     /// Each expert's matrices, vectors, codes or scales, by their places among the data.
     ///
     /// # Errors

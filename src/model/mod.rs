@@ -9,6 +9,7 @@ mod blocks;
 mod config;
 mod error;
 mod gguf;
+mod gguf_fused;
 mod gguf_parts;
 mod gguf_writer;
 mod hf_config;
@@ -166,7 +167,7 @@ impl Model {
         let config = config::from_gguf(&header, &files[0].map, embedding, tied);
         let config = config.map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);
-        cut_fused(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
+        gguf_fused::cut(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
             config,
@@ -497,73 +498,6 @@ impl Model {
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
     }
-}
-
-/// Cuts what a GGUF file keeps in one tensor: all experts of a block, one below the other, and the
-/// gate above the other projection of a GLM 4.
-fn cut_fused<'t>(
-    tensors: &mut BTreeMap<String, Place>,
-    infos: impl Iterator<Item = &'t gguf::TensorInfo>,
-    config: &Config,
-) -> Result<(), Fault> {
-    let glm = config.architecture == Architecture::Glm4;
-    for info in infos {
-        let Some((layer, inner)) = crate::op::in_layer(&info.name) else { continue };
-        if config.experts.is_some() && inner.contains("_exps.") && inner.matches('.').count() > 1 {
-            let problem = "a GGUF file holds all experts of a block in one tensor";
-            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
-        }
-        let part = |name: &str| format!("blk.{layer}.{name}.weight");
-        let (parts, rows, width) = match (inner, &config.experts) {
-            ("ffn_gate_exps.weight" | "ffn_up_exps.weight" | "ffn_down_exps.weight", Some(of)) => {
-                let stem = inner.trim_end_matches(".weight");
-                let (rows, width) = match stem {
-                    "ffn_down_exps" => (config.hidden, of.ffn),
-                    _ => (of.ffn, config.hidden),
-                };
-                // Before names are made: a shape that is another one is told below.
-                let fits =
-                    (info.depth, info.rows, info.width) == (of.count, of.count * rows, width);
-                if !fits || layer as usize >= config.layers {
-                    let problem = format!(
-                        "it is [{}, {}, {width_of}], but the hyperparameters make it [{}, {rows}, \
-                         {width}]",
-                        info.depth,
-                        info.rows / info.depth.max(1),
-                        of.count,
-                        width_of = info.width,
-                    );
-                    return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
-                }
-                let names = (0..of.count).map(|expert| part(&format!("{stem}.{expert}")));
-                (names.collect::<Vec<String>>(), rows, width)
-            }
-            ("ffn_up.weight", _) if glm => {
-                (vec![part("ffn_gate"), part("ffn_up")], config.ffn, config.hidden)
-            }
-            _ => continue,
-        };
-        let Some(whole) = tensors.remove(&info.name) else { continue };
-        if (whole.rows, whole.width) != (parts.len() * rows, width) {
-            let problem = format!(
-                "it is [{}, {}], but the hyperparameters make it [{}, {width}]",
-                whole.rows,
-                whole.width,
-                parts.len() * rows
-            );
-            return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
-        }
-        let length = whole.bytes.len() / parts.len();
-        for (number, part) in parts.into_iter().enumerate() {
-            let start = whole.bytes.start + number * length;
-            let place = Place { rows, bytes: start..start + length, ..whole.clone() };
-            if tensors.insert(part, place).is_some() {
-                let problem = "what is fused in it stands beside it too";
-                return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(info.name.clone()));
-            }
-        }
-    }
-    Ok(())
 }
 
 fn missing_tensor(name: &str) -> Fault {

@@ -550,6 +550,15 @@ pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
     }
 }
 
+/// The canonical names of what a tensor of this name holds; none where a pass has no use for it.
+pub(super) fn held(name: &str, config: &Config) -> Vec<String> {
+    match canonical_name(name, config) {
+        Canonical::Known(canonical) => vec![canonical],
+        Canonical::Fused(parts) => parts.into_iter().map(|(part, _)| part).collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// The keys of a JSON object, refused if one occurs twice: a map would keep the last.
 struct UniqueKeys(Vec<String>);
 

@@ -18,7 +18,7 @@ use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::Model;
-use crate::model::synthetic::{Preset, ensure_by};
+use crate::model::synthetic::{Scaled, ensure_by};
 use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
 use crate::text::{Shown, shown};
 
@@ -609,7 +609,7 @@ fn op_without_inputs(op: &Op) -> serde_json::Value {
     json
 }
 
-/// Opens `synthetic:<preset>`, or the model at a path.
+/// Opens `synthetic:<preset>` or `synthetic:<preset>@<scale>`, or the model at a path.
 ///
 /// # Errors
 /// In words, with the remedy.
@@ -623,11 +623,7 @@ pub fn open_model(
     let _in_use = source.starts_with("synthetic:").then(|| store.in_use());
     let path = match source.strip_prefix("synthetic:") {
         Some(name) => {
-            let preset = Preset::from_name(name).ok_or_else(|| {
-                let known: Vec<&str> = Preset::ALL.iter().map(|preset| preset.name()).collect();
-                format!("no synthetic model is called `{name}`; known: {}", known.join(", "))
-            })?;
-            ensure_by(preset, seed, &store.models(), &|path| stamps.digest(path))
+            ensure_by(Scaled::from_name(name)?, seed, &store.models(), &|path| stamps.digest(path))
                 .map_err(|error| error.to_string())?
         }
         None => Path::new(source).to_owned(),

@@ -26,6 +26,7 @@ mod model;
 mod model_compare;
 mod nightly;
 mod peers;
+mod presets;
 mod quantised;
 mod readers;
 mod receipts;

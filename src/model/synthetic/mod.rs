@@ -1,5 +1,5 @@
 //! Synthetic models: real GGUF files with real shapes and seeded values, made
-//! where no weights are at hand.
+//! where no weights are at hand; Hugging Face folders of some kinds.
 //!
 //! It decides shapes and statistics; `blocks` turns them into bytes. The same
 //! preset and seed give the same bytes on every machine: random numbers come from
@@ -12,10 +12,12 @@
 //! size from block to block.
 
 mod blocks;
+mod folder;
+mod presets;
 mod random;
+mod table;
 mod vocabulary;
 
-use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -27,6 +29,8 @@ use super::weights::WeightType;
 use super::{ModelError, io as io_error};
 use crate::text::Shown;
 use blocks::{Columns, RowWriter, stream};
+use presets::Setting;
+pub use presets::{LARGEST_SCALE, Preset, Scaled};
 
 /// Part of the file's name. It grows when the same preset and seed give other bytes.
 ///
@@ -35,125 +39,18 @@ const GENERATOR_VERSION: u32 = 1;
 /// Bytes generated at once.
 const CHUNK: usize = 8 << 20;
 
-/// A model that can be made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Preset {
-    /// Qwen2 in small: biases, grouped-query attention, an output matrix of its own.
-    Qwen2Tiny,
-    /// Llama in small: interleaved RoPE with frequency factors, tied embeddings.
-    LlamaTiny,
-    /// Qwen3 in small: norms on Q and K, heads wider than their share of the hidden width.
-    Qwen3Tiny,
-    /// The shapes of Qwen2.5-0.5B, tied embeddings.
-    Qwen25Half,
-    /// The shapes of Qwen2.5-7B.
-    Qwen25Seven,
-    /// Shapes that the seed draws, odd ones too; `random.rs` says which.
-    Random,
-}
-
-impl Preset {
-    /// All presets, the default first.
-    pub const ALL: [Preset; 6] = [
-        Preset::Qwen2Tiny,
-        Preset::LlamaTiny,
-        Preset::Qwen3Tiny,
-        Preset::Qwen25Half,
-        Preset::Qwen25Seven,
-        Preset::Random,
-    ];
-
-    /// The name that a manifest gives after `synthetic:`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Preset::Qwen2Tiny => "qwen2-tiny",
-            Preset::LlamaTiny => "llama-tiny",
-            Preset::Qwen3Tiny => "qwen3-tiny",
-            Preset::Qwen25Half => "qwen2.5-0.5b",
-            Preset::Qwen25Seven => "qwen2.5-7b",
-            Preset::Random => "random",
-        }
-    }
-
-    /// The preset of that name.
-    pub fn from_name(name: &str) -> Option<Preset> {
-        Preset::ALL.into_iter().find(|preset| preset.name() == name)
-    }
-
-    fn shape(self, seed: u64) -> Shape {
-        let tiny = Shape {
-            architecture: Architecture::Qwen2,
-            layers: 4,
-            hidden: 256,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            ffn: 768,
-            vocabulary: 2048,
-            rms_norm_eps: 1e-6,
-            theta: 1e6,
-            tied: false,
-            biases: true,
-            outliers: 2,
-            sharpness: 1.2,
-            plain: None,
-        };
-        match self {
-            Preset::Qwen2Tiny => tiny,
-            Preset::LlamaTiny => Shape {
-                architecture: Architecture::Llama,
-                heads: 8,
-                head_dim: 32,
-                rms_norm_eps: 1e-5,
-                theta: 5e5,
-                tied: true,
-                biases: false,
-                ..tiny
-            },
-            Preset::Qwen3Tiny => {
-                let architecture = Architecture::Qwen3;
-                Shape { architecture, head_dim: 128, biases: false, ..tiny }
-            }
-            Preset::Qwen25Half => Shape {
-                layers: 24,
-                hidden: 896,
-                heads: 14,
-                ffn: 4864,
-                vocabulary: 151_936,
-                tied: true,
-                outliers: 3,
-                ..tiny
-            },
-            Preset::Qwen25Seven => Shape {
-                layers: 28,
-                hidden: 3584,
-                heads: 28,
-                kv_heads: 4,
-                head_dim: 128,
-                ffn: 18_944,
-                vocabulary: 152_064,
-                outliers: 6,
-                ..tiny
-            },
-            Preset::Random => random::shape(seed),
-        }
-    }
-}
-
-impl fmt::Display for Preset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
 /// How the name of a file begins that is being made here.
 pub const DRAFT: &str = ".synthetic-";
 /// What the name of the note beside a model ends with: the digest that it was made with.
 pub const NOTE: &str = "blake3";
 
-/// The file of a preset in `cache_dir`, made if it is not there as it was made.
-pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, ModelError> {
-    ensure_by(preset, seed, cache_dir, &|path| {
+/// The file or folder of a preset in `cache_dir`, made if it is not there as it was made.
+pub fn ensure(
+    model: impl Into<Scaled>,
+    seed: u64,
+    cache_dir: &Path,
+) -> Result<PathBuf, ModelError> {
+    ensure_by(model.into(), seed, cache_dir, &|path| {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(crate::files::open(path)?)?;
         Ok(hasher.finalize())
@@ -162,35 +59,71 @@ pub fn ensure(preset: Preset, seed: u64, cache_dir: &Path) -> Result<PathBuf, Mo
 
 /// As [`ensure`], with digests of files from somebody who may know them already.
 pub fn ensure_by(
-    preset: Preset,
+    model: Scaled,
     seed: u64,
     cache_dir: &Path,
     digest: &dyn Fn(&Path) -> io::Result<blake3::Hash>,
 ) -> Result<PathBuf, ModelError> {
-    let path = cache_dir.join(format!("{preset}-seed{seed}-v{GENERATOR_VERSION}.gguf"));
-    if is_as_made(preset, seed, &path, digest) {
+    let name = format!("{model}-seed{seed}-v{GENERATOR_VERSION}");
+    let shape = model.shape(seed);
+    if !shape.is_folder() {
+        let path = cache_dir.join(format!("{name}.gguf"));
+        ensure_weights(model, seed, &path, digest)?;
         return Ok(path);
+    }
+    let folder = cache_dir.join(name);
+    ensure_weights(model, seed, &folder.join(folder::WEIGHTS), digest)?;
+    for (name, bytes) in folder::beside(&shape) {
+        let path = folder.join(name);
+        let is_there = || crate::files::read_whole(&path, bytes.len() as u64).ok();
+        if is_there().is_none_or(|there| there != bytes) {
+            put(&path, &bytes)
+                .map_err(|error| io_error("make the synthetic model", &path, error))?;
+        }
+    }
+    Ok(folder)
+}
+
+/// Writes a small file under its name at once.
+fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = temporary_file(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(bytes)?;
+    file.as_file().sync_data()?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Makes the file of the weights, if it is not there as it was made.
+fn ensure_weights(
+    model: Scaled,
+    seed: u64,
+    path: &Path,
+    digest: &dyn Fn(&Path) -> io::Result<blake3::Hash>,
+) -> Result<(), ModelError> {
+    if is_as_made(model, seed, path, digest) {
+        return Ok(());
     }
     if path.is_file() {
         tracing::warn!("`{}` is not what it was when it was made; it is made again", path.shown());
     }
-    let failed = |error| io_error("make the synthetic model", &path, error);
-    std::fs::create_dir_all(cache_dir).map_err(failed)?;
-    let (file, made) = draft(preset, seed, cache_dir).map_err(failed)?;
-    write_note(&path, made).map_err(failed)?;
+    let failed = |error| io_error("make the synthetic model", path, error);
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let (file, made) = draft(model, seed, folder).map_err(failed)?;
+    write_note(path, made).map_err(failed)?;
     // Another runner may have made it meanwhile, and read it already.
-    if let Err(unmoved) = file.persist_noclobber(&path)
-        && !is_as_made(preset, seed, &path, digest)
+    if let Err(unmoved) = file.persist_noclobber(path)
+        && !is_as_made(model, seed, path, digest)
     {
-        unmoved.file.persist(&path).map_err(|error| failed(error.error))?;
+        unmoved.file.persist(path).map_err(|error| failed(error.error))?;
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Whether a model has the digest that its note says. Where there is no sound note, as runners
 /// left none before, the model is made once more for its digest alone.
 fn is_as_made(
-    preset: Preset,
+    model: Scaled,
     seed: u64,
     path: &Path,
     digest: &dyn Fn(&Path) -> io::Result<blake3::Hash>,
@@ -207,7 +140,7 @@ fn is_as_made(
         Noted::Digest(made) => Some(made),
         Noted::Nothing | Noted::Damaged => {
             let mut hasher = blake3::Hasher::new();
-            write(preset, seed, &mut hasher).ok().map(|()| {
+            write(model, seed, &mut hasher).ok().map(|()| {
                 let made = hasher.finalize();
                 // A folder that cannot be written is as good to read from.
                 let _ = write_note(path, made);
@@ -263,13 +196,13 @@ fn write_note(model: &Path, made: blake3::Hash) -> io::Result<()> {
 /// The model in a file that has no name yet, with its digest. It is flushed to disk: a name
 /// that leads to half of it would outlive a power cut.
 fn draft(
-    preset: Preset,
+    model: Scaled,
     seed: u64,
     folder: &Path,
 ) -> io::Result<(tempfile::NamedTempFile, blake3::Hash)> {
     let mut file = temporary_file(folder)?;
     let mut out = Hashing { out: file.as_file_mut(), hasher: blake3::Hasher::new() };
-    write(preset, seed, &mut out)?;
+    write(model, seed, &mut out)?;
     let made = out.hasher.finalize();
     file.as_file().sync_data()?;
     Ok((file, made))
@@ -301,11 +234,16 @@ fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     builder.prefix(DRAFT).tempfile_in(folder)
 }
 
-/// Writes the preset's GGUF file, a few megabytes at a time.
-pub fn write(preset: Preset, seed: u64, out: &mut (dyn Write + Send)) -> io::Result<()> {
-    let shape = preset.shape(seed);
+/// Writes the preset's GGUF file, or the file of its folder's weights, a few megabytes at a time.
+pub fn write(model: impl Into<Scaled>, seed: u64, out: &mut (dyn Write + Send)) -> io::Result<()> {
+    let model = model.into();
+    let shape = model.shape(seed);
     let tensors = shape.tensors();
-    out.write_all(&shape.header(preset, seed, &tensors))?;
+    let header = match shape.is_folder() {
+        true => folder::header(&tensors),
+        false => shape.header(&model.to_string(), seed, &tensors),
+    };
+    out.write_all(&header)?;
     let outliers = shape.outliers(seed);
     // The next chunk is generated while the last one is written.
     let mut ready = Vec::new();
@@ -314,7 +252,8 @@ pub fn write(preset: Preset, seed: u64, out: &mut (dyn Write + Send)) -> io::Res
         let chunk_rows = (CHUNK / row_bytes).max(1);
         for first in (0..tensor.rows).step_by(chunk_rows) {
             let rows = chunk_rows.min(tensor.rows - first);
-            let last = first + rows == tensor.rows;
+            // Safetensors stand one after the other.
+            let last = first + rows == tensor.rows && !shape.is_folder();
             let (written, next) = rayon::join(
                 || out.write_all(&ready),
                 || tensor.generate(seed, &outliers, first, rows, last),
@@ -328,6 +267,7 @@ pub fn write(preset: Preset, seed: u64, out: &mut (dyn Write + Send)) -> io::Res
 }
 
 /// Hyperparameters of a preset.
+#[derive(Clone)]
 struct Shape {
     architecture: Architecture,
     layers: usize,
@@ -335,13 +275,21 @@ struct Shape {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// Values of a head that RoPE turns.
+    turned: usize,
     ffn: usize,
     vocabulary: usize,
     rms_norm_eps: f32,
     theta: f32,
     tied: bool,
-    /// Whether the biases of Q, K and V are not zero; only Qwen2 has them.
+    /// Whether the biases of Q, K and V are not zero, where it has them.
     biases: bool,
+    /// What widths are multiples of the preset's own by.
+    scale: usize,
+    /// What its metadata say besides.
+    settings: &'static [(&'static str, Setting)],
+    /// Tensors of a block that it has, though its architecture does not demand them.
+    besides: &'static [&'static str],
     /// Channels of the residual stream that carry large values.
     outliers: usize,
     /// Size of the weights of Q and K in `1 / sqrt(hidden)`: scores grow with its square.
@@ -354,9 +302,14 @@ struct Shape {
 struct Planned {
     name: String,
     kind: WeightType,
+    /// Matrices that lie one below the other.
+    depth: usize,
+    /// Rows of all of them.
     rows: usize,
     width: usize,
     values: Values,
+    /// Whether the file holds them less one.
+    less_one: bool,
 }
 
 /// What a tensor's values look like.
@@ -379,6 +332,8 @@ enum Rows {
     Even,
     /// Those that write an outlier channel of the residual stream.
     Outliers,
+    /// Those that read one, in a matrix that is transposed: they are small.
+    Damped,
     /// One in 64: feed-forward neurons that fire hard.
     Neurons,
 }
@@ -413,7 +368,41 @@ impl Shape {
         }
     }
 
+    /// Whether some matrices of a block get more bits: llama.cpp's `use_more_bits`.
+    fn more_bits(&self, layer: usize) -> bool {
+        let eighth = self.layers / 8;
+        layer < eighth || layer >= 7 * self.layers / 8 || (layer - eighth) % 3 == 2
+    }
+
+    /// The hyperparameters, as the reader of its form finds them.
+    #[cfg(test)]
+    fn config(&self) -> super::Config {
+        if self.is_folder() { folder::config(self) } else { table::config(self) }
+    }
+
+    /// Whether it is made as a Hugging Face folder.
+    fn is_folder(&self) -> bool {
+        matches!(
+            self.architecture,
+            Architecture::Mistral
+                | Architecture::Phi3
+                | Architecture::GptOss
+                | Architecture::DeepSeekV3
+                | Architecture::Qwen3Next
+        )
+    }
+
     fn tensors(&self) -> Vec<Planned> {
+        match self.architecture {
+            Architecture::Qwen2 | Architecture::Llama | Architecture::Qwen3 => self.first_kinds(),
+            _ if self.is_folder() => folder::tensors(self),
+            _ => table::tensors(self),
+        }
+    }
+
+    /// The tensors of the first three kinds. They stand in another order than those of the table,
+    /// which their files are held to.
+    fn first_kinds(&self) -> Vec<Planned> {
         let embedding =
             Values::Matrix { deviation: EMBEDDING, columns: Columns::Amplified, rows: Rows::Even };
         let kind = self.kind(self.hidden, self.tied);
@@ -447,9 +436,7 @@ impl Shape {
     fn block(&self, layer: usize, tensors: &mut Vec<Planned>) {
         let Shape { hidden, ffn, head_dim, .. } = *self;
         let (queries, keys) = (self.heads * head_dim, self.kv_heads * head_dim);
-        // llama.cpp's `use_more_bits`.
-        let eighth = self.layers / 8;
-        let more = layer < eighth || layer >= 7 * self.layers / 8 || (layer - eighth) % 3 == 2;
+        let more = self.more_bits(layer);
         let unit = 1.0 / (hidden as f32).sqrt();
         let mut add = |name: &str, kind, rows, width, values| {
             tensors.push(planned(&format!("blk.{layer}.{name}"), kind, rows, width, values));
@@ -474,7 +461,7 @@ impl Shape {
                 add("attn_q_norm.weight", WeightType::F32, 1, head_dim, gain);
                 add("attn_k_norm.weight", WeightType::F32, 1, head_dim, gain);
             }
-            // No preset is of another kind.
+            // Llama has neither, and the others come of the table.
             _ => {}
         }
         // Attention averages values down to a root mean square of 0.7; SwiGLU's hard
@@ -492,13 +479,24 @@ impl Shape {
         add("ffn_down.weight", self.kind(ffn, more), hidden, ffn, writer(ffn, 1.5));
     }
 
-    fn header(&self, preset: Preset, seed: u64, tensors: &[Planned]) -> Vec<u8> {
+    fn header(&self, name: &str, seed: u64, tensors: &[Planned]) -> Vec<u8> {
         let mut header = HeaderWriter::default();
-        let architecture = self.architecture.name();
-        header.text("general.architecture", architecture);
+        header.text("general.architecture", self.architecture.gguf_name());
         header.text("general.type", "model");
-        header.text("general.name", &format!("synthetic {preset}, seed {seed}"));
+        header.text("general.name", &format!("synthetic {name}, seed {seed}"));
         header.unsigned("general.quantization_version", 2);
+        self.hyperparameters(&mut header);
+        let cut = if self.architecture == Architecture::Llama { "smollm" } else { "qwen2" };
+        vocabulary::write(&mut header, self.vocabulary, cut);
+        for Planned { name, kind, depth, rows, width, .. } in tensors {
+            header.tensor(name, *kind, [*depth, *rows, *width]);
+        }
+        header.finish()
+    }
+
+    /// What the metadata say of the architecture.
+    fn hyperparameters(&self, header: &mut HeaderWriter) {
+        let architecture = self.architecture.gguf_name();
         let sizes = [
             ("block_count", self.layers),
             ("context_length", 32_768),
@@ -508,21 +506,29 @@ impl Shape {
             ("attention.head_count_kv", self.kv_heads),
             ("attention.key_length", self.head_dim),
             ("attention.value_length", self.head_dim),
-            ("rope.dimension_count", self.head_dim),
+            ("rope.dimension_count", self.turned),
             ("vocab_size", self.vocabulary),
         ];
         for (key, value) in sizes {
             header.unsigned(&format!("{architecture}.{key}"), value as u32);
         }
         header.float(&format!("{architecture}.rope.freq_base"), self.theta);
-        let key = format!("{architecture}.attention.layer_norm_rms_epsilon");
-        header.float(&key, self.rms_norm_eps);
-        let cut = if self.architecture == Architecture::Llama { "smollm" } else { "qwen2" };
-        vocabulary::write(&mut header, self.vocabulary, cut);
-        for tensor in tensors {
-            header.tensor(&tensor.name, tensor.kind, tensor.rows, tensor.width);
+        let epsilon = match self.architecture.takes_means_off() {
+            true => "layer_norm_epsilon",
+            false => "layer_norm_rms_epsilon",
+        };
+        header.float(&format!("{architecture}.attention.{epsilon}"), self.rms_norm_eps);
+        for (key, setting) in self.settings {
+            let key = format!("{architecture}.{key}");
+            match *setting {
+                Setting::Count(value) | Setting::Width(value) => {
+                    let scale = if matches!(setting, Setting::Width(_)) { self.scale } else { 1 };
+                    header.unsigned(&key, (value * scale) as u32);
+                }
+                Setting::Number(value) => header.float(&key, value),
+                Setting::Flag(value) => header.bool(&key, value),
+            }
         }
-        header.finish()
     }
 }
 
@@ -533,7 +539,8 @@ fn reader(deviation: f32, rows: Rows) -> Values {
 }
 
 fn planned(name: &str, kind: WeightType, rows: usize, width: usize, values: Values) -> Planned {
-    Planned { name: name.to_owned(), kind, rows, width, values }
+    let less_one = false;
+    Planned { name: name.to_owned(), kind, depth: 1, rows, width, values, less_one }
 }
 
 impl Planned {
@@ -554,13 +561,20 @@ impl Planned {
                 bytes.par_chunks_mut(row_bytes).enumerate().for_each(|(n, bytes)| {
                     let row = first + n;
                     let random = stream(seed, &self.name, row as u64);
-                    writer.write(random, deviation * rows.scale(row, outliers), bytes);
+                    let size = rows.scale(row % (self.rows / self.depth), outliers);
+                    writer.write(random, deviation * size, bytes);
                 });
             }
             _ => {
-                let values = self.vector(seed, outliers);
-                for (bytes, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
-                    *bytes = value.to_le_bytes();
+                let one = if self.less_one { 1.0 } else { 0.0 };
+                let values = self.vector(seed, outliers).into_iter().map(|value| value - one);
+                for (bytes, value) in bytes.chunks_exact_mut(self.kind.block_bytes()).zip(values) {
+                    match self.kind {
+                        WeightType::BF16 => {
+                            bytes.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+                        }
+                        _ => bytes.copy_from_slice(&value.to_le_bytes()),
+                    }
                 }
             }
         }
@@ -599,7 +613,8 @@ impl Rows {
         match self {
             Rows::Even => 1.0,
             Rows::Outliers if outliers.contains(&row) => 6.0,
-            Rows::Outliers => 1.0,
+            Rows::Damped if outliers.contains(&row) => 1.0 / 16.0,
+            Rows::Outliers | Rows::Damped => 1.0,
             Rows::Neurons if row % 64 == 17 => 3.0,
             Rows::Neurons => 1.0,
         }

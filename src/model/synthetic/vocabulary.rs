@@ -1,9 +1,11 @@
 //! A byte-level BPE vocabulary for synthetic models: every text can be encoded, and
 //! common English words become one token.
 //!
-//! It knows how GGUF keeps a vocabulary, not which model wants it.
+//! It knows how GGUF and `tokenizer.json` keep a vocabulary, not which model wants it.
 
 use std::collections::HashSet;
+
+use serde_json::{Map, Value, json};
 
 use crate::model::gguf_writer::HeaderWriter;
 
@@ -18,6 +20,9 @@ largest model number";
 
 /// Marks at the end of the vocabulary.
 const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+
+/// How many these are.
+pub(super) const MARKS: usize = CONTROL.len();
 
 /// `llama_token_type`.
 const NORMAL: i32 = 1;
@@ -43,6 +48,39 @@ pub(super) fn write(header: &mut HeaderWriter, size: usize, cut: &str) {
     header.unsigned("tokenizer.ggml.eos_token_id", end);
     header.unsigned("tokenizer.ggml.padding_token_id", end);
     header.bool("tokenizer.ggml.add_bos_token", false);
+}
+
+/// A vocabulary of `size` tokens as `tokenizer.json`.
+pub(super) fn tokenizer_json(size: usize) -> Value {
+    let (mut tokens, merges) = words();
+    tokens.extend((tokens.len()..size - CONTROL.len()).map(|id| format!("[unused{id}]")));
+    let first = tokens.len();
+    tokens.extend(CONTROL.map(str::to_owned));
+    let added = |(place, content): (usize, &str)| {
+        json!({
+            "id": first + place,
+            "content": content,
+            "single_word": false,
+            "lstrip": false,
+            "rstrip": false,
+            "normalized": false,
+            "special": true,
+        })
+    };
+    let ids = tokens.into_iter().zip(0_u32..).map(|(token, id)| (token, json!(id)));
+    let bytes = json!({
+        "type": "ByteLevel",
+        "add_prefix_space": false,
+        "trim_offsets": true,
+        "use_regex": true,
+    });
+    json!({
+        "version": "1.0",
+        "added_tokens": CONTROL.into_iter().enumerate().map(added).collect::<Vec<_>>(),
+        "pre_tokenizer": bytes,
+        "decoder": bytes,
+        "model": { "type": "BPE", "vocab": ids.collect::<Map<_, _>>(), "merges": merges },
+    })
 }
 
 /// The 256 bytes, then what the words' merges make; and the merges.
