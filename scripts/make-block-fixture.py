@@ -25,6 +25,7 @@ SCALES = {
     "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q8_K": [],
     "IQ4_NL": [0], "MXFP4": [], "IQ4_XS": [0], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0],
     "IQ3_S": [0], "IQ1_S": [0], "IQ1_M": [], "TQ1_0": [52], "TQ2_0": [64],
+    "NVFP4": [],
 }
 
 
@@ -62,6 +63,8 @@ def main():
         # Types that joined later leave the others' blocks as they are.
         if name == "IQ4_NL":
             rng = np.random.default_rng(2)
+        if name == "NVFP4":
+            rng = np.random.default_rng(3)
         kind = gguf.GGMLQuantizationType[name]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = blocks(rng, name, size, ROWS * WIDTH // block).reshape(ROWS, -1)

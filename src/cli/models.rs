@@ -126,7 +126,10 @@ fn text() -> String {
          adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
          smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, and \
-         gemma's scores are scaled by the width of a head, whatever the original's config said.\n\n",
+         gemma's scores are scaled by the width of a head, whatever the original's config said. \
+         Big-endian files are read where the `gguf` package says which bytes of a block are swapped: \
+         F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q6_K, MXFP4 and NVFP4. A second scale beside NVFP4 \
+         (`.scale`) multiplies the weight.\n\n",
     );
     synthetic(&mut text);
     text.push_str("## Weights\n| form | where | held to |\n|---|---|---|\n");

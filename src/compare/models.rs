@@ -332,7 +332,7 @@ fn bound(kind: WeightType) -> f64 {
         WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5K => 8e-3,
         WeightType::E5m2 => 1.6e-2,
         // Powers of two as scales: the largest value may be cut by a quarter.
-        WeightType::E2m1 | WeightType::Mxfp4 => 0.07,
+        WeightType::E2m1 | WeightType::Mxfp4 | WeightType::Nvfp4 => 0.07,
         WeightType::Packed(bits) => (4.0 * 0.25f64.powi(bits.into())).max(3e-4),
         WeightType::Q3K | WeightType::Iq3Xxs | WeightType::Iq3S => 0.1,
         WeightType::Q2K | WeightType::Iq2Xxs | WeightType::Iq2Xs | WeightType::Iq2S => 0.35,

@@ -24,7 +24,7 @@ const SIGNS: usize = IQ1_S + 2048 * 8;
 /// The values of IQ4's codes.
 const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 /// Twice the values of E2M1's codes.
-const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// Values and bytes of a block, where it is one of these.
 pub(super) fn size(kind: WeightType) -> Option<(usize, usize)> {
@@ -42,6 +42,7 @@ pub(super) fn size(kind: WeightType) -> Option<(usize, usize)> {
         WeightType::Q8K => (LARGE, 292),
         WeightType::Iq4Nl => (32, 18),
         WeightType::Mxfp4 => (32, 17),
+        WeightType::Nvfp4 => (64, 36),
         WeightType::Iq4Xs => (LARGE, 136),
         WeightType::Iq2Xxs => (LARGE, 66),
         WeightType::Iq2Xs => (LARGE, 74),
@@ -89,6 +90,7 @@ impl Kernel for Decode<'_> {
             WeightType::Q8K => each::<292, LARGE>(bytes, out, q8_k),
             WeightType::Iq4Nl => each::<18, 32>(bytes, out, iq4_nl),
             WeightType::Mxfp4 => each::<17, 32>(bytes, out, mxfp4),
+            WeightType::Nvfp4 => each::<36, 64>(bytes, out, nvfp4),
             WeightType::Iq4Xs => each::<136, LARGE>(bytes, out, iq4_xs),
             WeightType::Iq2Xxs => each::<66, LARGE>(bytes, out, iq2_xxs),
             WeightType::Iq2Xs => each::<74, LARGE>(bytes, out, iq2_xs),
@@ -102,6 +104,31 @@ impl Kernel for Decode<'_> {
             _ => {}
         }
     }
+}
+
+/// Where numbers of several bytes stand in a block, and how many bytes each has: what another byte
+/// order swaps. Nothing where the `gguf` package, whose `gguf-convert-endian` defines it, says
+/// nothing of the type.
+pub(super) fn numbers(kind: WeightType) -> Option<&'static [(usize, usize)]> {
+    Some(match kind {
+        WeightType::F32 => &[(0, 4)],
+        WeightType::F16 | WeightType::BF16 | WeightType::Q4_0 | WeightType::Q8_0 => &[(0, 2)],
+        WeightType::Q4K => &[(0, 2), (2, 2)],
+        WeightType::Q6K => &[(208, 2)],
+        WeightType::Mxfp4 | WeightType::Nvfp4 => &[],
+        _ => return None,
+    })
+}
+
+/// Whole blocks in the other byte order.
+pub(super) fn swapped(kind: WeightType, bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for block in bytes.chunks_exact_mut(kind.block_bytes()) {
+        for &(at, size) in numbers(kind).unwrap_or(&[]) {
+            block[at..at + size].reverse();
+        }
+    }
+    bytes
 }
 
 /// Decodes blocks of `BYTES` bytes and `WIDTH` values, one after the other.
@@ -357,8 +384,34 @@ fn mxfp4(bytes: &[u8; 17], out: &mut [f32; 32]) {
         e => f32::from_bits(u32::from(e - 1) << 23),
     };
     for (at, &code) in bytes[1..17].iter().enumerate() {
-        out[at] = d * f32::from(MXFP4[usize::from(code & 15)]);
-        out[at + 16] = d * f32::from(MXFP4[usize::from(code >> 4)]);
+        out[at] = d * f32::from(E2M1[usize::from(code & 15)]);
+        out[at + 16] = d * f32::from(E2M1[usize::from(code >> 4)]);
+    }
+}
+
+#[inline(always)]
+fn nvfp4(bytes: &[u8; 36], out: &mut [f32; 64]) {
+    let (scales, codes) = bytes.split_at(4);
+    for (part, out) in out.chunks_exact_mut(16).enumerate() {
+        let d = half_of_e4m3(scales[part]);
+        for (at, &code) in codes[8 * part..][..8].iter().enumerate() {
+            out[at] = d * f32::from(E2M1[usize::from(code & 15)]);
+            out[at + 8] = d * f32::from(E2M1[usize::from(code >> 4)]);
+        }
+    }
+}
+
+/// Half the value of an E4M3 code, since the values stand doubled. Its sign counts for nothing, and
+/// its NaN is 0.
+#[inline(always)]
+fn half_of_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (code >> 3 & 15, f32::from(code & 7));
+    match (code, exponent) {
+        (0x7f, _) => 0.0,
+        // In units of 2^-10.
+        (_, 0) => mantissa / 1024.0,
+        // 2^(exponent - 8), half of what the bias of 7 makes of it.
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits((u32::from(exponent) + 127 - 8) << 23),
     }
 }
 

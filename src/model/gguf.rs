@@ -1,6 +1,6 @@
 //! The header of a GGUF file: metadata and the table of tensors.
 //!
-//! It reads bytes and knows the container (versions 2 and 3, little-endian) but
+//! It reads bytes and knows the container (versions 2 and 3, of both byte orders) but
 //! not what a key or a tensor means. Everything is checked before it is used: a
 //! count never becomes an allocation, an offset never leaves the file. Strings
 //! and arrays stay where they are, so a vocabulary of 150,000 tokens costs
@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::blocks;
 use super::error::{FETCH_AGAIN, Fault, shown};
 use super::weights::WeightType;
 
@@ -28,9 +29,19 @@ pub(super) fn is_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(b"GGUF")
 }
 
+/// Which byte of a number comes first in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ByteOrder {
+    /// The lowest.
+    Little,
+    /// The highest: files for machines such as IBM Z.
+    Big,
+}
+
 /// A parsed header. Ranges are byte ranges of the file, checked to lie inside.
 #[derive(Debug)]
 pub(super) struct Header {
+    pub order: ByteOrder,
     metadata: BTreeMap<String, Value>,
     /// The tensors in file order, names unique, ranges disjoint.
     pub tensors: Vec<TensorInfo>,
@@ -48,6 +59,8 @@ pub(super) struct TensorInfo {
     /// The dimensions beyond the second, multiplied: matrices that lie one below the other.
     pub depth: usize,
     pub bytes: Range<usize>,
+    /// The order of the bytes of numbers among them.
+    pub order: ByteOrder,
 }
 
 /// A metadata value; text and lists are ranges of the file.
@@ -108,6 +121,16 @@ impl Element {
     }
 }
 
+impl ByteOrder {
+    /// The bytes of one number, the lowest first.
+    fn little<const N: usize>(self, mut bytes: [u8; N]) -> [u8; N] {
+        if self == ByteOrder::Big {
+            bytes.reverse();
+        }
+        bytes
+    }
+}
+
 impl Value {
     /// What the value is, for an error that expected something else.
     fn described(&self) -> &'static str {
@@ -125,7 +148,7 @@ impl Value {
 impl Header {
     /// Reads and checks the header of the file whose bytes are `file`.
     pub fn parse(file: &[u8]) -> Result<Header, Fault> {
-        let mut reader = Reader { file, at: 0 };
+        let mut reader = Reader { file, at: 0, order: ByteOrder::Little };
         reader.expect_magic()?;
         let tensor_count = reader.u64("the number of tensors")?;
         let metadata_count = reader.u64("the number of metadata entries")?;
@@ -133,8 +156,9 @@ impl Header {
         let alignment = alignment(&metadata)?;
         let table = reader.table(tensor_count)?;
         let data_start = (reader.at as u64).next_multiple_of(alignment);
-        let tensors = placed(table, data_start, alignment, file.len() as u64)?;
-        Ok(Header { metadata, tensors })
+        let order = reader.order;
+        let tensors = placed(table, order, data_start, alignment, file.len() as u64)?;
+        Ok(Header { order, metadata, tensors })
     }
 
     /// All metadata keys, sorted.
@@ -189,7 +213,8 @@ impl Header {
         match self.get(key) {
             None => Ok(None),
             Some(Value::List { element: Element::Text, count, bytes }) => {
-                let mut reader = Reader { file: &file[..bytes.end], at: bytes.start };
+                let mut reader =
+                    Reader { file: &file[..bytes.end], at: bytes.start, order: self.order };
                 let mut texts = Vec::new();
                 for _ in 0..*count {
                     let range = reader.text_range(key)?;
@@ -203,15 +228,17 @@ impl Header {
 
     /// An array of integers that fit 32 bits.
     pub fn small_integers(&self, file: &[u8], key: &str) -> Result<Option<Vec<i64>>, Fault> {
+        let words = |bytes: &Range<usize>| {
+            let (values, _) = file[bytes.clone()].as_chunks::<4>();
+            values.iter().map(|value| u32::from_le_bytes(self.order.little(*value)))
+        };
         match self.get(key) {
             None => Ok(None),
             Some(Value::List { element: Element::I32, bytes, .. }) => {
-                let (values, _) = file[bytes.clone()].as_chunks::<4>();
-                Ok(Some(values.iter().map(|v| i64::from(i32::from_le_bytes(*v))).collect()))
+                Ok(Some(words(bytes).map(|value| i64::from(value.cast_signed())).collect()))
             }
             Some(Value::List { element: Element::U32, bytes, .. }) => {
-                let (values, _) = file[bytes.clone()].as_chunks::<4>();
-                Ok(Some(values.iter().map(|v| i64::from(u32::from_le_bytes(*v))).collect()))
+                Ok(Some(words(bytes).map(i64::from).collect()))
             }
             Some(other) => Err(wrong_type(key, "an array of 32-bit integers", other)),
         }
@@ -256,13 +283,14 @@ struct Unplaced {
 /// Checks every tensor's type, shape and place, and that no two overlap.
 fn placed(
     table: Vec<Unplaced>,
+    order: ByteOrder,
     data_start: u64,
     alignment: u64,
     file_size: u64,
 ) -> Result<Vec<TensorInfo>, Fault> {
     let mut tensors = Vec::new();
     for line in table {
-        let info = place(&line, data_start, alignment, file_size)
+        let info = place(&line, order, data_start, alignment, file_size)
             .map_err(|fault| fault.in_tensor(&line.name))?;
         tensors.push(info);
     }
@@ -287,6 +315,7 @@ fn placed(
 
 fn place(
     line: &Unplaced,
+    order: ByteOrder,
     data_start: u64,
     alignment: u64,
     file_size: u64,
@@ -298,6 +327,15 @@ fn place(
             "quantize the model to a type that `docs/models.md` lists, such as Q8_0 or F16",
         )
     })?;
+    if order == ByteOrder::Big && blocks::numbers(kind).is_none() {
+        return Err(Fault::unsupported(
+            format!(
+                "it is {kind} in a big-endian file, and which bytes of such blocks are swapped is \
+                 defined nowhere"
+            ),
+            "give the little-endian file",
+        ));
+    }
     let (&width, outer) =
         line.dimensions.split_first().ok_or_else(|| bad("it has no dimensions".into()))?;
     let rows = outer.iter().try_fold(1_u64, |rows, &dimension| rows.checked_mul(dimension));
@@ -335,6 +373,7 @@ fn place(
         // No more than the rows.
         depth: outer.iter().skip(1).product::<u64>() as usize,
         bytes: start as usize..end as usize,
+        order,
     })
 }
 
@@ -342,6 +381,7 @@ fn place(
 struct Reader<'a> {
     file: &'a [u8],
     at: usize,
+    order: ByteOrder,
 }
 
 impl<'a> Reader<'a> {
@@ -352,12 +392,14 @@ impl<'a> Reader<'a> {
                 "give a GGUF file or a folder with config.json and safetensors",
             ));
         }
-        match self.u32("the version")? {
+        // A version is a small number: in the other byte order its lower half is zero.
+        let mut version = self.u32("the version")?;
+        if version & 0xffff == 0 {
+            self.order = ByteOrder::Big;
+            version = version.swap_bytes();
+        }
+        match version {
             2 | 3 => Ok(()),
-            version if matches!(version.swap_bytes(), 1..=3) => Err(Fault::unsupported(
-                "the file is big-endian",
-                "convert it with `gguf-convert-endian FILE little`",
-            )),
             version => Err(Fault::unsupported(
                 format!("GGUF version {version}"),
                 "convert the model anew: versions 2 and 3 are read",
@@ -384,9 +426,10 @@ impl<'a> Reader<'a> {
         Ok(bytes)
     }
 
+    /// The bytes of one number, the lowest first.
     fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], Fault> {
         let bytes = self.take(N, what)?;
-        Ok(*bytes.first_chunk().expect("take returned N bytes"))
+        Ok(self.order.little(*bytes.first_chunk().expect("take returned N bytes")))
     }
 
     fn u32(&mut self, what: &str) -> Result<u32, Fault> {

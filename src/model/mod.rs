@@ -97,6 +97,10 @@ struct Place {
     coded: Option<Box<Coded>>,
     /// How values lie among the bytes, where rows do not follow one another.
     steps: Option<Steps>,
+    /// Whether the highest byte of a number comes first.
+    big_endian: bool,
+    /// What the values of the blocks are multiplied by.
+    second_scale: Option<f32>,
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -155,9 +159,23 @@ impl Model {
         for (file, info) in &held {
             let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
             let (file, kind, rows, width, bytes) = (*file, *kind, *rows, *width, bytes.clone());
+            let big_endian = info.order == gguf::ByteOrder::Big;
             let (less_one, coded, steps) = (false, None, None);
-            let place = Place { file, bytes, kind, rows, width, less_one, coded, steps };
-            tensors.insert(name.clone(), place);
+            tensors.insert(
+                name.clone(),
+                Place {
+                    file,
+                    bytes,
+                    kind,
+                    rows,
+                    width,
+                    less_one,
+                    coded,
+                    steps,
+                    big_endian,
+                    second_scale: None,
+                },
+            );
         }
         let embedding = tensors.get("token_embd.weight").map_or(0, |place| place.rows);
         if embedding == 0 {
@@ -177,6 +195,7 @@ impl Model {
             tokenizer: OnceLock::new(),
         };
         model.take_rope_factors()?;
+        model.take_second_scales()?;
         model.check_tensors().map_err(|fault| fault.at(path))?;
         Ok(model)
     }
@@ -220,10 +239,18 @@ impl Model {
                     && !name.ends_with("ssm_norm.weight");
                 match tensors.entry(name) {
                     MapEntry::Vacant(entry) => {
-                        let coded = None;
-                        let place =
-                            Place { file, bytes, kind, rows, width, less_one, coded, steps };
-                        entry.insert(place);
+                        entry.insert(Place {
+                            file,
+                            bytes,
+                            kind,
+                            rows,
+                            width,
+                            less_one,
+                            coded: None,
+                            steps,
+                            big_endian: false,
+                            second_scale: None,
+                        });
                     }
                     MapEntry::Occupied(entry) => return Err(twice(entry.key())),
                 }
@@ -289,9 +316,18 @@ impl Model {
             let mut first = 0;
             for (name, rows) in parts {
                 let (file, bytes) = coded.place();
-                let (less_one, steps) = (false, None);
-                let coded = Some(Box::new(coded.from(first)));
-                let place = Place { file, bytes, kind, rows, width, less_one, coded, steps };
+                let place = Place {
+                    file,
+                    bytes,
+                    kind,
+                    rows,
+                    width,
+                    less_one: false,
+                    coded: Some(Box::new(coded.from(first))),
+                    steps: None,
+                    big_endian: false,
+                    second_scale: None,
+                };
                 self.tensors.insert(name, place);
                 first += rows;
             }
@@ -363,6 +399,60 @@ impl Model {
             .check_factors()
             .map_err(|fault| fault.in_tensor(ROPE_FACTORS).at(&self.path))?;
         self.tensors.remove(ROPE_FACTORS);
+        Ok(())
+    }
+
+    /// Moves the scales that stand beside NVFP4 weights into these: one for a tensor, or one for
+    /// each expert. llama.cpp multiplies the product by them, which is the product with the
+    /// multiplied weight. Scales of activations are dropped: no weight depends on them.
+    fn take_second_scales(&mut self) -> Result<(), ModelError> {
+        let is_scale = |name: &&String| name.ends_with(".scale") || name.ends_with(".input_scale");
+        let names: Vec<String> = self.tensors.keys().filter(is_scale).cloned().collect();
+        for name in names {
+            let (stem, ending) = name.rsplit_once('.').unwrap_or((&name, ""));
+            let whole = format!("{stem}.weight");
+            let fused = crate::op::in_layer(&whole).and_then(|(layer, inner)| {
+                let fused = gguf_fused::parts(inner, &self.config)?;
+                let part = |(part, _): (String, usize)| format!("blk.{layer}.{part}");
+                Some(fused.parts.into_iter().map(part).collect())
+            });
+            let of_experts = whole.contains("_exps.");
+            let weights: Vec<String> = fused.unwrap_or_else(|| vec![whole]);
+            let each = if of_experts { weights.len() } else { 1 };
+            let is_nvfp4 = |name: &String| {
+                self.tensors.get(name).is_some_and(|place| place.kind == WeightType::Nvfp4)
+            };
+            // Of others it is a tensor that nothing has a use for.
+            if !weights.iter().all(is_nvfp4) {
+                continue;
+            }
+            let bad = |problem: String| {
+                Fault::malformed(problem, FETCH_AGAIN).in_tensor(name.clone()).at(&self.path)
+            };
+            let tensor = self.tensor(&name)?;
+            let fits = tensor.rows() == 1 && [1, each].contains(&tensor.width());
+            if tensor.kind() != WeightType::F32 || !fits {
+                return Err(bad(format!(
+                    "it is {} [{}, {}], no scale in F32 of all or of each of {each}",
+                    tensor.kind(),
+                    tensor.rows(),
+                    tensor.width(),
+                )));
+            }
+            let values = tensor.to_vec()?;
+            if let Some(value) = values.iter().find(|value| !value.is_normal() || **value < 0.0) {
+                return Err(bad(format!("it is a scale of {value}")));
+            }
+            if ending == "scale" {
+                for (place, weight) in weights.iter().enumerate() {
+                    let scale = values.get(place).or(values.first()).copied();
+                    if let Some(weight) = self.tensors.get_mut(weight) {
+                        weight.second_scale = scale;
+                    }
+                }
+            }
+            self.tensors.remove(&name);
+        }
         Ok(())
     }
 
@@ -444,6 +534,11 @@ impl Model {
             Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
         };
         let weight = weight.of(self);
+        let weight = if place.big_endian { weight.big_endian() } else { weight };
+        let weight = match place.second_scale {
+            Some(scale) => weight.scaled(scale),
+            None => weight,
+        };
         Ok(if place.less_one { weight.plus_one() } else { weight })
     }
 
@@ -560,9 +655,16 @@ pub(crate) type GgufTensor = (String, WeightType, [usize; 2], Range<usize>);
 /// width]` and place.
 ///
 /// # Errors
-/// If the file is no sound GGUF file.
+/// If the file is no sound GGUF file, or a big-endian one.
 pub(crate) fn gguf_tensors(path: &Path, file: &[u8]) -> Result<Vec<GgufTensor>, ModelError> {
     let header = gguf::Header::parse(file).map_err(|fault| fault.at(path))?;
+    if header.order == gguf::ByteOrder::Big {
+        return Err(Fault::unsupported(
+            "the file is big-endian, which is read as a model alone",
+            "give the little-endian file",
+        )
+        .at(path));
+    }
     let tensor =
         |info: gguf::TensorInfo| (info.name, info.kind, [info.rows, info.width], info.bytes);
     Ok(header.tensors.into_iter().map(tensor).collect())

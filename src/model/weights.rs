@@ -53,6 +53,8 @@ pub enum WeightType {
     Iq4Nl,
     /// E2M1, blocks of 32 with a power of two (OCP Microscaling Formats 1.0).
     Mxfp4,
+    /// E2M1, blocks of 64 in 4 groups with E4M3 scales.
+    Nvfp4,
     /// 4 bits of a table, blocks of 256 in 8 groups with 6-bit scales.
     Iq4Xs,
     /// 2.06 bits: 8 values an entry of a table, blocks of 256.
@@ -93,7 +95,7 @@ pub enum WeightType {
 
 impl WeightType {
     /// All types that GGUF files hold.
-    pub const ALL: [WeightType; 26] = [
+    pub const ALL: [WeightType; 27] = [
         WeightType::F32,
         WeightType::F16,
         WeightType::BF16,
@@ -110,6 +112,7 @@ impl WeightType {
         WeightType::Q8K,
         WeightType::Iq4Nl,
         WeightType::Mxfp4,
+        WeightType::Nvfp4,
         WeightType::Iq4Xs,
         WeightType::Iq2Xxs,
         WeightType::Iq2Xs,
@@ -142,6 +145,7 @@ impl WeightType {
             WeightType::Q8K => "Q8_K",
             WeightType::Iq4Nl => "IQ4_NL",
             WeightType::Mxfp4 => "MXFP4",
+            WeightType::Nvfp4 => "NVFP4",
             WeightType::Iq4Xs => "IQ4_XS",
             WeightType::Iq2Xxs => "IQ2_XXS",
             WeightType::Iq2Xs => "IQ2_XS",
@@ -247,6 +251,7 @@ impl WeightType {
             WeightType::BF16 => 30,
             WeightType::Iq4Nl => 20,
             WeightType::Mxfp4 => 39,
+            WeightType::Nvfp4 => 40,
             WeightType::Iq4Xs => 23,
             WeightType::Iq2Xxs => 16,
             WeightType::Iq2Xs => 17,
@@ -317,6 +322,10 @@ pub struct Weight<'a> {
     coding: Option<Coding<'a>>,
     /// How values lie among the bytes, where rows do not follow one another.
     steps: Option<Steps>,
+    /// Whether the highest byte of a number comes first.
+    big_endian: bool,
+    /// What the values of the blocks are multiplied by, where a scale stands beside them.
+    second_scale: Option<f32>,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -344,6 +353,8 @@ impl<'a> Weight<'a> {
             less_one: false,
             coding: None,
             steps: None,
+            big_endian: false,
+            second_scale: None,
         };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
@@ -366,9 +377,19 @@ impl<'a> Weight<'a> {
         bytes: &'a [u8],
         steps: Steps,
     ) -> Result<Weight<'a>, ModelError> {
-        let (model, less_one, coding) = (None, false, None);
-        let weight =
-            Weight { name, kind, rows, width, bytes, model, less_one, coding, steps: Some(steps) };
+        let weight = Weight {
+            name,
+            kind,
+            rows,
+            width,
+            bytes,
+            model: None,
+            less_one: false,
+            coding: None,
+            steps: Some(steps),
+            big_endian: false,
+            second_scale: None,
+        };
         let row = match kind {
             WeightType::F32 => Some((width.saturating_sub(1)) * steps.value + 4),
             WeightType::F16 | WeightType::BF16 => Some((width.saturating_sub(1)) * steps.value + 2),
@@ -392,8 +413,19 @@ impl<'a> Weight<'a> {
         coding: Coding<'a>,
     ) -> Weight<'a> {
         let (bytes, model, less_one) = (coding.codes(), None, false);
-        let (coding, steps) = (Some(coding), None);
-        Weight { name, kind, rows, width, bytes, model, less_one, coding, steps }
+        Weight {
+            name,
+            kind,
+            rows,
+            width,
+            bytes,
+            model,
+            less_one,
+            coding: Some(coding),
+            steps: None,
+            big_endian: false,
+            second_scale: None,
+        }
     }
 
     /// The same tensor, as one of a model's.
@@ -404,6 +436,16 @@ impl<'a> Weight<'a> {
     /// The same tensor, whose bytes hold the values less one: gains of Gemma's norms.
     pub(super) fn plus_one(self) -> Weight<'a> {
         Weight { less_one: true, ..self }
+    }
+
+    /// The same tensor, the numbers among whose bytes begin with their highest byte.
+    pub(super) fn big_endian(self) -> Weight<'a> {
+        Weight { big_endian: true, ..self }
+    }
+
+    /// The same tensor, whose values are those of its blocks times a scale.
+    pub(super) fn scaled(self, scale: f32) -> Weight<'a> {
+        Weight { second_scale: Some(scale), ..self }
     }
 
     /// Whether the bytes are codes, whose scales stand elsewhere.
@@ -424,7 +466,8 @@ impl<'a> Weight<'a> {
     /// Whether the bytes are its rows, one after the other, in a type that the arms' own kernels
     /// decode, and say all of its values but that they may hold them less one.
     pub fn is_plain(&self) -> bool {
-        self.coding.is_none() && self.steps.is_none() && self.kind.is_of_kernels()
+        let as_they_come = self.coding.is_none() && self.steps.is_none() && !self.big_endian;
+        as_they_come && self.second_scale.is_none() && self.kind.is_of_kernels()
     }
 
     /// Whether all that makes its values stands in one file.
@@ -437,6 +480,11 @@ impl<'a> Weight<'a> {
     pub(crate) fn layout(&self) -> String {
         if let Some(coding) = &self.coding {
             return coding.layout();
+        }
+        if self.big_endian || self.second_scale.is_some() {
+            let order = if self.big_endian { " big-endian" } else { "" };
+            let scale = self.second_scale.map(|scale| format!(" times {scale:e}"));
+            return format!("{order}{}", scale.unwrap_or_default());
         }
         self.steps.map_or_else(String::new, |Steps { row, value }| format!(" by {row} and {value}"))
     }
@@ -514,12 +562,17 @@ impl<'a> Weight<'a> {
             return self.decode_steps(steps, rows, out);
         }
         let bytes = self.row_bytes(rows);
+        let turned = self.big_endian.then(|| blocks::swapped(self.kind, bytes));
+        let bytes = turned.as_deref().unwrap_or(bytes);
         match self.kind {
             WeightType::F32 => decode_f32(bytes, out),
             WeightType::F64 => decode_f64(bytes, out),
             WeightType::F16 => decode_f16(bytes, out),
             WeightType::BF16 => decode_bf16(bytes, out),
             _ => self.decode_blocks(bytes, out)?,
+        }
+        if let Some(scale) = self.second_scale {
+            out.iter_mut().for_each(|value| *value *= scale);
         }
         if self.less_one {
             out.iter_mut().for_each(|value| *value += 1.0);
@@ -544,6 +597,13 @@ impl<'a> Weight<'a> {
         hasher.update(kind);
         if self.less_one {
             hasher.update(b"less one");
+        }
+        if self.big_endian {
+            hasher.update(b"big-endian");
+        }
+        if let Some(scale) = self.second_scale {
+            hasher.update(b"times");
+            hasher.update(&scale.to_le_bytes());
         }
         if let Some(coding) = &self.coding {
             coding.digest(&mut hasher);

@@ -58,6 +58,89 @@ fn every_block_type_decodes_as_the_official_gguf_package_does() {
     }
 }
 
+/// A file of `scripts/big_endian_fixture.py`.
+fn of_byte_order(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/big-endian");
+    fs::read(folder.join(name)).unwrap()
+}
+
+#[test]
+fn a_big_endian_file_has_the_values_of_the_little_endian_one() {
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let little = open(&of_byte_order("little.gguf")).unwrap();
+    let mut file = of_byte_order("big.gguf");
+    for version in [3_u32, 2] {
+        file[4..8].copy_from_slice(&version.to_be_bytes());
+        let big = open(&file).unwrap();
+        assert_eq!(big.config(), little.config());
+        let names: Vec<&str> = little.names().collect();
+        assert_eq!(big.names().collect::<Vec<_>>(), names);
+        let mut kinds = BTreeSet::new();
+        for name in names {
+            let [one, other] = [&little, &big].map(|model| model.tensor(name).unwrap());
+            assert_eq!((one.kind(), one.rows(), one.width()), {
+                (other.kind(), other.rows(), other.width())
+            });
+            assert!(bits(one.to_vec().unwrap()) == bits(other.to_vec().unwrap()), "{name}");
+            let mut rows = [vec![0.0; one.width()], vec![0.0; one.width()]];
+            let last = one.rows() - 1..one.rows();
+            one.decode_rows(last.clone(), &mut rows[0]).unwrap();
+            other.decode_rows(last, &mut rows[1]).unwrap();
+            assert!(rows[0] == rows[1], "the last row of {name}");
+            assert!(one.digest() != other.digest(), "{name}: other bytes, or read in another way");
+            kinds.insert(one.kind());
+        }
+        let all = "F32 F16 BF16 Q4_0 Q8_0 Q4_K Q6_K MXFP4 NVFP4";
+        let told: Vec<String> = kinds.iter().map(WeightType::to_string).collect();
+        assert_eq!(told.join(" "), all);
+        let tokens = big.encode("hello").unwrap();
+        assert_eq!(tokens, little.encode("hello").unwrap());
+        assert_eq!(tokens, [6, 3]);
+    }
+}
+
+#[test]
+fn blocks_whose_other_byte_order_is_defined_nowhere_are_refused_by_name() {
+    let mut file = of_byte_order("big.gguf");
+    let kind = find(&file, b"blk.0.attn_q.weight") + 19 + 4 + 2 * 8;
+    for (number, name) in [(6_u32, "Q5_0"), (13, "Q5_K"), (20, "IQ4_NL")] {
+        file[kind..kind + 4].copy_from_slice(&number.to_be_bytes());
+        let error = refusal(&file);
+        assert!(error.contains(&format!("it is {name} in a big-endian file")), "{error}");
+        assert!(error.contains("`blk.0.attn_q.weight`"), "{error}");
+    }
+}
+
+#[test]
+fn a_second_scale_beside_nvfp4_multiplies_the_weight_or_is_refused() {
+    let file = of_byte_order("little.gguf");
+    let model = open(&file).unwrap();
+    let name = "blk.0.ffn_gate.weight";
+    let weight = model.tensor(name).unwrap();
+    let alone = Weight::new(name, WeightType::Nvfp4, weight.rows(), weight.width(), weight.bytes());
+    let alone = alone.unwrap();
+    let expected: Vec<f32> = alone.to_vec().unwrap().iter().map(|value| value * 0.37).collect();
+    assert_eq!(weight.to_vec().unwrap(), expected);
+    assert!(weight.digest() != alone.digest() && !weight.is_plain());
+    assert!(!model.has("blk.0.ffn_gate.scale") && !model.has("blk.0.ffn_gate.input_scale"));
+    // Beside a weight of another type nothing has a use for it.
+    let mut other = file.clone();
+    let at = find(&other, b"blk.0.ffn_gate.scale");
+    other[at..at + 20].copy_from_slice(b"blk.0.ffn_down.scale");
+    let error = refusal(&other);
+    assert!(error.contains("`blk.0.ffn_down.scale`") && error.contains("no use for it"), "{error}");
+    for bad in [f32::NAN, 0.0, -1.0, f32::INFINITY] {
+        let mut other = file.clone();
+        let at = find(&other, &0.37_f32.to_le_bytes());
+        other[at..at + 4].copy_from_slice(&bad.to_le_bytes());
+        let error = refusal(&other);
+        assert!(
+            error.contains("`blk.0.ffn_gate.scale`") && error.contains("a scale of"),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn a_weight_refuses_rows_that_it_has_not_and_buffers_that_do_not_fit() {
     let bytes = [0; 3 * 18];
@@ -603,7 +686,8 @@ fn files_that_are_no_model_are_refused_whatever_they_are_called() {
     assert!(file(b"PK\x03\x04 a zip").contains("does not begin with the bytes `GGUF`"));
     assert!(file(b"GGUF").contains("fetch the file again"));
     assert!(file(b"GGUF\x01\0\0\0").contains("version 1"));
-    assert!(file(b"GGUF\0\0\0\x03").contains("big-endian"));
+    assert!(file(b"GGUF\0\0\0\x01").contains("version 1"));
+    assert!(file(b"GGUF\0\0\0\x03").contains("the number of tensors needs 8 bytes"));
     let counts = [&b"GGUF\x03\0\0\0"[..], &[0xff; 16]].concat();
     assert!(file(&counts).contains("a metadata key needs 8 bytes"));
     let error = Model::open(&folder.path().join("absent")).unwrap_err().to_string();

@@ -76,7 +76,7 @@ fn by_ggml(x: &Tensor, weight: Weight<'_>) -> Result<Option<(Tensor, usize, usiz
     let kind = weight.kind();
     let one_scale = matches!(kind, WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0);
     let fits = x.width() == weight.width() && x.width().is_multiple_of(GGML_BLOCK);
-    if !one_scale || !fits || x.data().len() * weight.rows() > MOST_PRODUCTS {
+    if !one_scale || !weight.is_plain() || !fits || x.data().len() * weight.rows() > MOST_PRODUCTS {
         return Ok(None);
     }
     let blocks = x.width() / GGML_BLOCK;

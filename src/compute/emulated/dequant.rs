@@ -40,6 +40,7 @@ pub fn dequantise_row(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
         WeightType::Q8K => each_block(bytes, out, q8_k),
         WeightType::Iq4Nl
         | WeightType::Mxfp4
+        | WeightType::Nvfp4
         | WeightType::Iq4Xs
         | WeightType::Iq2Xxs
         | WeightType::Iq2Xs
