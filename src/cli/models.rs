@@ -125,7 +125,9 @@ fn text() -> String {
          (`use_parallel_residual` and `qk_layernorm` of stablelm), windows in GGUF files but gemma's, \
          adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
-         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, and \
+         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of phi3 no \
+         block slides and the context ends where one would or where LongRoPE's other factors hold (its \
+         file is held to the folder of the same model), and \
          gemma's scores are scaled by the width of a head, whatever the original's config said. \
          Big-endian files are read where the `gguf` package says which bytes of a block are swapped: \
          F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q6_K, MXFP4 and NVFP4. A second scale beside NVFP4 \

@@ -129,10 +129,11 @@ impl Architecture {
     ];
     /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
     /// Mixtral.
-    const OF_GGUF: [(&str, Architecture); 13] = [
+    const OF_GGUF: [(&str, Architecture); 14] = [
         ("llama", Architecture::Llama),
         ("qwen2", Architecture::Qwen2),
         ("qwen3", Architecture::Qwen3),
+        ("phi3", Architecture::Phi3),
         ("gemma2", Architecture::Gemma2),
         ("gemma3", Architecture::Gemma3),
         ("olmo2", Architecture::Olmo2),
@@ -1089,7 +1090,12 @@ pub(super) fn from_gguf(
             OTHER_MODEL,
         ));
     }
-    let turns_parts = matches!(architecture, Architecture::StableLm | Architecture::Glm4);
+    let turns_parts =
+        matches!(architecture, Architecture::StableLm | Architecture::Glm4 | Architecture::Phi3);
+    let magnitude = match architecture {
+        Architecture::Phi3 => keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
+        _ => 1.0,
+    };
     let rope = |theta: f64, linear_scale: f64| -> Result<RawRope, Fault> {
         let dimensions = keys.optional("rope.dimension_count")?;
         Ok(RawRope {
@@ -1110,7 +1116,7 @@ pub(super) fn from_gguf(
             },
             factors: None,
             linear_scale,
-            magnitude: 1.0,
+            magnitude,
             scaling: None,
             in_f32: false,
         })
@@ -1160,6 +1166,12 @@ pub(super) fn from_gguf(
         false => "attention.layer_norm_rms_epsilon",
     };
     let (factors, caps) = keys.factors(architecture, layers, hidden, heads, head_dim)?;
+    let context_length = keys.required("context_length")?;
+    let context_length = match (architecture, keys.optional("attention.sliding_window")?) {
+        // llama.cpp computes no window in it, which is the same as long as nothing slides out.
+        (Architecture::Phi3, Some(window)) if window > 0 => context_length.min(window),
+        _ => context_length,
+    };
     Raw {
         architecture,
         layers,
@@ -1170,7 +1182,7 @@ pub(super) fn from_gguf(
         rope: rope(theta, keys.linear_scale(file)?)?,
         ffn,
         vocabulary: vocabulary as u64,
-        context_length: keys.required("context_length")?,
+        context_length,
         rms_norm_eps: keys.float(eps_key)?.ok_or_else(|| missing_key(&keys.full(eps_key)))?,
         tied_embeddings: tied,
         activation: match architecture {
@@ -1184,17 +1196,20 @@ pub(super) fn from_gguf(
                 Architecture::Qwen2 | Architecture::Qwen2Moe | Architecture::Starcoder2 => {
                     Presence::Always
                 }
-                Architecture::Gemma2 | Architecture::SmolLm3 | Architecture::Olmo2 => {
-                    Presence::Never
-                }
+                Architecture::Gemma2
+                | Architecture::SmolLm3
+                | Architecture::Olmo2
+                | Architecture::Phi3 => Presence::Never,
                 _ => Presence::Open,
             },
             output: match architecture {
                 Architecture::Starcoder2 => Presence::Always,
+                Architecture::Phi3 => Presence::Never,
                 _ => Presence::Open,
             },
             ffn: match architecture {
                 Architecture::Starcoder2 => Presence::Always,
+                Architecture::Phi3 => Presence::Never,
                 // Mixtures have none.
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,
@@ -1310,6 +1325,7 @@ impl Keys<'_> {
             ],
             Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
             Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
+            Architecture::Phi3 => &["rope.scaling.attn_factor"],
             Architecture::Gemma2 => &["attn_logit_softcapping", "final_logit_softcapping"],
             Architecture::Gemma3 => &["rope.freq_base_swa"],
             Architecture::Granite => {
@@ -1467,7 +1483,10 @@ impl Keys<'_> {
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {
             return Err(Fault::unsupported("its attention is not causal", OTHER_MODEL));
         }
-        if matches!(self.architecture, Architecture::Gemma2 | Architecture::Gemma3) {
+        if matches!(
+            self.architecture,
+            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Phi3
+        ) {
             return Ok(());
         }
         refuse_window(

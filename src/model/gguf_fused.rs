@@ -1,7 +1,7 @@
 //! Tensors of a GGUF file that hold several of a block's, one below the other.
 //!
-//! llama.cpp keeps all experts of a block in one tensor, and the gate of a GLM 4 above the other
-//! projection. One table says which; the reader cuts by it, and the generator of synthetic models
+//! llama.cpp keeps all experts of a block in one tensor, the gate of a GLM 4 and a Phi 3 above the
+//! other projection, and queries, keys and values of a Phi 3 below one another. One table says which; the reader cuts by it, and the generator of synthetic models
 //! joins by it. It knows names and rows, no values.
 
 use std::collections::BTreeMap;
@@ -22,8 +22,13 @@ pub(super) struct Fused {
 }
 
 /// The names that fused tensors have within a block.
-pub(super) const NAMES: [&str; 4] =
-    ["ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight", "ffn_up.weight"];
+pub(super) const NAMES: [&str; 5] = [
+    "attn_qkv.weight",
+    "ffn_gate_exps.weight",
+    "ffn_up_exps.weight",
+    "ffn_down_exps.weight",
+    "ffn_up.weight",
+];
 
 /// What a tensor of this name holds, where it holds several.
 pub(super) fn parts(inner: &str, config: &Config) -> Option<Fused> {
@@ -39,7 +44,15 @@ pub(super) fn parts(inner: &str, config: &Config) -> Option<Fused> {
             let parts = (0..of.count).map(name).collect();
             Some(Fused { parts, width, depth: of.count })
         }
-        ("ffn_up.weight", _) if config.architecture == Architecture::Glm4 => {
+        ("attn_qkv.weight", _) if config.architecture == Architecture::Phi3 => {
+            let [queries, keys] = [config.heads, config.kv_heads].map(|n| n * config.head_dim);
+            let parts = [("attn_q", queries), ("attn_k", keys), ("attn_v", keys)];
+            let parts = parts.map(|(name, rows)| (format!("{name}.weight"), rows));
+            Some(Fused { parts: parts.into(), width: hidden, depth: 1 })
+        }
+        ("ffn_up.weight", _)
+            if matches!(config.architecture, Architecture::Glm4 | Architecture::Phi3) =>
+        {
             let parts = ["ffn_gate.weight", "ffn_up.weight"].map(|n| (n.to_owned(), config.ffn));
             Some(Fused { parts: parts.into(), width: hidden, depth: 1 })
         }

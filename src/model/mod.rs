@@ -45,6 +45,8 @@ pub use weights::{Weight, WeightType};
 
 /// GGUF's name for the divisors of RoPE's frequencies.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// And for those of LongRoPE: within the original context, and beyond it.
+const LONG_ROPE_FACTORS: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
 /// `config.json` and the like are far smaller.
 const LARGEST_SMALL_FILE: u64 = 64 << 20;
 
@@ -372,13 +374,46 @@ impl Model {
 
     /// Moves the tensor of RoPE's factors into the config, where every reader looks.
     fn take_rope_factors(&mut self) -> Result<(), ModelError> {
-        if !self.has(ROPE_FACTORS) {
-            return Ok(());
+        match self.config.architecture {
+            Architecture::Llama if self.has(ROPE_FACTORS) => {
+                self.config.rope.factors = Some(self.rope_factors(ROPE_FACTORS)?);
+            }
+            Architecture::Phi3 if LONG_ROPE_FACTORS.iter().any(|name| self.has(name)) => {
+                if let Some(name) = LONG_ROPE_FACTORS.iter().find(|name| !self.has(name)) {
+                    return Err(missing_tensor(name).at(&self.path));
+                }
+                let [short, long] = LONG_ROPE_FACTORS.map(|name| self.rope_factors(name));
+                let (short, long) = (short?, long?);
+                // A pass beyond the original context turns all its keys by the other factors.
+                if short != long {
+                    let original = self.original_context()?;
+                    self.config.context_length = self.config.context_length.min(original);
+                }
+                self.config.rope.factors = Some(short);
+                self.config.rope.scaling = Some(Scaling::Long);
+            }
+            _ => return Ok(()),
         }
-        if self.config.architecture != Architecture::Llama {
-            return Ok(());
+        for name in LONG_ROPE_FACTORS.iter().chain([&ROPE_FACTORS]) {
+            self.tensors.remove(*name);
         }
-        let tensor = self.tensor(ROPE_FACTORS)?;
+        Ok(())
+    }
+
+    /// The context before LongRoPE's other factors hold: all of it where nothing is said.
+    fn original_context(&self) -> Result<usize, ModelError> {
+        let Vocabulary::Gguf(header) = &self.vocabulary else { return Ok(usize::MAX) };
+        let key = "phi3.rope.scaling.original_context_length";
+        let said = header.unsigned(key).map_err(|fault| fault.at(&self.path))?;
+        match said.map(|positions| usize::try_from(positions).unwrap_or(usize::MAX)) {
+            Some(0) => Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN).at(&self.path)),
+            positions => Ok(positions.unwrap_or(usize::MAX)),
+        }
+    }
+
+    /// A tensor of divisors of RoPE's frequencies.
+    fn rope_factors(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        let tensor = self.tensor(name)?;
         let pairs = self.config.rope.dimensions / 2;
         if (tensor.rows(), tensor.width()) != (1, pairs) || tensor.kind() != WeightType::F32 {
             return Err(Fault::malformed(
@@ -390,16 +425,13 @@ impl Model {
                 ),
                 FETCH_AGAIN,
             )
-            .in_tensor(ROPE_FACTORS)
+            .in_tensor(name)
             .at(&self.path));
         }
-        self.config.rope.factors = Some(tensor.to_vec()?);
-        self.config
-            .rope
-            .check_factors()
-            .map_err(|fault| fault.in_tensor(ROPE_FACTORS).at(&self.path))?;
-        self.tensors.remove(ROPE_FACTORS);
-        Ok(())
+        let factors = tensor.to_vec()?;
+        let rope = Rope { factors: Some(factors.clone()), ..self.config.rope.clone() };
+        rope.check_factors().map_err(|fault| fault.in_tensor(name).at(&self.path))?;
+        Ok(factors)
     }
 
     /// Moves the scales that stand beside NVFP4 weights into these: one for a tensor, or one for

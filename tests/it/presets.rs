@@ -1,7 +1,11 @@
 //! Synthetic models of the newer kinds: what a kind is tried with where no weights are at hand.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Cursor;
 
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use runner::compute::arms::{self, Task};
 use runner::compute::reference::Reference;
 use runner::model::Model;
@@ -139,6 +143,120 @@ fn a_synthetic_folder_speaks_its_own_tokens_and_is_mended() {
     assert!(std::fs::read(folder.join("config.json")).expect("a config") == config);
     let left = std::fs::read_dir(&folder).expect("a folder").count();
     assert_eq!(left, 4, "config, tokenizer, weights and their note, and no temporary file");
+}
+
+/// Changes a file before it is written.
+type Change<'a> = dyn Fn(&mut BTreeMap<String, Value>, &mut BTreeMap<String, QTensor>) + 'a;
+
+/// The folder of `phi3-tiny` as llama.cpp's converter writes it, in f32, with what else it says.
+fn phi3_gguf(changed: &Change<'_>) -> Vec<u8> {
+    let model = opened(Preset::Phi3Tiny);
+    let config = model.config();
+    let tensor = |values: Vec<f32>, shape: &[usize]| {
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).expect("a tensor");
+        QTensor::quantize(&tensor, GgmlDType::F32).expect("f32")
+    };
+    let mut metadata = BTreeMap::from([
+        ("general.architecture".to_owned(), Value::String("phi3".to_owned())),
+        ("phi3.rope.freq_base".to_owned(), Value::F32(config.rope.theta as f32)),
+        ("phi3.attention.layer_norm_rms_epsilon".to_owned(), Value::F32(config.rms_norm_eps)),
+    ]);
+    for (key, value) in [
+        ("block_count", config.layers),
+        ("context_length", 131_072),
+        ("rope.scaling.original_context_length", 4096),
+        ("embedding_length", config.hidden),
+        ("feed_forward_length", config.ffn),
+        ("attention.head_count", config.heads),
+        ("attention.head_count_kv", config.kv_heads),
+        ("rope.dimension_count", config.rope.dimensions),
+    ] {
+        metadata.insert(format!("phi3.{key}"), Value::U32(value as u32));
+    }
+    let mut tensors = BTreeMap::new();
+    for name in model.names() {
+        let weight = model.tensor(name).expect("a tensor");
+        let mut values = weight.to_vec().expect("values");
+        let mut rows = weight.rows();
+        let mut join = |other: &str| {
+            let other = model.tensor(&name.replace("attn_q", other).replace("ffn_gate", other));
+            let other = other.expect("a tensor");
+            rows += other.rows();
+            values.extend(other.to_vec().expect("values"));
+        };
+        let name = match name.rsplit_once('.').map_or("", |(stem, _)| stem) {
+            stem if stem.ends_with("attn_q") => {
+                join("attn_k");
+                join("attn_v");
+                stem.replace("attn_q", "attn_qkv.weight")
+            }
+            stem if stem.ends_with("ffn_gate") => {
+                join("ffn_up");
+                stem.replace("ffn_gate", "ffn_up.weight")
+            }
+            stem if ["attn_k", "attn_v", "ffn_up"].iter().any(|part| stem.ends_with(part)) => {
+                continue;
+            }
+            _ => name.to_owned(),
+        };
+        let shape = [rows, weight.width()];
+        let shape = if rows == 1 { &shape[1..] } else { &shape[..] };
+        tensors.insert(name, tensor(values, shape));
+    }
+    changed(&mut metadata, &mut tensors);
+    let mut file = Cursor::new(Vec::new());
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut file, &metadata, &tensors).expect("written");
+    file.into_inner()
+}
+
+/// Divisors for both contexts, all of these values.
+fn long_rope(tensors: &mut BTreeMap<String, QTensor>, short: f32, long: f32) {
+    for (name, value) in [("short", short), ("long", long)] {
+        let values = Tensor::from_vec(vec![value; 24], 24, &Device::Cpu).expect("a tensor");
+        let tensor = QTensor::quantize(&values, GgmlDType::F32).expect("f32");
+        tensors.insert(format!("rope_factors_{name}.weight"), tensor);
+    }
+}
+
+#[test]
+fn a_phi3_is_the_same_function_as_a_gguf_file_and_as_a_folder() {
+    let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+    let logits = |model: &Model| {
+        let task = Task { op: &op, model, tokens: &tokens(), input: None };
+        let pass = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
+        let logits = pass.site(&Site("logits".to_owned())).expect("logits");
+        logits.data().iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+    };
+    let folder = opened(Preset::Phi3Tiny);
+    let file = open(&phi3_gguf(&|_, _| {})).expect("a phi3");
+    assert_eq!(file.names().collect::<Vec<_>>(), folder.names().collect::<Vec<_>>());
+    assert_eq!(file.config().context_length, 131_072);
+    assert!(logits(&file) == logits(&folder), "other logits");
+    // Divisors of 1 turn as none do, and others do not.
+    let with = |short, long| {
+        open(&phi3_gguf(&|_, tensors| long_rope(tensors, short, long))).expect("a phi3")
+    };
+    let (ones, others) = (with(1.0, 1.0), with(1.5, 4.0));
+    assert!(logits(&ones) == logits(&folder) && logits(&others) != logits(&folder));
+    // Beyond the original context the others would hold.
+    assert_eq!(ones.config().context_length, 131_072);
+    assert_eq!(others.config().context_length, 4096);
+    let scaled = open(&phi3_gguf(&|metadata, tensors| {
+        long_rope(tensors, 1.0, 1.0);
+        metadata.insert("phi3.rope.scaling.attn_factor".to_owned(), Value::F32(1.25));
+        metadata.insert("phi3.attention.sliding_window".to_owned(), Value::U32(2047));
+    }));
+    let scaled = scaled.expect("a phi3");
+    assert_eq!((scaled.config().rope.magnitude, scaled.config().context_length), (1.25, 2047));
+    assert!(logits(&scaled) != logits(&folder), "the magnitude is ignored");
+    let half = open(&phi3_gguf(&|_, tensors| {
+        long_rope(tensors, 1.0, 1.0);
+        tensors.remove("rope_factors_long.weight");
+    }));
+    let said = half.expect_err("a file without one of them").to_string();
+    assert!(said.contains("`rope_factors_long.weight`: it is missing"), "{said}");
 }
 
 #[test]
