@@ -201,6 +201,11 @@ fn settings() -> Value {
             "the prompt as text, for the model's tokenizer",
             json!({ "type": "string", "minLength": 1 }),
         ),
+        "chat": says(
+            "whether `prompt` is a user's message, laid through the model's own chat template",
+            json!({ "type": "boolean" }),
+        ),
+        "system": says("what the system says before it, with `chat`", said()),
         "seed": says("where generated values start", whole(0)),
         "arms": says("who computes the stage", arms),
         "recipe": recipe(),

@@ -270,6 +270,8 @@ struct Selection {
     /// The prompt as text.
     #[arg(long)]
     prompt: Option<String>,
+    #[command(flatten)]
+    chat: ChatArgs,
     /// Stages: `E` alone, `+E` with all it needs, `E+` with all that need it,
     /// `tag:NAME`, `*`; several with commas.
     #[arg(long)]
@@ -286,6 +288,18 @@ struct Selection {
     /// Run the selected stages although their results are there.
     #[arg(long)]
     force: bool,
+}
+
+/// How the text of `--prompt` is laid.
+#[derive(Args)]
+struct ChatArgs {
+    /// Lay `--prompt` through the model's own chat template, as a user's message that the model
+    /// is to answer.
+    #[arg(long, requires = "prompt")]
+    chat: bool,
+    /// What the system says before it.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -479,6 +493,8 @@ fn overrides(args: &Selection) -> Result<Overrides, String> {
         model,
         tokens: args.tokens.clone(),
         prompt: args.prompt.clone(),
+        chat: args.chat.chat,
+        system: args.chat.system.clone(),
         arms: args.arms.clone(),
     })
 }

@@ -173,7 +173,27 @@ fn text() -> String {
          another size are refused by name.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
          (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, GGUF's NVFP4 \
-         and big-endian GGUF files.\n",
+         and big-endian GGUF files.\n\n\
+         ## Texts\nA prompt as text gets the ids that transformers 5.17 gives it (`cargo test --test it \
+         vocabulary`; `scripts/tokenizer_fixtures.py` records them), with `chat` those of its \
+         `apply_chat_template`.\n\n\
+         | vocabulary | where |\n|---|---|\n\
+         | byte-level BPE | `tokenizer.json`; GGUF's `gpt2` |\n\
+         | SentencePiece's BPE | `tokenizer.json`; GGUF's `llama` |\n\
+         | Unigram, WordPiece | `tokenizer.json` |\n\n\
+         Classes that transformers builds anew (`LlamaTokenizer`, `GemmaTokenizer`, \
+         `Qwen2Tokenizer`, `GPT2Tokenizer`) are built as it builds them; any other takes \
+         `tokenizer.json` as it is, or is refused by name. Refused are other kinds of GGUF's \
+         vocabularies (`bert`, `t5`, `rwkv` and more), and files of SentencePiece alone \
+         (`tokenizer.model`). A template may ask for the date, so the same message may have other \
+         ids tomorrow: give the ids as `tokens` where they must stay.\n\n\
+         ## Settings\nEvery key of `config.json`, of `tokenizer_config.json` and of GGUF metadata \
+         is used, known to change nothing, or refused with its value; a test holds that to \
+         transformers' and `gguf`'s own lists (`cargo test known_keys`). Of a key that changes \
+         nothing, such as one of training, the value is not looked at. `generation_config.json` \
+         says how tokens are drawn, and is not read: what is decoded here is the likeliest token. \
+         Metadata that describes a GGUF file (`general.`), and what llama.cpp does not know, \
+         changes nothing.\n",
     );
     text
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use super::{print, store_of};
+use super::{ChatArgs, print, store_of};
 use crate::cache::Stamps;
 use crate::compute::ComputeError;
 use crate::compute::emulated::arm::Emulated;
@@ -45,6 +45,8 @@ pub(super) struct PredictArgs {
     /// The prompt as text.
     #[arg(long, conflicts_with = "tokens")]
     prompt: Option<String>,
+    #[command(flatten)]
+    chat: ChatArgs,
     /// The type in which the engine passes tensors from op to op, where it is not its file's: bf16, f16, f32.
     #[arg(long)]
     stream: Option<Format>,
@@ -77,7 +79,7 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let model = &open.model;
     let vocabulary = model.config().vocabulary;
     let prompt = match &args.prompt {
-        Some(text) => Prompt::Text(text.clone()),
+        Some(text) => Prompt::of_text(text.clone(), args.chat.chat, args.chat.system.clone()),
         None => Prompt::Tokens(args.tokens.clone()),
     };
     // The last token is only sampled, as engines do.

@@ -22,6 +22,7 @@ use crate::cache::{KeyWalk, Stamp, Store, seal_of, sealed, unsealed, write_whole
 use crate::compute::arms::Workshop;
 use crate::executor::command;
 use crate::executor::command::sealed_value;
+use crate::manifest::Prompt;
 use crate::op::{Arm, InputRef, Op, Recipe, Site, StageId};
 use crate::plan::Plan;
 use crate::record::{ArmRecord, ArmState, FamilyRecord, RunRecord, Series, StageRecord};
@@ -364,6 +365,8 @@ fn everything_looked_at(
             }
         }
         let Some(model) = &prepared.model else { continue };
+        // A template may ask for the date, which no file holds.
+        (!matches!(prepared.stage.prompt, Prompt::Chat { .. })).then_some(())?;
         model.written(true).is_none().then_some(())?;
         let folder = model.model.path();
         look(folder, &young)?;

@@ -71,6 +71,10 @@ pub struct Overrides {
     pub tokens: Option<Vec<u32>>,
     /// `--prompt`.
     pub prompt: Option<String>,
+    /// `--chat`.
+    pub chat: bool,
+    /// `--system`.
+    pub system: Option<String>,
     /// `--arms`.
     pub arms: Option<Vec<Arm>>,
 }
@@ -146,6 +150,21 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// A text for the model's tokenizer.
     Text(String),
+    /// A message for the model's chat template.
+    Chat {
+        /// The user's message.
+        text: String,
+        /// The system's message, if there is one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        system: Option<String>,
+    },
+}
+
+impl Prompt {
+    /// A text, which is the message of a chat or the whole prompt.
+    pub fn of_text(text: String, chat: bool, system: Option<String>) -> Prompt {
+        if chat { Prompt::Chat { text, system } } else { Prompt::Text(text) }
+    }
 }
 
 /// What a stage may use.

@@ -21,6 +21,8 @@ pub(super) struct RawSettings {
     model: Option<Put<String>>,
     tokens: Option<Put<Vec<Put<i64>>>>,
     prompt: Option<Put<String>>,
+    chat: Option<Put<bool>>,
+    system: Option<Put<String>>,
     seed: Option<Put<u64>>,
     arms: Option<Put<Vec<Put<String>>>>,
     recipe: RawRecipe,
@@ -131,6 +133,8 @@ impl RawSettings {
                 .map(|model| model.map(|name| from_folder(name, folder))),
             tokens: fields.list("tokens", findings),
             prompt: fields.take("prompt", findings),
+            chat: fields.take("chat", findings),
+            system: fields.take("system", findings),
             seed: fields.take("seed", findings),
             arms: fields.list("arms", findings),
             recipe: RawRecipe::read(fields, folder, findings),
@@ -145,7 +149,32 @@ impl RawSettings {
             .at_if(tokens.at.as_ref(), "the numbers");
             findings.push(problem);
         }
+        settings.refuse_chat_of_nothing(findings);
         settings
+    }
+
+    /// `chat` says how the `prompt` beside it is read, and `system` what is said before it.
+    fn refuse_chat_of_nothing(&self, findings: &mut Findings) {
+        let is_chat = self.chat.as_ref().is_some_and(|chat| chat.value);
+        let chat = self.chat.as_ref().map(|put| &put.at);
+        let system = self.system.as_ref().map(|put| &put.at);
+        if let (None, Some(at)) = (&self.prompt, chat.or(system)) {
+            findings.push(
+                Problem::new(
+                    "`chat` and `system` are of a `prompt`, and none is written here",
+                    "write the user's message as `prompt` beside them",
+                )
+                .at_if(at.as_ref(), "of no text"),
+            );
+        } else if let (false, Some(at)) = (is_chat, system) {
+            findings.push(
+                Problem::new(
+                    "`system` is a message of a chat, and `chat` is not true",
+                    "write `chat = true`, or remove `system`",
+                )
+                .at_if(at.as_ref(), "laid by no template"),
+            );
+        }
     }
 
     /// Whether `arms` is written here.
@@ -162,6 +191,8 @@ impl RawSettings {
             model: overrides.model.clone().map(Put::unwritten),
             tokens: overrides.tokens.as_ref().map(put),
             prompt: overrides.prompt.clone().map(Put::unwritten),
+            chat: overrides.chat.then(|| Put::unwritten(true)),
+            system: overrides.system.clone().map(Put::unwritten),
             arms: overrides.arms.as_ref().map(|arms| {
                 Put::unwritten(
                     arms.iter().map(|arm| Put::unwritten(arm.name().to_owned())).collect(),
@@ -173,16 +204,16 @@ impl RawSettings {
 
     /// These settings where they are given, else the inherited ones.
     pub fn or(self, inherited: &RawSettings) -> RawSettings {
-        // Tokens and text are one setting written in two ways.
-        let (tokens, prompt) = if self.tokens.is_some() || self.prompt.is_some() {
-            (self.tokens, self.prompt)
-        } else {
-            (inherited.tokens.clone(), inherited.prompt.clone())
-        };
+        // Tokens and text are one setting written in two ways, and how a text is laid is of the text.
+        let read = if self.tokens.is_some() || self.prompt.is_some() { &self } else { inherited };
+        let (tokens, prompt) = (read.tokens.clone(), read.prompt.clone());
+        let (chat, system) = (read.chat.clone(), read.system.clone());
         RawSettings {
             model: self.model.or_else(|| inherited.model.clone()),
             tokens,
             prompt,
+            chat,
+            system,
             seed: self.seed.or_else(|| inherited.seed.clone()),
             arms: self.arms.or_else(|| inherited.arms.clone()),
             recipe: self.recipe.or(&inherited.recipe),
@@ -196,6 +227,8 @@ impl RawSettings {
             ("model", self.model.as_ref().map(|put| &put.at)),
             ("tokens", self.tokens.as_ref().map(|put| &put.at)),
             ("prompt", self.prompt.as_ref().map(|put| &put.at)),
+            ("chat", self.chat.as_ref().map(|put| &put.at)),
+            ("system", self.system.as_ref().map(|put| &put.at)),
             ("arms", self.arms.as_ref().map(|put| &put.at)),
         ];
         for (key, at) in written {
@@ -237,7 +270,11 @@ impl RawSettings {
                 );
                 None
             }
-            (None, Some(prompt)) => Some(Prompt::Text(prompt.value.clone())),
+            (None, Some(prompt)) => {
+                let chat = self.chat.as_ref().is_some_and(|chat| chat.value);
+                let system = self.system.as_ref().map(|system| system.value.clone());
+                Some(Prompt::of_text(prompt.value.clone(), chat, system))
+            }
             // Both: reported where they were read, or by the command line's parser.
             (Some(_), Some(_)) => None,
             (Some(tokens), None) => check_tokens(tokens, findings).map(Prompt::Tokens),

@@ -243,6 +243,18 @@ impl Header {
             Some(other) => Err(wrong_type(key, "an array of 32-bit integers", other)),
         }
     }
+
+    /// An array of 32-bit floats.
+    pub fn floats(&self, file: &[u8], key: &str) -> Result<Option<Vec<f32>>, Fault> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::List { element: Element::F32, bytes, .. }) => {
+                let (values, _) = file[bytes.clone()].as_chunks::<4>();
+                Ok(Some(values.iter().map(|v| f32::from_le_bytes(*v)).collect()))
+            }
+            Some(other) => Err(wrong_type(key, "an array of 32-bit floats", other)),
+        }
+    }
 }
 
 fn wrong_type(key: &str, wanted: &str, found: &Value) -> Fault {

@@ -6,6 +6,7 @@
 //! shape. It knows nothing of arms, recipes or stages.
 
 mod blocks;
+mod chat;
 mod config;
 mod error;
 mod gguf;
@@ -18,6 +19,8 @@ mod quantised;
 mod safetensors;
 pub mod synthetic;
 mod tokenizer;
+mod tokenizer_class;
+mod tokenizer_config;
 mod tokenizer_parts;
 mod weights;
 
@@ -30,6 +33,7 @@ use std::sync::OnceLock;
 
 use crate::files::{self, Mapped};
 use crate::text::Shown;
+pub use chat::Chat;
 pub use config::{
     Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, Latent, Presence,
     Rope, RopeLayout, RouterScores, Routing, Scaling, Sliding,
@@ -40,6 +44,7 @@ pub(crate) use quantised::HeldCodes;
 use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
+use tokenizer_config::TokenizerConfig;
 use weights::Steps;
 pub use weights::{Weight, WeightType};
 
@@ -603,6 +608,26 @@ impl Model {
     /// tokenizer adds one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let tokens = self.tokenizer()?.encode(text).map_err(|fault| fault.at(&self.path))?;
+        self.checked(tokens)
+    }
+
+    /// The tokens of a message that the model's own chat template lays, up to where the model is to
+    /// answer; what transformers' `apply_chat_template` gives with `add_generation_prompt`.
+    pub fn encode_chat(&self, chat: &Chat<'_>) -> Result<Vec<u32>, ModelError> {
+        let template = match &self.vocabulary {
+            Vocabulary::Gguf(header) => tokenizer::template_of_gguf(header, &self.files[0].map),
+            Vocabulary::Folder => TokenizerConfig::of_folder(&self.path, self.config.architecture)
+                .and_then(|config| config.chat_template())
+                .map_err(TokenizerFault::of_chat),
+        };
+        let text = template.and_then(|template| tokenizer::lay(&template, chat));
+        let text = text.map_err(|fault| fault.at(&self.path))?;
+        let tokens = self.tokenizer()?.encode_laid(&text).map_err(|fault| fault.at(&self.path))?;
+        self.checked(tokens)
+    }
+
+    /// The tokens, all of which the embedding has.
+    fn checked(&self, tokens: Vec<u32>) -> Result<Vec<u32>, ModelError> {
         match tokens.iter().find(|&&token| token as usize >= self.config.vocabulary) {
             None => Ok(tokens),
             Some(token) => Err(TokenizerFault::new(format!(
@@ -621,7 +646,7 @@ impl Model {
     fn tokenizer(&self) -> Result<&Tokenizer, ModelError> {
         let built = self.tokenizer.get_or_init(|| match &self.vocabulary {
             Vocabulary::Gguf(header) => tokenizer::from_gguf(header, &self.files[0].map),
-            Vocabulary::Folder => tokenizer::from_folder(&self.path),
+            Vocabulary::Folder => tokenizer::from_folder(&self.path, self.config.architecture),
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
     }

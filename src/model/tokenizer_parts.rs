@@ -1,5 +1,5 @@
-//! Which parts of a `tokenizer.json` are handed to the library: kinds that llama, qwen2 and
-//! qwen3 are published with, with fields that the library can work with.
+//! Which parts of a `tokenizer.json` are handed to the library: kinds that language models are
+//! published with (BPE, Unigram, WordPiece), with fields that the library can work with.
 //!
 //! The library trusts these parts: an empty text to put first, a template that names a token
 //! which is not there, or a table in a format of its own ends it in a panic or asks for all
@@ -18,15 +18,49 @@ const MOST_CUT: u64 = 64;
 /// megabyte.
 const MOST_STEPS: usize = 64;
 /// How many times as long as it was the parts may make a text together. Real ones make it some
-/// twenty times as long; each step of a sequence multiplies, so a short file could fill any memory.
-const MOST_GROWTH: u64 = 256;
+/// twenty times as long, ALBERT's 726 by the factors below; each step of a sequence multiplies, so
+/// a short file could fill any memory.
+const MOST_GROWTH: u64 = 1024;
+/// The one pattern that is replaced beside texts, T5's: it matches no empty text.
+const SPACES: &str = " {2,}";
 
 /// The parts by their keys, and the kinds that each may have.
 const PARTS: [(&str, &[&str]); 4] = [
-    ("normalizer", &["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace"]),
-    ("pre_tokenizer", &["ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace"]),
-    ("post_processor", &["ByteLevel", "TemplateProcessing"]),
-    ("decoder", &["ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"]),
+    (
+        "normalizer",
+        &[
+            "BertNormalizer",
+            "Lowercase",
+            "NFC",
+            "NFD",
+            "NFKC",
+            "NFKD",
+            "Nmt",
+            "Precompiled",
+            "Prepend",
+            "Replace",
+            "Strip",
+            "StripAccents",
+        ],
+    ),
+    (
+        "pre_tokenizer",
+        &[
+            "BertPreTokenizer",
+            "ByteLevel",
+            "Digits",
+            "Metaspace",
+            "Punctuation",
+            "Split",
+            "Whitespace",
+            "WhitespaceSplit",
+        ],
+    ),
+    ("post_processor", &["BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"]),
+    (
+        "decoder",
+        &["ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"],
+    ),
 ];
 
 /// Where each part's sequences have their members.
@@ -83,7 +117,8 @@ fn check_part(
         let known = kinds.join(", ");
         return Err(format!("is of the kind `{}`; read are {known} and sequences", shown(kind)));
     }
-    check_fields(part, kind).map_err(|problem| format!("of the kind `{kind}` {problem}"))?;
+    check_fields(part, kind, members)
+        .map_err(|problem| format!("of the kind `{kind}` {problem}"))?;
     whole.growth = whole.growth.saturating_mul(growth_of(part, kind, members));
     whole.steps += 1;
     match whole.steps > MOST_STEPS {
@@ -102,6 +137,12 @@ fn growth_of(part: &Value, kind: &str, members: &str) -> u64 {
         // The factors of Unicode's FAQ on normalization, for UTF-8.
         "NFC" | "NFD" => 3,
         "NFKC" | "NFKD" => 11,
+        // A letter of two bytes becomes one of three.
+        "Lowercase" => 2,
+        // Marks set apart, letters made small, and spaces around what is Chinese.
+        "BertNormalizer" => 12,
+        // What is longest stands for characters of three bytes in SentencePiece's own tables.
+        "Precompiled" => longest_replacement(part).unwrap_or(0).div_ceil(3) as u64,
         // A letter of two bytes for each byte.
         "ByteLevel" if members == "pretokenizers" => 2,
         "Metaspace" if members == "pretokenizers" => length("/replacement"),
@@ -118,8 +159,14 @@ fn growth_of(part: &Value, kind: &str, members: &str) -> u64 {
     .max(1)
 }
 
-fn check_fields(part: &Value, kind: &str) -> Result<(), String> {
+fn check_fields(part: &Value, kind: &str, members: &str) -> Result<(), String> {
     match kind {
+        "Precompiled" => longest_replacement(part).map(|_| ()),
+        "Replace" if part.pointer("/pattern/Regex").and_then(Value::as_str) == Some(SPACES) => {
+            Ok(())
+        }
+        // A normalizer's, which cuts off spaces.
+        "Strip" if members == "normalizers" => Ok(()),
         "Prepend" => some_text(part, "prepend"),
         "Replace" => match part.pointer("/pattern/String").and_then(Value::as_str) {
             Some(text) if !text.is_empty() => Ok(()),
@@ -140,6 +187,40 @@ fn check_fields(part: &Value, kind: &str) -> Result<(), String> {
         "TemplateProcessing" => check_template(part),
         _ => Ok(()),
     }
+}
+
+/// The longest text that SentencePiece's table of characters puts in the place of one. The table
+/// is the length of a trie, the trie, and texts that end in zeros.
+fn longest_replacement(part: &Value) -> Result<usize, String> {
+    let table = part.get("precompiled_charsmap").and_then(Value::as_str);
+    let table = table.and_then(from_base64).ok_or("has no table in base64")?;
+    let (length, rest) = table.split_first_chunk::<4>().ok_or("has a table without a trie")?;
+    let length = u32::from_le_bytes(*length) as usize;
+    if length < 4 || !length.is_multiple_of(4) || length >= rest.len() {
+        return Err("has a table whose trie does not lie in it".to_owned());
+    }
+    let texts = rest[length..].split(|&byte| byte == 0);
+    Ok(texts.map(<[u8]>::len).max().unwrap_or(0))
+}
+
+fn from_base64(text: &str) -> Option<Vec<u8>> {
+    let digits = text.trim_end_matches('=').bytes().map(|byte| match byte {
+        b'A'..=b'Z' => Some(byte - b'A'),
+        b'a'..=b'z' => Some(byte - b'a' + 26),
+        b'0'..=b'9' => Some(byte - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    });
+    let digits: Vec<u8> = digits.collect::<Option<_>>()?;
+    let whole = |four: &[u8]| {
+        let mut bits = [0; 4];
+        bits[..four.len()].copy_from_slice(four);
+        let [a, b, c, d] = bits.map(u32::from);
+        let bytes = (a << 18 | b << 12 | c << 6 | d).to_be_bytes();
+        bytes[1..four.len().max(1)].to_vec()
+    };
+    Some(digits.chunks(4).flat_map(whole).collect())
 }
 
 fn some_text(part: &Value, key: &str) -> Result<(), String> {

@@ -17,8 +17,8 @@ use crate::compute::forward::{Greedy, attention_of};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
-use crate::model::Model;
 use crate::model::synthetic::{Scaled, ensure_by};
+use crate::model::{Chat, Model};
 use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
 use crate::text::{Shown, shown};
 
@@ -657,6 +657,10 @@ pub fn encoded(prompt: &Prompt, decode: usize, model: &Model) -> Result<Vec<u32>
     let tokens = match prompt {
         Prompt::Tokens(tokens) => tokens.clone(),
         Prompt::Text(text) => model.encode(text).map_err(|error| error.to_string())?,
+        Prompt::Chat { text, system } => {
+            let chat = Chat::now(text, system.as_deref());
+            model.encode_chat(&chat).map_err(|error| error.to_string())?
+        }
     };
     if tokens.is_empty() {
         return Err("the prompt has no tokens; give a text or token ids".to_owned());

@@ -6,6 +6,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use candle_core::quantized::gguf_file::Value;
+
+use crate::model::draft;
+
 /// A folder with the shipped stages and contracts.
 struct Place(tempfile::TempDir);
 
@@ -184,6 +188,40 @@ fn bad_input_is_refused_with_its_name_and_a_remedy() {
             // All five stages have it, but it is told once.
             assert_eq!(stderr.matches(words).count(), 1, "{arguments:?}, {words}: {stderr}");
         }
+    }
+}
+
+#[test]
+fn a_chat_s_results_are_those_of_the_ids_that_its_template_makes() {
+    let place = Place::new();
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<user>{% endfor %}";
+    let model = draft("llama")
+        .vocabulary("llama-bpe")
+        .with("tokenizer.chat_template", Value::String(template.to_owned()));
+    fs::write(place.path("m.gguf"), model.write()).expect("a model");
+    let run = |prompt: &[&str]| {
+        let usual = ["run", "stages/", "--model", "m.gguf", "--select", "C"];
+        let (code, table, lines) = place.run(&[&usual[..], prompt].concat());
+        assert_eq!(code, 0, "{table}{lines}");
+        table
+    };
+    assert!(!run(&["--prompt", "hel", "--chat", "--system", "123"]).contains("was reused"));
+    assert_eq!(
+        place.records()[0]["stages"][0]["tokens"],
+        serde_json::json!([258, 257, 261, 260, 261])
+    );
+    assert!(run(&["--tokens", "258,257,261,260,261"]).contains("everything was reused"));
+    // The template is asked each time: it may ask for the date.
+    assert!(
+        run(&["--prompt", "hel", "--chat", "--system", "123"]).contains("everything was reused")
+    );
+    for (arguments, words) in [
+        (&["--chat"][..], "--prompt <PROMPT>"),
+        (&["--prompt", "x", "--system", "y"], "--chat"),
+        (&["--prompt", "x", "--chat"], "it has no chat template"),
+    ] {
+        let (code, _, stderr) = place.run(&[&["run", "stages/"], arguments].concat());
+        assert!(code == 2 && stderr.contains(words), "{arguments:?}: {stderr}");
     }
 }
 

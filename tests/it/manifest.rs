@@ -129,6 +129,9 @@ complains! {
               [rms_norm]\ninput = { stage = \"a\", site = \"embed\" }\nweight = \"output_norm\"\n");
     tokens_and_prompt: Folder::new()
         .stage(&STAGE.replace("[embed]", "tokens = [1]\nprompt = \"one\"\n[embed]"));
+    a_chat_of_nothing_and_a_system_without_a_chat: Folder::new()
+        .file("stages/a.toml", STAGE.replace("\"X\"", "\"a\"\nchat = true\ntokens = [1]"))
+        .file("stages/b.toml", STAGE.replace("\"X\"", "\"b\"\nprompt = \"x\"\nsystem = \"y\""));
     empty_prompt_and_arms_without_reference: Folder::new()
         .file("stages/pipeline.toml", "prompt = \"\"\narms = [\"device\", \"device\", \"gpu\"]\n")
         .stage(STAGE);
@@ -376,6 +379,28 @@ fn a_stage_inherits_and_overrides_key_by_key() {
         assert_eq!(stage.prompt, Prompt::Text("typed".into()));
         assert_eq!(stage.arms, [Arm::Reference]);
     }
+}
+
+#[test]
+fn a_chat_is_of_the_prompt_that_stands_beside_it() {
+    let laid = |text: &str, system: Option<&str>| Prompt::Chat {
+        text: text.to_owned(),
+        system: system.map(str::to_owned),
+    };
+    let folder = Folder::new()
+        .file("stages/pipeline.toml", "prompt = \"hello\"\nchat = true\nsystem = \"Be brief.\"\n")
+        .stage(&format!("prompt = \"plain\"\n{STAGE}"))
+        .file("stages/y.toml", STAGE.replace("\"X\"", "\"Y\""));
+    let prompts = |overrides: &Overrides| -> Vec<Prompt> {
+        let pipeline = folder.load_with(overrides).expect("sound");
+        pipeline.stages.into_iter().map(|stage| stage.prompt).collect()
+    };
+    let written = [Prompt::Text("plain".into()), laid("hello", Some("Be brief."))];
+    assert_eq!(prompts(&Overrides::default()), written);
+    let typed = Overrides { prompt: Some("typed".into()), ..Overrides::default() };
+    assert_eq!(prompts(&typed), vec![Prompt::Text("typed".into()); 2]);
+    let typed = Overrides { chat: true, ..typed };
+    assert_eq!(prompts(&typed), vec![laid("typed", None); 2]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use runner::dtype::Format;
 use runner::engine::EngineFile;
 use runner::graph::{Graph, GraphFormat, render};
 use runner::manifest::{Overrides, load};
-use runner::model::Model;
+use runner::model::{Chat, Model};
 use runner::nightly::{Earlier, metrics, sum_up};
 use runner::op::FileTensor;
 use runner::record::RunRecord;
@@ -40,7 +40,7 @@ pub struct Reader {
 pub type Answer = Result<(), String>;
 
 /// All of them.
-pub const READERS: [Reader; 23] = [
+pub const READERS: [Reader; 24] = [
     reader("gguf", &["mutant.gguf"], nothing, gguf),
     reader("config", &["`model`", "/model`", "config.json"], beside_config, config),
     reader(
@@ -54,6 +54,7 @@ pub const READERS: [Reader; 23] = [
     reader("codes", &["model.safetensors", "/model`"], beside_codes, weights),
     reader("forms", &["model.safetensors", "/model`"], beside_forms, forms),
     reader("tokenizer", &["/model`", "tokenizer.json"], beside_tokenizer, tokenizer),
+    reader("tokenizer-config", &["/model`"], beside_tokenizer_config, tokenizer_config),
     reader("npy", &["mutant.npy"], nothing, npy),
     reader("npz", &["mutant.npz"], nothing, npz),
     reader("safetensors", &["mutant.safetensors"], nothing, safetensors),
@@ -236,6 +237,13 @@ fn beside_tokenizer(folder: &Path) {
     put(&folder, "model.safetensors", &tensors_of_config(512));
 }
 
+/// The smallest vocabulary, which has no bytes to fall back to.
+fn beside_tokenizer_config(folder: &Path) {
+    beside_tokenizer(folder);
+    let json = br#"{"model":{"type":"BPE","vocab":{"h":0,"e":1,"he":2,"<s>":3,"<unk>":4},"merges":["h e"]}}"#;
+    put(folder, "model/tokenizer.json", json);
+}
+
 fn config(folder: &Path, bytes: &[u8]) -> Answer {
     put(folder, "model/config.json", bytes);
     use_model(&Model::open(&folder.join("model")).map_err(in_words)?)
@@ -269,6 +277,13 @@ fn tokenizer(folder: &Path, bytes: &[u8]) -> Answer {
     put(folder, "model/tokenizer.json", bytes);
     let model = Model::open(&folder.join("model")).expect("the model itself is sound");
     use_vocabulary(&model)
+}
+
+fn tokenizer_config(folder: &Path, bytes: &[u8]) -> Answer {
+    put(folder, "model/tokenizer_config.json", bytes);
+    let model = Model::open(&folder.join("model")).expect("the model itself is sound");
+    use_vocabulary(&model)?;
+    model.encode_chat(&Chat::now("he said", None)).map(drop).map_err(in_words)
 }
 
 /// Every tensor of a file of tensors, as codes, values and integers.

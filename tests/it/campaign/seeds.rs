@@ -27,6 +27,7 @@ pub fn of(reader: &str) -> (Kind, Vec<Vec<u8>>) {
         "codes" => (Kind::Safetensors, vec![tensors_of_codes()]),
         "forms" => (Kind::Safetensors, forms()),
         "tokenizer" => (Kind::Json, tokenizers()),
+        "tokenizer-config" => (Kind::Json, tokenizer_configs()),
         "npy" => (Kind::Npy, fixtures(&["f2.npy", "f4.npy", "f8.npy", "version2.npy"])),
         "npz" => (Kind::Npz, fixtures(&["stored.npz", "compressed.npz"])),
         "safetensors" => (Kind::Safetensors, fixtures(&["tensors.safetensors"])),
@@ -105,6 +106,30 @@ fn index() -> Vec<u8> {
     json!({ "metadata": { "total_size": 2 }, "weight_map": map }).to_string().into_bytes()
 }
 
+/// What `scripts/tokenizer_fixtures.py` recorded, templates included.
+fn tokenizer_configs() -> Vec<Vec<u8>> {
+    let all: Value =
+        serde_json::from_slice(&read(&own("tests/fixtures/tokenizers.json"))).expect("JSON");
+    let cases = all["cases"].as_array().expect("cases");
+    let config = |case: &Value| {
+        let mut config = case["config"].clone();
+        if let Some(template) = case["template"].as_str() {
+            config["chat_template"] = template.into();
+        }
+        config.to_string().into_bytes()
+    };
+    cases.iter().map(config).collect()
+}
+
+/// Vocabularies of Unigram and WordPiece, as they were recorded.
+fn other_tokenizers() -> Vec<Vec<u8>> {
+    let all: Value =
+        serde_json::from_slice(&read(&own("tests/fixtures/tokenizers.json"))).expect("JSON");
+    let kinds = all["tokenizers"].as_array().expect("tokenizers").iter();
+    let other = kinds.filter(|json| json["model"]["type"] != "BPE");
+    other.map(|json| json.to_string().into_bytes()).collect()
+}
+
 /// A vocabulary of bytes, with every kind of part that the reader knows somewhere.
 fn tokenizers() -> Vec<Vec<u8>> {
     let byte_level = json!({
@@ -157,7 +182,8 @@ fn tokenizers() -> Vec<Vec<u8>> {
         }
         all
     });
-    [plain].iter().chain(&changed).map(|json| json.to_string().into_bytes()).collect()
+    let pairs = [plain].into_iter().chain(changed).map(|json| json.to_string().into_bytes());
+    pairs.chain(other_tokenizers()).collect()
 }
 
 /// Three rows of 32 f32 after what a manifest says of them.
