@@ -129,7 +129,7 @@ impl Architecture {
     ];
     /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
     /// Mixtral.
-    const OF_GGUF: [(&str, Architecture); 14] = [
+    pub(super) const OF_GGUF: [(&str, Architecture); 14] = [
         ("llama", Architecture::Llama),
         ("qwen2", Architecture::Qwen2),
         ("qwen3", Architecture::Qwen3),
@@ -846,7 +846,10 @@ impl RawRope {
         let RawRope { magnitude, scaling, in_f32, at_end, .. } = self;
         if !(1..=LARGEST_HEAD).contains(&dimensions) || !dimensions.is_multiple_of(2) {
             return Err(Fault::malformed(
-                format!("its RoPE width {dimensions} is no even number up to {LARGEST_HEAD}"),
+                format!(
+                    "its RoPE width {dimensions}, of `head_dim` or of the key of its own, is no even \
+                     number up to {LARGEST_HEAD}"
+                ),
                 FETCH_AGAIN,
             ));
         }
@@ -1243,6 +1246,33 @@ fn whole_head(dimensions: Option<u64>, head_dim: u64) -> Result<u64, Fault> {
     }
 }
 
+/// Keys of models whose tensors or passes are others, which are none of a language model's own.
+const OF_OTHERS: [&str; 5] = ["adapter.", "clip.", "diffusion.", "imatrix.", "xielu."];
+
+/// Keys under an architecture's name that change nothing, as long as they are of their type.
+const WITHOUT_EFFECT: [&str; 4] = [
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+];
+
+/// Whether a key of a GGUF file's metadata is known to change no value of a pass: what describes
+/// the file, what is the vocabulary's, and what llama.cpp does not read.
+#[cfg(test)]
+pub(super) fn changes_nothing(key: &str) -> bool {
+    let described = key.starts_with("general.") && key != "general.alignment";
+    let own = key.split_once('.').is_some_and(|(architecture, key)| {
+        // Of a stablelm whether there is a norm before its feed-forward network says it, and these
+        // norms have an epsilon of another name.
+        let of_norms = key == "attention.layer_norm_rms_epsilon";
+        WITHOUT_EFFECT.contains(&key)
+            || architecture == "stablelm" && (key == "use_parallel_residual" || of_norms)
+            || architecture == "starcoder2" && of_norms
+    });
+    described || own || super::tokenizer::knows_key(key)
+}
+
 /// Files that are GGUF, but no whole model.
 fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
     if let Some(kind) = header.text(file, "general.type")?
@@ -1250,6 +1280,13 @@ fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
     {
         return Err(Fault::unsupported(
             format!("it holds a GGUF of type `{}`, not a model", shown(kind)),
+            "give the language model's own file",
+        ));
+    }
+    let other = header.keys().find(|key| OF_OTHERS.iter().any(|of| key.starts_with(of)));
+    if let Some(key) = other {
+        return Err(Fault::unsupported(
+            format!("what `{}` asks for is not computed", shown(key)),
             "give the language model's own file",
         ));
     }
@@ -1284,9 +1321,8 @@ struct Keys<'a> {
 }
 
 impl Keys<'_> {
-    /// Keys that are read below, or that change no result.
-    const UNDERSTOOD: [&'static str; 22] = [
-        "vocab_size",
+    /// Keys that are read below.
+    const UNDERSTOOD: [&'static str; 18] = [
         "block_count",
         "context_length",
         "embedding_length",
@@ -1305,9 +1341,6 @@ impl Keys<'_> {
         "rope.scaling.type",
         "rope.scaling.factor",
         "rope.scale_linear",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "tensor_data_layout",
     ];
 
     /// Keys that are read, or must say what is computed, in this architecture alone.
@@ -1344,11 +1377,22 @@ impl Keys<'_> {
         };
         let shares = self.architecture == Architecture::Qwen2Moe;
         let (ffn, scores) = match self.architecture {
-            _ if count == 0 => return Ok(None),
+            Architecture::Qwen2Moe | Architecture::Qwen3Moe if count == 0 => {
+                return Err(missing_key(&self.full("expert_count")));
+            }
+            _ if count == 0 => return self.refuse_experts_of_none().map(|()| None),
             Architecture::Llama => ("feed_forward_length", RouterScores::SoftmaxOfTaken),
             Architecture::Qwen3Moe => ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken),
             Architecture::Qwen2Moe => ("expert_feed_forward_length", RouterScores::Softmax),
-            _ => return Err(Fault::unsupported("it is a mixture of experts", OTHER_MODEL)),
+            _ => {
+                return Err(Fault::unsupported(
+                    format!(
+                        "`{}` is {count}: it is a mixture of experts",
+                        self.full("expert_count")
+                    ),
+                    OTHER_MODEL,
+                ));
+            }
         };
         let used = width("expert_used_count")?;
         Ok(Some(Experts {
@@ -1362,6 +1406,17 @@ impl Keys<'_> {
             gates_shared: shares,
             blocks: Vec::new(),
         }))
+    }
+
+    /// What says how many experts a token goes to, where there are none: llama.cpp ends there.
+    fn refuse_experts_of_none(&self) -> Result<(), Fault> {
+        match self.optional("expert_used_count")?.filter(|used| *used > 0) {
+            Some(used) => Err(Fault::malformed(
+                format!("`{}` is {used}, and it has no experts", self.full("expert_used_count")),
+                FETCH_AGAIN,
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Factors and caps, as llama.cpp reads or knows them.
@@ -1449,7 +1504,8 @@ impl Keys<'_> {
         // YaRN and its relatives: their other keys follow from the type.
         self.linear_scale(file)?;
         for key in own {
-            if !Self::UNDERSTOOD.contains(&key) && !self.own().contains(&key) {
+            let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
+            if !known && !self.own().contains(&key) {
                 return Err(Fault::unsupported(
                     format!("what `{}` asks for is not computed", shown(&self.full(key))),
                     OTHER_MODEL,
@@ -1469,10 +1525,15 @@ impl Keys<'_> {
                 return Err(Fault::unsupported(format!("`{key}` is {other}"), OTHER_MODEL));
             }
         }
-        if self.architecture == Architecture::Qwen3Moe
-            && self.optional("expert_shared_feed_forward_length")?.is_some_and(|width| width > 0)
+        let shared = self.optional("expert_shared_feed_forward_length")?;
+        if let (Architecture::Qwen3Moe, Some(width)) =
+            (self.architecture, shared.filter(|width| *width > 0))
         {
-            return Err(Fault::unsupported("it has experts that all tokens share", OTHER_MODEL));
+            let key = self.full("expert_shared_feed_forward_length");
+            return Err(Fault::unsupported(
+                format!("`{key}` is {width}: it has experts that all tokens share"),
+                OTHER_MODEL,
+            ));
         }
         if let Some(base) = self.float("rope.freq_base_swa")?.filter(|base| *base != 10_000.0) {
             return Err(Fault::unsupported(
@@ -1481,7 +1542,11 @@ impl Keys<'_> {
             ));
         }
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {
-            return Err(Fault::unsupported("its attention is not causal", OTHER_MODEL));
+            let key = self.full("attention.causal");
+            return Err(Fault::unsupported(
+                format!("`{key}` is false: its attention is not causal"),
+                OTHER_MODEL,
+            ));
         }
         if matches!(
             self.architecture,

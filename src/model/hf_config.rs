@@ -134,6 +134,16 @@ const OFF: &[&str] = &[
     "use_mrope",
 ];
 
+/// Whether a key is known to change no value of a pass: whatever it is set to, or as long as it is
+/// off. Nobody looks at its value, so one of another type than the key's is no error either.
+pub(super) fn changes_nothing(key: &str, value: &Value) -> bool {
+    WITHOUT_EFFECT.contains(&key) || OFF.contains(&key) && is_off(value)
+}
+
+fn is_off(value: &Value) -> bool {
+    value.as_object().is_some_and(Map::is_empty) || value.as_bool() == Some(false)
+}
+
 /// Where ModelOpt says how it quantised.
 pub(super) const SIDECAR: &str = "hf_quant_config.json";
 
@@ -326,7 +336,7 @@ fn delta(
         Ok(keys.whole(key)?.unwrap_or(usual).min(LARGEST_SIZE + 1) as usize)
     };
     let interval = keys.whole("full_attention_interval")?.unwrap_or(4).max(1);
-    let blocks = match keys.texts("layer_types")? {
+    let blocks = match layer_types(keys, layers)? {
         None => {
             let blocks = 0..layers.min(LARGEST_SIZE);
             blocks.map(|block| (block + 1) % interval != 0).collect()
@@ -437,7 +447,10 @@ fn latent(keys: &Keys<'_>, architecture: Architecture) -> Result<Option<Latent>,
     let whole = (latent.still + latent.turned) as u64;
     match keys.whole("qk_head_dim")? {
         Some(width) if width != whole => Err(Fault::malformed(
-            format!("its `qk_head_dim` is {width}, and the widths of its parts add up to {whole}"),
+            format!(
+                "its `qk_head_dim` is {width}, and its `qk_nope_head_dim` and `qk_rope_head_dim` add \
+                 up to {whole}"
+            ),
             FETCH_AGAIN,
         )),
         _ => Ok(Some(latent)),
@@ -707,6 +720,20 @@ fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> 
     Ok(Biases { qkv: Presence::of(qkv), output: Presence::of(output), ffn: of_ffn })
 }
 
+/// The kinds of the blocks, one for each.
+fn layer_types<'a>(keys: &Keys<'a>, layers: u64) -> Result<Option<Vec<&'a str>>, Fault> {
+    match keys.texts("layer_types")? {
+        Some(types) if types.len() as u64 != layers => Err(Fault::malformed(
+            format!(
+                "its `layer_types` names {} blocks, and its `num_hidden_layers` is {layers}",
+                types.len()
+            ),
+            "remove the one that is out of date",
+        )),
+        types => Ok(types),
+    }
+}
+
 /// The window and which blocks have it; all where the list is empty.
 fn windows(
     keys: &Keys<'_>,
@@ -723,7 +750,7 @@ fn windows(
     }
     let first = keys.whole("max_window_layers")?;
     let pattern = keys.whole("sliding_window_pattern")?;
-    let types = keys.texts("layer_types")?;
+    let types = layer_types(keys, layers)?;
     // The class's own value holds where the key is absent; null is none.
     let or_usual = |usual| match keys.map.contains_key("sliding_window") {
         true => written,
@@ -1384,13 +1411,8 @@ impl<'a> Keys<'a> {
     /// Refuses what nobody has read and what may change a pass.
     pub(super) fn refuse_unread(&self) -> Result<(), Fault> {
         let read = self.read.borrow();
-        let off = |key: &str, value: &Value| {
-            let empty = value.as_object().is_some_and(Map::is_empty);
-            OFF.contains(&key) && (empty || value.as_bool() == Some(false))
-        };
         let unread = self.map.iter().find(|(key, value)| {
-            let known = read.contains(*key) || WITHOUT_EFFECT.contains(&key.as_str());
-            !known && !value.is_null() && !off(key, value)
+            !read.contains(*key) && !value.is_null() && !changes_nothing(key, value)
         });
         match unread {
             None => Ok(()),

@@ -14,6 +14,8 @@ mod gguf_fused;
 mod gguf_parts;
 mod gguf_writer;
 mod hf_config;
+#[cfg(test)]
+mod known_keys;
 mod mixture;
 mod quantised;
 mod safetensors;

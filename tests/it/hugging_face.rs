@@ -279,7 +279,7 @@ fn rope_scaling_follows_transformers() {
 #[test]
 fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 27] = [
+    let cases: [(Change, &str); 28] = [
         (|c| c["model_type"] = json!("mamba2"), "`mamba2`"),
         (|c| c["rope_scaling"] = json!({ "rope_type": "ntk", "factor": 4.0 }), "`ntk`"),
         (|c| c["rope_scaling"] = json!({ "type": "linear" }), "rope_scaling.factor"),
@@ -303,7 +303,8 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["hidden_act"] = json!("gelu"), "`gelu`"),
         (|c| c["layer_types"] = json!(["sliding_attention"]), "sliding_attention"),
         (|c| c["layer_types"] = json!(["chunked_attention"]), "chunked_attention"),
-        (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), ""),
+        (|c| c["layer_types"] = json!(["full_attention"]), ""),
+        (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), "`layer_types` names 3 blocks"),
         (|c| c["quantization_config"] = json!({ "quant_method": "hqq" }), "quantised by `hqq`"),
         (|c| c["attention_bias"] = json!(true), "`blk.0.attn_q.bias`: it is missing"),
         (|c| c["mlp_bias"] = json!("yes"), "true or false"),
@@ -417,7 +418,7 @@ fn a_folders_tokenizer_is_its_tokenizer_json() {
         |j| j["model"]["merges"] = json!([["b", "a"]]),
         |j| j["model"]["continuing_subword_prefix"] = json!("##"),
         |j| j["model"]["vocab"]["b"] = json!(0),
-        |j| j["model"]["type"] = json!("WordPiece"),
+        |j| j["model"]["type"] = json!("WordLevel"),
         |j| j["model"] = json!(3),
     ];
     // Malformed where only the library looks, which the library answers with a panic.
