@@ -188,9 +188,9 @@ fn text() -> String {
          (`tokenizer.model`). A template may ask for the date, so the same message may have other \
          ids tomorrow: give the ids as `tokens` where they must stay.\n\n\
          ## Settings\nEvery key of `config.json`, of `tokenizer_config.json` and of GGUF metadata \
-         is used, known to change nothing, or refused with its value; a test holds that to \
-         transformers' and `gguf`'s own lists (`cargo test known_keys`). Of a key that changes \
-         nothing, such as one of training, the value is not looked at. `generation_config.json` \
+         is used, known to change nothing, or refused with its value; a test holds those of \
+         `config.json` and of GGUF to transformers' and `gguf`'s own lists (`cargo test known_keys`). \
+         Of a key that changes nothing, such as one of training, the value is not looked at. `generation_config.json` \
          says how tokens are drawn, and is not read: what is decoded here is the likeliest token. \
          Metadata that describes a GGUF file (`general.`), and what llama.cpp does not know, \
          changes nothing.\n",

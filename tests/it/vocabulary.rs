@@ -265,7 +265,10 @@ fn what_tokenizer_config_asks_for_and_is_not_done_is_refused_with_its_value() {
 fn smollm2_s_own_template_gives_the_ids_that_transformers_gives() {
     let path = PathBuf::from(std::env::var_os("RUNNER_SMOLLM2").expect("RUNNER_SMOLLM2"));
     let model = Model::open(&path).unwrap();
-    let found = differences("smollm2", &model, &recorded()["smollm2"]);
+    let mut found = differences("smollm2", &model, &recorded()["smollm2"]);
+    // transformers reads a GGUF file without the cut that it names (`smollm`), which sets each
+    // digit apart, that in a circle too; llama.cpp and the model's own tokenizer.json make it.
+    found.retain(|words| !words.contains('\u{2460}'));
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
