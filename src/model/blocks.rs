@@ -159,17 +159,16 @@ fn half(bytes: &[u8], at: usize) -> f32 {
     half_value(word(bytes, at))
 }
 
-/// The low and the high nibbles of 16 bytes, as 32 codes.
+/// What becomes of 32 codes: the low nibbles of 16 bytes, then the high ones.
 #[inline(always)]
-fn nibbles(bytes: &[u8]) -> [u8; 32] {
-    std::array::from_fn(|at| if at < 16 { bytes[at] & 15 } else { bytes[at - 16] >> 4 })
-}
-
-/// Four bytes' bits as 32 codes of 0 or 16.
-#[inline(always)]
-fn fifths(bytes: &[u8], at: usize) -> [u8; 32] {
-    let bits = long(bytes, at);
-    std::array::from_fn(|place| ((bits >> place & 1) << 4) as u8)
+fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(usize, u8) -> f32) {
+    let (bytes, (low, high)) = (&bytes[..16], out.split_at_mut(16));
+    for (at, (out, byte)) in low.iter_mut().zip(bytes).enumerate() {
+        *out = value(at, byte & 15);
+    }
+    for (at, (out, byte)) in high.iter_mut().zip(bytes).enumerate() {
+        *out = value(at + 16, byte >> 4);
+    }
 }
 
 /// Signed codes times a scale.
@@ -190,27 +189,34 @@ fn moved_by(codes: &[u8], scale: f32, minimum: f32, out: &mut [f32]) {
 
 #[inline(always)]
 fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
-    let codes = nibbles(&bytes[2..]).map(|code| code as i8 - 8);
-    scaled(&codes, half(bytes, 0), out);
+    let d = half(bytes, 0);
+    nibbles(&bytes[2..], out, |_, code| f32::from(code as i8 - 8) * d);
 }
 
 #[inline(always)]
 fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
-    moved_by(&nibbles(&bytes[4..]), half(bytes, 0), half(bytes, 2), out);
+    let (d, least) = (half(bytes, 0), half(bytes, 2));
+    nibbles(&bytes[4..], out, |_, code| f32::from(code) * d + least);
+}
+
+/// The fifth bit of a code, in its place.
+#[inline(always)]
+fn fifth(bits: u32, at: usize) -> u8 {
+    ((bits >> at & 1) << 4) as u8
 }
 
 #[inline(always)]
 fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
-    let (low, high) = (nibbles(&bytes[6..]), fifths(bytes, 2));
-    let codes: [i8; 32] = std::array::from_fn(|at| (low[at] | high[at]) as i8 - 16);
-    scaled(&codes, half(bytes, 0), out);
+    let (d, bits) = (half(bytes, 0), long(bytes, 2));
+    let value = |at, code| f32::from((code | fifth(bits, at)) as i8 - 16) * d;
+    nibbles(&bytes[6..], out, value);
 }
 
 #[inline(always)]
 fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
-    let (low, high) = (nibbles(&bytes[8..]), fifths(bytes, 4));
-    let codes: [u8; 32] = std::array::from_fn(|at| low[at] | high[at]);
-    moved_by(&codes, half(bytes, 0), half(bytes, 2), out);
+    let (d, least, bits) = (half(bytes, 0), half(bytes, 2), long(bytes, 4));
+    let value = |at, code| f32::from(code | fifth(bits, at)) * d + least;
+    nibbles(&bytes[8..], out, value);
 }
 
 #[inline(always)]
