@@ -127,16 +127,23 @@ impl Reference {
         check_matmul(x, &weight, bias.as_ref())?;
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let wide = Widened::of(x.data(), x.width());
-        let mut y = Tensor::zeros(x.rows(), weight.rows());
-        for (first, dots) in by_chunk(weight, |chunk| dot_rows(&wide, chunk))? {
-            for (token, dots) in dots.chunks_exact(dots.len() / x.rows().max(1)).enumerate() {
-                for (offset, &dot) in dots.iter().enumerate() {
-                    let row = first + offset;
-                    let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[row]));
-                    y.row_mut(token)[row] = (dot + bias) as f32;
+        let made = by_chunk(weight, |first, chunk| {
+            let bias = bias.as_ref().map(|bias| &bias[first..first + chunk.rows]);
+            let dots = dot_rows(&wide, chunk);
+            let mut y = Vec::with_capacity(dots.len());
+            for dots in dots.chunks_exact(chunk.rows.max(1)) {
+                match bias {
+                    None => y.extend(dots.iter().map(|&dot| (dot + 0.0) as f32)),
+                    Some(bias) => {
+                        let sums = dots.iter().zip(bias).map(|(&dot, &b)| dot + f64::from(b));
+                        y.extend(sums.map(|sum| sum as f32));
+                    }
                 }
             }
-        }
+            Tensor::new(chunk.rows, y)
+        })?;
+        let mut y = Tensor::zeros(x.rows(), weight.rows());
+        made.into_iter().for_each(|(first, chunk)| y.set_columns(first, &chunk));
         Ok(y)
     }
 
@@ -442,7 +449,7 @@ fn chunk_rows(width: usize) -> usize {
 /// returns each chunk's first row with the result, in the order of the rows.
 fn by_chunk<T: Send>(
     weight: Weight<'_>,
-    work: impl Fn(&Widened) -> T + Sync,
+    work: impl Fn(usize, &Widened) -> T + Sync,
 ) -> Result<Vec<(usize, T)>, ComputeError> {
     let (rows, width) = (weight.rows(), weight.width());
     let step = chunk_rows(width);
@@ -457,7 +464,7 @@ fn by_chunk<T: Send>(
             decoded.resize(range.len() * width, 0.0);
             weight.decode_rows(range, &mut decoded)?;
             chunk.refill(&decoded, width);
-            let made = work(&chunk);
+            let made = work(start, &chunk);
             SCRATCH.set((decoded, chunk.data));
             Ok((start, made))
         })

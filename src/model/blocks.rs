@@ -64,6 +64,17 @@ pub(super) fn decode(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Option<
     Some(())
 }
 
+/// Decodes whole blocks, one after the other. A macro: what a function calls through a parameter is
+/// compiled without the instruction set that the loop has.
+macro_rules! each {
+    ($bytes:expr, $out:expr, $block:ident, $length:literal, $width:expr) => {{
+        let (blocks, out) = ($bytes.as_chunks::<$length>().0, $out.as_chunks_mut::<{ $width }>().0);
+        for (bytes, out) in blocks.iter().zip(out) {
+            $block(bytes, out);
+        }
+    }};
+}
+
 struct Decode<'a> {
     kind: WeightType,
     bytes: &'a [u8],
@@ -77,30 +88,30 @@ impl Kernel for Decode<'_> {
     fn run<const FMA: bool>(self) {
         let Decode { kind, bytes, out } = self;
         match kind {
-            WeightType::Q4_0 => each::<18, 32>(bytes, out, q4_0),
-            WeightType::Q4_1 => each::<20, 32>(bytes, out, q4_1),
-            WeightType::Q5_0 => each::<22, 32>(bytes, out, q5_0),
-            WeightType::Q5_1 => each::<24, 32>(bytes, out, q5_1),
-            WeightType::Q8_0 => each::<34, 32>(bytes, out, q8_0),
-            WeightType::Q2K => each::<84, LARGE>(bytes, out, q2_k),
-            WeightType::Q3K => each::<110, LARGE>(bytes, out, q3_k),
-            WeightType::Q4K => each::<144, LARGE>(bytes, out, q4_k),
-            WeightType::Q5K => each::<176, LARGE>(bytes, out, q5_k),
-            WeightType::Q6K => each::<210, LARGE>(bytes, out, q6_k),
-            WeightType::Q8K => each::<292, LARGE>(bytes, out, q8_k),
-            WeightType::Iq4Nl => each::<18, 32>(bytes, out, iq4_nl),
-            WeightType::Mxfp4 => each::<17, 32>(bytes, out, mxfp4),
-            WeightType::Nvfp4 => each::<36, 64>(bytes, out, nvfp4),
-            WeightType::Iq4Xs => each::<136, LARGE>(bytes, out, iq4_xs),
-            WeightType::Iq2Xxs => each::<66, LARGE>(bytes, out, iq2_xxs),
-            WeightType::Iq2Xs => each::<74, LARGE>(bytes, out, iq2_xs),
-            WeightType::Iq2S => each::<82, LARGE>(bytes, out, iq2_s),
-            WeightType::Iq3Xxs => each::<98, LARGE>(bytes, out, iq3_xxs),
-            WeightType::Iq3S => each::<110, LARGE>(bytes, out, iq3_s),
-            WeightType::Iq1S => each::<50, LARGE>(bytes, out, iq1_s),
-            WeightType::Iq1M => each::<56, LARGE>(bytes, out, iq1_m),
-            WeightType::Tq1_0 => each::<54, LARGE>(bytes, out, tq1_0),
-            WeightType::Tq2_0 => each::<66, LARGE>(bytes, out, tq2_0),
+            WeightType::Q4_0 => each!(bytes, out, q4_0, 18, 32),
+            WeightType::Q4_1 => each!(bytes, out, q4_1, 20, 32),
+            WeightType::Q5_0 => each!(bytes, out, q5_0, 22, 32),
+            WeightType::Q5_1 => each!(bytes, out, q5_1, 24, 32),
+            WeightType::Q8_0 => each!(bytes, out, q8_0, 34, 32),
+            WeightType::Q2K => each!(bytes, out, q2_k, 84, LARGE),
+            WeightType::Q3K => each!(bytes, out, q3_k, 110, LARGE),
+            WeightType::Q4K => each!(bytes, out, q4_k, 144, LARGE),
+            WeightType::Q5K => each!(bytes, out, q5_k, 176, LARGE),
+            WeightType::Q6K => each!(bytes, out, q6_k, 210, LARGE),
+            WeightType::Q8K => each!(bytes, out, q8_k, 292, LARGE),
+            WeightType::Iq4Nl => each!(bytes, out, iq4_nl, 18, 32),
+            WeightType::Mxfp4 => each!(bytes, out, mxfp4, 17, 32),
+            WeightType::Nvfp4 => each!(bytes, out, nvfp4, 36, 64),
+            WeightType::Iq4Xs => each!(bytes, out, iq4_xs, 136, LARGE),
+            WeightType::Iq2Xxs => each!(bytes, out, iq2_xxs, 66, LARGE),
+            WeightType::Iq2Xs => each!(bytes, out, iq2_xs, 74, LARGE),
+            WeightType::Iq2S => each!(bytes, out, iq2_s, 82, LARGE),
+            WeightType::Iq3Xxs => each!(bytes, out, iq3_xxs, 98, LARGE),
+            WeightType::Iq3S => each!(bytes, out, iq3_s, 110, LARGE),
+            WeightType::Iq1S => each!(bytes, out, iq1_s, 50, LARGE),
+            WeightType::Iq1M => each!(bytes, out, iq1_m, 56, LARGE),
+            WeightType::Tq1_0 => each!(bytes, out, tq1_0, 54, LARGE),
+            WeightType::Tq2_0 => each!(bytes, out, tq2_0, 66, LARGE),
             _ => {}
         }
     }
@@ -129,19 +140,6 @@ pub(super) fn swapped(kind: WeightType, bytes: &[u8]) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// Decodes blocks of `BYTES` bytes and `WIDTH` values, one after the other.
-#[inline(always)]
-fn each<const BYTES: usize, const WIDTH: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    block: impl Fn(&[u8; BYTES], &mut [f32; WIDTH]),
-) {
-    let (blocks, out) = (bytes.as_chunks::<BYTES>().0, out.as_chunks_mut::<WIDTH>().0);
-    for (bytes, out) in blocks.iter().zip(out) {
-        block(bytes, out);
-    }
 }
 
 /// The f32 of a binary16, in operations that need no table and no branch: the exponent is
