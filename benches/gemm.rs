@@ -12,13 +12,18 @@
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
+use runner::compute::Ops;
+use runner::compute::call::{Call, MadeWeight};
 use runner::compute::emulated::chip::{Unit, chip};
 use runner::compute::emulated::gemm::{Operand, Scales, gemm_prepared, prepare_for};
 use runner::compute::emulated::quantize::{Codes, quantize_row};
 use runner::compute::emulated::schedule::Schedule;
 use runner::compute::emulated::simd::Kernel;
+use runner::compute::reference::Reference;
 use runner::dtype::Format;
+use runner::model::{Weight, WeightType};
 use runner::op::ChipName;
+use runner::tensor::Tensor;
 
 const K: usize = 3584;
 const M: usize = 256;
@@ -120,6 +125,30 @@ fn quantize(bencher: Bencher, format: Format) {
         for (row, values) in values.chunks_exact(K).enumerate() {
             quantize_row(format, values, 0.013, &mut codes.row_mut(row));
         }
+    });
+}
+
+/// The reference's product in f64, decoding of f32 weights and all, on as many threads as rayon
+/// has: `RAYON_NUM_THREADS=1` for one core, whose peak in f64 is half of `fma_peak`.
+#[divan::bench(args = [1, 16, 300])]
+fn reference(bencher: Bencher, n: usize) {
+    let made = MadeWeight::new("w".to_owned(), M, &values(M * K, 1));
+    let x = Tensor::new(K, values(n * K, 2));
+    bencher.counter(ItemsCount::new(n * M * K)).bench_local(|| {
+        let weight = made.weight().expect("values");
+        Reference.compute(&Call::Matmul { x: &x, weight, bias: None }).expect("a product")
+    });
+}
+
+/// Block types, decoded a whole tensor at a time: values per second.
+#[divan::bench(args = [WeightType::F16, WeightType::Q4_0, WeightType::Q4_1, WeightType::Q8_0,
+    WeightType::Q4K, WeightType::Q6K, WeightType::Iq4Xs, WeightType::Iq2Xxs, WeightType::Iq3S])]
+fn decode(bencher: Bencher, kind: WeightType) {
+    let bytes: Vec<u8> = (0..kind.row_bytes(K) * M).map(|at| (at * 89 % 251) as u8).collect();
+    let weight = Weight::new("w", kind, M, K, &bytes).expect("whole blocks");
+    let mut out = vec![0.0; M * K];
+    bencher.counter(ItemsCount::new(M * K)).bench_local(|| {
+        weight.decode_rows(0..M, &mut out).expect("rows");
     });
 }
 

@@ -304,7 +304,8 @@ impl<T> Dots<'_, T> {
     {
         let width = self.width;
         // Loops: what a closure does here is not compiled into the tile.
-        let (mut x, mut w): ([&[[T; N]]; X], [&[[T; N]]; W]) = ([&[]; X], [&[]; W]);
+        let mut x: [&[[T; N]]; X] = [&[]; X];
+        let mut w: [&[[T; N]]; W] = [&[]; W];
         for (at, x) in x.iter_mut().enumerate() {
             *x = span_of(self.x, width, first + at, span);
         }
