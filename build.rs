@@ -13,6 +13,7 @@ fn main() {
         "src/random.rs",
         "src/tensor.rs",
         "src/tensor_file",
+        "src/vector.rs",
     ];
     let of_measures = ["src/compare", "src/judge", "src/metric.rs"];
     println!("cargo::rustc-env=RUNNER_ARMS_CODE={}", digest(&of_arms));

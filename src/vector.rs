@@ -9,7 +9,8 @@ use pulp::{Arch, NullaryFnOnce};
 
 /// A loop that is compiled once for every instruction set.
 ///
-/// `run` must be `#[inline(always)]`, and so must what it calls, or the loop is
+/// `run` must be `#[inline(always)]`, and so must what it calls (a function that is handed over as a
+/// parameter, or a closure in `extend` or `map`, often is not), or the loop is
 /// compiled for the baseline only.
 pub trait Kernel {
     /// What the loop returns.

@@ -157,16 +157,53 @@ fn half(bytes: &[u8], at: usize) -> f32 {
     half_value(word(bytes, at))
 }
 
-/// What becomes of 32 codes: the low nibbles of 16 bytes, then the high ones.
+/// Eight bytes as one word, whose bytes are then changed together: a loop over so few bytes is
+/// written out one by one by the compiler.
 #[inline(always)]
-fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(usize, u8) -> f32) {
-    let (bytes, (low, high)) = (&bytes[..16], out.split_at_mut(16));
-    for (at, (out, byte)) in low.iter_mut().zip(bytes).enumerate() {
-        *out = value(at, byte & 15);
+fn eight(bytes: &[u8], at: usize) -> u64 {
+    u64::from(long(bytes, at)) | u64::from(long(bytes, at + 4)) << 32
+}
+
+/// The same byte eight times.
+const fn each_byte(byte: u8) -> u64 {
+    byte as u64 * 0x0101_0101_0101_0101
+}
+
+/// The low and the high nibbles of 16 bytes, as 32 codes.
+#[inline(always)]
+fn nibbles(bytes: &[u8]) -> [u8; 32] {
+    let mut codes = [0; 32];
+    for at in [0, 8] {
+        let both = eight(bytes, at);
+        codes[at..at + 8].copy_from_slice(&(both & each_byte(15)).to_le_bytes());
+        codes[at + 16..at + 24].copy_from_slice(&(both >> 4 & each_byte(15)).to_le_bytes());
     }
-    for (at, (out, byte)) in high.iter_mut().zip(bytes).enumerate() {
-        *out = value(at + 16, byte >> 4);
+    codes
+}
+
+/// A byte's bits as eight bytes of 0 or 1, the lowest first.
+#[inline(always)]
+fn spread(bits: u8) -> u64 {
+    let alone = each_byte(bits) & 0x8040_2010_0804_0201;
+    (alone + each_byte(0x7f)) >> 7 & each_byte(1)
+}
+
+/// Adds the fifth bits of 32 codes, in their places.
+#[inline(always)]
+fn add_fifths(codes: &mut [u8; 32], bytes: &[u8], at: usize) {
+    for (codes, &bits) in codes.as_chunks_mut::<8>().0.iter_mut().zip(&bytes[at..at + 4]) {
+        *codes = (u64::from_le_bytes(*codes) | spread(bits) << 4).to_le_bytes();
     }
+}
+
+/// Codes less what stands for zero.
+#[inline(always)]
+fn centred<const N: usize>(codes: &[u8; N], zero: u8) -> [i8; N] {
+    let mut moved = [0; N];
+    for (moved, &code) in moved.iter_mut().zip(codes) {
+        *moved = code.wrapping_sub(zero) as i8;
+    }
+    moved
 }
 
 /// Signed codes times a scale.
@@ -174,6 +211,15 @@ fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(usize, u8) -> f32) 
 fn scaled(codes: &[i8], scale: f32, out: &mut [f32]) {
     for (out, &code) in out.iter_mut().zip(codes) {
         *out = f32::from(code) * scale;
+    }
+}
+
+/// Signed codes, the first 16 times a scale and the others times another.
+#[inline(always)]
+fn scaled_halves(codes: &[u8; 32], scales: [f32; 2], out: &mut [f32]) {
+    let codes = centred(codes, 0);
+    for (half, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        scaled(&codes[16 * half..][..16], scales[half], out);
     }
 }
 
@@ -187,52 +233,52 @@ fn moved_by(codes: &[u8], scale: f32, minimum: f32, out: &mut [f32]) {
 
 #[inline(always)]
 fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
-    let d = half(bytes, 0);
-    nibbles(&bytes[2..], out, |_, code| f32::from(code as i8 - 8) * d);
+    scaled(&centred(&nibbles(&bytes[2..]), 8), half(bytes, 0), out);
 }
 
 #[inline(always)]
 fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
-    let (d, least) = (half(bytes, 0), half(bytes, 2));
-    nibbles(&bytes[4..], out, |_, code| f32::from(code) * d + least);
-}
-
-/// The fifth bit of a code, in its place.
-#[inline(always)]
-fn fifth(bits: u32, at: usize) -> u8 {
-    ((bits >> at & 1) << 4) as u8
+    moved_by(&nibbles(&bytes[4..]), half(bytes, 0), half(bytes, 2), out);
 }
 
 #[inline(always)]
 fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
-    let (d, bits) = (half(bytes, 0), long(bytes, 2));
-    let value = |at, code| f32::from((code | fifth(bits, at)) as i8 - 16) * d;
-    nibbles(&bytes[6..], out, value);
+    let mut codes = nibbles(&bytes[6..]);
+    add_fifths(&mut codes, bytes, 2);
+    scaled(&centred(&codes, 16), half(bytes, 0), out);
 }
 
 #[inline(always)]
 fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
-    let (d, least, bits) = (half(bytes, 0), half(bytes, 2), long(bytes, 4));
-    let value = |at, code| f32::from(code | fifth(bits, at)) * d + least;
-    nibbles(&bytes[8..], out, value);
+    let mut codes = nibbles(&bytes[8..]);
+    add_fifths(&mut codes, bytes, 4);
+    moved_by(&codes, half(bytes, 0), half(bytes, 2), out);
 }
 
 #[inline(always)]
 fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
-    let codes: [i8; 32] = std::array::from_fn(|at| bytes[2 + at] as i8);
-    scaled(&codes, half(bytes, 0), out);
+    let mut codes = [0; 32];
+    codes.copy_from_slice(&bytes[2..]);
+    scaled(&centred(&codes, 0), half(bytes, 0), out);
 }
 
 #[inline(always)]
 fn q8_k(bytes: &[u8; 292], out: &mut [f32; LARGE]) {
-    let codes: [i8; LARGE] = std::array::from_fn(|at| bytes[4 + at] as i8);
-    scaled(&codes, f32::from_bits(long(bytes, 0)), out);
+    let mut codes = [0; LARGE];
+    codes.copy_from_slice(&bytes[4..][..LARGE]);
+    scaled(&centred(&codes, 0), f32::from_bits(long(bytes, 0)), out);
 }
 
 /// Two bits of each of 64 bytes, as 256 codes: 32 bytes hold four runs of 32.
 #[inline(always)]
 fn crumbs(bytes: &[u8]) -> [u8; LARGE] {
-    std::array::from_fn(|at| bytes[at / 128 * 32 + at % 32] >> (at % 128 / 32 * 2) & 3)
+    let mut codes = [0; LARGE];
+    for (at, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (run, place) = (at / 4, at % 4);
+        let four = eight(bytes, run / 4 * 32 + 8 * place);
+        *codes = (four >> (run % 4 * 2) & each_byte(3)).to_le_bytes();
+    }
+    codes
 }
 
 #[inline(always)]
@@ -249,19 +295,20 @@ fn q2_k(bytes: &[u8; 84], out: &mut [f32; LARGE]) {
 #[inline(always)]
 fn q3_k(bytes: &[u8; 110], out: &mut [f32; LARGE]) {
     let d = half(bytes, 108);
-    let low = crumbs(&bytes[32..96]);
+    let mut codes = crumbs(&bytes[32..96]);
     // A third bit that is set keeps 4 from being taken off.
-    let codes: [i8; LARGE] = std::array::from_fn(|at| {
-        let third = bytes[at % 32] >> (at / 32) & 1;
-        (low[at] | third << 2) as i8 - 4
-    });
+    for (at, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let third = eight(bytes, at % 4 * 8) >> (at / 4) & each_byte(1);
+        *codes = (u64::from_le_bytes(*codes) | third << 2).to_le_bytes();
+    }
+    let codes = centred(&codes, 4);
     // Sixteen scales of six bits: four below, in the nibbles of eight bytes, two above.
-    let below = &bytes[96..104];
-    let scales: [i8; 16] = std::array::from_fn(|at| {
-        let four = if at < 8 { below[at] & 15 } else { below[at - 8] >> 4 };
-        let two = bytes[104 + at % 4] >> (at / 4 * 2) & 3;
-        (four | two << 4) as i8 - 32
-    });
+    let (mut scales, below) = ([0; 16], &bytes[96..104]);
+    for (at, scale) in scales.iter_mut().enumerate() {
+        let four = below[at % 8] >> (at / 8 * 4) & 15;
+        *scale = four | (bytes[104 + at % 4] >> (at / 4 * 2) & 3) << 4;
+    }
+    let scales = centred(&scales, 32);
     for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
         scaled(&codes[16 * group..][..16], d * f32::from(scales[group]), out);
     }
@@ -270,15 +317,14 @@ fn q3_k(bytes: &[u8; 110], out: &mut [f32; LARGE]) {
 /// Eight scales and eight minimums of six bits in twelve bytes.
 #[inline(always)]
 fn sixes(bytes: &[u8]) -> ([u8; 8], [u8; 8]) {
-    let scale = |at: usize| match at {
-        0..4 => bytes[at] & 63,
-        _ => bytes[at + 4] & 15 | bytes[at - 4] >> 6 << 4,
-    };
-    let minimum = |at: usize| match at {
-        0..4 => bytes[at + 4] & 63,
-        _ => bytes[at + 4] >> 4 | bytes[at] >> 6 << 4,
-    };
-    (std::array::from_fn(scale), std::array::from_fn(minimum))
+    let (mut scales, mut minimums) = ([0; 8], [0; 8]);
+    for at in 0..4 {
+        (scales[at], minimums[at]) = (bytes[at] & 63, bytes[at + 4] & 63);
+        let low = bytes[at + 8];
+        scales[at + 4] = low & 15 | bytes[at] >> 6 << 4;
+        minimums[at + 4] = low >> 4 | bytes[at + 4] >> 6 << 4;
+    }
+    (scales, minimums)
 }
 
 #[inline(always)]
@@ -287,7 +333,10 @@ fn q4_k(bytes: &[u8; 144], out: &mut [f32; LARGE]) {
     let (scales, minimums) = sixes(&bytes[4..16]);
     for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let both = &bytes[16 + group / 2 * 32..][..32];
-        let codes: [u8; 32] = std::array::from_fn(|at| both[at] >> (group % 2 * 4) & 15);
+        let mut codes = [0; 32];
+        for (code, byte) in codes.iter_mut().zip(both) {
+            *code = byte >> (group % 2 * 4) & 15;
+        }
         let minimum = least * f32::from(minimums[group]);
         moved_by(&codes, d * f32::from(scales[group]), -minimum, out);
     }
@@ -299,9 +348,10 @@ fn q5_k(bytes: &[u8; 176], out: &mut [f32; LARGE]) {
     let (scales, minimums) = sixes(&bytes[4..16]);
     for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let both = &bytes[48 + group / 2 * 32..][..32];
-        let codes: [u8; 32] = std::array::from_fn(|at| {
-            both[at] >> (group % 2 * 4) & 15 | (bytes[16 + at] >> group & 1) << 4
-        });
+        let mut codes = [0; 32];
+        for ((code, byte), fifth) in codes.iter_mut().zip(both).zip(&bytes[16..48]) {
+            *code = byte >> (group % 2 * 4) & 15 | (fifth >> group & 1) << 4;
+        }
         let minimum = least * f32::from(minimums[group]);
         moved_by(&codes, d * f32::from(scales[group]), -minimum, out);
     }
@@ -315,10 +365,11 @@ fn q6_k(bytes: &[u8; 210], out: &mut [f32; LARGE]) {
         let (half, place) = (run / 4, run % 4);
         let low = &bytes[64 * half + place % 2 * 32..][..32];
         let high = &bytes[128 + 32 * half..][..32];
-        let codes: [i8; 32] = std::array::from_fn(|at| {
-            let four = low[at] >> (place / 2 * 4) & 15;
-            (four | (high[at] >> (2 * place) & 3) << 4) as i8 - 32
-        });
+        let mut codes = [0; 32];
+        for ((code, low), high) in codes.iter_mut().zip(low).zip(high) {
+            *code = low >> (place / 2 * 4) & 15 | (high >> (2 * place) & 3) << 4;
+        }
+        let codes = centred(&codes, 32);
         for (part, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             let scale = d * f32::from(bytes[192 + 2 * run + part] as i8);
             scaled(&codes[16 * part..][..16], scale, out);
@@ -342,13 +393,24 @@ fn grid(table: usize, width: usize, index: usize) -> &'static [u8] {
     &GRIDS[table + index * width..][..width]
 }
 
-/// Values of a table with the signs that bits of a byte give, times a scale.
+/// Eight values of a table, none of them zero, with the signs that bits of a byte give.
 #[inline(always)]
-fn signed(scale: f32, values: &[u8], signs: u8, out: &mut [f32]) {
-    for (bit, (out, &value)) in out.iter_mut().zip(values).enumerate() {
-        let sign = if signs >> bit & 1 == 1 { -1.0 } else { 1.0 };
-        *out = scale * f32::from(value) * sign;
-    }
+fn with_signs(values: u64, signs: u8) -> [u8; 8] {
+    let negative = spread(signs);
+    // Every bit is turned and one is added: no byte is zero, so nothing is carried.
+    ((values ^ (negative * 255)) + negative).to_le_bytes()
+}
+
+/// Eight bytes of a table.
+#[inline(always)]
+fn eight_of(table: usize, index: usize) -> u64 {
+    eight(&GRIDS[table + 8 * index..][..8], 0)
+}
+
+/// Four bytes of a table.
+#[inline(always)]
+fn four_of(table: usize, index: usize) -> u64 {
+    long(&GRIDS[table + 4 * index..][..4], 0).into()
 }
 
 #[inline(always)]
@@ -426,10 +488,12 @@ fn iq2_xxs(bytes: &[u8; 66], out: &mut [f32; LARGE]) {
         let at = 2 + 8 * part;
         let rest = long(bytes, at + 4);
         let scale = d * (0.5 + (rest >> 28) as f32) * 0.25;
-        for (group, out) in out.chunks_exact_mut(8).enumerate() {
-            let values = grid(IQ2_XXS, 8, bytes[at + group].into());
-            signed(scale, values, pattern(rest >> (7 * group)), out);
+        let mut codes = [0; 32];
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let values = eight_of(IQ2_XXS, bytes[at + group].into());
+            *codes = with_signs(values, pattern(rest >> (7 * group)));
         }
+        scaled(&centred(&codes, 0), scale, out);
     }
 }
 
@@ -444,11 +508,13 @@ fn iq2_xs(bytes: &[u8; 74], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let scales = scales(d, bytes[66 + part], 0.25);
-        for (group, out) in out.chunks_exact_mut(8).enumerate() {
+        let mut codes = [0; 32];
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let code = word(bytes, 2 + 8 * part + 2 * group);
-            let values = grid(IQ2_XS, 8, usize::from(code & 511));
-            signed(scales[group / 2], values, pattern(u32::from(code >> 9)), out);
+            let values = eight_of(IQ2_XS, usize::from(code & 511));
+            *codes = with_signs(values, pattern(u32::from(code >> 9)));
         }
+        scaled_halves(&codes, scales, out);
     }
 }
 
@@ -457,11 +523,13 @@ fn iq2_s(bytes: &[u8; 82], out: &mut [f32; LARGE]) {
     let d = half(bytes, 0);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let (high, scales) = (bytes[66 + part], scales(d, bytes[74 + part], 0.25));
-        for (group, out) in out.chunks_exact_mut(8).enumerate() {
+        let mut codes = [0; 32];
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let at = 4 * part + group;
             let index = usize::from(bytes[2 + at]) | usize::from(high >> (2 * group) & 3) << 8;
-            signed(scales[group / 2], grid(IQ2_S, 8, index), bytes[34 + at], out);
+            *codes = with_signs(eight_of(IQ2_S, index), bytes[34 + at]);
         }
+        scaled_halves(&codes, scales, out);
     }
 }
 
@@ -471,13 +539,12 @@ fn iq3_xxs(bytes: &[u8; 98], out: &mut [f32; LARGE]) {
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let rest = long(bytes, 66 + 4 * part);
         let scale = d * (0.5 + (rest >> 28) as f32) * 0.5;
-        for (group, out) in out.chunks_exact_mut(8).enumerate() {
-            let signs = pattern(rest >> (7 * group));
-            for (side, out) in out.chunks_exact_mut(4).enumerate() {
-                let code = bytes[2 + 8 * part + 2 * group + side];
-                signed(scale, grid(IQ3_XXS, 4, code.into()), signs >> (4 * side), out);
-            }
+        let mut codes = [0; 32];
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let of = |side: usize| four_of(IQ3_XXS, bytes[2 + 8 * part + 2 * group + side].into());
+            *codes = with_signs(of(0) | of(1) << 32, pattern(rest >> (7 * group)));
         }
+        scaled(&centred(&codes, 0), scale, out);
     }
 }
 
@@ -488,14 +555,16 @@ fn iq3_s(bytes: &[u8; 110], out: &mut [f32; LARGE]) {
         let scale = bytes[106 + part / 2] >> (4 * (part % 2)) & 15;
         let scale = d * f32::from(1 + 2 * scale);
         let high = usize::from(bytes[66 + part]);
-        for (group, out) in out.chunks_exact_mut(8).enumerate() {
-            let signs = bytes[74 + 4 * part + group];
-            for (side, out) in out.chunks_exact_mut(4).enumerate() {
-                let place = 2 * group + side;
-                let index = usize::from(bytes[2 + 8 * part + place]) | (high >> place & 1) << 8;
-                signed(scale, grid(IQ3_S, 4, index), signs >> (4 * side), out);
-            }
+        let mut codes = [0; 32];
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let of = |place: usize| {
+                let low = usize::from(bytes[2 + 8 * part + place]);
+                four_of(IQ3_S, low | (high >> place & 1) << 8)
+            };
+            let values = of(2 * group) | of(2 * group + 1) << 32;
+            *codes = with_signs(values, bytes[74 + 4 * part + group]);
         }
+        scaled(&centred(&codes, 0), scale, out);
     }
 }
 
