@@ -11,7 +11,7 @@ mod store;
 mod upkeep;
 
 pub use key::{Key, KeyWalk};
-pub use stamps::{Facts, Stamp, Stamps, now};
+pub use stamps::{Facts, Stamp, Stamps, is_written, now};
 pub(crate) use store::write_whole;
 pub use store::{
     Action, ActionLock, CacheError, NewAction, Store, is_draft, seal_of, sealed, unsealed,

@@ -308,6 +308,19 @@ impl State {
     }
 }
 
+/// Whether a file that `look` inspects was written since these were its facts, or is gone. Kernels
+/// count a file's times in ticks: within one, who goes on writing leaves no trace, so a file that
+/// was written a moment ago is looked at again after it.
+pub fn is_written(look: impl Fn() -> std::io::Result<Metadata>, earlier: &Facts) -> bool {
+    let written = |now: &Metadata| Facts::of(now).is_written_since(earlier);
+    let Ok(facts) = look() else { return true };
+    if written(&facts) || Stamp::of(&facts).settled(now()) {
+        return written(&facts);
+    }
+    std::thread::sleep(std::time::Duration::from_millis(21));
+    look().map_or(true, |facts| written(&facts))
+}
+
 /// The time by the clock that stamps go by.
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -295,7 +295,7 @@ struct Selection {
 struct ChatArgs {
     /// Lay `--prompt` through the model's own chat template, as a user's message that the model
     /// is to answer.
-    #[arg(long, requires = "prompt")]
+    #[arg(long, requires = "prompt", conflicts_with = "tokens")]
     chat: bool,
     /// What the system says before it.
     #[arg(long, value_name = "TEXT", requires = "chat")]

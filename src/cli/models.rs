@@ -172,8 +172,7 @@ fn text() -> String {
          and one per token elsewhere. Other codes (integers, 4 bits, GGUF's blocks) and blocks of \
          another size are refused by name.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
-         (`pre_quant_scale`), several ways of quantising in one folder, sparse formats, GGUF's NVFP4 \
-         and big-endian GGUF files.\n\n\
+         (`pre_quant_scale`), several ways of quantising in one folder and sparse formats.\n\n\
          ## Texts\nA prompt as text gets the ids that transformers 5.17 gives it (`cargo test --test it \
          vocabulary`; `scripts/tokenizer_fixtures.py` records them), with `chat` those of its \
          `apply_chat_template`.\n\n\
@@ -186,7 +185,7 @@ fn text() -> String {
          `tokenizer.json` as it is, or is refused by name. Refused are other kinds of GGUF's \
          vocabularies (`bert`, `t5`, `rwkv` and more), and files of SentencePiece alone \
          (`tokenizer.model`). A template may ask for the date, so the same message may have other \
-         ids tomorrow: give the ids as `tokens` where they must stay.\n\n\
+         ids tomorrow: give the ids as `tokens` where they must stay; run.json lists them (`tokens` of a stage), and so does `run --dry-run --explain`.\n\n\
          ## Settings\nEvery key of `config.json`, of `tokenizer_config.json` and of GGUF metadata \
          is used, known to change nothing, or refused with its value; a test holds those of \
          `config.json` and of GGUF to transformers' and `gguf`'s own lists (`cargo test known_keys`). \

@@ -382,13 +382,17 @@ impl Sums {
         let step = self.bound.sqrt() * f64::from(most);
         for (place, (&a, &b)) in a.iter().zip(b).enumerate() {
             let (a, b) = (f64::from(a), f64::from(b));
-            let off = b - a;
+            // A NaN in both is the same weight.
+            let off = if a.is_nan() && b.is_nan() { 0.0 } else { b - a };
             self.beyond += usize::from(off.is_nan() || off.abs() > step);
             self.count += 1;
+            if a.is_nan() && b.is_nan() {
+                continue;
+            }
             self.aa += a * a;
             self.fourth += a.powi(4);
             self.ab += a * b;
-            // NaN differs from all.
+            // NaN differs from all that is a number.
             if a != b {
                 self.differing += 1;
                 self.d += off;

@@ -38,7 +38,7 @@ pub fn of_weight<'a>(
     let refuse = |what: String| {
         Err(ComputeError::Recipe(format!(
             "`gemm = \"checkpoint\"`: the weight `{}` {what}; write another `gemm`, which converts \
-             its values, or name the `engine` that multiplies it",
+             its values",
             weight.name()
         )))
     };
@@ -76,10 +76,11 @@ pub fn of_weight<'a>(
         }
     };
     if blocks && recipe.accumulate == Accumulate::Fast {
-        return refuse(
-            "has a scale for 128 values of K, which `accumulate = \"fast\"` cannot apply"
-                .to_owned(),
-        );
+        return Err(ComputeError::Recipe(format!(
+            "`gemm = \"checkpoint\"`: the weight `{}` has a scale for 128 values of K, which \
+             `accumulate = \"fast\"` cannot apply; write `accumulate = \"promoted\"`",
+            weight.name()
+        )));
     }
     let scale = Scale { weight: of_weight, activation };
     Ok(Some(OfWeight { recipe: Recipe { gemm, scale, ..recipe }, held: Some(held) }))

@@ -67,7 +67,9 @@ impl ChatTemplate {
         }
         let refusal = Arc::new(OnceLock::new());
         let environment = environment(chat.now, &refusal);
-        let text = with_plain_blocks(&self.text);
+        // As Jinja reads a template: every end of a line is the same.
+        let text = self.text.replace("\r\n", "\n").replace('\r', "\n");
+        let text = with_plain_blocks(&text);
         let laid = environment
             .template_from_named_str("chat template", &text)
             .and_then(|template| template.render(self.given(chat)));
@@ -254,6 +256,14 @@ mod tests {
     fn fault(template: &str) -> String {
         let laid = lay(template, None).map(|text| text.len());
         laid.expect_err("a fault")
+    }
+
+    #[test]
+    fn ends_of_lines_in_a_template_are_all_the_same_and_those_of_a_message_stay() {
+        let template = "a\r\n{{ messages[0]['content'] }}\rb";
+        assert_eq!(text(template), "a\nSay \"\u{e9}\".\n\nb");
+        let with = lay("{{ messages[0]['content'] }}\r\n", Some("x\r\ny"));
+        assert_eq!(with.expect("a text"), "x\r\ny");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::cache::{Action, Key, KeyWalk, Stamp, Stamps, Store};
 use crate::compare::Extent;
 use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, weight_of};
+use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
@@ -163,7 +164,14 @@ pub struct GreedyRecord {
     /// The tokens.
     pub tokens: Vec<u32>,
     /// Each one's lead over the second.
+    #[serde(deserialize_with = "numbers")]
     pub margins: Vec<f32>,
+}
+
+/// Numbers, of which JSON writes NaN and infinities as null.
+fn numbers<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<f32>, D::Error> {
+    let read = Vec::<Option<f32>>::deserialize(from)?;
+    Ok(read.into_iter().map(|number| number.unwrap_or(f32::NAN)).collect())
 }
 
 impl From<Greedy> for GreedyRecord {
@@ -705,6 +713,36 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
     for weight in weights.into_iter().filter(|weight| *weight != "output") {
         let weight = weight_of(weight, model);
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
+    }
+    check_codes(stage, model)
+}
+
+/// Refuses weights that a recipe of the checkpoint's codes does not multiply, before anything runs.
+fn check_codes(stage: &Stage, model: &Model) -> Result<(), String> {
+    if stage.recipe.codes.are_made()
+        || ![Arm::Emulated, Arm::Device].iter().any(|arm| stage.arms.contains(arm))
+    {
+        return Ok(());
+    }
+    let names: Vec<String> = match &stage.op {
+        Op::Matmul { weights, .. } => {
+            let name = |weight: &String| format!("{}.weight", weight_of(weight, model));
+            weights.iter().map(name).collect()
+        }
+        Op::Forward { .. } => {
+            let looked_up =
+                |name: &&str| *name == "token_embd.weight" && model.has("output.weight");
+            let all = model.names().filter(|name| name.ends_with(".weight") && !looked_up(name));
+            all.map(str::to_owned).collect()
+        }
+        _ => Vec::new(),
+    };
+    for name in names {
+        let weight = model.tensor(&name).map_err(|error| error.to_string())?;
+        if weight.rows() > 1 {
+            let of_weight = checkpoint::of_weight(&stage.recipe, &weight);
+            of_weight.map_err(|error| error.to_string())?;
+        }
     }
     Ok(())
 }

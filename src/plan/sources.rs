@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::cache::{self, Facts, KeyWalk, Stamp, Stamps};
+use crate::cache::{self, Facts, KeyWalk, Stamp, Stamps, is_written};
 use crate::model::Model;
 use crate::op::{FileTensor, InputRef};
 use crate::tensor_file;
@@ -28,8 +28,8 @@ impl OpenModel {
     pub fn written(&self, by_name: bool) -> Option<String> {
         let mut files = self.model.opened_files();
         let written = files.find(|(path, file, facts)| {
-            let now = if by_name { std::fs::metadata(path) } else { file.metadata() };
-            now.map_or(true, |now| Facts::of(&now).is_written_since(&Facts::of(facts)))
+            let look = || if by_name { std::fs::metadata(path) } else { file.metadata() };
+            is_written(look, &Facts::of(facts))
         });
         written.map(|(path, ..)| path.shown().to_string())
     }
@@ -148,10 +148,8 @@ impl Sources {
 
     /// A file that was written since these were looked at, or is gone.
     pub fn written(&self) -> Option<&Path> {
-        let written = |(path, earlier): &&(PathBuf, Facts)| {
-            let now = std::fs::metadata(path);
-            now.map_or(true, |now| Facts::of(&now).is_written_since(earlier))
-        };
+        let written =
+            |(path, earlier): &&(PathBuf, Facts)| is_written(|| std::fs::metadata(path), earlier);
         self.files.iter().find(written).map(|(path, _)| path.as_path())
     }
 }

@@ -3,7 +3,9 @@
 //! The folders are those that vLLM computed (`examples/vllm-checkpoints`) and that packages wrote
 //! (`tests/fixtures/quantised`).
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use runner::compute::Ops;
 use runner::compute::arms::{self, Task};
@@ -136,4 +138,77 @@ fn a_weight_without_codes_is_multiplied_in_its_own_type() {
     let floor = Floor::new(&recipe()).unwrap();
     floor.compute(&call).unwrap();
     assert_eq!(floor.into_sigmas().len(), 1);
+}
+
+/// The standard stages over a model with this recipe, and what the command says of them.
+fn said_of(command: &[&str], model: &Path, accumulate: &str) -> (Option<i32>, String) {
+    let place = tempfile::tempdir().unwrap();
+    let stages = place.path().join("stages");
+    fs::create_dir(&stages).unwrap();
+    std::os::unix::fs::symlink(folder("contracts"), place.path().join("contracts")).unwrap();
+    for entry in fs::read_dir(folder("stages")).unwrap() {
+        let file = entry.unwrap().path();
+        fs::copy(&file, stages.join(file.file_name().unwrap())).unwrap();
+    }
+    let pipeline = format!(
+        "model = {:?}\ntokens = [3, 9, 44]\narms = [\"reference\", \"emulated\"]\n[recipe]\ngemm = \
+         \"checkpoint\"\naccumulate = \"{accumulate}\"\n",
+        model.to_str().unwrap()
+    );
+    fs::write(stages.join("pipeline.toml"), pipeline).unwrap();
+    let done = Command::new(env!("CARGO_BIN_EXE_runner"))
+        .current_dir(place.path())
+        .args(command)
+        .output()
+        .unwrap();
+    let text = [done.stdout, done.stderr].concat();
+    (done.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[test]
+fn what_cannot_be_multiplied_is_said_before_anything_runs() {
+    let run = ["run", "stages", "--format", "plain"];
+    let plan = ["plan", "stages"];
+    for command in [&run[..], &plan[..]] {
+        let int8 = folder("examples/vllm-checkpoints/int8");
+        let (code, said) = said_of(command, &int8, "promoted");
+        assert_ne!(code, Some(0), "{said}");
+        assert!(said.contains("I8 codes") && !said.contains("ran in"), "{said}");
+        let block = folder("examples/vllm-checkpoints/block");
+        let (code, said) = said_of(command, &block, "fast");
+        assert_ne!(code, Some(0), "{said}");
+        assert!(said.contains("write `accumulate = \"promoted\"`"), "{said}");
+    }
+}
+
+/// A weight with one NaN among its codes.
+#[test]
+fn a_result_of_nan_is_read_back_as_it_was_made() {
+    let source = folder("examples/vllm-checkpoints/channel");
+    let model = tempfile::tempdir().unwrap();
+    fs::copy(source.join("config.json"), model.path().join("config.json")).unwrap();
+    let mut file = fs::read(source.join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    let tensor = &header["model.layers.0.mlp.down_proj.weight"]["data_offsets"][0];
+    file[8 + length + tensor.as_u64().unwrap() as usize] = 0x7f;
+    fs::write(model.path().join("model.safetensors"), file).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let run = |_| {
+        let done = Command::new(env!("CARGO_BIN_EXE_runner"))
+            .current_dir(place.path())
+            .args(["run"])
+            .arg(folder("stages"))
+            .args(["--select", "A", "--tokens", "1,2,3", "--arms", "reference,emulated"])
+            .args(["--format", "plain", "--model"])
+            .arg(model.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        let line = said.lines().find(|line| line.starts_with("A  forward")).unwrap_or_default();
+        (done.status.code(), line.split("  ").nth(2).unwrap_or_default().to_owned())
+    };
+    let [first, second] = [0, 1].map(run);
+    assert_eq!(first, second, "the second run reads what the first one kept");
+    assert_eq!((first.0, first.1.trim()), (Some(1), "structural"));
 }
