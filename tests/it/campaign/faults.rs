@@ -36,6 +36,9 @@ fn faults() -> u64 {
 /// cache can hold.
 fn whole() -> Project {
     let mut project = pipeline();
+    // A program that passes over its own failure to write would be believed.
+    let honest = project.read("stages/d.toml").replace(" 2> /dev/null; true", "");
+    project = project.file("stages/d.toml", &honest);
     for name in ["embedding", "rms-norm", "qkv-matmul"] {
         let text = fs::read_to_string(own(&format!("contracts/{name}.toml"))).expect("shipped");
         project = project.file(&format!("contracts/{name}.toml"), &text);
