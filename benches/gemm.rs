@@ -182,7 +182,9 @@ mod x86 {
         let factor = _mm512_set1_ps(divan::black_box(0.999));
         let mut sums = [_mm512_set1_ps(1.0); CHAINS];
         for _ in 0..STEPS {
-            sums = sums.map(|sum| _mm512_fmadd_ps(sum, factor, factor));
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, factor, factor);
+            }
         }
         sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
     }
@@ -192,7 +194,9 @@ mod x86 {
         let factor = _mm256_set1_ps(divan::black_box(0.999));
         let mut sums = [_mm256_set1_ps(1.0); CHAINS];
         for _ in 0..STEPS {
-            sums = sums.map(|sum| _mm256_fmadd_ps(sum, factor, factor));
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, factor, factor);
+            }
         }
         sums.into_iter().map(|sum| _mm_cvtss_f32(_mm256_castps256_ps128(sum))).sum()
     }

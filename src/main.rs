@@ -5,7 +5,7 @@
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// `mi_option_purge_delay` of `mimalloc.h`: after how many milliseconds freed memory goes back to
+/// `mi_option_purge_delay` of mimalloc 3's `mimalloc.h`: after how many milliseconds freed memory goes back to
 /// the kernel.
 const PURGE_DELAY: i32 = 15;
 

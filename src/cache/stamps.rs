@@ -267,7 +267,7 @@ impl Stamps {
         let unconfirmed = std::mem::take(&mut self.state().unconfirmed);
         if !unconfirmed.is_empty() {
             // Past the grain of the youngest of them.
-            std::thread::sleep(std::time::Duration::from_millis(21));
+            std::thread::sleep(PAST_A_TICK);
             let confirmed: Vec<(Stamp, Hash)> =
                 unconfirmed.par_iter().filter_map(|path| confirm(path)).collect();
             let mut state = self.state();
@@ -308,6 +308,9 @@ impl State {
     }
 }
 
+/// Longer than the ticks in which kernels count a file's times ([`Stamp::settled`]).
+const PAST_A_TICK: std::time::Duration = std::time::Duration::from_millis(21);
+
 /// Whether a file that `look` inspects was written since these were its facts, or is gone. Kernels
 /// count a file's times in ticks: within one, who goes on writing leaves no trace, so a file that
 /// was written a moment ago is looked at again after it.
@@ -317,7 +320,7 @@ pub fn is_written(look: impl Fn() -> std::io::Result<Metadata>, earlier: &Facts)
     if written(&facts) || Stamp::of(&facts).settled(now()) {
         return written(&facts);
     }
-    std::thread::sleep(std::time::Duration::from_millis(21));
+    std::thread::sleep(PAST_A_TICK);
     look().map_or(true, |facts| written(&facts))
 }
 

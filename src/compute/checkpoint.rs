@@ -5,12 +5,10 @@
 //! every other form would have to be converted, and is refused by name.
 
 use super::ComputeError;
+use super::departure::BLOCK;
 use crate::dtype::Format;
 use crate::model::{HeldCodes, Weight, WeightType};
 use crate::op::{Accumulate, ActivationScale, Codes, Recipe, Scale, WeightScale};
-
-/// Rows and values of a block that the kernels scale.
-const BLOCK: usize = 128;
 
 /// What the recipe says of a product with one weight.
 pub struct OfWeight<'a> {
@@ -64,7 +62,11 @@ pub fn of_weight<'a>(
         (1, wide) if wide == weight.width() => WeightScale::Channel,
         (tall, wide) if tall >= weight.rows() && wide == weight.width() => WeightScale::Tensor,
         (BLOCK, BLOCK) if held.first().is_multiple_of(BLOCK) => WeightScale::Block128,
-        _ => return refuse(format!("has blocks of {tall} by {wide} values, and the kernels 128")),
+        _ => {
+            return refuse(format!(
+                "has blocks of {tall} by {wide} values, and the kernels take 128 by 128"
+            ));
+        }
     };
     let blocks = of_weight == WeightScale::Block128;
     let activation = match (held.input_scale, blocks) {

@@ -133,6 +133,7 @@ impl Reference {
             let mut y = Vec::with_capacity(dots.len());
             for dots in dots.chunks_exact(chunk.rows.max(1)) {
                 match bias {
+                    // No negative zero, as where a bias is added.
                     None => y.extend(dots.iter().map(|&dot| (dot + 0.0) as f32)),
                     Some(bias) => {
                         let sums = dots.iter().zip(bias).map(|(&dot, &b)| dot + f64::from(b));

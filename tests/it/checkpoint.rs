@@ -105,7 +105,10 @@ fn a_pass_over_held_codes_lies_within_its_floor() {
                 .map(|((y, truth), sigma)| f64::from(y - truth) / f64::from(*sigma).max(1e-30))
                 .collect();
             let rms = (z.iter().map(|z| z * z).sum::<f64>() / z.len() as f64).sqrt();
-            assert!(rms < 1.3, "{name} {}: {rms}", local.site);
+            // The bounds of the contract `per-layer`, which derives them.
+            let of_product = local.energies.is_some();
+            let within = rms < 1.25 && (rms > 0.8 || !of_product);
+            assert!(within, "{name} {}: {rms}", local.site);
         }
     }
 }
