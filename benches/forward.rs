@@ -46,7 +46,7 @@ fn smollm2() -> Model {
 fn bench_forward(bencher: Bencher, arm: Arm, capture: Capture, tokens: usize, decode: u32) {
     let model = smollm2();
     let prompt: Vec<u32> = (0..tokens as u32).map(|index| (504 + 797 * index) % 49_152).collect();
-    let op = Op::Forward { capture, repeats: 1, decode };
+    let op = Op::Forward { capture, repeats: 1, decode, kv_cache: None };
     let task = Task { op: &op, model: &model, tokens: &prompt, input: None };
     bencher.counter(ItemsCount::new(tokens + decode as usize)).bench_local(|| {
         let (ops, arithmetic) = Shipped::default().ops(arm, &E4M3).expect("an arm of the CPU");

@@ -174,6 +174,10 @@ pub struct Recipe {
     /// The library's algorithm, where the recipe insists on one.
     #[serde(default, skip_serializing_if = "Pin::is_empty")]
     pub pin: Pin,
+    /// The type in which attention keeps keys and values of the positions seen so far; whole
+    /// where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<Format>,
 }
 
 impl Default for Recipe {
@@ -190,6 +194,7 @@ impl Default for Recipe {
             engine: None,
             emulate: None,
             pin: Pin::NONE,
+            kv_cache: None,
         }
     }
 }
@@ -214,6 +219,7 @@ impl Recipe {
             engine: Some(kernels),
             emulate: None,
             pin: Pin::NONE,
+            kv_cache: None,
         }
     }
 }
@@ -547,6 +553,9 @@ pub enum Op {
         repeats: u32,
         /// Tokens to decode greedily after the prompt, with a KV cache.
         decode: u32,
+        /// The type in which attention keeps keys and values, which adds sites: the recipe's.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        kv_cache: Option<Format>,
     },
     /// Token rows looked up in an embedding matrix; site `embed`.
     Embed {
@@ -813,7 +822,7 @@ pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
 
 /// The sites of one layer, in the order in which a forward pass makes them.
 /// Which of them a model has, [`sites`](crate::compute::flow::sites) says.
-pub const LAYER_SITES: [&str; 45] = [
+pub const LAYER_SITES: [&str; 48] = [
     "attn_norm",
     "lin_qkvz",
     "lin_ba",
@@ -827,6 +836,7 @@ pub const LAYER_SITES: [&str; 45] = [
     "q",
     "kv_a",
     "kv_a_norm",
+    "kv_a_cache",
     "kv",
     "k",
     "v",
@@ -834,6 +844,8 @@ pub const LAYER_SITES: [&str; 45] = [
     "k_norm",
     "q_rope",
     "k_rope",
+    "k_cache",
+    "v_cache",
     "attn",
     "attn_gated",
     "attn_out",
@@ -958,6 +970,15 @@ impl Op {
             Op::Swiglu { .. } => "swiglu",
             Op::Compare { .. } => "compare",
             Op::Command(_) => "command",
+        }
+    }
+
+    /// The type in which a forward pass keeps keys and values; nothing of one that keeps them
+    /// whole, and of other ops.
+    pub fn kv_cache(&self) -> Option<Format> {
+        match self {
+            Op::Forward { kv_cache, .. } => *kv_cache,
+            _ => None,
         }
     }
 

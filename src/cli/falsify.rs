@@ -141,7 +141,7 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                         continue;
                     }
                     let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
-                    let sites = sites_of(bug, &open.model);
+                    let sites = sites_of(bug, &open.model, &recipe);
                     let Some(site) = sites.get(chosen(seed, sites.len())).cloned() else {
                         // A model of one layer has no layer before.
                         continue;
@@ -256,7 +256,7 @@ fn into_recordings(
                 continue;
             }
             let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
-            let sites = sites_of(bug, &open.model);
+            let sites = sites_of(bug, &open.model, &base.recipe);
             let Some(site) = sites.get(chosen(seed, sites.len())).cloned() else {
                 // A model of one layer has no layer before.
                 continue;

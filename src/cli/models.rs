@@ -163,8 +163,9 @@ fn text() -> String {
          A package in f32: the same bits of every weight (`cargo test --test it quantised`; \
          `scripts/quantised_folders.py` names the versions), also of weights that are fused (phi3, \
          glm4). Packages decode to BF16 or F16 by default, which rounds; the reference takes the \
-         values before that. Codes of activations, and scales of activations and of a KV cache, \
-         change no weight: they are read past.\n\n\
+         values before that. Codes and scales of activations and \
+         scales of a KV cache change no weight: `gemm = \"checkpoint\"` and `kv_cache` take them, and \
+         other recipes read past them.\n\n\
          A recipe with `gemm = \"checkpoint\"` multiplies FP8 weights by the codes and scales that \
          the file holds, in the emulated and the device arm, without converting them anew, and every \
          other weight in its own type (BF16, F16, F32). Activations have the scale that the file \

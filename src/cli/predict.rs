@@ -89,7 +89,7 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let recipe = Recipe::of_engine(kernels, stream);
     let arm = Emulated::new(&recipe).map_err(|error| error.to_string())?;
     let words = |error: ComputeError| error.to_string();
-    let mut cache = KvCache::new(model.config());
+    let mut cache = KvCache::new(model.config(), None);
     let mut logits = forward(model, &arm, &tokens, &mut cache, &mut Nothing).map_err(words)?;
     let mut all = logits.data().to_vec();
     let mut report = String::new();

@@ -291,7 +291,7 @@ fn same_input(scene: &Scene<'_>, output: &Output, suspect: &Suspect) -> bool {
         return true;
     };
     let Some(judge) = scene.outputs.get(&judge) else { return false };
-    let read = flow::read_by(scene.task.model, &suspect.site);
+    let read = flow::read_by(scene.task.model, scene.task.op.kv_cache(), &suspect.site);
     let same = |site: &Site| match (output.site(site), judge.site(site)) {
         (Some(a), Some(b)) => {
             let pairs = || a.data().iter().zip(b.data());
@@ -331,10 +331,9 @@ fn inheriting(scene: &Scene<'_>, suspect: &Suspect) -> usize {
     let Op::Forward { .. } = scene.task.op else { return 0 };
     let of_arm = |growth: &&Growth| growth.subject == suspect.subject;
     let Some(growth) = scene.measures.growth.iter().find(of_arm) else { return 0 };
-    let dropped = suspect
-        .falsified
-        .iter()
-        .any(|later| flow::read_by(scene.task.model, later).contains(&suspect.site));
+    let dropped = suspect.falsified.iter().any(|later| {
+        flow::read_by(scene.task.model, scene.task.op.kv_cache(), later).contains(&suspect.site)
+    });
     let first = match in_layer(&suspect.site.0) {
         Some((layer, _)) => layer + 1,
         None if suspect.site.0.starts_with("embed") => 0,
@@ -369,7 +368,7 @@ fn examine(
     // Of a forward pass the op's input must be the arm's own, or nothing is said of it; but an
     // engine's kernels give what a recording lacks.
     if matches!(scene.task.op, Op::Forward { .. }) && scene.recipe.engine.is_none() {
-        let read = flow::read_by(scene.task.model, wanted);
+        let read = flow::read_by(scene.task.model, scene.task.op.kv_cache(), wanted);
         if read.iter().any(|site| output.site(site).is_none()) {
             return Ok(None);
         }

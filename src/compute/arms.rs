@@ -160,10 +160,11 @@ pub fn compute(
     arithmetic: String,
     progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
-    let mut output = once(task, ops, progress)?;
+    let mut output = once(task, ops, true, progress)?;
     output.arithmetic = arithmetic;
     for _ in 1..task.op.repeats() {
-        let repeat = once(task, ops, progress)?;
+        // Decoded tokens follow from the logits, which are what repeats are held to.
+        let repeat = once(task, ops, false, progress)?;
         for ((site, first), (_, again)) in output.sites.iter().zip(&repeat.sites) {
             let pairs = first.data().iter().zip(again.data());
             let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count() as u64;
@@ -177,16 +178,18 @@ pub fn compute(
 fn once(
     task: &Task<'_>,
     ops: &dyn Pass,
+    decodes: bool,
     progress: &mut dyn FnMut(&Tensor),
 ) -> Result<Output, ComputeError> {
     match task.op {
         Op::Forward { capture, decode, .. } => {
-            let mut cache = KvCache::new(task.model.config());
+            let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
             let mut recorder = Recorder { capture: *capture, sites: Vec::new(), progress };
             let logits = forward(task.model, ops, task.tokens, &mut cache, &mut recorder)?;
             let sites = recorder.sites;
             let greedy = match *decode {
                 0 => None,
+                _ if !decodes => None,
                 count => {
                     let count = count as usize;
                     Some(decode_greedily(task.model, ops, &logits, &mut cache, count)?)
@@ -224,7 +227,13 @@ fn in_batch(
         return Ok(None);
     }
     let tokens: Vec<u32> = task.tokens.iter().copied().cycle().take(longer).collect();
-    let batch = forward(task.model, ops, &tokens, &mut KvCache::new(config), &mut Discard)?;
+    let batch = forward(
+        task.model,
+        ops,
+        &tokens,
+        &mut KvCache::new(config, task.op.kv_cache()),
+        &mut Discard,
+    )?;
     let mut same = batch.into_data();
     same.truncate(logits.data().len());
     Ok(Some((Site(LOGITS_IN_BATCH.to_owned()), Tensor::new(logits.width(), same))))
@@ -251,7 +260,7 @@ pub fn drawn(
 ) -> Result<Vec<Tensor>, ComputeError> {
     let Op::Forward { capture: Capture::Logits, .. } = task.op else { return Ok(Vec::new()) };
     let draw = |number| {
-        let mut cache = KvCache::new(task.model.config());
+        let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
         forward(task.model, &Drawn::new(recipe, number)?, task.tokens, &mut cache, &mut Discard)
     };
     let mut all: Vec<Tensor> = (0..DRAWS).map(draw).collect::<Result<_, _>>()?;
@@ -284,7 +293,7 @@ pub fn anchored_by_layer(
     let recorded: BTreeMap<&Site, &Tensor> =
         subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
     let mut anchor = LayerAnchor { recorded, ends: Vec::new() };
-    let mut cache = KvCache::new(task.model.config());
+    let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
     forward(task.model, &Reference, task.tokens, &mut cache, &mut anchor)?;
     Ok(anchor.ends)
 }
@@ -331,7 +340,10 @@ pub fn local(
         visited.iter().filter(|visit| visit.held).map(|visit| visit.site.clone()).collect();
     let forward = matches!(task.op, Op::Forward { .. });
     let whole = |site: &Site| {
-        !forward || flow::read_by(task.model, site).iter().all(|read| held.contains(read))
+        !forward
+            || flow::read_by(task.model, task.op.kv_cache(), site)
+                .iter()
+                .all(|read| held.contains(read))
     };
     let all = visited.into_iter().zip(floor.into_sigmas()).zip(followed);
     let locals = all.filter(|((visit, _), _)| visit.held).map(|((visit, sigma), energies)| {
@@ -378,7 +390,9 @@ pub fn by_engine(
         let [rows, width] = call.shape();
         let fits = |tensor: &&Tensor| (tensor.rows(), tensor.width()) == (rows, width);
         let mut guessed = guessed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let reads_guess = flow::read_by(task.model, site).iter().any(|read| guessed.contains(read));
+        let reads_guess = flow::read_by(task.model, task.op.kv_cache(), site)
+            .iter()
+            .any(|read| guessed.contains(read));
         let Some(observed) = subject.site(site).filter(fits) else {
             if reads_guess || !engine.settles(call) {
                 guessed.insert(site.clone());
@@ -515,7 +529,7 @@ fn visit_recorded(
         Op::Forward { capture: Capture::EverySite, .. } => {
             let recorded = subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
             let mut anchor = Anchor { recorded, visits: Vec::new() };
-            let mut cache = KvCache::new(task.model.config());
+            let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
             forward(task.model, ops, task.tokens, &mut cache, &mut anchor)?;
             Ok(anchor.visits)
         }
@@ -536,7 +550,7 @@ pub fn site_names(op: &Op, model: Option<&Model>) -> Vec<Site> {
     match op {
         Op::Forward { capture: Capture::Logits, .. } => vec![Site("logits".to_owned())],
         Op::Forward { capture: Capture::EverySite, .. } => {
-            model.map_or_else(Vec::new, |model| flow::sites(model).collect())
+            model.map_or_else(Vec::new, |model| flow::sites(model, op.kv_cache()).collect())
         }
         Op::Gemm { .. } => vec![Site("y".to_owned())],
         Op::Compare { site, .. } => vec![site.clone()],

@@ -6,6 +6,7 @@
 
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
+use super::kv_cache::Cached;
 use super::{AttentionShape, ComputeError, Ops, Pass};
 use crate::model::{Activation, Rope, Routing, Weight, WeightType};
 use crate::op::Site;
@@ -64,6 +65,9 @@ pub enum Call<'a> {
         /// Position of the first row.
         first_position: usize,
     },
+    /// What a cache of keys or values gives back: each value's code of that format, times the
+    /// scale.
+    Cached(Cached<'a>),
     /// Causal attention with grouped queries: `q` is `[tokens, heads * head_dim]`,
     /// `k` and `v` are `[positions, kv_heads * head_dim]`.
     Attention {
@@ -178,6 +182,7 @@ impl Call<'_> {
             Call::LayerNorm { .. } => "layer_norm",
             Call::Matmul { .. } => "matmul",
             Call::Rope { .. } => "rope",
+            Call::Cached(_) => "kv_cache",
             Call::Attention { .. } => "attention",
             Call::Gated { .. } => "swiglu",
             Call::Activated { .. } => "activation",
@@ -206,6 +211,7 @@ impl Call<'_> {
             | Call::Rope { x, .. }
             | Call::Scale { x, .. }
             | Call::SoftCap { x, .. } => [x.rows(), x.width()],
+            Call::Cached(Cached { x, .. }) => [x.rows(), x.width()],
             Call::Matmul { x, weight, .. } => [x.rows(), weight.rows()],
             Call::Attention { q, shape, .. } => [q.rows(), shape.heads * shape.value_dim],
             Call::Gated { gate, .. } => [gate.rows(), gate.width()],

@@ -367,6 +367,7 @@ mod tests {
         emulate: None,
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
+        kv_cache: None,
     };
 
     fn values(count: usize, seed: u32) -> Vec<f32> {

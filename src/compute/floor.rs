@@ -483,6 +483,15 @@ impl Ops for Floor {
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
+            Call::Cached(cached) => {
+                let y = call.on(&Reference)?;
+                // What a code leaves of a value is known to the bit: it moves by that much.
+                let read = cached.read_back();
+                self.note_each(&y, |index, y| {
+                    f64::from(read.data()[index] - y).abs() + quarter_place(y)
+                });
+                Ok(y)
+            }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Activated { x, activation } => {

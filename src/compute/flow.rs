@@ -3,18 +3,20 @@
 //! The same decisions as [`forward`](super::forward::forward) makes, which a test holds it to.
 //! It computes nothing.
 
+use crate::dtype::Format;
 use crate::model::Model;
 use crate::op::{LAYER_SITES, Site, in_layer};
 
 /// Whether a block's pass makes a site, by its name within the block.
-fn is_made(model: &Model, layer: usize, inner: &str) -> bool {
+fn is_made(model: &Model, kv_cache: Option<Format>, layer: usize, inner: &str) -> bool {
     let config = model.config();
     let has = |name: &str| model.has(&format!("blk.{layer}.{name}.weight"));
     match inner {
         "attn_norm" | "ffn_norm" => has(inner),
         "lin_qkvz" | "lin_ba" | "lin_conv" | "lin_gates" | "lin_delta" | "lin_norm"
         | "lin_gated" => config.delta_of(layer).is_some(),
-        "q" | "k" | "v" | "q_rope" | "k_rope" | "attn" | "attn_gated"
+        "q" | "k" | "v" | "q_rope" | "k_rope" | "k_cache" | "v_cache" | "kv_a_cache" | "attn"
+        | "attn_gated"
             if config.delta_of(layer).is_some() =>
         {
             false
@@ -25,6 +27,9 @@ fn is_made(model: &Model, layer: usize, inner: &str) -> bool {
         "q_rope" | "k_rope" => config.rope_of(layer).is_some(),
         "q_a" | "q_a_norm" => config.latent.is_some_and(|latent| latent.queries.is_some()),
         "kv_a" | "kv_a_norm" | "kv" => config.latent.is_some(),
+        "kv_a_cache" => kv_cache.is_some() && config.latent.is_some(),
+        "k_cache" => kv_cache.is_some(),
+        "v_cache" => kv_cache.is_some() && config.latent.is_none(),
         "k" | "v" => config.latent.is_none(),
         "ffn_router" | "ffn_route" | "ffn_mix" => config.experts_of(layer).is_some(),
         "ffn_gate" | "ffn_swiglu" => config.architecture.is_gated(),
@@ -56,13 +61,14 @@ pub fn after_output(model: &Model) -> &'static [&'static str] {
     }
 }
 
-/// The sites of a forward pass, in the order of the flow.
-pub fn sites(model: &Model) -> impl Iterator<Item = Site> + '_ {
+/// The sites of a forward pass whose attention keeps keys and values in a type of its own where one
+/// is given, in the order of the flow.
+pub fn sites(model: &Model, kv_cache: Option<Format>) -> impl Iterator<Item = Site> + '_ {
     let one = |name: &str| Site(name.to_owned());
     let scaled = scales_embedding(model).then(|| one("embed_scaled"));
     let first = [one("embed")].into_iter().chain(scaled);
     let layers = (0..model.config().layers).flat_map(move |layer| {
-        let made = LAYER_SITES.iter().filter(move |inner| is_made(model, layer, inner));
+        let made = LAYER_SITES.iter().filter(move |inner| is_made(model, kv_cache, layer, inner));
         made.map(move |inner| Site(format!("blk.{layer}.{inner}")))
     });
     let last = after_output(model).iter().map(move |name| one(name));
@@ -71,7 +77,8 @@ pub fn sites(model: &Model) -> impl Iterator<Item = Site> + '_ {
 
 /// The sites that the op of a model's forward pass reads to make a site; none for the embedding and
 /// for sites that no forward pass makes. Nor for the last norm: who asks looks within a block.
-pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
+pub fn read_by(model: &Model, kv_cache: Option<Format>, site: &Site) -> Vec<Site> {
+    let is_made = |model: &Model, layer, inner: &str| is_made(model, kv_cache, layer, inner);
     let named = |name: &str| vec![Site(name.to_owned())];
     let Some((layer, inner)) = in_layer(&site.0) else {
         let last = after_output(model);
@@ -103,7 +110,8 @@ pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
         "q_a" | "kv_a" => normed("attn_norm", stream),
         "q_a_norm" => vec![here("q_a")],
         "kv_a_norm" => vec![here("kv_a")],
-        "kv" => vec![here("kv_a_norm")],
+        "kv_a_cache" => vec![here("kv_a_norm")],
+        "kv" => vec![last(&["kv_a_norm", "kv_a_cache"])],
         "q" if is_made(model, block, "q_a_norm") => vec![here("q_a_norm")],
         "q" | "k" | "v" => normed("attn_norm", stream),
         "q_norm" => vec![here("q")],
@@ -111,14 +119,17 @@ pub fn read_by(model: &Model, site: &Site) -> Vec<Site> {
         "q_rope" => vec![last(&["q", "q_norm"])],
         "k_rope" if is_made(model, block, "kv_a") => vec![here("kv_a")],
         "k_rope" => vec![last(&["k", "k_norm"])],
-        "attn" if is_made(model, block, "kv") => vec![
-            last(&["q", "q_rope"]),
-            here("kv"),
-            if is_made(model, block, "k_rope") { here("k_rope") } else { here("kv_a") },
-        ],
-        "attn" => {
-            vec![last(&["q", "q_norm", "q_rope"]), last(&["k", "k_norm", "k_rope"]), here("v")]
+        "k_cache" if is_made(model, block, "kv") => vec![last(&["kv_a", "k_rope"])],
+        "k_cache" => vec![last(&["k", "k_norm", "k_rope"])],
+        "v_cache" => vec![here("v")],
+        "attn" if is_made(model, block, "kv") => {
+            vec![last(&["q", "q_rope"]), here("kv"), last(&["kv_a", "k_rope", "k_cache"])]
         }
+        "attn" => vec![
+            last(&["q", "q_norm", "q_rope"]),
+            last(&["k", "k_norm", "k_rope", "k_cache"]),
+            last(&["v", "v_cache"]),
+        ],
         "attn_gated" => vec![here("attn"), here("q")],
         "attn_out" if is_made(model, block, "lin_gated") => vec![here("lin_gated")],
         "attn_out" => vec![last(&["attn", "attn_gated"])],

@@ -8,7 +8,9 @@
 use super::call::{Call, Held};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
+use super::kv_cache::{self, Cached, Which};
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
+use crate::dtype::Format;
 use crate::model::{Activation, Config, DeltaNet, Experts, Latent, Model, Weight};
 use crate::op::Site;
 use crate::tensor::Tensor;
@@ -37,18 +39,20 @@ struct Seen {
 pub struct KvCache {
     layers: Vec<Seen>,
     positions: usize,
+    /// The type of what attention keeps; whole where nothing is said.
+    format: Option<Format>,
 }
 
 impl KvCache {
-    /// An empty cache for a model of this shape.
-    pub fn new(config: &Config) -> KvCache {
+    /// An empty cache for a model of this shape; attention keeps keys and values in `format`.
+    pub fn new(config: &Config, format: Option<Format>) -> KvCache {
         let empty = |head| Tensor::zeros(0, config.kv_heads * head);
         let layer = || Seen {
             keys: empty(config.head_dim),
             values: empty(config.value_dim()),
             gates: Tensor::zeros(0, 1),
         };
-        KvCache { layers: (0..config.layers).map(|_| layer()).collect(), positions: 0 }
+        KvCache { layers: (0..config.layers).map(|_| layer()).collect(), positions: 0, format }
     }
 
     /// Number of positions that the cache holds.
@@ -134,7 +138,7 @@ pub fn forward(
         stream = flow.make(Site("embed_scaled".to_owned()), &call)?;
     }
     for layer in 0..config.layers {
-        let block = Block { model, layer, first_position };
+        let block = Block { model, layer, first_position, kept_in: cache.format };
         stream = block.run(stream, &mut cache.layers[layer], &mut flow)?;
     }
     cache.positions = positions;
@@ -177,6 +181,8 @@ struct Block<'a> {
     model: &'a Model,
     layer: usize,
     first_position: usize,
+    /// The type in which attention keeps keys and values.
+    kept_in: Option<Format>,
 }
 
 impl Block<'_> {
@@ -231,7 +237,7 @@ impl Block<'_> {
     ) -> Result<Tensor, ComputeError> {
         let config = self.model.config();
         let ([q, k, v], gates) = match config.latent {
-            None => self.heads(x, make)?,
+            None => self.kept_heads(x, make)?,
             Some(latent) => (self.latent_heads(latent, x, make)?, None),
         };
         append(&mut cache.keys, &k);
@@ -295,6 +301,32 @@ impl Block<'_> {
         make("attn_out", &self.project("ssm_out", &gated)?)
     }
 
+    /// What attention reads back of keys or values that it kept: as they were made, or in the
+    /// cache's type.
+    fn kept(
+        &self,
+        which: Which,
+        site: &str,
+        x: Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<Tensor, ComputeError> {
+        let Some(format) = self.kept_in else { return Ok(x) };
+        let scale = kv_cache::scale_of(self.model, self.layer, which, format)?;
+        make(site, &Call::Cached(Cached { x: &x, format, scale }))
+    }
+
+    /// [`Block::heads`], keys and values as the cache gives them back.
+    fn kept_heads(
+        &self,
+        x: &Tensor,
+        make: &mut Make<'_>,
+    ) -> Result<([Tensor; 3], Option<Tensor>), ComputeError> {
+        let ([q, k, v], gates) = self.heads(x, make)?;
+        let k = self.kept(Which::Keys, "k_cache", k, make)?;
+        let v = self.kept(Which::Values, "v_cache", v, make)?;
+        Ok(([q, k, v], gates))
+    }
+
     /// Queries, keys and values of a projection each, and gates where queries come with them.
     fn heads(
         &self,
@@ -356,6 +388,8 @@ impl Block<'_> {
         let mut shared = narrow.columns(latent.keys..narrow.width());
         let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, LATENT_EPS)?;
         let normed = make("kv_a_norm", &normed)?;
+        // The latent vector and what turns are all that is kept, with one scale.
+        let normed = self.kept(Which::Keys, "kv_a_cache", normed, make)?;
         let both = make("kv", &self.project("attn_kv_b", &normed)?)?;
         if let Some(rope) = config.rope_of(self.layer) {
             let first_position = self.first_position;
@@ -364,6 +398,7 @@ impl Block<'_> {
             shared = make("k_rope", &turn(&shared, latent.turned))?;
             q = turned;
         }
+        let shared = self.kept(Which::Keys, "k_cache", shared, make)?;
         let mut k = Tensor::zeros(both.rows(), config.heads * config.head_dim);
         let mut v = Tensor::zeros(both.rows(), config.heads * latent.values);
         for row in 0..both.rows() {

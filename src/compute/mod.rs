@@ -20,6 +20,7 @@ pub mod floor;
 pub mod flow;
 pub mod forward;
 pub mod generate;
+pub mod kv_cache;
 pub mod product;
 pub mod recorded;
 pub mod reference;

@@ -40,6 +40,8 @@ impl Ops for Reference {
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
+            // The function knows no cache: what is kept of a value is the value.
+            Call::Cached(cached) => Ok(cached.x.clone()),
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Activated { x, activation } => self.activated(x, activation),

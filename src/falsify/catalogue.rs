@@ -81,6 +81,7 @@ const GAINS: &[&str] = &[
     "output_norm",
 ];
 const SCALED: &[&str] = &["embed_scaled", "attn_scaled", "ffn_scaled", "logits_scaled", "logits"];
+const CACHES: &[&str] = &["k_cache", "v_cache", "kv_a_cache"];
 const BIASED: &[&str] = &["q", "k", "v"];
 
 /// All bugs.
@@ -437,6 +438,10 @@ pub const CATALOGUE: &[Bug] = &[
     bug("window one position wider", &["causal-mask"], &["attn"], Plant::WindowWider),
     bug("scores without their soft cap", &["soft-cap-missing"], &["attn"], Plant::SoftCapMissing),
     bug("logits without their soft cap", &["soft-cap-missing"], &["logits"], Plant::SoftCapMissing),
+    bug("a cache in the other FP8 format", &["kv-cache-format"], CACHES, Plant::CacheFormat),
+    bug("a cache truncated to its format", &["truncating-cast"], CACHES, Plant::CacheTruncated),
+    bug("a cache scaled by its tensor", &["kv-cache-scale"], CACHES, Plant::CacheScaleOfTensor),
+    bug("a cache's scale left out", &["kv-cache-scale"], CACHES, Plant::CacheScaleMissing),
     bug("gain without its 1", &["weight-offset"], GAINS, Plant::OffsetMissing),
     bug("whole heads turned for a part", &["rope-width"], ROPES, Plant::RopeWhole),
     bug("a factor left out", &["factor-missing"], SCALED, Plant::FactorMissing),

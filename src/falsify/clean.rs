@@ -185,6 +185,7 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         emulate: None,
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
+        kv_cache: None,
     }
 }
 

@@ -172,7 +172,7 @@ pub fn with_recipe(pipeline: &Pipeline, recipe: Recipe) -> Pipeline {
         if matches!(stage.op, Op::Command(_)) {
             continue;
         }
-        stage.recipe = recipe;
+        stage.take_recipe(recipe);
         stage.arms = vec![Arm::Reference, Arm::Emulated, Arm::Device];
     }
     pipeline
@@ -221,10 +221,10 @@ pub fn load(folder: &Path, model: &str, tokens: Option<Vec<u32>>) -> Result<Pipe
     crate::manifest::load(folder, &overrides).map_err(|problems| problems.render(false))
 }
 
-/// The sites at which a bug can be planted in a model, in the order of the flow.
-pub fn sites_of(bug: &Bug, model: &Model) -> Vec<Site> {
+/// The sites at which a bug can be planted in a model under a recipe, in the order of the flow.
+pub fn sites_of(bug: &Bug, model: &Model, recipe: &Recipe) -> Vec<Site> {
     let first = u32::from(bug.after_layer_0);
-    let made: Vec<Site> = flow::sites(model).collect();
+    let made: Vec<Site> = flow::sites(model, recipe.kv_cache).collect();
     let of = |kind: &&'static str| {
         let kind = *kind;
         let is = move |site: &&Site| match in_layer(&site.0) {

@@ -22,6 +22,7 @@ use crate::compute::emulated::gemm::Scales;
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
+use crate::compute::kv_cache::Cached;
 use crate::compute::reference::{Reference, activated, gated as of_pair};
 use crate::compute::{AttentionShape, ComputeError, Ops, rope};
 use crate::dtype::Format;
@@ -136,6 +137,10 @@ pub enum Plant {
     FactorMissing,
     FactorTwice,
     SoftCapMissing,
+    CacheFormat,
+    CacheTruncated,
+    CacheScaleOfTensor,
+    CacheScaleMissing,
     OffsetMissing,
     RopeWhole,
     WindowIgnored,
@@ -277,6 +282,7 @@ pub fn planted(
         Call::Rope { x, rope, head_dim, first_position } => {
             rotation(plant, (x, rope, head_dim, first_position), ground)
         }
+        Call::Cached(cached) => Ok(of_cache(plant, cached)),
         Call::Attention { q, k, v, shape } => attention(plant, (q, k, v, shape), ground),
         Call::Gated { gate, up, activation } => gated(plant, (gate, up, activation), ground),
         Call::Add { a, b } => addition(plant, a, b, ground),
@@ -287,6 +293,28 @@ pub fn planted(
             _ => None,
         }),
         Call::SoftCap { x, .. } => Ok((plant == Plant::SoftCapMissing).then(|| x.clone())),
+    }
+}
+
+/// Bugs of what a cache of keys or values gives back; only FP8 has scales.
+fn of_cache(plant: Plant, cached: Cached<'_>) -> Option<Tensor> {
+    let Cached { x, format, scale } = cached;
+    if !format.is_fp8() {
+        return None;
+    }
+    match plant {
+        Plant::CacheFormat => {
+            let other = if format == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
+            Some(Cached { format: other, ..cached }.read_back())
+        }
+        Plant::CacheTruncated => {
+            Some(mapped(x, |x| cache_format::towards_zero(format, x / scale) * scale))
+        }
+        Plant::CacheScaleOfTensor => Some(cache_format::kept(x, format, false)),
+        Plant::CacheScaleMissing if scale != 1.0 => {
+            Some(mapped(&cached.read_back(), |x| x / scale))
+        }
+        _ => None,
     }
 }
 

@@ -87,6 +87,7 @@ pub(super) fn of_product(
         emulate: None,
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
+        kv_cache: None,
     };
     let arm = Emulated::new(&recipe)?;
     let made = MadeWeight::new("w".to_owned(), some_columns.len(), w.data());

@@ -315,6 +315,7 @@ fn recipe(output: Format) -> Recipe {
         emulate: None,
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
+        kv_cache: None,
     }
 }
 

@@ -129,6 +129,15 @@ impl Stage {
         self.recipe.emulate.or(of_program)
     }
 
+    /// Gives the stage another recipe; a forward pass makes sites of its own where keys and values
+    /// are kept in a type of theirs.
+    pub fn take_recipe(&mut self, recipe: Recipe) {
+        if let Op::Forward { kv_cache, .. } = &mut self.op {
+            *kv_cache = recipe.kv_cache;
+        }
+        self.recipe = recipe;
+    }
+
     /// The files of tensors that it reads.
     pub fn files(&self) -> Vec<&Path> {
         let inputs = self.op.inputs();
@@ -599,7 +608,7 @@ fn finish_stage(
             findings.push(problem);
         }
     }
-    Some(Stage {
+    let mut stage = Stage {
         id: raw.id?.value,
         title: raw.title?.value,
         file: findings.path(raw.source).to_owned(),
@@ -616,7 +625,9 @@ fn finish_stage(
         recorded,
         external,
         family: raw.family,
-    })
+    };
+    stage.take_recipe(settings.recipe);
+    Some(stage)
 }
 
 /// The arms of a stage. Where its own manifest names none, a recording or a

@@ -56,6 +56,7 @@ struct RawRecipe {
     tile: Option<Put<u32>>,
     stages: Option<Put<u32>>,
     split_k: Option<Put<NonZeroU32>>,
+    kv_cache: Option<Put<Option<Format>>>,
 }
 
 /// The settings that hold for one stage.
@@ -67,6 +68,14 @@ pub(super) struct Settings {
     pub recipe: Recipe,
     pub resources: Resources,
 }
+
+const KV_CACHES: [(&str, Option<Format>); 5] = [
+    ("none", None),
+    ("bf16", Some(Format::Bf16)),
+    ("f16", Some(Format::F16)),
+    ("e4m3", Some(Format::E4m3)),
+    ("e5m2", Some(Format::E5m2)),
+];
 
 const FORMATS: [(&str, Format); 6] = [
     ("f32", Format::F32),
@@ -440,6 +449,7 @@ impl RawRecipe {
             decoded: table.take("decoded", findings),
             batch: table.take("batch", findings),
             chip: table.choice("chip", &CHIPS, findings),
+            kv_cache: table.choice("kv_cache", &KV_CACHES, findings),
             ..RawRecipe::default()
         };
         if let Some(mut scale) = table.table("scale", findings) {
@@ -530,6 +540,7 @@ impl RawRecipe {
             tile: self.tile.or_else(|| inherited.tile.clone()),
             stages: self.stages.or_else(|| inherited.stages.clone()),
             split_k: self.split_k.or_else(|| inherited.split_k.clone()),
+            kv_cache: self.kv_cache.or_else(|| inherited.kv_cache.clone()),
         }
     }
 
@@ -705,6 +716,19 @@ impl RawRecipe {
                 .at_if(put.at.as_ref(), "several prompts in a step"),
             );
         }
+        let kv_cache = value_of(&self.kv_cache).flatten();
+        if let (Some(put), Some(stream), true) = (&self.kv_cache, stream, kv_cache.is_some()) {
+            let stream = name_of(stream, &FORMATS);
+            problems.push(
+                Problem::new(
+                    format!("`kv_cache` is not known of engines that pass tensors in `{stream}`"),
+                    "leave `kv_cache` out: what a foreign engine's attention makes of narrow keys \
+                     and values was not looked at; where one keeps them in FP8, the cause \
+                     `kv-cache-format` names it",
+                )
+                .at_if(put.at.as_ref(), "the project's own kernels take it"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if missing.contains(&gemm.value.format()) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
@@ -744,6 +768,7 @@ impl RawRecipe {
                 stages: value_of(&self.stages),
                 split_k: value_of(&self.split_k),
             },
+            kv_cache,
         })
     }
 }

@@ -247,6 +247,8 @@ fn read_forward(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp>
         capture: capture.map_or(Capture::default(), |capture| capture.value),
         repeats: repeats.map_or(1, |repeats| repeats.value),
         decode: decode.map_or(0, |decode| decode.value),
+        // The recipe's, which is read elsewhere.
+        kv_cache: None,
     };
     Some(RawOp::new(op, Vec::new(), repeats_at))
 }

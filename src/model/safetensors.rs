@@ -242,8 +242,17 @@ pub(super) fn parse(
             };
             match canonical_name(&name, config) {
                 Canonical::Ignored => continue,
-                // Of activations and caches, which no weight depends on.
-                Canonical::InputScale | Canonical::OfCache if quantised.is_some() => continue,
+                // Of activations, which no weight depends on.
+                Canonical::InputScale if quantised.is_some() => continue,
+                // No weight depends on a cache's scales: an arm may keep values with them.
+                Canonical::OfCache(canonical) if quantised.is_some() => {
+                    let all = info.shape.iter().product();
+                    for canonical in canonical {
+                        let tensor = tensor(canonical, info.dtype, &[all], info.data_offsets);
+                        let tensor = Held::Tensor(tensor.map_err(in_tensor)?);
+                        contents.held.push(tensor.moved(ahead));
+                    }
+                }
                 Canonical::Known(canonical) if codes => {
                     let (weights, part) = (vec![(canonical, 0)], Part::Codes);
                     contents.held.push(Held::Piece { weights, part, piece: piece() });
@@ -271,7 +280,7 @@ pub(super) fn parse(
                         FETCH_AGAIN,
                     )));
                 }
-                Canonical::Unknown | Canonical::InputScale | Canonical::OfCache => {
+                Canonical::Unknown | Canonical::InputScale | Canonical::OfCache(_) => {
                     return Err(of_no_use(&name, config));
                 }
             }
@@ -370,8 +379,8 @@ enum Canonical {
     Scales,
     /// The scale of a product's activations.
     InputScale,
-    /// The scale of what attention keeps of keys or values.
-    OfCache,
+    /// The scales of what attention keeps of keys or values, under these names.
+    OfCache(Vec<String>),
     /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
@@ -398,7 +407,7 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
     let before = |ending: &&str| name.strip_suffix(ending).filter(of_attention);
     if let Some(of) = OF_CACHE.iter().find_map(before) {
         return match canonical_name(&format!("{of}o_proj.weight"), config) {
-            Canonical::Known(_) => Canonical::OfCache,
+            Canonical::Known(of) => Canonical::OfCache(scales_of_cache(name, &of)),
             Canonical::Ignored => Canonical::Ignored,
             _ => Canonical::Unknown,
         };
@@ -415,6 +424,19 @@ fn canonical_name(name: &str, config: &Config) -> Canonical {
         _ => return canonical_block_name(name, config),
     };
     Canonical::Known(known.to_owned())
+}
+
+/// What a cache's scales are called in a block whose output projection has that canonical name. Those
+/// of queries no kernel of the project's own applies.
+fn scales_of_cache(name: &str, projection: &str) -> Vec<String> {
+    let block = projection.strip_suffix("attn_output.weight").unwrap_or(projection);
+    let which = match name.rsplit('.').next() {
+        Some("k_scale") => "k_cache",
+        Some("v_scale") => "v_cache",
+        Some("kv_scale" | "kv_cache_scale") => "kv_cache",
+        _ => return Vec::new(),
+    };
+    vec![format!("{block}attn_{which}.scale")]
 }
 
 fn canonical_block_name(name: &str, config: &Config) -> Canonical {
@@ -545,7 +567,7 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
 pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
     match canonical_name(name, config) {
         Canonical::Ignored => false,
-        Canonical::InputScale | Canonical::OfCache => !quantised,
+        Canonical::InputScale | Canonical::OfCache(_) => !quantised,
         _ => true,
     }
 }

@@ -15,6 +15,7 @@ use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, weight_of};
 use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
+use crate::compute::kv_cache::{self, Which};
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
@@ -714,7 +715,30 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         let weight = weight_of(weight, model);
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
+    check_kv_cache(stage, model)?;
     check_codes(stage, model)
+}
+
+/// Refuses a cache whose scales are none, before anything runs, and one beside an op that has no
+/// cache of its own.
+fn check_kv_cache(stage: &Stage, model: &Model) -> Result<(), String> {
+    let Some(format) = stage.recipe.kv_cache else { return Ok(()) };
+    if matches!(stage.op, Op::Attention { .. }) {
+        return Err(format!(
+            "`kv_cache = \"{format}\"` is part of a whole pass, and this stage's `k` and `v` are \
+             what attention reads: write `recipe = {{ kv_cache = \"none\" }}` in this stage, or \
+             `[forward]`"
+        ));
+    }
+    if matches!(stage.op, Op::Forward { .. }) {
+        for layer in 0..model.config().layers {
+            for which in [Which::Keys, Which::Values] {
+                kv_cache::scale_of(model, layer, which, format)
+                    .map_err(|error| error.to_string())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses weights that a recipe of the checkpoint's codes does not multiply, before anything runs.

@@ -597,9 +597,9 @@ fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String 
 /// Sites that an arm will make, for a progress bar.
 fn expected_sites(prepared: &PreparedStage<'_>) -> u64 {
     match &prepared.stage.op {
-        Op::Forward { repeats, .. } => {
+        Op::Forward { repeats, kv_cache, .. } => {
             let Some(model) = &prepared.model else { return 0 };
-            let sites = crate::compute::flow::sites(&model.model).count();
+            let sites = crate::compute::flow::sites(&model.model, *kv_cache).count();
             sites as u64 * u64::from(*repeats)
         }
         Op::Matmul { weights, .. } => weights.len() as u64,

@@ -44,7 +44,7 @@ const COMPUTED: [&str; 19] = [
     "qwen3-next",
 ];
 
-const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
 /// Of the largest magnitude.
 const TOLERANCE: f64 = 2e-5;
 
@@ -158,7 +158,7 @@ fn worst(tensor: &Tensor, expected: &[f64]) -> f64 {
 /// The sites of transformers' hidden states: before the first block, after each but the last,
 /// and after the last norm.
 fn hidden_sites(model: &Model) -> Vec<Site> {
-    let sites: Vec<Site> = flow::sites(model).collect();
+    let sites: Vec<Site> = flow::sites(model, None).collect();
     let embedded = if sites[1].0 == "embed_scaled" { 1 } else { 0 };
     let last = model.config().layers - 1;
     let ends = (0..last).map(|layer| Site(format!("blk.{layer}.ffn_residual")));
@@ -234,7 +234,7 @@ fn hold_to_transformers(folders: Vec<(String, PathBuf)>) {
         let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };
         let output = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
         let visited: Vec<&Site> = output.sites.iter().map(|(site, _)| site).collect();
-        let foretold: Vec<Site> = flow::sites(&model).collect();
+        let foretold: Vec<Site> = flow::sites(&model, None).collect();
         assert_eq!(visited, foretold.iter().collect::<Vec<_>>(), "{name}");
         let site = |site: &Site| output.site(site).expect("a site of the pass");
         let logits = (Site("logits".to_owned()), "logits".to_owned());

@@ -23,7 +23,8 @@ use safetensors::SafeTensors;
 
 use crate::model::{TINY, open, smollm2, synthetic_file};
 
-const EVERY_SITE: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+const EVERY_SITE: Op =
+    Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
 
 const PER_TENSOR: Scale =
     Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor };
@@ -43,6 +44,7 @@ const E4M3: Recipe = Recipe {
     emulate: None,
     codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
+    kv_cache: None,
 };
 
 fn model(preset: Preset) -> Model {
@@ -139,7 +141,7 @@ impl Sites for Rows {
 }
 
 fn in_passes(model: &Model, ops: &dyn Pass, passes: &[&[u32]]) -> Rows {
-    let mut cache = KvCache::new(model.config());
+    let mut cache = KvCache::new(model.config(), None);
     let mut rows = Rows::default();
     for tokens in passes {
         forward(model, ops, tokens, &mut cache, &mut rows).expect("a forward pass");

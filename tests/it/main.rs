@@ -20,6 +20,7 @@ mod golden;
 mod hostile;
 mod hugging_face;
 mod judge;
+mod kv_cache;
 mod manifest;
 mod missing;
 mod model;

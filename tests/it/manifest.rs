@@ -246,8 +246,14 @@ fn the_shipped_folder_is_sound_and_says_what_the_design_says() {
     let names: Vec<&str> = pipeline.stages.iter().map(|stage| stage.id.0.as_str()).collect();
     assert_eq!(names, ["A", "B", "C", "D", "E"]);
     let [a, b, c, d, e] = &pipeline.stages[..] else { panic!("five stages") };
-    assert_eq!(a.op, Op::Forward { capture: Capture::Logits, repeats: 2, decode: 8 });
-    assert_eq!(b.op, Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 });
+    assert_eq!(
+        a.op,
+        Op::Forward { capture: Capture::Logits, repeats: 2, decode: 8, kv_cache: None }
+    );
+    assert_eq!(
+        b.op,
+        Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None }
+    );
     assert_eq!(b.needs, [id("A")]);
     assert_eq!(c.needs, []);
     assert_eq!(d.needs, [id("C")]);

@@ -33,6 +33,7 @@ const RECIPE: Recipe = Recipe {
     emulate: None,
     codes: runner::op::Codes::Made,
     pin: Pin::NONE,
+    kv_cache: None,
 };
 
 fn normal(count: usize, seed: u64) -> Vec<f32> {

@@ -94,7 +94,7 @@ fn newer_presets_carry_outlier_channels_from_the_embedding_on() {
 
 #[test]
 fn tokens_of_a_synthetic_mixture_go_to_all_experts_and_seldom_by_a_hair() {
-    let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+    let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
     let mixtures = NEWER.map(|preset| (preset, opened(preset)));
     let mixtures = mixtures.into_iter().filter(|(_, model)| model.config().experts.is_some());
     let mut seen = 0;
@@ -222,7 +222,7 @@ fn long_rope(tensors: &mut BTreeMap<String, QTensor>, short: f32, long: f32) {
 
 #[test]
 fn a_phi3_is_the_same_function_as_a_gguf_file_and_as_a_folder() {
-    let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+    let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
     let logits = |model: &Model| {
         let task = Task { op: &op, model, tokens: &tokens(), input: None };
         let pass = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");

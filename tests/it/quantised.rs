@@ -17,7 +17,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
-const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0 };
+const PASS: Op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
 
 fn folders() -> Vec<PathBuf> {
     let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantised");

@@ -36,6 +36,7 @@ impl Default for Bench {
             emulate: None,
             codes: crate::op::Codes::Made,
             pin: Pin::NONE,
+            kv_cache: None,
         };
         let mut file = Vec::new();
         write(Preset::Qwen2Tiny, 1, &mut file).expect("a synthetic model");

@@ -135,6 +135,7 @@ pub const ALL: [&Fingerprint; 52] = [
     &e5m2_read::FINGERPRINT,
     &rounded_output::FINGERPRINT,
     &scale_applied::FINGERPRINT,
+    &cache_format::FINGERPRINT,
     &gain::FINGERPRINT,
     &scale_granularity::FINGERPRINT,
     &scale_choice::FINGERPRINT,
@@ -154,7 +155,6 @@ pub const ALL: [&Fingerprint; 52] = [
     &delta::FINGERPRINT,
     &epsilon::FINGERPRINT,
     &softmax_scale::FINGERPRINT,
-    &cache_format::FINGERPRINT,
     &activation_function::FINGERPRINT,
     &tile::FINGERPRINT,
 ];

@@ -17,6 +17,7 @@ use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, hel
 use crate::compute::call::Call;
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
+use crate::compute::kv_cache::Cached;
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
     check_norm_bias, check_same_shape, check_tokens, checkpoint, rope,
@@ -365,6 +366,7 @@ impl Ops for Device {
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
+            Call::Cached(cached) => self.cached(&cached),
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Activated { x, activation } => {
@@ -674,6 +676,13 @@ impl Device {
     fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
         self.each("a soft cap", x, |state, x, y| {
             Ok(state.kernels.soft_cap(&state.stream, x, cap as f32, y)?)
+        })
+    }
+
+    fn cached(&self, cached: &Cached<'_>) -> Result<Tensor, ComputeError> {
+        let Cached { x, format, scale } = *cached;
+        self.each("a cache of keys or values", x, |state, x, y| {
+            Ok(state.kernels.cached(&state.stream, x, (format, scale), y)?)
         })
     }
 

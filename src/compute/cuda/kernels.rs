@@ -135,6 +135,7 @@ pub struct Kernels {
     delta: CudaFunction,
     scale: CudaFunction,
     soft_cap: CudaFunction,
+    cached: CudaFunction,
     add: CudaFunction,
 }
 
@@ -191,6 +192,7 @@ impl Kernels {
             delta: load("delta")?,
             scale: load("scale")?,
             soft_cap: load("soft_cap")?,
+            cached: load("cached")?,
             add: load("add")?,
         })
     }
@@ -702,6 +704,19 @@ impl Kernels {
         let count = y.len() as u64;
         must_hold("what is bent", x.len(), count);
         launch!(stream, self.soft_cap, striding(count), x, &cap, &count, y)
+    }
+
+    /// What a cache of keys or values in that format, with that scale, gives back of `x`.
+    pub fn cached(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        (format, scale): (Format, f32),
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let (count, format) = (y.len() as u64, format_code(format));
+        must_hold("what is kept", x.len(), count);
+        launch!(stream, self.cached, striding(count), x, &format, &scale, &count, y)
     }
 
     /// `a + b`.

@@ -320,6 +320,10 @@ impl Ops for Emulated {
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
+            Call::Cached(cached) => {
+                self.own_kernel("a cache of keys and values in a type of its own")?;
+                Ok(self.streamed(cached.read_back()))
+            }
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Activated { x, activation } => self.activated(x, activation),

@@ -803,6 +803,7 @@ impl EngineArm {
             | Call::Convolve(_)
             | Call::Gates(_)
             | Call::Delta(_)
+            | Call::Cached(_)
             | Call::SigmoidGate { .. } => return Err(unknown(&format!("`{}`", call.op()))),
         }
         let nothing = || ComputeError::Recipe("the engine lists no kernel for this op".to_owned());
@@ -866,6 +867,7 @@ impl EngineArm {
             | Call::Convolve(_)
             | Call::Gates(_)
             | Call::Delta(_)
+            | Call::Cached(_)
             | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => false,
         }
@@ -917,6 +919,7 @@ impl EngineArm {
             | Call::Convolve(_)
             | Call::Gates(_)
             | Call::Delta(_)
+            | Call::Cached(_)
             | Call::SigmoidGate { .. }
             | Call::SoftCap { .. } => {}
         }

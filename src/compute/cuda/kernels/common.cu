@@ -76,6 +76,16 @@ __device__ __forceinline__ u8 float_to_e4m3(float value) { return float_to_fp8(v
 __device__ __forceinline__ u8 float_to_e5m2(float value) { return float_to_fp8(value, 2, -14, 57344.0f); }
 #endif
 
+// The value of a finite FP8 code or NaN: these conversions saturate, so none is infinite.
+__device__ __forceinline__ float fp8_to_float(u8 code, int fraction_bits, int min_exponent) {
+    u32 magnitude = code & 0x7fu;
+    if (magnitude == 0x7fu) return __uint_as_float(0x7fffffffu);
+    u32 sign = (u32)(code & 0x80u) << 24;
+    // As a subnormal of f32 with the same digits, and the difference of the biases.
+    float digits = __uint_as_float(sign | magnitude << (23 - fraction_bits));
+    return __fmul_rn(digits, __uint_as_float((u32)(127 + min_exponent + 126) << 23));
+}
+
 // A value after a trip through an output format.
 __device__ __forceinline__ float round_to(int format, float value) {
     if (format == FORMAT_BF16) return bf16_to_float(float_to_bf16(value));

@@ -410,6 +410,17 @@ extern "C" __global__ void soft_cap(const float* x, float cap, u64 count, float*
     for (u64 index = first_index(); index < count; index += all_threads()) y[index] = bent(x[index], cap);
 }
 
+// What a cache of keys or values gives back: the code of x / scale, times the scale.
+extern "C" __global__ void cached(const float* x, int format, float scale, u64 count, float* y) {
+    for (u64 index = first_index(); index < count; index += all_threads()) {
+        float value = __fdiv_rn(x[index], scale);
+        if (format == FORMAT_E4M3) value = fp8_to_float(float_to_e4m3(value), 3, -6);
+        else if (format == FORMAT_E5M2) value = fp8_to_float(float_to_e5m2(value), 2, -14);
+        else value = round_to(format, value);
+        y[index] = __fmul_rn(value, scale);
+    }
+}
+
 extern "C" __global__ void add(const float* a, const float* b, u64 count, float* y) {
     for (u64 index = first_index(); index < count; index += all_threads()) y[index] = __fadd_rn(a[index], b[index]);
 }
