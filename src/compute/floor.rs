@@ -23,6 +23,7 @@ use super::emulated::kernels::WARP_LANES;
 use super::emulated::quantize::{Codes, CodesRow, absmax};
 use super::emulated::schedule::{Schedule, Step};
 use super::experts::{self, Products};
+use super::exponential::exponentials;
 use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, sigmoid_argument};
 use super::rope;
 use super::{
@@ -1104,7 +1105,8 @@ fn attention_spread<'k>(
     let sink = sink.map(f64::from);
     let least = sink.unwrap_or(f64::NEG_INFINITY);
     let largest = scores.iter().fold(least, |most, s| if s.value > most { s.value } else { most });
-    let weights: Vec<f64> = scores.iter().map(|s| libm::exp(s.value - largest)).collect();
+    let mut weights: Vec<f64> = scores.iter().map(|score| score.value - largest).collect();
+    exponentials(&mut weights);
     let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
     let total: f64 = weights.iter().sum::<f64>() + of_sink;
     let mut spread = vec![0.0; out.len()];

@@ -16,6 +16,7 @@ pub mod eight_bit;
 pub mod emulated;
 pub mod engine_kernels;
 pub mod experts;
+mod exponential;
 pub mod floor;
 pub mod flow;
 pub mod forward;

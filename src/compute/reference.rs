@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use super::call::Call;
 use super::dots::dots;
 use super::experts::{self, Products};
+use super::exponential::exponentials;
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
     check_same_shape, check_tokens, rope,
@@ -209,15 +210,29 @@ impl Reference {
         activation: Activation,
     ) -> Result<Tensor, ComputeError> {
         check_same_shape("a gated activation", gate, up)?;
-        let data = gate.data().par_iter().zip(up.data());
-        let data =
-            data.map(|(&gate, &up)| gated(activation, f64::from(gate), f64::from(up)) as f32);
-        Ok(Tensor::new(gate.width(), data.collect()))
+        let mut y = up.clone();
+        let parts = y.data_mut().par_chunks_mut(STRETCH).zip(gate.data().par_chunks(STRETCH));
+        parts.for_each(|(y, gate)| {
+            let mut values = [0.0f64; STRETCH];
+            let values = &mut values[..gate.len()];
+            activate(activation, gate, values);
+            for (y, value) in y.iter_mut().zip(values) {
+                *y = (*value * beside_gate(activation, f64::from(*y))) as f32;
+            }
+        });
+        Ok(y)
     }
 
     fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor, ComputeError> {
-        let data = x.data().par_iter().map(|&x| activated(activation, f64::from(x)) as f32);
-        Ok(Tensor::new(x.width(), data.collect()))
+        let mut y = Tensor::zeros(x.rows(), x.width());
+        let parts = y.data_mut().par_chunks_mut(STRETCH).zip(x.data().par_chunks(STRETCH));
+        parts.for_each(|(y, x)| {
+            let mut values = [0.0f64; STRETCH];
+            let values = &mut values[..x.len()];
+            activate(activation, x, values);
+            y.iter_mut().zip(values).for_each(|(y, value)| *y = *value as f32);
+        });
+        Ok(y)
     }
 
     fn route(
@@ -306,12 +321,12 @@ fn attended(
         for member in 0..group {
             let scores = &scores[(at * group + member) * positions.len()..][..positions.len()];
             let scores = &scores[seen.start - positions.start..seen.end - positions.start];
-            let scores: Vec<f64> = scores.iter().map(|score| bent(score * scale)).collect();
+            let mut weights: Vec<f64> = scores.iter().map(|score| bent(score * scale)).collect();
             let sink = shape.sink(kv_head * group + member).map(f64::from);
             let least = sink.unwrap_or(f64::NEG_INFINITY);
-            let largest = scores.iter().copied().fold(least, f64::max);
-            let weights: Vec<f64> =
-                scores.iter().map(|&score| libm::exp(score - largest)).collect();
+            let largest = weights.iter().copied().fold(least, f64::max);
+            weights.iter_mut().for_each(|score| *score -= largest);
+            exponentials(&mut weights);
             let of_sink = sink.map_or(0.0, |sink| libm::exp(sink - largest));
             let total: f64 = weights.iter().sum::<f64>() + of_sink;
             let mut sums = vec![0.0f64; value_dim];
@@ -390,12 +405,34 @@ pub const ALPHA: f64 = 1.702;
 
 /// A gate's activation times the other value. gpt-oss clamps both, and adds one to the other.
 pub fn gated(activation: Activation, gate: f64, up: f64) -> f64 {
+    activated(activation, of_gate(activation, gate)) * beside_gate(activation, up)
+}
+
+/// What of a gate goes through the activation.
+fn of_gate(activation: Activation, gate: f64) -> f64 {
+    if activation == Activation::ClampedSwiglu && gate > CLAMP { CLAMP } else { gate }
+}
+
+/// What an activated gate is multiplied with.
+fn beside_gate(activation: Activation, up: f64) -> f64 {
     match activation {
-        Activation::ClampedSwiglu => {
-            let gate = if gate > CLAMP { CLAMP } else { gate };
-            activated(activation, gate) * (up.clamp(-CLAMP, CLAMP) + 1.0)
-        }
-        _ => activated(activation, gate) * up,
+        Activation::ClampedSwiglu => up.clamp(-CLAMP, CLAMP) + 1.0,
+        _ => up,
+    }
+}
+
+/// Values that are activated at a time.
+const STRETCH: usize = 512;
+
+/// [`activated`] of each value, of gates of what [`of_gate`] leaves.
+fn activate(activation: Activation, gate: &[f32], values: &mut [f64]) {
+    let given = |gate: &f32| of_gate(activation, f64::from(*gate));
+    for (value, gate) in values.iter_mut().zip(gate) {
+        *value = -sigmoid_argument(activation, given(gate));
+    }
+    exponentials(values);
+    for (value, gate) in values.iter_mut().zip(gate) {
+        *value = given(gate) / (1.0 + *value);
     }
 }
 
