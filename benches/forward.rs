@@ -26,6 +26,7 @@ const E4M3: Recipe = Recipe {
     emulate: None,
     codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
+    kv_cache: None,
 };
 
 fn main() {

@@ -106,7 +106,17 @@ pub fn measure_stage(
             drawn(task, recipe, &|drawn| {
                 let judge = reference.site(&logits);
                 let mut subjects = outputs.values().filter_map(|output| output.site(&logits));
-                judge.is_some_and(|judge| subjects.any(|s| flips_unexplained(s, judge, drawn)))
+                let flips =
+                    judge.is_some_and(|judge| subjects.any(|s| flips_unexplained(s, judge, drawn)));
+                // A choice of experts that hangs on a rounding may fall otherwise in the batch, and
+                // in none of a few draws.
+                let leaves = |output: &Output| {
+                    let in_batch = output.site(&Site(LOGITS_IN_BATCH.to_owned()));
+                    let pair = in_batch.zip(output.site(&logits));
+                    let ratio = pair.and_then(|(batch, alone)| batch_ratio(batch, alone, drawn));
+                    ratio.is_some_and(|ratio| ratio > 1.0)
+                };
+                flips || outputs.values().any(leaves)
             })?
         }
         _ => Vec::new(),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use super::call::{Call, Watched};
-use super::drawn::Drawn;
+use super::drawn::Draws;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::emulated::engine::Chosen;
@@ -252,21 +252,24 @@ const DRAWS_IN_DOUBT: u64 = 16;
 /// `in_doubt` finds something that the first ones do not explain.
 ///
 /// # Errors
-/// As [`Drawn::new`] and the ops.
+/// As [`Draws::new`] and the ops.
 pub fn drawn(
     task: &Task<'_>,
     recipe: &Recipe,
     in_doubt: &dyn Fn(&[Tensor]) -> bool,
 ) -> Result<Vec<Tensor>, ComputeError> {
     let Op::Forward { capture: Capture::Logits, .. } = task.op else { return Ok(Vec::new()) };
-    let draw = |number| {
+    let draw = |numbers| {
+        let draws = Draws::new(recipe, numbers)?;
         let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
-        forward(task.model, &Drawn::new(recipe, number)?, task.tokens, &mut cache, &mut Discard)
+        let logits = forward(task.model, &draws, task.tokens, &mut cache, &mut Discard)?;
+        Ok::<_, ComputeError>(draws.apart(&logits))
     };
-    let mut all: Vec<Tensor> = (0..DRAWS).map(draw).collect::<Result<_, _>>()?;
+    let mut all = draw(0..DRAWS)?;
     if in_doubt(&all) {
-        let more: Vec<Tensor> = (DRAWS..DRAWS_IN_DOUBT).map(draw).collect::<Result<_, _>>()?;
-        all.extend(more);
+        for first in (DRAWS..DRAWS_IN_DOUBT).step_by(DRAWS as usize) {
+            all.extend(draw(first..(first + DRAWS).min(DRAWS_IN_DOUBT))?);
+        }
     }
     Ok(all)
 }

@@ -7,12 +7,13 @@ use std::path::Path;
 
 use runner::compute::arms::{self, Output, Task};
 use runner::compute::call::Call;
+use runner::compute::drawn::{Drawn, Draws};
 use runner::compute::emulated::arm::Emulated;
-use runner::compute::forward::{KvCache, Sites, forward};
+use runner::compute::forward::{Discard, KvCache, Sites, forward};
 use runner::compute::reference::Reference;
 use runner::compute::{ComputeError, Pass};
 use runner::dtype::Format;
-use runner::model::synthetic::Preset;
+use runner::model::synthetic::{Preset, ensure};
 use runner::model::{Model, Weight, WeightType};
 use runner::op::{
     Accumulate, ActivationScale, Capture, ChipName, LAYER_SITES, Op, Recipe, Scale, Site,
@@ -92,6 +93,7 @@ fn every_site_appears_once_and_in_the_order_of_the_flow() {
         let absent = |name: &str| match name {
             "q_norm" | "k_norm" => preset != Preset::Qwen3Tiny,
             "q_a" | "q_a_norm" | "kv_a" | "kv_a_norm" | "kv" | "attn_gated" => true,
+            "kv_a_cache" | "k_cache" | "v_cache" => true,
             "ffn_router" | "ffn_route" | "ffn_mix" | "ffn_act" | "ffn_out" => true,
             name => {
                 name.ends_with("_post_norm")
@@ -444,4 +446,34 @@ fn smollm2_deviates_by_the_predicted_floor() {
         assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), (0.9, 1.1));
     }
     assert_kernels(&kernels);
+}
+
+/// One pass of all draws shares what it knows of the weights, and nothing else.
+#[test]
+fn draws_that_share_a_pass_have_the_bits_that_each_has_alone() {
+    let tensor = E4M3;
+    let block = Recipe { scale: PER_BLOCK, ..E4M3 };
+    let bf16 = Recipe { gemm: Format::Bf16, kv_cache: Some(Format::E4m3), ..E4M3 };
+    for (preset, recipe) in [
+        (Preset::Qwen2Tiny, tensor),
+        (Preset::Qwen2Tiny, block),
+        (Preset::DeepSeekV3Tiny, bf16),
+        (Preset::Qwen3NextTiny, tensor),
+        (Preset::GptOssTiny, bf16),
+        (Preset::Starcoder2Tiny, tensor),
+    ] {
+        let store = tempfile::tempdir().expect("a temporary folder");
+        let path = ensure(preset, 1, store.path()).expect("a synthetic model");
+        let model = Model::open(&path).expect("a model");
+        let tokens = prompt(&model, 5);
+        let pass = |draws: &dyn Pass| {
+            let mut cache = KvCache::new(model.config(), recipe.kv_cache);
+            forward(&model, draws, &tokens, &mut cache, &mut Discard).expect("a pass")
+        };
+        let draws = Draws::new(&recipe, 3..6).expect("a recipe");
+        let together = draws.apart(&pass(&draws));
+        let alone = [3, 4, 5].map(|number| pass(&Drawn::new(&recipe, number).expect("a recipe")));
+        assert_eq!(together, alone, "{preset:?}");
+        assert_ne!(together[0], together[1]);
+    }
 }
