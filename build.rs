@@ -7,6 +7,7 @@ fn main() {
     let of_arms = [
         "src/compute",
         "src/model",
+        "src/chip.rs",
         "src/dtype.rs",
         "src/engine.rs",
         "src/op.rs",

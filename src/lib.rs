@@ -3,8 +3,9 @@
 //!
 //! The modules stand in the order in which a run flows through them.
 
-// Vocabulary: formats and their codecs, host tensors, what a stage computes, what is measured,
+// Vocabulary: chips, formats and their codecs, host tensors, what a stage computes, what is measured,
 // seeded numbers.
+pub mod chip;
 pub mod dtype;
 pub mod engine;
 pub mod metric;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::chip::ChipName;
 use crate::dtype::Format;
 use crate::engine::{Choices, EngineKernels, LinearKernel};
 
@@ -90,54 +91,6 @@ impl Codes {
     /// Whether the arms convert.
     pub fn are_made(&self) -> bool {
         *self == Codes::Made
-    }
-}
-
-/// The chip whose arithmetic is prescribed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ChipName {
-    /// The device's own chip where a device takes part, else Hopper.
-    Auto,
-    /// V100.
-    Volta,
-    /// A100, A2.
-    Ampere,
-    /// RTX 4090, L40S.
-    Ada,
-    /// H100, H200.
-    Hopper,
-    /// B200.
-    Blackwell,
-}
-
-impl ChipName {
-    /// All names, oldest chip first.
-    pub const ALL: [ChipName; 6] = [
-        ChipName::Auto,
-        ChipName::Volta,
-        ChipName::Ampere,
-        ChipName::Ada,
-        ChipName::Hopper,
-        ChipName::Blackwell,
-    ];
-
-    /// The name that manifests, commands and reports use.
-    pub fn name(self) -> &'static str {
-        match self {
-            ChipName::Auto => "auto",
-            ChipName::Volta => "volta",
-            ChipName::Ampere => "ampere",
-            ChipName::Ada => "ada",
-            ChipName::Hopper => "hopper",
-            ChipName::Blackwell => "blackwell",
-        }
-    }
-}
-
-impl std::fmt::Display for ChipName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
     }
 }
 

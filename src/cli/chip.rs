@@ -50,7 +50,7 @@ pub(super) struct MultiplyArgs {
     /// The scale of w.
     #[arg(long)]
     w_scale: Option<f32>,
-    /// Whose arithmetic: volta, ampere, ada, hopper, blackwell.
+    /// Whose arithmetic: a chip of `runner chip list`.
     #[arg(long, default_value = "hopper", value_parser = chip_name)]
     chip: ChipName,
     /// Carry the tensor core's accumulator all along K, instead of promoting it.

@@ -103,7 +103,7 @@ pub(super) struct JudgeArgs {
     /// The type in which the kernel returned y; by default the one that y's values have.
     #[arg(long)]
     output: Option<Format>,
-    /// Whose tensor cores are tried: auto is all of them; volta, ampere, ada, hopper, blackwell.
+    /// Whose tensor cores are tried: a chip of `runner chip list`; auto is all of them.
     #[arg(long, default_value = "auto", value_parser = chip_name)]
     chip: ChipName,
     /// Confirm a schedule on all values of a large product, however long that takes.

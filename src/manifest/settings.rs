@@ -9,6 +9,7 @@ use std::path::Path;
 use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
+use crate::chip::chip;
 use crate::dtype::Format;
 use crate::engine::{Activations, EngineFile, EngineKernels};
 use crate::op::{
@@ -123,14 +124,15 @@ const ACTIVATION_SCALES: [(&str, ActivationScale); 3] = [
 ];
 const ACCUMULATIONS: [(&str, Accumulate); 2] =
     [("fast", Accumulate::Fast), ("promoted", Accumulate::Promoted)];
-const CHIPS: [(&str, ChipName); 6] = [
-    ("auto", ChipName::Auto),
-    ("volta", ChipName::Volta),
-    ("ampere", ChipName::Ampere),
-    ("ada", ChipName::Ada),
-    ("hopper", ChipName::Hopper),
-    ("blackwell", ChipName::Blackwell),
-];
+const CHIPS: [(&str, ChipName); ChipName::ALL.len()] = {
+    let mut named = [("", ChipName::Auto); ChipName::ALL.len()];
+    let mut place = 0;
+    while place < named.len() {
+        named[place] = (ChipName::ALL[place].name(), ChipName::ALL[place]);
+        place += 1;
+    }
+    named
+};
 
 impl RawSettings {
     /// Reads the settings out of a manifest. A relative path of a model file is
@@ -804,11 +806,8 @@ fn name_of<T: PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static st
     choices.iter().find(|(_, choice)| *choice == value).map_or("?", |(name, _)| name)
 }
 
-/// The formats that a chip's tensor cores cannot read.
-fn formats_missing_on(chip: ChipName) -> &'static [Format] {
-    match chip {
-        ChipName::Auto | ChipName::Ada | ChipName::Hopper | ChipName::Blackwell => &[],
-        ChipName::Ampere => &[Format::E4m3, Format::E5m2],
-        ChipName::Volta => &[Format::Tf32, Format::Bf16, Format::E4m3, Format::E5m2],
-    }
+/// The formats that a chip cannot multiply.
+fn formats_missing_on(name: ChipName) -> Vec<Format> {
+    let missing = |format: &Format| chip(name).unit(*format, *format).is_none();
+    Format::ALL.into_iter().filter(missing).collect()
 }

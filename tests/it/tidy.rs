@@ -142,3 +142,48 @@ fn each_guard_stands_in_its_place_alone() {
     }
     assert!(beside.is_empty(), "use `files`, `memory` or `terminal`:\n{}", beside.join("\n"));
 }
+
+/// What a document names in code, as `src/op.rs`, and where its links lead.
+fn files_named_in(text: &str) -> Vec<&str> {
+    let in_code = text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|word| {
+        let open = word.contains(|c: char| c.is_whitespace() || c == '*') || word.contains("NAME");
+        let starts = word.split_once('/').is_some_and(|(first, _)| {
+            ["src", "tests", "docs", "scripts", "engines", "contracts", "examples", "runs"]
+                .into_iter()
+                .chain(["fuzz", "benches", "adapters", ".ci", ".github", ".githooks"])
+                .any(|folder| folder == first)
+        });
+        starts && !open
+    });
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+    in_code.chain(links.filter(|link| !link.is_empty() && !link.contains("://"))).collect()
+}
+
+#[test]
+fn what_contributing_and_the_index_of_documents_name_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut missing = Vec::new();
+    for (document, folder) in
+        [("CONTRIBUTING.md", "."), ("docs/README.md", "docs"), ("docs/release.md", ".")]
+    {
+        let text = fs::read_to_string(root.join(document)).expect("a document");
+        let named = files_named_in(&text);
+        assert!(named.len() > 3, "{document} names {named:?}");
+        let lacking = named.into_iter().filter(|name| !root.join(folder).join(name).exists());
+        missing.extend(lacking.map(|name| format!("{document}: {name}")));
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
+
+#[test]
+fn the_index_of_documents_lists_them_all() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let index = fs::read_to_string(docs.join("README.md")).expect("the index");
+    let entries = fs::read_dir(&docs).expect("docs").map(|entry| entry.expect("an entry").path());
+    let names = entries
+        .filter(|path| path.is_file())
+        .filter_map(|path| path.file_name().and_then(|name| name.to_str()).map(str::to_owned));
+    let left_out: Vec<String> =
+        names.filter(|name| name != "README.md" && !index.contains(&format!("({name})"))).collect();
+    assert!(left_out.is_empty(), "docs/README.md leaves out {left_out:?}");
+}

@@ -69,18 +69,6 @@ fn may_compute(gpu: &GpuFacts, recipe: &Recipe) -> Result<(), String> {
     Ok(())
 }
 
-/// The chip of a compute capability, where its arithmetic is known.
-fn chip_of(capability: (i32, i32)) -> Option<ChipName> {
-    match capability {
-        (7, 0) => Some(ChipName::Volta),
-        (8, 0 | 6) => Some(ChipName::Ampere),
-        (8, 9) => Some(ChipName::Ada),
-        (9, 0) => Some(ChipName::Hopper),
-        (10, 0) => Some(ChipName::Blackwell),
-        _ => None,
-    }
-}
-
 /// What multiplies two operands of a format on a GPU.
 pub(super) fn unit_here(gpu: &GpuFacts, format: Format) -> Option<Unit> {
     chip(gpu.chip?).unit(format, format).copied()
@@ -274,7 +262,7 @@ fn see_gpu(ordinal: i32) -> Result<GpuFacts, cudarc::driver::DriverError> {
         ordinal: ordinal as usize,
         name,
         capability: (major, minor),
-        chip: chip_of((major, minor)),
+        chip: crate::chip::of_capability((major, minor)),
         memory,
         uuid: in_words(&result::device::get_uuid(device)?.bytes),
     })

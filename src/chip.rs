@@ -1,7 +1,8 @@
-//! The chips as data: for each chip and operand format, how its tensor cores add.
+//! The chips as data: for each chip and operand format, how its tensor cores add. A new chip is
+//! a name and a row here, and nothing elsewhere.
 //!
 //! It knows what one instruction does, not how a GEMM chains instructions (that
-//! is `schedule.rs`), and it computes nothing.
+//! is `compute/emulated/schedule.rs`), and it computes nothing.
 //!
 //! Sources: arXiv 2511.10909 (MMA-Sim), arXiv 2512.07004 (models with hardware
 //! vectors), arXiv 2412.19437 section 3.3.2 (FP8 on Hopper). Every row is held
@@ -11,8 +12,57 @@
 //! 4; for Hopper a captured GEMM says 8); and how FP8 on Blackwell adds an accumulator that is not
 //! zero (in the vectors it is added by an f32 addition afterwards).
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::{Format, tf32_ties_away};
-use crate::op::ChipName;
+
+/// The chip whose arithmetic is prescribed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChipName {
+    /// The device's own chip where a device takes part, else Hopper.
+    Auto,
+    /// V100.
+    Volta,
+    /// A100, A2.
+    Ampere,
+    /// RTX 4090, L40S.
+    Ada,
+    /// H100, H200.
+    Hopper,
+    /// B200.
+    Blackwell,
+}
+
+impl ChipName {
+    /// All names, oldest chip first.
+    pub const ALL: [ChipName; 6] = [
+        ChipName::Auto,
+        ChipName::Volta,
+        ChipName::Ampere,
+        ChipName::Ada,
+        ChipName::Hopper,
+        ChipName::Blackwell,
+    ];
+
+    /// The name that manifests, commands and reports use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ChipName::Auto => "auto",
+            ChipName::Volta => "volta",
+            ChipName::Ampere => "ampere",
+            ChipName::Ada => "ada",
+            ChipName::Hopper => "hopper",
+            ChipName::Blackwell => "blackwell",
+        }
+    }
+}
+
+impl std::fmt::Display for ChipName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// A chip: its name, the products that carry it, and its units.
 #[derive(Debug)]
@@ -21,6 +71,8 @@ pub struct Chip {
     pub name: ChipName,
     /// The products known to behave like this.
     pub products: &'static [&'static str],
+    /// Their compute capabilities.
+    pub capabilities: &'static [(i32, i32)],
     /// What it can multiply.
     pub units: &'static [ChipUnit],
     /// How it rounds f32 operands to tf32 where they lie midway.
@@ -57,7 +109,7 @@ pub enum Unit {
     SequentialFma,
 }
 
-/// One truncated fused dot-product-add; `tensor_core.rs` says what it computes.
+/// One truncated fused dot-product-add; `compute/emulated/tensor_core.rs` says what it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorCore {
     /// Products that are added at once.
@@ -125,12 +177,14 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Volta,
         products: &["V100"],
+        capabilities: &[(7, 0)],
         tf32_ties: Ties::AwayFromZero,
         units: &[ChipUnit { formats: &[Format::F16], unit: tensor_core(4, 1, 23, 23) }],
     },
     Chip {
         name: ChipName::Ampere,
         products: &["A100", "A2"],
+        capabilities: &[(8, 0), (8, 6)],
         tf32_ties: Ties::AwayFromZero,
         units: &[
             ChipUnit { formats: HALVES, unit: tensor_core(8, 2, 24, 23) },
@@ -140,6 +194,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Ada,
         products: &["RTX 4090", "L40S"],
+        capabilities: &[(8, 9)],
         tf32_ties: Ties::AwayFromZero,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(16, 2, 13, 13) },
@@ -150,6 +205,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Hopper,
         products: &["H100", "H200"],
+        capabilities: &[(9, 0)],
         tf32_ties: Ties::ToEven,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(32, 1, 13, 13) },
@@ -160,6 +216,7 @@ pub static CHIPS: [Chip; 5] = [
     Chip {
         name: ChipName::Blackwell,
         products: &["B200"],
+        capabilities: &[(10, 0)],
         tf32_ties: Ties::ToEven,
         units: &[
             ChipUnit { formats: FP8, unit: tensor_core(32, 1, 25, 23) },
@@ -175,6 +232,11 @@ pub fn chip(name: ChipName) -> &'static Chip {
     CHIPS.iter().find(|chip| chip.name == name).unwrap_or(&CHIPS[3])
 }
 
+/// The chip of a compute capability, where its arithmetic is known.
+pub fn of_capability(capability: (i32, i32)) -> Option<ChipName> {
+    CHIPS.iter().find(|chip| chip.capabilities.contains(&capability)).map(|chip| chip.name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,6 +247,17 @@ mod tests {
         for row in &CHIPS {
             assert_eq!(chip(row.name).name, row.name);
         }
+        for name in ChipName::ALL.into_iter().filter(|name| *name != ChipName::Auto) {
+            assert_eq!(chip(name).name, name);
+        }
+    }
+
+    #[test]
+    fn a_capability_is_that_of_one_chip_or_of_none() {
+        assert_eq!(of_capability((8, 6)), Some(ChipName::Ampere));
+        assert_eq!(of_capability((8, 9)), Some(ChipName::Ada));
+        assert_eq!(of_capability((9, 0)), Some(ChipName::Hopper));
+        assert_eq!(of_capability((12, 0)), None);
     }
 
     #[test]

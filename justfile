@@ -1,0 +1,58 @@
+# The usual commands; `just` alone lists them. `cargo install just` brings it.
+set positional-arguments
+
+# list the recipes
+default:
+    @just --list --unsorted
+
+# the program, optimised
+build:
+    cargo build --locked --release
+
+# every test that needs no data
+test *args:
+    cargo test --locked "$@"
+
+# the tests that need data; tests/it/data.rs says which variables name it
+test-data *args:
+    cargo test --locked -- --ignored --skip campaign:: "$@"
+
+# clippy as CI runs it, with the device arm and without
+lint:
+    cargo clippy --locked --all-targets -- -D warnings
+    cargo clippy --locked --all-targets --no-default-features -- -D warnings
+
+# write the format anew
+fmt:
+    cargo fmt
+
+# licences, sources and versions of every package (needs cargo-deny)
+deny:
+    cargo deny --locked check bans licenses sources
+    cargo deny --locked --config deny.toml --manifest-path fuzz/Cargo.toml check bans licenses sources
+
+# what must hold before a change is sent, with nothing but Rust
+check: && lint test
+    cargo fmt --check
+
+# everything: real weights, engines, packages, a browser; it installs what it lacks, as root
+ci:
+    .ci/run
+
+# the benchmark of products, as `just bench -- 'e4m3|fma'`; benches/README.md has its numbers
+bench *args:
+    cargo bench --locked --bench gemm "$@"
+
+# how long a whole pass takes by an engine's kernels and by the project's own; benches/README.md has the numbers
+bench-pass: build
+    python3 benches/engine_pass.py target/release/runner --model synthetic:qwen2.5-7b --engine transformers
+
+# what the program prints about itself
+docs: build
+    target/release/runner reference > docs/reference.md
+    target/release/runner reference --models > docs/models.md
+
+# one fuzz target, some seconds (needs cargo-fuzz and a nightly compiler)
+fuzz target seconds="60":
+    RUNNER_CORPUS="$PWD/fuzz/corpus" cargo test --locked --test it every_seed
+    cargo +nightly fuzz run {{ target }} -- -max_total_time={{ seconds }}
