@@ -471,12 +471,12 @@ impl<'a> Plan<'a> {
         }
         let key = walk.key();
         if !self.fresh.contains(&arm) {
-            return store.find(&key);
+            return readable(store, store.find(&key)?);
         }
         // Several stages may share an arm: measured once in a run is measured anew. Another
         // machine's result, kept under the same key since, is none of this run's.
         let by = self.measured().get(&key).cloned()?;
-        store.find(&key).filter(|found| found.run == by)
+        readable(store, store.find(&key).filter(|found| found.run == by)?)
     }
 
     /// Notes what was measured, for stages that share an arm.
@@ -583,6 +583,40 @@ impl<'a> Plan<'a> {
             }
         }
     }
+}
+
+/// A result whose record and tensors have the form that this runner reads. Any other counts as
+/// absent, is told in a warning and set aside.
+fn readable(store: &Store, action: Action) -> Option<Action> {
+    let payload: ArmPayload = match action.read() {
+        Ok(payload) => payload,
+        Err(error) => {
+            store.set_aside(&action.key, &error.to_string());
+            return None;
+        }
+    };
+    let Some(object) = &action.object else {
+        if payload.sites.is_empty() {
+            return Some(action);
+        }
+        store.set_aside(&action.key, "it has no tensors");
+        return None;
+    };
+    let problem = match store.tensors_of(object) {
+        Err(problem) => problem,
+        Ok(tensors) => {
+            let held = |record: &&SiteRecord| tensors.get(&record.site.0) == Some(&record.shape);
+            match payload.sites.iter().find(|record| !held(record)) {
+                None => return Some(action),
+                Some(record) => format!("its tensors lack `{}`", record.site),
+            }
+        }
+    };
+    // Damaged tensors are moved aside themselves, and are told so.
+    if store.read_object(object).is_ok() {
+        store.set_aside(&action.key, &problem);
+    }
+    None
 }
 
 /// Where a reused result comes from, in words, and what was only touched since.
