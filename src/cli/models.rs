@@ -185,7 +185,9 @@ fn text() -> String {
          `tokenizer.json` as it is, or is refused by name. Refused are other kinds of GGUF's \
          vocabularies (`bert`, `t5`, `rwkv` and more), and files of SentencePiece alone \
          (`tokenizer.model`). A template may ask for the date, so the same message may have other \
-         ids tomorrow: give the ids as `tokens` where they must stay; run.json lists them (`tokens` of a stage), and so does `run --dry-run --explain`.\n\n\
+         ids tomorrow: give the ids as `tokens` where they must stay; run.json lists them (`tokens` of a stage), and so does `run --dry-run --explain`. \
+         A template's texts, numbers and loops are Python's; a default of a macro that names another argument, \
+         a list or an object within a text, and more than 500 operators in one tag are refused.\n\n\
          ## Settings\nEvery key of `config.json`, of `tokenizer_config.json` and of GGUF metadata \
          is used, known to change nothing, or refused with its value; a test holds those of \
          `config.json` and of GGUF to transformers' and `gguf`'s own lists (`cargo test known_keys`). \

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod chat;
+mod chat_python;
 mod config;
 mod error;
 mod gguf;
@@ -36,6 +37,7 @@ use std::sync::OnceLock;
 use crate::files::{self, Mapped};
 use crate::text::Shown;
 pub use chat::Chat;
+use chat::ChatTemplate;
 pub use config::{
     Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, Latent, Presence,
     Rope, RopeLayout, RouterScores, Routing, Scaling, Sliding,
@@ -616,16 +618,37 @@ impl Model {
     /// The tokens of a message that the model's own chat template lays, up to where the model is to
     /// answer; what transformers' `apply_chat_template` gives with `add_generation_prompt`.
     pub fn encode_chat(&self, chat: &Chat<'_>) -> Result<Vec<u32>, ModelError> {
-        let template = match &self.vocabulary {
+        let text = self.lay_chat(chat)?;
+        let tokens = self.tokenizer()?.encode_laid(&text).map_err(|fault| fault.at(&self.path))?;
+        self.checked(tokens)
+    }
+
+    /// The text that the model's own chat template makes of a message.
+    pub fn lay_chat(&self, chat: &Chat<'_>) -> Result<String, ModelError> {
+        let template = self.chat_template().map_err(|fault| fault.at(&self.path))?;
+        let text = tokenizer::lay(&template, chat).map_err(|fault| fault.at(&self.path))?;
+        if text.is_empty() {
+            return Err(TokenizerFault::of_chat(format!(
+                "its chat template ({}) rendered nothing of this conversation",
+                template.place
+            ))
+            .at(&self.path));
+        }
+        Ok(text)
+    }
+
+    /// Whether the model has a chat template that can be read.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat_template().is_ok()
+    }
+
+    fn chat_template(&self) -> Result<ChatTemplate, TokenizerFault> {
+        match &self.vocabulary {
             Vocabulary::Gguf(header) => tokenizer::template_of_gguf(header, &self.files[0].map),
             Vocabulary::Folder => TokenizerConfig::of_folder(&self.path, self.config.architecture)
                 .and_then(|config| config.chat_template())
                 .map_err(TokenizerFault::of_chat),
-        };
-        let text = template.and_then(|template| tokenizer::lay(&template, chat));
-        let text = text.map_err(|fault| fault.at(&self.path))?;
-        let tokens = self.tokenizer()?.encode_laid(&text).map_err(|fault| fault.at(&self.path))?;
-        self.checked(tokens)
+        }
     }
 
     /// The tokens, all of which the embedding has.
