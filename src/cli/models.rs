@@ -170,7 +170,8 @@ fn text() -> String {
          other weight in its own type (BF16, F16, F32). Activations have the scale that the file \
          holds for them (`input_scale`), one per token and 128 values beside blocks of 128 x 128, \
          and one per token elsewhere. Other codes (integers, 4 bits, GGUF's blocks) and blocks of \
-         another size are refused by name.\n\n\
+         another size are refused by name. A folder whose config says static scales of activations \
+         while a weight lacks its own, or dynamic ones while a weight has one, is not opened.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
          (`pre_quant_scale`), several ways of quantising in one folder and sparse formats.\n\n\
          ## Texts\nA prompt as text gets the ids that transformers 5.17 gives it (`cargo test --test it \

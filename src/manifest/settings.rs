@@ -706,7 +706,30 @@ impl RawRecipe {
             );
         }
         let missing = formats_missing_on(chip.value);
-        if missing.contains(&gemm.value.format()) {
+        if of_checkpoint && missing.contains(&gemm.value.format()) {
+            let (has, lacks): (Vec<_>, Vec<_>) = CHIPS
+                .iter()
+                .partition(|(_, chip)| !formats_missing_on(*chip).contains(&Format::E4m3));
+            let has = quoted_list(has.into_iter().map(|(name, _)| name));
+            let plain = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
+            let plain = quoted_list(plain.map(|(name, _)| name));
+            let lacks = quoted_list(lacks.into_iter().map(|(name, _)| name));
+            problems.push(
+                Problem::new(
+                    format!(
+                        "the chip `{}` has no FP8, and `gemm = \"checkpoint\"` multiplies the FP8 \
+                         codes of a checkpoint",
+                        name_of(chip.value, &CHIPS)
+                    ),
+                    format!(
+                        "write a `chip` that has it, one of {has} ({lacks} have none), or a `gemm` \
+                         of this chip, which converts the values: {plain}"
+                    ),
+                )
+                .at_if(gemm.at.as_ref(), "FP8 codes")
+                .at_if(chip.at.as_ref(), "this chip"),
+            );
+        } else if missing.contains(&gemm.value.format()) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
             problems.push(
                 Problem::new(
