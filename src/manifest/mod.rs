@@ -71,8 +71,8 @@ pub struct Overrides {
     pub tokens: Option<Vec<u32>>,
     /// `--prompt`.
     pub prompt: Option<String>,
-    /// `--chat`.
-    pub chat: bool,
+    /// `--chat`, or `--chat=false`.
+    pub chat: Option<bool>,
     /// `--system`.
     pub system: Option<String>,
     /// `--arms`.
@@ -352,6 +352,12 @@ fn check_overrides(overrides: &Overrides, findings: &mut Findings) -> RawSetting
         ));
         return RawSettings::default();
     }
+    if overrides.chat == Some(false) && overrides.system.is_some() {
+        findings.push(Problem::new(
+            "`--system` is a message of a chat, and `--chat=false` lays none",
+            "keep one of them",
+        ));
+    }
     RawSettings::from_overrides(overrides)
 }
 
@@ -567,7 +573,7 @@ fn finish_stage(
     findings: &mut Findings,
 ) -> Option<Stage> {
     let named = raw.settings.names_arms() || typed.names_arms();
-    let settings = typed.clone().or(&raw.settings.or(&defaults.settings)).check(findings);
+    let settings = typed.clone().over(&raw.settings.or(&defaults.settings)).check(findings);
     let mut op = raw.op?.op;
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
     needs.extend(op.input_refs().into_iter().map(|input| input.stage.clone()));

@@ -191,7 +191,7 @@ impl RawSettings {
             model: overrides.model.clone().map(Put::unwritten),
             tokens: overrides.tokens.as_ref().map(put),
             prompt: overrides.prompt.clone().map(Put::unwritten),
-            chat: overrides.chat.then(|| Put::unwritten(true)),
+            chat: overrides.chat.map(Put::unwritten),
             system: overrides.system.clone().map(Put::unwritten),
             arms: overrides.arms.as_ref().map(|arms| {
                 Put::unwritten(
@@ -200,6 +200,17 @@ impl RawSettings {
             }),
             ..RawSettings::default()
         }
+    }
+
+    /// These settings, as the command line gives them, above those of the manifests: a text that is
+    /// typed stands in place of the manifest's, and is laid as that is unless it is said how.
+    pub fn over(mut self, written: &RawSettings) -> RawSettings {
+        if self.prompt.is_some() {
+            self.chat = self.chat.or_else(|| written.chat.clone());
+            let is_chat = self.chat.as_ref().is_some_and(|chat| chat.value);
+            self.system = self.system.or_else(|| written.system.clone()).filter(|_| is_chat);
+        }
+        self.or(written)
     }
 
     /// These settings where they are given, else the inherited ones.

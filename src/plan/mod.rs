@@ -711,8 +711,9 @@ pub fn encoded(prompt: &Prompt, decode: usize, model: &Model) -> Result<Vec<u32>
     if let Some(place) = tokens.iter().position(|&token| token as usize >= vocabulary) {
         return Err(format!(
             "token {} at position {place} is out of the model's vocabulary of {vocabulary} \
-             tokens; give smaller ids with `tokens` or `--tokens`, or a text with `prompt`",
-            tokens[place]
+             tokens, 0 to {}; give smaller ids with `tokens` or `--tokens`, as `--tokens 1,2,3`",
+            tokens[place],
+            vocabulary.saturating_sub(1)
         ));
     }
     let positions = tokens.len().saturating_add(decode);
