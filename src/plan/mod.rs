@@ -15,12 +15,14 @@ use crate::compute::GemmRecord;
 use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, weight_of};
 use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
+use crate::dtype::Format;
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
-use crate::manifest::{Pipeline, Prompt, Stage};
+use crate::manifest::{Contract, Pipeline, Prompt, Stage};
+use crate::metric::Metric;
 use crate::model::synthetic::{Scaled, ensure_by};
 use crate::model::{Chat, Model};
-use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
+use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, Stream, in_layer};
 use crate::text::{Shown, shown};
 
 mod sources;
@@ -228,6 +230,12 @@ impl<'a> Plan<'a> {
             let prepared = model.and_then(|model| {
                 let tokens = tokens_of(stage, &model.model)?;
                 check_against_model(stage, &model.model)?;
+                check_lookup(
+                    stage,
+                    pipeline.contracts.get(&stage.contract),
+                    &tokens,
+                    &model.model,
+                )?;
                 let judged = selected.contains(&stage.id);
                 Ok(PreparedStage { stage, model: Some(model), tokens, judged })
             });
@@ -750,6 +758,46 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
     check_codes(stage, model)
+}
+
+/// Refuses a contract that asks for the reference's bits of a lookup which the recipe rounds: to the
+/// type in which an engine passes tensors, where the looked-up values are none of that type.
+fn check_lookup(
+    stage: &Stage,
+    contract: Option<&Contract>,
+    tokens: &[u32],
+    model: &Model,
+) -> Result<(), String> {
+    let narrow = stage.recipe.stream.filter(|stream| *stream != Format::F32);
+    let (Op::Embed { weight }, Some(stream), Some(contract)) = (&stage.op, narrow, contract) else {
+        return Ok(());
+    };
+    let of_bits = contract.falsifiers.iter().find(|falsifier| {
+        falsifier.compare == [Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference)]
+            && falsifier.metric == Metric::BitMismatches
+            && falsifier.max == Some(0.0)
+    });
+    let Some(falsifier) = of_bits.filter(|_| stage.arms.contains(&Arm::Emulated)) else {
+        return Ok(());
+    };
+    let weight = model.tensor(&format!("{}.weight", weight_of(weight, model)));
+    let weight = weight.map_err(|error| error.to_string())?;
+    let mut row = vec![0.0; weight.width()];
+    for &token in tokens {
+        let token = token as usize;
+        weight.decode_rows(token..token + 1, &mut row).map_err(|error| error.to_string())?;
+        if let Some(value) = row.iter().find(|value| stream.round(**value) != **value) {
+            return Err(format!(
+                "the contract `{}` is of the project's own kernels, and this recipe describes an \
+                 engine: its falsifier `{}` allows no other bit than the reference's, and `stream` \
+                 rounds what is looked up to {stream}, as {value} of token {token}; judge the pass of \
+                 an engine by the contract `engine`, with what it made in `[recorded]` or \
+                 `[external]`, or leave `stream` and `engine` out of the recipe",
+                contract.name, falsifier.id
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses weights that a recipe of the checkpoint's codes does not multiply, before anything runs.
