@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use crate::chip::ChipName;
 use crate::dtype::Format;
@@ -96,7 +96,7 @@ impl Codes {
 
 /// The arithmetic under test. Emulated and device arms always share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, remote = "Self")]
 pub struct Recipe {
     /// Operand format of every GEMM.
     pub gemm: Format,
@@ -104,7 +104,9 @@ pub struct Recipe {
     /// what a weight's own form says.
     #[serde(default, skip_serializing_if = "Codes::are_made")]
     pub codes: Codes,
-    /// Granularity of the operands' scales; FP8 only.
+    /// Granularity of the operands' scales; FP8 only. Not written where the codes are the
+    /// checkpoint's, whose scales they come with.
+    #[serde(default = "Scale::usual")]
     pub scale: Scale,
     /// Accumulation along K; FP8 only.
     pub accumulate: Accumulate,
@@ -152,6 +154,32 @@ impl Default for Recipe {
     }
 }
 
+impl Serialize for Recipe {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.codes.are_made() {
+            return Recipe::serialize(self, serializer);
+        }
+        let json = Recipe::serialize(self, serde_json::value::Serializer);
+        let mut json = json.map_err(serde::ser::Error::custom)?;
+        if let Some(recipe) = json.as_object_mut() {
+            recipe.shift_remove("scale");
+        }
+        json.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Recipe {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Recipe, D::Error> {
+        let json = serde_json::Value::deserialize(deserializer)?;
+        let has_scale = json.get("scale").is_some();
+        let recipe = Recipe::deserialize(json).map_err(serde::de::Error::custom)?;
+        match has_scale || !recipe.codes.are_made() {
+            true => Ok(recipe),
+            false => Err(serde::de::Error::missing_field("scale")),
+        }
+    }
+}
+
 impl Recipe {
     /// What a manifest's recipe is that says an engine and no more.
     pub fn of_engine(kernels: EngineKernels, stream: Format) -> Recipe {
@@ -193,6 +221,11 @@ impl Recipe {
 }
 
 impl Scale {
+    /// What a pipeline has that says nothing of it.
+    fn usual() -> Scale {
+        Recipe::default().scale
+    }
+
     /// The scales of an engine's FP8 product; nothing where it multiplies values of the
     /// stream's type.
     pub fn of(kernel: LinearKernel) -> Option<Scale> {

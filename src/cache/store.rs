@@ -13,7 +13,7 @@
 //! verified by their names when they are read, records and lines by a check at
 //! their end, so what a power cut leaves behind is found and computed again.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Write};
@@ -25,6 +25,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc::{F_WRLCK, SEEK_SET, flock};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -34,7 +35,7 @@ use super::stamps::{Stamps, check_of};
 use crate::files;
 use crate::interrupt;
 use crate::model::synthetic;
-use crate::text::Shown;
+use crate::text::{Shown, shown};
 
 const LATEST: &str = "latest.log";
 const IN_USE: &str = "in-use";
@@ -282,6 +283,18 @@ impl Store {
         }
     }
 
+    /// Sets a record aside that is whole and cannot be read all the same, such as another version's.
+    /// It counts as absent from then on: what it was of is computed again.
+    pub fn set_aside(&self, key: &Key, problem: &str) {
+        let path = self.action_path(key);
+        tracing::warn!(
+            "`{}` is no record that this runner reads ({}); what it was of is computed again",
+            path.shown(),
+            shown(problem)
+        );
+        self.move_aside(&path);
+    }
+
     pub(super) fn action_path(&self, key: &Key) -> PathBuf {
         self.place("actions", &key.0, "json")
     }
@@ -328,6 +341,23 @@ impl Store {
     /// If it cannot be read, or is not what was stored; then it is moved aside.
     pub fn read_object(&self, digest: &str) -> Result<Vec<u8>, CacheError> {
         self.read_verified(self.object_path(digest), digest)
+    }
+
+    /// The matrices of f32 that an object holds, by their names, with rows and width; of its content
+    /// only the head is read.
+    ///
+    /// # Errors
+    /// In words, if it is no file of tensors.
+    pub fn tensors_of(&self, digest: &str) -> Result<BTreeMap<String, [usize; 2]>, String> {
+        let path = self.object_path(digest);
+        let map = || Ok(files::Mapped::of(&files::open(&path)?, &path)?.0);
+        let map = map().map_err(|error: std::io::Error| error.to_string())?;
+        let (_, head) = SafeTensors::read_metadata(&map).map_err(|error| error.to_string())?;
+        let matrices = head.tensors().into_iter().filter_map(|(name, info)| match info.shape[..] {
+            [rows, width] if info.dtype == Dtype::F32 => Some((name, [rows, width])),
+            _ => None,
+        });
+        Ok(matrices.collect())
     }
 
     fn read_verified(&self, path: PathBuf, digest: &str) -> Result<Vec<u8>, CacheError> {

@@ -63,7 +63,7 @@ use crate::manifest::{Overrides, Pipeline, load};
 use crate::op::{Arm, StageId};
 use crate::plan::{Plan, PlanError};
 use crate::terminal;
-use crate::text::{Shown, no_threads, one_line};
+use crate::text::{Shown, no_threads, one_line, shown};
 
 /// Nothing to complain about.
 const PASS: u8 = 0;
@@ -107,13 +107,16 @@ struct Cli {
 #[derive(Subcommand)]
 enum ModelCli {
     /// Say whether two forms of a model, such as a GGUF file and a folder, are the same function,
-    /// and which setting, tensor or text differs; the exit code is 1 where one does.
+    /// and which setting, tensor, text or chat differs; the exit code is 1 where one does.
     #[command(after_help = "Example: runner model compare model.gguf FOLDER")]
     Compare {
-        /// A GGUF file, or a folder with config.json and safetensors.
-        first: PathBuf,
+        /// A GGUF file, a folder with config.json and safetensors, or `synthetic:<preset>[@<scale>]`.
+        first: String,
         /// The other one.
-        second: PathBuf,
+        second: String,
+        /// The folder of runs, where generated models are kept.
+        #[arg(long, default_value = "runs")]
+        runs: PathBuf,
     },
 }
 
@@ -261,8 +264,9 @@ struct Selection {
     #[arg(long)]
     model: Option<String>,
     /// What a synthetic model's widths, heads, vocabulary and blocks are multiplied by: `--model
-    /// synthetic:<preset> --scale 8` is `synthetic:<preset>@8`.
-    #[arg(long, requires = "model")]
+    /// synthetic:<preset> --scale 8` is `synthetic:<preset>@8`. Without `--model` it is of the
+    /// models that the manifests name.
+    #[arg(long)]
     scale: Option<String>,
     /// The prompt as token ids.
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
@@ -294,9 +298,18 @@ struct Selection {
 #[derive(Args)]
 struct ChatArgs {
     /// Lay `--prompt` through the model's own chat template, as a user's message that the model
-    /// is to answer.
-    #[arg(long, requires = "prompt", conflicts_with = "tokens")]
-    chat: bool,
+    /// is to answer. Where it is not given, a manifest's `chat` and `system` hold for the new text too;
+    /// `--chat=false` lays it as it stands.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        requires = "prompt",
+        conflicts_with = "tokens"
+    )]
+    chat: Option<bool>,
     /// What the system says before it.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
@@ -435,8 +448,8 @@ fn carry_out(command: Command) -> Result<u8, String> {
             Ok(PASS)
         }
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
-        Command::Model { command: ModelCli::Compare { first, second } } => {
-            model::same(&first, &second)
+        Command::Model { command: ModelCli::Compare { first, second, runs } } => {
+            model::same([&first, &second], &runs)
         }
         Command::Doctor => doctor::examine(),
         Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
@@ -476,17 +489,28 @@ fn graph_of(pipeline: &Pipeline) -> Result<Graph, String> {
     Graph::of(&pipeline.stages).map_err(|cycle| cycle.to_string())
 }
 
+/// The synthetic model of this name, so many times as large.
+fn scaled(model: &str, scale: &str, written: &str) -> Result<String, String> {
+    match model.strip_prefix("synthetic:").map(|name| name.split_once('@')) {
+        None => Err(format!(
+            "`--scale` is of synthetic models, and `{}`{written} is none: write `--model \
+             synthetic:NAME`, or leave `--scale` out",
+            shown(model)
+        )),
+        Some(Some((_, own))) => Err(format!(
+            "`{}`{written} has the scale {} already, and `--scale {}` says another: keep one of them",
+            shown(model),
+            shown(own),
+            shown(scale)
+        )),
+        Some(None) => Ok(format!("{model}@{scale}")),
+    }
+}
+
 /// What the command line sets for every stage.
 fn overrides(args: &Selection) -> Result<Overrides, String> {
     let model = match (&args.model, &args.scale) {
-        (Some(model), Some(_)) if !model.starts_with("synthetic:") => {
-            return Err(format!(
-                "`--scale` is of synthetic models, and `{}` is none: write `--model \
-                 synthetic:NAME`",
-                crate::text::shown(model)
-            ));
-        }
-        (Some(model), Some(scale)) => Some(format!("{model}@{scale}")),
+        (Some(model), Some(scale)) => Some(scaled(model, scale, "")?),
         (model, _) => model.clone(),
     };
     Ok(Overrides {
@@ -501,13 +525,34 @@ fn overrides(args: &Selection) -> Result<Overrides, String> {
 
 /// The pipeline, its graph and the selected stages.
 fn selected(args: &Selection) -> Result<(Pipeline, Graph, BTreeSet<StageId>), String> {
-    let pipeline = load_pipeline(&args.folder, &overrides(args)?)?;
+    let mut pipeline = load_pipeline(&args.folder, &overrides(args)?)?;
     let graph = graph_of(&pipeline)?;
-    let stages = match &args.select {
+    let stages: BTreeSet<StageId> = match &args.select {
         None => pipeline.stages.iter().map(|stage| stage.id.clone()).collect(),
         Some(expression) => select_stages(&graph, &pipeline, expression)?,
     };
+    if let (Some(scale), None) = (&args.scale, &args.model) {
+        scale_models(&mut pipeline, scale, &stages)?;
+    }
     Ok((pipeline, graph, stages))
+}
+
+/// Scales the synthetic models that the manifests name. Whoever is not selected may have others.
+fn scale_models(
+    pipeline: &mut Pipeline,
+    scale: &str,
+    selected: &BTreeSet<StageId>,
+) -> Result<(), String> {
+    for stage in pipeline.stages.iter_mut().filter(|stage| stage.op.reads_model()) {
+        let written =
+            format!(", the model of the stage `{}` (`{}`),", stage.id, stage.file.shown());
+        match scaled(&stage.model, scale, &written) {
+            Ok(model) => stage.model = model,
+            Err(problem) if selected.contains(&stage.id) => return Err(problem),
+            Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn select_stages(

@@ -2,19 +2,25 @@
 
 use std::path::Path;
 
-use super::print;
+use super::{print, store_of};
+use crate::cache::Stamps;
 use crate::compare::models::{Found, Models, compare};
-use crate::model::Model;
-use crate::text::shown;
+use crate::manifest::problem::plural;
+use crate::plan::open_model;
+use crate::text::{one_line, shown};
 
 /// Names that a line lists.
 const SHOWN: usize = 5;
 
+/// The seed that a stage has unless it says otherwise.
+const SEED: u64 = 1;
+
 /// Prints what differs, and ends with 1 where anything does.
-pub(super) fn same(first: &Path, second: &Path) -> Result<u8, String> {
-    let [a, b] = [first, second].map(|path| Model::open(path).map_err(|error| error.to_string()));
+pub(super) fn same(models: [&str; 2], runs: &Path) -> Result<u8, String> {
+    let (store, stamps) = (store_of(runs), Stamps::forgetful());
+    let [a, b] = models.map(|source| open_model(source, SEED, &store, &stamps));
     let (a, b) = (a?, b?);
-    let found = compare(&a, &b).map_err(|error| error.to_string())?;
+    let found = compare(&a.model, &b.model).map_err(|error| error.to_string())?;
     print(&told(&found))?;
     Ok(u8::from(!found.are_same()))
 }
@@ -47,8 +53,20 @@ fn told(found: &Models) -> String {
             }
         }
     }
+    let scale = |scale: &Option<f32>| scale.map_or("none".to_owned(), |scale| scale.to_string());
+    for (name, [a, b]) in &found.input_scales {
+        lines.push(format!(
+            "tensor     {}: the scale of its activations is {} in the first, {} in the second",
+            shown(name),
+            scale(a),
+            scale(b)
+        ));
+    }
     for (text, place) in &found.texts {
         lines.push(format!("text       {text:?}: other tokens, from token {place} on"));
+    }
+    for (chat, what) in &found.chats {
+        lines.push(format!("chat       {chat}: {}", one_line(what)));
     }
     let all = found.tensors.len();
     lines.push(match rounded {
@@ -59,6 +77,15 @@ fn told(found: &Models) -> String {
             100.0 * f64::sqrt(worst)
         ),
     });
+    if found.input_scales_of_one > 0 {
+        lines.push(format!(
+            "scales of activations of {} were not compared: one form holds codes, and the other values",
+            plural(found.input_scales_of_one, "weight")
+        ));
+    }
+    if let Some(why) = &found.no_chats {
+        lines.push(format!("chat templates were not compared: {}", one_line(why)));
+    }
     lines.push(match &found.no_texts {
         Some(why) => format!("texts were not compared: {why}"),
         None if found.texts.is_empty() => "the same text gives the same tokens".to_owned(),

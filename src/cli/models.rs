@@ -171,7 +171,8 @@ fn text() -> String {
          other weight in its own type (BF16, F16, F32). Activations have the scale that the file \
          holds for them (`input_scale`), one per token and 128 values beside blocks of 128 x 128, \
          and one per token elsewhere. Other codes (integers, 4 bits, GGUF's blocks) and blocks of \
-         another size are refused by name.\n\n\
+         another size are refused by name. A folder whose config says static scales of activations \
+         while a weight lacks its own, or dynamic ones while a weight has one, is not opened.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \
          (`pre_quant_scale`), several ways of quantising in one folder and sparse formats.\n\n\
          ## Texts\nA prompt as text gets the ids that transformers 5.17 gives it (`cargo test --test it \
@@ -186,7 +187,9 @@ fn text() -> String {
          `tokenizer.json` as it is, or is refused by name. Refused are other kinds of GGUF's \
          vocabularies (`bert`, `t5`, `rwkv` and more), and files of SentencePiece alone \
          (`tokenizer.model`). A template may ask for the date, so the same message may have other \
-         ids tomorrow: give the ids as `tokens` where they must stay; run.json lists them (`tokens` of a stage), and so does `run --dry-run --explain`.\n\n\
+         ids tomorrow: give the ids as `tokens` where they must stay; run.json lists them (`tokens` of a stage), and so does `run --dry-run --explain`. \
+         A template's texts, numbers and loops are Python's; a default of a macro that names another argument, \
+         a list or an object within a text, and more than 500 operators in one tag are refused.\n\n\
          ## Settings\nEvery key of `config.json`, of `tokenizer_config.json` and of GGUF metadata \
          is used, known to change nothing, or refused with its value; a test holds those of \
          `config.json` and of GGUF to transformers' and `gguf`'s own lists (`cargo test known_keys`). \

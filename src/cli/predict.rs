@@ -79,7 +79,10 @@ pub(super) fn predict(args: &PredictArgs) -> Result<u8, String> {
     let model = &open.model;
     let vocabulary = model.config().vocabulary;
     let prompt = match &args.prompt {
-        Some(text) => Prompt::of_text(text.clone(), args.chat.chat, args.chat.system.clone()),
+        Some(text) => {
+            let chat = args.chat.chat.unwrap_or(false);
+            Prompt::of_text(text.clone(), chat, args.chat.system.clone())
+        }
         None => Prompt::Tokens(args.tokens.clone()),
     };
     // The last token is only sampled, as engines do.

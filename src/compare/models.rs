@@ -1,16 +1,19 @@
 //! Two forms of a model, such as a GGUF file and the folder that it was made of: whether they are
-//! the same function, and which setting, tensor or text differs.
+//! the same function, and which setting, tensor, text or chat differs.
 //!
 //! Rows of queries and keys stand in the order in which a file's RoPE turns them, so those of one form
 //! are put into the other's before they are compared. Where the forms store values in other types, what
-//! rounding to these leaves is no difference. It computes no pass.
+//! rounding to these leaves is no difference. Scales of activations are compared where both hold codes:
+//! values alone have none. Of chat templates is compared what they make of some conversations.
+//! It computes no pass.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
+use jiff::civil::date;
 use serde_json::Value;
 
-use crate::model::{Model, ModelError, RopeLayout, Weight, WeightType};
+use crate::model::{Chat, Model, ModelError, RopeLayout, Weight, WeightType};
 
 /// What two forms of a model differ in; of each pair the first is the first model's.
 #[derive(Debug, Default)]
@@ -25,6 +28,14 @@ pub struct Models {
     pub texts: Vec<(String, usize)>,
     /// Why texts were not compared, where they were not.
     pub no_texts: Option<String>,
+    /// Weights that both hold as codes and that have another scale of activations, or one of them none.
+    pub input_scales: Vec<(String, [Option<f32>; 2])>,
+    /// Weights of which one form has a scale of activations, and the other holds values.
+    pub input_scales_of_one: usize,
+    /// Conversations of which the chat templates make other texts or tokens, and what differs.
+    pub chats: Vec<(String, String)>,
+    /// Why chat templates were not compared, where they were not.
+    pub no_chats: Option<String>,
 }
 
 /// A tensor in both forms.
@@ -84,6 +95,8 @@ impl Models {
     pub fn are_same(&self) -> bool {
         let differs = |pair: &Pair| matches!(pair.found, Found::Differs(_));
         self.settings.is_empty()
+            && self.input_scales.is_empty()
+            && self.chats.is_empty()
             && self.alone.iter().all(Vec::is_empty)
             && self.texts.is_empty()
             && !self.tensors.iter().any(differs)
@@ -142,9 +155,18 @@ pub fn compare(first: &Model, second: &Model) -> Result<Models, ModelError> {
         };
         let (one, other) = (one?, other?);
         let kinds = [one.kind(), other.kind()];
+        let scales = [one.input_scale(), other.input_scale()];
+        if one.is_scaled() && other.is_scaled() {
+            if scales[0].map(f32::to_bits) != scales[1].map(f32::to_bits) {
+                found.input_scales.push((name.clone(), scales));
+            }
+        } else {
+            found.input_scales_of_one += usize::from(scales.iter().any(Option::is_some));
+        }
         let found_here = differences([first, second], name, [one, other])?;
         found.tensors.push(Pair { name: name.clone(), kinds, found: found_here });
     }
+    compare_chats([first, second], &mut found);
     for text in TEXTS {
         match (first.encode(text), second.encode(text)) {
             (Ok(a), Ok(b)) if a == b => {}
@@ -159,6 +181,51 @@ pub fn compare(first: &Model, second: &Model) -> Result<Models, ModelError> {
         }
     }
     Ok(found)
+}
+
+/// Conversations that are laid: what they are called, the system's message and the user's.
+const CHATS: [(&str, Option<&str>, &str); 3] = [
+    ("a message", None, "Hello, who are you?"),
+    ("a message after a system's", Some("Be brief."), "Hello, who are you?"),
+    ("a message with spaces around it", None, " 1 + 1\n"),
+];
+
+/// What the chat templates make of some conversations.
+fn compare_chats(models: [&Model; 2], found: &mut Models) {
+    match models.map(Model::has_chat_template) {
+        [true, true] => {}
+        // Of forms that have none nothing can differ.
+        [false, false] => return,
+        [first, _] => {
+            let lacking = if first { "second" } else { "first" };
+            found.no_chats = Some(format!("the {lacking} has none that can be read"));
+            return;
+        }
+    }
+    for (name, system, user) in CHATS {
+        let chat = Chat { user, system, now: date(2026, 7, 4).at(9, 5, 0, 0) };
+        let what = match models.map(|model| model.lay_chat(&chat)) {
+            [Ok(one), Ok(other)] if one == other => {
+                let [one, other] = models.map(|model| model.encode_chat(&chat));
+                // Where a text has no tokens, that is said of texts.
+                match (one, other) {
+                    (Ok(one), Ok(other)) if one != other => {
+                        let same = one.iter().zip(&other).take_while(|(a, b)| a == b).count();
+                        format!("the same text, and other tokens, from token {same} on")
+                    }
+                    _ => continue,
+                }
+            }
+            [Ok(one), Ok(other)] => {
+                let same = one.chars().zip(other.chars()).take_while(|(a, b)| a == b).count();
+                format!("other text, from character {same} on")
+            }
+            [Err(_), Err(_)] => continue,
+            [Err(error), Ok(_)] => format!("the first lays no text: {error}"),
+            [Ok(_), Err(error)] => format!("the second lays no text: {error}"),
+        };
+        found.chats.push((name.to_owned(), what));
+    }
 }
 
 /// The tensor of that name; where a form ties the output matrix, the embedding is that.

@@ -35,9 +35,9 @@ pub fn of_weight<'a>(
     let recipe = Recipe { codes: Codes::Made, ..*recipe };
     let refuse = |what: String| {
         Err(ComputeError::Recipe(format!(
-            "`gemm = \"checkpoint\"`: the weight `{}` {what}; write another `gemm`, which converts \
+            "`gemm = \"checkpoint\"`: the weight {} {what}; write another `gemm`, which converts \
              its values",
-            weight.name()
+            weight.in_words()
         )))
     };
     if !weight.is_scaled() {
@@ -79,9 +79,9 @@ pub fn of_weight<'a>(
     };
     if blocks && recipe.accumulate == Accumulate::Fast {
         return Err(ComputeError::Recipe(format!(
-            "`gemm = \"checkpoint\"`: the weight `{}` has a scale for 128 values of K, which \
+            "`gemm = \"checkpoint\"`: the weight {} has a scale for 128 values of K, which \
              `accumulate = \"fast\"` cannot apply; write `accumulate = \"promoted\"`",
-            weight.name()
+            weight.in_words()
         )));
     }
     let scale = Scale { weight: of_weight, activation };

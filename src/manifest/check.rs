@@ -9,10 +9,13 @@ use super::contract::RawContract;
 use super::cycle;
 use super::family;
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
+use super::settings::Settings;
 use super::stage::{RawInput, RawStage};
 use super::{Contract, Falsifier, Unread, sites};
+use crate::dtype::Format;
 use crate::metric::Metric;
-use crate::op::{LOGITS_IN_BATCH, Op, Stream};
+use crate::op::{Arm, LOGITS_IN_BATCH, Op, Stream};
+use crate::text::number;
 
 /// The files under check.
 pub(super) struct Folder<'a> {
@@ -198,6 +201,81 @@ fn check_contract(
             }
         }
     }
+}
+
+/// Refuses a contract of the project's own kernels beside a recipe of narrow tensors. `stream`, and
+/// `engine` with it, rounds what every op writes: a bound of fewer ULP of f32 between the emulated
+/// arm and the reference is derived for kernels that do not, and no engine keeps it.
+pub(super) fn check_recipe(
+    stage: &RawStage,
+    settings: &Settings,
+    stream_at: Option<&At>,
+    contracts: &[RawContract],
+    findings: &mut Findings,
+) {
+    let (Some(op), Some(name), Some(stream)) = (&stage.op, &stage.contract, settings.recipe.stream)
+    else {
+        return;
+    };
+    // Half a step of the type, in steps of f32.
+    let cost: f64 = match stream {
+        Format::Bf16 => 32_768.0,
+        Format::F16 => 4_096.0,
+        _ => return,
+    };
+    let contract = contracts.iter().filter_map(|raw| raw.contract.as_ref());
+    let Some(contract) = contract.into_iter().find(|contract| contract.name == name.value) else {
+        return;
+    };
+    if !op.op.reads_model() || !settings.arms.contains(&Arm::Emulated) {
+        return;
+    }
+    let made = sites::made_by(&op.op);
+    let own = contract.falsifiers.iter().find_map(|falsifier| {
+        let of_rounding = matches!(falsifier.metric, Metric::MaxUlp | Metric::RowUlp);
+        let pair = matches!(
+            falsifier.compare,
+            [
+                Stream::Arm(Arm::Emulated),
+                Stream::Arm(Arm::Reference) | Stream::Anchored(Arm::Emulated)
+            ]
+        );
+        let named = falsifier.sites.as_ref().is_none_or(|patterns| {
+            made.iter().any(|made| patterns.iter().any(|pattern| made.meets(pattern)))
+        });
+        // A few values may lie near their roundings; of a quarter no tensor has all there.
+        let most = falsifier.max.filter(|most| 4.0 * most <= cost)?;
+        (of_rounding && pair && named && !falsifier.unless_exact).then_some((falsifier, most))
+    });
+    let Some((falsifier, most)) = own else { return };
+    let fitting = ["engine", "exact-engine", "exact-pass"];
+    let there = contracts.iter().filter_map(|raw| Some(raw.name.as_ref()?.value.as_str()));
+    let there: Vec<&str> = there.filter(|name| fitting.contains(name)).collect();
+    let instead = match there.as_slice() {
+        [] => {
+            "`contract = \"engine\"` (contracts/engine.toml of the runner's repository)".to_owned()
+        }
+        there => format!("a contract that judges an engine: {}", quoted_list(there)),
+    };
+    findings.push(
+        Problem::new(
+            format!(
+                "the contract `{}` is of the project's own kernels, and this recipe describes an \
+                 engine: its falsifier `{}` allows {} ULP of f32, and rounding to `{stream}` alone \
+                 costs up to {}",
+                contract.name,
+                falsifier.id,
+                number(most),
+                number(cost)
+            ),
+            format!(
+                "write {instead}, and what the engine made in `[recorded]` or `[external]`; or \
+                 leave `stream` and `engine` out of the recipe, also where they are inherited"
+            ),
+        )
+        .at_if(name.at.as_ref(), "does not fit this recipe")
+        .at_if(stream_at, "every op's result is rounded to this type"),
+    );
 }
 
 /// Why a falsifier could never be measured on an op, if so.

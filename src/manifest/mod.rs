@@ -71,8 +71,8 @@ pub struct Overrides {
     pub tokens: Option<Vec<u32>>,
     /// `--prompt`.
     pub prompt: Option<String>,
-    /// `--chat`.
-    pub chat: bool,
+    /// `--chat`, or `--chat=false`.
+    pub chat: Option<bool>,
     /// `--system`.
     pub system: Option<String>,
     /// `--arms`.
@@ -328,7 +328,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
 
     let mut checked: Vec<Stage> = stages
         .into_iter()
-        .filter_map(|stage| finish_stage(stage, &defaults, &typed, &mut findings))
+        .filter_map(|stage| finish_stage(stage, (&defaults, &typed), &contracts, &mut findings))
         .collect();
     checked.sort_by(|a, b| a.id.cmp(&b.id));
     let pipeline = Pipeline {
@@ -360,6 +360,12 @@ fn check_overrides(overrides: &Overrides, findings: &mut Findings) -> RawSetting
             "keep one of them: both say what the model reads",
         ));
         return RawSettings::default();
+    }
+    if overrides.chat == Some(false) && overrides.system.is_some() {
+        findings.push(Problem::new(
+            "`--system` is a message of a chat, and `--chat=false` lays none",
+            "keep one of them",
+        ));
     }
     RawSettings::from_overrides(overrides)
 }
@@ -571,12 +577,16 @@ fn read_file<T>(
 /// The stage as it is used, from its own settings, the folder's and the command line's.
 fn finish_stage(
     raw: RawStage,
-    defaults: &Defaults,
-    typed: &RawSettings,
+    (defaults, typed): (&Defaults, &RawSettings),
+    contracts: &[RawContract],
     findings: &mut Findings,
 ) -> Option<Stage> {
     let named = raw.settings.names_arms() || typed.names_arms();
-    let settings = typed.clone().or(&raw.settings.or(&defaults.settings)).check(findings);
+    let written = typed.clone().over(&raw.settings.clone().or(&defaults.settings));
+    let settings = written.check(findings);
+    if let Some(settings) = &settings {
+        check::check_recipe(&raw, settings, written.stream_at(), contracts, findings);
+    }
     let mut op = raw.op?.op;
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
     needs.extend(op.input_refs().into_iter().map(|input| input.stage.clone()));

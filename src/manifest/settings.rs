@@ -188,6 +188,12 @@ impl RawSettings {
         }
     }
 
+    /// Where the type of an engine's tensors is written, or the engine.
+    pub fn stream_at(&self) -> Option<&At> {
+        let stream = self.recipe.stream.as_ref().and_then(|put| put.at.as_ref());
+        stream.or_else(|| self.recipe.engine.as_ref()?.at.as_ref())
+    }
+
     /// Whether `arms` is written here.
     pub fn names_arms(&self) -> bool {
         self.arms.is_some()
@@ -202,7 +208,7 @@ impl RawSettings {
             model: overrides.model.clone().map(Put::unwritten),
             tokens: overrides.tokens.as_ref().map(put),
             prompt: overrides.prompt.clone().map(Put::unwritten),
-            chat: overrides.chat.then(|| Put::unwritten(true)),
+            chat: overrides.chat.map(Put::unwritten),
             system: overrides.system.clone().map(Put::unwritten),
             arms: overrides.arms.as_ref().map(|arms| {
                 Put::unwritten(
@@ -211,6 +217,17 @@ impl RawSettings {
             }),
             ..RawSettings::default()
         }
+    }
+
+    /// These settings, as the command line gives them, above those of the manifests: a text that is
+    /// typed stands in place of the manifest's, and is laid as that is unless it is said how.
+    pub fn over(mut self, written: &RawSettings) -> RawSettings {
+        if self.prompt.is_some() {
+            self.chat = self.chat.or_else(|| written.chat.clone());
+            let is_chat = self.chat.as_ref().is_some_and(|chat| chat.value);
+            self.system = self.system.or_else(|| written.system.clone()).filter(|_| is_chat);
+        }
+        self.or(written)
     }
 
     /// These settings where they are given, else the inherited ones.
@@ -732,7 +749,30 @@ impl RawRecipe {
             );
         }
         let missing = formats_missing_on(chip.value);
-        if missing.contains(&gemm.value.format()) {
+        if of_checkpoint && missing.contains(&gemm.value.format()) {
+            let (has, lacks): (Vec<_>, Vec<_>) = CHIPS
+                .iter()
+                .partition(|(_, chip)| !formats_missing_on(*chip).contains(&Format::E4m3));
+            let has = quoted_list(has.into_iter().map(|(name, _)| name));
+            let plain = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
+            let plain = quoted_list(plain.map(|(name, _)| name));
+            let lacks = quoted_list(lacks.into_iter().map(|(name, _)| name));
+            problems.push(
+                Problem::new(
+                    format!(
+                        "the chip `{}` has no FP8, and `gemm = \"checkpoint\"` multiplies the FP8 \
+                         codes of a checkpoint",
+                        name_of(chip.value, &CHIPS)
+                    ),
+                    format!(
+                        "write a `chip` that has it, one of {has} ({lacks} have none), or a `gemm` \
+                         of this chip, which converts the values: {plain}"
+                    ),
+                )
+                .at_if(gemm.at.as_ref(), "FP8 codes")
+                .at_if(chip.at.as_ref(), "this chip"),
+            );
+        } else if missing.contains(&gemm.value.format()) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
             problems.push(
                 Problem::new(

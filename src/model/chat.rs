@@ -4,7 +4,8 @@
 //! The template is Jinja, which `minijinja` runs with what transformers' environment has beside
 //! Jinja's own: Python's methods of texts, `raise_exception`, `strftime_now`, a `tojson` that is
 //! Python's, and blocks of `generation`. A file may hold any template, so its steps and the
-//! bytes that it makes are limited. It knows neither files nor tokens.
+//! bytes that it makes are limited. What `minijinja` does otherwise than Python is in `chat_python`.
+//! It knows neither files nor tokens.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -18,6 +19,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, Value,
 use regex::Regex;
 use serde_json::Value as Json;
 
+use super::chat_python::{self, Unlike, add_filters, as_python};
 use super::error::shown;
 use crate::text::grouped;
 
@@ -70,6 +72,13 @@ impl ChatTemplate {
         // As Jinja reads a template: every end of a line is the same.
         let text = self.text.replace("\r\n", "\n").replace('\r', "\n");
         let text = with_plain_blocks(&text);
+        let text = as_python(&text, syntax()).map_err(|unlike| match unlike {
+            Unlike::Broken(error) => self.fault(&error, None),
+            Unlike::Otherwise(line, what) => {
+                let place = format!("its chat template ({}, line {line})", self.place);
+                format!("{place} cannot be followed: {}", shown(&what))
+            }
+        })?;
         let laid = environment
             .template_from_named_str("chat template", &text)
             .and_then(|template| template.render(self.given(chat)));
@@ -112,11 +121,16 @@ impl ChatTemplate {
     }
 }
 
+/// How transformers' environment reads a template.
+fn syntax() -> SyntaxConfig {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    syntax.expect("the delimiters are Jinja's own")
+}
+
 /// What transformers' environment does.
 fn environment(now: DateTime, refusal: &Arc<OnceLock<String>>) -> Environment<'static> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.expect("the delimiters are Jinja's own"));
+    environment.set_syntax(syntax());
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_fuel(Some(MOST_STEPS));
     environment.set_formatter(python_form);
@@ -131,6 +145,7 @@ fn environment(now: DateTime, refusal: &Arc<OnceLock<String>>) -> Environment<'s
             |error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}"));
         strtime::format(format, now).map_err(failed)
     });
+    add_filters(&mut environment);
     environment.add_filter("tojson", to_json);
     // Of Python a text is a sequence, and what is not there is an empty one.
     let is_sequence = |value: &Value| {
@@ -164,17 +179,8 @@ fn python_form(
     value: &Value,
 ) -> Result<(), Error> {
     match value.kind() {
-        ValueKind::None => out.write_str("None").map_err(Error::from),
-        ValueKind::Bool => {
-            out.write_str(if value.is_true() { "True" } else { "False" }).map_err(Error::from)
-        }
-        ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Plain => {
-            Err(Error::new(
-                ErrorKind::InvalidOperation,
-                "it prints a list or an object as Python writes it, which is not done here",
-            ))
-        }
-        _ => minijinja::escape_formatter(out, state, value),
+        ValueKind::Undefined | ValueKind::String => minijinja::escape_formatter(out, state, value),
+        _ => out.write_str(&chat_python::text(value)?).map_err(Error::from),
     }
 }
 
@@ -228,6 +234,9 @@ fn write_json(json: &Json, indent: Option<usize>, sorted: bool, depth: usize, te
             }
             line(text, depth);
             text.push('}');
+        }
+        Json::Number(float) if float.is_f64() => {
+            text.push_str(&chat_python::number(float.as_f64().unwrap_or(f64::NAN)));
         }
         plain => text.push_str(&plain.to_string()),
     }
@@ -295,6 +304,104 @@ mod tests {
         ] {
             assert_eq!(text(template), expected, "{template}");
         }
+    }
+
+    /// Each as jinja2 3.1.6 lays it in transformers' environment.
+    #[test]
+    fn numbers_loops_and_concatenations_are_python_s() {
+        for (template, expected) in [
+            (
+                "{{ 1e16 }} {{ 1e15 }} {{ 0.0001 }} {{ 0.00001 }} {{ 1e22 }} {{ -2.5e-7 }} \
+                 {{ 123456789012345678.0 }} {{ 2.0 }} {{ 1/3 }} {{ 1e308 * 10 }}",
+                "1e+16 1000000000000000.0 0.0001 1e-05 1e+22 -2.5e-07 1.2345678901234568e+17 2.0 \
+                 0.3333333333333333 inf",
+            ),
+            (
+                "{{ '' ~ 1e16 ~ ' ' ~ 0.00001 ~ true ~ none ~ nothing ~ 3 }}|{{ (1 + 2) ~ 'a' ~ \
+                 ('b'|upper) ~ 'c'|upper ~ -1 ~ (1 == 1) ~ (1 if 0 else 2.0) }}",
+                "1e+16 1e-05TrueNone3|3aBC-1True2.0",
+            ),
+            (
+                "{{ 1e16|string }} {{ [1e16, 1, 'x', none]|join('-') }} {{ 'abc'|join('.') }} \
+                 {{ messages|map(attribute='role')|join(', ') }}",
+                "1e+16 1e+16-1-x-None a.b.c user",
+            ),
+            ("{{ [1e16, 1e-7, 2.0, 0.1] | tojson }}", "[1e+16, 1e-07, 2.0, 0.1]"),
+            (
+                "{% for c in 'h\u{e9}y' %}{{ c }}{{ loop.index }}{{ loop.last }}{{ loop.length }}\
+                 {{ loop.revindex }}{% endfor %}",
+                "h1False33\u{e9}2False32y3True31",
+            ),
+            (
+                "{% for c in messages[0].content if c != ' ' %}{{ loop.length }}{{ c }}\
+                 {% if not loop.last %},{% endif %}{% else %}none{% endfor %}",
+                "8S,8a,8y,8\",8\u{e9},8\",8.,8\n",
+            ),
+            (
+                "{% for x in messages | selectattr('role', 'equalto', 'user') %}{{ loop.length }}\
+                 {{ loop.last }}{% endfor %}",
+                "1True",
+            ),
+            (
+                "{% for x in ([3] if messages is defined else [4, 5]) %}{{ x }}{{ loop.length }}\
+                 {% endfor %}",
+                "31",
+            ),
+            (
+                "{% for k, v in {'a': 1, 'b': 2.0}.items() %}{{ k ~ '=' ~ v }}{{ loop.last }}\
+                 {% endfor %}{% for k in {'a': 1} %}{{ k }}{% endfor %}{% for x in nothing %}{{ x }}\
+                 {% endfor %}{% for x in range(2) %}{{ x }}{% endfor %}",
+                "a=1Falseb=2.0Truea01",
+            ),
+            (
+                "{% macro f(a, b='x' ~ 1.0) %}{{ a ~ b }}{% endmacro %}{{ f(1) }}{{ f(1, b=2) }}",
+                "1x1.012",
+            ),
+            ("{{ 'x' is defined ~ 'y' }}{{ not 'a' ~ 'b' }}", "TrueyFalse"),
+            ("{% set x = 'a' ~ 'b'|length ~ 'c' is string %}{{ x }}", "a1True"),
+            (
+                "{{ ('a' ~ 'b')|upper ~ messages[0]['content'][:2] ~ messages[0].content.strip()[-1] \
+                 ~ {'k': 'v'}['k'] ~ [1, 2][0] }}",
+                "ABSa.v1",
+            ),
+            ("{{ (1 ~ 2) ~ (3 ~ 4) ~ 5 * 2 ~ 7 // 2 ~ 2 ** 3 ~ 7 / 2 }}", "123410383.5"),
+            (
+                "{{ 'a' in 'b' ~ 'a' }}{{ 'b' ~ 'a' == 'ba' }}{{ 'x' if 'a' ~ '' else 'y' ~ 'z' }}",
+                "TrueTruex",
+            ),
+            ("{%- for c in 'ab' -%}\n {{- c ~ loop.last -}}\n{%- endfor -%}", "aFalsebTrue"),
+            (
+                "{% filter upper %}{{ 'a' ~ 1.5 }}{% endfilter %}{% with x = 'a' ~ 2.0 %}{{ x }}\
+                 {% endwith %}{% set y %}{{ 'q' ~ 1 }}{% endset %}{{ y ~ y }}",
+                "A1.5a2.0q1q1",
+            ),
+        ] {
+            assert_eq!(text(template), expected, "{template}");
+        }
+    }
+
+    #[test]
+    fn what_python_would_lay_otherwise_is_refused() {
+        for (template, expected) in [
+            (
+                "\n{% macro f(a, b=a) %}{{ b }}{% endmacro %}{{ f(1) }}",
+                "(here, line 2) cannot be followed: a default of the macro `f` is made of its \
+                 argument `a`",
+            ),
+            ("{% macro f(a, b=[1 ~ a.x]) %}{% endmacro %}", "of its argument `a`"),
+            ("{{ '' ~ messages }}", "a list or an object as Python writes it"),
+            ("{{ [[1]] | join }}", "a list or an object as Python writes it"),
+        ] {
+            let said = fault(template);
+            assert!(said.contains(expected), "{template}: {said}");
+        }
+        for chain in [" ~ 'x'", "|trim", ".x", "[0]", "()", " is defined", " if 1", " + 1"] {
+            let said = fault(&format!("{{{{ 'x'{} }}}}", chain.repeat(20_000)));
+            assert!(said.contains("more than 500 operators in one tag"), "{chain}: {said}");
+        }
+        let said = fault(&format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(20_000)));
+        assert!(said.contains("more than 500 `elif`s"), "{said}");
+        assert_eq!(text(&format!("{{{{ 'x'{} }}}}", " ~ 'x'".repeat(400))), "x".repeat(401));
     }
 
     #[test]

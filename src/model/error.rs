@@ -121,6 +121,12 @@ impl Fault {
         Fault { tensor: Some(tensor.into()), ..self }
     }
 
+    /// The same fault, whose tensor has the name that `called` gives it, where it knows one.
+    pub fn called(self, called: impl Fn(&str) -> Option<String>) -> Fault {
+        let own = self.tensor.as_deref().and_then(called);
+        Fault { tensor: own.or(self.tensor), ..self }
+    }
+
     /// The same fault, in this file.
     pub fn at(self, path: &Path) -> ModelError {
         let Fault { supported, tensor, problem, remedy } = self;

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod chat;
+mod chat_python;
 mod config;
 mod error;
 mod gguf;
@@ -36,6 +37,7 @@ use std::sync::OnceLock;
 use crate::files::{self, Mapped};
 use crate::text::Shown;
 pub use chat::Chat;
+use chat::ChatTemplate;
 pub use config::{
     Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, Latent, Presence,
     Rope, RopeLayout, RouterScores, Routing, Scaling, Sliding,
@@ -43,7 +45,7 @@ pub use config::{
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
 pub(crate) use quantised::HeldCodes;
-use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
+use quantised::{Activations, Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
 use tokenizer_config::TokenizerConfig;
@@ -64,6 +66,8 @@ pub struct Model {
     /// Tensors name theirs by index.
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Place>,
+    /// What a folder's files call the tensors, by their canonical names.
+    called: BTreeMap<String, String>,
     vocabulary: Vocabulary,
     tokenizer: OnceLock<Result<Tokenizer, TokenizerFault>>,
 }
@@ -200,6 +204,7 @@ impl Model {
             config,
             files,
             tensors,
+            called: BTreeMap::new(),
             vocabulary: Vocabulary::Gguf(header),
             tokenizer: OnceLock::new(),
         };
@@ -217,6 +222,7 @@ impl Model {
             hf_config::from_hf(&json, beside.as_deref()).map_err(|fault| fault.at(folder))?;
         let mut files = Vec::new();
         let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
+        let mut called: BTreeMap<String, String> = BTreeMap::new();
         // What makes weights of codes; a piece may stand in another file than the rest.
         let mut coded: BTreeMap<Vec<(String, usize)>, Pieces> = BTreeMap::new();
         for safetensors::Shard { path, promised } in safetensors::files(folder)? {
@@ -226,8 +232,10 @@ impl Model {
             let contents = contents.map_err(|fault| fault.at(&path))?;
             check_promise(&contents.names, promised, &config, quantised.is_some())
                 .map_err(|fault| fault.at(&path))?;
+            called.extend(contents.called);
             let twice = |name: &str| {
-                Fault::malformed("two files hold it", FETCH_AGAIN).in_tensor(name).at(&path)
+                let fault = Fault::malformed("two files hold it", FETCH_AGAIN).in_tensor(name);
+                fault.called(|name| called.get(name).cloned()).at(&path)
             };
             for held in contents.held {
                 let tensor = match held {
@@ -271,16 +279,98 @@ impl Model {
             config,
             files,
             tensors,
+            called,
             vocabulary: Vocabulary::Folder,
             tokenizer: OnceLock::new(),
         };
-        model.put_together(coded, quantised.as_ref()).map_err(|fault| fault.at(folder))?;
+        if quantised.is_some_and(|quantised| quantised.reads_input_scales()) {
+            let checked = model.check_input_scales(&coded, quantised::activations(&json));
+            checked.map_err(|fault| fault.at(folder))?;
+        }
+        let put = model.put_together(coded, quantised.as_ref());
+        put.map_err(|fault| model.told(fault))?;
         if quantised.is_some_and(|quantised| quantised.has_idle_biases()) {
             model.drop_idle_biases();
         }
-        model.drop_tied_copy().map_err(|fault| fault.at(folder))?;
-        model.check_tensors().map_err(|fault| fault.at(folder))?;
+        let dropped = model.drop_tied_copy();
+        dropped.map_err(|fault| model.told(fault))?;
+        model.check_tensors().map_err(|fault| model.told(fault))?;
         Ok(model)
+    }
+
+    /// What a folder's files call the tensor of this canonical name, or would; none of a GGUF file.
+    pub(crate) fn name_in_file(&self, canonical: &str) -> Option<String> {
+        if !matches!(self.vocabulary, Vocabulary::Folder) {
+            return None;
+        }
+        let own = self.called.get(canonical).cloned();
+        own.or_else(|| safetensors::usual_name(canonical, &self.config))
+    }
+
+    /// A fault of the folder, with the name that its files give the tensor.
+    fn told(&self, fault: Fault) -> ModelError {
+        fault.called(|name| self.name_in_file(name)).at(&self.path)
+    }
+
+    /// Refuses weights with a scale of activations beside weights without one, where the config
+    /// says that all have it, that none has it, or nothing.
+    fn check_input_scales(
+        &self,
+        coded: &BTreeMap<Vec<(String, usize)>, Pieces>,
+        activations: Activations,
+    ) -> Result<(), Fault> {
+        let of_codes = coded.iter().filter(|(_, pieces)| pieces.contains_key(&Part::Codes));
+        let (with, without): (Vec<_>, Vec<_>) =
+            of_codes.partition(|(_, pieces)| pieces.contains_key(&Part::InputScale));
+        let scales = |held: &[(&Vec<(String, usize)>, &Pieces)]| -> Vec<String> {
+            let weights = held.iter().filter_map(|(weights, _)| weights.first());
+            let names = weights.map(|(weight, _)| {
+                let name = self.name_in_file(weight).unwrap_or_else(|| weight.clone());
+                let layer = name.strip_suffix(".weight").unwrap_or(&name).to_owned();
+                format!("{layer}.input_scale")
+            });
+            names.collect()
+        };
+        let (with, without) = (scales(&with), scales(&without));
+        let count = |names: &[String], [one, many]: [&str; 2]| match names {
+            [] => format!("no weight {one} one"),
+            [name] => format!("one weight {one} one (`{name}`)"),
+            [first, ..] => format!("{} weights {many} one, as `{first}`", names.len()),
+        };
+        let [has, lacks] = [["has", "have"], ["lacks", "lack"]];
+        match (activations, with.first(), without.first()) {
+            (Activations::Static(words), _, Some(lacking)) => Err(Fault::malformed(
+                format!(
+                    "it is missing, and {words} in `quantization_config`, which says that the file \
+                     holds a scale for the activations of every weight in codes; {}, and {}",
+                    count(&with, has),
+                    count(&without, lacks),
+                ),
+                "fetch all files of the model again, or correct the config if activations are \
+                 scaled as they come",
+            )
+            .in_tensor(lacking)),
+            (Activations::Dynamic(words), Some(odd), _) => Err(Fault::malformed(
+                format!(
+                    "it is a static scale of activations, and {words} in `quantization_config`, \
+                     which says that activations are scaled as they come; {}",
+                    count(&with, has),
+                ),
+                "correct the config if the scales are meant, or remove these tensors",
+            )
+            .in_tensor(odd)),
+            (Activations::Unsaid, Some(_), Some(lacking)) => Err(Fault::malformed(
+                format!(
+                    "it is missing, and `quantization_config` does not say whether the scales of \
+                     activations are static; {}, and {}",
+                    count(&with, has),
+                    count(&without, lacks),
+                ),
+                "fetch all files of the model again, or write in the config which is meant",
+            )
+            .in_tensor(lacking)),
+            _ => Ok(()),
+        }
     }
 
     /// Makes weights of their codes and what belongs to them.
@@ -298,7 +388,8 @@ impl Model {
         for (weights, pieces) in coded {
             let Some(quantised) = quantised else { continue };
             let names = weights.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
-            let names = names.join(" and ");
+            let own = names.first().and_then(|name| self.name_in_file(name));
+            let names = own.unwrap_or_else(|| names.join(" and "));
             let broken =
                 |problem: String| Fault::malformed(problem, FETCH_AGAIN).in_tensor(names.clone());
             let plain = weights.iter().find_map(|(name, _)| self.tensors.get(name));
@@ -618,16 +709,37 @@ impl Model {
     /// The tokens of a message that the model's own chat template lays, up to where the model is to
     /// answer; what transformers' `apply_chat_template` gives with `add_generation_prompt`.
     pub fn encode_chat(&self, chat: &Chat<'_>) -> Result<Vec<u32>, ModelError> {
-        let template = match &self.vocabulary {
+        let text = self.lay_chat(chat)?;
+        let tokens = self.tokenizer()?.encode_laid(&text).map_err(|fault| fault.at(&self.path))?;
+        self.checked(tokens)
+    }
+
+    /// The text that the model's own chat template makes of a message.
+    pub fn lay_chat(&self, chat: &Chat<'_>) -> Result<String, ModelError> {
+        let template = self.chat_template().map_err(|fault| fault.at(&self.path))?;
+        let text = tokenizer::lay(&template, chat).map_err(|fault| fault.at(&self.path))?;
+        if text.is_empty() {
+            return Err(TokenizerFault::of_chat(format!(
+                "its chat template ({}) rendered nothing of this conversation",
+                template.place
+            ))
+            .at(&self.path));
+        }
+        Ok(text)
+    }
+
+    /// Whether the model has a chat template that can be read.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat_template().is_ok()
+    }
+
+    fn chat_template(&self) -> Result<ChatTemplate, TokenizerFault> {
+        match &self.vocabulary {
             Vocabulary::Gguf(header) => tokenizer::template_of_gguf(header, &self.files[0].map),
             Vocabulary::Folder => TokenizerConfig::of_folder(&self.path, self.config.architecture)
                 .and_then(|config| config.chat_template())
                 .map_err(TokenizerFault::of_chat),
-        };
-        let text = template.and_then(|template| tokenizer::lay(&template, chat));
-        let text = text.map_err(|fault| fault.at(&self.path))?;
-        let tokens = self.tokenizer()?.encode_laid(&text).map_err(|fault| fault.at(&self.path))?;
-        self.checked(tokens)
+        }
     }
 
     /// The tokens, all of which the embedding has.

@@ -96,6 +96,8 @@ pub(super) struct Contents {
     pub held: Vec<Held>,
     /// The Hugging Face names of what a pass reads.
     pub names: BTreeSet<String>,
+    /// What the file calls the tensors, by their canonical names; of codes the tensor of these.
+    pub called: BTreeMap<String, String>,
 }
 
 /// A file of weights.
@@ -211,12 +213,14 @@ pub(super) fn parse(
             data.len()
         )));
     }
-    let mut contents = Contents { held: Vec::new(), names: BTreeSet::new() };
+    let mut contents =
+        Contents { held: Vec::new(), names: BTreeSet::new(), called: BTreeMap::new() };
     let ahead = 8 + json.len();
     let moved = |bytes: Range<usize>| ahead + bytes.start..ahead + bytes.end;
     for name in keys.0 {
         let Some(info) = metadata.info(&name) else { continue };
         let in_tensor = |fault: Fault| fault.in_tensor(&name);
+        let before = contents.held.len();
         let piece = || {
             let (start, end) = info.data_offsets;
             let (dtype, shape) = (info.dtype, info.shape.clone());
@@ -284,6 +288,17 @@ pub(super) fn parse(
                     return Err(of_no_use(&name, config));
                 }
             }
+        }
+        for held in &contents.held[before..] {
+            let weights: Vec<&String> = match held {
+                Held::Tensor(tensor) => vec![&tensor.name],
+                Held::Piece { weights, part: Part::Codes, .. } => {
+                    weights.iter().map(|(weight, _)| weight).collect()
+                }
+                Held::Piece { .. } => Vec::new(),
+            };
+            let called = weights.into_iter().map(|weight| (weight.clone(), name.clone()));
+            contents.called.extend(called);
         }
         contents.names.insert(name);
     }
@@ -579,6 +594,52 @@ pub(super) fn held(name: &str, config: &Config) -> Vec<String> {
         Canonical::Fused(parts) => parts.into_iter().map(|(part, _)| part).collect(),
         _ => Vec::new(),
     }
+}
+
+/// What folders usually call the tensor of this canonical name, which this one need not hold; none
+/// where that is not known.
+pub(super) fn usual_name(canonical: &str, config: &Config) -> Option<String> {
+    const OUTSIDE: [&str; 4] =
+        ["model.embed_tokens.weight", "model.norm.weight", "model.norm.bias", "lm_head.weight"];
+    const WITHIN: [&str; 30] = [
+        "input_layernorm",
+        "post_attention_layernorm",
+        "post_self_attn_layernorm",
+        "post_mlp_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+        "self_attn.q_a_proj",
+        "self_attn.q_a_layernorm",
+        "self_attn.q_b_proj",
+        "self_attn.kv_a_proj_with_mqa",
+        "self_attn.kv_a_layernorm",
+        "self_attn.kv_b_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "mlp.gate_up_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        "mlp.gate",
+        "mlp.router",
+        "block_sparse_moe.gate",
+        "linear_attn.out_proj",
+        "linear_attn.norm",
+    ];
+    let is = |name: &String| held(name, config).iter().any(|held| held == canonical);
+    if let Some(name) = OUTSIDE.into_iter().map(str::to_owned).find(is) {
+        return Some(name);
+    }
+    let (layer, part) = crate::op::in_layer(canonical)?;
+    let ending = part.rsplit('.').next()?;
+    WITHIN.iter().map(|module| format!("model.layers.{layer}.{module}.{ending}")).find(is)
 }
 
 /// The keys of a JSON object, refused if one occurs twice: a map would keep the last.

@@ -229,11 +229,16 @@ impl TokenizerConfig {
         }
         match named.get("default") {
             Some(text) => Ok(of(format!("`default` among {place}"), text)),
+            None if named.is_empty() => {
+                Err(format!("{place} is an empty list, so there is no chat template"))
+            }
             None => {
-                let names = named.into_keys().collect::<Vec<_>>().join(", ");
+                let names: Vec<String> =
+                    named.into_keys().map(|name| format!("`{}`", shown(name))).collect();
                 Err(format!(
-                    "{place} holds no template with the name `default`, but {}",
-                    shown(&names)
+                    "{place} is a list of named templates, of which the one named `default` is taken, \
+                     and none has that name; it names {}",
+                    names.join(", ")
                 ))
             }
         }

@@ -13,7 +13,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::Model;
 use super::blocks;
-use super::error::ModelError;
+use super::error::{ModelError, shown};
 use super::quantised::{Coding, HeldCodes};
 
 /// How a tensor's values are stored.
@@ -448,6 +448,16 @@ impl<'a> Weight<'a> {
         Weight { second_scale: Some(scale), ..self }
     }
 
+    /// Its name in a sentence: what its file calls it, and the canonical name where that is another.
+    pub(crate) fn in_words(&self) -> String {
+        match self.model.and_then(|model| model.name_in_file(self.name)) {
+            Some(own) if own != self.name => {
+                format!("`{}` (here `{}`)", shown(&own), shown(self.name))
+            }
+            _ => format!("`{}`", shown(self.name)),
+        }
+    }
+
     /// Whether the bytes are codes, whose scales stand elsewhere.
     pub fn is_scaled(&self) -> bool {
         self.coding.is_some()
@@ -456,6 +466,11 @@ impl<'a> Weight<'a> {
     /// The codes and scales of its file, where the file holds such codes.
     pub(crate) fn held_codes(&self, codes: WeightType) -> Option<HeldCodes<'a>> {
         self.coding?.held_codes(codes)
+    }
+
+    /// The scale of the activations that it is multiplied with, where the file has one.
+    pub fn input_scale(&self) -> Option<f32> {
+        self.coding?.input_scale()
     }
 
     /// Whether its rows stand among others in a tensor of codes.

@@ -16,12 +16,14 @@ use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, w
 use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
 use crate::compute::kv_cache::{self, Which};
+use crate::dtype::Format;
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
-use crate::manifest::{Pipeline, Prompt, Stage};
+use crate::manifest::{Contract, Pipeline, Prompt, Stage};
+use crate::metric::Metric;
 use crate::model::synthetic::{Scaled, ensure_by};
 use crate::model::{Chat, Model};
-use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
+use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, Stream, in_layer};
 use crate::text::{Shown, shown};
 
 mod sources;
@@ -229,6 +231,12 @@ impl<'a> Plan<'a> {
             let prepared = model.and_then(|model| {
                 let tokens = tokens_of(stage, &model.model)?;
                 check_against_model(stage, &model.model)?;
+                check_lookup(
+                    stage,
+                    pipeline.contracts.get(&stage.contract),
+                    &tokens,
+                    &model.model,
+                )?;
                 let judged = selected.contains(&stage.id);
                 Ok(PreparedStage { stage, model: Some(model), tokens, judged })
             });
@@ -472,12 +480,12 @@ impl<'a> Plan<'a> {
         }
         let key = walk.key();
         if !self.fresh.contains(&arm) {
-            return store.find(&key);
+            return readable(store, store.find(&key)?);
         }
         // Several stages may share an arm: measured once in a run is measured anew. Another
         // machine's result, kept under the same key since, is none of this run's.
         let by = self.measured().get(&key).cloned()?;
-        store.find(&key).filter(|found| found.run == by)
+        readable(store, store.find(&key).filter(|found| found.run == by)?)
     }
 
     /// Notes what was measured, for stages that share an arm.
@@ -586,6 +594,40 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// A result whose record and tensors have the form that this runner reads. Any other counts as
+/// absent, is told in a warning and set aside.
+fn readable(store: &Store, action: Action) -> Option<Action> {
+    let payload: ArmPayload = match action.read() {
+        Ok(payload) => payload,
+        Err(error) => {
+            store.set_aside(&action.key, &error.to_string());
+            return None;
+        }
+    };
+    let Some(object) = &action.object else {
+        if payload.sites.is_empty() {
+            return Some(action);
+        }
+        store.set_aside(&action.key, "it has no tensors");
+        return None;
+    };
+    let problem = match store.tensors_of(object) {
+        Err(problem) => problem,
+        Ok(tensors) => {
+            let held = |record: &&SiteRecord| tensors.get(&record.site.0) == Some(&record.shape);
+            match payload.sites.iter().find(|record| !held(record)) {
+                None => return Some(action),
+                Some(record) => format!("its tensors lack `{}`", record.site),
+            }
+        }
+    };
+    // Damaged tensors are moved aside themselves, and are told so.
+    if store.read_object(object).is_ok() {
+        store.set_aside(&action.key, &problem);
+    }
+    None
+}
+
 /// Where a reused result comes from, in words, and what was only touched since.
 pub fn reused(action: &Action, touched: &[String]) -> String {
     let here = crate::machine::name();
@@ -678,8 +720,9 @@ pub fn encoded(prompt: &Prompt, decode: usize, model: &Model) -> Result<Vec<u32>
     if let Some(place) = tokens.iter().position(|&token| token as usize >= vocabulary) {
         return Err(format!(
             "token {} at position {place} is out of the model's vocabulary of {vocabulary} \
-             tokens; give smaller ids with `tokens` or `--tokens`, or a text with `prompt`",
-            tokens[place]
+             tokens, 0 to {}; give smaller ids with `tokens` or `--tokens`, as `--tokens 1,2,3`",
+            tokens[place],
+            vocabulary.saturating_sub(1)
         ));
     }
     let positions = tokens.len().saturating_add(decode);
@@ -736,6 +779,46 @@ fn check_kv_cache(stage: &Stage, model: &Model) -> Result<(), String> {
                 kv_cache::scale_of(model, layer, which, format)
                     .map_err(|error| error.to_string())?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a contract that asks for the reference's bits of a lookup which the recipe rounds: to the
+/// type in which an engine passes tensors, where the looked-up values are none of that type.
+fn check_lookup(
+    stage: &Stage,
+    contract: Option<&Contract>,
+    tokens: &[u32],
+    model: &Model,
+) -> Result<(), String> {
+    let narrow = stage.recipe.stream.filter(|stream| *stream != Format::F32);
+    let (Op::Embed { weight }, Some(stream), Some(contract)) = (&stage.op, narrow, contract) else {
+        return Ok(());
+    };
+    let of_bits = contract.falsifiers.iter().find(|falsifier| {
+        falsifier.compare == [Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference)]
+            && falsifier.metric == Metric::BitMismatches
+            && falsifier.max == Some(0.0)
+    });
+    let Some(falsifier) = of_bits.filter(|_| stage.arms.contains(&Arm::Emulated)) else {
+        return Ok(());
+    };
+    let weight = model.tensor(&format!("{}.weight", weight_of(weight, model)));
+    let weight = weight.map_err(|error| error.to_string())?;
+    let mut row = vec![0.0; weight.width()];
+    for &token in tokens {
+        let token = token as usize;
+        weight.decode_rows(token..token + 1, &mut row).map_err(|error| error.to_string())?;
+        if let Some(value) = row.iter().find(|value| stream.round(**value) != **value) {
+            return Err(format!(
+                "the contract `{}` is of the project's own kernels, and this recipe describes an \
+                 engine: its falsifier `{}` allows no other bit than the reference's, and `stream` \
+                 rounds what is looked up to {stream}, as {value} of token {token}; judge the pass of \
+                 an engine by the contract `engine`, with what it made in `[recorded]` or \
+                 `[external]`, or leave `stream` and `engine` out of the recipe",
+                contract.name, falsifier.id
+            ));
         }
     }
     Ok(())

@@ -605,11 +605,18 @@ impl Bench<'_> {
     ) -> Result<(KeyWalk, StageMeasures), Failure> {
         let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
         let walk = self.plan.measure_walk(self.prepared, &keys.collect(), extent);
-        let measures = match self.store.find(&walk.key()) {
-            Some(action) => said_by(&action)?,
+        let measures = match self.said(&walk) {
+            Some(measures) => measures,
             None => self.measure_anew(inputs, results, &walk, extent)?,
         };
         Ok((walk, measures))
+    }
+
+    /// What was said of this key before. A record that says something else than it should is none.
+    fn said<T: DeserializeOwned>(&self, walk: &KeyWalk) -> Option<T> {
+        let action = self.store.find(&walk.key())?;
+        let said = action.read();
+        said.map_err(|error| self.store.set_aside(&action.key, &error.to_string())).ok()
     }
 
     /// Looks at the first site that the stage's contract falsifies, or finds what was seen
@@ -656,8 +663,8 @@ impl Bench<'_> {
         let mut walk = KeyWalk::new("diagnosis");
         walk.field("measures", &measured.key().0);
         walk.field("suspect", serde_json::json!(suspect));
-        if let Some(action) = self.store.find(&walk.key()) {
-            return said_by(&action);
+        if let Some(diagnoses) = self.said(&walk) {
+            return Ok(diagnoses);
         }
         let started = Instant::now();
         let diagnoses = match self.look_closely(inputs, results, measures, &suspect, product) {

@@ -6,7 +6,7 @@ use std::fs;
 use std::time::Duration;
 
 use candle_core::quantized::gguf_file;
-use runner::cache::{Stamps, Store};
+use runner::cache::{Stamps, Store, sealed, unsealed};
 use runner::compute::arms::{Shipped, Workshop};
 use runner::compute::{ComputeError, Pass};
 use runner::event::{Event, Sink};
@@ -538,4 +538,92 @@ fn a_device_that_does_not_answer_is_unmeasured_and_no_error() {
     let device = &stage.arms[&Arm::Device];
     assert_eq!((device.state, device.why.as_str()), (ArmState::Unmeasured, "it does not answer"));
     assert_eq!(stage.verdict, Verdict::Pass);
+}
+
+/// The records of a cache, and what each says besides tensors.
+fn change_records(project: &Project, change: impl Fn(&mut serde_json::Value)) -> usize {
+    let mut changed = 0;
+    for fan in fs::read_dir(project.path("runs/cache/v1/actions")).expect("actions") {
+        for record in fs::read_dir(fan.expect("a folder").path()).expect("records") {
+            let path = record.expect("a record").path();
+            let bytes = fs::read(&path).expect("read");
+            let text = unsealed(&bytes).expect("sealed");
+            let mut json: serde_json::Value = serde_json::from_slice(text).expect("JSON");
+            change(&mut json);
+            fs::write(&path, sealed(json.to_string().into_bytes())).expect("written");
+            changed += 1;
+        }
+    }
+    changed
+}
+
+/// The run before is not believed by the list of what is unchanged alone.
+fn run_on_a_model(project: &Project) -> Outcome {
+    project.runner(&["run", "stages", "--model", "model.gguf", "--select", "C", "--explain"])
+}
+
+#[test]
+fn a_record_that_no_longer_decodes_is_a_miss_that_is_told_and_computed_again() {
+    let project = on_a_model();
+    let first = run_on_a_model(&project).expect(0, "pass");
+    assert_eq!(computed(&first), set(&["C reference", "C emulated"]));
+    assert_eq!(computed(&run_on_a_model(&project).expect(0, "pass")), set(&[]));
+    // Whole and sealed, as a version with another format would leave it: arms and measures.
+    let changed =
+        change_records(&project, |record| record["payload"] = serde_json::json!({ "x": 7 }));
+    assert!(changed >= 3, "{changed}");
+    let again = run_on_a_model(&project).expect(0, "pass");
+    assert_eq!(computed(&again), set(&["C reference", "C emulated"]));
+    let told = again.err.matches("is no record that this runner reads (missing field").count();
+    assert_eq!(told, changed, "{}", again.err);
+    assert_eq!(computed(&run_on_a_model(&project).expect(0, "pass")), set(&[]));
+
+    // A record whose tensors are of another form, under their own right name.
+    let object = b"no tensors".to_vec();
+    let digest = blake3::hash(&object).to_hex().to_string();
+    let place = format!("runs/cache/v1/objects/{}", &digest[..2]);
+    fs::create_dir_all(project.path(&place)).expect("made");
+    let path = project.path(&format!("{place}/{digest}.safetensors"));
+    fs::write(path, &object).expect("written");
+    change_records(&project, |record| {
+        if record["object"].is_string() {
+            record["object"] = serde_json::json!(digest);
+        }
+    });
+    let again = run_on_a_model(&project).expect(0, "pass");
+    assert_eq!(computed(&again), set(&["C reference", "C emulated"]));
+    assert_eq!(
+        again.err.matches("is no record that this runner reads").count(),
+        2,
+        "{}",
+        again.err
+    );
+}
+
+#[test]
+fn tensors_that_are_not_what_was_stored_are_named_and_not_believed() {
+    let project = on_a_model();
+    run_on_a_model(&project).expect(0, "pass");
+    let objects = project.path("runs/cache/v1/objects");
+    let mut poisoned = 0;
+    for fan in fs::read_dir(objects).expect("objects") {
+        for object in fs::read_dir(fan.expect("a folder").path()).expect("tensors") {
+            let path = object.expect("an object").path();
+            let mut bytes = fs::read(&path).expect("read");
+            *bytes.last_mut().expect("a byte") ^= 1;
+            fs::write(&path, bytes).expect("written");
+            poisoned += 1;
+        }
+    }
+    assert!(poisoned >= 1);
+    // The measures are gone too: tensors have to be read.
+    change_records(&project, |record| {
+        if record["object"].is_null() {
+            record["payload"] = serde_json::json!(7);
+        }
+    });
+    let run = run_on_a_model(&project);
+    assert_ne!(run.code, Some(0), "{}", run.out);
+    assert!(run.err.contains("was damaged and was moved aside"), "{}", run.err);
+    run_on_a_model(&project).expect(0, "pass");
 }

@@ -121,7 +121,9 @@ fn a_form_that_no_tensor_core_takes_is_refused_by_name() {
         Emulated::new(recipe).unwrap().of_weight(&weight).err().unwrap().to_string()
     };
     let int8 = said("examples/vllm-checkpoints/int8", &recipe());
-    assert!(int8.contains("`blk.0.attn_q.weight` holds I8 codes"), "{int8}");
+    let named = "the weight `model.layers.0.self_attn.q_proj.weight` (here `blk.0.attn_q.weight`) \
+                 holds I8 codes";
+    assert!(int8.contains(named), "{int8}");
     let nvfp4 = said("tests/fixtures/quantised/modelopt-nvfp4", &recipe());
     assert!(nvfp4.contains("take FP8 codes alone"), "{nvfp4}");
     let fast = Recipe { accumulate: Accumulate::Fast, ..recipe() };
@@ -214,4 +216,56 @@ fn a_result_of_nan_is_read_back_as_it_was_made() {
     let [first, second] = [0, 1].map(run);
     assert_eq!(first, second, "the second run reads what the first one kept");
     assert_eq!((first.0, first.1.trim()), (Some(1), "structural"));
+}
+
+#[test]
+fn a_chip_without_fp8_is_refused_for_a_checkpoint_s_codes_before_anything_runs() {
+    let place = tempfile::tempdir().unwrap();
+    let stages = place.path().join("stages");
+    fs::create_dir(&stages).unwrap();
+    std::os::unix::fs::symlink(folder("contracts"), place.path().join("contracts")).unwrap();
+    let stage = "id = \"b\"\ntitle = \"a pass\"\ncontract = \"per-layer\"\nrecipe = { gemm = \
+                 \"checkpoint\", chip = \"ampere\" }\n[forward]\ncapture = \"every-site\"\n";
+    fs::write(stages.join("b.toml"), stage).unwrap();
+    for command in ["check", "plan", "run"] {
+        let done = Command::new(env!("CARGO_BIN_EXE_runner"))
+            .current_dir(place.path())
+            .args([command, "stages"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(2), "{said}");
+        for part in [
+            "the chip `ampere` has no FP8, and `gemm = \"checkpoint\"` multiplies the FP8 codes",
+            "`ada`, `hopper` and `blackwell`",
+            "`f32`, `tf32`, `bf16` and `f16`",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_record_of_a_checkpoint_s_recipe_says_no_scale_and_others_say_theirs() {
+    let json = |recipe: &Recipe| serde_json::to_value(recipe).unwrap();
+    let made = Recipe { chip: ChipName::Hopper, ..Recipe::default() };
+    // As keys of results have held it all along.
+    let known = "{\"gemm\":\"e4m3\",\"scale\":{\"weight\":\"tensor\",\"activation\":\"tensor\"},\
+                 \"accumulate\":\"promoted\",\"output\":\"bf16\",\"chip\":\"hopper\"}";
+    assert_eq!(json(&made).to_string(), known);
+    assert_eq!(serde_json::to_string(&made).unwrap(), known);
+    let held = json(&recipe());
+    assert!(held.get("scale").is_none() && held["codes"] == "checkpoint", "{held}");
+    for recipe in [made, recipe()] {
+        assert_eq!(serde_json::from_value::<Recipe>(json(&recipe)).unwrap(), recipe);
+        assert_eq!(serde_json::from_str::<Recipe>(&json(&recipe).to_string()).unwrap(), recipe);
+    }
+    let mut lacking = json(&made);
+    lacking.as_object_mut().unwrap().remove("scale");
+    let refused = serde_json::from_value::<Recipe>(lacking).unwrap_err().to_string();
+    assert!(refused.contains("missing field `scale`"), "{refused}");
+    // Receipts of before say it.
+    let mut older = held;
+    older["scale"] = json(&made)["scale"].clone();
+    assert_eq!(serde_json::from_value::<Recipe>(older).unwrap(), recipe());
 }

@@ -404,9 +404,20 @@ fn a_chat_is_of_the_prompt_that_stands_beside_it() {
     let written = [Prompt::Text("plain".into()), laid("hello", Some("Be brief."))];
     assert_eq!(prompts(&Overrides::default()), written);
     let typed = Overrides { prompt: Some("typed".into()), ..Overrides::default() };
-    assert_eq!(prompts(&typed), vec![Prompt::Text("typed".into()); 2]);
-    let typed = Overrides { chat: true, ..typed };
-    assert_eq!(prompts(&typed), vec![laid("typed", None); 2]);
+    // A typed text stands in place of the manifest's, and is laid as that was.
+    let new = [Prompt::Text("typed".into()), laid("typed", Some("Be brief."))];
+    assert_eq!(prompts(&typed), new);
+    let chat = Overrides { chat: Some(true), ..typed.clone() };
+    assert_eq!(prompts(&chat), [laid("typed", None), laid("typed", Some("Be brief."))]);
+    let system = Overrides { system: Some("Rhyme.".into()), ..chat.clone() };
+    assert_eq!(prompts(&system), vec![laid("typed", Some("Rhyme.")); 2]);
+    let plain = Overrides { chat: Some(false), ..typed };
+    assert_eq!(prompts(&plain), vec![Prompt::Text("typed".into()); 2]);
+    let both = Overrides { system: Some("Rhyme.".into()), ..plain };
+    let problems = folder.load_with(&both).expect_err("refused").to_string();
+    assert!(problems.contains("`--chat=false` lays none"), "{problems}");
+    let tokens = Overrides { tokens: Some(vec![3]), ..Overrides::default() };
+    assert_eq!(prompts(&tokens), vec![Prompt::Tokens(vec![3]); 2]);
 }
 
 #[test]

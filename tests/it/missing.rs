@@ -266,3 +266,60 @@ fn what_is_recorded_of_an_engine_stands_for_the_program_of_its_contract() {
     project.write("contracts/claim.toml", &claim("external", "reference", "nmse", "1e-6"));
     project.run().expect(0, "run: pass");
 }
+
+#[test]
+fn a_contract_of_the_project_s_own_kernels_is_refused_beside_an_engine_s_recipe() {
+    let norm =
+        "[rms_norm]\ninput = { generate = \"normal\", rows = 4 }\nweight = \"blk.0.attn_norm\"\n";
+    let with = |recipe: &str, contract: &str, op: &str| {
+        let project = project().file("stages/r.toml", &stage("R", contract, op));
+        let defaults = project.read("stages/pipeline.toml");
+        project.write("stages/pipeline.toml", &format!("{defaults}recipe = {recipe}\n"));
+        project
+    };
+    let bf16 = "{ gemm = \"bf16\", output = \"bf16\", stream = \"bf16\" }";
+    for (recipe, contract, op, falsifier) in [
+        (bf16, "rms-norm", norm, "RMS-001"),
+        (bf16, "per-layer", EVERY, "LAY-005"),
+        ("{ engine = \"transformers\" }", "rms-norm", norm, "RMS-001"),
+        ("{ engine = \"transformers\", stream = \"f16\" }", "per-layer", EVERY, "LAY-005"),
+    ] {
+        let project = with(recipe, contract, op);
+        for command in ["check", "plan", "run"] {
+            let said =
+                project.runner(&[command, "stages"]).expect(2, &format!("`{falsifier}` allows"));
+            for part in [
+                format!("the contract `{contract}` is of the project's own kernels"),
+                "`engine`, `exact-engine` and `exact-pass`".to_owned(),
+                "stages/pipeline.toml:".to_owned(),
+            ] {
+                assert!(said.err.contains(&part), "{part}: {}", said.err);
+            }
+        }
+    }
+    let f32 = "{ gemm = \"f32\", output = \"f32\", stream = \"f32\" }";
+    // Whether a lookup is rounded its values say, and these the model has.
+    let lookup = with(bf16, "embedding", "[embed]\n");
+    lookup.runner(&["check", "stages"]).expect(0, "no problems found");
+    for command in ["plan", "run"] {
+        lookup.runner(&[command, "stages"]).expect(2, "`EMB-001` allows no other bit");
+    }
+    with(f32, "embedding", "[embed]\n").run().expect(0, "pass");
+    // Contracts of engines, and types that are not narrow, are judged as before.
+    for (recipe, contract, op) in [
+        (f32, "rms-norm", norm),
+        (bf16, "engine", EVERY),
+        (
+            bf16,
+            "qkv-matmul",
+            "[matmul]\ninput = { generate = \"normal\", rows = 4 }\nweights = [\"blk.0.attn_q\"]\n",
+        ),
+    ] {
+        with(recipe, contract, op).runner(&["check", "stages"]).expect(0, "no problems found");
+    }
+    // What only the reference computes keeps every bound.
+    let lone = with(bf16, "rms-norm", norm);
+    let defaults = lone.read("stages/pipeline.toml").replace(", \"emulated\"", "");
+    lone.write("stages/pipeline.toml", &defaults);
+    lone.runner(&["check", "stages"]).expect(0, "no problems found");
+}

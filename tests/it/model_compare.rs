@@ -190,4 +190,88 @@ fn the_command_says_what_differs_and_ends_with_1() {
     fs::write(&path, config.to_string()).unwrap();
     run().expect(1, "in the first, 5000.0 in the second");
     project.runner(&["model", "compare", "m.gguf", "nothing"]).expect(2, "nothing");
+    let named = ["model", "compare", "synthetic:qwen2-tiny", "m.gguf"];
+    project.runner(&named).expect(0, "the two are the same function");
+    let other = ["model", "compare", "synthetic:qwen2-tiny", "synthetic:qwen2-tiny@2"];
+    project.runner(&other).expect(1, "setting    hidden: 256 in the first, 512 in the second");
+    let none = ["model", "compare", "synthetic:none", "m.gguf"];
+    project.runner(&none).expect(2, "no synthetic model is called `none`");
+}
+
+/// A copy of a folder, whose config or tensors are changed.
+fn copied(name: &str, change: impl FnOnce(&Path)) -> tempfile::TempDir {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(source).unwrap() {
+        let file = entry.unwrap().path();
+        fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+    }
+    change(folder.path());
+    folder
+}
+
+#[test]
+fn another_scale_of_activations_is_a_difference_and_one_beside_values_is_told() {
+    let name = "examples/vllm-checkpoints/static";
+    let scale = "model.layers.0.mlp.down_proj.input_scale";
+    let other = copied(name, |folder| {
+        let path = folder.join("model.safetensors");
+        let mut file = fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+        let at = header[scale]["data_offsets"][0].as_u64().unwrap() as usize + 8 + length;
+        let bytes = match header[scale]["dtype"].as_str().unwrap() {
+            "F32" => 0.75f32.to_le_bytes().to_vec(),
+            _ => half::bf16::from_f32(0.75).to_le_bytes().to_vec(),
+        };
+        file[at..at + bytes.len()].copy_from_slice(&bytes);
+        fs::write(&path, file).unwrap();
+    });
+    let open = |folder: &Path| Model::open(folder).unwrap();
+    let own = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(name));
+    assert!(compare(&own, &own).unwrap().are_same());
+    let found = compare(&own, &open(other.path())).unwrap();
+    assert!(!found.are_same());
+    let [(weight, [Some(_), Some(second)])] = &found.input_scales[..] else { panic!("{found:?}") };
+    assert_eq!((weight.as_str(), *second), ("blk.0.ffn_down.weight", 0.75));
+    let project = Project::new();
+    let folders = [&own.path().display().to_string(), &other.path().display().to_string()];
+    let said = project.runner(&["model", "compare", folders[0], folders[1]]);
+    said.expect(1, "blk.0.ffn_down.weight: the scale of its activations is ");
+}
+
+#[test]
+fn a_chat_template_that_lays_another_text_is_a_difference() {
+    let with = |template: &str| {
+        let forms = Forms::of("qwen2-tiny");
+        let config = json!({ "chat_template": template, "bos_token": "<s>" });
+        fs::write(forms.folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        forms.folder
+    };
+    const PLAIN: &str =
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    let found = |one: &str, other: &str| {
+        let folders = [with(one), with(other)];
+        let [one, other] = [&folders[0], &folders[1]].map(|f| Model::open(f.path()).unwrap());
+        compare(&one, &other).unwrap()
+    };
+    let same = found(PLAIN, PLAIN);
+    assert!(same.are_same() && same.no_chats.is_none(), "{same:?}");
+    // Written otherwise, and laying the same.
+    let same = found(PLAIN, &PLAIN.replace("m.role", "m['role']"));
+    assert!(same.are_same(), "{same:?}");
+    let trimmed = found(PLAIN, &PLAIN.replace("m.content", "m.content | trim"));
+    assert_eq!(trimmed.chats.len(), 1, "{trimmed:?}");
+    assert!(trimmed.chats[0].0.contains("spaces") && trimmed.chats[0].1.starts_with("other text"));
+    assert!(!trimmed.are_same());
+    let refuses =
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}";
+    let refused = found(PLAIN, &format!("{refuses}{PLAIN}"));
+    assert_eq!(refused.chats.len(), 1);
+    assert!(refused.chats[0].1.contains("the second lays no text"), "{refused:?}");
+    // What one form lacks cannot be compared, and is said.
+    let forms = Forms::of("qwen2-tiny");
+    let folder = with(PLAIN);
+    let alone = compare(&forms.gguf, &Model::open(folder.path()).unwrap()).unwrap();
+    assert!(alone.are_same() && alone.no_chats.is_some(), "{alone:?}");
 }

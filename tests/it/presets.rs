@@ -321,4 +321,41 @@ fn a_scale_multiplies_widths_and_a_bad_one_is_refused_in_words() {
     scaled("synthetic:glm4-tiny", "many").expect(2, "`many` is no scale of `synthetic:glm4-tiny`");
     scaled("model.gguf", "2").expect(2, "`--scale` is of synthetic models");
     scaled("synthetic:glm4-tiny", "2").expect(0, "pass");
+    scaled("synthetic:glm4-tiny@2", "3")
+        .expect(2, "`synthetic:glm4-tiny@2` has the scale 2 already");
+    // Of the models that the manifests name.
+    let alone = |scale: &str| outcome.runner(&["plan", "stages", "--scale", scale, "--explain"]);
+    alone("many").expect(2, "`many` is no scale of `synthetic:qwen2-tiny`");
+    let twice =
+        outcome.runner(&["plan", "stages", "--model", "synthetic:qwen2-tiny@2", "--explain"]);
+    let [alone, twice] = [alone("2"), twice].map(|said| said.out);
+    assert_eq!(alone, twice);
+    assert!(alone.contains("hidden: 512"), "{alone}");
+    for (model, part) in [
+        ("synthetic:qwen2-tiny@4", "the model of the stage `f` (`stages/f.toml`), has the scale 4"),
+        ("m.gguf", "the model of the stage `f` (`stages/f.toml`), is none"),
+    ] {
+        let stage = outcome.read("stages/e.toml").replace("\"e\"", "\"f\"");
+        outcome.write("stages/f.toml", &format!("model = \"{model}\"\n{stage}"));
+        outcome.runner(&["plan", "stages", "--scale", "2"]).expect(2, part);
+        // Who is not selected may have another model.
+        outcome.runner(&["plan", "stages", "--scale", "2", "--select", "e"]).expect(0, "emulated");
+    }
+}
+
+#[test]
+fn tokens_beyond_a_small_vocabulary_are_refused_with_its_size_before_anything_runs() {
+    let outcome = project().file(
+        "stages/e.toml",
+        "id = \"e\"\ntitle = \"a pass\"\ncontract = \"per-layer\"\n[forward]\ncapture = \"every-site\"\n",
+    );
+    for command in ["plan", "run"] {
+        let said = outcome.runner(&[command, "stages", "--model", "synthetic:random"]);
+        assert!(!said.err.contains("ran in"), "{}", said.err);
+        let text = said.err.clone();
+        said.expect(2, "is out of the model's vocabulary of ");
+        assert!(text.contains("as `--tokens 1,2,3`"), "{text}");
+    }
+    let small = ["plan", "stages", "--model", "synthetic:random", "--tokens", "1,2,3"];
+    outcome.runner(&small).expect(0, "emulated");
 }

@@ -316,3 +316,107 @@ fn values_of_f64_are_rounded_to_f32() {
     arms::compute(&task, &Emulated::new(&Recipe::default()).unwrap(), String::new(), &mut |_| {})
         .unwrap();
 }
+
+#[test]
+fn scales_of_activations_that_the_config_and_the_file_do_not_agree_on_are_refused_by_name() {
+    let scale = format!("{Q}.input_scale");
+    let without = |all: &mut Stored| {
+        all.remove(&scale).unwrap();
+    };
+    let with = |all: &mut Stored| {
+        all.insert(scale.clone(), (Dtype::F32, vec![], 0.5f32.to_le_bytes().to_vec()));
+    };
+    let groups = |dynamic: Value| {
+        json!({ "group_0": { "targets": ["Linear"], "weights": {
+        "num_bits": 8, "type": "float", "strategy": "tensor" },
+        "input_activations": { "num_bits": 8, "type": "float", "dynamic": dynamic } } })
+    };
+    let compressed = |dynamic: Value| {
+        move |config: &mut Value| {
+            config["quantization_config"] = json!({ "quant_method": "compressed-tensors",
+                "format": "float-quantized", "config_groups": groups(dynamic) });
+        }
+    };
+    let fp8 = |scheme: &'static str| {
+        move |config: &mut Value| {
+            config["quantization_config"] =
+                json!({ "quant_method": "fp8", "activation_scheme": scheme });
+        }
+    };
+    // ModelOpt's file, whose weights have one scale each, read by every method's config.
+    let open = |config: &dyn Fn(&mut Value), change: &dyn Fn(&mut Stored)| {
+        let folder = changed("modelopt-fp8", |held, all| {
+            config(held);
+            change(all);
+        });
+        Model::open(folder.path()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let nothing = |_: &mut Stored| {};
+    let none = |all: &mut Stored| all.retain(|name, _| !name.ends_with(".input_scale"));
+    let one_alone = |all: &mut Stored| {
+        none(all);
+        with(all);
+    };
+    let (fixed, moving) = (fp8("static"), fp8("dynamic"));
+    let (fixed_group, moving_group) =
+        (|c: &mut Value| compressed(json!(false))(c), |c: &mut Value| compressed(json!(true))(c));
+    let unsaid = |_: &mut Value| {};
+    for config in [&fixed as &dyn Fn(&mut Value), &fixed_group, &unsaid] {
+        assert_eq!(open(config, &nothing), Ok(()));
+        let said = open(config, &without).unwrap_err();
+        for part in [
+            format!("tensor `{scale}`: it is missing"),
+            "6 weights have one, as `model.layers.0.".to_owned(),
+            format!("one weight lacks one (`{scale}`)"),
+        ] {
+            assert!(said.contains(&part), "{part}: {said}");
+        }
+    }
+    for config in [&fixed as &dyn Fn(&mut Value), &fixed_group] {
+        let said = open(config, &none).unwrap_err();
+        assert!(said.contains("no weight has one, and 7 weights lack one"), "{said}");
+        assert!(said.contains("`quantization_config`") && said.contains("correct the config"));
+    }
+    for config in [&moving as &dyn Fn(&mut Value), &moving_group] {
+        assert_eq!(open(config, &none), Ok(()));
+        let said = open(config, &one_alone).unwrap_err();
+        let wanted = format!("tensor `{scale}`: it is a static scale of activations");
+        assert!(said.contains(&wanted) && said.contains("one weight has one"), "{said}");
+    }
+    // Of weights alone in codes nothing is said of activations.
+    assert_eq!(open(&unsaid, &none), Ok(()));
+    assert!(open(&unsaid, &one_alone).unwrap_err().contains("does not say whether"));
+}
+
+#[test]
+fn a_fault_of_a_folder_names_the_tensor_as_its_files_do() {
+    for (form, tensor, wanted) in [
+        (
+            "modelopt-fp8",
+            format!("{Q}.weight_scale"),
+            format!("tensor `{Q}.weight`: there are codes"),
+        ),
+        ("gptq-4", format!("{Q}.qweight"), format!("tensor `{Q}.weight`: there are scales")),
+        ("gptq-4", format!("{Q}.scales"), format!("tensor `{Q}.qweight`: there are codes")),
+        (
+            "phi3-fp8",
+            "model.layers.0.self_attn.qkv_proj.weight_scale".to_owned(),
+            "tensor `model.layers.0.self_attn.qkv_proj.weight`: there are codes".to_owned(),
+        ),
+        (
+            "nf4",
+            "model.layers.0.input_layernorm.weight".to_owned(),
+            "tensor `model.layers.0.input_layernorm.weight`: it is missing".to_owned(),
+        ),
+        (
+            "nf4",
+            "model.norm.weight".to_owned(),
+            "tensor `model.norm.weight`: it is missing".to_owned(),
+        ),
+    ] {
+        let said = refused(form, |_, all| {
+            all.remove(&tensor).unwrap();
+        });
+        assert!(said.contains(&wanted) && !said.contains("blk."), "{wanted}: {said}");
+    }
+}

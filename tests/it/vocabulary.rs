@@ -302,12 +302,24 @@ fn a_missing_or_broken_template_is_named_with_what_to_do() {
     assert!(error.contains("no `tokenizer.chat_template`") && error.contains("`chat`"), "{error}");
     let (all, folder) = (recorded(), folder_without_tokenizer());
     let model = write_case(folder.path(), &all, &all["cases"][0]);
-    let cases: [(Json, &str); 7] = [
+    let cases: [(Json, &str); 10] = [
         (json!({}), "neither chat_template.jinja nor `chat_template`"),
         (json!({ "chat_template": null }), "neither chat_template.jinja nor `chat_template`"),
         (json!({ "chat_template": 3 }), "is 3, no template"),
         (json!({ "chat_template": [{ "name": "rag" }] }), "has no `name` and `template`"),
-        (json!({ "chat_template": [{ "name": "rag", "template": "" }] }), "`default`, but rag"),
+        (json!({ "chat_template": [] }), "is an empty list, so there is no chat template"),
+        (
+            json!({ "chat_template": [{ "name": "rag", "template": "" }, { "name": "a", "template": "" }] }),
+            "none has that name; it names `a`, `rag`",
+        ),
+        (
+            json!({ "chat_template": "" }),
+            "`chat_template` of tokenizer_config.json) rendered nothing",
+        ),
+        (
+            json!({ "chat_template": "{% if false %}x{% endif %}\n" }),
+            "rendered nothing of this conversation",
+        ),
         (json!({ "chat_template": "{% for %}" }), "cannot be followed"),
         (json!({ "bos_token": 7, "chat_template": "" }), "`bos_token` is 7"),
     ];

@@ -207,7 +207,7 @@ fn held(
 ) -> Result<Operand, DeviceError> {
     let codes = if format == Format::E5m2 { WeightType::E5m2 } else { WeightType::E4m3 };
     let held = weight.held_codes(codes).ok_or_else(|| {
-        DeviceError::Refused(format!("the weight `{}` holds no {format} codes", weight.name()))
+        DeviceError::Refused(format!("the weight {} holds no {format} codes", weight.in_words()))
     })?;
     let (rows, width) = (weight.rows(), weight.width());
     let (padded_rows, padded_width) =
@@ -260,8 +260,8 @@ impl Converter<'_> {
         let largest = f32::from_bits(stream.clone_dtoh(&most)?.first().copied().unwrap_or(0));
         if !largest.is_finite() {
             return Err(DeviceError::Refused(format!(
-                "the weight `{}` holds NaN or infinity; take another copy of the model",
-                weight.name()
+                "the weight {} holds NaN or infinity; take another copy of the model",
+                weight.in_words()
             )));
         }
 

@@ -60,8 +60,12 @@ impl Emulated {
     pub fn new(recipe: &Recipe) -> Result<Emulated, ComputeError> {
         let chip = chip(recipe.chip);
         let unit = *chip.unit(recipe.gemm, recipe.gemm).ok_or_else(|| {
+            let of = match recipe.codes {
+                CodesOf::Made => "",
+                CodesOf::Checkpoint => ", whose codes `gemm = \"checkpoint\"` multiplies",
+            };
             ComputeError::Recipe(format!(
-                "the chip `{}` has no {} tensor core; choose another `chip` or `gemm`",
+                "the chip `{}` has no {} tensor core{of}; choose another `chip` or `gemm`",
                 chip.name, recipe.gemm
             ))
         })?;

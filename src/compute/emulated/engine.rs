@@ -228,8 +228,8 @@ impl EngineArm {
         let held = held.filter(|held| held.input_scale.is_none()).ok_or_else(|| {
             ComputeError::Recipe(format!(
                 "vLLM multiplies INT8 codes of a checkpoint, with a scale for each output or for \
-                 all and activations quantised as they come; `{}` is {} in another form",
-                weight.name(),
+                 all and activations quantised as they come; {} is {} in another form",
+                weight.in_words(),
                 weight.kind()
             ))
         })?;

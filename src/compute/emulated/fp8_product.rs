@@ -280,10 +280,10 @@ impl Fp8Product<'_> {
         let all: usize = stacked.iter().map(Weight::rows).sum();
         if !weight.width().is_multiple_of(GROUP) || !all.is_multiple_of(64) {
             return Err(ComputeError::Recipe(format!(
-                "vLLM gives `{}`, stacked [{all}, {}], to another kernel than DeepGEMM, which is \
+                "vLLM gives {}, stacked [{all}, {}], to another kernel than DeepGEMM, which is \
                  not known to the bit; judge it by the contract `engine`, without `engine` in the \
                  recipe",
-                weight.name(),
+                weight.in_words(),
                 weight.width()
             )));
         }
@@ -323,8 +323,8 @@ impl Fp8Product<'_> {
 
 fn mixed(part: &Weight<'_>) -> ComputeError {
     ComputeError::Recipe(format!(
-        "the engine stacks `{}` with weights that the file holds in FP8, and it is {}",
-        part.name(),
+        "the engine stacks {} with weights that the file holds in FP8, and it is {}",
+        part.in_words(),
         part.kind()
     ))
 }

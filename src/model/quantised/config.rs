@@ -45,6 +45,49 @@ pub fn read_sidecar(keys: &Keys<'_>) -> Result<Quantised, Fault> {
     Ok(read)
 }
 
+/// What a config says of the scales of a product's activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// The file holds them; by these words of the config.
+    Static(&'static str),
+    /// They are found as the activations come; by these words.
+    Dynamic(&'static str),
+    /// Nothing.
+    Unsaid,
+    /// Groups of layers differ, so that each layer's tensors tell.
+    ByGroup,
+}
+
+/// What the whole config of a folder says of the scales of activations; a config that cannot be
+/// read says nothing, and is refused elsewhere.
+pub fn activations(config: &[u8]) -> Activations {
+    let config: Value = serde_json::from_slice(config).unwrap_or_default();
+    let of = &config["quantization_config"];
+    match of["activation_scheme"].as_str() {
+        Some("static") => return Activations::Static("`activation_scheme` is `static`"),
+        Some("dynamic") => return Activations::Dynamic("`activation_scheme` is `dynamic`"),
+        _ => {}
+    }
+    let groups = of["config_groups"].as_object();
+    let mut said: Option<Activations> = None;
+    for group in groups.iter().flat_map(|groups| groups.values()) {
+        let input = &group["input_activations"];
+        let here = match &input["dynamic"] {
+            _ if !input.is_object() => Activations::Unsaid,
+            Value::Bool(true) => Activations::Dynamic("`input_activations.dynamic` is true"),
+            Value::Bool(false) => Activations::Static("`input_activations.dynamic` is false"),
+            // What compressed-tensors takes where nothing is written.
+            Value::Null => Activations::Static("`input_activations` is without `dynamic`"),
+            _ => Activations::Unsaid,
+        };
+        if said.is_some_and(|said| said != here) {
+            return Activations::ByGroup;
+        }
+        said = Some(here);
+    }
+    said.unwrap_or(Activations::Unsaid)
+}
+
 fn unknown(problem: String) -> Fault {
     Fault::unsupported(
         format!(

@@ -20,7 +20,7 @@ use safetensors::tensor::Dtype;
 use super::MappedFile;
 use super::error::{FETCH_AGAIN, Fault, shown};
 use super::weights::{Steps, WeightType};
-pub(super) use config::{read, read_sidecar};
+pub(super) use config::{Activations, activations, read, read_sidecar};
 use packed::{Order, Packed, Packing};
 use scaled::{Scaled, Scales, Whole};
 use table::{Blocks, Table};
@@ -371,6 +371,11 @@ impl Quantised {
     /// The layer whose weight a tensor belongs to, and what it holds of it.
     pub fn part<'n>(&self, name: &'n str) -> Option<(&'n str, Part)> {
         self.endings().iter().find_map(|(ending, part)| Some((name.strip_suffix(ending)?, *part)))
+    }
+
+    /// Whether a file of this form may hold a scale of a product's activations that is read.
+    pub fn reads_input_scales(&self) -> bool {
+        self.endings().iter().any(|(_, part)| *part == Part::InputScale)
     }
 
     /// How tensors of scales are called.
@@ -737,14 +742,18 @@ impl<'a> Coding<'a> {
         let Decoder::Scaled(scaled) = self.decoder() else { return None };
         let plain =
             scaled.step.is_none() && scaled.zeros.is_none() && scaled.scales.whole == Whole::None;
-        let input = self.coded.pieces.get(&Part::InputScale);
-        let input_scale =
-            input.map(|i| scaled::scale(scale_type(i.dtype), self.bytes(Part::InputScale)));
+        let input_scale = self.input_scale();
         (plain && scaled.codes == codes && codes != WeightType::E2m1).then_some(HeldCodes {
             scaled,
             first: self.coded.first,
             input_scale,
         })
+    }
+
+    /// The scale of the activations that it is multiplied with, where the file has one.
+    pub fn input_scale(&self) -> Option<f32> {
+        let input = self.coded.pieces.get(&Part::InputScale)?;
+        Some(scaled::scale(scale_type(input.dtype), self.bytes(Part::InputScale)))
     }
 
     /// Whether its rows are not all of the tensor's.
