@@ -122,10 +122,11 @@ fn text() -> String {
     }
     text.push_str(
         "\nNot computed, and refused by name: parallel residuals and norms of each head's own \
-         (`use_parallel_residual` and `qk_layernorm` of stablelm), windows in GGUF files but gemma's, \
-         adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
+         (`use_parallel_residual` and `qk_layernorm` of stablelm), windows in GGUF files but gemma's \
+         and gpt-oss's, adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
-         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of phi3 no \
+         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of \
+         gpt-oss every other one, and YaRN's bounds are whole pairs in it, of phi3 no \
          block slides and the context ends where one would or where LongRoPE's other factors hold (its \
          file is held to the folder of the same model), and \
          gemma's scores are scaled by the width of a head, whatever the original's config said. \

@@ -6,6 +6,7 @@
 
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
+use super::hf_config::Yarn;
 
 /// Sizes above this are typing errors or attacks: the largest models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
@@ -129,7 +130,7 @@ impl Architecture {
     ];
     /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
     /// Mixtral.
-    pub(super) const OF_GGUF: [(&str, Architecture); 14] = [
+    pub(super) const OF_GGUF: [(&str, Architecture); 15] = [
         ("llama", Architecture::Llama),
         ("qwen2", Architecture::Qwen2),
         ("qwen3", Architecture::Qwen3),
@@ -144,6 +145,7 @@ impl Architecture {
         ("starcoder2", Architecture::Starcoder2),
         ("qwen2moe", Architecture::Qwen2Moe),
         ("qwen3moe", Architecture::Qwen3Moe),
+        ("gpt-oss", Architecture::GptOss),
     ];
 
     /// The name that GGUF files use.
@@ -1099,13 +1101,28 @@ pub(super) fn from_gguf(
         Architecture::Phi3 => keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
         _ => 1.0,
     };
-    let rope = |theta: f64, linear_scale: f64| -> Result<RawRope, Fault> {
+    let rope = |theta: f64, stretch: Stretch| -> Result<RawRope, Fault> {
         let dimensions = keys.optional("rope.dimension_count")?;
+        let dimensions = match turns_parts {
+            true => dimensions.unwrap_or(head_dim),
+            false => whole_head(dimensions, head_dim)?,
+        };
+        let (linear_scale, factors, magnitude) = match stretch {
+            Stretch::Linear(scale) => (scale, None, magnitude),
+            Stretch::Yarn(yarn) => {
+                positive("RoPE base", theta)?;
+                if dimensions > LARGEST_HEAD {
+                    return Err(Fault::malformed(
+                        format!("RoPE turns {dimensions} values of a head"),
+                        FETCH_AGAIN,
+                    ));
+                }
+                let (low, high) = yarn.bounds(theta, dimensions)?;
+                (1.0, Some(yarn.factors(dimensions, low, high)), yarn.magnitude(1.0))
+            }
+        };
         Ok(RawRope {
-            dimensions: match turns_parts {
-                true => dimensions.unwrap_or(head_dim),
-                false => whole_head(dimensions, head_dim)?,
-            },
+            dimensions,
             at_end: false,
             theta,
             // What llama.cpp turns: neighbours where its converter permutes queries and keys.
@@ -1117,7 +1134,7 @@ pub(super) fn from_gguf(
                 | Architecture::Glm4 => RopeLayout::Interleaved,
                 _ => RopeLayout::Halves,
             },
-            factors: None,
+            factors,
             linear_scale,
             magnitude,
             scaling: None,
@@ -1128,14 +1145,18 @@ pub(super) fn from_gguf(
     let blocks = 0..layers.min(LARGEST_SIZE);
     let window = keys.optional("attention.sliding_window")?;
     let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
-    if of_gemma && window == Some(0) {
+    let slides = of_gemma || architecture == Architecture::GptOss;
+    if slides && window == Some(0) {
         let key = keys.full("attention.sliding_window");
         return Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN));
     }
     // What llama.cpp demands, or has no use for.
     let needs_output = matches!(
         architecture,
-        Architecture::Olmo2 | Architecture::StableLm | Architecture::Qwen2Moe
+        Architecture::Olmo2
+            | Architecture::StableLm
+            | Architecture::Qwen2Moe
+            | Architecture::GptOss
     );
     if needs_output && tied {
         return Err(Fault::malformed("`output.weight` is missing", FETCH_AGAIN));
@@ -1154,7 +1175,11 @@ pub(super) fn from_gguf(
         }
         Architecture::Gemma3 if window.is_some() => {
             let sliding = blocks.clone().map(|block| block % 6 != 5).collect();
-            (window, sliding, Some(rope(10_000.0, 1.0)?))
+            (window, sliding, Some(rope(10_000.0, Stretch::Linear(1.0))?))
+        }
+        Architecture::GptOss => {
+            let window = keys.required("attention.sliding_window")?;
+            (Some(window), blocks.clone().map(|block| block % 2 == 0).collect(), None)
         }
         _ => (None, Vec::new(), None),
     };
@@ -1182,7 +1207,7 @@ pub(super) fn from_gguf(
         heads,
         kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        rope: rope(theta, keys.linear_scale(file)?)?,
+        rope: rope(theta, keys.stretch(file)?)?,
         ffn,
         vocabulary: vocabulary as u64,
         context_length,
@@ -1192,6 +1217,7 @@ pub(super) fn from_gguf(
             Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Starcoder2 => {
                 Activation::GeluTanh
             }
+            Architecture::GptOss => Activation::ClampedSwiglu,
             _ => Activation::Silu,
         },
         biases: Biases {
@@ -1206,14 +1232,14 @@ pub(super) fn from_gguf(
                 _ => Presence::Open,
             },
             output: match architecture {
-                Architecture::Starcoder2 => Presence::Always,
+                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
                 Architecture::Phi3 => Presence::Never,
                 _ => Presence::Open,
             },
             ffn: match architecture {
-                Architecture::Starcoder2 => Presence::Always,
+                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
                 Architecture::Phi3 => Presence::Never,
-                // Mixtures have none.
+                // Other mixtures have none.
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,
             },
@@ -1356,6 +1382,14 @@ impl Keys<'_> {
                 "expert_group_used_count",
                 "expert_gating_func",
             ],
+            Architecture::GptOss => &[
+                "expert_feed_forward_length",
+                "attention.sliding_window_pattern",
+                "rope.scaling.yarn_ext_factor",
+                "rope.scaling.yarn_attn_factor",
+                "rope.scaling.yarn_beta_fast",
+                "rope.scaling.yarn_beta_slow",
+            ],
             Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
             Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
             Architecture::Phi3 => &["rope.scaling.attn_factor"],
@@ -1377,12 +1411,16 @@ impl Keys<'_> {
         };
         let shares = self.architecture == Architecture::Qwen2Moe;
         let (ffn, scores) = match self.architecture {
-            Architecture::Qwen2Moe | Architecture::Qwen3Moe if count == 0 => {
+            Architecture::Qwen2Moe | Architecture::Qwen3Moe | Architecture::GptOss
+                if count == 0 =>
+            {
                 return Err(missing_key(&self.full("expert_count")));
             }
             _ if count == 0 => return self.refuse_experts_of_none().map(|()| None),
             Architecture::Llama => ("feed_forward_length", RouterScores::SoftmaxOfTaken),
-            Architecture::Qwen3Moe => ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken),
+            Architecture::Qwen3Moe | Architecture::GptOss => {
+                ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken)
+            }
             Architecture::Qwen2Moe => ("expert_feed_forward_length", RouterScores::Softmax),
             _ => {
                 return Err(Fault::unsupported(
@@ -1502,7 +1540,7 @@ impl Keys<'_> {
             .keys()
             .filter_map(|key| key.strip_prefix(self.prefix).and_then(|key| key.strip_prefix('.')));
         // YaRN and its relatives: their other keys follow from the type.
-        self.linear_scale(file)?;
+        self.stretch(file)?;
         for key in own {
             let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
             if !known && !self.own().contains(&key) {
@@ -1519,6 +1557,8 @@ impl Keys<'_> {
             ("expert_group_used_count", &[0, 1]),
             // Softmax.
             ("expert_gating_func", &[1]),
+            // Every other block slides.
+            ("attention.sliding_window_pattern", &[2]),
         ] {
             if let Some(other) = self.optional(key)?.filter(|value| !known.contains(value)) {
                 let key = self.full(key);
@@ -1550,7 +1590,7 @@ impl Keys<'_> {
         }
         if matches!(
             self.architecture,
-            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Phi3
+            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Phi3 | Architecture::GptOss
         ) {
             return Ok(());
         }
@@ -1560,21 +1600,66 @@ impl Keys<'_> {
         )
     }
 
-    fn linear_scale(&self, file: &[u8]) -> Result<f64, Fault> {
+    /// How the context is stretched.
+    fn stretch(&self, file: &[u8]) -> Result<Stretch, Fault> {
         let factor = match self.float("rope.scaling.factor")? {
             Some(factor) => Some(factor),
             None => self.float("rope.scale_linear")?,
         };
+        // llama.cpp takes a zero for no scaling.
+        let factor = factor.filter(|&factor| factor != 0.0).unwrap_or(1.0);
         match self.header.text(file, &self.full("rope.scaling.type"))? {
-            Some("none") => Ok(1.0),
-            // llama.cpp takes an absent type for linear and a zero for no scaling.
-            None | Some("linear") => Ok(factor.filter(|&factor| factor != 0.0).unwrap_or(1.0)),
+            Some("none") => Ok(Stretch::Linear(1.0)),
+            // And an absent type for linear.
+            None | Some("linear") => Ok(Stretch::Linear(factor)),
+            Some("yarn") if self.architecture == Architecture::GptOss => {
+                // Its versions differ on what turns faster than the model was trained for.
+                if factor < 1.0 {
+                    let key = self.full("rope.scaling.factor");
+                    return Err(Fault::malformed(
+                        format!("`{key}` is {factor}, and YaRN stretches by 1 or more"),
+                        FETCH_AGAIN,
+                    ));
+                }
+                for key in ["rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"] {
+                    if let Some(other) = self.float(key)?.filter(|value| *value != 1.0) {
+                        return Err(Fault::unsupported(
+                            format!("`{}` is {other}, not 1", self.full(key)),
+                            OTHER_MODEL,
+                        ));
+                    }
+                }
+                let original = match self.optional("rope.scaling.original_context_length")? {
+                    Some(positions) => positions,
+                    None => self.required("context_length")?,
+                };
+                positive("rope.scaling.original_context_length", original as f64)?;
+                let turns = |key: &str, usual: f64| -> Result<f64, Fault> {
+                    Ok(self.float(key)?.unwrap_or(usual))
+                };
+                Ok(Stretch::Yarn(Yarn {
+                    factor,
+                    original: original as f64,
+                    fast: turns("rope.scaling.yarn_beta_fast", 32.0)?,
+                    slow: turns("rope.scaling.yarn_beta_slow", 1.0)?,
+                    // Whatever the original's config said.
+                    truncate: true,
+                }))
+            }
             Some(other) => Err(Fault::unsupported(
                 format!("RoPE is scaled by the method `{}`", shown(other)),
                 OTHER_MODEL,
             )),
         }
     }
+}
+
+/// How a GGUF file's context is stretched.
+enum Stretch {
+    /// All frequencies by the same factor.
+    Linear(f64),
+    /// As gpt-oss.
+    Yarn(Yarn),
 }
 
 /// A window as wide as the context hides nothing.

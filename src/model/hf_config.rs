@@ -1258,21 +1258,21 @@ impl Llama3 {
 /// YaRN (Peng et al., arXiv 2309.00071): pairs that turn often within the first context keep
 /// their frequency, those that turn seldom are stretched by `factor`, those between blended
 /// (`_compute_yarn_parameters` of transformers).
-struct Yarn {
-    factor: f64,
+pub(super) struct Yarn {
+    pub factor: f64,
     /// Positions of the first context.
-    original: f64,
+    pub original: f64,
     /// Turns within it from which on a frequency is kept.
-    fast: f64,
+    pub fast: f64,
     /// Turns up to which it is stretched whole.
-    slow: f64,
+    pub slow: f64,
     /// Whether the bounds are whole pairs.
-    truncate: bool,
+    pub truncate: bool,
 }
 
 impl Yarn {
     /// The last pair that is kept, and the first one that is stretched whole.
-    fn bounds(&self, theta: f64, dimensions: u64) -> Result<(f64, f64), Fault> {
+    pub fn bounds(&self, theta: f64, dimensions: u64) -> Result<(f64, f64), Fault> {
         for (what, value) in [
             ("RoPE scaling factor", self.factor),
             ("beta_fast", self.fast),
@@ -1295,7 +1295,7 @@ impl Yarn {
         Ok((low, high))
     }
 
-    fn factors(&self, dimensions: u64, low: f64, high: f64) -> Vec<f32> {
+    pub fn factors(&self, dimensions: u64, low: f64, high: f64) -> Vec<f32> {
         let factor = |pair: u64| {
             let stretched = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
             (1.0 / (stretched / self.factor + (1.0 - stretched))) as f32
@@ -1304,7 +1304,7 @@ impl Yarn {
     }
 
     /// What sine and cosine are multiplied by, so that attention stays as sharp.
-    fn magnitude(&self, scale: f64) -> f64 {
+    pub fn magnitude(&self, scale: f64) -> f64 {
         if self.factor <= 1.0 { 1.0 } else { 0.1 * scale * self.factor.ln() + 1.0 }
     }
 }

@@ -193,6 +193,7 @@ impl Model {
         let tied = !tensors.contains_key("output.weight");
         let config = config::from_gguf(&header, &files[0].map, embedding, tied);
         let config = config.map_err(|fault| fault.at(path))?;
+        gguf_fused::rename(&mut tensors, config.architecture).map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);
         gguf_fused::cut(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
