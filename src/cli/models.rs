@@ -132,7 +132,11 @@ fn text() -> String {
          gemma's scores are scaled by the width of a head, whatever the original's config said. \
          Big-endian files are read where the `gguf` package says which bytes of a block are swapped: \
          F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q6_K, MXFP4 and NVFP4. A second scale beside NVFP4 \
-         (`.scale`) multiplies the weight.\n\n",
+         (`.scale`) multiplies the weight. A file of architecture `deepseek2` is read as a deepseek_v3, \
+         in both layouts (`attn_kv_b`, or `attn_k_b` and `attn_v_b`), with softmax or sigmoids, with \
+         groups of experts where its keys name them, and with the file's own epsilon in all norms; \
+         groups beside a softmax, and YaRN without `rope.scaling.yarn_log_multiplier`, of which \
+         llama.cpp's versions make different things, are refused.\n\n",
     );
     synthetic(&mut text);
     text.push_str("## Weights\n| form | where | held to |\n|---|---|---|\n");

@@ -19,10 +19,6 @@ pub trait Sites {
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError>;
 }
 
-/// What stands under the root in the norms of latent vectors: transformers' class gives them its
-/// own value, whatever the config says.
-const LATENT_EPS: f32 = 1e-6;
-
 /// What a block keeps of the positions seen so far.
 struct Seen {
     /// Keys, `[positions, kv_heads * head_dim]`; of a delta net what its convolution reads.
@@ -345,7 +341,7 @@ impl Block<'_> {
         let name = |name: &str| format!("blk.{}.{name}", self.layer);
         let mut q = if latent.queries.is_some() {
             let narrow = make("q_a", &self.project("attn_q_a", x)?)?;
-            let normed = norm_of(self.model, &name("attn_q_a_norm"), &narrow, LATENT_EPS)?;
+            let normed = norm_of(self.model, &name("attn_q_a_norm"), &narrow, latent.eps)?;
             let normed = make("q_a_norm", &normed)?;
             make("q", &self.project("attn_q_b", &normed)?)?
         } else {
@@ -354,7 +350,7 @@ impl Block<'_> {
         let narrow = make("kv_a", &self.project("attn_kv_a_mqa", x)?)?;
         let of_heads = narrow.columns(0..latent.keys);
         let mut shared = narrow.columns(latent.keys..narrow.width());
-        let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, LATENT_EPS)?;
+        let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, latent.eps)?;
         let normed = make("kv_a_norm", &normed)?;
         let both = make("kv", &self.project("attn_kv_b", &normed)?)?;
         if let Some(rope) = config.rope_of(self.layer) {

@@ -443,6 +443,8 @@ fn latent(keys: &Keys<'_>, architecture: Architecture) -> Result<Option<Latent>,
         still: width("qk_nope_head_dim", 128)?,
         turned: width("qk_rope_head_dim", 64)?,
         values: width("v_head_dim", 128)?,
+        // transformers' class gives them its own, whatever the config says.
+        eps: 1e-6,
     };
     let whole = (latent.still + latent.turned) as u64;
     match keys.whole("qk_head_dim")? {

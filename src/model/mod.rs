@@ -9,6 +9,7 @@ mod blocks;
 mod chat;
 mod config;
 mod error;
+mod gathered;
 mod gguf;
 mod gguf_fused;
 mod gguf_parts;
@@ -42,6 +43,7 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+use gathered::{Gathered, Gathering};
 pub(crate) use quantised::HeldCodes;
 use quantised::{Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
@@ -110,6 +112,8 @@ struct Place {
     big_endian: bool,
     /// What the values of the blocks are multiplied by.
     second_scale: Option<f32>,
+    /// The tensors that its rows stand in, where these are two.
+    gathered: Option<Box<Gathered>>,
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -183,6 +187,7 @@ impl Model {
                     steps,
                     big_endian,
                     second_scale: None,
+                    gathered: None,
                 },
             );
         }
@@ -196,6 +201,8 @@ impl Model {
         gguf_fused::rename(&mut tensors, config.architecture).map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);
         gguf_fused::cut(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
+        let infos = held.iter().map(|(_, info)| info);
+        gathered::gather(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
             config,
@@ -260,6 +267,7 @@ impl Model {
                             steps,
                             big_endian: false,
                             second_scale: None,
+                            gathered: None,
                         });
                     }
                     MapEntry::Occupied(entry) => return Err(twice(entry.key())),
@@ -337,6 +345,7 @@ impl Model {
                     steps: None,
                     big_endian: false,
                     second_scale: None,
+                    gathered: None,
                 };
                 self.tensors.insert(name, place);
                 first += rows;
@@ -563,23 +572,7 @@ impl Model {
                 nearest: self.nearest(name),
             });
         };
-        let (kind, rows, width) = (place.kind, place.rows, place.width);
-        if let Some(coded) = &place.coded {
-            let coding = Coding::new(coded, &self.files);
-            return Ok(Weight::coded(name, kind, [rows, width], coding).of(self));
-        }
-        let bytes = &self.files[place.file].map[place.bytes.clone()];
-        let weight = match place.steps {
-            None => Weight::new(name, kind, rows, width, bytes)?,
-            Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
-        };
-        let weight = weight.of(self);
-        let weight = if place.big_endian { weight.big_endian() } else { weight };
-        let weight = match place.second_scale {
-            Some(scale) => weight.scaled(scale),
-            None => weight,
-        };
-        Ok(if place.less_one { weight.plus_one() } else { weight })
+        Ok(weight_at(name, place, &self.files)?.of(self))
     }
 
     /// The opened files of the weights, with what the file system said of them then.
@@ -653,6 +646,33 @@ impl Model {
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
     }
+}
+
+/// The tensor that stands there.
+fn weight_at<'a>(
+    name: &'a str,
+    place: &'a Place,
+    files: &'a [MappedFile],
+) -> Result<Weight<'a>, ModelError> {
+    let (kind, rows, width) = (place.kind, place.rows, place.width);
+    if let Some(coded) = &place.coded {
+        return Ok(Weight::coded(name, kind, [rows, width], Coding::new(coded, files)));
+    }
+    let bytes = &files[place.file].map[place.bytes.clone()];
+    if let Some(gathered) = &place.gathered {
+        let gathering = Gathering::new(gathered, files);
+        return Ok(Weight::gathered(name, kind, [rows, width], bytes, gathering));
+    }
+    let weight = match place.steps {
+        None => Weight::new(name, kind, rows, width, bytes)?,
+        Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
+    };
+    let weight = if place.big_endian { weight.big_endian() } else { weight };
+    let weight = match place.second_scale {
+        Some(scale) => weight.scaled(scale),
+        None => weight,
+    };
+    Ok(if place.less_one { weight.plus_one() } else { weight })
 }
 
 fn missing_tensor(name: &str) -> Fault {

@@ -35,6 +35,7 @@ KINDS = {
     "qwen2_moe": ("qwen2moe", False),
     "qwen3_moe": ("qwen3moe", False),
     "gpt_oss": ("gpt-oss", False),
+    "deepseek_v3": ("deepseek2", False),
 }
 NORMS = {"olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}}
 GEMMA = {
@@ -73,6 +74,15 @@ PARTS = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
 }
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 EXPERTS |= {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
@@ -117,7 +127,38 @@ def of_all_experts(writer, layer, name, values):
         writer.add_tensor(f"blk.{layer}.{known}.{ending}", np.ascontiguousarray(part))
 
 
-def write(folder, path):
+def keys_and_values(writer, layer, config, values):
+    """The product of latent attention in two, as llama.cpp multiplies them: keys with their rows as columns."""
+    heads, keys = config["num_attention_heads"], config["qk_nope_head_dim"]
+    values = values.reshape(heads, keys + config["v_head_dim"], -1)
+    parts = {"attn_k_b": values[:, :keys].swapaxes(1, 2), "attn_v_b": values[:, keys:]}
+    for known, part in parts.items():
+        writer.add_tensor(f"blk.{layer}.{known}.weight", np.ascontiguousarray(part))
+
+
+def add_latent(writer, config, rope, split):
+    """The keys of latent attention and of the experts beside it; groups are left out, which this llama.cpp does not know."""
+    still, turned, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+    writer.add_head_count_kv(1 if split else config["num_attention_heads"])
+    writer.add_key_length(rank + turned if split else still + turned)
+    writer.add_value_length(rank if split else config["v_head_dim"])
+    if split:
+        writer.add_key_length_mla(still + turned)
+        writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_rope_dimension_count(turned)
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if rope.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+
+
+def write(folder, path, layout=None):
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
     kind = config["model_type"]
@@ -130,14 +171,17 @@ def write(folder, path):
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(keys)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
     writer.add_vocab_size(config["vocab_size"])
     rope = config.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
     writer.add_rope_freq_base(full.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(int(head * full.get("partial_rotary_factor", 1.0)))
+    if kind == "deepseek_v3":
+        add_latent(writer, config, full, layout == "split")
+    else:
+        writer.add_head_count_kv(keys)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_rope_dimension_count(int(head * full.get("partial_rotary_factor", 1.0)))
     if full.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
@@ -161,7 +205,8 @@ def write(folder, path):
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
     if "num_experts_per_tok" in config:
-        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key))
+        writer.add_expert_count(config[count])
         writer.add_expert_used_count(config["num_experts_per_tok"])
     if kind in ("qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
@@ -189,6 +234,14 @@ def write(folder, path):
             writer.add_tensor(f"{fixed[stem]}.{ending}", values)
             continue
         layer, part = stem.removeprefix("model.layers.").split(".", 1)
+        if int(layer) >= config["num_hidden_layers"]:
+            continue
+        if ending == "e_score_correction_bias":
+            writer.add_tensor(f"blk.{layer}.exp_probs_b.bias", values)
+            continue
+        if layout == "split" and part == "self_attn.kv_b_proj":
+            keys_and_values(writer, layer, config, values)
+            continue
         if part == "mlp.experts":
             of_all_experts(writer, layer, ending, values)
             continue
@@ -314,6 +367,8 @@ def what_is_lost(folder):
         return "`no_rope_layers`"
     if kind in ("gemma2", "gemma3_text") and config["query_pre_attn_scalar"] != config["head_dim"]:
         return "`query_pre_attn_scalar`"
+    if kind == "deepseek_v3" and config["topk_group"] < config["n_group"]:
+        return "`n_group`"
     if kind == "gpt_oss" and not (config.get("rope_parameters") or {}).get("truncate", True):
         return "`truncate`"
     if kind == "gemma3_text" and config["layer_types"] != [
@@ -321,6 +376,12 @@ def what_is_lost(folder):
     ]:
         return "`layer_types`"
     return None
+
+
+def layouts(folder):
+    """The ways in which files of its kind are written."""
+    with open(os.path.join(folder, "config.json")) as file:
+        return [None, "split"] if json.load(file)["model_type"] == "deepseek_v3" else [None]
 
 
 def off(a, b):
@@ -335,14 +396,14 @@ def main():
     llama_cpp.llama_log_set(callback, None)
     load_backends()
     runner, wrong, count = sys.argv[1], [], 0
-    for folder in sys.argv[2:]:
+    for folder, layout in [(folder, layout) for folder in sys.argv[2:] for layout in layouts(folder)]:
         golden = os.path.join(folder, "golden.safetensors")
         # Two forms of one model share a pass.
         golden = safetensors(golden if os.path.exists(golden) else os.path.join(folder, "..", "golden.safetensors"))
         tokens = [int(token) for token in golden["ids"]]
         with tempfile.TemporaryDirectory() as work:
             path = os.path.join(work, "model.gguf")
-            write(folder, path)
+            write(folder, path, layout)
             own = of_runner(runner, work, path, tokens)
             try:
                 theirs = of_llama_cpp(path, tokens)
@@ -351,7 +412,8 @@ def main():
         kind = os.path.basename(folder.rstrip("/"))
         to_golden, to_llama = off(own, golden["logits"]), off(own, theirs)
         lost = what_is_lost(folder)
-        note = f"; the file does not hold {lost}" if lost else ""
+        note = f" ({layout})" if layout else ""
+        note += f"; the file does not hold {lost}" if lost else ""
         print(f"{kind:12} reference of the GGUF file: {to_golden:.1e} of transformers in f64, {to_llama:.1e} of llama.cpp{note}")
         count += 1
         # llama.cpp's GELU is a table in f16.

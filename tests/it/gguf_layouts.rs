@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use runner::compute::arms::{self, Task};
 use runner::compute::flow;
 use runner::compute::reference::Reference;
-use runner::model::Model;
+use runner::model::{Model, WeightType};
 use runner::op::{Capture, Op, Site};
 
 use crate::data::own;
@@ -27,6 +27,8 @@ type Made = (Vec<usize>, Vec<f32>);
 struct File {
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, Made>,
+    /// Tensors whose values are written in half as many bits.
+    half: Vec<String>,
 }
 
 impl File {
@@ -133,8 +135,12 @@ impl File {
             .iter()
             .map(|(name, (shape, values))| {
                 let tensor = Tensor::from_vec(values.clone(), shape.as_slice(), &Device::Cpu);
-                let tensor = QTensor::quantize(&tensor.expect("a tensor"), GgmlDType::F32);
-                (name.as_str(), tensor.expect("f32"))
+                let kind = match self.half.contains(name) {
+                    true => GgmlDType::F16,
+                    false => GgmlDType::F32,
+                };
+                let tensor = QTensor::quantize(&tensor.expect("a tensor"), kind);
+                (name.as_str(), tensor.expect("values"))
             })
             .collect();
         let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -251,6 +257,12 @@ fn what_a_gpt_oss_does_not_say_or_says_otherwise_is_refused_by_name() {
             "original_context_length is 0",
         ),
         (file.clone().with("rope.scaling.yarn_beta_slow", Value::F32(-1.0)), "beta_slow is -1"),
+        (
+            file.clone()
+                .without("rope.scaling.type")
+                .with("rope.scaling.yarn_beta_fast", Value::F32(32.0)),
+            "it has `gpt-oss.rope.scaling.yarn_beta_fast`",
+        ),
         (file.clone().with("rope.freq_base", Value::F32(1.0)), "RoPE factor"),
         (file.clone().with("rope.freq_base_swa", Value::F32(1.0)), "`gpt-oss.rope.freq_base_swa`"),
     ] {
@@ -272,5 +284,226 @@ fn what_a_gpt_oss_does_not_say_or_says_otherwise_is_refused_by_name() {
         other.take(missing);
         let said = other.refusal();
         assert!(said.contains(missing) && said.contains("missing"), "{said}");
+    }
+}
+
+/// A deepseek2 with the product of keys and values in one.
+fn deepseek(model: &Model) -> File {
+    let config = model.config();
+    let (latent, experts) = (config.latent.expect("latent"), config.experts.as_ref());
+    let experts = experts.expect("experts");
+    let mut file = File::of(model, "deepseek2");
+    file.number("attention.value_length", latent.values);
+    file.number("attention.kv_lora_rank", latent.keys);
+    file.number("attention.q_lora_rank", latent.queries.expect("a width"));
+    file.number("leading_dense_block_count", 1);
+    file.number("expert_shared_count", 1);
+    file.number("expert_gating_func", 2);
+    file.number("expert_group_count", experts.routing.groups);
+    file.number("expert_group_used_count", experts.routing.used_groups);
+    file.float("expert_weights_scale", experts.routing.factor as f32);
+    file.metadata.insert("deepseek2.expert_weights_norm".to_owned(), Value::Bool(true));
+    file.text("rope.scaling.type", "yarn");
+    file.float("rope.scaling.factor", 4.0);
+    file.number("rope.scaling.original_context_length", 64);
+    file.float("rope.scaling.yarn_log_multiplier", 0.125);
+    file
+}
+
+/// The same with the product in two, as llama.cpp multiplies them.
+fn split(model: &Model) -> File {
+    let latent = model.config().latent.expect("latent");
+    let (heads, width) = (model.config().heads, latent.keys);
+    let mut file = deepseek(model);
+    file.number("attention.head_count_kv", 1);
+    file.number("attention.key_length", latent.keys + latent.turned);
+    file.number("attention.value_length", latent.keys);
+    file.number("attention.key_length_mla", latent.still + latent.turned);
+    file.number("attention.value_length_mla", latent.values);
+    for layer in 0..model.config().layers {
+        let (_, both) = file.take(&format!("blk.{layer}.attn_kv_b.weight"));
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for head in both.chunks_exact((latent.still + latent.values) * width) {
+            let (still, own) = head.split_at(latent.still * width);
+            let column = |column| still.iter().skip(column).step_by(width).copied();
+            keys.extend((0..width).flat_map(column));
+            values.extend_from_slice(own);
+        }
+        let keys = (vec![heads, width, latent.still], keys);
+        let values = (vec![heads, latent.values, width], values);
+        file.tensors.insert(format!("blk.{layer}.attn_k_b.weight"), keys);
+        file.tensors.insert(format!("blk.{layer}.attn_v_b.weight"), values);
+    }
+    file
+}
+
+/// The folder of a small DeepSeek, with a scale of YaRN that an f32 holds.
+fn deepseek_folder() -> (tempfile::TempDir, Model) {
+    let scale = |key| (key, 1.25.into());
+    folder(
+        &own("tests/fixtures/small-models/deepseek-v3"),
+        &[scale("/rope_parameters/mscale"), scale("/rope_parameters/mscale_all_dim")],
+    )
+}
+
+#[test]
+fn a_deepseek_is_the_same_function_in_both_layouts_and_as_a_folder() {
+    let (_kept, model) = deepseek_folder();
+    assert_eq!(first_other(&deepseek(&model).open(), &model), None);
+    let file = split(&model);
+    let read = file.open();
+    assert_eq!(first_other(&read, &model), None);
+    // A part of the rows, and the key of a weight that is put together.
+    let name = "blk.1.attn_kv_b.weight";
+    let (whole, parts) = (model.tensor(name).unwrap(), read.tensor(name).unwrap());
+    assert!(whole.to_vec().unwrap() == parts.to_vec().unwrap() && !parts.is_plain());
+    let mut rows = [vec![0.0; 30 * 16], vec![0.0; 30 * 16]];
+    whole.decode_rows(9..39, &mut rows[0]).unwrap();
+    parts.decode_rows(9..39, &mut rows[1]).unwrap();
+    assert!(rows[0] == rows[1]);
+    let mut other = file.clone();
+    other.tensors.get_mut("blk.1.attn_v_b.weight").expect("values").1[7] += 1.0;
+    let other = other.open();
+    assert!(other.tensor(name).unwrap().digest() != parts.digest());
+    assert_eq!(first_other(&other, &model), Some(Site("blk.1.kv".to_owned())));
+    // Parts of two types, and of one that is not f32.
+    let mut half = file.clone();
+    half.half.push("blk.1.attn_k_b.weight".to_owned());
+    let mixed = half.open();
+    half.half.push("blk.1.attn_v_b.weight".to_owned());
+    let narrow = half.open();
+    let rounded = |values: Vec<f32>| values.into_iter().map(|v| half::f16::from_f32(v).to_f32());
+    let all: Vec<f32> = rounded(whole.to_vec().unwrap()).collect();
+    let (mixed, narrow) = (mixed.tensor(name).unwrap(), narrow.tensor(name).unwrap());
+    assert_eq!([mixed.kind(), narrow.kind()], [WeightType::F32, WeightType::F16]);
+    assert!(narrow.to_vec().unwrap() == all);
+    let (of_head, still) = (28 * 16, 16 * 16);
+    for (head, (mixed, all)) in
+        mixed.to_vec().unwrap().chunks(of_head).zip(all.chunks(of_head)).enumerate()
+    {
+        assert!(mixed[..still] == all[..still], "keys of head {head}");
+        assert!(
+            mixed[still..] == whole.to_vec().unwrap()[head * of_head + still..(head + 1) * of_head]
+        );
+    }
+    // Without groups a token may go to any experts, and another epsilon is that of all norms.
+    let any = file.clone().without("expert_group_count").without("expert_group_used_count");
+    assert_eq!(any.open().config().experts.as_ref().map(|of| of.routing.groups), Some(1));
+    let other = file.with("attention.layer_norm_rms_epsilon", Value::F32(1e-2));
+    assert_eq!(other.open().config().latent.map(|latent| latent.eps), Some(1e-2));
+}
+
+#[test]
+fn a_deepseek_of_the_first_files_has_a_softmax_and_may_lack_the_narrow_queries() {
+    let (_kept, model) = deepseek_folder();
+    let mut file = deepseek(&model).without("expert_gating_func").without("expert_weights_norm");
+    file = file.without("expert_group_count").without("expert_group_used_count");
+    file = file.without("attention.q_lora_rank");
+    file.take("blk.1.exp_probs_b.bias");
+    for layer in 0..2 {
+        let block = |name: &str| format!("blk.{layer}.{name}.weight");
+        file.take(&block("attn_q_a"));
+        file.take(&block("attn_q_a_norm"));
+        let (_, values) = file.take(&block("attn_q_b"));
+        let values = values.iter().chain(&values).copied().take(48 * 32).collect();
+        file.tensors.insert(block("attn_q"), (vec![48, 32], values));
+    }
+    let read = file.open();
+    let routing = read.config().experts.as_ref().expect("experts").routing;
+    assert_eq!(routing.scores, runner::model::RouterScores::Softmax);
+    assert_eq!(read.config().latent.expect("latent").queries, None);
+    assert!(sites(&read).iter().all(|(site, _)| !site.0.ends_with("q_a")));
+    let normed = file.clone().with("expert_weights_norm", Value::Bool(true)).open();
+    let routing = normed.config().experts.as_ref().expect("experts").routing;
+    assert_eq!(routing.scores, runner::model::RouterScores::SoftmaxOfTaken);
+    let said = file.clone().with("expert_group_count", Value::U32(2));
+    let said = said.with("expert_group_used_count", Value::U32(1)).refusal();
+    assert!(said.contains("`deepseek2.expert_group_count` is 2"), "{said}");
+}
+
+#[test]
+fn what_a_deepseek_does_not_say_or_says_otherwise_is_refused_by_name() {
+    let (_kept, model) = deepseek_folder();
+    let (file, parts) = (deepseek(&model), split(&model));
+    let number = |file: &File, key: &str, value: u32| file.clone().with(key, Value::U32(value));
+    let float = |file: &File, key: &str, value: f32| file.clone().with(key, Value::F32(value));
+    for (file, words) in [
+        (file.clone().without("attention.kv_lora_rank"), "kv_lora_rank` is missing"),
+        (file.clone().without("rope.dimension_count"), "dimension_count` is missing"),
+        (file.clone().without("expert_shared_count"), "expert_shared_count` is missing"),
+        (number(&file, "rope.dimension_count", 25), "RoPE turns 25 of them"),
+        (number(&file, "attention.head_count_kv", 1), "head_count_kv` is 1, not 2"),
+        (number(&parts, "attention.head_count_kv", 2), "head_count_kv` is 2, not 1"),
+        (number(&parts, "attention.key_length", 23), "key_length` is 23, not 24"),
+        (number(&parts, "attention.value_length", 12), "value_length` is 12, not 16"),
+        (number(&file, "attention.key_length_mla", 24), "value_length_mla` is missing"),
+        (number(&file, "attention.value_length_mla", 12), "key_length_mla` is missing"),
+        (number(&file, "expert_gating_func", 3), "expert_gating_func` is 3"),
+        (number(&file, "expert_group_count", 4), "its 6 experts do not fill 4 groups"),
+        (file.clone().without("expert_group_used_count"), "group_used_count` is missing"),
+        (
+            file.clone()
+                .without("expert_group_count")
+                .with("expert_group_used_count", Value::U32(3)),
+            "in 3 of 1 groups",
+        ),
+        (float(&file, "expert_weights_scale", 0.0), "factor of the experts' weights is 0"),
+        (file.clone().without("rope.scaling.yarn_log_multiplier"), "log_multiplier` is missing"),
+        (float(&file, "rope.scaling.yarn_log_multiplier", 0.0), "log_multiplier` is 0"),
+        (
+            file.clone()
+                .without("rope.scaling.yarn_log_multiplier")
+                .with("rope.scaling.type", Value::String("linear".into())),
+            "by YaRN alone",
+        ),
+        (number(&file, "nextn_predict_layers", 1), "`deepseek2.nextn_predict_layers`"),
+        (float(&file, "attention.temperature_scale", 0.1), "attention.temperature_scale`"),
+    ] {
+        let said = file.refusal();
+        assert!(said.contains(words), "`{words}` is not in: {said}");
+    }
+    let changed = |change: &dyn Fn(&mut File)| {
+        let mut file = parts.clone();
+        change(&mut file);
+        file.refusal()
+    };
+    for (said, words) in [
+        (
+            changed(&|file| drop(file.take("blk.1.attn_v_b.weight"))),
+            "`blk.1.attn_v_b.weight`: it is missing",
+        ),
+        (
+            changed(&|file| drop(file.take("blk.0.attn_k_b.weight"))),
+            "`blk.0.attn_k_b.weight`: it is missing",
+        ),
+        (
+            changed(&|file| {
+                let held = file.tensors.get_mut("blk.1.attn_k_b.weight").expect("keys");
+                held.0 = vec![2, 8, 32];
+            }),
+            "it is [2, 8, 32], but the hyperparameters make it [2, 16, 16]",
+        ),
+        (
+            changed(&|file| {
+                let (shape, values) = (vec![56, 16], vec![0.5; 56 * 16]);
+                file.tensors.insert("blk.1.attn_kv_b.weight".to_owned(), (shape, values));
+            }),
+            "`attn_k_b.weight` and `attn_v_b.weight` of the same block hold its values too",
+        ),
+        (
+            changed(&|file| {
+                let (shape, values) = (vec![2, 16, 16], vec![0.5; 512]);
+                file.tensors.insert("blk.7.attn_k_b.weight".to_owned(), (shape, values));
+            }),
+            "`blk.7.attn_k_b.weight`: the forward pass of deepseek_v3 with 2 blocks has no use",
+        ),
+        (
+            changed(&|file| {
+                file.tensors.insert("blk.0.attn_q_a.bias".to_owned(), (vec![24], vec![0.5; 24]));
+            }),
+            "`blk.0.attn_q_a.bias`",
+        ),
+    ] {
+        assert!(said.contains(words), "`{words}` is not in: {said}");
     }
 }
