@@ -8,6 +8,7 @@
 use super::call::{Call, Held};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
+use super::flow::is_parallel;
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
 use crate::model::{Activation, Config, DeltaNet, Experts, Latent, Model, Weight};
 use crate::op::Site;
@@ -94,9 +95,9 @@ pub fn norm_of<'x>(
     eps: f32,
 ) -> Result<Call<'x>, ComputeError> {
     let gain = model.tensor(&format!("{name}.weight"))?;
-    Ok(match bias_of(model, name)? {
-        Some(bias) => Call::LayerNorm { x, gain, bias, eps },
-        None => Call::RmsNorm { x, gain, eps },
+    Ok(match model.config().architecture.takes_means_off() {
+        true => Call::LayerNorm { x, gain, bias: bias_of(model, name)?, eps },
+        false => Call::RmsNorm { x, gain, eps },
     })
 }
 
@@ -202,8 +203,9 @@ impl Block<'_> {
         }
         let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
 
+        let beside = normed.filter(|_| is_parallel(self.model, self.layer));
         let normed = self.norm("ffn_norm", &stream)?.map(|call| make("ffn_norm", &call));
-        let normed = normed.transpose()?;
+        let normed = normed.transpose()?.or(beside);
         let x = normed.as_ref().unwrap_or(&stream);
         let mut branch = match config.experts_of(self.layer) {
             None => self.feed_forward(["ffn_gate", "ffn_up", "ffn_down"], "ffn", x, &mut make)?,

@@ -526,6 +526,10 @@ pub struct Config {
     pub activation: Activation,
     /// Which projections have biases.
     pub biases: Biases,
+    /// Whether blocks have a norm before the feed-forward network.
+    pub ffn_norm: Presence,
+    /// Whether each head of queries and keys has a norm with a gain of its own.
+    pub head_norms: Presence,
     /// Blocks whose attention sees a window.
     pub sliding: Sliding,
     /// Which blocks turn queries and keys; all of them where the list is empty.
@@ -684,11 +688,11 @@ impl Config {
         let always = Presence::Always;
         let Biases { qkv, output, ffn } = self.biases;
         let norms = self.architecture.norms();
-        let before: &[&str] = if norms == Norms::After { &[] } else { &["attn_norm", "ffn_norm"] };
-        for name in before {
-            push(&format!("{name}.weight"), 1, self.hidden, always);
+        let before = [("attn_norm", always), ("ffn_norm", self.ffn_norm)];
+        for (name, presence) in before.into_iter().filter(|_| norms != Norms::After) {
+            push(&format!("{name}.weight"), 1, self.hidden, presence);
             if self.architecture.takes_means_off() {
-                push(&format!("{name}.bias"), 1, self.hidden, always);
+                push(&format!("{name}.bias"), 1, self.hidden, presence);
             }
         }
         if norms != Norms::Before {
@@ -752,6 +756,8 @@ impl Config {
             push("attn_q_norm.weight", 1, of_queries, always);
             push("attn_k_norm.weight", 1, of_keys, always);
         }
+        push("attn_q_norm.weight", self.heads, self.head_dim, self.head_norms);
+        push("attn_k_norm.weight", self.kv_heads, self.head_dim, self.head_norms);
         match self.experts_of(layer) {
             None => {
                 if self.architecture.is_gated() {
@@ -822,6 +828,8 @@ pub(super) struct Raw {
     pub tied_embeddings: bool,
     pub activation: Activation,
     pub biases: Biases,
+    pub ffn_norm: Presence,
+    pub head_norms: Presence,
     pub window: Option<u64>,
     pub sliding: Vec<bool>,
     pub sliding_rope: Option<RawRope>,
@@ -906,6 +914,8 @@ impl Raw {
             tied_embeddings: self.tied_embeddings,
             activation: self.activation,
             biases: self.biases,
+            ffn_norm: self.ffn_norm,
+            head_norms: self.head_norms,
             sliding: Sliding {
                 window: self
                     .window
@@ -1264,6 +1274,15 @@ pub(super) fn from_gguf(
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,
             },
+        },
+        // llama.cpp goes by the tensors.
+        ffn_norm: match architecture {
+            Architecture::StableLm => Presence::Open,
+            _ => Presence::Always,
+        },
+        head_norms: match architecture {
+            Architecture::StableLm => Presence::Open,
+            _ => Presence::Never,
         },
         window,
         sliding,

@@ -2,10 +2,11 @@
 //!
 //! llama.cpp multiplies queries with what makes the keys of latent attention, so its files hold
 //! those matrices with their rows as columns (`attn_k_b`), apart from those of the values
-//! (`attn_v_b`); a pass reads both as `attn_kv_b`, head by head. A row is put together when
+//! (`attn_v_b`); a pass reads both as `attn_kv_b`, head by head. A folder of a StableLM holds a gain
+//! for each head (`q_layernorm.norms.0`), and a pass reads them as one. A row is put together when
 //! somebody asks for it. It knows names, shapes and orders, no types.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::config::Config;
@@ -27,6 +28,8 @@ enum Order {
     /// Of each head so many columns of its matrix in the first, `[width, still]`, and so many rows
     /// of the second.
     Latent { still: usize, values: usize, width: usize },
+    /// Each in a tensor of its own.
+    Stacked,
 }
 
 /// Where a row stands: in which tensor, and there.
@@ -47,6 +50,7 @@ impl Order {
                     None => Stands::Column(0, head * width..(head + 1) * width, inner),
                 }
             }
+            Order::Stacked => Stands::Row(row, 0),
         }
     }
 }
@@ -135,6 +139,43 @@ pub(super) fn gather<'t>(
         }
         if let Some(place) = put_together(order, places, shape) {
             tensors.insert(name, place);
+        }
+    }
+    Ok(())
+}
+
+/// Puts the gains of all heads of a folder's norms into one tensor each.
+///
+/// # Errors
+/// If a head has none, or one of another width.
+pub(super) fn stack_head_norms(
+    tensors: &mut BTreeMap<String, Place>,
+    config: &Config,
+) -> Result<(), Fault> {
+    for (name, heads) in [("attn_q_norm", config.heads), ("attn_k_norm", config.kv_heads)] {
+        let prefix = format!("{name}.");
+        let layer = |held: &String| {
+            let (layer, inner) = crate::op::in_layer(held)?;
+            inner.strip_prefix(&prefix).filter(|rest| *rest != "weight").map(|_| layer)
+        };
+        let layers: BTreeSet<u32> = tensors.keys().filter_map(layer).collect();
+        for layer in layers.into_iter().filter(|layer| (*layer as usize) < config.layers) {
+            let mut places = Vec::new();
+            for head in 0..heads {
+                let own = format!("blk.{layer}.{name}.{head}.weight");
+                let place = tensors.remove(&own).ok_or_else(|| missing_tensor(&own))?;
+                if (place.rows, place.width) != (1, config.head_dim) {
+                    let problem = format!(
+                        "it is [{}, {}], but the hyperparameters make it [1, {}]",
+                        place.rows, place.width, config.head_dim
+                    );
+                    return Err(Fault::malformed(problem, FETCH_AGAIN).in_tensor(own));
+                }
+                places.push(place);
+            }
+            if let Some(place) = put_together(Order::Stacked, places, [heads, config.head_dim]) {
+                tensors.insert(format!("blk.{layer}.{name}.weight"), place);
+            }
         }
     }
     Ok(())

@@ -270,19 +270,12 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
     if latent.is_some() {
         factors.scores = latent_scale(keys, latent)?;
     }
-    if architecture == Architecture::StableLm {
-        for (key, what) in [
-            ("qk_layernorm", "norms of each head's queries and keys of their own"),
-            ("use_parallel_residual", "attention and feed-forward network side by side"),
-        ] {
-            if keys.flag(key)? == Some(true) {
-                return Err(Fault::unsupported(
-                    format!("its `{key}` is true: {what} are not computed"),
-                    OTHER_MODEL,
-                ));
-            }
-        }
-    }
+    let of_stablelm = |key: &str| -> Result<bool, Fault> {
+        Ok(architecture == Architecture::StableLm && keys.flag(key)?.unwrap_or(false))
+    };
+    // Attention and feed-forward network side by side read the same norm.
+    let ffn_norm = Presence::of(!of_stablelm("use_parallel_residual")?);
+    let head_norms = Presence::of(of_stablelm("qk_layernorm")?);
     Ok(Raw {
         architecture,
         layers,
@@ -311,6 +304,8 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         ),
         activation: activation(keys, architecture)?,
         biases: biases(keys, architecture)?,
+        ffn_norm,
+        head_norms,
         window,
         sliding,
         sliding_rope,
@@ -1648,9 +1643,14 @@ mod tests {
             "rms_norm_eps": "absent", "use_qkv_bias": true, "vocab_size": 100352
         });
         assert_eq!(read("stablelm", stable.clone()).rope.dimensions, 16);
+        let of = |config: Config| (config.ffn_norm, config.head_norms);
+        let usual = of(read("stablelm", stable.clone()));
+        assert_eq!(usual, (Presence::Always, Presence::Never));
         let mut parallel = stable;
         parallel["use_parallel_residual"] = Value::Bool(true);
-        assert!(refused("stablelm", parallel).contains("side by side"));
+        parallel["qk_layernorm"] = Value::Bool(true);
+        let other = of(read("stablelm", parallel));
+        assert_eq!(other, (Presence::Never, Presence::Always));
         let star = serde_json::json!({
             "activation_function": "gelu", "attention_softmax_in_fp32": true,
             "embedding_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,

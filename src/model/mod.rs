@@ -288,6 +288,8 @@ impl Model {
             model.drop_idle_biases();
         }
         model.drop_tied_copy().map_err(|fault| fault.at(folder))?;
+        gathered::stack_head_norms(&mut model.tensors, &model.config)
+            .map_err(|fault| fault.at(folder))?;
         model.check_tensors().map_err(|fault| fault.at(folder))?;
         Ok(model)
     }
@@ -525,6 +527,8 @@ impl Model {
                     )
                     .in_tensor(name));
                 }
+                // llama.cpp reads it, and computes nothing with it.
+                Some(_) if self.is_bias_of_none(&name) => continue,
                 Some(_) => used.insert(name),
             };
         }
@@ -540,6 +544,12 @@ impl Model {
             .in_tensor(name)),
             None => Ok(()),
         }
+    }
+
+    /// Whether it is the bias of a norm that is not there.
+    fn is_bias_of_none(&self, name: &str) -> bool {
+        let gain = name.strip_suffix("norm.bias").map(|stem| format!("{stem}norm.weight"));
+        gain.is_some_and(|gain| !self.tensors.contains_key(&gain))
     }
 
     /// The path that was opened.

@@ -84,6 +84,7 @@ PARTS = {
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
 }
+HEAD_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 EXPERTS |= {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
 
@@ -223,7 +224,9 @@ def write(folder, path, layout=None):
     writer.add_token_merges(["w 0"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    experts = {}
+    if kind == "stablelm":
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    experts, gains = {}, {}
     for tensor, values in safetensors(os.path.join(folder, "model.safetensors")).items():
         values = np.array(values, np.float32)
         stem, ending = tensor.rsplit(".", 1)
@@ -248,6 +251,10 @@ def write(folder, path, layout=None):
         if ending == "sinks":
             writer.add_tensor(f"blk.{layer}.attn_sinks.weight", values)
             continue
+        if "layernorm.norms." in part:
+            norms, head = part.split(".norms.")
+            gains.setdefault((layer, HEAD_NORMS[norms]), {})[int(head)] = values
+            continue
         if ".experts." in part:
             _, expert, projection = part.rsplit(".", 2)
             experts.setdefault((layer, EXPERTS[projection]), {})[int(expert)] = values
@@ -261,6 +268,8 @@ def write(folder, path, layout=None):
         known = NORMS.get(kind, USUAL).get(part) or PARTS[part]
         writer.add_tensor(f"blk.{layer}.{known}.{ending}", np.ascontiguousarray(values))
     for (layer, known), parts in experts.items():
+        writer.add_tensor(f"blk.{layer}.{known}.weight", np.stack([parts[number] for number in range(len(parts))]))
+    for (layer, known), parts in gains.items():
         writer.add_tensor(f"blk.{layer}.{known}.weight", np.stack([parts[number] for number in range(len(parts))]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

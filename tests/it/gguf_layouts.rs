@@ -507,3 +507,73 @@ fn what_a_deepseek_does_not_say_or_says_otherwise_is_refused_by_name() {
         assert!(said.contains(words), "`{words}` is not in: {said}");
     }
 }
+
+/// A stablelm, whose norms have an epsilon of another name.
+fn stablelm(model: &Model) -> File {
+    let mut file = File::of(model, "stablelm").without("attention.layer_norm_rms_epsilon");
+    file.float("attention.layer_norm_epsilon", model.config().rms_norm_eps);
+    file
+}
+
+#[test]
+fn a_parallel_stablelm_is_the_same_function_as_a_gguf_file_and_as_a_folder() {
+    let (_kept, model) = folder(&own("tests/fixtures/small-models/stablelm-parallel"), &[]);
+    let gains = model.tensor("blk.1.attn_q_norm.weight").expect("gains of heads");
+    assert_eq!((gains.rows(), gains.width(), gains.kind()), (2, 16, WeightType::F32));
+    let file = stablelm(&model);
+    // Whatever its key says: llama.cpp goes by the tensors.
+    for says in [true, false] {
+        let file = file.clone().with("use_parallel_residual", Value::Bool(says));
+        assert_eq!(first_other(&file.open(), &model), None);
+    }
+    let read = sites(&file.open());
+    assert!(read.iter().any(|(site, _)| site.0 == "blk.1.k_norm"));
+    assert!(read.iter().all(|(site, _)| !site.0.ends_with("ffn_norm")));
+    // The second head's own gain counts.
+    let mut other = file.clone();
+    other.tensors.get_mut("blk.0.attn_q_norm.weight").expect("gains").1[20] += 0.5;
+    assert_eq!(first_other(&other.open(), &model), Some(Site("blk.0.q_norm".to_owned())));
+}
+
+#[test]
+fn a_stablelm_has_the_norms_that_its_file_holds() {
+    let (_kept, model) = folder(&own("tests/fixtures/small-models/stablelm-parallel"), &[]);
+    let mut file = stablelm(&model);
+    file.take("blk.0.attn_k_norm.weight");
+    file.tensors.insert("blk.1.ffn_norm.weight".to_owned(), (vec![32], vec![1.5; 32]));
+    let made: Vec<String> = sites(&file.open()).into_iter().map(|(site, _)| site.0).collect();
+    let has = |site: &str| made.iter().any(|made| made == site);
+    assert!(has("blk.0.q_norm") && !has("blk.0.k_norm") && has("blk.1.k_norm"));
+    assert!(!has("blk.0.ffn_norm") && has("blk.1.ffn_norm"));
+    // A bias of nothing would be passed over.
+    let mut bias = stablelm(&model);
+    bias.tensors.insert("blk.1.ffn_norm.bias".to_owned(), (vec![32], vec![1.5; 32]));
+    let said = bias.refusal();
+    assert!(said.contains("`blk.1.ffn_norm.bias`") && said.contains("no use for it"), "{said}");
+    let mut wrong = stablelm(&model);
+    let (_, values) = wrong.take("blk.0.attn_q_norm.weight");
+    wrong.tensors.insert("blk.0.attn_q_norm.weight".to_owned(), (vec![32], values));
+    let said = wrong.refusal();
+    assert!(said.contains("it is [1, 32], but the hyperparameters make it [2, 16]"), "{said}");
+}
+
+#[test]
+fn a_folder_whose_heads_lack_a_norm_or_have_one_too_many_is_refused_by_name() {
+    let path = own("tests/fixtures/small-models/stablelm-parallel");
+    let refused = |change: &dyn Fn(&str) -> String| {
+        let copy = tempfile::tempdir().expect("a folder");
+        std::fs::copy(path.join("config.json"), copy.path().join("config.json")).expect("copied");
+        let held = std::fs::read(path.join("model.safetensors")).expect("a model");
+        let held = safetensors::SafeTensors::deserialize(&held).expect("tensors");
+        let renamed = held.tensors().into_iter().map(|(name, view)| (change(&name), view));
+        let out = copy.path().join("model.safetensors");
+        safetensors::serialize_to_file(renamed, None, &out).expect("written");
+        Model::open(copy.path()).expect_err("the folder must be refused").to_string()
+    };
+    let said = refused(&|name| name.replace("q_layernorm.norms.1", "q_layernorm.norms.2"));
+    assert!(said.contains("q_layernorm.norms.2.weight") && said.contains("no use"), "{said}");
+    let gone =
+        |name: &str| name.replace("1.self_attn.q_layernorm.norms.1.weight", "0.mlp.up_proj.bias");
+    let said = refused(&gone);
+    assert!(said.contains("`blk.1.attn_q_norm.1.weight`") && said.contains("missing"), "{said}");
+}
