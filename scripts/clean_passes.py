@@ -238,7 +238,8 @@ def made(seed, case):
     )
     for name, parameter in model.named_parameters():
         # Gains of 1 and biases of 0 would hide what is done with them.
-        if name.endswith("norm.weight") or name.endswith("bias") or name.endswith("sinks"):
+        gain = name.endswith("norm.weight") or "layernorm.norms." in name
+        if gain or name.endswith("bias") or name.endswith("sinks"):
             parameter.data += torch.randn_like(parameter) * 0.1
     return model
 

@@ -40,6 +40,10 @@ passes.OTHERS |= MORE
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SMALL = {
     "stablelm": (ROPE | {"partial_rotary_factor": 0.25}, {"use_qkv_bias": True, "layer_norm_eps": 1e-5}),
+    "stablelm-parallel": (
+        ROPE | {"partial_rotary_factor": 0.25},
+        {"use_qkv_bias": False, "layer_norm_eps": 1e-5, "use_parallel_residual": True, "qk_layernorm": True},
+    ),
     "starcoder2": (ROPE, {"norm_epsilon": 1e-5, "sliding_window": 5}),
     "mixtral": (ROPE, {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2-moe": (ROPE, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}),
@@ -61,7 +65,7 @@ SMALL = {
 def small(name, case):
     rope, settings = case
     return passes.small("llama3") | {
-        "architecture": name,
+        "architecture": name.removesuffix("-parallel"),
         "hidden": 32,
         "head": 16,
         "heads": 2,
@@ -146,6 +150,7 @@ def add_settings(dice, kind, case):
         case["hidden"] = head * heads
         rope["partial_rotary_factor"] = dice.choice([0.25, 0.5, 1.0])
         settings |= {"use_qkv_bias": dice.random() < 0.5, "layer_norm_eps": case["eps"]}
+        settings |= {key: dice.random() < 0.3 for key in ("use_parallel_residual", "qk_layernorm")}
     if kind == "starcoder2":
         case["hidden"] = head * heads
         settings |= {"use_bias": dice.random() < 0.7, "norm_epsilon": case["eps"], "sliding_window": window}

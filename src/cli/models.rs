@@ -64,7 +64,10 @@ fn about(architecture: Architecture) -> &'static str {
         Architecture::Granite => "four factors",
         Architecture::SmolLm3 => "blocks without RoPE",
         Architecture::Glm4 => "norms on both sides, RoPE on neighbours in a part of each head",
-        Architecture::StableLm => "LayerNorm, RoPE on a part of each head",
+        Architecture::StableLm => {
+            "LayerNorm, RoPE on a part of each head; norms of each head's own and parallel residuals \
+             where the file says so"
+        }
         Architecture::Starcoder2 => "LayerNorm, biases, a feed-forward network without a gate",
         Architecture::Mixtral => "experts in every block",
         Architecture::Qwen2Moe => "experts, and a gated one that all tokens share",
@@ -121,17 +124,21 @@ fn text() -> String {
         );
     }
     text.push_str(
-        "\nNot computed, and refused by name: parallel residuals and norms of each head's own \
-         (`use_parallel_residual` and `qk_layernorm` of stablelm), windows in GGUF files but gemma's, \
-         adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
+        "\nNot computed, and refused by name: windows in GGUF files but gemma's \
+         and gpt-oss's, adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
-         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of phi3 no \
-         block slides and the context ends where one would or where LongRoPE's other factors hold (its \
+         smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of \
+         gpt-oss every other one, and YaRN's bounds are whole pairs in it, of \
+         stablelm residuals are parallel in a block that holds no `ffn_norm`, of phi3 no block slides and the context ends where one would or where LongRoPE's other factors hold (its \
          file is held to the folder of the same model), and \
          gemma's scores are scaled by the width of a head, whatever the original's config said. \
          Big-endian files are read where the `gguf` package says which bytes of a block are swapped: \
          F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q6_K, MXFP4 and NVFP4. A second scale beside NVFP4 \
-         (`.scale`) multiplies the weight.\n\n",
+         (`.scale`) multiplies the weight. A file of architecture `deepseek2` is read as a deepseek_v3, \
+         in both layouts (`attn_kv_b`, or `attn_k_b` and `attn_v_b`), with softmax or sigmoids, with \
+         groups of experts where its keys name them, and with the file's own epsilon in all norms; \
+         groups beside a softmax, and YaRN without `rope.scaling.yarn_log_multiplier`, of which \
+         llama.cpp's versions make different things, are refused.\n\n",
     );
     synthetic(&mut text);
     text.push_str("## Weights\n| form | where | held to |\n|---|---|---|\n");

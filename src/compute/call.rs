@@ -33,14 +33,14 @@ pub enum Call<'a> {
         eps: f32,
     },
     /// `(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * gain + bias`, on each group of
-    /// `gain.width()` values of a row.
+    /// `gain.width()` values of a row; each group of a row has a row of the gain, or all have one.
     LayerNorm {
         /// What is normalised.
         x: &'a Tensor,
         /// The gain.
         gain: Weight<'a>,
-        /// What is added.
-        bias: Weight<'a>,
+        /// What is added, of the gain's shape; nothing where there is none.
+        bias: Option<Weight<'a>>,
         /// What stands under the root beside the variance.
         eps: f32,
     },

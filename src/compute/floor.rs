@@ -28,6 +28,7 @@ use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, s
 use super::rope;
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_tokens,
+    gain_and_bias,
 };
 use crate::dtype::Format;
 use crate::engine::RopeKernel;
@@ -555,16 +556,16 @@ impl Floor {
         call: &Call<'_>,
         x: &Tensor,
         gain: Weight<'_>,
-        bias: Weight<'_>,
+        bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
         let y = call.on(&Reference)?;
-        let bias = bias.to_vec()?;
+        let (_, bias) = gain_and_bias(x, gain, bias)?;
         // As an RMSNorm's. A foreign kernel's sum of squares is that of values less a mean which
         // it rounded; what the bias takes off was rounded at its own size.
         let sum = gain.width() as f64 / 36.0 + 8.0;
-        let (width, means) = (bias.len(), means_by_spread(x, bias.len()));
+        let (width, means) = (gain.width(), means_by_spread(x, gain.width()));
         self.note_each(&y, |index, y| {
-            let shift = f64::from(bias[index % width]).abs();
+            let shift = f64::from(bias[index % bias.len()]).abs();
             let size = f64::from(y).abs() + shift;
             let of_mean = self.foreign(8.0, means[index / width]);
             let variance = self.foreign(sum, size) + 2.0 * self.passed(size) + of_mean;

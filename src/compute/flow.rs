@@ -4,7 +4,7 @@
 //! It computes nothing.
 
 use crate::dtype::Format;
-use crate::model::Model;
+use crate::model::{Architecture, Model};
 use crate::op::{LAYER_SITES, Site, in_layer};
 
 /// Whether a block's pass makes a site, by its name within the block.
@@ -44,6 +44,13 @@ fn is_made(model: &Model, kv_cache: Option<Format>, layer: usize, inner: &str) -
         "attn_scaled" | "ffn_scaled" => config.factors.residual.is_some(),
         _ => LAYER_SITES.contains(&inner),
     }
+}
+
+/// Whether a block's feed-forward network reads what its attention reads, and is added beside it:
+/// in a StableLM that gives it no norm of its own.
+pub fn is_parallel(model: &Model, layer: usize) -> bool {
+    let normed = || model.has(&format!("blk.{layer}.ffn_norm.weight"));
+    model.config().architecture == Architecture::StableLm && !normed()
 }
 
 /// Whether the embedded tokens are scaled.
@@ -143,6 +150,7 @@ pub fn read_by(model: &Model, kv_cache: Option<Format>, site: &Site) -> Vec<Site
         "attn_scaled" => vec![last(&["attn_out", "attn_post_norm"])],
         "attn_residual" => vec![stream, last(&["attn_out", "attn_post_norm", "attn_scaled"])],
         "ffn_norm" => vec![here("attn_residual")],
+        "ffn_gate" | "ffn_up" if is_parallel(model, block) => vec![here("attn_norm")],
         "ffn_router" | "ffn_shared_router" | "ffn_shared_gate" | "ffn_shared_up" => {
             normed("ffn_norm", here("attn_residual"))
         }

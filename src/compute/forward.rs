@@ -8,6 +8,7 @@
 use super::call::{Call, Held};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
+use super::flow::is_parallel;
 use super::kv_cache::{self, Cached, Which};
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
 use crate::dtype::Format;
@@ -20,10 +21,6 @@ pub trait Sites {
     /// Called once per site, in the order of the flow.
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError>;
 }
-
-/// What stands under the root in the norms of latent vectors: transformers' class gives them its
-/// own value, whatever the config says.
-const LATENT_EPS: f32 = 1e-6;
 
 /// What a block keeps of the positions seen so far.
 struct Seen {
@@ -102,9 +99,9 @@ pub fn norm_of<'x>(
     eps: f32,
 ) -> Result<Call<'x>, ComputeError> {
     let gain = model.tensor(&format!("{name}.weight"))?;
-    Ok(match bias_of(model, name)? {
-        Some(bias) => Call::LayerNorm { x, gain, bias, eps },
-        None => Call::RmsNorm { x, gain, eps },
+    Ok(match model.config().architecture.takes_means_off() {
+        true => Call::LayerNorm { x, gain, bias: bias_of(model, name)?, eps },
+        false => Call::RmsNorm { x, gain, eps },
     })
 }
 
@@ -212,8 +209,9 @@ impl Block<'_> {
         }
         let stream = make("attn_residual", &Call::Add { a: &stream, b: &branch })?;
 
+        let beside = normed.filter(|_| is_parallel(self.model, self.layer));
         let normed = self.norm("ffn_norm", &stream)?.map(|call| make("ffn_norm", &call));
-        let normed = normed.transpose()?;
+        let normed = normed.transpose()?.or(beside);
         let x = normed.as_ref().unwrap_or(&stream);
         let mut branch = match config.experts_of(self.layer) {
             None => self.feed_forward(["ffn_gate", "ffn_up", "ffn_down"], "ffn", x, &mut make)?,
@@ -377,7 +375,7 @@ impl Block<'_> {
         let name = |name: &str| format!("blk.{}.{name}", self.layer);
         let mut q = if latent.queries.is_some() {
             let narrow = make("q_a", &self.project("attn_q_a", x)?)?;
-            let normed = norm_of(self.model, &name("attn_q_a_norm"), &narrow, LATENT_EPS)?;
+            let normed = norm_of(self.model, &name("attn_q_a_norm"), &narrow, latent.eps)?;
             let normed = make("q_a_norm", &normed)?;
             make("q", &self.project("attn_q_b", &normed)?)?
         } else {
@@ -386,7 +384,7 @@ impl Block<'_> {
         let narrow = make("kv_a", &self.project("attn_kv_a_mqa", x)?)?;
         let of_heads = narrow.columns(0..latent.keys);
         let mut shared = narrow.columns(latent.keys..narrow.width());
-        let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, LATENT_EPS)?;
+        let normed = norm_of(self.model, &name("attn_kv_a_norm"), &of_heads, latent.eps)?;
         let normed = make("kv_a_norm", &normed)?;
         // The latent vector and what turns are all that is kept, with one scale.
         let normed = self.kept(Which::Keys, "kv_a_cache", normed, make)?;

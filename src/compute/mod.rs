@@ -283,16 +283,38 @@ pub fn check_gain(x: &Tensor, gain: &Weight<'_>) -> Result<(), ComputeError> {
     })
 }
 
-/// Refuses a LayerNorm whose bias is not as wide as its gain.
-pub fn check_norm_bias(gain: &Weight<'_>, bias: &Weight<'_>) -> Result<(), ComputeError> {
-    if gain.width() == bias.width() {
-        return Ok(());
+/// Gain and bias of a LayerNorm, one after the other for each group of a row; zeros where there is
+/// no bias.
+///
+/// # Errors
+/// If the gain does not divide the row, or the bias has another shape.
+pub fn gain_and_bias(
+    x: &Tensor,
+    gain: Weight<'_>,
+    bias: Option<Weight<'_>>,
+) -> Result<(Vec<f32>, Vec<f32>), ComputeError> {
+    check_gain(x, &gain)?;
+    let what = || format!("a norm with the gain `{}`", gain.name());
+    if gain.rows() > 1 && x.width() != gain.rows() * gain.width() {
+        return Err(ComputeError::Shape {
+            what: what(),
+            left: format!("input [{}, {}]", x.rows(), x.width()),
+            right: format!("gain [{}, {}]", gain.rows(), gain.width()),
+        });
     }
-    Err(ComputeError::Shape {
-        what: format!("a norm with the gain `{}`", gain.name()),
-        left: format!("gain [{}]", gain.width()),
-        right: format!("bias `{}` [{}]", bias.name(), bias.width()),
-    })
+    let values = gain.to_vec()?;
+    let Some(bias) = bias else {
+        let none = vec![0.0; values.len()];
+        return Ok((values, none));
+    };
+    if (gain.rows(), gain.width()) != (bias.rows(), bias.width()) {
+        return Err(ComputeError::Shape {
+            what: what(),
+            left: format!("gain [{}, {}]", gain.rows(), gain.width()),
+            right: format!("bias `{}` [{}, {}]", bias.name(), bias.rows(), bias.width()),
+        });
+    }
+    Ok((values, bias.to_vec()?))
 }
 
 /// Refuses two tensors of different shapes.

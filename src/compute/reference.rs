@@ -17,8 +17,8 @@ use super::dots::dots;
 use super::experts::{self, Products};
 use super::exponential::exponentials;
 use super::{
-    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
-    check_same_shape, check_tokens, rope,
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
+    check_tokens, gain_and_bias, rope,
 };
 use crate::model::{Activation, Rope, RouterScores, Routing, Weight};
 use crate::tensor::Tensor;
@@ -94,15 +94,15 @@ impl Reference {
         &self,
         x: &Tensor,
         gain: Weight<'_>,
-        bias: Weight<'_>,
+        bias: Option<Weight<'_>>,
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
-        check_gain(x, &gain)?;
-        check_norm_bias(&gain, &bias)?;
-        let (gain, bias) = (gain.to_vec()?, bias.to_vec()?);
+        let width = gain.width();
+        let (gain, bias) = gain_and_bias(x, gain, bias)?;
         let mut y = Tensor::zeros(x.rows(), x.width());
-        let groups = x.data().chunks_exact(gain.len());
-        for (x, y) in groups.zip(y.data_mut().chunks_exact_mut(gain.len())) {
+        let groups = x.data().chunks_exact(width).zip(y.data_mut().chunks_exact_mut(width));
+        let of_groups = gain.chunks_exact(width).zip(bias.chunks_exact(width)).cycle();
+        for ((x, y), (gain, bias)) in groups.zip(of_groups) {
             let count = x.len() as f64;
             let mut lanes = [0.0f64; LANES];
             for (index, &x) in x.iter().enumerate() {
@@ -114,7 +114,7 @@ impl Reference {
                 lanes[index % LANES] += (f64::from(x) - mean).powi(2);
             }
             let scale = 1.0 / (add_lanes(lanes) / count + f64::from(eps)).sqrt();
-            for (((y, &x), &gain), &bias) in y.iter_mut().zip(x).zip(&gain).zip(&bias) {
+            for (((y, &x), &gain), &bias) in y.iter_mut().zip(x).zip(gain).zip(bias) {
                 *y = ((f64::from(x) - mean) * scale * f64::from(gain) + f64::from(bias)) as f32;
             }
         }

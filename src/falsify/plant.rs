@@ -230,10 +230,8 @@ pub fn planted(
         Call::RmsNorm { x, gain, eps } => norm(plant, (x, gain, eps), ground),
         Call::LayerNorm { x, gain, bias, eps } => match plant {
             Plant::MeanKept => layer_norm::with_mean(ground.arm, call),
-            Plant::NormBiasMissing => {
-                let zeros = vec![0.0; bias.width()];
-                let none = MadeWeight::new(format!("{} left out", bias.name()), 1, &zeros);
-                Ok(Some(ground.arm.layer_norm(x, gain, none.weight()?, eps)?))
+            Plant::NormBiasMissing if bias.is_some() => {
+                Ok(Some(ground.arm.layer_norm(x, gain, None, eps)?))
             }
             Plant::Epsilon(other) if other != eps => {
                 Ok(Some(ground.arm.layer_norm(x, gain, bias, other)?))

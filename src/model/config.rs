@@ -6,6 +6,7 @@
 
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
+use super::hf_config::Yarn;
 
 /// Sizes above this are typing errors or attacks: the largest models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
@@ -129,7 +130,7 @@ impl Architecture {
     ];
     /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
     /// Mixtral.
-    pub(super) const OF_GGUF: [(&str, Architecture); 14] = [
+    pub(super) const OF_GGUF: [(&str, Architecture); 16] = [
         ("llama", Architecture::Llama),
         ("qwen2", Architecture::Qwen2),
         ("qwen3", Architecture::Qwen3),
@@ -144,6 +145,8 @@ impl Architecture {
         ("starcoder2", Architecture::Starcoder2),
         ("qwen2moe", Architecture::Qwen2Moe),
         ("qwen3moe", Architecture::Qwen3Moe),
+        ("gpt-oss", Architecture::GptOss),
+        ("deepseek2", Architecture::DeepSeekV3),
     ];
 
     /// The name that GGUF files use.
@@ -451,7 +454,7 @@ pub struct Experts {
 
 /// Latent attention (MLA): queries, keys and values come out of narrow vectors, and a part of each
 /// key is the same for all heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Latent {
     /// Width of the vector that queries come out of; from the normed stream itself where none.
     pub queries: Option<usize>,
@@ -463,6 +466,8 @@ pub struct Latent {
     pub turned: usize,
     /// Width of a head of values.
     pub values: usize,
+    /// What stands under the root in the norms of the narrow vectors.
+    pub eps: f32,
 }
 
 /// Gated delta nets in the place of attention (Yang et al., arXiv 2412.06464): a state for each
@@ -521,6 +526,10 @@ pub struct Config {
     pub activation: Activation,
     /// Which projections have biases.
     pub biases: Biases,
+    /// Whether blocks have a norm before the feed-forward network.
+    pub ffn_norm: Presence,
+    /// Whether each head of queries and keys has a norm with a gain of its own.
+    pub head_norms: Presence,
     /// Blocks whose attention sees a window.
     pub sliding: Sliding,
     /// Which blocks turn queries and keys; all of them where the list is empty.
@@ -609,6 +618,7 @@ impl Config {
                 "still": latent.still,
                 "turned": latent.turned,
                 "values": latent.values,
+                "norm_eps": latent.eps,
             })),
         })
     }
@@ -678,11 +688,11 @@ impl Config {
         let always = Presence::Always;
         let Biases { qkv, output, ffn } = self.biases;
         let norms = self.architecture.norms();
-        let before: &[&str] = if norms == Norms::After { &[] } else { &["attn_norm", "ffn_norm"] };
-        for name in before {
-            push(&format!("{name}.weight"), 1, self.hidden, always);
+        let before = [("attn_norm", always), ("ffn_norm", self.ffn_norm)];
+        for (name, presence) in before.into_iter().filter(|_| norms != Norms::After) {
+            push(&format!("{name}.weight"), 1, self.hidden, presence);
             if self.architecture.takes_means_off() {
-                push(&format!("{name}.bias"), 1, self.hidden, always);
+                push(&format!("{name}.bias"), 1, self.hidden, presence);
             }
         }
         if norms != Norms::Before {
@@ -746,6 +756,8 @@ impl Config {
             push("attn_q_norm.weight", 1, of_queries, always);
             push("attn_k_norm.weight", 1, of_keys, always);
         }
+        push("attn_q_norm.weight", self.heads, self.head_dim, self.head_norms);
+        push("attn_k_norm.weight", self.kv_heads, self.head_dim, self.head_norms);
         match self.experts_of(layer) {
             None => {
                 if self.architecture.is_gated() {
@@ -816,6 +828,8 @@ pub(super) struct Raw {
     pub tied_embeddings: bool,
     pub activation: Activation,
     pub biases: Biases,
+    pub ffn_norm: Presence,
+    pub head_norms: Presence,
     pub window: Option<u64>,
     pub sliding: Vec<bool>,
     pub sliding_rope: Option<RawRope>,
@@ -900,6 +914,8 @@ impl Raw {
             tied_embeddings: self.tied_embeddings,
             activation: self.activation,
             biases: self.biases,
+            ffn_norm: self.ffn_norm,
+            head_norms: self.head_norms,
             sliding: Sliding {
                 window: self
                     .window
@@ -978,7 +994,8 @@ impl Config {
             }
             positive("factor of the experts' weights", f64::from(factor as f32))?;
         }
-        if let Some(Latent { queries, keys, still, turned, values }) = self.latent {
+        if let Some(Latent { queries, keys, still, turned, values, eps }) = self.latent {
+            positive("norm epsilon", eps.into())?;
             for (what, width) in [
                 ("q_lora_rank", queries.unwrap_or(1)),
                 ("kv_lora_rank", keys),
@@ -1073,40 +1090,62 @@ pub(super) fn from_gguf(
     };
     let keys = Keys { header, prefix, architecture };
     keys.refuse_unknown(file)?;
-    let experts = keys.experts()?;
+    let layers = keys.required("block_count")?;
+    let experts = keys.experts(layers)?;
+    let latent = keys.latent()?;
     let architecture = match (architecture, &experts) {
         (Architecture::Llama, Some(_)) => Architecture::Mixtral,
         (other, _) => other,
     };
     let hidden = keys.required("embedding_length")?;
     let heads = keys.required("attention.head_count")?;
-    let layers = keys.required("block_count")?;
-    let head_dim = match keys.optional("attention.key_length")? {
-        Some(width) => width,
-        None => exact_share(hidden, heads)?,
+    let head_dim = match (latent, keys.optional("attention.key_length")?) {
+        (Some(latent), _) => (latent.still + latent.turned) as u64,
+        (None, Some(width)) => width,
+        (None, None) => exact_share(hidden, heads)?,
     };
     if let Some(values) = keys.optional("attention.value_length")?
         && values != head_dim
+        && latent.is_none()
     {
         return Err(Fault::unsupported(
             format!("keys are {head_dim} wide, but values {values}"),
             OTHER_MODEL,
         ));
     }
-    let turns_parts =
-        matches!(architecture, Architecture::StableLm | Architecture::Glm4 | Architecture::Phi3);
+    let turns_parts = matches!(
+        architecture,
+        Architecture::StableLm | Architecture::Glm4 | Architecture::Phi3 | Architecture::DeepSeekV3
+    );
     let magnitude = match architecture {
         Architecture::Phi3 => keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
         _ => 1.0,
     };
-    let rope = |theta: f64, linear_scale: f64| -> Result<RawRope, Fault> {
+    let rope = |theta: f64, stretch: Stretch| -> Result<RawRope, Fault> {
         let dimensions = keys.optional("rope.dimension_count")?;
+        let dimensions = match turns_parts {
+            true => dimensions.unwrap_or(head_dim),
+            false => whole_head(dimensions, head_dim)?,
+        };
+        let (linear_scale, factors, magnitude) = match stretch {
+            Stretch::Linear(scale) => (scale, None, magnitude),
+            Stretch::Yarn(yarn) => {
+                positive("RoPE base", theta)?;
+                if dimensions > LARGEST_HEAD {
+                    return Err(Fault::malformed(
+                        format!("RoPE turns {dimensions} values of a head"),
+                        FETCH_AGAIN,
+                    ));
+                }
+                let (low, high) = yarn.bounds(theta, dimensions)?;
+                // Of latent attention it is a factor of the scores.
+                let magnitude = if latent.is_some() { 1.0 } else { yarn.magnitude(1.0) };
+                (1.0, Some(yarn.factors(dimensions, low, high)), magnitude)
+            }
+        };
         Ok(RawRope {
-            dimensions: match turns_parts {
-                true => dimensions.unwrap_or(head_dim),
-                false => whole_head(dimensions, head_dim)?,
-            },
-            at_end: false,
+            dimensions,
+            at_end: latent.is_some(),
             theta,
             // What llama.cpp turns: neighbours where its converter permutes queries and keys.
             layout: match architecture {
@@ -1114,10 +1153,11 @@ pub(super) fn from_gguf(
                 | Architecture::Mixtral
                 | Architecture::Granite
                 | Architecture::SmolLm3
-                | Architecture::Glm4 => RopeLayout::Interleaved,
+                | Architecture::Glm4
+                | Architecture::DeepSeekV3 => RopeLayout::Interleaved,
                 _ => RopeLayout::Halves,
             },
-            factors: None,
+            factors,
             linear_scale,
             magnitude,
             scaling: None,
@@ -1128,14 +1168,18 @@ pub(super) fn from_gguf(
     let blocks = 0..layers.min(LARGEST_SIZE);
     let window = keys.optional("attention.sliding_window")?;
     let of_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
-    if of_gemma && window == Some(0) {
+    let slides = of_gemma || architecture == Architecture::GptOss;
+    if slides && window == Some(0) {
         let key = keys.full("attention.sliding_window");
         return Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN));
     }
     // What llama.cpp demands, or has no use for.
     let needs_output = matches!(
         architecture,
-        Architecture::Olmo2 | Architecture::StableLm | Architecture::Qwen2Moe
+        Architecture::Olmo2
+            | Architecture::StableLm
+            | Architecture::Qwen2Moe
+            | Architecture::GptOss
     );
     if needs_output && tied {
         return Err(Fault::malformed("`output.weight` is missing", FETCH_AGAIN));
@@ -1154,7 +1198,11 @@ pub(super) fn from_gguf(
         }
         Architecture::Gemma3 if window.is_some() => {
             let sliding = blocks.clone().map(|block| block % 6 != 5).collect();
-            (window, sliding, Some(rope(10_000.0, 1.0)?))
+            (window, sliding, Some(rope(10_000.0, Stretch::Linear(1.0))?))
+        }
+        Architecture::GptOss => {
+            let window = keys.required("attention.sliding_window")?;
+            (Some(window), blocks.clone().map(|block| block % 2 == 0).collect(), None)
         }
         _ => (None, Vec::new(), None),
     };
@@ -1168,7 +1216,10 @@ pub(super) fn from_gguf(
         true => "attention.layer_norm_epsilon",
         false => "attention.layer_norm_rms_epsilon",
     };
-    let (factors, caps) = keys.factors(architecture, layers, hidden, heads, head_dim)?;
+    let (mut factors, caps) = keys.factors(architecture, layers, hidden, heads, head_dim)?;
+    if let Some(latent) = &latent {
+        factors.scores = keys.latent_scale(file, latent)?;
+    }
     let context_length = keys.required("context_length")?;
     let context_length = match (architecture, keys.optional("attention.sliding_window")?) {
         // llama.cpp computes no window in it, which is the same as long as nothing slides out.
@@ -1180,9 +1231,13 @@ pub(super) fn from_gguf(
         layers,
         hidden,
         heads,
-        kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
+        kv_heads: match latent {
+            // One, as llama.cpp keeps them, is all of them.
+            Some(_) => heads,
+            None => keys.optional("attention.head_count_kv")?.unwrap_or(heads),
+        },
         head_dim,
-        rope: rope(theta, keys.linear_scale(file)?)?,
+        rope: rope(theta, keys.stretch(file)?)?,
         ffn,
         vocabulary: vocabulary as u64,
         context_length,
@@ -1192,6 +1247,7 @@ pub(super) fn from_gguf(
             Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Starcoder2 => {
                 Activation::GeluTanh
             }
+            Architecture::GptOss => Activation::ClampedSwiglu,
             _ => Activation::Silu,
         },
         biases: Biases {
@@ -1202,21 +1258,31 @@ pub(super) fn from_gguf(
                 Architecture::Gemma2
                 | Architecture::SmolLm3
                 | Architecture::Olmo2
-                | Architecture::Phi3 => Presence::Never,
+                | Architecture::Phi3
+                | Architecture::DeepSeekV3 => Presence::Never,
                 _ => Presence::Open,
             },
             output: match architecture {
-                Architecture::Starcoder2 => Presence::Always,
-                Architecture::Phi3 => Presence::Never,
+                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
+                Architecture::Phi3 | Architecture::DeepSeekV3 => Presence::Never,
                 _ => Presence::Open,
             },
             ffn: match architecture {
-                Architecture::Starcoder2 => Presence::Always,
+                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
                 Architecture::Phi3 => Presence::Never,
-                // Mixtures have none.
+                // Other mixtures have none.
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,
             },
+        },
+        // llama.cpp goes by the tensors.
+        ffn_norm: match architecture {
+            Architecture::StableLm => Presence::Open,
+            _ => Presence::Always,
+        },
+        head_norms: match architecture {
+            Architecture::StableLm => Presence::Open,
+            _ => Presence::Never,
         },
         window,
         sliding,
@@ -1229,7 +1295,7 @@ pub(super) fn from_gguf(
         factors,
         caps,
         experts,
-        latent: None,
+        latent,
         delta: None,
     }
     .check()
@@ -1343,6 +1409,15 @@ impl Keys<'_> {
         "rope.scale_linear",
     ];
 
+    /// Keys that say something of YaRN alone.
+    const OF_YARN: [&'static str; 5] = [
+        "rope.scaling.yarn_attn_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_log_multiplier",
+    ];
+
     /// Keys that are read, or must say what is computed, in this architecture alone.
     fn own(&self) -> &'static [&'static str] {
         match self.architecture {
@@ -1355,6 +1430,33 @@ impl Keys<'_> {
                 "expert_group_count",
                 "expert_group_used_count",
                 "expert_gating_func",
+            ],
+            Architecture::GptOss => &[
+                "expert_feed_forward_length",
+                "attention.sliding_window_pattern",
+                "rope.scaling.yarn_ext_factor",
+                "rope.scaling.yarn_attn_factor",
+                "rope.scaling.yarn_beta_fast",
+                "rope.scaling.yarn_beta_slow",
+            ],
+            Architecture::DeepSeekV3 => &[
+                "attention.key_length_mla",
+                "attention.kv_lora_rank",
+                "attention.q_lora_rank",
+                "attention.value_length_mla",
+                "expert_feed_forward_length",
+                "expert_gating_func",
+                "expert_group_count",
+                "expert_group_used_count",
+                "expert_shared_count",
+                "expert_weights_norm",
+                "expert_weights_scale",
+                "leading_dense_block_count",
+                "rope.scaling.yarn_attn_factor",
+                "rope.scaling.yarn_beta_fast",
+                "rope.scaling.yarn_beta_slow",
+                "rope.scaling.yarn_ext_factor",
+                "rope.scaling.yarn_log_multiplier",
             ],
             Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
             Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
@@ -1370,20 +1472,28 @@ impl Keys<'_> {
 
     /// The mixture of experts, as llama.cpp computes it: of a llama and a qwen3moe the weights are
     /// divided by their sum, of a qwen2moe they are not.
-    fn experts(&self) -> Result<Option<Experts>, Fault> {
+    fn experts(&self, layers: u64) -> Result<Option<Experts>, Fault> {
         let count = self.optional("expert_count")?.unwrap_or(0).min(LARGEST_SIZE) as usize;
         let width = |key: &str| -> Result<usize, Fault> {
             Ok(self.required(key)?.min(LARGEST_SIZE + 1) as usize)
         };
         let shares = self.architecture == Architecture::Qwen2Moe;
         let (ffn, scores) = match self.architecture {
-            Architecture::Qwen2Moe | Architecture::Qwen3Moe if count == 0 => {
+            Architecture::Qwen2Moe
+            | Architecture::Qwen3Moe
+            | Architecture::GptOss
+            | Architecture::DeepSeekV3
+                if count == 0 =>
+            {
                 return Err(missing_key(&self.full("expert_count")));
             }
             _ if count == 0 => return self.refuse_experts_of_none().map(|()| None),
             Architecture::Llama => ("feed_forward_length", RouterScores::SoftmaxOfTaken),
-            Architecture::Qwen3Moe => ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken),
+            Architecture::Qwen3Moe | Architecture::GptOss => {
+                ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken)
+            }
             Architecture::Qwen2Moe => ("expert_feed_forward_length", RouterScores::Softmax),
+            Architecture::DeepSeekV3 => return self.experts_in_groups(layers, count).map(Some),
             _ => {
                 return Err(Fault::unsupported(
                     format!(
@@ -1406,6 +1516,154 @@ impl Keys<'_> {
             gates_shared: shares,
             blocks: Vec::new(),
         }))
+    }
+
+    /// The experts of a deepseek2: a softmax or sigmoids, in groups where the file says so, and one
+    /// that all tokens share.
+    fn experts_in_groups(&self, layers: u64, count: usize) -> Result<Experts, Fault> {
+        let width = |key: &str| -> Result<usize, Fault> {
+            Ok(self.required(key)?.min(LARGEST_SIZE + 1) as usize)
+        };
+        let normalises = self.header.bool(&self.full("expert_weights_norm"))?.unwrap_or(false);
+        // Its first files do not say it.
+        let scores = match (self.optional("expert_gating_func")?, normalises) {
+            (None | Some(1), true) => RouterScores::SoftmaxOfTaken,
+            (None | Some(1), false) => RouterScores::Softmax,
+            (Some(2), true) => RouterScores::SigmoidNormalised,
+            (Some(2), false) => RouterScores::Sigmoid,
+            (Some(other), _) => {
+                let key = self.full("expert_gating_func");
+                return Err(Fault::unsupported(
+                    format!("`{key}` is {other}, neither softmax (1) nor sigmoid (2)"),
+                    OTHER_MODEL,
+                ));
+            }
+        };
+        let of_groups = |key: &str| -> Result<usize, Fault> {
+            Ok(self.optional(key)?.unwrap_or(0).clamp(1, LARGEST_SIZE) as usize)
+        };
+        let groups = of_groups("expert_group_count")?;
+        let used_groups = match groups {
+            0 | 1 => of_groups("expert_group_used_count")?,
+            _ => width("expert_group_used_count")?,
+        };
+        let by_softmax = matches!(scores, RouterScores::Softmax | RouterScores::SoftmaxOfTaken);
+        if groups > 1 && by_softmax {
+            let key = self.full("expert_group_count");
+            return Err(Fault::unsupported(
+                format!("`{key}` is {groups}, and its experts are chosen by a softmax"),
+                OTHER_MODEL,
+            ));
+        }
+        let first = self.optional("leading_dense_block_count")?.unwrap_or(0);
+        let ffn = width("expert_feed_forward_length")?;
+        Ok(Experts {
+            count,
+            ffn,
+            routing: Routing {
+                used: width("expert_used_count")?,
+                scores,
+                factor: self.float("expert_weights_scale")?.unwrap_or(1.0),
+                groups,
+                used_groups,
+            },
+            shared: Some(ffn.saturating_mul(width("expert_shared_count")?)),
+            gates_shared: false,
+            blocks: (0..layers.min(LARGEST_SIZE)).map(|block| block >= first).collect(),
+        })
+    }
+
+    /// The latent attention of a deepseek2. Newer files name the widths of the heads apart from those
+    /// that llama.cpp keeps of keys and values.
+    fn latent(&self) -> Result<Option<Latent>, Fault> {
+        if self.architecture != Architecture::DeepSeekV3 {
+            return Ok(None);
+        }
+        let refused = |key: &str, given: u64, wanted: u64| {
+            let key = self.full(key);
+            Err(Fault::malformed(format!("`{key}` is {given}, not {wanted}"), FETCH_AGAIN))
+        };
+        let (keys, turned) =
+            (self.required("attention.kv_lora_rank")?, self.required("rope.dimension_count")?);
+        let of_heads = ["attention.key_length_mla", "attention.value_length_mla"];
+        let [of_keys, of_values] = of_heads.map(|key| self.optional(key));
+        let (whole, values) = match (of_keys?.filter(|w| *w > 0), of_values?.filter(|w| *w > 0)) {
+            (Some(whole), Some(values)) => {
+                for (key, wanted) in [
+                    ("attention.head_count_kv", 1),
+                    ("attention.key_length", keys.saturating_add(turned)),
+                    ("attention.value_length", keys),
+                ] {
+                    match self.required(key)? {
+                        given if given == wanted => {}
+                        given => return refused(key, given, wanted),
+                    }
+                }
+                (whole, values)
+            }
+            (None, None) => {
+                let heads = self.required("attention.head_count")?;
+                if let Some(given) =
+                    self.optional("attention.head_count_kv")?.filter(|given| *given != heads)
+                {
+                    return refused("attention.head_count_kv", given, heads);
+                }
+                (self.required("attention.key_length")?, self.required("attention.value_length")?)
+            }
+            (Some(_), None) => return Err(missing_key(&self.full(of_heads[1]))),
+            (None, Some(_)) => return Err(missing_key(&self.full(of_heads[0]))),
+        };
+        let Some(still) = whole.checked_sub(turned) else {
+            return Err(Fault::malformed(
+                format!("its heads have {whole} values, and RoPE turns {turned} of them"),
+                FETCH_AGAIN,
+            ));
+        };
+        let size = |width: u64| width.min(LARGEST_SIZE + 1) as usize;
+        let queries = self.optional("attention.q_lora_rank")?.filter(|width| *width > 0);
+        Ok(Some(Latent {
+            queries: queries.map(size),
+            keys: size(keys),
+            still: size(still),
+            turned: size(turned),
+            values: size(values),
+            eps: self.float("attention.layer_norm_rms_epsilon")?.unwrap_or(0.0) as f32,
+        }))
+    }
+
+    /// What the scores of latent attention are multiplied by where YaRN stretches the context:
+    /// the usual scale times the square of what the logarithm of the factor makes.
+    fn latent_scale(&self, file: &[u8], latent: &Latent) -> Result<Option<f64>, Fault> {
+        let key = "rope.scaling.yarn_log_multiplier";
+        let multiplier = self.float(key)?;
+        match self.stretch(file)? {
+            Stretch::Linear(1.0) => Ok(None),
+            Stretch::Linear(factor) => Err(Fault::unsupported(
+                format!(
+                    "its context is stretched {factor} times, and in this architecture that is done \
+                     by YaRN alone"
+                ),
+                OTHER_MODEL,
+            )),
+            // Without it llama.cpp's versions turn by other magnitudes.
+            Stretch::Yarn(_) if multiplier.is_none_or(|multiplier| multiplier == 0.0) => {
+                Err(match multiplier {
+                    None => missing_key(&self.full(key)),
+                    Some(zero) => Fault::unsupported(
+                        format!(
+                            "`{}` is {zero}, with a context that YaRN stretches",
+                            self.full(key)
+                        ),
+                        OTHER_MODEL,
+                    ),
+                })
+            }
+            Stretch::Yarn(yarn) => {
+                let usual = 1.0 / ((latent.still + latent.turned) as f64).sqrt();
+                let magnitude = 1.0 + multiplier.unwrap_or(0.0) * yarn.factor.ln();
+                Ok(Some(usual * magnitude * magnitude))
+            }
+        }
     }
 
     /// What says how many experts a token goes to, where there are none: llama.cpp ends there.
@@ -1502,7 +1760,7 @@ impl Keys<'_> {
             .keys()
             .filter_map(|key| key.strip_prefix(self.prefix).and_then(|key| key.strip_prefix('.')));
         // YaRN and its relatives: their other keys follow from the type.
-        self.linear_scale(file)?;
+        self.stretch(file)?;
         for key in own {
             let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
             if !known && !self.own().contains(&key) {
@@ -1519,7 +1777,13 @@ impl Keys<'_> {
             ("expert_group_used_count", &[0, 1]),
             // Softmax.
             ("expert_gating_func", &[1]),
+            // Every other block slides.
+            ("attention.sliding_window_pattern", &[2]),
         ] {
+            // Of these its experts come in kinds.
+            if self.architecture == Architecture::DeepSeekV3 && key.starts_with("expert_") {
+                continue;
+            }
             if let Some(other) = self.optional(key)?.filter(|value| !known.contains(value)) {
                 let key = self.full(key);
                 return Err(Fault::unsupported(format!("`{key}` is {other}"), OTHER_MODEL));
@@ -1550,7 +1814,7 @@ impl Keys<'_> {
         }
         if matches!(
             self.architecture,
-            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Phi3
+            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Phi3 | Architecture::GptOss
         ) {
             return Ok(());
         }
@@ -1560,21 +1824,77 @@ impl Keys<'_> {
         )
     }
 
-    fn linear_scale(&self, file: &[u8]) -> Result<f64, Fault> {
+    /// How the context is stretched.
+    fn stretch(&self, file: &[u8]) -> Result<Stretch, Fault> {
         let factor = match self.float("rope.scaling.factor")? {
             Some(factor) => Some(factor),
             None => self.float("rope.scale_linear")?,
         };
-        match self.header.text(file, &self.full("rope.scaling.type"))? {
-            Some("none") => Ok(1.0),
-            // llama.cpp takes an absent type for linear and a zero for no scaling.
-            None | Some("linear") => Ok(factor.filter(|&factor| factor != 0.0).unwrap_or(1.0)),
+        // llama.cpp takes a zero for no scaling.
+        let factor = factor.filter(|&factor| factor != 0.0).unwrap_or(1.0);
+        let kind = self.header.text(file, &self.full("rope.scaling.type"))?;
+        let given = |key: &&str| self.header.get(&self.full(key)).is_some();
+        let of_yarn = Self::OF_YARN.iter().find(|key| given(key) && self.own().contains(key));
+        if let Some(key) = of_yarn.filter(|_| kind != Some("yarn")) {
+            return Err(Fault::unsupported(
+                format!("it has `{}`, and its `rope.scaling.type` is not `yarn`", self.full(key)),
+                OTHER_MODEL,
+            ));
+        }
+        match kind {
+            Some("none") => Ok(Stretch::Linear(1.0)),
+            // And an absent type for linear.
+            None | Some("linear") => Ok(Stretch::Linear(factor)),
+            Some("yarn")
+                if matches!(self.architecture, Architecture::GptOss | Architecture::DeepSeekV3) =>
+            {
+                // Its versions differ on what turns faster than the model was trained for.
+                if factor < 1.0 {
+                    let key = self.full("rope.scaling.factor");
+                    return Err(Fault::malformed(
+                        format!("`{key}` is {factor}, and YaRN stretches by 1 or more"),
+                        FETCH_AGAIN,
+                    ));
+                }
+                for key in ["rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"] {
+                    if let Some(other) = self.float(key)?.filter(|value| *value != 1.0) {
+                        return Err(Fault::unsupported(
+                            format!("`{}` is {other}, not 1", self.full(key)),
+                            OTHER_MODEL,
+                        ));
+                    }
+                }
+                let original = match self.optional("rope.scaling.original_context_length")? {
+                    Some(positions) => positions,
+                    None => self.required("context_length")?,
+                };
+                positive("rope.scaling.original_context_length", original as f64)?;
+                let turns = |key: &str, usual: f64| -> Result<f64, Fault> {
+                    Ok(self.float(key)?.unwrap_or(usual))
+                };
+                Ok(Stretch::Yarn(Yarn {
+                    factor,
+                    original: original as f64,
+                    fast: turns("rope.scaling.yarn_beta_fast", 32.0)?,
+                    slow: turns("rope.scaling.yarn_beta_slow", 1.0)?,
+                    // Whatever the original's config said.
+                    truncate: true,
+                }))
+            }
             Some(other) => Err(Fault::unsupported(
                 format!("RoPE is scaled by the method `{}`", shown(other)),
                 OTHER_MODEL,
             )),
         }
     }
+}
+
+/// How a GGUF file's context is stretched.
+enum Stretch {
+    /// All frequencies by the same factor.
+    Linear(f64),
+    /// Slow frequencies more than fast ones.
+    Yarn(Yarn),
 }
 
 /// A window as wide as the context hides nothing.

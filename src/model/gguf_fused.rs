@@ -1,13 +1,15 @@
 //! Tensors of a GGUF file that hold several of a block's, one below the other.
 //!
-//! llama.cpp keeps all experts of a block in one tensor, the gate of a GLM 4 and a Phi 3 above the
-//! other projection, and queries, keys and values of a Phi 3 below one another. One table says which; the reader cuts by it, and the generator of synthetic models
-//! joins by it. It knows names and rows, no values.
+//! llama.cpp keeps all experts of a block in one tensor, their biases in another, the gate of a
+//! GLM 4 and a Phi 3 above the other projection, and queries, keys and values of a Phi 3 below one
+//! another. One table says which; the reader cuts by it, and the generator of synthetic models
+//! joins by it. It also knows which tensors have another name than elsewhere. It knows names and
+//! rows, no values.
 
 use std::collections::BTreeMap;
 
 use super::Place;
-use super::config::{Architecture, Config};
+use super::config::{Architecture, Config, Presence};
 use super::error::{FETCH_AGAIN, Fault};
 use super::gguf::TensorInfo;
 
@@ -22,13 +24,50 @@ pub(super) struct Fused {
 }
 
 /// The names that fused tensors have within a block.
-pub(super) const NAMES: [&str; 5] = [
+pub(super) const NAMES: [&str; 8] = [
     "attn_qkv.weight",
     "ffn_gate_exps.weight",
     "ffn_up_exps.weight",
     "ffn_down_exps.weight",
+    "ffn_gate_exps.bias",
+    "ffn_up_exps.bias",
+    "ffn_down_exps.bias",
     "ffn_up.weight",
 ];
+
+/// What llama.cpp calls the norm before the feed-forward network in these architectures.
+const OTHER_FFN_NORM: &str = "post_attention_norm.weight";
+
+/// Gives tensors the names that a pass knows them by.
+///
+/// # Errors
+/// If a tensor has such a name already, which llama.cpp has no use for.
+pub(super) fn rename(
+    tensors: &mut BTreeMap<String, Place>,
+    architecture: Architecture,
+) -> Result<(), Fault> {
+    if architecture != Architecture::GptOss {
+        return Ok(());
+    }
+    let inner = |name: &String| crate::op::in_layer(name).map(|(_, inner)| inner.to_owned());
+    if let Some(name) =
+        tensors.keys().find(|name| inner(name).as_deref() == Some("ffn_norm.weight"))
+    {
+        return Err(Fault::unsupported(
+            format!("llama.cpp calls it `{OTHER_FFN_NORM}` in this architecture"),
+            "convert the model anew",
+        )
+        .in_tensor(name.clone()));
+    }
+    let named = |name: &&String| inner(name).as_deref() == Some(OTHER_FFN_NORM);
+    let names: Vec<String> = tensors.keys().filter(named).cloned().collect();
+    for name in names {
+        if let Some(place) = tensors.remove(&name) {
+            tensors.insert(name.replace(OTHER_FFN_NORM, "ffn_norm.weight"), place);
+        }
+    }
+    Ok(())
+}
 
 /// What a tensor of this name holds, where it holds several.
 pub(super) fn parts(inner: &str, config: &Config) -> Option<Fused> {
@@ -43,6 +82,14 @@ pub(super) fn parts(inner: &str, config: &Config) -> Option<Fused> {
             let name = |expert: usize| (format!("{stem}.{expert}.weight"), rows);
             let parts = (0..of.count).map(name).collect();
             Some(Fused { parts, width, depth: of.count })
+        }
+        ("ffn_gate_exps.bias" | "ffn_up_exps.bias" | "ffn_down_exps.bias", Some(of))
+            if config.biases.ffn != Presence::Never =>
+        {
+            let stem = inner.trim_end_matches(".bias");
+            let width = if stem == "ffn_down_exps" { hidden } else { of.ffn };
+            let parts = (0..of.count).map(|expert| (format!("{stem}.{expert}.bias"), 1)).collect();
+            Some(Fused { parts, width, depth: 1 })
         }
         ("attn_qkv.weight", _) if config.architecture == Architecture::Phi3 => {
             let [queries, keys] = [config.heads, config.kv_heads].map(|n| n * config.head_dim);

@@ -270,19 +270,12 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
     if latent.is_some() {
         factors.scores = latent_scale(keys, latent)?;
     }
-    if architecture == Architecture::StableLm {
-        for (key, what) in [
-            ("qk_layernorm", "norms of each head's queries and keys of their own"),
-            ("use_parallel_residual", "attention and feed-forward network side by side"),
-        ] {
-            if keys.flag(key)? == Some(true) {
-                return Err(Fault::unsupported(
-                    format!("its `{key}` is true: {what} are not computed"),
-                    OTHER_MODEL,
-                ));
-            }
-        }
-    }
+    let of_stablelm = |key: &str| -> Result<bool, Fault> {
+        Ok(architecture == Architecture::StableLm && keys.flag(key)?.unwrap_or(false))
+    };
+    // Attention and feed-forward network side by side read the same norm.
+    let ffn_norm = Presence::of(!of_stablelm("use_parallel_residual")?);
+    let head_norms = Presence::of(of_stablelm("qk_layernorm")?);
     Ok(Raw {
         architecture,
         layers,
@@ -311,6 +304,8 @@ fn raw(keys: &Keys<'_>, architecture: Architecture) -> Result<Raw, Fault> {
         ),
         activation: activation(keys, architecture)?,
         biases: biases(keys, architecture)?,
+        ffn_norm,
+        head_norms,
         window,
         sliding,
         sliding_rope,
@@ -443,6 +438,8 @@ fn latent(keys: &Keys<'_>, architecture: Architecture) -> Result<Option<Latent>,
         still: width("qk_nope_head_dim", 128)?,
         turned: width("qk_rope_head_dim", 64)?,
         values: width("v_head_dim", 128)?,
+        // transformers' class gives them its own, whatever the config says.
+        eps: 1e-6,
     };
     let whole = (latent.still + latent.turned) as u64;
     match keys.whole("qk_head_dim")? {
@@ -1258,21 +1255,21 @@ impl Llama3 {
 /// YaRN (Peng et al., arXiv 2309.00071): pairs that turn often within the first context keep
 /// their frequency, those that turn seldom are stretched by `factor`, those between blended
 /// (`_compute_yarn_parameters` of transformers).
-struct Yarn {
-    factor: f64,
+pub(super) struct Yarn {
+    pub factor: f64,
     /// Positions of the first context.
-    original: f64,
+    pub original: f64,
     /// Turns within it from which on a frequency is kept.
-    fast: f64,
+    pub fast: f64,
     /// Turns up to which it is stretched whole.
-    slow: f64,
+    pub slow: f64,
     /// Whether the bounds are whole pairs.
-    truncate: bool,
+    pub truncate: bool,
 }
 
 impl Yarn {
     /// The last pair that is kept, and the first one that is stretched whole.
-    fn bounds(&self, theta: f64, dimensions: u64) -> Result<(f64, f64), Fault> {
+    pub fn bounds(&self, theta: f64, dimensions: u64) -> Result<(f64, f64), Fault> {
         for (what, value) in [
             ("RoPE scaling factor", self.factor),
             ("beta_fast", self.fast),
@@ -1295,7 +1292,7 @@ impl Yarn {
         Ok((low, high))
     }
 
-    fn factors(&self, dimensions: u64, low: f64, high: f64) -> Vec<f32> {
+    pub fn factors(&self, dimensions: u64, low: f64, high: f64) -> Vec<f32> {
         let factor = |pair: u64| {
             let stretched = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
             (1.0 / (stretched / self.factor + (1.0 - stretched))) as f32
@@ -1304,7 +1301,7 @@ impl Yarn {
     }
 
     /// What sine and cosine are multiplied by, so that attention stays as sharp.
-    fn magnitude(&self, scale: f64) -> f64 {
+    pub fn magnitude(&self, scale: f64) -> f64 {
         if self.factor <= 1.0 { 1.0 } else { 0.1 * scale * self.factor.ln() + 1.0 }
     }
 }
@@ -1646,9 +1643,14 @@ mod tests {
             "rms_norm_eps": "absent", "use_qkv_bias": true, "vocab_size": 100352
         });
         assert_eq!(read("stablelm", stable.clone()).rope.dimensions, 16);
+        let of = |config: Config| (config.ffn_norm, config.head_norms);
+        let usual = of(read("stablelm", stable.clone()));
+        assert_eq!(usual, (Presence::Always, Presence::Never));
         let mut parallel = stable;
         parallel["use_parallel_residual"] = Value::Bool(true);
-        assert!(refused("stablelm", parallel).contains("side by side"));
+        parallel["qk_layernorm"] = Value::Bool(true);
+        let other = of(read("stablelm", parallel));
+        assert_eq!(other, (Presence::Never, Presence::Always));
         let star = serde_json::json!({
             "activation_function": "gelu", "attention_softmax_in_fp32": true,
             "embedding_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,

@@ -196,6 +196,8 @@ fn every_key_of_gguf_has_an_answer() {
     let lists = lists();
     let mut found = Vec::new();
     for (name, _) in Architecture::OF_GGUF {
+        // Of latent attention all heads have keys.
+        let heads = if name == "deepseek2" { 2 } else { 1 };
         let read = |extra: Option<(&str, Written)>| -> Result<Config, Fault> {
             let mut writer = HeaderWriter::default();
             let mut put = |key: &str, value: Written| {
@@ -211,7 +213,7 @@ fn every_key_of_gguf_has_an_answer() {
                 ("embedding_length", Written::Unsigned(8)),
                 ("feed_forward_length", Written::Unsigned(12)),
                 ("attention.head_count", Written::Unsigned(2)),
-                ("attention.head_count_kv", Written::Unsigned(1)),
+                ("attention.head_count_kv", Written::Unsigned(heads)),
                 ("attention.layer_norm_rms_epsilon", Written::Float(1e-5)),
                 ("attention.layer_norm_epsilon", Written::Float(1e-5)),
                 ("logit_scale", Written::Float(2.0)),
@@ -219,10 +221,27 @@ fn every_key_of_gguf_has_an_answer() {
                 ("expert_used_count", Written::Unsigned(2)),
                 ("expert_feed_forward_length", Written::Unsigned(6)),
                 ("expert_shared_feed_forward_length", Written::Unsigned(6)),
+                ("expert_shared_count", Written::Unsigned(1)),
+                ("attention.sliding_window", Written::Unsigned(8)),
+                ("attention.kv_lora_rank", Written::Unsigned(6)),
+                ("attention.key_length", Written::Unsigned(4)),
+                ("attention.value_length", Written::Unsigned(4)),
+                ("rope.dimension_count", Written::Unsigned(2)),
             ] {
-                let of_mixtures = key.starts_with("expert_");
-                let shared = key.starts_with("expert_shared");
-                if of_mixtures && !(name == "qwen2moe" || name == "qwen3moe" && !shared) {
+                let is_of = match key {
+                    "expert_shared_feed_forward_length" => &["qwen2moe"][..],
+                    "expert_shared_count" => &["deepseek2"],
+                    _ if key.starts_with("expert_") => {
+                        &["qwen2moe", "qwen3moe", "gpt-oss", "deepseek2"]
+                    }
+                    "attention.sliding_window" => &["gpt-oss"],
+                    "attention.kv_lora_rank"
+                    | "attention.key_length"
+                    | "attention.value_length"
+                    | "rope.dimension_count" => &["deepseek2"],
+                    _ => &[],
+                };
+                if !is_of.is_empty() && !is_of.contains(&name) {
                     continue;
                 }
                 let of_norms = key.ends_with("epsilon");
@@ -237,7 +256,7 @@ fn every_key_of_gguf_has_an_answer() {
             }
             let file = writer.finish();
             let header = Header::parse(&file)?;
-            let needs_output = ["olmo2", "stablelm", "qwen2moe"].contains(&name);
+            let needs_output = ["olmo2", "stablelm", "qwen2moe", "gpt-oss"].contains(&name);
             config::from_gguf(&header, &file, 100, !needs_output)
         };
         let before = read(None).unwrap_or_else(|fault| panic!("{name}: {fault:?}"));
@@ -256,7 +275,11 @@ fn every_key_of_gguf_has_an_answer() {
                 Written::Text("nonsense"),
             ] {
                 // What is computed anyway.
-                let usual = matches!(value, Written::Bool(true)) && key.ends_with(".causal");
+                let usual = match value {
+                    Written::Bool(true) => key.ends_with(".causal"),
+                    Written::Bool(false) => key == "deepseek2.expert_weights_norm",
+                    _ => false,
+                };
                 let nothing = usual || config::changes_nothing(&key);
                 let told = match value {
                     Written::Unsigned(value) => value.to_string(),

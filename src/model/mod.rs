@@ -10,6 +10,7 @@ mod chat;
 mod chat_python;
 mod config;
 mod error;
+mod gathered;
 mod gguf;
 mod gguf_fused;
 mod gguf_parts;
@@ -44,6 +45,7 @@ pub use config::{
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
+use gathered::{Gathered, Gathering};
 pub(crate) use quantised::HeldCodes;
 use quantised::{Activations, Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
 use safetensors::Held;
@@ -114,6 +116,8 @@ struct Place {
     big_endian: bool,
     /// What the values of the blocks are multiplied by.
     second_scale: Option<f32>,
+    /// The tensors that its rows stand in, where these are two.
+    gathered: Option<Box<Gathered>>,
 }
 
 /// Where the tokenizer comes from when it is first needed.
@@ -187,6 +191,7 @@ impl Model {
                     steps,
                     big_endian,
                     second_scale: None,
+                    gathered: None,
                 },
             );
         }
@@ -197,8 +202,11 @@ impl Model {
         let tied = !tensors.contains_key("output.weight");
         let config = config::from_gguf(&header, &files[0].map, embedding, tied);
         let config = config.map_err(|fault| fault.at(path))?;
+        gguf_fused::rename(&mut tensors, config.architecture).map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);
         gguf_fused::cut(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
+        let infos = held.iter().map(|(_, info)| info);
+        gathered::gather(&mut tensors, infos, &config).map_err(|fault| fault.at(path))?;
         let mut model = Model {
             path: path.to_owned(),
             config,
@@ -267,6 +275,7 @@ impl Model {
                             steps,
                             big_endian: false,
                             second_scale: None,
+                            gathered: None,
                         });
                     }
                     MapEntry::Occupied(entry) => return Err(twice(entry.key())),
@@ -294,6 +303,8 @@ impl Model {
         }
         let dropped = model.drop_tied_copy();
         dropped.map_err(|fault| model.told(fault))?;
+        let stacked = gathered::stack_head_norms(&mut model.tensors, &model.config);
+        stacked.map_err(|fault| model.told(fault))?;
         model.check_tensors().map_err(|fault| model.told(fault))?;
         Ok(model)
     }
@@ -427,6 +438,7 @@ impl Model {
                     steps: None,
                     big_endian: false,
                     second_scale: None,
+                    gathered: None,
                 };
                 self.tensors.insert(name, place);
                 first += rows;
@@ -606,6 +618,8 @@ impl Model {
                     )
                     .in_tensor(name));
                 }
+                // llama.cpp reads it, and computes nothing with it.
+                Some(_) if self.is_bias_of_none(&name) => continue,
                 Some(_) => used.insert(name),
             };
         }
@@ -623,6 +637,12 @@ impl Model {
             .in_tensor(name)),
             None => Ok(()),
         }
+    }
+
+    /// Whether it is the bias of a norm that is not there.
+    fn is_bias_of_none(&self, name: &str) -> bool {
+        let gain = name.strip_suffix("norm.bias").map(|stem| format!("{stem}norm.weight"));
+        gain.is_some_and(|gain| !self.tensors.contains_key(&gain))
     }
 
     /// The path that was opened.
@@ -655,23 +675,7 @@ impl Model {
                 nearest: self.nearest(name),
             });
         };
-        let (kind, rows, width) = (place.kind, place.rows, place.width);
-        if let Some(coded) = &place.coded {
-            let coding = Coding::new(coded, &self.files);
-            return Ok(Weight::coded(name, kind, [rows, width], coding).of(self));
-        }
-        let bytes = &self.files[place.file].map[place.bytes.clone()];
-        let weight = match place.steps {
-            None => Weight::new(name, kind, rows, width, bytes)?,
-            Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
-        };
-        let weight = weight.of(self);
-        let weight = if place.big_endian { weight.big_endian() } else { weight };
-        let weight = match place.second_scale {
-            Some(scale) => weight.scaled(scale),
-            None => weight,
-        };
-        Ok(if place.less_one { weight.plus_one() } else { weight })
+        Ok(weight_at(name, place, &self.files)?.of(self))
     }
 
     /// The opened files of the weights, with what the file system said of them then.
@@ -766,6 +770,33 @@ impl Model {
         });
         built.as_ref().map_err(|fault| fault.clone().at(&self.path))
     }
+}
+
+/// The tensor that stands there.
+fn weight_at<'a>(
+    name: &'a str,
+    place: &'a Place,
+    files: &'a [MappedFile],
+) -> Result<Weight<'a>, ModelError> {
+    let (kind, rows, width) = (place.kind, place.rows, place.width);
+    if let Some(coded) = &place.coded {
+        return Ok(Weight::coded(name, kind, [rows, width], Coding::new(coded, files)));
+    }
+    let bytes = &files[place.file].map[place.bytes.clone()];
+    if let Some(gathered) = &place.gathered {
+        let gathering = Gathering::new(gathered, files);
+        return Ok(Weight::gathered(name, kind, [rows, width], bytes, gathering));
+    }
+    let weight = match place.steps {
+        None => Weight::new(name, kind, rows, width, bytes)?,
+        Some(steps) => Weight::stepped(name, kind, [rows, width], bytes, steps)?,
+    };
+    let weight = if place.big_endian { weight.big_endian() } else { weight };
+    let weight = match place.second_scale {
+        Some(scale) => weight.scaled(scale),
+        None => weight,
+    };
+    Ok(if place.less_one { weight.plus_one() } else { weight })
 }
 
 fn missing_tensor(name: &str) -> Fault {

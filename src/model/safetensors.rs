@@ -15,7 +15,7 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::config::{Architecture, Config, Norms};
+use super::config::{Architecture, Config, Norms, Presence};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::mixture::Mixture;
 use super::quantised::{Part, Piece, Quantised};
@@ -471,6 +471,9 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
     if let Some(canonical) = of_experts(part, config) {
         return Canonical::Known(format!("blk.{layer}.{canonical}"));
     }
+    if let Some(canonical) = of_head_norms(part, config) {
+        return Canonical::Known(format!("blk.{layer}.{canonical}"));
+    }
     let norms = config.architecture.norms();
     let glm = config.architecture == Architecture::Glm4;
     let fused = |parts: &[(&str, usize)]| {
@@ -537,6 +540,22 @@ fn canonical_block_name(name: &str, config: &Config) -> Canonical {
         _ => return Canonical::Unknown,
     };
     Canonical::Known(format!("blk.{layer}.{part}"))
+}
+
+/// The name within its block of a head's own gain, which is put together with those of the others.
+fn of_head_norms(part: &str, config: &Config) -> Option<String> {
+    if config.head_norms == Presence::Never {
+        return None;
+    }
+    let (norms, head) = part.strip_prefix("self_attn.")?.split_once(".norms.")?;
+    let head = head.strip_suffix(".weight")?;
+    let number = head.parse::<usize>().ok().filter(|number| number.to_string() == head)?;
+    let (name, heads) = match norms {
+        "q_layernorm" => ("attn_q_norm", config.heads),
+        "k_layernorm" => ("attn_k_norm", config.kv_heads),
+        _ => return None,
+    };
+    (number < heads).then(|| format!("{name}.{number}.weight"))
 }
 
 /// The canonical name within its block of a tensor that belongs to a mixture of experts.

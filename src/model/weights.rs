@@ -14,6 +14,7 @@ use half::slice::HalfFloatSliceExt;
 use super::Model;
 use super::blocks;
 use super::error::{ModelError, shown};
+use super::gathered::Gathering;
 use super::quantised::{Coding, HeldCodes};
 
 /// How a tensor's values are stored.
@@ -326,6 +327,8 @@ pub struct Weight<'a> {
     big_endian: bool,
     /// What the values of the blocks are multiplied by, where a scale stands beside them.
     second_scale: Option<f32>,
+    /// The tensors that its rows stand in, where these are two.
+    gathering: Option<Gathering<'a>>,
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -355,6 +358,7 @@ impl<'a> Weight<'a> {
             steps: None,
             big_endian: false,
             second_scale: None,
+            gathering: None,
         };
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
@@ -389,6 +393,7 @@ impl<'a> Weight<'a> {
             steps: Some(steps),
             big_endian: false,
             second_scale: None,
+            gathering: None,
         };
         let row = match kind {
             WeightType::F32 => Some((width.saturating_sub(1)) * steps.value + 4),
@@ -425,6 +430,31 @@ impl<'a> Weight<'a> {
             steps: None,
             big_endian: false,
             second_scale: None,
+            gathering: None,
+        }
+    }
+
+    /// A tensor whose rows stand in two others, whose shapes were checked; `bytes` are the first's.
+    pub(super) fn gathered(
+        name: &'a str,
+        kind: WeightType,
+        [rows, width]: [usize; 2],
+        bytes: &'a [u8],
+        gathering: Gathering<'a>,
+    ) -> Weight<'a> {
+        Weight {
+            name,
+            kind,
+            rows,
+            width,
+            bytes,
+            model: None,
+            less_one: false,
+            coding: None,
+            steps: None,
+            big_endian: false,
+            second_scale: None,
+            gathering: Some(gathering),
         }
     }
 
@@ -481,13 +511,15 @@ impl<'a> Weight<'a> {
     /// Whether the bytes are its rows, one after the other, in a type that the arms' own kernels
     /// decode, and say all of its values but that they may hold them less one.
     pub fn is_plain(&self) -> bool {
-        let as_they_come = self.coding.is_none() && self.steps.is_none() && !self.big_endian;
+        let apart = self.coding.is_some() || self.gathering.is_some();
+        let as_they_come = !apart && self.steps.is_none() && !self.big_endian;
         as_they_come && self.second_scale.is_none() && self.kind.is_of_kernels()
     }
 
     /// Whether all that makes its values stands in one file.
     pub(crate) fn is_in_one_file(&self) -> bool {
         self.coding.is_none_or(|coding| coding.is_in_one_file())
+            && self.gathering.is_none_or(|gathering| gathering.is_in_one_file())
     }
 
     /// How values lie among the bytes, where rows do not follow one another, and how codes are
@@ -495,6 +527,9 @@ impl<'a> Weight<'a> {
     pub(crate) fn layout(&self) -> String {
         if let Some(coding) = &self.coding {
             return coding.layout();
+        }
+        if let Some(gathering) = &self.gathering {
+            return gathering.layout();
         }
         if self.big_endian || self.second_scale.is_some() {
             let order = if self.big_endian { " big-endian" } else { "" };
@@ -573,6 +608,9 @@ impl<'a> Weight<'a> {
             coding.decode(rows, out);
             return Ok(());
         }
+        if let Some(gathering) = &self.gathering {
+            return gathering.decode(rows, self.width, out);
+        }
         if let Some(steps) = self.steps {
             return self.decode_steps(steps, rows, out);
         }
@@ -622,6 +660,10 @@ impl<'a> Weight<'a> {
         }
         if let Some(coding) = &self.coding {
             coding.digest(&mut hasher);
+            return hasher.finalize();
+        }
+        if let Some(gathering) = &self.gathering {
+            gathering.digest(&mut hasher);
             return hasher.finalize();
         }
         if let Some(Steps { row, value }) = self.steps {

@@ -34,6 +34,8 @@ KINDS = {
     "starcoder2": ("starcoder2", False),
     "qwen2_moe": ("qwen2moe", False),
     "qwen3_moe": ("qwen3moe", False),
+    "gpt_oss": ("gpt-oss", False),
+    "deepseek_v3": ("deepseek2", False),
 }
 NORMS = {"olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}}
 GEMMA = {
@@ -49,6 +51,7 @@ NORMS["glm4"] = {
     "post_attention_layernorm": "ffn_norm",
     "post_mlp_layernorm": "post_ffw_norm",
 }
+NORMS["gpt_oss"] = {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}
 # Where nothing else is said.
 USUAL = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 PARTS = {
@@ -65,12 +68,23 @@ PARTS = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
 }
+HEAD_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 EXPERTS |= {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
 
@@ -102,7 +116,50 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(folder, path):
+def of_all_experts(writer, layer, name, values):
+    """gpt-oss's tensors of all experts: gate and up take turns along the outputs, and matrices are transposed."""
+    ending = "bias" if name.endswith("_bias") else "weight"
+    if ending == "weight":
+        values = values.swapaxes(1, 2)
+    parts = {"ffn_down_exps": values}
+    if name.startswith("gate_up_proj"):
+        parts = {"ffn_gate_exps": values[:, 0::2], "ffn_up_exps": values[:, 1::2]}
+    for known, part in parts.items():
+        writer.add_tensor(f"blk.{layer}.{known}.{ending}", np.ascontiguousarray(part))
+
+
+def keys_and_values(writer, layer, config, values):
+    """The product of latent attention in two, as llama.cpp multiplies them: keys with their rows as columns."""
+    heads, keys = config["num_attention_heads"], config["qk_nope_head_dim"]
+    values = values.reshape(heads, keys + config["v_head_dim"], -1)
+    parts = {"attn_k_b": values[:, :keys].swapaxes(1, 2), "attn_v_b": values[:, keys:]}
+    for known, part in parts.items():
+        writer.add_tensor(f"blk.{layer}.{known}.weight", np.ascontiguousarray(part))
+
+
+def add_latent(writer, config, rope, split):
+    """The keys of latent attention and of the experts beside it; groups are left out, which this llama.cpp does not know."""
+    still, turned, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+    writer.add_head_count_kv(1 if split else config["num_attention_heads"])
+    writer.add_key_length(rank + turned if split else still + turned)
+    writer.add_value_length(rank if split else config["v_head_dim"])
+    if split:
+        writer.add_key_length_mla(still + turned)
+        writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_rope_dimension_count(turned)
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if rope.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+
+
+def write(folder, path, layout=None):
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
     kind = config["model_type"]
@@ -115,22 +172,29 @@ def write(folder, path):
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(keys)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
     writer.add_vocab_size(config["vocab_size"])
     rope = config.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
     writer.add_rope_freq_base(full.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(int(head * full.get("partial_rotary_factor", 1.0)))
+    if kind == "deepseek_v3":
+        add_latent(writer, config, full, layout == "split")
+    else:
+        writer.add_head_count_kv(keys)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_rope_dimension_count(int(head * full.get("partial_rotary_factor", 1.0)))
     if full.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
+    if full.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
     if kind in ("stablelm", "starcoder2"):
         writer.add_layer_norm_eps(config.get("layer_norm_eps") or config.get("norm_epsilon"))
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if kind in ("gemma2", "gemma3_text"):
+    if kind in ("gemma2", "gemma3_text", "gpt_oss"):
         writer.add_sliding_window(config["sliding_window"])
         if config.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
@@ -142,10 +206,13 @@ def write(folder, path):
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
     if "num_experts_per_tok" in config:
-        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key))
+        writer.add_expert_count(config[count])
         writer.add_expert_used_count(config["num_experts_per_tok"])
     if kind in ("qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if kind == "gpt_oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     if kind == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     # A vocabulary is needed to load; its words are not.
@@ -157,7 +224,9 @@ def write(folder, path):
     writer.add_token_merges(["w 0"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    experts = {}
+    if kind == "stablelm":
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    experts, gains = {}, {}
     for tensor, values in safetensors(os.path.join(folder, "model.safetensors")).items():
         values = np.array(values, np.float32)
         stem, ending = tensor.rsplit(".", 1)
@@ -168,6 +237,24 @@ def write(folder, path):
             writer.add_tensor(f"{fixed[stem]}.{ending}", values)
             continue
         layer, part = stem.removeprefix("model.layers.").split(".", 1)
+        if int(layer) >= config["num_hidden_layers"]:
+            continue
+        if ending == "e_score_correction_bias":
+            writer.add_tensor(f"blk.{layer}.exp_probs_b.bias", values)
+            continue
+        if layout == "split" and part == "self_attn.kv_b_proj":
+            keys_and_values(writer, layer, config, values)
+            continue
+        if part == "mlp.experts":
+            of_all_experts(writer, layer, ending, values)
+            continue
+        if ending == "sinks":
+            writer.add_tensor(f"blk.{layer}.attn_sinks.weight", values)
+            continue
+        if "layernorm.norms." in part:
+            norms, head = part.split(".norms.")
+            gains.setdefault((layer, HEAD_NORMS[norms]), {})[int(head)] = values
+            continue
         if ".experts." in part:
             _, expert, projection = part.rsplit(".", 2)
             experts.setdefault((layer, EXPERTS[projection]), {})[int(expert)] = values
@@ -181,6 +268,8 @@ def write(folder, path):
         known = NORMS.get(kind, USUAL).get(part) or PARTS[part]
         writer.add_tensor(f"blk.{layer}.{known}.{ending}", np.ascontiguousarray(values))
     for (layer, known), parts in experts.items():
+        writer.add_tensor(f"blk.{layer}.{known}.weight", np.stack([parts[number] for number in range(len(parts))]))
+    for (layer, known), parts in gains.items():
         writer.add_tensor(f"blk.{layer}.{known}.weight", np.stack([parts[number] for number in range(len(parts))]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -287,11 +376,21 @@ def what_is_lost(folder):
         return "`no_rope_layers`"
     if kind in ("gemma2", "gemma3_text") and config["query_pre_attn_scalar"] != config["head_dim"]:
         return "`query_pre_attn_scalar`"
+    if kind == "deepseek_v3" and config["topk_group"] < config["n_group"]:
+        return "`n_group`"
+    if kind == "gpt_oss" and not (config.get("rope_parameters") or {}).get("truncate", True):
+        return "`truncate`"
     if kind == "gemma3_text" and config["layer_types"] != [
         "full_attention" if layer % 6 == 5 else "sliding_attention" for layer in layers
     ]:
         return "`layer_types`"
     return None
+
+
+def layouts(folder):
+    """The ways in which files of its kind are written."""
+    with open(os.path.join(folder, "config.json")) as file:
+        return [None, "split"] if json.load(file)["model_type"] == "deepseek_v3" else [None]
 
 
 def off(a, b):
@@ -306,12 +405,14 @@ def main():
     llama_cpp.llama_log_set(callback, None)
     load_backends()
     runner, wrong, count = sys.argv[1], [], 0
-    for folder in sys.argv[2:]:
-        golden = safetensors(os.path.join(folder, "golden.safetensors"))
+    for folder, layout in [(folder, layout) for folder in sys.argv[2:] for layout in layouts(folder)]:
+        golden = os.path.join(folder, "golden.safetensors")
+        # Two forms of one model share a pass.
+        golden = safetensors(golden if os.path.exists(golden) else os.path.join(folder, "..", "golden.safetensors"))
         tokens = [int(token) for token in golden["ids"]]
         with tempfile.TemporaryDirectory() as work:
             path = os.path.join(work, "model.gguf")
-            write(folder, path)
+            write(folder, path, layout)
             own = of_runner(runner, work, path, tokens)
             try:
                 theirs = of_llama_cpp(path, tokens)
@@ -320,7 +421,8 @@ def main():
         kind = os.path.basename(folder.rstrip("/"))
         to_golden, to_llama = off(own, golden["logits"]), off(own, theirs)
         lost = what_is_lost(folder)
-        note = f"; the file does not hold {lost}" if lost else ""
+        note = f" ({layout})" if layout else ""
+        note += f"; the file does not hold {lost}" if lost else ""
         print(f"{kind:12} reference of the GGUF file: {to_golden:.1e} of transformers in f64, {to_llama:.1e} of llama.cpp{note}")
         count += 1
         # llama.cpp's GELU is a table in f16.

@@ -192,7 +192,7 @@ fn the_reference_is_transformers_in_f64() {
 #[test]
 fn the_reference_is_transformers_in_f64_for_very_small_models() {
     let small = others(own("tests/fixtures/small-models").as_os_str());
-    assert_eq!(small.len(), 7);
+    assert_eq!(small.len(), 8);
     hold_to_transformers(small);
 }
 

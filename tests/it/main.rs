@@ -16,6 +16,7 @@ mod data;
 mod external;
 mod faults;
 mod foreign_engine;
+mod gguf_layouts;
 mod golden;
 mod hostile;
 mod hugging_face;

@@ -1,8 +1,8 @@
 //! A LayerNorm that keeps the mean, lacks its gain or bias, or has another epsilon.
 
 use super::{Case, Fingerprint, Fit};
-use crate::compute::ComputeError;
 use crate::compute::call::{Call, MadeWeight};
+use crate::compute::{ComputeError, gain_and_bias};
 use crate::tensor::Tensor;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
@@ -20,12 +20,13 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let detail = "the mean is not subtracted: an RMSNorm".to_owned();
     let kept = with_mean(case.arm, case.call)?;
     fits.extend(kept.and_then(|kept| case.fit_if_any("mean-kept", detail, 0, &kept)));
-    let shift = bias.to_vec()?;
-    let zeros = MadeWeight::new("no bias".to_owned(), 1, &vec![0.0; shift.len()]);
-    let without = Call::LayerNorm { x, gain, bias: zeros.weight()?, eps };
-    let detail = "the bias is not added".to_owned();
-    fits.extend(case.fit_call("norm-bias-missing", detail, &without)?);
-    let ones = MadeWeight::new("a gain of one".to_owned(), 1, &vec![1.0; shift.len()]);
+    if bias.is_some() {
+        let without = Call::LayerNorm { x, gain, bias: None, eps };
+        let detail = "the bias is not added".to_owned();
+        fits.extend(case.fit_call("norm-bias-missing", detail, &without)?);
+    }
+    let values = vec![1.0; gain.rows() * gain.width()];
+    let ones = MadeWeight::new("a gain of one".to_owned(), gain.rows(), &values);
     let plain = Call::LayerNorm { x, gain: ones.weight()?, bias, eps };
     fits.extend(case.fit_call("gain-ignored", "the gain is not applied".to_owned(), &plain)?);
     for other in EPSILONS.into_iter().filter(|other| *other != eps) {
@@ -36,14 +37,18 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     Ok(fits)
 }
 
-/// What an RMSNorm makes in a LayerNorm's place, its bias added.
+/// What an RMSNorm makes in a LayerNorm's place, its bias added; nothing where each head has a gain
+/// of its own, which no RMSNorm has.
 pub(crate) fn with_mean(
     arm: &crate::compute::emulated::arm::Emulated,
     call: &Call<'_>,
 ) -> Result<Option<Tensor>, ComputeError> {
     let Call::LayerNorm { x, gain, bias, eps } = *call else { return Ok(None) };
+    if gain.rows() > 1 {
+        return Ok(None);
+    }
     let mut y = arm.rms_norm(x, gain, eps)?;
-    let shift = bias.to_vec()?;
+    let (_, shift) = gain_and_bias(x, gain, bias)?;
     for group in y.data_mut().chunks_exact_mut(shift.len()) {
         group.iter_mut().zip(&shift).for_each(|(y, bias)| *y += bias);
     }
@@ -63,15 +68,29 @@ mod tests {
         let gain = bench.weight("blk.1.attn_norm.weight");
         let shift = bench.tensor(1, 256, 7);
         let bias = MadeWeight::new("blk.1.attn_norm.bias".to_owned(), 1, shift.data());
-        let bias = bias.weight().expect("a bias");
+        let bias = Some(bias.weight().expect("a bias"));
         let call = Call::LayerNorm { x: &x, gain, bias, eps: 1e-5 };
         let wrong = with_mean(&bench.arm, &call).expect("a norm").expect("a LayerNorm");
         bench.expect("mean-kept", &call, &wrong);
-        let none = MadeWeight::new("none".to_owned(), 1, &[0.0; 256]);
-        let none = none.weight().expect("zeros");
-        let wrong = bench.clean(&Call::LayerNorm { x: &x, gain, bias: none, eps: 1e-5 });
+        let wrong = bench.clean(&Call::LayerNorm { x: &x, gain, bias: None, eps: 1e-5 });
         bench.expect("norm-bias-missing", &call, &wrong);
         let wrong = bench.clean(&Call::LayerNorm { x: &x, gain, bias, eps: 1e-3 });
+        bench.expect("epsilon", &call, &wrong);
+    }
+
+    #[test]
+    fn what_norms_of_each_heads_own_lack_is_recognised() {
+        let bench = Bench::default();
+        let mut x = bench.tensor(4, 256, 1);
+        x.data_mut().iter_mut().for_each(|x| *x += 0.5);
+        let gains = MadeWeight::new("gains".to_owned(), 4, bench.tensor(1, 256, 7).data());
+        let gain = gains.weight().expect("gains");
+        let call = Call::LayerNorm { x: &x, gain, bias: None, eps: 1e-5 };
+        let ones = MadeWeight::new("ones".to_owned(), 4, &[1.0; 256]);
+        let plain =
+            Call::LayerNorm { x: &x, gain: ones.weight().expect("ones"), bias: None, eps: 1e-5 };
+        bench.expect("gain-ignored", &call, &bench.clean(&plain));
+        let wrong = bench.clean(&Call::LayerNorm { x: &x, gain, bias: None, eps: 1e-3 });
         bench.expect("epsilon", &call, &wrong);
     }
 }

@@ -20,7 +20,7 @@ use crate::compute::experts::{self, Products};
 use crate::compute::kv_cache::Cached;
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
-    check_norm_bias, check_same_shape, check_tokens, checkpoint, rope,
+    check_same_shape, check_tokens, checkpoint, gain_and_bias, rope,
 };
 use crate::dtype::Format;
 use crate::model::{Activation, Rope, RopeLayout, Routing, Weight};
@@ -432,20 +432,17 @@ impl Device {
         &self,
         x: &Tensor,
         gain: Weight<'_>,
-        bias: Weight<'_>,
+        bias: Option<Weight<'_>>,
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
-        check_gain(x, &gain)?;
-        check_norm_bias(&gain, &bias)?;
+        let width = gain.width();
+        let (gain, bias) = gain_and_bias(x, gain, bias)?;
         self.gpu.with("a LayerNorm", |state| {
-            let (gain, bias) = (self.values(state, gain)?, self.values(state, bias)?);
-            let (Entry::Values(gain), Entry::Values(bias)) = (gain.as_ref(), bias.as_ref()) else {
-                return Err(DeviceError::Refused("a gain or bias of another form".to_owned()));
-            };
             let State { stream, kernels, .. } = state;
+            let (gain, bias) = (stream.clone_htod(&gain)?, stream.clone_htod(&bias)?);
             let values = stream.clone_htod(x.data())?;
             let mut y = stream.alloc_zeros::<f32>(x.data().len())?;
-            kernels.layer_norm(stream, &values, (gain, bias), eps, &mut y)?;
+            kernels.layer_norm(stream, &values, (&gain, &bias, width), eps, &mut y)?;
             download(state, &y, x.width())
         })
     }

@@ -443,25 +443,27 @@ impl Kernels {
         launch!(stream, self.rms_norm, config, x, gain, &width, &eps, y)
     }
 
-    /// LayerNorm of each group of `gain.len()` values.
+    /// LayerNorm of each group of `width` values; the groups take the rows of gain and bias in turns.
     pub fn layer_norm(
         &self,
         stream: &Arc<CudaStream>,
         x: &CudaSlice<f32>,
-        (gain, bias): (&CudaSlice<f32>, &CudaSlice<f32>),
+        (gain, bias, width): (&CudaSlice<f32>, &CudaSlice<f32>, usize),
         eps: f32,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
-        let width = gain.len() as u64;
+        let width = width as u64;
         let groups = (x.len() as u64).checked_div(width).unwrap_or(0);
-        must_hold("the bias", bias.len(), width);
+        let rows = (gain.len() as u64).checked_div(width).unwrap_or(0).max(1);
+        must_hold("the gain", gain.len(), rows * width);
+        must_hold("the bias", bias.len(), rows * width);
         must_hold("the result", y.len(), groups * width);
         let config = LaunchConfig {
             grid_dim: (groups as u32, 1, 1),
             block_dim: (NORM_THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
-        launch!(stream, self.layer_norm, config, x, gain, bias, &width, &eps, y)
+        launch!(stream, self.layer_norm, config, x, gain, bias, &width, &rows, &eps, y)
     }
 
     /// Rotates each pair of each head of each row; tables are `[rows, pairs]`, and the shape

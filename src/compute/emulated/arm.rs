@@ -21,8 +21,8 @@ use crate::compute::call::{Call, Held};
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
-    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_norm_bias,
-    check_same_shape, check_tokens, checkpoint, rope,
+    AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
+    check_tokens, checkpoint, gain_and_bias, rope,
 };
 use crate::dtype::Format;
 use crate::model::{Activation, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType};
@@ -388,19 +388,22 @@ impl Emulated {
         &self,
         x: &Tensor,
         gain: Weight<'_>,
-        bias: Weight<'_>,
+        bias: Option<Weight<'_>>,
         eps: f32,
     ) -> Result<Tensor, ComputeError> {
-        check_gain(x, &gain)?;
-        check_norm_bias(&gain, &bias)?;
+        let (rows, width) = (gain.rows(), gain.width());
+        let (gain, bias) = gain_and_bias(x, gain, bias)?;
         self.own_kernel("a LayerNorm")?;
-        let (gain, bias) = (gain.to_vec()?, bias.to_vec()?);
         let mut y = Tensor::zeros(x.rows(), x.width());
-        let width = gain.len();
         y.data_mut()
             .par_chunks_exact_mut(width)
             .zip(x.data().par_chunks_exact(width))
-            .for_each(|(y, x)| dispatch(LayerNorm { x, gain: &gain, bias: &bias, eps, y }));
+            .enumerate()
+            .for_each(|(group, (y, x))| {
+                let own = group % rows * width..(group % rows + 1) * width;
+                let (gain, bias) = (&gain[own.clone()], &bias[own]);
+                dispatch(LayerNorm { x, gain, bias, eps, y });
+            });
         Ok(self.streamed(y))
     }
 

@@ -151,6 +151,9 @@ use Setting::{Count, Flag, Number, Width};
 
 /// Biases of queries, keys and values, where an architecture may have them or not.
 const QKV: &[&str] = &["attn_q.bias", "attn_k.bias", "attn_v.bias"];
+/// The same, and the norm before the feed-forward network.
+const QKV_AND_NORM: &[&str] =
+    &["attn_q.bias", "attn_k.bias", "attn_v.bias", "ffn_norm.weight", "ffn_norm.bias"];
 
 impl Preset {
     /// All presets, the default first.
@@ -361,7 +364,7 @@ impl Preset {
                 turned: 16,
                 rms_norm_eps: 1e-5,
                 theta: 1e4,
-                besides: QKV,
+                besides: QKV_AND_NORM,
                 ..tiny
             },
             Preset::Starcoder2Tiny => Shape {

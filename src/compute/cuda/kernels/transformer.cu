@@ -107,12 +107,15 @@ __device__ __forceinline__ float centre(float x, float mean, float mean_low, flo
 
 // One group of LayerNorm a block: y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * gain + bias.
 extern "C" __global__ void layer_norm(
-    const float* x, const float* gain, const float* bias, u64 width, float eps, float* y) {
+    const float* x, const float* gain, const float* bias, u64 width, u64 rows, float eps, float* y) {
     __shared__ float high[NORM_LANES];
     __shared__ float low[NORM_LANES];
     int lane = threadIdx.x;
     x += blockIdx.x * width;
     y += blockIdx.x * width;
+    // The groups take the rows of gain and bias in turns.
+    gain += blockIdx.x % rows * width;
+    bias += blockIdx.x % rows * width;
     float count = (float)width, error;
     float sum = 0.0f, sum_low = 0.0f;
     for (u64 index = lane; index < width; index += NORM_LANES) {
