@@ -937,7 +937,11 @@ impl Raw {
             turned: self.turned,
             factors: self.factors,
             caps: self.caps,
-            experts: self.experts,
+            // A list of all blocks says no more than none.
+            experts: self.experts.map(|experts| match experts.blocks.contains(&false) {
+                true => experts,
+                false => Experts { blocks: Vec::new(), ..experts },
+            }),
             latent: self.latent,
             delta: self.delta,
         };

@@ -749,6 +749,32 @@ fn what_a_qwen3next_does_not_say_or_says_otherwise_is_refused_by_name() {
     }
 }
 
+#[test]
+fn a_file_of_each_layout_is_compared_with_its_folder_as_the_same_function() {
+    let told = |file: &File, folder: &Model| {
+        let found = runner::compare::models::compare(&file.open(), folder).expect("compared");
+        assert!(found.are_same(), "{:?} {:?} {:?}", found.settings, found.alone, found.tensors);
+        found
+    };
+    let (_one, latent) = deepseek_folder();
+    told(&deepseek(&latent), &latent);
+    told(&split(&latent), &latent);
+    let (_two, stable) = folder(&own("tests/fixtures/small-models/stablelm-parallel"), &[]);
+    told(&stablelm(&stable), &stable);
+    let (_three, next, _) = qwen3next_folders();
+    told(&qwen3next(&next), &next);
+    let found = told(&qwen3next_split(&next), &next);
+    assert!(found.tensors.iter().any(|pair| pair.name == "blk.0.ssm_a"));
+    let mut other = qwen3next(&next);
+    other.tensors.get_mut("blk.0.ssm_a").expect("rates").1[3] *= 1.01;
+    let found = runner::compare::models::compare(&other.open(), &next).expect("compared");
+    let differs = |pair: &&runner::compare::models::Pair| {
+        matches!(pair.found, runner::compare::models::Found::Differs(_))
+    };
+    let names: Vec<&str> = found.tensors.iter().filter(differs).map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["blk.0.ssm_a"]);
+}
+
 /// Files of these layouts, each with the number of its bytes before the tensors.
 fn small_files() -> &'static [(Vec<u8>, usize)] {
     static FILES: OnceLock<Vec<(Vec<u8>, usize)>> = OnceLock::new();
