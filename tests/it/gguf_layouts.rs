@@ -419,6 +419,10 @@ fn a_deepseek_of_the_first_files_has_a_softmax_and_may_lack_the_narrow_queries()
     let normed = file.clone().with("expert_weights_norm", Value::Bool(true)).open();
     let routing = normed.config().experts.as_ref().expect("experts").routing;
     assert_eq!(routing.scores, runner::model::RouterScores::SoftmaxOfTaken);
+    let mut biased = file.clone();
+    biased.tensors.insert("blk.1.exp_probs_b.bias".to_owned(), (vec![6], vec![0.5; 6]));
+    let said = biased.refusal();
+    assert!(said.contains("`blk.1.exp_probs_b.bias`") && said.contains("no use for it"), "{said}");
     let said = file.clone().with("expert_group_count", Value::U32(2));
     let said = said.with("expert_group_used_count", Value::U32(1)).refusal();
     assert!(said.contains("`deepseek2.expert_group_count` is 2"), "{said}");
