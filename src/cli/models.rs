@@ -138,7 +138,11 @@ fn text() -> String {
          in both layouts (`attn_kv_b`, or `attn_k_b` and `attn_v_b`), with softmax or sigmoids, with \
          groups of experts where its keys name them, and with the file's own epsilon in all norms; \
          groups beside a softmax, and YaRN without `rope.scaling.yarn_log_multiplier`, of which \
-         llama.cpp's versions make different things, are refused.\n\n",
+         llama.cpp's versions make different things, are refused. A `qwen3next` is read in both layouts \
+         (`ssm_in`, or `attn_qkv` and `attn_gate`), with the rates that the converter made of their \
+         logarithms, and is held to the folder of the same model; queries and keys are divided by the \
+         root of their sum of squares and 1e-6, as transformers does, where llama.cpp takes the larger \
+         of the root and the norms' epsilon.\n\n",
     );
     synthetic(&mut text);
     text.push_str("## Weights\n| form | where | held to |\n|---|---|---|\n");

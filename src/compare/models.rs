@@ -2,7 +2,8 @@
 //! the same function, and which setting, tensor, text or chat differs.
 //!
 //! Rows of queries and keys stand in the order in which a file's RoPE turns them, so those of one form
-//! are put into the other's before they are compared. Where the forms store values in other types, what
+//! are put into the other's before they are compared; rates of decay are made of their logarithms where
+//! one form holds these. Where the forms store values in other types, what
 //! rounding to these leaves is no difference. Scales of activations are compared where both hold codes:
 //! values alone have none. Of chat templates is compared what they make of some conversations.
 //! It computes no pass.
@@ -145,7 +146,14 @@ const TEXTS: [&str; 6] = [
 /// If a tensor cannot be read.
 pub fn compare(first: &Model, second: &Model) -> Result<Models, ModelError> {
     let mut found = Models { settings: settings(first, second), ..Models::default() };
-    let of = |model: &Model| model.names().map(str::to_owned).collect::<BTreeSet<String>>();
+    // Rates and their logarithms are one tensor.
+    let [a, b] = [first, second].map(|model| model.config().delta.as_ref());
+    let mixed = a.zip(b).is_some_and(|(a, b)| a.rates_are_logs != b.rates_are_logs);
+    let known = |name: &str| match name.strip_suffix(LOGARITHMS).filter(|_| mixed) {
+        Some(block) => format!("{block}{RATES}"),
+        None => name.to_owned(),
+    };
+    let of = |model: &Model| model.names().map(known).collect::<BTreeSet<String>>();
     let [a, b] = [of(first), of(second)];
     for name in a.union(&b) {
         let tensors = [first, second].map(|model| tensor(model, name));
@@ -228,14 +236,41 @@ fn compare_chats(models: [&Model; 2], found: &mut Models) {
     }
 }
 
+/// What names of rates of decay end in, and of their logarithms.
+const RATES: &str = ".ssm_a";
+const LOGARITHMS: &str = ".ssm_a_log.weight";
+/// The square of what is left of a rate that was made of its logarithm, relative to its square.
+const RATE_ROUNDED: f64 = 1e-12;
+
+/// Rates of decay, of which one form holds the logarithms.
+fn rates(weights: [Weight<'_>; 2]) -> Result<Found, ModelError> {
+    let of = |weight: Weight<'_>| -> Result<Vec<f32>, ModelError> {
+        let values = weight.to_vec()?;
+        Ok(match weight.name().ends_with(LOGARITHMS) {
+            true => values.into_iter().map(|log| -libm::exp(f64::from(log)) as f32).collect(),
+            false => values,
+        })
+    };
+    let [one, other] = weights;
+    let mut sums = Sums::new(RATE_ROUNDED);
+    sums.add(&of(one)?, &of(other)?, 0, one.width());
+    Ok(sums.found(one.width()))
+}
+
 /// The tensor of that name; where a form ties the output matrix, the embedding is that.
 fn tensor<'m>(model: &'m Model, name: &str) -> Option<Result<Weight<'m>, ModelError>> {
+    let logarithms = name.strip_suffix(RATES).map(|block| format!("{block}{LOGARITHMS}"));
+    let name = match &logarithms {
+        Some(logarithms) if !model.has(name) => logarithms,
+        _ => name,
+    };
     let tied = name == "output.weight" && !model.has(name) && model.config().tied_embeddings;
     let name = if tied { "token_embd.weight" } else { name };
     model.has(name).then(|| model.tensor(name))
 }
 
-/// Settings that a pass depends on and that differ; the order of RoPE's values is the file's.
+/// Settings that a pass depends on and that differ; the order of RoPE's values, and whether rates are
+/// logarithms, is the file's.
 fn settings(first: &Model, second: &Model) -> Vec<(String, [Value; 2])> {
     let mut found = Vec::new();
     let of = |model: &Model| {
@@ -263,7 +298,8 @@ fn walk(name: &str, a: &Value, b: &Value, found: &mut Vec<(String, [Value; 2])>)
     match (a, b) {
         (Value::Object(one), Value::Object(other)) => {
             let keys: BTreeSet<&String> = one.keys().chain(other.keys()).collect();
-            for key in keys.into_iter().filter(|key| *key != "layout") {
+            let of_file = |key: &&String| ["layout", "rates_are_logs"].contains(&key.as_str());
+            for key in keys.into_iter().filter(|key| !of_file(key)) {
                 let inner = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
                 let of = |map: &serde_json::Map<String, Value>| {
                     map.get(key).cloned().unwrap_or(Value::Null)
@@ -295,6 +331,9 @@ fn differences(
     let shapes = [one, other].map(|weight| [weight.rows(), weight.width()]);
     if shapes[0] != shapes[1] {
         return Ok(Found::Differs(Difference::Shape(shapes)));
+    }
+    if one.name().ends_with(LOGARITHMS) != other.name().ends_with(LOGARITHMS) {
+        return rates(weights);
     }
     let bound = bound(one.kind()) + bound(other.kind());
     if let Some(heads) = turned(models, name) {

@@ -26,7 +26,7 @@ pub struct Gates<'a> {
     /// For each group of heads its corrections and then its decays, before their functions:
     /// `[tokens, 2 * value_heads]`.
     pub x: &'a Tensor,
-    /// The logarithm of each head's rate of decay.
+    /// Each head's rate of decay, as the net's file holds it.
     pub rates: Weight<'a>,
     /// What is added to each head's decay.
     pub shift: Weight<'a>,
@@ -105,7 +105,8 @@ impl Gates<'_> {
     }
 
     /// The gates, computed in f64 on the host for every arm and rounded once, as RoPE's angles are:
-    /// `e^(-e^rate ln(1 + e^(x + shift)))` and `1 / (1 + e^-x)`.
+    /// `e^(-e^rate ln(1 + e^(x + shift)))` of a logarithm, else `e^(rate ln(1 + e^(x + shift)))`, and
+    /// `1 / (1 + e^-x)`.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -130,7 +131,11 @@ impl Gates<'_> {
                 // PyTorch's softplus is the identity beyond 20.
                 let soft =
                     if argument > 20.0 { argument } else { libm::log1p(libm::exp(argument)) };
-                let stays = libm::exp(-libm::exp(f64::from(rates[head])) * soft);
+                let rate = match net.rates_are_logs {
+                    true => -libm::exp(f64::from(rates[head])),
+                    false => f64::from(rates[head]),
+                };
+                let stays = libm::exp(rate * soft);
                 let corrected = 1.0 / (1.0 + libm::exp(-f64::from(correction)));
                 y.row_mut(row)[head] = stays as f32;
                 y.row_mut(row)[heads + head] = corrected as f32;
@@ -272,6 +277,7 @@ mod tests {
             key_dim: 2,
             value_dim: 1,
             taps: 3,
+            rates_are_logs: true,
             blocks: vec![true],
         }
     }
@@ -293,6 +299,26 @@ mod tests {
         assert!(deviations.data().iter().all(|deviation| *deviation > 0.0));
         let later = DeltaRule { first: 1, ..rule };
         assert_eq!(later.exact().expect("a rule").0.data(), &y.data()[2..]);
+    }
+
+    #[test]
+    fn a_rate_is_its_own_logarithm_or_the_negative_rate() {
+        use crate::model::WeightType;
+        let bytes = |values: [f32; 2]| values.map(f32::to_le_bytes).concat();
+        let (logs, rates) = (bytes([0.0, 1.5]), bytes([-1.0, -1.5f32.exp()]));
+        let shift = bytes([0.25, -0.5]);
+        let weight = |bytes| Weight::new("w", WeightType::F32, 1, 2, bytes).expect("a weight");
+        let x = Tensor::new(4, vec![0.5, -1.0, 2.0, 0.1]);
+        let made = |rates, net: &DeltaNet| {
+            let gates = Gates { x: &x, rates: weight(rates), shift: weight(&shift), net };
+            gates.made().expect("gates").into_data()
+        };
+        let of_logs = made(&logs, &net());
+        let of_rates = made(&rates, &DeltaNet { rates_are_logs: false, ..net() });
+        assert_eq!(of_logs[0], of_rates[0], "a rate of one has no rounding");
+        for (one, other) in of_logs.iter().zip(&of_rates) {
+            assert!((one - other).abs() < 1e-6, "{one} for {other}");
+        }
     }
 
     #[test]

@@ -286,7 +286,7 @@ impl Block<'_> {
         let call = Call::Convolve(Convolution { x: &cache.keys, weight: taps, first });
         let convolved = make("lin_conv", &call)?;
         append(&mut cache.values, &convolved);
-        let (rates, shift) = (weight("ssm_a_log.weight")?, weight("ssm_dt.bias")?);
+        let (rates, shift) = (weight(net.rates())?, weight("ssm_dt.bias")?);
         let gates = make("lin_gates", &Call::Gates(Gates { x: &raw, rates, shift, net }))?;
         append(&mut cache.gates, &gates);
         let rule = DeltaRule { x: &cache.values, gates: &cache.gates, first, net };

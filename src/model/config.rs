@@ -130,7 +130,7 @@ impl Architecture {
     ];
     /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
     /// Mixtral.
-    pub(super) const OF_GGUF: [(&str, Architecture); 16] = [
+    pub(super) const OF_GGUF: [(&str, Architecture); 17] = [
         ("llama", Architecture::Llama),
         ("qwen2", Architecture::Qwen2),
         ("qwen3", Architecture::Qwen3),
@@ -147,6 +147,7 @@ impl Architecture {
         ("qwen3moe", Architecture::Qwen3Moe),
         ("gpt-oss", Architecture::GptOss),
         ("deepseek2", Architecture::DeepSeekV3),
+        ("qwen3next", Architecture::Qwen3Next),
     ];
 
     /// The name that GGUF files use.
@@ -484,11 +485,19 @@ pub struct DeltaNet {
     pub value_dim: usize,
     /// Positions that the convolution before it reads, its own among them.
     pub taps: usize,
+    /// Whether the file holds the logarithm of each head's rate of decay; else it holds the rate
+    /// itself, less than zero.
+    pub rates_are_logs: bool,
     /// Which blocks have one; the others have attention.
     pub blocks: Vec<bool>,
 }
 
 impl DeltaNet {
+    /// The name within a block of the tensor of rates.
+    pub fn rates(&self) -> &'static str {
+        if self.rates_are_logs { "ssm_a_log.weight" } else { "ssm_a" }
+    }
+
     /// Values that go through the convolution: queries, keys and values.
     pub fn channels(&self) -> usize {
         2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
@@ -610,6 +619,7 @@ impl Config {
                 "key_dim": delta.key_dim,
                 "value_dim": delta.value_dim,
                 "taps": delta.taps,
+                "rates_are_logs": delta.rates_are_logs,
                 "blocks": delta.blocks,
             })),
             "latent": self.latent.map(|latent| serde_json::json!({
@@ -734,7 +744,7 @@ impl Config {
                 push("ssm_in.weight", delta.channels() + values, self.hidden, always);
                 push("ssm_ba.weight", 2 * heads, self.hidden, always);
                 push("ssm_conv1d.weight", delta.channels(), delta.taps, always);
-                push("ssm_a_log.weight", 1, heads, always);
+                push(delta.rates(), 1, heads, always);
                 push("ssm_dt.bias", 1, heads, always);
                 push("ssm_norm.weight", 1, delta.value_dim, always);
                 push("ssm_out.weight", self.hidden, values, always);
@@ -927,7 +937,11 @@ impl Raw {
             turned: self.turned,
             factors: self.factors,
             caps: self.caps,
-            experts: self.experts,
+            // A list of all blocks says no more than none.
+            experts: self.experts.map(|experts| match experts.blocks.contains(&false) {
+                true => experts,
+                false => Experts { blocks: Vec::new(), ..experts },
+            }),
             latent: self.latent,
             delta: self.delta,
         };
@@ -1014,7 +1028,7 @@ impl Config {
             }
         }
         if let Some(delta) = &self.delta {
-            let DeltaNet { key_heads, value_heads, key_dim, value_dim, taps, blocks } = delta;
+            let DeltaNet { key_heads, value_heads, key_dim, value_dim, taps, blocks, .. } = delta;
             let all = [key_heads, value_heads, key_dim, value_dim, taps];
             if all.iter().any(|size| **size == 0 || **size > 1 << 16)
                 || !value_heads.is_multiple_of(*key_heads)
@@ -1093,6 +1107,7 @@ pub(super) fn from_gguf(
     let layers = keys.required("block_count")?;
     let experts = keys.experts(layers)?;
     let latent = keys.latent()?;
+    let delta = keys.delta(layers)?;
     let architecture = match (architecture, &experts) {
         (Architecture::Llama, Some(_)) => Architecture::Mixtral,
         (other, _) => other,
@@ -1115,7 +1130,11 @@ pub(super) fn from_gguf(
     }
     let turns_parts = matches!(
         architecture,
-        Architecture::StableLm | Architecture::Glm4 | Architecture::Phi3 | Architecture::DeepSeekV3
+        Architecture::Qwen3Next
+            | Architecture::StableLm
+            | Architecture::Glm4
+            | Architecture::Phi3
+            | Architecture::DeepSeekV3
     );
     let magnitude = match architecture {
         Architecture::Phi3 => keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
@@ -1259,12 +1278,15 @@ pub(super) fn from_gguf(
                 | Architecture::SmolLm3
                 | Architecture::Olmo2
                 | Architecture::Phi3
-                | Architecture::DeepSeekV3 => Presence::Never,
+                | Architecture::DeepSeekV3
+                | Architecture::Qwen3Next => Presence::Never,
                 _ => Presence::Open,
             },
             output: match architecture {
                 Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 | Architecture::DeepSeekV3 => Presence::Never,
+                Architecture::Phi3 | Architecture::DeepSeekV3 | Architecture::Qwen3Next => {
+                    Presence::Never
+                }
                 _ => Presence::Open,
             },
             ffn: match architecture {
@@ -1296,7 +1318,7 @@ pub(super) fn from_gguf(
         caps,
         experts,
         latent,
-        delta: None,
+        delta,
     }
     .check()
 }
@@ -1458,6 +1480,16 @@ impl Keys<'_> {
                 "rope.scaling.yarn_ext_factor",
                 "rope.scaling.yarn_log_multiplier",
             ],
+            Architecture::Qwen3Next => &[
+                "expert_feed_forward_length",
+                "expert_shared_feed_forward_length",
+                "full_attention_interval",
+                "ssm.conv_kernel",
+                "ssm.group_count",
+                "ssm.inner_size",
+                "ssm.state_size",
+                "ssm.time_step_rank",
+            ],
             Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
             Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
             Architecture::Phi3 => &["rope.scaling.attn_factor"],
@@ -1477,19 +1509,20 @@ impl Keys<'_> {
         let width = |key: &str| -> Result<usize, Fault> {
             Ok(self.required(key)?.min(LARGEST_SIZE + 1) as usize)
         };
-        let shares = self.architecture == Architecture::Qwen2Moe;
+        let shares = matches!(self.architecture, Architecture::Qwen2Moe | Architecture::Qwen3Next);
         let (ffn, scores) = match self.architecture {
             Architecture::Qwen2Moe
             | Architecture::Qwen3Moe
             | Architecture::GptOss
             | Architecture::DeepSeekV3
+            | Architecture::Qwen3Next
                 if count == 0 =>
             {
                 return Err(missing_key(&self.full("expert_count")));
             }
             _ if count == 0 => return self.refuse_experts_of_none().map(|()| None),
             Architecture::Llama => ("feed_forward_length", RouterScores::SoftmaxOfTaken),
-            Architecture::Qwen3Moe | Architecture::GptOss => {
+            Architecture::Qwen3Moe | Architecture::GptOss | Architecture::Qwen3Next => {
                 ("expert_feed_forward_length", RouterScores::SoftmaxOfTaken)
             }
             Architecture::Qwen2Moe => ("expert_feed_forward_length", RouterScores::Softmax),
@@ -1571,6 +1604,38 @@ impl Keys<'_> {
             gates_shared: false,
             blocks: (0..layers.min(LARGEST_SIZE)).map(|block| block >= first).collect(),
         })
+    }
+
+    /// The delta nets of a qwen3next.
+    fn delta(&self, layers: u64) -> Result<Option<DeltaNet>, Fault> {
+        if self.architecture != Architecture::Qwen3Next {
+            return Ok(None);
+        }
+        let size = |key: &str| -> Result<u64, Fault> { Ok(self.required(key)?.min(LARGEST_SIZE)) };
+        let [key_heads, heads, width] =
+            ["ssm.group_count", "ssm.time_step_rank", "ssm.state_size"].map(size);
+        let (key_heads, heads, width) = (key_heads?, heads?, width?);
+        let inner = self.required("ssm.inner_size")?;
+        if inner != heads * width {
+            let key = self.full("ssm.inner_size");
+            let problem = format!("`{key}` is {inner}, and its {heads} heads have {width} values");
+            return Err(Fault::malformed(problem, FETCH_AGAIN));
+        }
+        let interval = self.optional("full_attention_interval")?.unwrap_or(4);
+        if interval == 0 {
+            let key = self.full("full_attention_interval");
+            return Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN));
+        }
+        let blocks = 0..layers.min(LARGEST_SIZE);
+        Ok(Some(DeltaNet {
+            key_heads: key_heads as usize,
+            value_heads: heads as usize,
+            key_dim: width as usize,
+            value_dim: width as usize,
+            taps: size("ssm.conv_kernel")? as usize,
+            rates_are_logs: false,
+            blocks: blocks.map(|block| (block + 1) % interval != 0).collect(),
+        }))
     }
 
     /// The latent attention of a deepseek2. Newer files name the widths of the heads apart from those

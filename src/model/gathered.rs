@@ -2,7 +2,9 @@
 //!
 //! llama.cpp multiplies queries with what makes the keys of latent attention, so its files hold
 //! those matrices with their rows as columns (`attn_k_b`), apart from those of the values
-//! (`attn_v_b`); a pass reads both as `attn_kv_b`, head by head. A folder of a StableLM holds a gain
+//! (`attn_v_b`); a pass reads both as `attn_kv_b`, head by head. The projection of a delta net stands
+//! in such files head by head (`ssm_in`), or all queries, keys and values, and gates apart (`attn_qkv`,
+//! `attn_gate`). A folder of a StableLM holds a gain
 //! for each head (`q_layernorm.norms.0`), and a pass reads them as one. A row is put together when
 //! somebody asks for it. It knows names, shapes and orders, no types.
 
@@ -28,6 +30,9 @@ enum Order {
     /// Of each head so many columns of its matrix in the first, `[width, still]`, and so many rows
     /// of the second.
     Latent { still: usize, values: usize, width: usize },
+    /// Of each head of keys its query, key, values and gates; the first holds all queries, then all
+    /// keys and all values, the second all gates.
+    Delta { key_heads: usize, key: usize, values: usize },
     /// Each in a tensor of its own.
     Stacked,
 }
@@ -48,6 +53,17 @@ impl Order {
                 match inner.checked_sub(still) {
                     Some(value) => Stands::Row(1, head * values + value),
                     None => Stands::Column(0, head * width..(head + 1) * width, inner),
+                }
+            }
+            Order::Delta { key_heads, key, values } => {
+                let each = 2 * key + 2 * values;
+                let (head, inner) = (row / each, row % each);
+                let (all, in_values) = (key_heads * key, inner.wrapping_sub(2 * key));
+                match inner {
+                    _ if inner < key => Stands::Row(0, head * key + inner),
+                    _ if inner < 2 * key => Stands::Row(0, all + head * key + inner - key),
+                    _ if in_values < values => Stands::Row(0, 2 * all + head * values + in_values),
+                    _ => Stands::Row(1, head * values + in_values - values),
                 }
             }
             Order::Stacked => Stands::Row(row, 0),
@@ -71,6 +87,16 @@ struct Source {
 
 impl Layout {
     fn of(config: &Config) -> Option<Layout> {
+        if let Some(net) = &config.delta {
+            let (channels, all) = (net.channels(), net.value_heads * net.value_dim);
+            let values = net.value_heads / net.key_heads * net.value_dim;
+            let source = |inner, rows| Source { inner, shape: [1, rows, config.hidden] };
+            return Some(Layout {
+                whole: ("ssm_in.weight", [channels + all, config.hidden]),
+                order: Order::Delta { key_heads: net.key_heads, key: net.key_dim, values },
+                sources: vec![source("attn_qkv.weight", channels), source("attn_gate.weight", all)],
+            });
+        }
         let latent = config.latent?;
         let (heads, width) = (config.heads, latent.keys);
         Some(Layout {
@@ -122,7 +148,9 @@ pub(super) fn gather<'t>(
     let layer = |name: &&str| {
         let (layer, inner) = crate::op::in_layer(name)?;
         let is_source = sources.iter().any(|source| source.inner == inner);
-        (is_source && (layer as usize) < config.layers).then_some(layer)
+        // A block of a model with delta nets may have attention.
+        let reads = config.delta.is_none() || config.delta_of(layer as usize).is_some();
+        (is_source && reads && (layer as usize) < config.layers).then_some(layer)
     };
     let mut layers: Vec<u32> = infos.keys().filter_map(layer).collect();
     layers.sort_unstable();

@@ -46,7 +46,7 @@ pub(super) fn rename(
     tensors: &mut BTreeMap<String, Place>,
     architecture: Architecture,
 ) -> Result<(), Fault> {
-    if architecture != Architecture::GptOss {
+    if !matches!(architecture, Architecture::GptOss | Architecture::Qwen3Next) {
         return Ok(());
     }
     let inner = |name: &String| crate::op::in_layer(name).map(|(_, inner)| inner.to_owned());

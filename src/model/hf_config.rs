@@ -355,6 +355,7 @@ fn delta(
         key_dim: width("linear_key_head_dim", 128)?,
         value_dim: width("linear_value_head_dim", 128)?,
         taps: width("linear_conv_kernel_dim", 4)?,
+        rates_are_logs: true,
         blocks,
     }))
 }

@@ -224,15 +224,23 @@ fn every_key_of_gguf_has_an_answer() {
                 ("expert_shared_count", Written::Unsigned(1)),
                 ("attention.sliding_window", Written::Unsigned(8)),
                 ("attention.kv_lora_rank", Written::Unsigned(6)),
+                ("full_attention_interval", Written::Unsigned(2)),
+                ("ssm.conv_kernel", Written::Unsigned(4)),
+                ("ssm.group_count", Written::Unsigned(1)),
+                ("ssm.inner_size", Written::Unsigned(8)),
+                ("ssm.state_size", Written::Unsigned(4)),
+                ("ssm.time_step_rank", Written::Unsigned(2)),
                 ("attention.key_length", Written::Unsigned(4)),
                 ("attention.value_length", Written::Unsigned(4)),
                 ("rope.dimension_count", Written::Unsigned(2)),
             ] {
                 let is_of = match key {
-                    "expert_shared_feed_forward_length" => &["qwen2moe"][..],
+                    "expert_shared_feed_forward_length" => &["qwen2moe", "qwen3next"][..],
+                    "full_attention_interval" => &["qwen3next"],
+                    _ if key.starts_with("ssm.") => &["qwen3next"],
                     "expert_shared_count" => &["deepseek2"],
                     _ if key.starts_with("expert_") => {
-                        &["qwen2moe", "qwen3moe", "gpt-oss", "deepseek2"]
+                        &["qwen2moe", "qwen3moe", "gpt-oss", "deepseek2", "qwen3next"]
                     }
                     "attention.sliding_window" => &["gpt-oss"],
                     "attention.kv_lora_rank"

@@ -36,7 +36,12 @@ KINDS = {
     "qwen3_moe": ("qwen3moe", False),
     "gpt_oss": ("gpt-oss", False),
     "deepseek_v3": ("deepseek2", False),
+    "qwen3_next": ("qwen3next", False),
 }
+# What the llama.cpp that is at hand does not know; transformers' pass alone is compared.
+UNKNOWN = ["qwen3_next"]
+# What is written in two ways.
+SPLIT = ["deepseek_v3", "qwen3_next"]
 NORMS = {"olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}}
 GEMMA = {
     "input_layernorm": "attn_norm",
@@ -52,6 +57,7 @@ NORMS["glm4"] = {
     "post_mlp_layernorm": "post_ffw_norm",
 }
 NORMS["gpt_oss"] = {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}
+NORMS["qwen3_next"] = NORMS["gpt_oss"]
 # Where nothing else is said.
 USUAL = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 PARTS = {
@@ -83,6 +89,11 @@ PARTS = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "linear_attn.in_proj_qkvz": "ssm_in",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
 }
 HEAD_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
@@ -105,7 +116,7 @@ def safetensors(path):
             words = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
             tensors[name] = words.view(np.float32).reshape(shape)
         else:
-            kinds = {"F32": np.float32, "F64": np.float64, "I32": np.int32}
+            kinds = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "U8": np.uint8}
             tensors[name] = np.frombuffer(raw, kinds[entry["dtype"]]).reshape(shape)
     return tensors
 
@@ -114,6 +125,25 @@ def permuted(weight, heads):
     """Halves of each head as neighbours, as llama.cpp's converter stores llama's queries and keys."""
     rows = weight.shape[0]
     return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def mxfp4(writer, name, codes, scales):
+    """Blocks of 32 codes as ggml has them: a scale, and bytes that hold a code of the first half and one of the second."""
+    low, high = codes & 15, codes >> 4
+    values = np.stack([low, high], axis=-1).reshape(*codes.shape[:-1], 32)
+    packed = values[..., :16] | values[..., 16:] << 4
+    blocks = np.concatenate([scales[..., None], packed], axis=-1)
+    blocks = blocks.reshape(*codes.shape[:-2], -1)
+    writer.add_tensor(name, np.ascontiguousarray(blocks), raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+
+
+def of_all_codes(writer, layer, name, codes, scales):
+    """gpt-oss's codes of all experts; gate and up take turns along the outputs."""
+    parts = {"ffn_down_exps": slice(None)}
+    if name.startswith("gate_up_proj"):
+        parts = {"ffn_gate_exps": slice(0, None, 2), "ffn_up_exps": slice(1, None, 2)}
+    for known, rows in parts.items():
+        mxfp4(writer, f"blk.{layer}.{known}.weight", codes[:, rows], scales[:, rows])
 
 
 def of_all_experts(writer, layer, name, values):
@@ -135,6 +165,26 @@ def keys_and_values(writer, layer, config, values):
     parts = {"attn_k_b": values[:, :keys].swapaxes(1, 2), "attn_v_b": values[:, keys:]}
     for known, part in parts.items():
         writer.add_tensor(f"blk.{layer}.{known}.weight", np.ascontiguousarray(part))
+
+
+def projection_of_delta(writer, layer, config, values):
+    """The projection of a delta net in two: queries, keys and values of all heads, and gates."""
+    heads, keys = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    group = config["linear_num_value_heads"] // heads * config["linear_value_head_dim"]
+    query, key, value, gate = np.split(values.reshape(heads, -1, values.shape[-1]), np.cumsum([keys, keys, group]), axis=1)
+    flat = [part.reshape(-1, values.shape[-1]) for part in (query, key, value)]
+    writer.add_tensor(f"blk.{layer}.attn_qkv.weight", np.concatenate(flat))
+    writer.add_tensor(f"blk.{layer}.attn_gate.weight", np.ascontiguousarray(gate.reshape(-1, values.shape[-1])))
+
+
+def add_delta(writer, config):
+    """The keys of delta nets."""
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * config["linear_value_head_dim"])
 
 
 def add_latent(writer, config, rope, split):
@@ -209,11 +259,13 @@ def write(folder, path, layout=None):
         count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key))
         writer.add_expert_count(config[count])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-    if kind in ("qwen2_moe", "qwen3_moe"):
+    if kind == "qwen3_next":
+        add_delta(writer, config)
+    if kind in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if kind == "gpt_oss":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", "qwen3_next"):
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     # A vocabulary is needed to load; its words are not.
     words = [f"w{number}" for number in range(config["vocab_size"])]
@@ -227,10 +279,18 @@ def write(folder, path, layout=None):
     if kind == "stablelm":
         writer.add_parallel_residual(config["use_parallel_residual"])
     experts, gains = {}, {}
-    for tensor, values in safetensors(os.path.join(folder, "model.safetensors")).items():
+    held = safetensors(os.path.join(folder, "model.safetensors"))
+    for tensor, values in held.items():
+        if tensor.endswith("_scales"):
+            continue
+        if tensor.endswith("_blocks"):
+            layer, name = tensor.removeprefix("model.layers.").split(".mlp.experts.")
+            of_all_codes(writer, layer, name, values, held[tensor.replace("_blocks", "_scales")])
+            continue
         values = np.array(values, np.float32)
         stem, ending = tensor.rsplit(".", 1)
-        if kind in ("gemma2", "gemma3_text") and "norm" in stem:
+        less_one = kind == "qwen3_next" and not stem.endswith("linear_attn.norm")
+        if (kind in ("gemma2", "gemma3_text") or less_one) and "norm" in stem:
             values = values + np.float32(1.0)
         fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
         if stem in fixed:
@@ -241,6 +301,17 @@ def write(folder, path, layout=None):
             continue
         if ending == "e_score_correction_bias":
             writer.add_tensor(f"blk.{layer}.exp_probs_b.bias", values)
+            continue
+        if ending == "A_log":
+            writer.add_tensor(f"blk.{layer}.ssm_a", -np.exp(values))
+            continue
+        if ending == "dt_bias":
+            writer.add_tensor(f"blk.{layer}.ssm_dt.bias", values)
+            continue
+        if part == "linear_attn.conv1d":
+            values = values[:, 0]
+        if layout == "split" and part == "linear_attn.in_proj_qkvz":
+            projection_of_delta(writer, layer, config, values)
             continue
         if layout == "split" and part == "self_attn.kv_b_proj":
             keys_and_values(writer, layer, config, values)
@@ -387,10 +458,16 @@ def what_is_lost(folder):
     return None
 
 
+def is_unknown(folder):
+    """Whether llama.cpp does not know its kind."""
+    with open(os.path.join(folder, "config.json")) as file:
+        return json.load(file)["model_type"] in UNKNOWN
+
+
 def layouts(folder):
     """The ways in which files of its kind are written."""
     with open(os.path.join(folder, "config.json")) as file:
-        return [None, "split"] if json.load(file)["model_type"] == "deepseek_v3" else [None]
+        return [None, "split"] if json.load(file)["model_type"] in SPLIT else [None]
 
 
 def off(a, b):
@@ -404,30 +481,34 @@ def main():
     callback = kind(lambda level, text, data: said.append(text.decode(errors="replace")))
     llama_cpp.llama_log_set(callback, None)
     load_backends()
-    runner, wrong, count = sys.argv[1], [], 0
+    runner, wrong, count, forms = sys.argv[1], [], 0, {}
     for folder, layout in [(folder, layout) for folder in sys.argv[2:] for layout in layouts(folder)]:
-        golden = os.path.join(folder, "golden.safetensors")
+        recorded = os.path.join(folder, "golden.safetensors")
         # Two forms of one model share a pass.
-        golden = safetensors(golden if os.path.exists(golden) else os.path.join(folder, "..", "golden.safetensors"))
+        recorded = recorded if os.path.exists(recorded) else os.path.join(folder, "..", "golden.safetensors")
+        golden = safetensors(recorded)
         tokens = [int(token) for token in golden["ids"]]
         with tempfile.TemporaryDirectory() as work:
             path = os.path.join(work, "model.gguf")
             write(folder, path, layout)
             own = of_runner(runner, work, path, tokens)
             try:
-                theirs = of_llama_cpp(path, tokens)
+                theirs = None if is_unknown(folder) else of_llama_cpp(path, tokens)
             except SystemExit as error:
                 raise SystemExit(f"{folder}: {error}\n{''.join(said[-8:])}")
         kind = os.path.basename(folder.rstrip("/"))
-        to_golden, to_llama = off(own, golden["logits"]), off(own, theirs)
+        to_golden, to_llama = off(own, golden["logits"]), 0.0 if theirs is None else off(own, theirs)
         lost = what_is_lost(folder)
         note = f" ({layout})" if layout else ""
         note += f"; the file does not hold {lost}" if lost else ""
-        print(f"{kind:12} reference of the GGUF file: {to_golden:.1e} of transformers in f64, {to_llama:.1e} of llama.cpp{note}")
+        told = "not known to llama.cpp" if theirs is None else f"{to_llama:.1e} of llama.cpp"
+        print(f"{kind:12} reference of the GGUF file: {to_golden:.1e} of transformers in f64, {told}{note}")
         count += 1
-        # llama.cpp's GELU is a table in f16.
-        bound = 3e-3 if kind.startswith(("gemma", "starcoder")) else 1e-5
-        if to_llama > bound or (to_golden > 2e-5 and not lost):
+        # llama.cpp's GELU is a table in f16, and beside blocks of codes it rounds activations to 8 bits.
+        bound = 3e-3 if kind.startswith(("gemma", "starcoder")) else 5e-2 if kind == "packed" else 1e-5
+        # Other layouts and types of the same values give the same bits.
+        same = np.array_equal(forms.setdefault(os.path.realpath(recorded), own), own)
+        if not same or to_llama > bound or (to_golden > 2e-5 and not lost):
             wrong.append(kind)
     if wrong or not count:
         raise SystemExit(f"wrong: {', '.join(wrong)}")

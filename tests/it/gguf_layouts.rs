@@ -6,13 +6,16 @@
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use proptest::prelude::*;
 use runner::compute::arms::{self, Task};
 use runner::compute::flow;
 use runner::compute::reference::Reference;
+use runner::model::synthetic::{self, Preset};
 use runner::model::{Model, WeightType};
 use runner::op::{Capture, Op, Site};
 
@@ -416,6 +419,10 @@ fn a_deepseek_of_the_first_files_has_a_softmax_and_may_lack_the_narrow_queries()
     let normed = file.clone().with("expert_weights_norm", Value::Bool(true)).open();
     let routing = normed.config().experts.as_ref().expect("experts").routing;
     assert_eq!(routing.scores, runner::model::RouterScores::SoftmaxOfTaken);
+    let mut biased = file.clone();
+    biased.tensors.insert("blk.1.exp_probs_b.bias".to_owned(), (vec![6], vec![0.5; 6]));
+    let said = biased.refusal();
+    assert!(said.contains("`blk.1.exp_probs_b.bias`") && said.contains("no use for it"), "{said}");
     let said = file.clone().with("expert_group_count", Value::U32(2));
     let said = said.with("expert_group_used_count", Value::U32(1)).refusal();
     assert!(said.contains("`deepseek2.expert_group_count` is 2"), "{said}");
@@ -576,4 +583,246 @@ fn a_folder_whose_heads_lack_a_norm_or_have_one_too_many_is_refused_by_name() {
         |name: &str| name.replace("1.self_attn.q_layernorm.norms.1.weight", "0.mlp.up_proj.bias");
     let said = refused(&gone);
     assert!(said.contains("`blk.1.attn_q_norm.1.weight`") && said.contains("missing"), "{said}");
+}
+
+/// A qwen3next whose delta nets have their projection head by head.
+fn qwen3next(model: &Model) -> File {
+    let mut file = File::of(model, "qwen3next");
+    let (config, experts) = (model.config(), model.config().experts.as_ref().expect("experts"));
+    let net = config.delta.as_ref().expect("delta nets");
+    file.number("expert_shared_feed_forward_length", experts.shared.expect("a shared one"));
+    file.number("ssm.conv_kernel", net.taps);
+    file.number("ssm.group_count", net.key_heads);
+    file.number("ssm.time_step_rank", net.value_heads);
+    file.number("ssm.state_size", net.key_dim);
+    file.number("ssm.inner_size", net.value_heads * net.value_dim);
+    for layer in 0..config.layers {
+        let block = |name: &str| format!("blk.{layer}.{name}");
+        file.rename(&block("ffn_norm.weight"), &block("post_attention_norm.weight"));
+        if config.delta_of(layer).is_some() {
+            let (shape, logs) = file.take(&block("ssm_a_log.weight"));
+            let rates = logs.into_iter().map(|log| -f64::from(log).exp() as f32).collect();
+            file.tensors.insert(block("ssm_a"), (shape, rates));
+        }
+    }
+    file
+}
+
+/// The same with queries, keys and values of all heads one after the other, and gates apart.
+fn qwen3next_split(model: &Model) -> File {
+    let mut file = qwen3next(model);
+    let net = model.config().delta.as_ref().expect("delta nets");
+    let hidden = model.config().hidden;
+    let values = net.value_heads / net.key_heads * net.value_dim;
+    for layer in
+        (0..model.config().layers).filter(|&layer| model.config().delta_of(layer).is_some())
+    {
+        let (_, all) = file.take(&format!("blk.{layer}.ssm_in.weight"));
+        let part = |first: usize, rows: usize| -> Vec<f32> {
+            let heads = all.chunks_exact((2 * net.key_dim + 2 * values) * hidden);
+            heads.flat_map(|head| &head[first * hidden..(first + rows) * hidden]).copied().collect()
+        };
+        let keys = net.key_dim;
+        let parts = [part(0, keys), part(keys, keys), part(2 * keys, values)].concat();
+        let shape = |values: &Vec<f32>| vec![values.len() / hidden, hidden];
+        let gates = part(2 * keys + values, values);
+        let tensors = &mut file.tensors;
+        tensors.insert(format!("blk.{layer}.attn_qkv.weight"), (shape(&parts), parts));
+        tensors.insert(format!("blk.{layer}.attn_gate.weight"), (shape(&gates), gates));
+    }
+    file
+}
+
+/// The folder of a small Qwen3-Next, and the same with rates of one, which the converter does not
+/// round.
+fn qwen3next_folders() -> (tempfile::TempDir, Model, Model) {
+    let kept = tempfile::tempdir().expect("a folder");
+    let path = synthetic::ensure(Preset::Qwen3NextTiny, 1, kept.path()).expect("a model");
+    let model = Model::open(&path).expect("a folder that is read");
+    let other = kept.path().join("ones");
+    std::fs::create_dir(&other).expect("a folder");
+    std::fs::copy(path.join("config.json"), other.join("config.json")).expect("copied");
+    let held = std::fs::read(path.join("model.safetensors")).expect("weights");
+    let held = safetensors::SafeTensors::deserialize(&held).expect("tensors");
+    let zeros = vec![0u8; 1 << 10];
+    let tensors = held.tensors().into_iter().map(|(name, view)| {
+        let bytes = match name.ends_with("A_log") {
+            true => &zeros[..view.data().len()],
+            false => view.data(),
+        };
+        let view = safetensors::tensor::TensorView::new(view.dtype(), view.shape().to_vec(), bytes);
+        (name, view.expect("a tensor"))
+    });
+    let out = other.join("model.safetensors");
+    safetensors::serialize_to_file(tensors, None, &out).expect("written");
+    let ones = Model::open(&other).expect("a folder that is read");
+    (kept, model, ones)
+}
+
+#[test]
+fn a_qwen3next_is_the_same_function_in_both_layouts_and_as_a_folder() {
+    let (_kept, model, ones) = qwen3next_folders();
+    let read = qwen3next_split(&ones).open();
+    assert_eq!(first_other(&qwen3next(&ones).open(), &ones), None);
+    assert_eq!(first_other(&read, &ones), None);
+    let name = "blk.2.ssm_in.weight";
+    let (whole, parts) = (ones.tensor(name).unwrap(), read.tensor(name).unwrap());
+    assert!(whole.to_vec().unwrap() == parts.to_vec().unwrap() && !parts.is_plain());
+    // Rates that the converter rounds.
+    let file = qwen3next(&model).open();
+    assert_eq!(first_other(&file, &model), Some(Site("blk.0.lin_gates".to_owned())));
+    let logits = |model: &Model| {
+        let (site, bits) = sites(model).pop().expect("sites");
+        assert_eq!(site.0, "logits");
+        bits.into_iter().map(f32::from_bits).collect::<Vec<_>>()
+    };
+    let (own, folder) = (logits(&file), logits(&model));
+    let largest = folder.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let off = own.iter().zip(&folder).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(off < 1e-6 * largest, "{off:e} of {largest:e}");
+}
+
+#[test]
+fn what_a_qwen3next_does_not_say_or_says_otherwise_is_refused_by_name() {
+    let (_kept, model, _) = qwen3next_folders();
+    let (file, parts) = (qwen3next(&model), qwen3next_split(&model));
+    let number = |key: &str, value: u32| file.clone().with(key, Value::U32(value));
+    for (file, words) in [
+        (file.clone().without("ssm.state_size"), "`qwen3next.ssm.state_size` is missing"),
+        (file.clone().without("ssm.conv_kernel"), "`qwen3next.ssm.conv_kernel` is missing"),
+        (file.clone().without("expert_count"), "`qwen3next.expert_count` is missing"),
+        (number("ssm.inner_size", 250), "inner_size` is 250, and its 8 heads have 32 values"),
+        (number("full_attention_interval", 0), "full_attention_interval` is 0"),
+        (number("full_attention_interval", 2), "`blk.1.attn_q.weight`: it is missing"),
+        (number("ssm.group_count", 3), "its delta nets have 3 heads"),
+        (number("attention.sliding_window", 8), "slides over 8"),
+    ] {
+        let said = file.refusal();
+        assert!(said.contains(words), "`{words}` is not in: {said}");
+    }
+    let changed = |file: &File, change: &dyn Fn(&mut File)| {
+        let mut file = file.clone();
+        change(&mut file);
+        file.refusal()
+    };
+    for (said, words) in [
+        (
+            changed(&parts, &|file| drop(file.take("blk.1.attn_gate.weight"))),
+            "`blk.1.attn_gate.weight`: it is missing",
+        ),
+        (
+            changed(&parts, &|file| {
+                file.rename("blk.1.attn_gate.weight", "blk.3.attn_gate.weight")
+            }),
+            "`blk.1.attn_gate.weight`: it is missing",
+        ),
+        (
+            changed(&file, &|file| {
+                file.tensors
+                    .insert("blk.3.attn_qkv.weight".to_owned(), (vec![1, 256], vec![0.5; 256]));
+            }),
+            "`blk.3.attn_qkv.weight`: the forward pass of qwen3_next with 4 blocks has no use",
+        ),
+        (
+            changed(&file, &|file| {
+                let gate = parts.tensors["blk.0.attn_gate.weight"].clone();
+                file.tensors.insert("blk.0.attn_gate.weight".to_owned(), gate);
+            }),
+            "`blk.0.attn_qkv.weight`: it is missing",
+        ),
+        (
+            changed(&parts, &|file| {
+                let whole = qwen3next(&model).take("blk.0.ssm_in.weight");
+                file.tensors.insert("blk.0.ssm_in.weight".to_owned(), whole);
+            }),
+            "`attn_qkv.weight` and `attn_gate.weight` of the same block hold its values too",
+        ),
+        (
+            changed(&file, &|file| file.rename("blk.0.ssm_a", "blk.0.ssm_a_log.weight")),
+            "`blk.0.ssm_a`: it is missing",
+        ),
+        (
+            changed(&file, &|file| {
+                let norm = file.take("blk.0.post_attention_norm.weight");
+                file.tensors.insert("blk.0.ffn_norm.weight".to_owned(), norm);
+            }),
+            "llama.cpp calls it `post_attention_norm.weight`",
+        ),
+    ] {
+        assert!(said.contains(words), "`{words}` is not in: {said}");
+    }
+}
+
+#[test]
+fn a_file_of_each_layout_is_compared_with_its_folder_as_the_same_function() {
+    let told = |file: &File, folder: &Model| {
+        let found = runner::compare::models::compare(&file.open(), folder).expect("compared");
+        assert!(found.are_same(), "{:?} {:?} {:?}", found.settings, found.alone, found.tensors);
+        found
+    };
+    let (_one, latent) = deepseek_folder();
+    told(&deepseek(&latent), &latent);
+    told(&split(&latent), &latent);
+    let (_two, stable) = folder(&own("tests/fixtures/small-models/stablelm-parallel"), &[]);
+    told(&stablelm(&stable), &stable);
+    let (_three, next, _) = qwen3next_folders();
+    told(&qwen3next(&next), &next);
+    let found = told(&qwen3next_split(&next), &next);
+    assert!(found.tensors.iter().any(|pair| pair.name == "blk.0.ssm_a"));
+    let mut other = qwen3next(&next);
+    other.tensors.get_mut("blk.0.ssm_a").expect("rates").1[3] *= 1.01;
+    let found = runner::compare::models::compare(&other.open(), &next).expect("compared");
+    let differs = |pair: &&runner::compare::models::Pair| {
+        matches!(pair.found, runner::compare::models::Found::Differs(_))
+    };
+    let names: Vec<&str> = found.tensors.iter().filter(differs).map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["blk.0.ssm_a"]);
+}
+
+/// Files of these layouts, each with the number of its bytes before the tensors.
+fn small_files() -> &'static [(Vec<u8>, usize)] {
+    static FILES: OnceLock<Vec<(Vec<u8>, usize)>> = OnceLock::new();
+    FILES.get_or_init(|| {
+        let (_one, latent) = deepseek_folder();
+        let (_two, oss) = folder(&own("tests/fixtures/mxfp4/plain"), &[]);
+        let (_three, stable) = folder(&own("tests/fixtures/small-models/stablelm-parallel"), &[]);
+        let files = [deepseek(&latent), split(&latent), gpt_oss(&oss), stablelm(&stable)];
+        let written = files.iter().map(|file| {
+            let sizes =
+                file.tensors.values().map(|(_, held)| (4 * held.len()).next_multiple_of(32));
+            let bytes = file.write();
+            let header = bytes.len().saturating_sub(sizes.sum());
+            (bytes, header)
+        });
+        written.collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever a few bytes of the header become, the model is refused or usable.
+    #[test]
+    fn a_damaged_header_of_a_layout_is_refused_or_harmless(
+        which in 0_usize..4,
+        changes in prop::collection::vec((0_usize..1 << 20, any::<u8>()), 1..6),
+        smash in prop::option::of((0_usize..1 << 20, prop::sample::select(vec![
+            u64::MAX, 1 << 63, 1 << 32, i64::MAX as u64, 1, 0,
+        ]))),
+    ) {
+        let (bytes, header) = &small_files()[which];
+        let mut file = bytes.clone();
+        for (at, byte) in changes {
+            file[at % header] = byte;
+        }
+        if let Some((at, value)) = smash {
+            let at = at % header;
+            file[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        if let Ok(model) = open(&file) {
+            for name in model.names() {
+                model.tensor(name).unwrap().to_vec().unwrap();
+            }
+        }
+    }
 }

@@ -20,9 +20,12 @@ fn root(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// A folder of FP8 codes with these scales of caches in its first layer, f32 values by name.
-fn with_scales(scales: &[(&str, &[f32])]) -> tempfile::TempDir {
-    let source = root("examples/vllm-checkpoints/channel");
+const CHANNEL: &str = "examples/vllm-checkpoints/channel";
+
+/// A folder of FP8 codes, of the one at that path, with these scales of caches in its first layer,
+/// f32 values by name.
+pub fn with_scales(source: &str, scales: &[(&str, &[f32])]) -> tempfile::TempDir {
+    let source = root(source);
     let folder = tempfile::tempdir().unwrap();
     fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
     let file = fs::read(source.join("model.safetensors")).unwrap();
@@ -78,7 +81,7 @@ fn keys_and_values_come_back_with_the_scales_that_the_file_holds() {
         (&[("kv_scale", &[0.25])], [0.25, 0.25]),
     ];
     for (scales, [of_k, of_v]) in cases {
-        let folder = with_scales(scales);
+        let folder = with_scales(CHANNEL, scales);
         let model = Model::open(folder.path()).unwrap();
         let made = emulated(&model, Some(Format::E4m3));
         for (from, to, scale) in
@@ -95,7 +98,7 @@ fn keys_and_values_come_back_with_the_scales_that_the_file_holds() {
 
 #[test]
 fn the_reference_keeps_keys_and_values_whole() {
-    let folder = with_scales(&[("k_scale", &[0.02])]);
+    let folder = with_scales(CHANNEL, &[("k_scale", &[0.02])]);
     let model = Model::open(folder.path()).unwrap();
     let (plain, kept) =
         (pass(&model, None, &Reference), pass(&model, Some(Format::E5m2), &Reference));
@@ -156,7 +159,7 @@ fn a_clean_pass_with_a_narrow_cache_passes_every_contract() {
             assert_eq!(code, Some(0), "{model} {recipe}: {said}");
         }
     }
-    let folder = with_scales(&[("k_scale", &[0.02]), ("v_scale", &[0.5])]);
+    let folder = with_scales(CHANNEL, &[("k_scale", &[0.02]), ("v_scale", &[0.5])]);
     let model = folder.path().to_str().unwrap();
     let recipe = "gemm = \"checkpoint\"\nkv_cache = \"e4m3\"";
     let (code, said) = said(model, recipe, EVERY_SITE, &["run", "stages", "--format", "plain"]);
@@ -165,7 +168,7 @@ fn a_clean_pass_with_a_narrow_cache_passes_every_contract() {
 
 #[test]
 fn a_planted_bug_of_a_cache_is_found_and_named() {
-    let folder = with_scales(&[("k_scale", &[0.02]), ("v_scale", &[0.5])]);
+    let folder = with_scales(CHANNEL, &[("k_scale", &[0.02]), ("v_scale", &[0.5])]);
     let scaled = folder.path().to_str().unwrap();
     for model in ["synthetic:qwen2-tiny", "synthetic:deepseek-v3-tiny", scaled] {
         let command =
@@ -203,7 +206,7 @@ fn a_cache_that_cannot_be_is_refused_before_anything_runs() {
         (&[0.0], "the scale `blk.0.attn_k_cache.scale` is 0"),
         (of_heads, "`blk.0.attn_k_cache.scale` holds 2 scales"),
     ] {
-        let folder = with_scales(&[("k_scale", scales)]);
+        let folder = with_scales(CHANNEL, &[("k_scale", scales)]);
         let model = folder.path().to_str().unwrap();
         let (code, told) = said(model, narrow, EVERY_SITE, &["plan", "stages"]);
         assert_ne!(code, Some(0), "{told}");

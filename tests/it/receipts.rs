@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::kv_cache::with_scales;
 use runner::cache::{Stamps, Store};
 use runner::compute::arms::{Shipped, Task, Workshop, compute};
 use runner::dtype::Format;
@@ -99,6 +100,28 @@ fn receipts_of_checkpoints_are_to_the_bit_and_count_what_the_readme_says() {
             assert!(text.contains(&said), "{file} does not say {said}");
         }
     }
+}
+
+/// Passes with a narrow KV cache: their list says what README says.
+#[test]
+fn receipts_of_narrow_caches_are_to_the_bit_and_count_what_the_readme_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).expect("readable");
+    let list = read("runs/receipts/device/h200.json");
+    let list: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+    let runs = list["runs"].as_array().expect("runs");
+    assert!(runs.iter().all(|run| run["mismatches"] == 0));
+    let of_cache =
+        |run: &&serde_json::Value| run["run"].as_str().is_some_and(|name| name.contains(" kv "));
+    let runs: Vec<&serde_json::Value> = runs.iter().filter(of_cache).collect();
+    let sum = |key: &str| runs.iter().filter_map(|run| run[key].as_u64()).sum::<u64>() as usize;
+    let said = format!(
+        "{} runs, {} sites and {} values",
+        runs.len(),
+        grouped(sum("sites")),
+        grouped(sum("values"))
+    );
+    assert!(read("README.md").contains(&said), "README.md does not say {said}");
 }
 
 /// What README says of clean passes is what their receipts count.
@@ -277,6 +300,25 @@ fn the_emulated_arm_gives_what_the_gpu_gave_of_a_checkpoints_own_codes() {
             assert!(bits.all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
         }
         assert!(held >= 20, "{name}: only {held} sites were held against a GPU");
+    }
+}
+
+/// The folders that vLLM computed, with scales of a cache beside (`kv_cache::with_scales`), under
+/// `kv_cache = "e4m3"`, and what an H200 made of them.
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_with_a_narrow_cache() {
+    let receipts = receipts_in("runs/receipts/device/own");
+    assert_eq!(receipts.len(), 3);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            assert_eq!(stage.recipe.kv_cache, Some(Format::E4m3), "{name}");
+            let scales: [(&str, &[f32]); 2] = [("k_scale", &[0.013]), ("v_scale", &[0.021])];
+            let folder = with_scales(&stage.model, &scales);
+            let model = Model::open(folder.path()).expect("the checkpoint");
+            held += hold(&name, stage, &model);
+        }
+        assert!(held >= 22, "{name}: only {held} sites were held against a GPU");
     }
 }
 

@@ -57,6 +57,7 @@ mod tests {
             key_dim: 32,
             value_dim: 16,
             taps: 4,
+            rates_are_logs: true,
             blocks: Vec::new(),
         };
         let x = bench.tensor(9, net.channels(), 1);
