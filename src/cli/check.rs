@@ -20,7 +20,16 @@ pub(super) fn check(folder: &Path) -> Result<u8, String> {
     let mut outside = BTreeSet::new();
     let problems = problems_of_files(&pipeline, &mut outside);
     if !problems.is_empty() {
-        return Err(told_once(problems));
+        return Err(told_once("error", &problems));
+    }
+    let unfit = |stage: &Stage| {
+        let (id, file) = (stage.id.clone(), stage.file.clone());
+        let problem = pipeline.unfit(stage)?;
+        Some(PlanError::Stage { stage: id, file, problem })
+    };
+    let warnings: Vec<PlanError> = pipeline.stages.iter().filter_map(unfit).collect();
+    if !warnings.is_empty() {
+        print(&(told_once("warning", &warnings) + "\n"))?;
     }
     if let Some(first) = outside.first() {
         let count = plural(outside.len(), "file");

@@ -602,14 +602,19 @@ fn make_plan<'a>(
     store: &Store,
     stamps: &'a Stamps,
 ) -> Result<Plan<'a>, String> {
-    Plan::new(pipeline, graph, stages, store, stamps).map_err(told_once)
+    let plan = Plan::new(pipeline, graph, stages, store, stamps);
+    let plan = plan.map_err(|problems| told_once("error", &problems))?;
+    if !plan.warnings.is_empty() {
+        terminal::tell_line(&told_once("warning", &plan.warnings));
+    }
+    Ok(plan)
 }
 
 /// Problems of stages. Stages share models, prompts and files: each problem is told once.
-fn told_once(problems: Vec<PlanError>) -> String {
+fn told_once(level: &str, problems: &[PlanError]) -> String {
     let mut told: Vec<(String, Vec<String>)> = Vec::new();
     for PlanError::Stage { stage, file, problem } in problems {
-        let problem = one_line(&problem);
+        let problem = one_line(problem);
         let place = format!("`{stage}` (`{}`)", file.shown());
         match told.iter_mut().find(|(earlier, _)| *earlier == problem) {
             Some((_, places)) => places.push(place),
@@ -620,7 +625,7 @@ fn told_once(problems: Vec<PlanError>) -> String {
         .iter()
         .map(|(problem, places)| {
             let stages = if places.len() == 1 { "stage" } else { "stages" };
-            format!("error: {problem}\n  in {stages} {}", places.join(", "))
+            format!("{level}: {problem}\n  in {stages} {}", places.join(", "))
         })
         .collect();
     lines.join("\n")

@@ -9,9 +9,8 @@ use super::contract::RawContract;
 use super::cycle;
 use super::family;
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
-use super::settings::Settings;
 use super::stage::{RawInput, RawStage};
-use super::{Contract, Falsifier, Unread, sites};
+use super::{Contract, Falsifier, IfFails, Stage, Unread, sites};
 use crate::dtype::Format;
 use crate::metric::Metric;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Stream};
@@ -203,79 +202,63 @@ fn check_contract(
     }
 }
 
-/// Refuses a contract of the project's own kernels beside a recipe of narrow tensors. `stream`, and
-/// `engine` with it, rounds what every op writes: a bound of fewer ULP of f32 between the emulated
-/// arm and the reference is derived for kernels that do not, and no engine keeps it.
-pub(super) fn check_recipe(
-    stage: &RawStage,
-    settings: &Settings,
-    stream_at: Option<&At>,
-    contracts: &[RawContract],
-    findings: &mut Findings,
-) {
-    let (Some(op), Some(name), Some(stream)) = (&stage.op, &stage.contract, settings.recipe.stream)
-    else {
-        return;
-    };
+/// What to say of a contract of the project's own kernels beside a recipe of narrow tensors, if so.
+/// `stream`, and `engine` with it, rounds what every op writes: a bound of fewer ULP of f32
+/// between the emulated arm and the reference is derived for kernels that do not, and the verdict
+/// will be what its failure means. It is no problem: what the arm computes may be wanted all the same.
+pub(super) fn unfit(stage: &Stage, contract: &Contract) -> Option<String> {
+    let stream = stage.recipe.stream?;
     // Half a step of the type, in steps of f32.
     let cost: f64 = match stream {
         Format::Bf16 => 32_768.0,
         Format::F16 => 4_096.0,
-        _ => return,
+        _ => return None,
     };
-    let contract = contracts.iter().filter_map(|raw| raw.contract.as_ref());
-    let Some(contract) = contract.into_iter().find(|contract| contract.name == name.value) else {
-        return;
-    };
-    if !op.op.reads_model() || !settings.arms.contains(&Arm::Emulated) {
-        return;
+    if !stage.op.reads_model() || !stage.arms.contains(&Arm::Emulated) {
+        return None;
     }
-    let made = sites::made_by(&op.op);
-    let own = contract.falsifiers.iter().find_map(|falsifier| {
+    let made = sites::made_by(&stage.op);
+    let (falsifier, most) = contract.falsifiers.iter().find_map(|falsifier| {
         let of_rounding = matches!(falsifier.metric, Metric::MaxUlp | Metric::RowUlp);
-        let pair = matches!(
-            falsifier.compare,
-            [
-                Stream::Arm(Arm::Emulated),
-                Stream::Arm(Arm::Reference) | Stream::Anchored(Arm::Emulated)
-            ]
-        );
         let named = falsifier.sites.as_ref().is_none_or(|patterns| {
             made.iter().any(|made| patterns.iter().any(|pattern| made.meets(pattern)))
         });
         // A few values may lie near their roundings; of a quarter no tensor has all there.
         let most = falsifier.max.filter(|most| 4.0 * most <= cost)?;
-        (of_rounding && pair && named && !falsifier.unless_exact).then_some((falsifier, most))
-    });
-    let Some((falsifier, most)) = own else { return };
-    let fitting = ["engine", "exact-engine", "exact-pass"];
-    let there = contracts.iter().filter_map(|raw| Some(raw.name.as_ref()?.value.as_str()));
-    let there: Vec<&str> = there.filter(|name| fitting.contains(name)).collect();
-    let instead = match there.as_slice() {
-        [] => {
-            "`contract = \"engine\"` (contracts/engine.toml of the runner's repository)".to_owned()
-        }
-        there => format!("a contract that judges an engine: {}", quoted_list(there)),
+        (of_rounding && named && is_of_own_kernels(falsifier)).then_some((falsifier, most))
+    })?;
+    Some(unfit_words(
+        contract,
+        falsifier,
+        &format!(
+            "allows {} ULP of f32, and rounding to {stream} alone costs up to {}",
+            number(most),
+            number(cost)
+        ),
+    ))
+}
+
+/// Whether a falsifier holds the emulated arm to the reference, whatever is to the bit.
+pub(super) fn is_of_own_kernels(falsifier: &Falsifier) -> bool {
+    let judged = [Stream::Arm(Arm::Reference), Stream::Anchored(Arm::Emulated)];
+    let [subject, judge] = falsifier.compare;
+    subject == Stream::Arm(Arm::Emulated) && judged.contains(&judge) && !falsifier.unless_exact
+}
+
+/// The same in words: `why` says what the falsifier asks and what the recipe does.
+pub(super) fn unfit_words(contract: &Contract, falsifier: &Falsifier, why: &str) -> String {
+    let verdict = match falsifier.if_fails {
+        IfFails::Structural => "structural",
+        IfFails::Drift => "drift",
     };
-    findings.push(
-        Problem::new(
-            format!(
-                "the contract `{}` is of the project's own kernels, and this recipe describes an \
-                 engine: its falsifier `{}` allows {} ULP of f32, and rounding to `{stream}` alone \
-                 costs up to {}",
-                contract.name,
-                falsifier.id,
-                number(most),
-                number(cost)
-            ),
-            format!(
-                "write {instead}, and what the engine made in `[recorded]` or `[external]`; or \
-                 leave `stream` and `engine` out of the recipe, also where they are inherited"
-            ),
-        )
-        .at_if(name.at.as_ref(), "does not fit this recipe")
-        .at_if(stream_at, "every op's result is rounded to this type"),
-    );
+    format!(
+        "the contract `{}` is of the project's own kernels, and this recipe describes an engine \
+         (`stream`, `engine`): its falsifier `{}` {why}, so the verdict will be `{verdict}`; write \
+         a contract that judges an engine, as `engine`, `exact-engine` or `exact-pass`, with what \
+         the engine made in `[recorded]` or `[external]`, or leave `stream` and `engine` out of the \
+         recipe, also where they are inherited",
+        contract.name, falsifier.id
+    )
 }
 
 /// Why a falsifier could never be measured on an op, if so.

@@ -55,6 +55,26 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
+    /// What to say of a stage whose contract cannot hold with its recipe, before it runs.
+    pub fn unfit(&self, stage: &Stage) -> Option<String> {
+        check::unfit(stage, self.contracts.get(&stage.contract)?)
+    }
+
+    /// The same of a contract that asks for the bits of a lookup, where the recipe rounds `value`,
+    /// which was looked up.
+    pub fn unfit_lookup(&self, stage: &Stage, value: f32) -> Option<String> {
+        let (stream, contract) = (stage.recipe.stream?, self.contracts.get(&stage.contract)?);
+        let of_bits = contract.falsifiers.iter().find(|falsifier| {
+            check::is_of_own_kernels(falsifier)
+                && falsifier.metric == Metric::BitMismatches
+                && falsifier.max == Some(0.0)
+        })?;
+        let why = format!(
+            "allows no other bit, and the {value} that is looked up is rounded to {stream}"
+        );
+        (stream.round(value) != value).then(|| check::unfit_words(contract, of_bits, &why))
+    }
+
     /// The stage of this id.
     pub fn stage(&self, id: &StageId) -> Option<&Stage> {
         let place = self.stages.binary_search_by(|stage| stage.id.cmp(id)).ok()?;
@@ -328,7 +348,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
 
     let mut checked: Vec<Stage> = stages
         .into_iter()
-        .filter_map(|stage| finish_stage(stage, (&defaults, &typed), &contracts, &mut findings))
+        .filter_map(|stage| finish_stage(stage, &defaults, &typed, &mut findings))
         .collect();
     checked.sort_by(|a, b| a.id.cmp(&b.id));
     let pipeline = Pipeline {
@@ -577,16 +597,12 @@ fn read_file<T>(
 /// The stage as it is used, from its own settings, the folder's and the command line's.
 fn finish_stage(
     raw: RawStage,
-    (defaults, typed): (&Defaults, &RawSettings),
-    contracts: &[RawContract],
+    defaults: &Defaults,
+    typed: &RawSettings,
     findings: &mut Findings,
 ) -> Option<Stage> {
     let named = raw.settings.names_arms() || typed.names_arms();
-    let written = typed.clone().over(&raw.settings.clone().or(&defaults.settings));
-    let settings = written.check(findings);
-    if let Some(settings) = &settings {
-        check::check_recipe(&raw, settings, written.stream_at(), contracts, findings);
-    }
+    let settings = typed.clone().over(&raw.settings.or(&defaults.settings)).check(findings);
     let mut op = raw.op?.op;
     let mut needs: BTreeSet<StageId> = raw.needs.into_iter().map(|need| need.value).collect();
     needs.extend(op.input_refs().into_iter().map(|input| input.stage.clone()));

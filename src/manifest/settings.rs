@@ -188,12 +188,6 @@ impl RawSettings {
         }
     }
 
-    /// Where the type of an engine's tensors is written, or the engine.
-    pub fn stream_at(&self) -> Option<&At> {
-        let stream = self.recipe.stream.as_ref().and_then(|put| put.at.as_ref());
-        stream.or_else(|| self.recipe.engine.as_ref()?.at.as_ref())
-    }
-
     /// Whether `arms` is written here.
     pub fn names_arms(&self) -> bool {
         self.arms.is_some()

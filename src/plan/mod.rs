@@ -16,14 +16,12 @@ use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, w
 use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
 use crate::compute::kv_cache::{self, Which};
-use crate::dtype::Format;
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
-use crate::manifest::{Contract, Pipeline, Prompt, Stage};
-use crate::metric::Metric;
+use crate::manifest::{Pipeline, Prompt, Stage};
 use crate::model::synthetic::{Scaled, ensure_by};
 use crate::model::{Chat, Model};
-use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, Stream, in_layer};
+use crate::op::{self, Arm, Input, InputRef, Op, Recorded, Site, StageId, in_layer};
 use crate::text::{Shown, shown};
 
 mod sources;
@@ -93,6 +91,8 @@ pub struct Plan<'a> {
     pub project: PathBuf,
     /// Digests of files.
     pub stamps: &'a Stamps,
+    /// What is said before anything runs, of stages that run all the same.
+    pub warnings: Vec<PlanError>,
     /// Whether no result of the selected stages may be reused.
     pub force: bool,
     /// Arms of which only what this run computed may be reused.
@@ -215,6 +215,7 @@ impl<'a> Plan<'a> {
         let mut models: BTreeMap<(String, u64), Result<Arc<OpenModel>, String>> = BTreeMap::new();
         let mut stages = Vec::new();
         let mut problems = Vec::new();
+        let mut warnings = Vec::new();
         for id in graph.order().into_iter().filter(|id| wanted.contains(id)) {
             let Some(stage) = pipeline.stage(&id) else { continue };
             if !stage.op.reads_model() {
@@ -231,17 +232,18 @@ impl<'a> Plan<'a> {
             let prepared = model.and_then(|model| {
                 let tokens = tokens_of(stage, &model.model)?;
                 check_against_model(stage, &model.model)?;
-                check_lookup(
-                    stage,
-                    pipeline.contracts.get(&stage.contract),
-                    &tokens,
-                    &model.model,
-                )?;
                 let judged = selected.contains(&stage.id);
                 Ok(PreparedStage { stage, model: Some(model), tokens, judged })
             });
             match prepared {
-                Ok(prepared) => stages.push(prepared),
+                Ok(prepared) => {
+                    let unfit = pipeline.unfit(stage).or_else(|| unfit_lookup(pipeline, &prepared));
+                    warnings.extend(unfit.filter(|_| prepared.judged).map(|problem| {
+                        let (stage, file) = (stage.id.clone(), stage.file.clone());
+                        PlanError::Stage { stage, file, problem }
+                    }));
+                    stages.push(prepared);
+                }
                 Err(problem) => problems.push(PlanError::Stage {
                     stage: stage.id.clone(),
                     file: stage.file.clone(),
@@ -269,6 +271,7 @@ impl<'a> Plan<'a> {
             id,
             project,
             stamps,
+            warnings,
             force: false,
             fresh: BTreeSet::new(),
             measured: Mutex::default(),
@@ -784,44 +787,24 @@ fn check_kv_cache(stage: &Stage, model: &Model) -> Result<(), String> {
     Ok(())
 }
 
-/// Refuses a contract that asks for the reference's bits of a lookup which the recipe rounds: to the
-/// type in which an engine passes tensors, where the looked-up values are none of that type.
-fn check_lookup(
-    stage: &Stage,
-    contract: Option<&Contract>,
-    tokens: &[u32],
-    model: &Model,
-) -> Result<(), String> {
-    let narrow = stage.recipe.stream.filter(|stream| *stream != Format::F32);
-    let (Op::Embed { weight }, Some(stream), Some(contract)) = (&stage.op, narrow, contract) else {
-        return Ok(());
+/// What to say of a lookup whose values the recipe rounds, and whose contract asks for their bits.
+fn unfit_lookup(pipeline: &Pipeline, prepared: &PreparedStage<'_>) -> Option<String> {
+    let PreparedStage { stage, model, tokens, .. } = prepared;
+    let (Op::Embed { weight }, Some(stream), Some(model)) =
+        (&stage.op, stage.recipe.stream, model.as_ref())
+    else {
+        return None;
     };
-    let of_bits = contract.falsifiers.iter().find(|falsifier| {
-        falsifier.compare == [Stream::Arm(Arm::Emulated), Stream::Arm(Arm::Reference)]
-            && falsifier.metric == Metric::BitMismatches
-            && falsifier.max == Some(0.0)
-    });
-    let Some(falsifier) = of_bits.filter(|_| stage.arms.contains(&Arm::Emulated)) else {
-        return Ok(());
-    };
-    let weight = model.tensor(&format!("{}.weight", weight_of(weight, model)));
-    let weight = weight.map_err(|error| error.to_string())?;
+    let weight = format!("{}.weight", weight_of(weight, &model.model));
+    let weight =
+        model.model.tensor(&weight).ok().filter(|_| stage.arms.contains(&Arm::Emulated))?;
     let mut row = vec![0.0; weight.width()];
-    for &token in tokens {
+    tokens.iter().find_map(|&token| {
         let token = token as usize;
-        weight.decode_rows(token..token + 1, &mut row).map_err(|error| error.to_string())?;
-        if let Some(value) = row.iter().find(|value| stream.round(**value) != **value) {
-            return Err(format!(
-                "the contract `{}` is of the project's own kernels, and this recipe describes an \
-                 engine: its falsifier `{}` allows no other bit than the reference's, and `stream` \
-                 rounds what is looked up to {stream}, as {value} of token {token}; judge the pass of \
-                 an engine by the contract `engine`, with what it made in `[recorded]` or \
-                 `[external]`, or leave `stream` and `engine` out of the recipe",
-                contract.name, falsifier.id
-            ));
-        }
-    }
-    Ok(())
+        weight.decode_rows(token..token + 1, &mut row).ok()?;
+        let rounded = row.iter().find(|value| stream.round(**value) != **value)?;
+        pipeline.unfit_lookup(stage, *rounded)
+    })
 }
 
 /// Refuses weights that a recipe of the checkpoint's codes does not multiply, before anything runs.

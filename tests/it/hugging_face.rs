@@ -306,7 +306,10 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["layer_types"] = json!(["full_attention"]), ""),
         (|c| c["layer_types"] = json!(vec!["full_attention"; 3]), "`layer_types` names 3 blocks"),
         (|c| c["quantization_config"] = json!({ "quant_method": "hqq" }), "quantised by `hqq`"),
-        (|c| c["attention_bias"] = json!(true), "`blk.0.attn_q.bias`: it is missing"),
+        (
+            |c| c["attention_bias"] = json!(true),
+            "`model.layers.0.self_attn.q_proj.bias`: it is missing",
+        ),
         (|c| c["mlp_bias"] = json!("yes"), "true or false"),
         (|c| c["num_experts"] = json!(8), "`num_experts` = 8"),
         (|c| c["is_decoder"] = json!(true), "`is_decoder` = true"),
@@ -316,7 +319,7 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["num_attention_heads"] = json!(-1), "config.json"),
         (|c| c["hidden_size"] = json!("8"), "config.json"),
         (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
-        (|c| c["tie_word_embeddings"] = json!(false), "`output.weight`: it is missing"),
+        (|c| c["tie_word_embeddings"] = json!(false), "`lm_head.weight`: it is missing"),
     ];
     for (change, expected) in cases {
         let error = folder_with(change);
@@ -560,7 +563,7 @@ fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
     tensors.insert("lm_head.weight".to_owned(), (shape, bytes));
     write_safetensors(&path, &tensors);
     let error = Model::open(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("`output.weight`: `tie_word_embeddings` says"), "{error}");
+    assert!(error.contains("`lm_head.weight`: `tie_word_embeddings` says"), "{error}");
 }
 
 /// What a quantised checkpoint holds of a matrix, and the matrix that it is.
