@@ -1057,6 +1057,24 @@ pub(super) fn positive(what: &str, value: f64) -> Result<(), Fault> {
     Err(Fault::malformed(format!("its {what} is {value}, not a positive number"), FETCH_AGAIN))
 }
 
+/// The architecture of a GGUF file, and the name that its keys begin with.
+pub(super) fn architecture_of(
+    header: &Header,
+    file: &[u8],
+) -> Result<(&'static str, Architecture), Fault> {
+    let name = header
+        .text(file, "general.architecture")?
+        .ok_or_else(|| missing_key("general.architecture"))?;
+    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
+    known.copied().ok_or_else(|| {
+        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
+        Fault::unsupported(
+            format!("the architecture `{}` is unknown", shown(name)),
+            format!("choose a GGUF file of one of these: {}", names.join(", ")),
+        )
+    })
+}
+
 /// Reads the hyperparameters of a GGUF file. `vocabulary` is the number of rows
 /// of the embedding and `tied` says that there is no output matrix: a GGUF tells
 /// both by its tensors.
@@ -1066,18 +1084,7 @@ pub(super) fn from_gguf(
     vocabulary: usize,
     tied: bool,
 ) -> Result<Config, Fault> {
-    refuse_other_files(header, file)?;
-    let name = header
-        .text(file, "general.architecture")?
-        .ok_or_else(|| missing_key("general.architecture"))?;
-    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
-    let Some(&(prefix, architecture)) = known else {
-        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
-        return Err(Fault::unsupported(
-            format!("the architecture `{}` is unknown", shown(name)),
-            format!("choose a GGUF file of one of these: {}", names.join(", ")),
-        ));
-    };
+    let (prefix, architecture) = architecture_of(header, file)?;
     let keys = Keys { header, prefix, architecture };
     keys.refuse_unknown(file)?;
     let layers = keys.required("block_count")?;
@@ -1293,9 +1300,6 @@ fn whole_head(dimensions: Option<u64>, head_dim: u64) -> Result<u64, Fault> {
     }
 }
 
-/// Keys of models whose tensors or passes are others, which are none of a language model's own.
-const OF_OTHERS: [&str; 5] = ["adapter.", "clip.", "diffusion.", "imatrix.", "xielu."];
-
 /// Keys under an architecture's name that change nothing, as long as they are of their type.
 const WITHOUT_EFFECT: [&str; 4] = [
     "rope.scaling.finetuned",
@@ -1318,32 +1322,6 @@ pub(super) fn changes_nothing(key: &str) -> bool {
             || architecture == "starcoder2" && of_norms
     });
     described || own || super::tokenizer::knows_key(key)
-}
-
-/// Files that are GGUF, but no whole model.
-fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
-    if let Some(kind) = header.text(file, "general.type")?
-        && kind != "model"
-    {
-        return Err(Fault::unsupported(
-            format!("it holds a GGUF of type `{}`, not a model", shown(kind)),
-            "give the language model's own file",
-        ));
-    }
-    let other = header.keys().find(|key| OF_OTHERS.iter().any(|of| key.starts_with(of)));
-    if let Some(key) = other {
-        return Err(Fault::unsupported(
-            format!("what `{}` asks for is not computed", shown(key)),
-            "give the language model's own file",
-        ));
-    }
-    match header.unsigned("general.quantization_version")? {
-        None | Some(2) => Ok(()),
-        Some(version) => Err(Fault::unsupported(
-            format!("its blocks have the quantization version {version}, not 2"),
-            "quantize the model anew",
-        )),
-    }
 }
 
 pub(super) fn missing_key(key: &str) -> Fault {

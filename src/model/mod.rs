@@ -18,6 +18,7 @@ mod hf_config;
 #[cfg(test)]
 mod known_keys;
 mod mixture;
+mod other_files;
 mod quantised;
 mod safetensors;
 pub mod synthetic;
@@ -168,6 +169,10 @@ impl Model {
         let mut files = vec![first];
         files.extend(others);
         let held = gguf_parts::tensors(&mut header, &files)?;
+        let names = held.iter().map(|(_, info)| info.name.as_str());
+        other_files::refuse(&header, &files[0].map, names)
+            .and_then(|()| config::architecture_of(&header, &files[0].map).map(drop))
+            .map_err(|fault| fault.at(path))?;
         let mut tensors = BTreeMap::new();
         for (file, info) in &held {
             let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
@@ -218,6 +223,7 @@ impl Model {
     }
 
     fn open_folder(folder: &Path) -> Result<Model, ModelError> {
+        other_files::refuse_folder(folder)?;
         let json = read_small(&folder.join("config.json"))?;
         let beside = folder.join(hf_config::SIDECAR);
         let beside = beside.exists().then(|| read_small(&beside)).transpose()?;

@@ -697,6 +697,56 @@ fn files_that_are_no_model_are_refused_whatever_they_are_called() {
 }
 
 #[test]
+fn a_gguf_file_that_is_no_model_is_called_what_it_is() {
+    let text = |text: &str| Value::String(text.to_owned());
+    let bare = |key: &str, value: Value, tensor: Option<&str>| {
+        let tensors = tensor.map(|name| (name.to_owned(), f32_tensor(&[4, 8])));
+        Draft { metadata: [(key.to_owned(), value)].into(), tensors: tensors.into_iter().collect() }
+    };
+    let of = |kind: &str, tensor: &str| bare("general.type", text(kind), Some(tensor));
+    let llama = |tensor: Option<&str>| bare("general.architecture", text("llama"), tensor);
+    let tokens = Value::Array(vec![text("a")]);
+    let cases: Vec<(Draft, &str)> = vec![
+        (
+            of("adapter", "blk.0.attn_q.weight.lora_a"),
+            "`general.type` is `adapter`: it is an adapt",
+        ),
+        (
+            llama(Some("blk.0.attn_q.weight.lora_a")),
+            "`blk.0.attn_q.weight.lora_a`: it is an adapter",
+        ),
+        (llama(None).with("adapter.type", text("lora")), "`adapter.type`: it is an adapter"),
+        (of("mmproj", "v.patch_embd.weight"), "`mmproj`: it is an encoder"),
+        (llama(Some("v.patch_embd.weight")), "`v.patch_embd.weight`: it is an encoder"),
+        (bare("clip.has_vision_encoder", Value::Bool(true), Some("mm.0.weight")), "an encoder"),
+        (of("imatrix", "blk.0.attn_q.weight.in_sum2"), "an importance matrix"),
+        (llama(Some("blk.0.attn_q.weight.in_sum2")), "an importance matrix"),
+        (bare("controlvector.layer_count", Value::U32(2), Some("direction.1")), "a control vector"),
+        (llama(None).with("tokenizer.ggml.tokens", tokens.clone()), "a vocabulary and no tensors"),
+        (bare("general.type", text("vocab"), None), "`vocab`: it is a vocabulary"),
+        (llama(None), "metadata and no tensors"),
+        (bare("general.architecture", text("eagle3"), Some("fc.weight")), "`eagle3` is unknown"),
+        (Draft { metadata: BTreeMap::new(), tensors: BTreeMap::new() }, "an empty GGUF file"),
+        // What is a model, and lacks a tensor.
+        (draft("llama").without_tensor("token_embd.weight"), "`token_embd.weight`: it is missing"),
+    ];
+    for (draft, expected) in cases {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn an_adapters_folder_names_its_base_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"peft_type": "LORA", "base_model_name_or_path": "someone/base-7b"}"#;
+    fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+    fs::write(folder.path().join("adapter_model.safetensors"), b"").unwrap();
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("it is an adapter of `someone/base-7b`"), "{error}");
+}
+
+#[test]
 fn no_truncation_of_a_model_opens_or_panics() {
     let file = synthetic_file(Preset::Qwen3Tiny);
     let small = draft("llama").vocabulary("qwen2").write();
