@@ -490,11 +490,30 @@ fn parts_that_are_not_one_model_are_named() {
                 parts[1].tensors.pop_last();
                 None
             }),
-            "tensors in all parts, and they hold",
+            "`split.tensors.count` is 11, and its parts hold 10 tensors",
         ),
     ];
     for (said, words) in cases {
         assert!(said.contains(words), "{words}: {said}");
+    }
+}
+
+#[test]
+fn a_file_that_says_more_tensors_or_parts_than_it_holds_is_refused_with_both_numbers() {
+    let (part, tensors) = (Value::U16, Value::I32);
+    let whole = draft("llama").with("split.tensors.count", tensors(11));
+    open(&whole.write()).expect("a file that holds what it says");
+    let merged = whole.with("split.no", part(0)).with("split.count", part(0));
+    open(&merged.write()).expect("what `gguf-split --merge` leaves");
+    let lacks = draft("llama").with("split.tensors.count", tensors(12));
+    for (draft, expected) in [
+        (lacks.with("split.count", part(1)), "is 12, and it holds 11 tensors"),
+        (merged.with("split.tensors.count", tensors(12)), "is 12, and it holds 11 tensors"),
+        (draft("llama").with("split.no", part(1)), "`split.no` is 1, counted from 0, and `split.c"),
+        (draft("llama").with("split.no", part(1)).with("split.count", part(1)), "count` is 1"),
+    ] {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
     }
 }
 
