@@ -1764,6 +1764,23 @@ impl Keys<'_> {
                 OTHER_MODEL,
             ));
         }
+        // The specification's word for no order of its own, and, of what converters permute, theirs for
+        // rows of queries and keys whose neighbours turn together.
+        let key = self.full("tensor_data_layout");
+        let permuted = matches!(
+            self.architecture,
+            Architecture::Llama | Architecture::Granite | Architecture::SmolLm3
+        );
+        match self.header.text(file, &key)? {
+            None | Some("reference") => {}
+            Some("Meta AI original pth") if permuted => {}
+            Some(other) => {
+                return Err(Fault::unsupported(
+                    format!("`{key}` is `{}`, an order of rows that is not known", shown(other)),
+                    "convert the model anew with llama.cpp's converter",
+                ));
+            }
+        }
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {
             let key = self.full("attention.causal");
             return Err(Fault::unsupported(

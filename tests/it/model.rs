@@ -583,6 +583,24 @@ fn what_llama_cpp_reads_otherwise_or_not_at_all_is_refused_by_name() {
 }
 
 #[test]
+fn an_order_of_rows_that_is_not_known_is_refused_with_its_value() {
+    let of = |architecture: &str, layout: &str| {
+        let key = format!("{architecture}.tensor_data_layout");
+        draft(architecture).with(&key, Value::String(layout.to_owned())).write()
+    };
+    for layout in ["reference", "Meta AI original pth"] {
+        open(&of("llama", layout)).expect("what llama.cpp reads");
+    }
+    for (architecture, layout) in
+        [("llama", "jploski"), ("llama", ""), ("qwen3", "Meta AI original pth")]
+    {
+        let error = refusal(&of(architecture, layout));
+        let expected = format!("`{architecture}.tensor_data_layout` is `{layout}`");
+        assert!(error.contains(&expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
 fn what_would_be_computed_wrongly_is_refused_with_its_name() {
     let text = |text: &str| Value::String(text.to_owned());
     let cases: Vec<(Draft, &str)> = vec![
