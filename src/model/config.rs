@@ -7,6 +7,7 @@
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
 use super::hf_config::Yarn;
+use super::other_files;
 
 /// Sizes above this are typing errors or attacks: the largest models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
@@ -1301,7 +1302,8 @@ fn whole_head(dimensions: Option<u64>, head_dim: u64) -> Result<u64, Fault> {
 }
 
 /// Keys under an architecture's name that change nothing, as long as they are of their type.
-const WITHOUT_EFFECT: [&str; 4] = [
+const WITHOUT_EFFECT: [&str; 5] = [
+    "pooling_type",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "tensor_data_layout",
@@ -1721,6 +1723,12 @@ impl Keys<'_> {
         // YaRN and its relatives: their other keys follow from the type.
         self.stretch(file)?;
         for key in own {
+            if key.starts_with("classifier.") {
+                return Err(Fault::unsupported(
+                    format!("it has `{}`: {}", self.full(key), other_files::CLASSIFIER),
+                    "give the language model that it was made of",
+                ));
+            }
             let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
             if !known && !self.own().contains(&key) {
                 return Err(Fault::unsupported(
@@ -1780,6 +1788,14 @@ impl Keys<'_> {
                     "convert the model anew with llama.cpp's converter",
                 ));
             }
+        }
+        // What becomes of the hidden states behind the last norm, as llama.cpp numbers it, changes none.
+        let key = self.full("pooling_type");
+        if let Some(other) = self.optional("pooling_type")?.filter(|kind| *kind > 4) {
+            return Err(Fault::malformed(
+                format!("`{key}` is {other}, no way of pooling (0 to 4)"),
+                FETCH_AGAIN,
+            ));
         }
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {
             let key = self.full("attention.causal");

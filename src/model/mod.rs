@@ -534,7 +534,12 @@ impl Model {
                 Some(_) => used.insert(name),
             };
         }
-        match self.tensors.keys().find(|&name| !used.contains(name)) {
+        let unused = || self.tensors.keys().filter(|&name| !used.contains(name));
+        let owned = |name: &'_ String| Some((name.clone(), other_files::owner_of(name)?));
+        if let Some((name, (what, remedy))) = unused().find_map(owned) {
+            return Err(Fault::unsupported(what, remedy).in_tensor(name));
+        }
+        match unused().next() {
             Some(name) => Err(Fault::unsupported(
                 format!(
                     "the forward pass of {} with {} blocks has no use for it",

@@ -11,6 +11,9 @@ use super::gguf::Header;
 
 /// Keys of models whose tensors or passes are others, which are none of a language model's own.
 const OF_OTHERS: [&str; 2] = ["diffusion.", "xielu."];
+/// What the head of a classifier is for.
+pub(super) const CLASSIFIER: &str =
+    "it is the head of a classifier or reranker, whose scores are not computed";
 const OWN_FILE: &str = "give the language model's own file";
 const MERGE: &str = "merge it into its base model, and give the merged model";
 
@@ -110,4 +113,39 @@ pub(super) fn refuse_folder(folder: &Path) -> Result<(), ModelError> {
         None => (format!("it is an adapter ({name}), no model"), MERGE),
     };
     Err(Fault::unsupported(what, remedy).at(folder))
+}
+
+/// What a tensor belongs to that no pass of a language model reads, and what to do, where its name
+/// tells.
+pub(super) fn owner_of(name: &str) -> Option<(&'static str, &'static str)> {
+    let of_base = "give the language model that it was made of";
+    let begins = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
+    if begins(&["cls.", "score.", "classifier."]) {
+        return Some((CLASSIFIER, of_base));
+    }
+    if begins(&["base_model.model."]) || name.contains(".lora_") {
+        return Some(("it belongs to an adapter of peft, or to a model within one", MERGE));
+    }
+    let multimodal = [
+        "language_model.",
+        "model.language_model.",
+        "model.vision",
+        "model.visual",
+        "vision_",
+        "visual.",
+        "multi_modal_projector.",
+    ];
+    if begins(&multimodal) {
+        return Some((
+            "it belongs to a model that also reads images or sound",
+            "save its language model alone, with the config.json of that, and give this folder",
+        ));
+    }
+    if begins(&["model.model."]) {
+        return Some((
+            "its name begins with `model.` twice, as no class of transformers names it",
+            "save the model anew with transformers' `save_pretrained`",
+        ));
+    }
+    None
 }

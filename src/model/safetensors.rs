@@ -6,6 +6,7 @@
 //! parsed from its beginning, never searched for a part, and a shard may not lie outside the
 //! folder.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
@@ -18,6 +19,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::mixture::Mixture;
+use super::other_files;
 use super::quantised::{Part, Piece, Quantised};
 use super::weights::{Steps, WeightType};
 
@@ -214,9 +216,10 @@ pub(super) fn parse(
     let mut contents = Contents { held: Vec::new(), names: BTreeSet::new() };
     let ahead = 8 + json.len();
     let moved = |bytes: Range<usize>| ahead + bytes.start..ahead + bytes.end;
-    for name in keys.0 {
-        let Some(info) = metadata.info(&name) else { continue };
-        let in_tensor = |fault: Fault| fault.in_tensor(&name);
+    for own_name in keys.0 {
+        let Some(info) = metadata.info(&own_name) else { continue };
+        let in_tensor = |fault: Fault| fault.in_tensor(&own_name);
+        let name = whole_name(&own_name);
         let piece = || {
             let (start, end) = info.data_offsets;
             let (dtype, shape) = (info.dtype, info.shape.clone());
@@ -230,7 +233,7 @@ pub(super) fn parse(
                 Canonical::Known(canonical) => vec![(canonical, 0)],
                 Canonical::Fused(parts) => parts,
                 Canonical::Ignored => continue,
-                _ => return Err(of_no_use(&name, config)),
+                _ => return Err(of_no_use(&own_name, config)),
             };
             contents.held.push(Held::Piece { weights, part, piece: piece() });
         } else {
@@ -272,11 +275,11 @@ pub(super) fn parse(
                     )));
                 }
                 Canonical::Unknown | Canonical::InputScale | Canonical::OfCache => {
-                    return Err(of_no_use(&name, config));
+                    return Err(of_no_use(&own_name, config));
                 }
             }
         }
-        contents.names.insert(name);
+        contents.names.insert(own_name);
     }
     Ok(contents)
 }
@@ -290,6 +293,9 @@ fn of_no_use(name: &str, config: &Config) -> Fault {
             "fetch the folder again with its config.json, or choose the model's unquantised folder",
         )
         .in_tensor(name);
+    }
+    if let Some((what, remedy)) = other_files::owner_of(name) {
+        return Fault::unsupported(what, remedy).in_tensor(name);
     }
     Fault::unsupported(
         format!("the forward pass of {} has no use for it", config.architecture.name()),
@@ -375,6 +381,15 @@ enum Canonical {
     /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
+}
+
+/// The name of a tensor in a language model: embedding models are saved without the `model.` before
+/// it, and transformers finds each of them by the longer name.
+fn whole_name(name: &str) -> Cow<'_, str> {
+    match ["embed_tokens.", "layers.", "norm."].iter().any(|part| name.starts_with(part)) {
+        true => Cow::Owned(format!("model.{name}")),
+        false => Cow::Borrowed(name),
+    }
 }
 
 fn canonical_name(name: &str, config: &Config) -> Canonical {
@@ -543,7 +558,7 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
 /// Whether a pass knows what to do with a tensor of this name, if only to say that it has no use
 /// for it.
 pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
-    match canonical_name(name, config) {
+    match canonical_name(&whole_name(name), config) {
         Canonical::Ignored => false,
         Canonical::InputScale | Canonical::OfCache => !quantised,
         _ => true,
@@ -552,7 +567,7 @@ pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
 
 /// The canonical names of what a tensor of this name holds; none where a pass has no use for it.
 pub(super) fn held(name: &str, config: &Config) -> Vec<String> {
-    match canonical_name(name, config) {
+    match canonical_name(&whole_name(name), config) {
         Canonical::Known(canonical) => vec![canonical],
         Canonical::Fused(parts) => parts.into_iter().map(|(part, _)| part).collect(),
         _ => Vec::new(),

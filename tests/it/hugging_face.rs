@@ -545,6 +545,34 @@ fn two_models_in_one_folder_are_refused() {
 }
 
 #[test]
+fn an_embedding_models_names_are_read_and_other_prefixes_say_whose_they_are() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&gguf, folder.path(), |_| {});
+    let path = folder.path().join("model.safetensors");
+    let renamed = |rename: &dyn Fn(&str) -> String| {
+        let tensors = hf_tensors(&gguf).into_iter();
+        let tensors = tensors.map(|(name, tensor)| (rename(&name), tensor)).collect();
+        write_safetensors(&path, &tensors);
+        Model::open(folder.path())
+    };
+    let bare = renamed(&|name| name.trim_start_matches("model.").to_owned());
+    assert_same_tensors(&gguf, &bare.expect("transformers finds them"));
+    let refused = |prefix: &str, expected: &str| {
+        let error = renamed(&|name| format!("{prefix}{name}")).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(prefix), "{expected}: {error}");
+    };
+    refused("language_model.", "reads images or sound");
+    refused("base_model.model.", "an adapter of peft");
+    refused("model.", "`model.` twice");
+    let mut tensors = hf_tensors(&gguf);
+    tensors.insert("score.weight".to_owned(), (vec![2, 8], vec![0; 64]));
+    write_safetensors(&path, &tensors);
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`score.weight`: it is the head of a classifier"), "{error}");
+}
+
+#[test]
 fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
     let gguf = open(&draft("llama").write()).unwrap();
     let folder = tempfile::tempdir().unwrap();

@@ -601,6 +601,34 @@ fn an_order_of_rows_that_is_not_known_is_refused_with_its_value() {
 }
 
 #[test]
+fn an_embedding_model_is_read_and_the_head_of_a_classifier_is_called_one() {
+    let qwen = || {
+        draft("qwen3")
+            .tensor("blk.0.attn_q_norm.weight", &[4])
+            .tensor("blk.0.attn_k_norm.weight", &[4])
+    };
+    for kind in 0..5 {
+        let pooled = qwen().with("qwen3.pooling_type", Value::U32(kind));
+        open(&pooled.write()).expect("pooling changes no hidden state");
+    }
+    let labels = Value::Array(vec![Value::String("yes".to_owned())]);
+    for (draft, expected) in [
+        (qwen().with("qwen3.pooling_type", Value::U32(7)), "`qwen3.pooling_type` is 7"),
+        (
+            qwen().tensor("cls.output.weight", &[2, 8]),
+            "`cls.output.weight`: it is the head of a cl",
+        ),
+        (
+            qwen().with("qwen3.classifier.output_labels", labels),
+            "output_labels`: it is the head of",
+        ),
+    ] {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
 fn what_would_be_computed_wrongly_is_refused_with_its_name() {
     let text = |text: &str| Value::String(text.to_owned());
     let cases: Vec<(Draft, &str)> = vec![
