@@ -1058,6 +1058,9 @@ pub(super) fn positive(what: &str, value: f64) -> Result<(), Fault> {
     Err(Fault::malformed(format!("its {what} is {value}, not a positive number"), FETCH_AGAIN))
 }
 
+/// The projection of queries of the first block.
+pub(super) const FIRST_QUERIES: &str = "blk.0.attn_q.weight";
+
 /// The architecture of a GGUF file, and the name that its keys begin with.
 pub(super) fn architecture_of(
     header: &Header,
@@ -1078,17 +1081,19 @@ pub(super) fn architecture_of(
 
 /// Reads the hyperparameters of a GGUF file. `vocabulary` is the number of rows
 /// of the embedding and `tied` says that there is no output matrix: a GGUF tells
-/// both by its tensors.
+/// both by its tensors. `queries` is the shape of the tensor [`FIRST_QUERIES`], where it has one.
 pub(super) fn from_gguf(
     header: &Header,
     file: &[u8],
     vocabulary: usize,
     tied: bool,
+    queries: Option<[usize; 2]>,
 ) -> Result<Config, Fault> {
     let (prefix, architecture) = architecture_of(header, file)?;
-    let keys = Keys { header, prefix, architecture };
+    let keys = Keys { header, file, prefix, architecture };
     keys.refuse_unknown(file)?;
     let layers = keys.required("block_count")?;
+    keys.refuse_untold_width(queries)?;
     let experts = keys.experts(layers)?;
     let latent = keys.latent()?;
     let architecture = match (architecture, &experts) {
@@ -1343,6 +1348,7 @@ pub(super) fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
 /// The keys under the architecture's name.
 struct Keys<'a> {
     header: &'a Header,
+    file: &'a [u8],
     prefix: &'static str,
     architecture: Architecture,
 }
@@ -1369,6 +1375,10 @@ impl Keys<'_> {
         "rope.scaling.factor",
         "rope.scale_linear",
     ];
+
+    /// Keys that may be written for each block.
+    const OF_EACH_BLOCK: [&'static str; 3] =
+        ["attention.head_count", "attention.head_count_kv", "feed_forward_length"];
 
     /// Keys that say something of YaRN alone.
     const OF_YARN: [&'static str; 5] = [
@@ -1697,13 +1707,70 @@ impl Keys<'_> {
     }
 
     fn optional(&self, key: &str) -> Result<Option<u64>, Fault> {
-        let key = self.full(key);
-        match self.header.get(&key) {
-            Some(Value::List { .. }) => {
-                Err(Fault::unsupported(format!("`{key}` differs from block to block"), OTHER_MODEL))
+        let whole = self.full(key);
+        match self.header.get(&whole) {
+            Some(Value::List { .. }) if Self::OF_EACH_BLOCK.contains(&key) => {
+                self.of_each_block(&whole).map(Some)
             }
-            _ => self.header.unsigned(&key),
+            Some(Value::List { .. }) => Err(Fault::unsupported(
+                format!("`{whole}` is an array, which may differ from block to block"),
+                OTHER_MODEL,
+            )),
+            _ => self.header.unsigned(&whole),
         }
+    }
+
+    /// A value that is written for each block, and is the same in all.
+    fn of_each_block(&self, key: &str) -> Result<u64, Fault> {
+        let values = self.header.small_integers(self.file, key)?.unwrap_or_default();
+        let blocks = self.required("block_count")?;
+        if values.len() as u64 != blocks {
+            return Err(Fault::malformed(
+                format!("`{key}` has {} values for {blocks} blocks", values.len()),
+                FETCH_AGAIN,
+            ));
+        }
+        let first = values.first().copied().unwrap_or_default();
+        if let Some((block, other)) = values.iter().enumerate().find(|(_, other)| **other != first)
+        {
+            return Err(Fault::unsupported(
+                format!(
+                    "`{key}` differs from block to block: {first}, and {other} in block {block}"
+                ),
+                OTHER_MODEL,
+            ));
+        }
+        u64::try_from(first).map_err(|_| {
+            Fault::malformed(format!("`{key}` is {first} for each block"), FETCH_AGAIN)
+        })
+    }
+
+    /// Refuses heads whose width only their tensor tells: `queries` is the shape of the first block's
+    /// projection of queries.
+    fn refuse_untold_width(&self, queries: Option<[usize; 2]>) -> Result<(), Fault> {
+        let (heads, hidden) =
+            (self.required("attention.head_count")?, self.required("embedding_length")?);
+        let key = "attention.key_length";
+        let Some([rows, width]) = queries else { return Ok(()) };
+        let rows = rows as u64;
+        if self.header.get(&self.full(key)).is_some()
+            || width as u64 != hidden
+            || heads == 0
+            || !rows.is_multiple_of(heads)
+            || rows == hidden
+        {
+            return Ok(());
+        }
+        Err(Fault::malformed(
+            format!(
+                "`{}` is missing: its {heads} heads have {} values each by `{FIRST_QUERIES}`, and \
+                 without the key they share the {hidden} of `{}`",
+                self.full(key),
+                rows / heads,
+                self.full("embedding_length"),
+            ),
+            "write the key, and `attention.value_length`, into the file, or convert the model anew",
+        ))
     }
 
     fn required(&self, key: &str) -> Result<u64, Fault> {

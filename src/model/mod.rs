@@ -201,7 +201,8 @@ impl Model {
             return Err(missing_tensor("token_embd.weight").at(path));
         }
         let tied = !tensors.contains_key("output.weight");
-        let config = config::from_gguf(&header, &files[0].map, embedding, tied);
+        let queries = tensors.get(config::FIRST_QUERIES).map(|place| [place.rows, place.width]);
+        let config = config::from_gguf(&header, &files[0].map, embedding, tied, queries);
         let config = config.map_err(|fault| fault.at(path))?;
         gguf_fused::rename(&mut tensors, config.architecture).map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);

@@ -629,6 +629,43 @@ fn an_embedding_model_is_read_and_the_head_of_a_classifier_is_called_one() {
 }
 
 #[test]
+fn a_head_width_that_only_the_tensors_tell_is_told_with_the_key_that_is_missing() {
+    let wide = || {
+        draft("llama")
+            .tensor("blk.0.attn_q.weight", &[32, 8])
+            .tensor("blk.0.attn_k.weight", &[16, 8])
+            .tensor("blk.0.attn_v.weight", &[16, 8])
+            .tensor("blk.0.attn_output.weight", &[8, 32])
+    };
+    open(&wide().with("llama.attention.key_length", Value::U32(16)).write())
+        .expect("the key tells");
+    for key in ["llama.rope.dimension_count", "llama.attention.value_length", "general.name.x"] {
+        let error = refusal(&wide().with(key, Value::U32(16)).write());
+        let expected = "`llama.attention.key_length` is missing: its 2 heads have 16 values each";
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn a_value_that_is_written_for_each_block_is_one_value_where_it_is_the_same() {
+    let each = |values: &[i32]| Value::Array(values.iter().map(|v| Value::I32(*v)).collect());
+    let key = "llama.attention.head_count_kv";
+    let model = open(&draft("llama").with(key, each(&[1])).write()).expect("one block, one value");
+    assert_eq!(model.config().kv_heads, 1);
+    open(&draft("llama").with("llama.feed_forward_length", each(&[12])).write()).expect("widths");
+    let two = || draft("llama").with("llama.block_count", Value::U32(2));
+    for (draft, expected) in [
+        (draft("llama").with(key, each(&[1, 1])), "has 2 values for 1 blocks"),
+        (two().with(key, each(&[1, 2])), "differs from block to block: 1, and 2 in block 1"),
+        (draft("llama").with(key, each(&[-1])), "is -1 for each block"),
+        (draft("llama").with("llama.context_length", each(&[64])), "is an array"),
+    ] {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
 fn what_would_be_computed_wrongly_is_refused_with_its_name() {
     let text = |text: &str| Value::String(text.to_owned());
     let cases: Vec<(Draft, &str)> = vec![
