@@ -619,6 +619,31 @@ impl Model {
         self.checked(tokens)
     }
 
+    /// Refuses a tensor with a value that is NaN or infinite in one of these rows; those that it has
+    /// not are passed over.
+    ///
+    /// # Errors
+    /// With the first such value's row, block and place.
+    pub fn check_finite(&self, name: &str, rows: &[usize]) -> Result<(), ModelError> {
+        let weight = self.tensor(name)?;
+        let Some((row, column, value)) = weight.first_not_finite(rows)? else { return Ok(()) };
+        let kind = weight.kind();
+        let block = match kind.block_width() {
+            1 => String::new(),
+            width => format!(", in block {} of {kind}", column / width),
+        };
+        let path = self.origin(name).map_or(self.path.as_path(), |origin| origin.path);
+        Err(Fault::malformed(
+            format!(
+                "value {column} of row {row} is {value}{block}, and what is computed with it is NaN \
+                 or infinite on every arm"
+            ),
+            FETCH_AGAIN,
+        )
+        .in_tensor(name)
+        .at(path))
+    }
+
     /// The tokens of a message that the model's own chat template lays, up to where the model is to
     /// answer; what transformers' `apply_chat_template` gives with `add_generation_prompt`.
     pub fn encode_chat(&self, chat: &Chat<'_>) -> Result<Vec<u32>, ModelError> {

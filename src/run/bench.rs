@@ -17,7 +17,7 @@ use crate::compare::{
     measure_stage,
 };
 use crate::compute::arms::{
-    Output, Task, compute, input_width, recipe_of_pass, site_names, tensors_read,
+    Output, Task, check_weights, compute, input_width, recipe_of_pass, site_names, tensors_read,
 };
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
@@ -174,11 +174,13 @@ impl Bench<'_> {
                     _ => workshop.ops(arm, &stage.recipe)?,
                 };
                 let mut made = Made::default();
-                compute(&task, ops.as_ref(), arithmetic, &mut |tensor| {
+                let output = compute(&task, ops.as_ref(), arithmetic, &mut |tensor| {
                     made.sites += 1;
                     made.bytes += size_of_val(tensor.data()) as u64;
                     tell(News::Made(made));
-                })?
+                })?;
+                check_weights(&task, &output)?;
+                output
             }
         };
         let seconds = started.elapsed().as_secs_f64();
