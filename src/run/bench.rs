@@ -288,8 +288,14 @@ impl Bench<'_> {
                 let site = Site("y".to_owned());
                 let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
                 let (x, w) = (read(x)?, read(w)?);
+                // What was assumed of scales' shapes.
+                let remark = |(name, operand): (&str, &CodedTensor)| {
+                    let remark = operand.scales.as_ref().and_then(|scales| scales.remark.clone());
+                    remark.map_or(String::new(), |remark| format!("; {name}: {remark}"))
+                };
+                let remarks: String = [("x", &x), ("w", &w)].into_iter().map(remark).collect();
                 if arm == Arm::Reference {
-                    let arithmetic = "f64 over the operands' codes".to_owned();
+                    let arithmetic = format!("f64 over the operands' codes{remarks}");
                     return one(&site, product::reference(&x, &w)?, arithmetic);
                 }
                 let observed =
@@ -305,7 +311,7 @@ impl Bench<'_> {
                         format!("{}; {}", recording.judgement()?.sentence, made.words)
                     }
                 };
-                one(&site, made.y, words)
+                one(&site, made.y, words + &remarks)
             }
             _ => Ok(None),
         }
