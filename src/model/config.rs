@@ -1262,17 +1262,25 @@ pub(super) fn from_gguf(
                 | Architecture::SmolLm3
                 | Architecture::Olmo2
                 | Architecture::Phi3
+                | Architecture::Qwen3
+                | Architecture::Qwen3Moe
                 | Architecture::DeepSeekV3 => Presence::Never,
                 _ => Presence::Open,
             },
             output: match architecture {
                 Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 | Architecture::DeepSeekV3 => Presence::Never,
+                // llama.cpp ends where a file has more tensors than it reads.
+                Architecture::Phi3
+                | Architecture::Qwen2
+                | Architecture::Qwen2Moe
+                | Architecture::Qwen3
+                | Architecture::Qwen3Moe
+                | Architecture::DeepSeekV3 => Presence::Never,
                 _ => Presence::Open,
             },
             ffn: match architecture {
                 Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 => Presence::Never,
+                Architecture::Phi3 | Architecture::Qwen2 | Architecture::Qwen3 => Presence::Never,
                 // Other mixtures have none.
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,

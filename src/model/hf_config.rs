@@ -695,11 +695,23 @@ fn activation(keys: &Keys<'_>, architecture: Architecture) -> Result<Activation,
 
 fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> {
     let of_attention = keys.flag("attention_bias")?;
-    let of_ffn = match (keys.flag("mlp_bias")?, architecture) {
-        // transformers reads none in this class.
-        (_, Architecture::DeepSeekV3) => Presence::Never,
-        (flag, _) => Presence::of(flag.unwrap_or(false)),
-    };
+    let of_ffn = keys.flag("mlp_bias")?.unwrap_or(false);
+    let reads =
+        matches!(architecture, Architecture::Llama | Architecture::Granite | Architecture::SmolLm3);
+    // Other classes have no such biases, and transformers drops them.
+    if of_ffn && !reads {
+        return Err(Fault::unsupported(
+            format!(
+                "its `mlp_bias` is true, and transformers' class of {} has no biases in the \
+                 feed-forward network, or reads another key for them",
+                architecture.name()
+            ),
+            "remove the key, and the biases if it has some, to compute what transformers does",
+        ));
+    }
+    let of_ffn = Presence::of(of_ffn);
+    // Classes that do not read `attention_bias` compute the same whatever it says: in these it is known
+    // to change nothing, and biases beyond those of the class are refused by their names.
     let (qkv, output) = match architecture {
         Architecture::Qwen2 => (true, false),
         Architecture::Glm4 => (of_attention.unwrap_or(true), false),

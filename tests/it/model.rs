@@ -573,6 +573,13 @@ fn what_llama_cpp_reads_otherwise_or_not_at_all_is_refused_by_name() {
         (draft("gemma2").with("gemma2.attention.sliding_window", Value::U32(0)), "is 0"),
         (draft("gemma3").with("gemma3.final_logit_softcapping", Value::F32(30.0)), "softcapping"),
         (draft("gemma3").with("gemma3.rope.freq_base_swa", Value::F32(500.0)), "is 500"),
+        (
+            draft("qwen3")
+                .tensor("blk.0.attn_q_norm.weight", &[4])
+                .tensor("blk.0.attn_k_norm.weight", &[4])
+                .tensor("blk.0.ffn_up.bias", &[12]),
+            "`blk.0.ffn_up.bias`",
+        ),
         (draft("olmo2"), "`output.weight` is missing"),
         (draft("gemma2").tensor("output.weight", &[300, 8]), "is its embedding"),
     ];
