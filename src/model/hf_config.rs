@@ -18,6 +18,7 @@ use super::config::{
     exact_share, missing_key, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
+use super::json;
 use super::quantised::{self, Quantised};
 
 /// Keys that change no value of a pass over given tokens: of how text is generated, of training, of
@@ -150,9 +151,7 @@ pub(super) const SIDECAR: &str = "hf_quant_config.json";
 /// What ModelOpt's own file says, which must be what `config.json` says if that says anything.
 fn beside_config(json: &[u8], other: Option<Quantised>) -> Result<Quantised, Fault> {
     let bad = |problem: String| Fault::malformed(format!("{SIDECAR}: {problem}"), FETCH_AGAIN);
-    let Value::Object(map) =
-        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
-    else {
+    let Value::Object(map) = json::read(json).map_err(bad)? else {
         return Err(bad("it is no object".to_owned()));
     };
     let read = quantised::read_sidecar(&Keys::new(&map, String::new()))?;
@@ -173,9 +172,7 @@ pub(super) fn from_hf(
     beside: Option<&[u8]>,
 ) -> Result<(Config, Option<Quantised>), Fault> {
     let bad = |problem: String| Fault::malformed(format!("config.json: {problem}"), FETCH_AGAIN);
-    let Value::Object(map) =
-        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
-    else {
+    let Value::Object(map) = json::read(json).map_err(bad)? else {
         return Err(bad("it is no object".to_owned()));
     };
     let keys = Keys::new(&map, String::new());

@@ -15,6 +15,7 @@ mod gguf_fused;
 mod gguf_parts;
 mod gguf_writer;
 mod hf_config;
+mod json;
 #[cfg(test)]
 mod known_keys;
 mod mixture;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::gguf::Header;
+use super::json;
 
 /// Keys of models whose tensors or passes are others, which are none of a language model's own.
 const OF_OTHERS: [&str; 2] = ["diffusion.", "xielu."];
@@ -103,8 +104,8 @@ pub(super) fn refuse_folder(folder: &Path) -> Result<(), ModelError> {
         return Ok(());
     }
     let json = super::read_small(&path)?;
-    let json: serde_json::Value = serde_json::from_slice(&json)
-        .map_err(|error| Fault::malformed(error.to_string(), FETCH_AGAIN).at(&path))?;
+    let json: serde_json::Value =
+        json::read(&json).map_err(|problem| Fault::malformed(problem, FETCH_AGAIN).at(&path))?;
     let (what, remedy) = match json.get("base_model_name_or_path").and_then(|base| base.as_str()) {
         Some(base) => (
             format!("it is an adapter of `{}` ({name}), no model", shown(base)),

@@ -18,6 +18,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::config::{Architecture, Config, Norms};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
+use super::json;
 use super::mixture::Mixture;
 use super::other_files;
 use super::quantised::{Part, Piece, Quantised};
@@ -123,8 +124,8 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
         .at(folder));
     }
     let json = super::read_small(&index)?;
-    let index_of: Index = serde_json::from_slice(&json)
-        .map_err(|error| Fault::malformed(error.to_string(), FETCH_AGAIN).at(&index))?;
+    let index_of: Index =
+        json::read(&json).map_err(|problem| Fault::malformed(problem, FETCH_AGAIN).at(&index))?;
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in index_of.weight_map {
         shards.entry(shard).or_default().insert(tensor);

@@ -535,6 +535,39 @@ fn a_window_is_used_where_transformers_uses_it() {
 }
 
 #[test]
+fn a_key_that_is_written_twice_is_refused_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = open(&draft("llama").write()).unwrap();
+    write_shards(&gguf, folder.path());
+    let opened = |file: &str, from: &str, to: &str| {
+        let path = folder.path().join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        let error = Model::open(folder.path()).unwrap_err().to_string();
+        fs::write(&path, text).unwrap();
+        error
+    };
+    let error = opened("config.json", "{", "{\"rope_theta\": 5e5, \"rope_theta\": 1e4, ");
+    assert!(error.contains("config.json: the key `rope_theta` occurs twice"), "{error}");
+    let error = opened("config.json", "{", "{\"rope_scaling\": {\"factor\": 2, \"factor\": 4}, ");
+    assert!(error.contains("the key `factor` occurs twice"), "{error}");
+    let (name, index) = ("model.norm.weight", "model.safetensors.index.json");
+    let twice = format!("\"weight_map\":{{\"{name}\":\"a.safetensors\",");
+    let error = opened(index, "\"weight_map\":{", &twice);
+    assert!(error.contains(index) && error.contains(&format!("`{name}` occurs twice")), "{error}");
+}
+
+#[test]
+fn a_bias_that_transformers_drops_is_refused_by_its_key() {
+    let qwen = draft("qwen3").tensor("blk.0.attn_q_norm.weight", &[4]);
+    let qwen = open(&qwen.tensor("blk.0.attn_k_norm.weight", &[4]).write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&qwen, folder.path(), |config| config["mlp_bias"] = json!(true));
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("its `mlp_bias` is true") && error.contains("qwen3"), "{error}");
+}
+
+#[test]
 fn two_models_in_one_folder_are_refused() {
     let gguf = open(&draft("llama").write()).unwrap();
     let folder = tempfile::tempdir().unwrap();
