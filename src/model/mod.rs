@@ -386,15 +386,33 @@ impl Model {
             (None, None) => place.kind == copy.kind && bytes(place) == bytes(copy),
             _ => false,
         };
-        if !embedding.is_some_and(same) {
+        if !embedding.is_some_and(|place| same(place) || self.has_equal_values(place, copy)) {
             return Err(Fault::malformed(
-                "`tie_word_embeddings` says that it is the embedding, and it is another matrix",
+                "`tie_word_embeddings` is true in config.json, or by default, and says that it is \
+                 `model.embed_tokens.weight`; it is another matrix",
                 "set `tie_word_embeddings` to false if both are meant, or remove the tensor",
             )
-            .in_tensor(name));
+            .in_tensor("lm_head.weight"));
         }
         self.tensors.remove(name);
         Ok(())
+    }
+
+    /// Whether two tensors have the same values, be they of other types or signs of zero.
+    fn has_equal_values(&self, one: &Place, other: &Place) -> bool {
+        let shape = |place: &Place| (place.rows, place.width);
+        let weights = [one, other].map(|place| weight_at("", place, &self.files));
+        let [Ok(one_weight), Ok(other_weight)] = weights else { return false };
+        let mut values = [vec![0.0; one.width], vec![0.0; one.width]];
+        shape(one) == shape(other)
+            && (0..one.rows).all(|row| {
+                let [a, b] = &mut values;
+                let read = [
+                    one_weight.decode_rows(row..row + 1, a),
+                    other_weight.decode_rows(row..row + 1, b),
+                ];
+                read.iter().all(Result::is_ok) && a == b
+            })
     }
 
     /// Moves the tensor of RoPE's factors into the config, where every reader looks.
@@ -521,6 +539,15 @@ impl Model {
         for expected in self.config.expected_globals().into_iter().chain(blocks) {
             let config::Expected { name, rows, width, required } = expected;
             match self.tensors.get(&name) {
+                None if required && name == "output.weight" && self.is_folder() => {
+                    return Err(Fault::malformed(
+                        "it is missing, and `tie_word_embeddings` is false in config.json, or by \
+                         default, so that `model.embed_tokens.weight` does not stand for it",
+                        "fetch all files of the model, or set `tie_word_embeddings` to true if the \
+                         embedding is the output matrix",
+                    )
+                    .in_tensor("lm_head.weight"));
+                }
                 None if required => return Err(missing_tensor(&name)),
                 None => continue,
                 Some(place) if (place.rows, place.width) != (rows, width) => {
@@ -553,6 +580,10 @@ impl Model {
             .in_tensor(name)),
             None => Ok(()),
         }
+    }
+
+    fn is_folder(&self) -> bool {
+        matches!(self.vocabulary, Vocabulary::Folder)
     }
 
     /// The path that was opened.
@@ -588,6 +619,31 @@ impl Model {
         Ok(weight_at(name, place, &self.files)?.of(self))
     }
 
+    /// Refuses a tensor with a value that is NaN or infinite in one of these rows; those that it has
+    /// not are passed over.
+    ///
+    /// # Errors
+    /// With the first such value's row, block and place.
+    pub fn check_finite(&self, name: &str, rows: &[usize]) -> Result<(), ModelError> {
+        let weight = self.tensor(name)?;
+        let Some((row, column, value)) = weight.first_not_finite(rows)? else { return Ok(()) };
+        let kind = weight.kind();
+        let block = match kind.block_width() {
+            1 => String::new(),
+            width => format!(", in block {} of {kind}", column / width),
+        };
+        let path = self.origin(name).map_or(self.path.as_path(), |origin| origin.path);
+        Err(Fault::malformed(
+            format!(
+                "value {column} of row {row} is {value}{block}, and what is computed with it is NaN \
+                 or infinite on every arm"
+            ),
+            FETCH_AGAIN,
+        )
+        .in_tensor(name)
+        .at(path))
+    }
+
     /// The opened files of the weights, with what the file system said of them then.
     pub fn opened_files(&self) -> impl Iterator<Item = (&Path, &File, &Metadata)> {
         let opened = self.files.iter().filter_map(|file| Some((&file.path, file.opened.as_ref()?)));
@@ -618,31 +674,6 @@ impl Model {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let tokens = self.tokenizer()?.encode(text).map_err(|fault| fault.at(&self.path))?;
         self.checked(tokens)
-    }
-
-    /// Refuses a tensor with a value that is NaN or infinite in one of these rows; those that it has
-    /// not are passed over.
-    ///
-    /// # Errors
-    /// With the first such value's row, block and place.
-    pub fn check_finite(&self, name: &str, rows: &[usize]) -> Result<(), ModelError> {
-        let weight = self.tensor(name)?;
-        let Some((row, column, value)) = weight.first_not_finite(rows)? else { return Ok(()) };
-        let kind = weight.kind();
-        let block = match kind.block_width() {
-            1 => String::new(),
-            width => format!(", in block {} of {kind}", column / width),
-        };
-        let path = self.origin(name).map_or(self.path.as_path(), |origin| origin.path);
-        Err(Fault::malformed(
-            format!(
-                "value {column} of row {row} is {value}{block}, and what is computed with it is NaN \
-                 or infinite on every arm"
-            ),
-            FETCH_AGAIN,
-        )
-        .in_tensor(name)
-        .at(path))
     }
 
     /// The tokens of a message that the model's own chat template lays, up to where the model is to

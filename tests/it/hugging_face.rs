@@ -316,7 +316,10 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["num_attention_heads"] = json!(-1), "config.json"),
         (|c| c["hidden_size"] = json!("8"), "config.json"),
         (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
-        (|c| c["tie_word_embeddings"] = json!(false), "`output.weight`: it is missing"),
+        (
+            |c| c["tie_word_embeddings"] = json!(false),
+            "`lm_head.weight`: it is missing, and `tie_word_embeddings` is false",
+        ),
     ];
     for (change, expected) in cases {
         let error = folder_with(change);
@@ -621,7 +624,19 @@ fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
     tensors.insert("lm_head.weight".to_owned(), (shape, bytes));
     write_safetensors(&path, &tensors);
     let error = Model::open(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("`output.weight`: `tie_word_embeddings` says"), "{error}");
+    assert!(error.contains("`lm_head.weight`: `tie_word_embeddings` is true"), "{error}");
+    // The same matrix in another type.
+    let halves = |bytes: &[u8]| {
+        let values = bytes.as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v));
+        values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect::<Vec<u8>>()
+    };
+    let half = halves(&tensors["model.embed_tokens.weight"].1);
+    let views = tensors.iter().map(|(name, (shape, bytes))| match name.as_str() {
+        "lm_head.weight" => (name, TensorView::new(Dtype::F16, shape.clone(), &half).unwrap()),
+        _ => (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()),
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    assert!(!Model::open(folder.path()).expect("the same values").has("output.weight"));
 }
 
 /// What a quantised checkpoint holds of a matrix, and the matrix that it is.
