@@ -1339,7 +1339,7 @@ pub(super) fn changes_nothing(key: &str) -> bool {
     described || own || super::tokenizer::knows_key(key)
 }
 
-pub(super) fn missing_key(key: &str) -> Fault {
+fn missing_key(key: &str) -> Fault {
     Fault::malformed(format!("the metadata key `{key}` is missing"), FETCH_AGAIN)
 }
 

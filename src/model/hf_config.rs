@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use super::config::{
     Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, LARGEST_HEAD,
     LARGEST_SIZE, Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling,
-    exact_share, missing_key, positive,
+    exact_share, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::json;
@@ -157,11 +157,24 @@ fn beside_config(json: &[u8], other: Option<Quantised>) -> Result<Quantised, Fau
     let read = quantised::read_sidecar(&Keys::new(&map, String::new()))?;
     match other {
         Some(other) if other != read => Err(Fault::malformed(
-            format!("`quantization_config` says {other:?}, and {SIDECAR} says {read:?}"),
+            match (other.in_words(), read.in_words()) {
+                (one, two) if one == two => {
+                    format!(
+                        "`quantization_config` and {SIDECAR} name the tensors of {one} in two ways"
+                    )
+                }
+                (one, two) => format!(
+                    "`quantization_config` in config.json says {one}, and {SIDECAR} says {two}"
+                ),
+            },
             "remove the one that is out of date",
         )),
         _ => Ok(read),
     }
+}
+
+fn missing_key(key: &str) -> Fault {
+    Fault::malformed(format!("config.json: the key `{key}` is missing"), FETCH_AGAIN)
 }
 
 /// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.

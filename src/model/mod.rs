@@ -160,6 +160,7 @@ impl Model {
         let path = first.path.clone();
         let path = path.as_path();
         if !gguf::is_gguf(&first.map) {
+            other_files::refuse_unfetched(&first.map).map_err(|fault| fault.at(path))?;
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
                 "give a GGUF file or a folder with config.json and safetensors",

@@ -96,12 +96,19 @@ pub(super) fn refuse<'a>(
     }
 }
 
-/// What a folder without `config.json` is.
+/// What a folder without `config.json` is: an adapter, or none of a model.
 pub(super) fn refuse_folder(folder: &Path) -> Result<(), ModelError> {
     let name = "adapter_config.json";
     let path = folder.join(name);
-    if folder.join("config.json").exists() || !path.exists() {
+    if folder.join("config.json").exists() {
         return Ok(());
+    }
+    if !path.exists() {
+        return Err(Fault::malformed(
+            "the folder has no config.json",
+            "give a folder with config.json and safetensors, or a GGUF file",
+        )
+        .at(folder));
     }
     let json = super::read_small(&path)?;
     let json: serde_json::Value =
@@ -114,6 +121,51 @@ pub(super) fn refuse_folder(folder: &Path) -> Result<(), ModelError> {
         None => (format!("it is an adapter ({name}), no model"), MERGE),
     };
     Err(Fault::unsupported(what, remedy).at(folder))
+}
+
+/// Refuses what stands in the place of a file whose contents were not fetched.
+pub(super) fn refuse_unfetched(file: &[u8]) -> Result<(), Fault> {
+    if file.starts_with(b"version https://git-lfs.github.com/spec/") {
+        return Err(Fault::malformed(
+            "it is a pointer of Git LFS, not the file itself",
+            "fetch the file itself: `git lfs pull`, or `hf download`",
+        ));
+    }
+    let page = [&b"<!DOCTYPE"[..], b"<!doctype", b"<html", b"<HTML"];
+    if page.iter().any(|begin| file.starts_with(begin)) {
+        return Err(Fault::malformed("it is a page of HTML, not the file itself", FETCH_AGAIN));
+    }
+    Ok(())
+}
+
+/// What a folder holds that has no weights under the names that are read.
+pub(super) fn other_weights(folder: &Path) -> (String, &'static str) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    let lacks = "the folder has neither model.safetensors nor model.safetensors.index.json";
+    let found = |is: &dyn Fn(&str) -> bool| names.iter().find(|name| is(name)).map(|n| shown(n));
+    if let Some(name) = found(&|name| name.contains("-of-") && name.ends_with(".safetensors")) {
+        return (
+            format!("{lacks}, and it holds a part of a split model, `{name}`"),
+            "fetch model.safetensors.index.json too",
+        );
+    }
+    if let Some(name) = found(&|name| name.ends_with(".safetensors")) {
+        return (
+            format!("{lacks}, and `{name}` is not read"),
+            "fetch the files that transformers loads, or rename the file to model.safetensors if \
+             its tensors have transformers' names",
+        );
+    }
+    if let Some(name) = found(&|name| name.ends_with(".bin") || name.ends_with(".pth")) {
+        return (
+            format!("{lacks}, and `{name}`, which is made to be run by Python, is not read"),
+            "save the model with transformers' `save_pretrained`, or fetch its safetensors files",
+        );
+    }
+    (lacks.to_owned(), "fetch the model's safetensors files, or give a GGUF file")
 }
 
 /// What a tensor belongs to that no pass of a language model reads, and what to do, where its name

@@ -117,11 +117,8 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
         return Ok(vec![Shard { path: inside(folder, SINGLE_FILE)?, promised: None }]);
     }
     if !index.exists() {
-        return Err(Fault::malformed(
-            format!("the folder has neither {SINGLE_FILE} nor {INDEX_FILE}"),
-            "fetch the model's safetensors files, or give a GGUF file",
-        )
-        .at(folder));
+        let (problem, remedy) = other_files::other_weights(folder);
+        return Err(Fault::malformed(problem, remedy).at(folder));
     }
     let json = super::read_small(&index)?;
     let index_of: Index =
@@ -141,6 +138,19 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
         .at(folder));
     }
     let shard = |(name, tensors): (String, BTreeSet<String>)| {
+        let is_name = Path::new(&name).components().count() == 1;
+        if is_name && !folder.join(&name).exists() {
+            let (count, first) = (tensors.len(), tensors.first().map_or("", String::as_str));
+            let (name, first) = (shown(&name), shown(first));
+            return Err(Fault::malformed(
+                format!(
+                    "it places {count} tensors in `{name}`, `{first}` among them, and the folder has \
+                     no such file"
+                ),
+                "fetch all files of the model",
+            )
+            .at(&index));
+        }
         Ok(Shard { path: inside(folder, &name)?, promised: Some(tensors) })
     };
     shards.into_iter().map(shard).collect()
@@ -191,6 +201,7 @@ pub(super) fn parse(
     quantised: Option<&Quantised>,
 ) -> Result<Contents, Fault> {
     let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
+    other_files::refuse_unfetched(file)?;
     let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(bad("it is shorter than a safetensors header".into()));
     };

@@ -561,6 +561,23 @@ fn a_key_that_is_written_twice_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_file_or_a_key_that_is_missing_is_told_with_who_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = || Model::open(folder.path()).unwrap_err().to_string();
+    assert!(said().contains("the folder has no config.json"), "{}", said());
+    write_shards(&open(&draft("llama").write()).unwrap(), folder.path());
+    fs::remove_file(folder.path().join("a.safetensors")).unwrap();
+    let error = said();
+    assert!(error.contains("model.safetensors.index.json` is not a sound model"), "{error}");
+    assert!(
+        error.contains("it places 3 tensors in `a.safetensors`, `model.layers.0.mlp"),
+        "{error}"
+    );
+    let error = folder_with(|c| c["hidden_size"] = json!(null)).unwrap_err().to_string();
+    assert!(error.contains("config.json: the key `hidden_size` is missing"), "{error}");
+}
+
+#[test]
 fn a_bias_that_transformers_drops_is_refused_by_its_key() {
     let qwen = draft("qwen3").tensor("blk.0.attn_q_norm.weight", &[4]);
     let qwen = open(&qwen.tensor("blk.0.attn_k_norm.weight", &[4]).write()).unwrap();
