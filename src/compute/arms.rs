@@ -20,6 +20,7 @@ use super::forward::{
 use super::reference::Reference;
 use super::shares::{Energies, energies};
 use super::{AttentionShape, ComputeError, GemmRecord, Pass, cuda, flow};
+use crate::interrupt;
 use crate::model::Model;
 use crate::op::{
     Arm, Capture, ChipName, LOGITS_IN_BATCH, Op, Recipe, Site, site_of_norm, site_of_projection,
@@ -828,4 +829,37 @@ pub fn tensors_read(op: &Op, model: &Model) -> Vec<String> {
         | Op::Command(_) => Vec::new(),
     };
     names.into_iter().filter(|name| model.has(name)).collect()
+}
+
+/// Refuses weights that hold NaN or infinities where the op reads them, if what an arm made of them
+/// holds some: every arm must give these. Weights are looked at only then.
+///
+/// # Errors
+/// If there is such a weight, with the place of its first such value.
+pub fn check_weights(task: &Task<'_>, output: &Output) -> Result<(), ComputeError> {
+    let is_finite = |(_, x): &(Site, Tensor)| x.data().iter().all(|value| value.is_finite());
+    if output.sites.iter().all(is_finite) {
+        return Ok(());
+    }
+    let model = task.model;
+    let decoded = output.greedy.iter().flat_map(|greedy| &greedy.tokens);
+    let tokens: Vec<usize> = task.tokens.iter().chain(decoded).map(|t| *t as usize).collect();
+    // Rows of other tokens are read where the matrix gives logits too.
+    let embedding = "token_embd.weight";
+    let looks_up = match task.op {
+        Op::Embed { .. } => true,
+        Op::Forward { .. } => output_weight(model) != embedding,
+        _ => false,
+    };
+    for name in tensors_read(task.op, model) {
+        if interrupt::requested() {
+            return Err(ComputeError::Interrupted);
+        }
+        let rows = match looks_up && name == embedding {
+            true => tokens.clone(),
+            false => (0..model.tensor(&name)?.rows()).collect(),
+        };
+        model.check_finite(&name, &rows).map_err(ComputeError::NotFinite)?;
+    }
+    Ok(())
 }

@@ -45,6 +45,10 @@ pub enum ComputeError {
     /// The model's file did not give what the op needs.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A weight holds NaN or infinities where an op reads it, and so does what is made of it: no arm
+    /// is at fault.
+    #[error("{0}")]
+    NotFinite(ModelError),
     /// The emulated GEMM refused its operands.
     #[error(transparent)]
     Gemm(#[from] emulated::gemm::GemmError),

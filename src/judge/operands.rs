@@ -233,7 +233,11 @@ impl Operand {
             Err(_) => {
                 let source = Source::parse(text)?;
                 let read = read("scale", &source)?;
-                BlockScales::fit(&read.shape, read.codes.values().into_data(), rows, width)
+                let operand = match self.shape.as_slice() {
+                    [.., last] if *last == width => self.shape.clone(),
+                    _ => vec![rows, width],
+                };
+                BlockScales::fit(&read.shape, &operand, read.codes.values().into_data())
                     .map_err(|problem| JudgeError::Usage(format!("{} {problem}", self.name)))?
             }
         };

@@ -7,6 +7,7 @@
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
 use super::hf_config::Yarn;
+use super::other_files;
 
 /// Sizes above this are typing errors or attacks: the largest models stay far below.
 pub(super) const LARGEST_SIZE: u64 = 1 << 24;
@@ -1081,30 +1082,42 @@ pub(super) fn positive(what: &str, value: f64) -> Result<(), Fault> {
     Err(Fault::malformed(format!("its {what} is {value}, not a positive number"), FETCH_AGAIN))
 }
 
+/// The projection of queries of the first block.
+pub(super) const FIRST_QUERIES: &str = "blk.0.attn_q.weight";
+
+/// The architecture of a GGUF file, and the name that its keys begin with.
+pub(super) fn architecture_of(
+    header: &Header,
+    file: &[u8],
+) -> Result<(&'static str, Architecture), Fault> {
+    let name = header
+        .text(file, "general.architecture")?
+        .ok_or_else(|| missing_key("general.architecture"))?;
+    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
+    known.copied().ok_or_else(|| {
+        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
+        Fault::unsupported(
+            format!("the architecture `{}` is unknown", shown(name)),
+            format!("choose a GGUF file of one of these: {}", names.join(", ")),
+        )
+    })
+}
+
 /// Reads the hyperparameters of a GGUF file. `vocabulary` is the number of rows
 /// of the embedding and `tied` says that there is no output matrix: a GGUF tells
-/// both by its tensors.
+/// both by its tensors. `queries` is the shape of the tensor [`FIRST_QUERIES`], where it has one.
 pub(super) fn from_gguf(
     header: &Header,
     file: &[u8],
     vocabulary: usize,
     tied: bool,
+    queries: Option<[usize; 2]>,
 ) -> Result<Config, Fault> {
-    refuse_other_files(header, file)?;
-    let name = header
-        .text(file, "general.architecture")?
-        .ok_or_else(|| missing_key("general.architecture"))?;
-    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
-    let Some(&(prefix, architecture)) = known else {
-        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
-        return Err(Fault::unsupported(
-            format!("the architecture `{}` is unknown", shown(name)),
-            format!("choose a GGUF file of one of these: {}", names.join(", ")),
-        ));
-    };
-    let keys = Keys { header, prefix, architecture };
+    let (prefix, architecture) = architecture_of(header, file)?;
+    let keys = Keys { header, file, prefix, architecture };
     keys.refuse_unknown(file)?;
     let layers = keys.required("block_count")?;
+    keys.refuse_untold_width(queries)?;
     let experts = keys.experts(layers)?;
     let latent = keys.latent()?;
     let delta = keys.delta(layers)?;
@@ -1278,20 +1291,27 @@ pub(super) fn from_gguf(
                 | Architecture::SmolLm3
                 | Architecture::Olmo2
                 | Architecture::Phi3
+                | Architecture::Qwen3
+                | Architecture::Qwen3Moe
                 | Architecture::DeepSeekV3
                 | Architecture::Qwen3Next => Presence::Never,
                 _ => Presence::Open,
             },
             output: match architecture {
                 Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 | Architecture::DeepSeekV3 | Architecture::Qwen3Next => {
-                    Presence::Never
-                }
+                // llama.cpp ends where a file has more tensors than it reads.
+                Architecture::Phi3
+                | Architecture::Qwen2
+                | Architecture::Qwen2Moe
+                | Architecture::Qwen3
+                | Architecture::Qwen3Moe
+                | Architecture::Qwen3Next
+                | Architecture::DeepSeekV3 => Presence::Never,
                 _ => Presence::Open,
             },
             ffn: match architecture {
                 Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 => Presence::Never,
+                Architecture::Phi3 | Architecture::Qwen2 | Architecture::Qwen3 => Presence::Never,
                 // Other mixtures have none.
                 _ if experts.is_some() => Presence::Never,
                 _ => Presence::Open,
@@ -1334,11 +1354,9 @@ fn whole_head(dimensions: Option<u64>, head_dim: u64) -> Result<u64, Fault> {
     }
 }
 
-/// Keys of models whose tensors or passes are others, which are none of a language model's own.
-const OF_OTHERS: [&str; 5] = ["adapter.", "clip.", "diffusion.", "imatrix.", "xielu."];
-
 /// Keys under an architecture's name that change nothing, as long as they are of their type.
-const WITHOUT_EFFECT: [&str; 4] = [
+const WITHOUT_EFFECT: [&str; 5] = [
+    "pooling_type",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "tensor_data_layout",
@@ -1361,33 +1379,7 @@ pub(super) fn changes_nothing(key: &str) -> bool {
     described || own || super::tokenizer::knows_key(key)
 }
 
-/// Files that are GGUF, but no whole model.
-fn refuse_other_files(header: &Header, file: &[u8]) -> Result<(), Fault> {
-    if let Some(kind) = header.text(file, "general.type")?
-        && kind != "model"
-    {
-        return Err(Fault::unsupported(
-            format!("it holds a GGUF of type `{}`, not a model", shown(kind)),
-            "give the language model's own file",
-        ));
-    }
-    let other = header.keys().find(|key| OF_OTHERS.iter().any(|of| key.starts_with(of)));
-    if let Some(key) = other {
-        return Err(Fault::unsupported(
-            format!("what `{}` asks for is not computed", shown(key)),
-            "give the language model's own file",
-        ));
-    }
-    match header.unsigned("general.quantization_version")? {
-        None | Some(2) => Ok(()),
-        Some(version) => Err(Fault::unsupported(
-            format!("its blocks have the quantization version {version}, not 2"),
-            "quantize the model anew",
-        )),
-    }
-}
-
-pub(super) fn missing_key(key: &str) -> Fault {
+fn missing_key(key: &str) -> Fault {
     Fault::malformed(format!("the metadata key `{key}` is missing"), FETCH_AGAIN)
 }
 
@@ -1404,6 +1396,7 @@ pub(super) fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
 /// The keys under the architecture's name.
 struct Keys<'a> {
     header: &'a Header,
+    file: &'a [u8],
     prefix: &'static str,
     architecture: Architecture,
 }
@@ -1430,6 +1423,10 @@ impl Keys<'_> {
         "rope.scaling.factor",
         "rope.scale_linear",
     ];
+
+    /// Keys that may be written for each block.
+    const OF_EACH_BLOCK: [&'static str; 3] =
+        ["attention.head_count", "attention.head_count_kv", "feed_forward_length"];
 
     /// Keys that say something of YaRN alone.
     const OF_YARN: [&'static str; 5] = [
@@ -1801,13 +1798,70 @@ impl Keys<'_> {
     }
 
     fn optional(&self, key: &str) -> Result<Option<u64>, Fault> {
-        let key = self.full(key);
-        match self.header.get(&key) {
-            Some(Value::List { .. }) => {
-                Err(Fault::unsupported(format!("`{key}` differs from block to block"), OTHER_MODEL))
+        let whole = self.full(key);
+        match self.header.get(&whole) {
+            Some(Value::List { .. }) if Self::OF_EACH_BLOCK.contains(&key) => {
+                self.of_each_block(&whole).map(Some)
             }
-            _ => self.header.unsigned(&key),
+            Some(Value::List { .. }) => Err(Fault::unsupported(
+                format!("`{whole}` is an array, which may differ from block to block"),
+                OTHER_MODEL,
+            )),
+            _ => self.header.unsigned(&whole),
         }
+    }
+
+    /// A value that is written for each block, and is the same in all.
+    fn of_each_block(&self, key: &str) -> Result<u64, Fault> {
+        let values = self.header.small_integers(self.file, key)?.unwrap_or_default();
+        let blocks = self.required("block_count")?;
+        if values.len() as u64 != blocks {
+            return Err(Fault::malformed(
+                format!("`{key}` has {} values for {blocks} blocks", values.len()),
+                FETCH_AGAIN,
+            ));
+        }
+        let first = values.first().copied().unwrap_or_default();
+        if let Some((block, other)) = values.iter().enumerate().find(|(_, other)| **other != first)
+        {
+            return Err(Fault::unsupported(
+                format!(
+                    "`{key}` differs from block to block: {first}, and {other} in block {block}"
+                ),
+                OTHER_MODEL,
+            ));
+        }
+        u64::try_from(first).map_err(|_| {
+            Fault::malformed(format!("`{key}` is {first} for each block"), FETCH_AGAIN)
+        })
+    }
+
+    /// Refuses heads whose width only their tensor tells: `queries` is the shape of the first block's
+    /// projection of queries.
+    fn refuse_untold_width(&self, queries: Option<[usize; 2]>) -> Result<(), Fault> {
+        let (heads, hidden) =
+            (self.required("attention.head_count")?, self.required("embedding_length")?);
+        let key = "attention.key_length";
+        let Some([rows, width]) = queries else { return Ok(()) };
+        let rows = rows as u64;
+        if self.header.get(&self.full(key)).is_some()
+            || width as u64 != hidden
+            || heads == 0
+            || !rows.is_multiple_of(heads)
+            || rows == hidden
+        {
+            return Ok(());
+        }
+        Err(Fault::malformed(
+            format!(
+                "`{}` is missing: its {heads} heads have {} values each by `{FIRST_QUERIES}`, and \
+                 without the key they share the {hidden} of `{}`",
+                self.full(key),
+                rows / heads,
+                self.full("embedding_length"),
+            ),
+            "write the key, and `attention.value_length`, into the file, or convert the model anew",
+        ))
     }
 
     fn required(&self, key: &str) -> Result<u64, Fault> {
@@ -1827,6 +1881,12 @@ impl Keys<'_> {
         // YaRN and its relatives: their other keys follow from the type.
         self.stretch(file)?;
         for key in own {
+            if key.starts_with("classifier.") {
+                return Err(Fault::unsupported(
+                    format!("it has `{}`: {}", self.full(key), other_files::CLASSIFIER),
+                    "give the language model that it was made of",
+                ));
+            }
             let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
             if !known && !self.own().contains(&key) {
                 return Err(Fault::unsupported(
@@ -1868,6 +1928,31 @@ impl Keys<'_> {
             return Err(Fault::unsupported(
                 format!("`{}` is {base}, not 10000", self.full("rope.freq_base_swa")),
                 OTHER_MODEL,
+            ));
+        }
+        // The specification's word for no order of its own, and, of what converters permute, theirs for
+        // rows of queries and keys whose neighbours turn together.
+        let key = self.full("tensor_data_layout");
+        let permuted = matches!(
+            self.architecture,
+            Architecture::Llama | Architecture::Granite | Architecture::SmolLm3
+        );
+        match self.header.text(file, &key)? {
+            None | Some("reference") => {}
+            Some("Meta AI original pth") if permuted => {}
+            Some(other) => {
+                return Err(Fault::unsupported(
+                    format!("`{key}` is `{}`, an order of rows that is not known", shown(other)),
+                    "convert the model anew with llama.cpp's converter",
+                ));
+            }
+        }
+        // What becomes of the hidden states behind the last norm, as llama.cpp numbers it, changes none.
+        let key = self.full("pooling_type");
+        if let Some(other) = self.optional("pooling_type")?.filter(|kind| *kind > 4) {
+            return Err(Fault::malformed(
+                format!("`{key}` is {other}, no way of pooling (0 to 4)"),
+                FETCH_AGAIN,
             ));
         }
         if self.header.bool(&self.full("attention.causal"))? == Some(false) {

@@ -127,6 +127,11 @@ impl Fault {
         Fault { tensor: own.or(self.tensor), ..self }
     }
 
+    /// The fault alone, where somebody else names the file.
+    pub fn in_words(&self) -> String {
+        format!("{}{}; {}", of_tensor(&self.tensor), self.problem, self.remedy)
+    }
+
     /// The same fault, in this file.
     pub fn at(self, path: &Path) -> ModelError {
         let Fault { supported, tensor, problem, remedy } = self;

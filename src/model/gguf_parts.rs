@@ -12,15 +12,23 @@ use super::{MappedFile, map};
 
 /// What a header says of its part: its number from 0 on, of how many.
 fn part(header: &Header) -> Result<Option<(u64, u64)>, Fault> {
-    let count = header.unsigned("split.count")?.filter(|&count| count > 1);
-    let Some(count) = count else { return Ok(None) };
-    let number = header.unsigned("split.no")?.ok_or_else(|| {
-        Fault::unsupported(
+    let said = header.unsigned("split.count")?;
+    let number = header.unsigned("split.no")?;
+    match (number, said.unwrap_or(0)) {
+        (None | Some(0), 0 | 1) => Ok(None),
+        (None, count) => Err(Fault::unsupported(
             format!("it is one of {count} parts of a split model, and `split.no` is missing"),
             FETCH_AGAIN,
-        )
-    })?;
-    Ok(Some((number, count)))
+        )),
+        (Some(number), count) if number >= count => {
+            let of = said.map_or("is missing".to_owned(), |count| format!("is {count}"));
+            Err(Fault::malformed(
+                format!("`split.no` is {number}, counted from 0, and `split.count` {of}"),
+                "give the first part of the split model, with the other parts beside it",
+            ))
+        }
+        (Some(number), count) => Ok(Some((number, count))),
+    }
 }
 
 /// The name of part `number` of the model whose part has this path, where it is named as parts are.
@@ -125,13 +133,17 @@ pub(super) fn tensors(
             all.push((number, info));
         }
     }
-    let promised = header.unsigned("split.tensors.count").map_err(|fault| fault.at(first))?;
-    match promised.filter(|&promised| count > 1 && promised != all.len() as u64) {
+    let key = "split.tensors.count";
+    let promised = header.unsigned(key).map_err(|fault| fault.at(first))?;
+    match promised.filter(|&promised| promised != all.len() as u64) {
         None => Ok(all),
-        Some(promised) => Err(Fault::malformed(
-            format!("it says {promised} tensors in all parts, and they hold {}", all.len()),
-            FETCH_AGAIN,
-        )
-        .at(first)),
+        Some(promised) => {
+            let (held, what) = (all.len(), if count > 1 { "its parts hold" } else { "it holds" });
+            Err(Fault::malformed(
+                format!("`{key}` is {promised}, and {what} {held} tensors"),
+                "give all parts of the split model, or fetch the file again",
+            )
+            .at(first))
+        }
     }
 }

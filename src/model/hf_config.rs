@@ -15,9 +15,10 @@ use serde_json::{Map, Value};
 use super::config::{
     Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, LARGEST_HEAD,
     LARGEST_SIZE, Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling,
-    exact_share, missing_key, positive,
+    exact_share, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
+use super::json;
 use super::quantised::{self, Quantised};
 
 /// Keys that change no value of a pass over given tokens: of how text is generated, of training, of
@@ -150,19 +151,30 @@ pub(super) const SIDECAR: &str = "hf_quant_config.json";
 /// What ModelOpt's own file says, which must be what `config.json` says if that says anything.
 fn beside_config(json: &[u8], other: Option<Quantised>) -> Result<Quantised, Fault> {
     let bad = |problem: String| Fault::malformed(format!("{SIDECAR}: {problem}"), FETCH_AGAIN);
-    let Value::Object(map) =
-        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
-    else {
+    let Value::Object(map) = json::read(json).map_err(bad)? else {
         return Err(bad("it is no object".to_owned()));
     };
     let read = quantised::read_sidecar(&Keys::new(&map, String::new()))?;
     match other {
         Some(other) if other != read => Err(Fault::malformed(
-            format!("`quantization_config` says {other:?}, and {SIDECAR} says {read:?}"),
+            match (other.in_words(), read.in_words()) {
+                (one, two) if one == two => {
+                    format!(
+                        "`quantization_config` and {SIDECAR} name the tensors of {one} in two ways"
+                    )
+                }
+                (one, two) => format!(
+                    "`quantization_config` in config.json says {one}, and {SIDECAR} says {two}"
+                ),
+            },
             "remove the one that is out of date",
         )),
         _ => Ok(read),
     }
+}
+
+fn missing_key(key: &str) -> Fault {
+    Fault::malformed(format!("config.json: the key `{key}` is missing"), FETCH_AGAIN)
 }
 
 /// Reads the hyperparameters of a Hugging Face folder out of its `config.json`.
@@ -173,9 +185,7 @@ pub(super) fn from_hf(
     beside: Option<&[u8]>,
 ) -> Result<(Config, Option<Quantised>), Fault> {
     let bad = |problem: String| Fault::malformed(format!("config.json: {problem}"), FETCH_AGAIN);
-    let Value::Object(map) =
-        serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?
-    else {
+    let Value::Object(map) = json::read(json).map_err(bad)? else {
         return Err(bad("it is no object".to_owned()));
     };
     let keys = Keys::new(&map, String::new());
@@ -691,11 +701,23 @@ fn activation(keys: &Keys<'_>, architecture: Architecture) -> Result<Activation,
 
 fn biases(keys: &Keys<'_>, architecture: Architecture) -> Result<Biases, Fault> {
     let of_attention = keys.flag("attention_bias")?;
-    let of_ffn = match (keys.flag("mlp_bias")?, architecture) {
-        // transformers reads none in this class.
-        (_, Architecture::DeepSeekV3) => Presence::Never,
-        (flag, _) => Presence::of(flag.unwrap_or(false)),
-    };
+    let of_ffn = keys.flag("mlp_bias")?.unwrap_or(false);
+    let reads =
+        matches!(architecture, Architecture::Llama | Architecture::Granite | Architecture::SmolLm3);
+    // Other classes have no such biases, and transformers drops them.
+    if of_ffn && !reads {
+        return Err(Fault::unsupported(
+            format!(
+                "its `mlp_bias` is true, and transformers' class of {} has no biases in the \
+                 feed-forward network, or reads another key for them",
+                architecture.name()
+            ),
+            "remove the key, and the biases if it has some, to compute what transformers does",
+        ));
+    }
+    let of_ffn = Presence::of(of_ffn);
+    // Classes that do not read `attention_bias` compute the same whatever it says: in these it is known
+    // to change nothing, and biases beyond those of the class are refused by their names.
     let (qkv, output) = match architecture {
         Architecture::Qwen2 => (true, false),
         Architecture::Glm4 => (of_attention.unwrap_or(true), false),

@@ -16,9 +16,11 @@ mod gguf_fused;
 mod gguf_parts;
 mod gguf_writer;
 mod hf_config;
+mod json;
 #[cfg(test)]
 mod known_keys;
 mod mixture;
+mod other_files;
 mod quantised;
 mod safetensors;
 pub mod synthetic;
@@ -162,6 +164,7 @@ impl Model {
         let path = first.path.clone();
         let path = path.as_path();
         if !gguf::is_gguf(&first.map) {
+            other_files::refuse_unfetched(&first.map).map_err(|fault| fault.at(path))?;
             return Err(Fault::malformed(
                 "it does not begin with the bytes `GGUF`",
                 "give a GGUF file or a folder with config.json and safetensors",
@@ -172,6 +175,10 @@ impl Model {
         let mut files = vec![first];
         files.extend(others);
         let held = gguf_parts::tensors(&mut header, &files)?;
+        let names = held.iter().map(|(_, info)| info.name.as_str());
+        other_files::refuse(&header, &files[0].map, names)
+            .and_then(|()| config::architecture_of(&header, &files[0].map).map(drop))
+            .map_err(|fault| fault.at(path))?;
         let mut tensors = BTreeMap::new();
         for (file, info) in &held {
             let gguf::TensorInfo { name, kind, rows, width, bytes, .. } = info;
@@ -200,7 +207,8 @@ impl Model {
             return Err(missing_tensor("token_embd.weight").at(path));
         }
         let tied = !tensors.contains_key("output.weight");
-        let config = config::from_gguf(&header, &files[0].map, embedding, tied);
+        let queries = tensors.get(config::FIRST_QUERIES).map(|place| [place.rows, place.width]);
+        let config = config::from_gguf(&header, &files[0].map, embedding, tied, queries);
         let config = config.map_err(|fault| fault.at(path))?;
         gguf_fused::rename(&mut tensors, config.architecture).map_err(|fault| fault.at(path))?;
         let infos = held.iter().map(|(_, info)| info);
@@ -223,6 +231,7 @@ impl Model {
     }
 
     fn open_folder(folder: &Path) -> Result<Model, ModelError> {
+        other_files::refuse_folder(folder)?;
         let json = read_small(&folder.join("config.json"))?;
         let beside = folder.join(hf_config::SIDECAR);
         let beside = beside.exists().then(|| read_small(&beside)).transpose()?;
@@ -471,15 +480,33 @@ impl Model {
             (None, None) => place.kind == copy.kind && bytes(place) == bytes(copy),
             _ => false,
         };
-        if !embedding.is_some_and(same) {
+        if !embedding.is_some_and(|place| same(place) || self.has_equal_values(place, copy)) {
             return Err(Fault::malformed(
-                "`tie_word_embeddings` says that it is the embedding, and it is another matrix",
+                "`tie_word_embeddings` is true in config.json, or by default, and says that it is \
+                 `model.embed_tokens.weight`; it is another matrix",
                 "set `tie_word_embeddings` to false if both are meant, or remove the tensor",
             )
-            .in_tensor(name));
+            .in_tensor("lm_head.weight"));
         }
         self.tensors.remove(name);
         Ok(())
+    }
+
+    /// Whether two tensors have the same values, be they of other types or signs of zero.
+    fn has_equal_values(&self, one: &Place, other: &Place) -> bool {
+        let shape = |place: &Place| (place.rows, place.width);
+        let weights = [one, other].map(|place| weight_at("", place, &self.files));
+        let [Ok(one_weight), Ok(other_weight)] = weights else { return false };
+        let mut values = [vec![0.0; one.width], vec![0.0; one.width]];
+        shape(one) == shape(other)
+            && (0..one.rows).all(|row| {
+                let [a, b] = &mut values;
+                let read = [
+                    one_weight.decode_rows(row..row + 1, a),
+                    other_weight.decode_rows(row..row + 1, b),
+                ];
+                read.iter().all(Result::is_ok) && a == b
+            })
     }
 
     /// Moves the tensor of RoPE's factors into the config, where every reader looks.
@@ -606,6 +633,15 @@ impl Model {
         for expected in self.config.expected_globals().into_iter().chain(blocks) {
             let config::Expected { name, rows, width, required } = expected;
             match self.tensors.get(&name) {
+                None if required && name == "output.weight" && self.is_folder() => {
+                    return Err(Fault::malformed(
+                        "it is missing, and `tie_word_embeddings` is false in config.json, or by \
+                         default, so that `model.embed_tokens.weight` does not stand for it",
+                        "fetch all files of the model, or set `tie_word_embeddings` to true if the \
+                         embedding is the output matrix",
+                    )
+                    .in_tensor("lm_head.weight"));
+                }
                 None if required => return Err(missing_tensor(&name)),
                 None => continue,
                 Some(place) if (place.rows, place.width) != (rows, width) => {
@@ -625,7 +661,12 @@ impl Model {
         }
         // A cache's scales are of an arm that keeps keys and values in FP8, and may be one or many.
         let of_cache = |name: &str| name.ends_with("_cache.scale");
-        match self.tensors.keys().find(|&name| !used.contains(name) && !of_cache(name)) {
+        let unused = || self.tensors.keys().filter(|&name| !used.contains(name) && !of_cache(name));
+        let owned = |name: &'_ String| Some((name.clone(), other_files::owner_of(name)?));
+        if let Some((name, (what, remedy))) = unused().find_map(owned) {
+            return Err(Fault::unsupported(what, remedy).in_tensor(name));
+        }
+        match unused().next() {
             Some(name) => Err(Fault::unsupported(
                 format!(
                     "the forward pass of {} with {} blocks has no use for it",
@@ -643,6 +684,10 @@ impl Model {
     fn is_bias_of_none(&self, name: &str) -> bool {
         let gain = name.strip_suffix("norm.bias").map(|stem| format!("{stem}norm.weight"));
         gain.is_some_and(|gain| !self.tensors.contains_key(&gain))
+    }
+
+    fn is_folder(&self) -> bool {
+        matches!(self.vocabulary, Vocabulary::Folder)
     }
 
     /// The path that was opened.
@@ -676,6 +721,31 @@ impl Model {
             });
         };
         Ok(weight_at(name, place, &self.files)?.of(self))
+    }
+
+    /// Refuses a tensor with a value that is NaN or infinite in one of these rows; those that it has
+    /// not are passed over.
+    ///
+    /// # Errors
+    /// With the first such value's row, block and place.
+    pub fn check_finite(&self, name: &str, rows: &[usize]) -> Result<(), ModelError> {
+        let weight = self.tensor(name)?;
+        let Some((row, column, value)) = weight.first_not_finite(rows)? else { return Ok(()) };
+        let kind = weight.kind();
+        let block = match kind.block_width() {
+            1 => String::new(),
+            width => format!(", in block {} of {kind}", column / width),
+        };
+        let path = self.origin(name).map_or(self.path.as_path(), |origin| origin.path);
+        Err(Fault::malformed(
+            format!(
+                "value {column} of row {row} is {value}{block}, and what is computed with it is NaN \
+                 or infinite on every arm"
+            ),
+            FETCH_AGAIN,
+        )
+        .in_tensor(name)
+        .at(path))
     }
 
     /// The opened files of the weights, with what the file system said of them then.

@@ -6,6 +6,7 @@
 //! parsed from its beginning, never searched for a part, and a shard may not lie outside the
 //! folder.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
@@ -17,7 +18,9 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::config::{Architecture, Config, Norms, Presence};
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
+use super::json;
 use super::mixture::Mixture;
+use super::other_files;
 use super::quantised::{Part, Piece, Quantised};
 use super::weights::{Steps, WeightType};
 
@@ -116,15 +119,12 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
         return Ok(vec![Shard { path: inside(folder, SINGLE_FILE)?, promised: None }]);
     }
     if !index.exists() {
-        return Err(Fault::malformed(
-            format!("the folder has neither {SINGLE_FILE} nor {INDEX_FILE}"),
-            "fetch the model's safetensors files, or give a GGUF file",
-        )
-        .at(folder));
+        let (problem, remedy) = other_files::other_weights(folder);
+        return Err(Fault::malformed(problem, remedy).at(folder));
     }
     let json = super::read_small(&index)?;
-    let index_of: Index = serde_json::from_slice(&json)
-        .map_err(|error| Fault::malformed(error.to_string(), FETCH_AGAIN).at(&index))?;
+    let index_of: Index =
+        json::read(&json).map_err(|problem| Fault::malformed(problem, FETCH_AGAIN).at(&index))?;
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in index_of.weight_map {
         shards.entry(shard).or_default().insert(tensor);
@@ -140,6 +140,19 @@ pub(super) fn files(folder: &Path) -> Result<Vec<Shard>, ModelError> {
         .at(folder));
     }
     let shard = |(name, tensors): (String, BTreeSet<String>)| {
+        let is_name = Path::new(&name).components().count() == 1;
+        if is_name && !folder.join(&name).exists() {
+            let (count, first) = (tensors.len(), tensors.first().map_or("", String::as_str));
+            let (name, first) = (shown(&name), shown(first));
+            return Err(Fault::malformed(
+                format!(
+                    "it places {count} tensors in `{name}`, `{first}` among them, and the folder has \
+                     no such file"
+                ),
+                "fetch all files of the model",
+            )
+            .at(&index));
+        }
         Ok(Shard { path: inside(folder, &name)?, promised: Some(tensors) })
     };
     shards.into_iter().map(shard).collect()
@@ -190,6 +203,7 @@ pub(super) fn parse(
     quantised: Option<&Quantised>,
 ) -> Result<Contents, Fault> {
     let bad = |problem: String| Fault::malformed(problem, FETCH_AGAIN);
+    other_files::refuse_unfetched(file)?;
     let Some(length) = file.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(bad("it is shorter than a safetensors header".into()));
     };
@@ -217,9 +231,10 @@ pub(super) fn parse(
         Contents { held: Vec::new(), names: BTreeSet::new(), called: BTreeMap::new() };
     let ahead = 8 + json.len();
     let moved = |bytes: Range<usize>| ahead + bytes.start..ahead + bytes.end;
-    for name in keys.0 {
-        let Some(info) = metadata.info(&name) else { continue };
-        let in_tensor = |fault: Fault| fault.in_tensor(&name);
+    for own_name in keys.0 {
+        let Some(info) = metadata.info(&own_name) else { continue };
+        let in_tensor = |fault: Fault| fault.in_tensor(&own_name);
+        let name = whole_name(&own_name);
         let before = contents.held.len();
         let piece = || {
             let (start, end) = info.data_offsets;
@@ -234,7 +249,7 @@ pub(super) fn parse(
                 Canonical::Known(canonical) => vec![(canonical, 0)],
                 Canonical::Fused(parts) => parts,
                 Canonical::Ignored => continue,
-                _ => return Err(of_no_use(&name, config)),
+                _ => return Err(of_no_use(&own_name, config)),
             };
             contents.held.push(Held::Piece { weights, part, piece: piece() });
         } else {
@@ -285,7 +300,7 @@ pub(super) fn parse(
                     )));
                 }
                 Canonical::Unknown | Canonical::InputScale | Canonical::OfCache(_) => {
-                    return Err(of_no_use(&name, config));
+                    return Err(of_no_use(&own_name, config));
                 }
             }
         }
@@ -297,10 +312,10 @@ pub(super) fn parse(
                 }
                 Held::Piece { .. } => Vec::new(),
             };
-            let called = weights.into_iter().map(|weight| (weight.clone(), name.clone()));
+            let called = weights.into_iter().map(|weight| (weight.clone(), own_name.clone()));
             contents.called.extend(called);
         }
-        contents.names.insert(name);
+        contents.names.insert(own_name);
     }
     Ok(contents)
 }
@@ -314,6 +329,9 @@ fn of_no_use(name: &str, config: &Config) -> Fault {
             "fetch the folder again with its config.json, or choose the model's unquantised folder",
         )
         .in_tensor(name);
+    }
+    if let Some((what, remedy)) = other_files::owner_of(name) {
+        return Fault::unsupported(what, remedy).in_tensor(name);
     }
     Fault::unsupported(
         format!("the forward pass of {} has no use for it", config.architecture.name()),
@@ -399,6 +417,15 @@ enum Canonical {
     /// Derived data that old checkpoints saved.
     Ignored,
     Unknown,
+}
+
+/// The name of a tensor in a language model: embedding models are saved without the `model.` before
+/// it, and transformers finds each of them by the longer name.
+fn whole_name(name: &str) -> Cow<'_, str> {
+    match ["embed_tokens.", "layers.", "norm."].iter().any(|part| name.starts_with(part)) {
+        true => Cow::Owned(format!("model.{name}")),
+        false => Cow::Borrowed(name),
+    }
 }
 
 fn canonical_name(name: &str, config: &Config) -> Canonical {
@@ -599,7 +626,7 @@ fn of_experts(part: &str, config: &Config) -> Option<String> {
 /// Whether a pass knows what to do with a tensor of this name, if only to say that it has no use
 /// for it.
 pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
-    match canonical_name(name, config) {
+    match canonical_name(&whole_name(name), config) {
         Canonical::Ignored => false,
         Canonical::InputScale | Canonical::OfCache(_) => !quantised,
         _ => true,
@@ -608,7 +635,7 @@ pub(super) fn counts(name: &str, config: &Config, quantised: bool) -> bool {
 
 /// The canonical names of what a tensor of this name holds; none where a pass has no use for it.
 pub(super) fn held(name: &str, config: &Config) -> Vec<String> {
-    match canonical_name(name, config) {
+    match canonical_name(&whole_name(name), config) {
         Canonical::Known(canonical) => vec![canonical],
         Canonical::Fused(parts) => parts.into_iter().map(|(part, _)| part).collect(),
         _ => Vec::new(),

@@ -66,10 +66,6 @@ impl TokenizerFault {
             remedy: self.remedy.to_owned(),
         }
     }
-
-    fn in_file(path: &Path, fault: Fault) -> TokenizerFault {
-        TokenizerFault::new(fault.at(path).to_string())
-    }
 }
 
 /// A tokenizer that is ready to use.
@@ -257,7 +253,7 @@ const LONGEST_PIECE: usize = 512;
 
 /// Builds the tokenizer that a GGUF's metadata describes; `file` is the whole file.
 pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, TokenizerFault> {
-    let read = |fault: Fault| TokenizerFault::in_file(Path::new("metadata"), fault);
+    let read = |fault: Fault| TokenizerFault::new(fault.in_words());
     let missing = |key: &str| TokenizerFault::new(format!("the file has no `{key}`"));
     let text = |key: &str| header.text(file, key).map_err(read)?.ok_or_else(|| missing(key));
     let texts = |key: &str| header.texts(file, key).map_err(read)?.ok_or_else(|| missing(key));
@@ -483,11 +479,15 @@ fn edge_token(
     }
     let key = format!("tokenizer.ggml.{key}_token_id");
     let token = header.unsigned(&key)?.or(*usual);
-    match token.filter(|&token| token < tokens as u64) {
-        Some(token) => Ok(Some(token as u32)),
-        None => Err(Fault::malformed(
-            format!("the {name}-of-sequence token is {token:?} of {tokens} tokens"),
+    match token {
+        Some(token) if token < tokens as u64 => Ok(Some(token as u32)),
+        Some(token) => Err(Fault::malformed(
+            format!("the {name}-of-sequence token is {token} of {tokens} tokens, from 0 on"),
             format!("correct `{key}`"),
+        )),
+        None => Err(Fault::malformed(
+            format!("texts get a {name}-of-sequence token, and `{key}` is missing"),
+            format!("add `{key}`"),
         )),
     }
 }
@@ -497,8 +497,7 @@ pub(super) fn template_of_gguf(
     header: &Header,
     file: &[u8],
 ) -> Result<ChatTemplate, TokenizerFault> {
-    let failed =
-        |fault: Fault| TokenizerFault::of_chat(fault.at(Path::new("metadata")).to_string());
+    let failed = |fault: Fault| TokenizerFault::of_chat(fault.in_words());
     let key = "tokenizer.chat_template";
     let text = header.text(file, key).map_err(failed)?;
     let text = text.ok_or_else(|| {

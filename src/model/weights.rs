@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 
 use super::Model;
 use super::blocks;
@@ -638,6 +639,23 @@ impl<'a> Weight<'a> {
         let mut values = vec![0.0; self.rows * self.width];
         self.decode_rows(0..self.rows, &mut values)?;
         Ok(values)
+    }
+
+    /// The first value of these rows, in their order, that is NaN or infinite: its row, its place
+    /// there and itself.
+    pub fn first_not_finite(
+        &self,
+        rows: &[usize],
+    ) -> Result<Option<(usize, usize, f32)>, ModelError> {
+        let found = rows.par_iter().filter(|row| **row < self.rows).find_map_first(|&row| {
+            let mut values = vec![0.0; self.width];
+            if let Err(error) = self.decode_rows(row..row + 1, &mut values) {
+                return Some(Err(error));
+            }
+            let column = values.iter().position(|value| !value.is_finite())?;
+            Some(Ok((row, column, values[column])))
+        });
+        found.transpose()
     }
 
     /// A digest of the type, the shape and the bytes, whatever file holds them.

@@ -17,7 +17,7 @@ use crate::compare::{
     measure_stage,
 };
 use crate::compute::arms::{
-    Output, Task, compute, input_width, recipe_of_pass, site_names, tensors_read,
+    Output, Task, check_weights, compute, input_width, recipe_of_pass, site_names, tensors_read,
 };
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
@@ -174,11 +174,13 @@ impl Bench<'_> {
                     _ => workshop.ops(arm, &stage.recipe)?,
                 };
                 let mut made = Made::default();
-                compute(&task, ops.as_ref(), arithmetic, &mut |tensor| {
+                let output = compute(&task, ops.as_ref(), arithmetic, &mut |tensor| {
                     made.sites += 1;
                     made.bytes += size_of_val(tensor.data()) as u64;
                     tell(News::Made(made));
-                })?
+                })?;
+                check_weights(&task, &output)?;
+                output
             }
         };
         let seconds = started.elapsed().as_secs_f64();
@@ -286,8 +288,14 @@ impl Bench<'_> {
                 let site = Site("y".to_owned());
                 let read = |tensor| tensor_file::read(tensor).map_err(ComputeError::from);
                 let (x, w) = (read(x)?, read(w)?);
+                // What was assumed of scales' shapes.
+                let remark = |(name, operand): (&str, &CodedTensor)| {
+                    let remark = operand.scales.as_ref().and_then(|scales| scales.remark.clone());
+                    remark.map_or(String::new(), |remark| format!("; {name}: {remark}"))
+                };
+                let remarks: String = [("x", &x), ("w", &w)].into_iter().map(remark).collect();
                 if arm == Arm::Reference {
-                    let arithmetic = "f64 over the operands' codes".to_owned();
+                    let arithmetic = format!("f64 over the operands' codes{remarks}");
                     return one(&site, product::reference(&x, &w)?, arithmetic);
                 }
                 let observed =
@@ -303,7 +311,7 @@ impl Bench<'_> {
                         format!("{}; {}", recording.judgement()?.sentence, made.words)
                     }
                 };
-                one(&site, made.y, words)
+                one(&site, made.y, words + &remarks)
             }
             _ => Ok(None),
         }

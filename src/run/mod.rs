@@ -390,6 +390,11 @@ impl<'a> Engine<'a> {
             (Work::Arm(arm), Err(Failure::Compute(ComputeError::Unavailable(why)))) => {
                 self.arm_finished(stage, arm, ArmState::Unmeasured, why, seconds, sink);
             }
+            (Work::Arm(arm), Err(Failure::Compute(ComputeError::NotFinite(model)))) => {
+                let why = model.to_string();
+                self.progress[stage].failure = Some(format!("no arm is at fault: {why}"));
+                self.arm_finished(stage, arm, ArmState::Error, why, seconds, sink);
+            }
             (Work::Arm(arm), Err(failure)) => {
                 self.note_bug(&failure);
                 let why = failure.to_string();

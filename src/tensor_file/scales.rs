@@ -34,34 +34,76 @@ impl BlockScales {
         }
     }
 
-    /// Fits scales of a shape to an operand of `rows` by `width`.
+    /// Fits scales of a shape to an operand of this shape, whose last two dimensions are a matrix.
     ///
     /// # Errors
-    /// In words, with the shapes that would fit.
+    /// In words, with the shapes that would fit, where the shapes do not say which values share one.
     pub fn fit(
         shape: &[usize],
+        operand: &[usize],
         values: Vec<f32>,
-        rows: usize,
-        width: usize,
     ) -> Result<BlockScales, String> {
+        let (matrices, height, width) = match operand {
+            [] => (1, 1, 1),
+            [width] => (1, 1, *width),
+            [outer @ .., rows, width] => (outer.iter().product::<usize>(), *rows, *width),
+        };
+        let rows = matrices * height;
         if values.len() == 1 {
             return Ok(BlockScales::one(values[0], rows, width));
         }
-        let (high, wide) = match shape {
-            [count] if *count == rows => (rows, 1),
-            [count] => (1, *count),
-            [outer @ .., wide] => (outer.iter().product(), *wide),
-            [] => (1, 1),
+        let refused = |problem: String| {
+            Err(format!(
+                "is {operand:?}, and {problem}; one scale, [{rows}, 1] for one per row, or \
+                 [ceil({height} / r), ceil({width} / c)] for blocks of r x c is read"
+            ))
         };
-        let direct = blocks(rows, high).zip(blocks(width, wide));
-        let turned = blocks(rows, wide).zip(blocks(width, high)).filter(|_| shape.len() > 1);
+        let [of_rows, wide] = match shape {
+            [count] if *count == rows => [rows, 1],
+            [count] if rows == 1 || *count == width => [1, *count],
+            [count] => {
+                return refused(format!(
+                    "{count} scales of the shape {shape:?} may be of its rows or of its columns: \
+                     write [{count}, 1] or [1, {count}]"
+                ));
+            }
+            [outer @ .., high, wide] => {
+                let outer: usize = outer.iter().product();
+                if outer != 1 && (shape.len() != operand.len() || outer != matrices) {
+                    return refused(format!("scales of the shape {shape:?} are of more matrices"));
+                }
+                [outer * high, *wide]
+            }
+            [] => [1, 1],
+        };
+        let high = of_rows;
+        // Of each matrix by itself, so that no block lies in two.
+        let direct = match matrices > 1 && high.is_multiple_of(matrices) {
+            true => blocks(height, high / matrices).filter(|block| height.is_multiple_of(*block)),
+            false => blocks(rows, high),
+        };
+        let direct = direct.zip(blocks(width, wide));
+        let is_matrix = shape.len() > 1 && shape.iter().rev().skip(2).all(|outer| *outer == 1);
+        let turned = blocks(rows, wide).zip(blocks(width, high)).filter(|_| is_matrix);
         let usual = |(high, wide): (usize, usize)| {
             (high == 1 || high == 128 || high == rows)
                 && (wide == width || USUAL.contains(&wide) || wide == 1)
         };
         let of = |(high, wide): (usize, usize)| format!("blocks of {high} x {wide}");
         let likely = |block: Option<(usize, usize)>| block.filter(|&block| usual(block));
+        // A row or a column of scales says along which axis they lie.
+        let is_line = high == 1 || wide == 1;
         let (block, is_turned, remark) = match (direct, turned) {
+            (direct, Some(turned)) if is_line && !direct.is_some_and(usual) && usual(turned) => {
+                let stands = direct.map_or("fit no blocks".to_owned(), |direct| {
+                    format!("are {} as they stand", of(direct))
+                });
+                return refused(format!(
+                    "scales of the shape {shape:?} {stands}, and {} transposed: write the second \
+                     as [{wide}, {high}]",
+                    of(turned)
+                ));
+            }
             (Some(direct), Some(turned)) if usual(turned) && !usual(direct) => {
                 let remark = format!(
                     "the scales {shape:?} are read transposed, as {}; read as they stand they \
@@ -95,11 +137,7 @@ impl BlockScales {
                 (turned, true, Some(remark))
             }
             (None, None) => {
-                return Err(format!(
-                    "is [{rows}, {width}], and scales of the shape {shape:?} fit no blocks of it; \
-                     one scale, [{rows}, 1] for one per row, or [ceil({rows} / r), \
-                     ceil({width} / c)] for blocks of r x c would"
-                ));
+                return refused(format!("scales of the shape {shape:?} fit no blocks of it"));
             }
         };
         let values = if is_turned { transposed(&values, wide) } else { values };
@@ -171,7 +209,7 @@ mod tests {
 
     fn fit(shape: &[usize], rows: usize, width: usize) -> Result<BlockScales, String> {
         let count = shape.iter().product();
-        BlockScales::fit(shape, (0..count).map(|i| 1.0 + i as f32).collect(), rows, width)
+        BlockScales::fit(shape, &[rows, width], (0..count).map(|i| 1.0 + i as f32).collect())
     }
 
     #[test]
@@ -198,6 +236,49 @@ mod tests {
         assert_eq!((fitted.rows_per_block, fitted.width_per_block), (16, 128));
         let error = fit(&[7, 5], 128, 1024).expect_err("no blocks");
         assert!(error.contains("[128, 1]"), "{error}");
+    }
+
+    #[test]
+    fn scales_whose_shape_leaves_open_which_values_share_one_are_refused() {
+        for (shape, rows, width, said) in [
+            (
+                &[2, 1][..],
+                4,
+                256,
+                "blocks of 2 x 256 as they stand, and blocks of 4 x 128 transpos",
+            ),
+            (&[2, 1], 512, 256, "blocks of 256 x 256 as they stand"),
+            (&[1, 300], 300, 1024, "write the second as [300, 1]"),
+            (&[2], 256, 256, "write [2, 1] or [1, 2]"),
+            (&[2, 2, 1], 4, 256, "of more matrices"),
+            (&[4, 1, 1], 4, 256, "of more matrices"),
+        ] {
+            let error = fit(shape, rows, width).expect_err(said);
+            assert!(error.contains(said), "`{said}` is not in: {error}");
+            assert!(error.starts_with(&format!("is [{rows}, {width}], and ")), "{error}");
+        }
+        // What a shape says, it says.
+        let block = |shape: &[usize], rows, width| {
+            let fitted = fit(shape, rows, width).expect("scales that fit");
+            [fitted.rows_per_block, fitted.width_per_block]
+        };
+        assert_eq!(block(&[4, 1], 512, 512), [128, 512]);
+        assert_eq!(block(&[1, 2], 256, 256), [256, 128]);
+        assert_eq!(block(&[8], 1, 1024), [1, 128]);
+        assert_eq!(block(&[1, 4, 1], 4, 256), [1, 256]);
+    }
+
+    #[test]
+    fn a_block_of_scales_lies_in_one_matrix() {
+        let scales = |shape: &[usize], operand: &[usize]| {
+            BlockScales::fit(shape, operand, vec![1.0; shape.iter().product()])
+        };
+        let each = scales(&[2, 1, 1], &[2, 130, 64]).expect("one for each matrix");
+        assert_eq!((each.rows_per_block, each.width_per_block), (130, 64));
+        let blocks = scales(&[2, 2, 1], &[2, 256, 128]).expect("two for each matrix");
+        assert_eq!((blocks.rows_per_block, blocks.width_per_block), (128, 128));
+        let cut = scales(&[2, 2, 1], &[2, 130, 128]).expect_err("a block at the edge of a matrix");
+        assert!(cut.contains("is [2, 130, 128]"), "{cut}");
     }
 
     #[test]

@@ -319,7 +319,10 @@ fn a_folders_config_is_refused_where_it_would_be_computed_wrongly() {
         (|c| c["num_attention_heads"] = json!(-1), "config.json"),
         (|c| c["hidden_size"] = json!("8"), "config.json"),
         (|c| c["rms_norm_eps"] = json!(0), "epsilon"),
-        (|c| c["tie_word_embeddings"] = json!(false), "`lm_head.weight`: it is missing"),
+        (
+            |c| c["tie_word_embeddings"] = json!(false),
+            "`lm_head.weight`: it is missing, and `tie_word_embeddings` is false",
+        ),
     ];
     for (change, expected) in cases {
         let error = folder_with(change);
@@ -538,6 +541,56 @@ fn a_window_is_used_where_transformers_uses_it() {
 }
 
 #[test]
+fn a_key_that_is_written_twice_is_refused_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = open(&draft("llama").write()).unwrap();
+    write_shards(&gguf, folder.path());
+    let opened = |file: &str, from: &str, to: &str| {
+        let path = folder.path().join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        let error = Model::open(folder.path()).unwrap_err().to_string();
+        fs::write(&path, text).unwrap();
+        error
+    };
+    let error = opened("config.json", "{", "{\"rope_theta\": 5e5, \"rope_theta\": 1e4, ");
+    assert!(error.contains("config.json: the key `rope_theta` occurs twice"), "{error}");
+    let error = opened("config.json", "{", "{\"rope_scaling\": {\"factor\": 2, \"factor\": 4}, ");
+    assert!(error.contains("the key `factor` occurs twice"), "{error}");
+    let (name, index) = ("model.norm.weight", "model.safetensors.index.json");
+    let twice = format!("\"weight_map\":{{\"{name}\":\"a.safetensors\",");
+    let error = opened(index, "\"weight_map\":{", &twice);
+    assert!(error.contains(index) && error.contains(&format!("`{name}` occurs twice")), "{error}");
+}
+
+#[test]
+fn a_file_or_a_key_that_is_missing_is_told_with_who_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = || Model::open(folder.path()).unwrap_err().to_string();
+    assert!(said().contains("the folder has no config.json"), "{}", said());
+    write_shards(&open(&draft("llama").write()).unwrap(), folder.path());
+    fs::remove_file(folder.path().join("a.safetensors")).unwrap();
+    let error = said();
+    assert!(error.contains("model.safetensors.index.json` is not a sound model"), "{error}");
+    assert!(
+        error.contains("it places 3 tensors in `a.safetensors`, `model.layers.0.mlp"),
+        "{error}"
+    );
+    let error = folder_with(|c| c["hidden_size"] = json!(null)).unwrap_err().to_string();
+    assert!(error.contains("config.json: the key `hidden_size` is missing"), "{error}");
+}
+
+#[test]
+fn a_bias_that_transformers_drops_is_refused_by_its_key() {
+    let qwen = draft("qwen3").tensor("blk.0.attn_q_norm.weight", &[4]);
+    let qwen = open(&qwen.tensor("blk.0.attn_k_norm.weight", &[4]).write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&qwen, folder.path(), |config| config["mlp_bias"] = json!(true));
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("its `mlp_bias` is true") && error.contains("qwen3"), "{error}");
+}
+
+#[test]
 fn two_models_in_one_folder_are_refused() {
     let gguf = open(&draft("llama").write()).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -545,6 +598,34 @@ fn two_models_in_one_folder_are_refused() {
     write_safetensors(&folder.path().join("model.safetensors"), &hf_tensors(&gguf));
     let error = Model::open(folder.path()).unwrap_err().to_string();
     assert!(error.contains("two models"), "{error}");
+}
+
+#[test]
+fn an_embedding_models_names_are_read_and_other_prefixes_say_whose_they_are() {
+    let gguf = open(&draft("llama").write()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(&gguf, folder.path(), |_| {});
+    let path = folder.path().join("model.safetensors");
+    let renamed = |rename: &dyn Fn(&str) -> String| {
+        let tensors = hf_tensors(&gguf).into_iter();
+        let tensors = tensors.map(|(name, tensor)| (rename(&name), tensor)).collect();
+        write_safetensors(&path, &tensors);
+        Model::open(folder.path())
+    };
+    let bare = renamed(&|name| name.trim_start_matches("model.").to_owned());
+    assert_same_tensors(&gguf, &bare.expect("transformers finds them"));
+    let refused = |prefix: &str, expected: &str| {
+        let error = renamed(&|name| format!("{prefix}{name}")).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(prefix), "{expected}: {error}");
+    };
+    refused("language_model.", "reads images or sound");
+    refused("base_model.model.", "an adapter of peft");
+    refused("model.", "`model.` twice");
+    let mut tensors = hf_tensors(&gguf);
+    tensors.insert("score.weight".to_owned(), (vec![2, 8], vec![0; 64]));
+    write_safetensors(&path, &tensors);
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`score.weight`: it is the head of a classifier"), "{error}");
 }
 
 #[test]
@@ -563,7 +644,19 @@ fn an_output_matrix_that_is_not_the_tied_embedding_is_refused() {
     tensors.insert("lm_head.weight".to_owned(), (shape, bytes));
     write_safetensors(&path, &tensors);
     let error = Model::open(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("`lm_head.weight`: `tie_word_embeddings` says"), "{error}");
+    assert!(error.contains("`lm_head.weight`: `tie_word_embeddings` is true"), "{error}");
+    // The same matrix in another type.
+    let halves = |bytes: &[u8]| {
+        let values = bytes.as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v));
+        values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect::<Vec<u8>>()
+    };
+    let half = halves(&tensors["model.embed_tokens.weight"].1);
+    let views = tensors.iter().map(|(name, (shape, bytes))| match name.as_str() {
+        "lm_head.weight" => (name, TensorView::new(Dtype::F16, shape.clone(), &half).unwrap()),
+        _ => (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()),
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    assert!(!Model::open(folder.path()).expect("the same values").has("output.weight"));
 }
 
 /// What a quantised checkpoint holds of a matrix, and the matrix that it is.

@@ -3,7 +3,10 @@
 
 use std::fs;
 
+use runner::model::Model;
+
 use crate::command::{Outcome, Project};
+use crate::model::draft;
 use crate::single::{claim, project, stage, tensors};
 
 const EVERY: &str = "[forward]\ncapture = \"every-site\"\n";
@@ -328,4 +331,49 @@ fn a_contract_of_the_project_s_own_kernels_beside_an_engine_s_recipe_is_said_bef
     lone.write("stages/pipeline.toml", &defaults);
     let told = lone.runner(&["plan", "stages"]).expect(0, "");
     assert!(!said(&told).contains("warning"), "the reference alone keeps every bound");
+}
+
+#[test]
+fn a_weight_that_is_no_number_is_the_files_fault_and_no_arms() {
+    let (embedding, width) = ("token_embd.weight", 8);
+    let run = |tied: bool, spoilt: &str, value: usize, number: f32, op: &str| {
+        let project = project();
+        let model = draft("llama");
+        let model = if tied { model } else { model.tensor("output.weight", &[300, 8]) };
+        let path = project.path("model.gguf");
+        let mut file = model.write();
+        fs::write(&path, &file).expect("written");
+        let opened = Model::open(&path).expect("a model");
+        let start = opened.origin(spoilt).expect("of a file").offset + 4 * value;
+        file[start..start + 4].copy_from_slice(&number.to_le_bytes());
+        fs::write(&path, &file).expect("written");
+        let lines = format!("model = \"../model.gguf\"\ntokens = [1, 2, 3]\n{op}");
+        project.write("stages/r.toml", &stage("R", "claim", &lines));
+        project.write("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
+        let ran = project.runner(&["run", "stages", "--format", "json"]);
+        let record: serde_json::Value = serde_json::from_str(&ran.out).expect(&ran.err);
+        let said = |key: &str| record["stages"][0][key].as_str().unwrap_or_default().to_owned();
+        (said("verdict"), said("why"))
+    };
+    let forward = "[forward]\n";
+    let place = |row: usize, column: usize| row * width + column;
+    for (tied, spoilt, value, number, words) in [
+        (true, embedding, place(50, 3), f32::NAN, "value 3 of row 50 is NaN"),
+        (true, embedding, place(50, 3), f32::INFINITY, "value 3 of row 50 is inf"),
+        (false, "output.weight", place(50, 3), f32::NAN, "value 3 of row 50 is NaN"),
+        (false, embedding, place(2, 1), f32::NAN, "value 1 of row 2 is NaN"),
+        (true, "blk.0.ffn_norm.weight", 7, f32::NAN, "value 7 of row 0 is NaN"),
+        (true, "blk.0.attn_q.weight", place(5, 6), f32::NAN, "value 6 of row 5 is NaN"),
+    ] {
+        let (verdict, why) = run(tied, spoilt, value, number, forward);
+        assert_eq!(verdict, "error", "{spoilt}: {why}");
+        assert!(why.starts_with("no arm is at fault: "), "{why}");
+        assert!(why.contains(&format!("`{spoilt}`: {words}")), "{words}: {why}");
+    }
+    // No token is looked up there, and nothing else reads it.
+    let (verdict, why) = run(false, embedding, place(50, 3), f32::NAN, forward);
+    assert_eq!(verdict, "pass", "{why}");
+    let (verdict, why) =
+        run(true, embedding, place(50, 3), f32::NAN, "[embed]\nweight = \"token_embd\"\n");
+    assert_eq!(verdict, "pass", "{why}");
 }

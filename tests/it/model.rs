@@ -490,11 +490,30 @@ fn parts_that_are_not_one_model_are_named() {
                 parts[1].tensors.pop_last();
                 None
             }),
-            "tensors in all parts, and they hold",
+            "`split.tensors.count` is 11, and its parts hold 10 tensors",
         ),
     ];
     for (said, words) in cases {
         assert!(said.contains(words), "{words}: {said}");
+    }
+}
+
+#[test]
+fn a_file_that_says_more_tensors_or_parts_than_it_holds_is_refused_with_both_numbers() {
+    let (part, tensors) = (Value::U16, Value::I32);
+    let whole = draft("llama").with("split.tensors.count", tensors(11));
+    open(&whole.write()).expect("a file that holds what it says");
+    let merged = whole.with("split.no", part(0)).with("split.count", part(0));
+    open(&merged.write()).expect("what `gguf-split --merge` leaves");
+    let lacks = draft("llama").with("split.tensors.count", tensors(12));
+    for (draft, expected) in [
+        (lacks.with("split.count", part(1)), "is 12, and it holds 11 tensors"),
+        (merged.with("split.tensors.count", tensors(12)), "is 12, and it holds 11 tensors"),
+        (draft("llama").with("split.no", part(1)), "`split.no` is 1, counted from 0, and `split.c"),
+        (draft("llama").with("split.no", part(1)).with("split.count", part(1)), "count` is 1"),
+    ] {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
     }
 }
 
@@ -554,11 +573,101 @@ fn what_llama_cpp_reads_otherwise_or_not_at_all_is_refused_by_name() {
         (draft("gemma2").with("gemma2.attention.sliding_window", Value::U32(0)), "is 0"),
         (draft("gemma3").with("gemma3.final_logit_softcapping", Value::F32(30.0)), "softcapping"),
         (draft("gemma3").with("gemma3.rope.freq_base_swa", Value::F32(500.0)), "is 500"),
+        (
+            draft("qwen3")
+                .tensor("blk.0.attn_q_norm.weight", &[4])
+                .tensor("blk.0.attn_k_norm.weight", &[4])
+                .tensor("blk.0.ffn_up.bias", &[12]),
+            "`blk.0.ffn_up.bias`",
+        ),
         (draft("olmo2"), "`output.weight` is missing"),
         (draft("gemma2").tensor("output.weight", &[300, 8]), "is its embedding"),
     ];
     for (draft, expected) in cases {
         let error = open(&draft.write()).unwrap_err().to_string();
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn an_order_of_rows_that_is_not_known_is_refused_with_its_value() {
+    let of = |architecture: &str, layout: &str| {
+        let key = format!("{architecture}.tensor_data_layout");
+        draft(architecture).with(&key, Value::String(layout.to_owned())).write()
+    };
+    for layout in ["reference", "Meta AI original pth"] {
+        open(&of("llama", layout)).expect("what llama.cpp reads");
+    }
+    for (architecture, layout) in
+        [("llama", "jploski"), ("llama", ""), ("qwen3", "Meta AI original pth")]
+    {
+        let error = refusal(&of(architecture, layout));
+        let expected = format!("`{architecture}.tensor_data_layout` is `{layout}`");
+        assert!(error.contains(&expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn an_embedding_model_is_read_and_the_head_of_a_classifier_is_called_one() {
+    let qwen = || {
+        draft("qwen3")
+            .tensor("blk.0.attn_q_norm.weight", &[4])
+            .tensor("blk.0.attn_k_norm.weight", &[4])
+    };
+    for kind in 0..5 {
+        let pooled = qwen().with("qwen3.pooling_type", Value::U32(kind));
+        open(&pooled.write()).expect("pooling changes no hidden state");
+    }
+    let labels = Value::Array(vec![Value::String("yes".to_owned())]);
+    for (draft, expected) in [
+        (qwen().with("qwen3.pooling_type", Value::U32(7)), "`qwen3.pooling_type` is 7"),
+        (
+            qwen().tensor("cls.output.weight", &[2, 8]),
+            "`cls.output.weight`: it is the head of a cl",
+        ),
+        (
+            qwen().with("qwen3.classifier.output_labels", labels),
+            "output_labels`: it is the head of",
+        ),
+    ] {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn a_head_width_that_only_the_tensors_tell_is_told_with_the_key_that_is_missing() {
+    let wide = || {
+        draft("llama")
+            .tensor("blk.0.attn_q.weight", &[32, 8])
+            .tensor("blk.0.attn_k.weight", &[16, 8])
+            .tensor("blk.0.attn_v.weight", &[16, 8])
+            .tensor("blk.0.attn_output.weight", &[8, 32])
+    };
+    open(&wide().with("llama.attention.key_length", Value::U32(16)).write())
+        .expect("the key tells");
+    for key in ["llama.rope.dimension_count", "llama.attention.value_length", "general.name.x"] {
+        let error = refusal(&wide().with(key, Value::U32(16)).write());
+        let expected = "`llama.attention.key_length` is missing: its 2 heads have 16 values each";
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn a_value_that_is_written_for_each_block_is_one_value_where_it_is_the_same() {
+    let each = |values: &[i32]| Value::Array(values.iter().map(|v| Value::I32(*v)).collect());
+    let key = "llama.attention.head_count_kv";
+    let model = open(&draft("llama").with(key, each(&[1])).write()).expect("one block, one value");
+    assert_eq!(model.config().kv_heads, 1);
+    open(&draft("llama").with("llama.feed_forward_length", each(&[12])).write()).expect("widths");
+    let two = || draft("llama").with("llama.block_count", Value::U32(2));
+    for (draft, expected) in [
+        (draft("llama").with(key, each(&[1, 1])), "has 2 values for 1 blocks"),
+        (two().with(key, each(&[1, 2])), "differs from block to block: 1, and 2 in block 1"),
+        (draft("llama").with(key, each(&[-1])), "is -1 for each block"),
+        (draft("llama").with("llama.context_length", each(&[64])), "is an array"),
+    ] {
+        let error = refusal(&draft.write());
         assert!(error.contains(expected), "`{expected}` is not in: {error}");
     }
 }
@@ -694,6 +803,56 @@ fn files_that_are_no_model_are_refused_whatever_they_are_called() {
     assert!(error.contains("cannot open"), "{error}");
     fs::write(folder.path().join("renamed.bin"), draft("llama").write()).unwrap();
     Model::open(&folder.path().join("renamed.bin")).expect("the content decides, not the name");
+}
+
+#[test]
+fn a_gguf_file_that_is_no_model_is_called_what_it_is() {
+    let text = |text: &str| Value::String(text.to_owned());
+    let bare = |key: &str, value: Value, tensor: Option<&str>| {
+        let tensors = tensor.map(|name| (name.to_owned(), f32_tensor(&[4, 8])));
+        Draft { metadata: [(key.to_owned(), value)].into(), tensors: tensors.into_iter().collect() }
+    };
+    let of = |kind: &str, tensor: &str| bare("general.type", text(kind), Some(tensor));
+    let llama = |tensor: Option<&str>| bare("general.architecture", text("llama"), tensor);
+    let tokens = Value::Array(vec![text("a")]);
+    let cases: Vec<(Draft, &str)> = vec![
+        (
+            of("adapter", "blk.0.attn_q.weight.lora_a"),
+            "`general.type` is `adapter`: it is an adapt",
+        ),
+        (
+            llama(Some("blk.0.attn_q.weight.lora_a")),
+            "`blk.0.attn_q.weight.lora_a`: it is an adapter",
+        ),
+        (llama(None).with("adapter.type", text("lora")), "`adapter.type`: it is an adapter"),
+        (of("mmproj", "v.patch_embd.weight"), "`mmproj`: it is an encoder"),
+        (llama(Some("v.patch_embd.weight")), "`v.patch_embd.weight`: it is an encoder"),
+        (bare("clip.has_vision_encoder", Value::Bool(true), Some("mm.0.weight")), "an encoder"),
+        (of("imatrix", "blk.0.attn_q.weight.in_sum2"), "an importance matrix"),
+        (llama(Some("blk.0.attn_q.weight.in_sum2")), "an importance matrix"),
+        (bare("controlvector.layer_count", Value::U32(2), Some("direction.1")), "a control vector"),
+        (llama(None).with("tokenizer.ggml.tokens", tokens.clone()), "a vocabulary and no tensors"),
+        (bare("general.type", text("vocab"), None), "`vocab`: it is a vocabulary"),
+        (llama(None), "metadata and no tensors"),
+        (bare("general.architecture", text("eagle3"), Some("fc.weight")), "`eagle3` is unknown"),
+        (Draft { metadata: BTreeMap::new(), tensors: BTreeMap::new() }, "an empty GGUF file"),
+        // What is a model, and lacks a tensor.
+        (draft("llama").without_tensor("token_embd.weight"), "`token_embd.weight`: it is missing"),
+    ];
+    for (draft, expected) in cases {
+        let error = refusal(&draft.write());
+        assert!(error.contains(expected), "`{expected}` is not in: {error}");
+    }
+}
+
+#[test]
+fn an_adapters_folder_names_its_base_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"peft_type": "LORA", "base_model_name_or_path": "someone/base-7b"}"#;
+    fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+    fs::write(folder.path().join("adapter_model.safetensors"), b"").unwrap();
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("it is an adapter of `someone/base-7b`"), "{error}");
 }
 
 #[test]

@@ -46,6 +46,30 @@ pub(super) enum Quantised {
     Table,
 }
 
+impl Quantised {
+    /// What the codes are, and which of them share a scale, in words.
+    pub fn in_words(&self) -> String {
+        match self {
+            Quantised::Scaled { codes, strategy, .. } => {
+                let of = match strategy {
+                    Strategy::Tensor => "each tensor".to_owned(),
+                    Strategy::Channel => "each row".to_owned(),
+                    Strategy::Group(values) => format!("each {values} values of a row"),
+                    Strategy::Block([rows, values]) => format!("each block of {rows} x {values}"),
+                };
+                format!("{codes} codes with a scale for {of}")
+            }
+            Quantised::Packed { bits, group: Some(group), .. } => {
+                format!("integers of {bits} bits with a scale for each {group} values of a row")
+            }
+            Quantised::Packed { bits, group: None, .. } => {
+                format!("integers of {bits} bits with a scale for each row")
+            }
+            Quantised::Table => "codes of bitsandbytes' tables".to_owned(),
+        }
+    }
+}
+
 /// What packs integers into words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PackedBy {

@@ -31,7 +31,7 @@ pub(super) fn config(shape: &Shape) -> Config {
     shape.hyperparameters(&mut header);
     let bytes = header.finish();
     Header::parse(&bytes)
-        .and_then(|header| config::from_gguf(&header, &bytes, shape.vocabulary, shape.tied))
+        .and_then(|header| config::from_gguf(&header, &bytes, shape.vocabulary, shape.tied, None))
         .expect("a preset's metadata are those of a model that is read")
 }
 
