@@ -836,3 +836,19 @@ fn check_codes(stage: &Stage, model: &Model) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn margins_that_are_no_numbers_are_read_back_as_such() {
+        let record =
+            GreedyRecord { tokens: vec![3, 5, 7], margins: vec![0.5, f32::NAN, f32::INFINITY] };
+        let json = serde_json::to_string(&record).expect("JSON");
+        let read: GreedyRecord = serde_json::from_str(&json).expect("a record");
+        assert_eq!(read.tokens, record.tokens);
+        assert_eq!(read.margins[0], 0.5);
+        assert!(read.margins[1..].iter().all(|margin| margin.is_nan()));
+    }
+}
