@@ -96,12 +96,21 @@ pub(super) fn refuse<'a>(
     }
 }
 
-/// What a folder without `config.json` is: an adapter, or none of a model.
+/// What a folder without `config.json` is: an adapter, or none of a model. Beside a model an adapter
+/// is refused too: transformers loads the model that it names, and puts it on top.
 pub(super) fn refuse_folder(folder: &Path) -> Result<(), ModelError> {
     let name = "adapter_config.json";
     let path = folder.join(name);
     if folder.join("config.json").exists() {
-        return Ok(());
+        if !path.exists() {
+            return Ok(());
+        }
+        let what = format!("an adapter ({name}) lies beside the model, and would change it");
+        return Err(Fault::unsupported(
+            what,
+            "move the adapter's files out of the folder, or give the folder of the merged model",
+        )
+        .at(folder));
     }
     if !path.exists() {
         return Err(Fault::malformed(

@@ -286,6 +286,15 @@ pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, Token
         _ => Ok(()),
     };
     matching("token types", kinds.as_ref().map(Vec::len))?;
+    if kinds.is_none()
+        && let Some(token) = tokens.iter().find(|token| looks_whole(token))
+    {
+        return Err(TokenizerFault::new(format!(
+            "the file has no `tokenizer.ggml.token_type`, which would say whether tokens such as \
+             `{}` are taken whole; give the prompt as ids, or convert the model anew",
+            shown(token)
+        )));
+    }
     let kinds = kinds.unwrap_or_else(|| vec![NORMAL; tokens.len()]);
     let failed = |error: tokenizers::Error| TokenizerFault::new(error.to_string());
     let is_sentencepiece = cut.is_none();
@@ -319,6 +328,13 @@ pub(super) fn from_gguf(header: &Header, file: &[u8]) -> Result<Tokenizer, Token
     let begin = edge(&begin, begins_text).map_err(read)?;
     let end = edge(&end, false).map_err(read)?;
     Ok(Tokenizer { library, begin, end })
+}
+
+/// Whether a token is written as those are that texts hold whole: `<|end|>`, `<s>`; not `<0x0A>`, which
+/// stands for a byte.
+fn looks_whole(token: &str) -> bool {
+    let inner = token.strip_prefix('<').and_then(|rest| rest.strip_suffix('>'));
+    inner.is_some_and(|inner| inner.chars().any(char::is_alphabetic) && !inner.starts_with("0x"))
 }
 
 /// Byte-level BPE.

@@ -853,6 +853,16 @@ fn an_adapters_folder_names_its_base_model() {
     fs::write(folder.path().join("adapter_model.safetensors"), b"").unwrap();
     let error = Model::open(folder.path()).unwrap_err().to_string();
     assert!(error.contains("it is an adapter of `someone/base-7b`"), "{error}");
+    // Beside a model it would change it.
+    let small = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/small-models/stablelm");
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(small.join(name), folder.path().join(name)).unwrap();
+    }
+    let error = Model::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("an adapter (adapter_config.json) lies beside the model"), "{error}");
+    fs::remove_file(folder.path().join("adapter_config.json")).unwrap();
+    Model::open(folder.path()).unwrap();
 }
 
 #[test]

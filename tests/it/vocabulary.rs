@@ -80,6 +80,10 @@ fn an_unusable_vocabulary_says_to_give_tokens_and_leaves_the_weights_usable() {
             "`a` occurs twice",
         ),
         (base().with("tokenizer.ggml.tokens", Value::U32(1)), "not an array of strings"),
+        (
+            base().without("tokenizer.ggml.token_type"),
+            "whether tokens such as `<|bos|>` are taken whole",
+        ),
     ];
     for (draft, expected) in cases {
         let model = open(&draft.write()).unwrap();
