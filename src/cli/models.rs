@@ -125,7 +125,8 @@ fn text() -> String {
     }
     text.push_str(
         "\nNot computed, and refused by name: windows in GGUF files but gemma's \
-         and gpt-oss's, adapters, vision and audio parts. GGUF files are read as llama.cpp computes them, \
+         and gpt-oss's, adapters, vision and audio parts. An embedding model is read where its blocks are of one of these kinds: \
+         pooling changes no hidden state. GGUF files are read as llama.cpp computes them, \
          and the reference is held to its logits (`tests/adapters/gguf_architectures.py`): of \
          smollm3 every fourth block is left unturned, of gemma3 five of six blocks slide, of \
          gpt-oss every other one, and YaRN's bounds are whole pairs in it, of \

@@ -69,12 +69,14 @@ pub fn scale_of(
                  checkpoint that holds one scale above zero"
             )))
         };
-        let scales = model.tensor(&name)?.to_vec()?;
+        let held = model.tensor(&name)?;
+        let scales = held.to_vec()?;
         return match scales[..] {
             [scale] if scale.is_finite() && scale > 0.0 => Ok(scale),
-            [scale] => refuse(format!("the scale `{name}` is {scale}")),
+            [scale] => refuse(format!("the scale {} is {scale}", held.in_words())),
             _ => refuse(format!(
-                "`{name}` holds {} scales, and the kernels take one for a layer",
+                "{} holds {} scales, and the kernels take one for a layer",
+                held.in_words(),
                 scales.len()
             )),
         };

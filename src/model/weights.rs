@@ -339,15 +339,14 @@ impl fmt::Debug for Weight<'_> {
 }
 
 impl<'a> Weight<'a> {
-    /// A tensor over `bytes`, which must hold exactly `rows` rows of whole blocks.
-    pub fn new(
+    /// A tensor whose rows stand one after the other in `bytes`, which nobody has looked at yet.
+    fn plain(
         name: &'a str,
         kind: WeightType,
-        rows: usize,
-        width: usize,
+        [rows, width]: [usize; 2],
         bytes: &'a [u8],
-    ) -> Result<Weight<'a>, ModelError> {
-        let weight = Weight {
+    ) -> Weight<'a> {
+        Weight {
             name,
             kind,
             rows,
@@ -360,7 +359,18 @@ impl<'a> Weight<'a> {
             big_endian: false,
             second_scale: None,
             gathering: None,
-        };
+        }
+    }
+
+    /// A tensor over `bytes`, which must hold exactly `rows` rows of whole blocks.
+    pub fn new(
+        name: &'a str,
+        kind: WeightType,
+        rows: usize,
+        width: usize,
+        bytes: &'a [u8],
+    ) -> Result<Weight<'a>, ModelError> {
+        let weight = Weight::plain(name, kind, [rows, width], bytes);
         let whole_blocks = width > 0 && width.is_multiple_of(kind.block_width());
         let size = (width / kind.block_width())
             .checked_mul(kind.block_bytes())
@@ -443,20 +453,7 @@ impl<'a> Weight<'a> {
         bytes: &'a [u8],
         gathering: Gathering<'a>,
     ) -> Weight<'a> {
-        Weight {
-            name,
-            kind,
-            rows,
-            width,
-            bytes,
-            model: None,
-            less_one: false,
-            coding: None,
-            steps: None,
-            big_endian: false,
-            second_scale: None,
-            gathering: Some(gathering),
-        }
+        Weight { gathering: Some(gathering), ..Weight::plain(name, kind, [rows, width], bytes) }
     }
 
     /// The same tensor, as one of a model's.

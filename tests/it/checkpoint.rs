@@ -147,18 +147,31 @@ fn a_weight_without_codes_is_multiplied_in_its_own_type() {
 
 /// The standard stages over a model with this recipe, and what the command says of them.
 fn said_of(command: &[&str], model: &Path, accumulate: &str) -> (Option<i32>, String) {
+    let recipe = format!("gemm = \"checkpoint\"\naccumulate = \"{accumulate}\"");
+    said_in(command, model.to_str().unwrap(), &recipe, |stages| {
+        for entry in fs::read_dir(folder("stages")).unwrap() {
+            let file = entry.unwrap().path();
+            fs::copy(&file, stages.join(file.file_name().unwrap())).unwrap();
+        }
+    })
+}
+
+/// What the command says of a folder of the stages that `put` writes, over a model with this recipe
+/// and without a device.
+pub fn said_in(
+    command: &[&str],
+    model: &str,
+    recipe: &str,
+    put: impl FnOnce(&Path),
+) -> (Option<i32>, String) {
     let place = tempfile::tempdir().unwrap();
     let stages = place.path().join("stages");
     fs::create_dir(&stages).unwrap();
     std::os::unix::fs::symlink(folder("contracts"), place.path().join("contracts")).unwrap();
-    for entry in fs::read_dir(folder("stages")).unwrap() {
-        let file = entry.unwrap().path();
-        fs::copy(&file, stages.join(file.file_name().unwrap())).unwrap();
-    }
+    put(&stages);
     let pipeline = format!(
-        "model = {:?}\ntokens = [3, 9, 44]\narms = [\"reference\", \"emulated\"]\n[recipe]\ngemm = \
-         \"checkpoint\"\naccumulate = \"{accumulate}\"\n",
-        model.to_str().unwrap()
+        "model = {model:?}\ntokens = [3, 9, 44, 7, 1]\narms = [\"reference\", \
+         \"emulated\"]\n[recipe]\n{recipe}\n"
     );
     fs::write(stages.join("pipeline.toml"), pipeline).unwrap();
     let done = Command::new(env!("CARGO_BIN_EXE_runner"))

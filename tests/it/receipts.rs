@@ -71,6 +71,16 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
     assert_eq!(seen, 5 * 2 * 423);
 }
 
+/// How many runs a list has, and what they hold together, as README says it.
+fn counted<'r>(runs: impl Iterator<Item = &'r serde_json::Value>) -> String {
+    let (mut count, mut sites, mut values) = (0, 0, 0);
+    for run in runs {
+        let of = |key: &str| run[key].as_u64().expect("a number") as usize;
+        (count, sites, values) = (count + 1, sites + of("sites"), values + of("values"));
+    }
+    format!("{count} runs, {} sites and {} values", grouped(sites), grouped(values))
+}
+
 /// Passes of vLLM over checkpoints in FP8 and INT8: their list says what README and docs say.
 #[test]
 fn receipts_of_checkpoints_are_to_the_bit_and_count_what_the_readme_says() {
@@ -80,13 +90,7 @@ fn receipts_of_checkpoints_are_to_the_bit_and_count_what_the_readme_says() {
     let of_own: serde_json::Value = serde_json::from_str(&of_own).expect("JSON");
     let runs = of_own["runs"].as_array().expect("runs");
     assert!(runs.iter().all(|run| run["mismatches"] == 0));
-    let sum = |key: &str| runs.iter().filter_map(|run| run[key].as_u64()).sum::<u64>() as usize;
-    let said = format!(
-        "{} runs, {} sites and {} values",
-        runs.len(),
-        grouped(sum("sites")),
-        grouped(sum("values"))
-    );
+    let said = counted(runs.iter());
     assert!(read("README.md").contains(&said), "README.md does not say {said}");
     let text = read("runs/receipts/checkpoints/h200-vllm.json");
     let receipt: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -113,14 +117,7 @@ fn receipts_of_narrow_caches_are_to_the_bit_and_count_what_the_readme_says() {
     assert!(runs.iter().all(|run| run["mismatches"] == 0));
     let of_cache =
         |run: &&serde_json::Value| run["run"].as_str().is_some_and(|name| name.contains(" kv "));
-    let runs: Vec<&serde_json::Value> = runs.iter().filter(of_cache).collect();
-    let sum = |key: &str| runs.iter().filter_map(|run| run[key].as_u64()).sum::<u64>() as usize;
-    let said = format!(
-        "{} runs, {} sites and {} values",
-        runs.len(),
-        grouped(sum("sites")),
-        grouped(sum("values"))
-    );
+    let said = counted(runs.iter().filter(of_cache));
     assert!(read("README.md").contains(&said), "README.md does not say {said}");
 }
 
