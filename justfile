@@ -13,6 +13,14 @@ build:
 test *args:
     cargo test --locked "$@"
 
+# the Python package's tests, on the checkout, with the program of `just build`
+test-python *args: build
+    RUNNER="$PWD/target/release/runner" PYTHONPATH=python python3 -m pytest python/tests "$@"
+
+# the wheel: the Python package with the command
+wheel:
+    cd python && maturin build --release --locked --out ../target/wheels
+
 # the tests that need data; tests/it/data.rs says which variables name it
 test-data *args:
     cargo test --locked -- --ignored --skip campaign:: "$@"

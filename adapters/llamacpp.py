@@ -1,6 +1,6 @@
 """llama.cpp's tensors through llama-cpp-python: a recording, or the runner's external arm.
 
-    pip install llama-cpp-python==0.3.16
+    pip install llama-cpp-python==0.3.16 ./python        # the latter is this project's own package
 
     python llamacpp.py --model FILE.gguf --tokens 1,2,3 --gpu --decode 8 --out capture.safetensors
     python llamacpp.py                        # as a program of [external]: reads request.json
@@ -22,7 +22,6 @@ import argparse
 import ctypes
 import json
 import os
-import re
 import struct
 import sys
 
@@ -32,71 +31,35 @@ os.environ.setdefault("GGML_CUDA_DISABLE_GRAPHS", "1")
 
 try:
     import llama_cpp
+    from runner._dtypes import Values
+    from runner._store import Store
+    from runner.engines.llama_cpp import Observer, load_backends
 except ImportError as error:
-    sys.exit(f"{error}: pip install llama-cpp-python==0.3.16")
+    sys.exit(f"{error}: pip install llama-cpp-python==0.3.16, and the runner's own package (./python)")
 
-# What llama.cpp calls a site's tensor. Several nodes may have one name: the last of these
-# operations makes the site, a bias that is added after a product among them. Graphs that give a
-# product no name are known by its weight.
-NAMES = {
-    "inp_embd": ("embed", ["GET_ROWS"]),
-    "attn_norm": ("attn_norm", ["MUL"]),
-    "Qcur": ("q", ["MUL_MAT", "ADD"]),
-    "Kcur": ("k", ["MUL_MAT", "ADD"]),
-    "Vcur": ("v", ["MUL_MAT", "ADD"]),
-    "Qcur_normed": ("q_norm", ["MUL"]),
-    "Kcur_normed": ("k_norm", ["MUL"]),
-    "kqv_out": ("attn", ["CONT"]),
-    "attn_out": ("attn_out", ["MUL_MAT"]),
-    "ffn_inp": ("attn_residual", ["ADD"]),
-    "ffn_norm": ("ffn_norm", ["MUL"]),
-    "ffn_gate": ("ffn_gate", ["MUL_MAT"]),
-    "ffn_up": ("ffn_up", ["MUL_MAT"]),
-    "ffn_swiglu": ("ffn_swiglu", ["SWIGLU"]),
-    "ffn_out": ("ffn_down", ["MUL_MAT"]),
-    "l_out": ("ffn_residual", ["ADD"]),
-    "result_norm": ("output_norm", ["MUL"]),
-    "result_output": ("logits", ["MUL_MAT"]),
-}
-ROTATED = {"Qcur": "q_rope", "Kcur": "k_rope"}
-BY_WEIGHT = {"attn_output": "attn_out"}
 CACHES = {"f32": 0, "f16": 1}
-
-
-class Node(ctypes.Structure):
-    """The head of a `ggml_tensor`, down to the first of its sources."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-    ]
 
 
 def main():
     options = read_options()
-    load_backends()
+    load_backends(llama_cpp)
     if options.model:
+        store = Store(options.out)
         tokens = [int(token) for token in options.tokens.split(",")]
-        observer = Observer(None)
-        tokens = decode(options.model, tokens, observer, options)
-        write(options.out, observer.tensors(), tokens)
+        tokens = decode(options.model, tokens, Observer(llama_cpp, store.add), options)
+        store.add("ids", Values("I64", (len(tokens),), memoryview(struct.pack(f"<{len(tokens)}q", *tokens))))
+        store.end({})
         return
     with open("request.json") as file:
         request = json.load(file)
-    observer = Observer(set(request["sites"]))
-    decode(request["model"], request["tokens"], observer, options)
-    kept = observer.tensors()
-    missing = [site for site in request["sites"] if site not in kept]
+    store = Store("tensors.safetensors")
+    decode(request["model"], request["tokens"], Observer(llama_cpp, store.add, set(request["sites"])), options)
+    missing = [site for site in request["sites"] if site not in store.tensors]
     if missing:
+        store.discard()
         shown = ", ".join(missing[:5])
         sys.exit(f"this llama.cpp's graph has no tensor for {len(missing)} sites: {shown}")
-    write("tensors.safetensors", {site: kept[site] for site in request["sites"]})
+    store.end({})
 
 
 def read_options():
@@ -155,103 +118,7 @@ def step(context, tokens, first, observer):
     status = llama_cpp.llama_decode(context, batch)
     if status != 0:
         sys.exit(f"llama_decode ended with {status}")
-    observer.end_step()
-
-
-class Observer:
-    """Is shown every node of the graph when it has been computed, and copies the sites."""
-
-    def __init__(self, wanted):
-        # Of each step the sites' rows; `wanted` is None where all are.
-        self.wanted, self.rows, self.kept, self.steps = wanted, 0, {}, []
-        self.ggml = ctypes.CDLL(os.path.join(libraries(), "libggml-base.so"))
-        for function in ["ggml_get_name", "ggml_op_desc"]:
-            self.declare(function, ctypes.c_char_p)
-        self.declare("ggml_nbytes", ctypes.c_size_t)
-        get = self.ggml.ggml_backend_tensor_get
-        get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        # Kept as long as llama.cpp may call it.
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self.observe)
-
-    def declare(self, function, result):
-        getattr(self.ggml, function).argtypes = [ctypes.c_void_p]
-        getattr(self.ggml, function).restype = result
-
-    def observe(self, node, ask, _):
-        site = self.site_of(node)
-        wanted = site is not None and (self.wanted is None or site in self.wanted)
-        if wanted and not ask:
-            size = self.ggml.ggml_nbytes(node)
-            data = ctypes.create_string_buffer(size)
-            self.ggml.ggml_backend_tensor_get(node, data, 0, size)
-            self.kept[site] = ([self.rows, size // 4 // self.rows], data.raw)
-        # When it is asked: whether it wants to see this node.
-        return wanted if ask else True
-
-    def end_step(self):
-        self.steps.append(self.kept)
-        self.kept = {}
-
-    def tensors(self):
-        """Every site with its rows of all steps."""
-        whole = {}
-        for site in self.steps[0]:
-            parts = [step[site] for step in self.steps]
-            shape = [sum(part[0][0] for part in parts), parts[0][0][1]]
-            whole[site] = (shape, b"".join(part[1] for part in parts))
-        return whole
-
-    def site_of(self, node):
-        name = self.ggml.ggml_get_name(node).decode()
-        made_by = self.ggml.ggml_op_desc(node).decode()
-        name, layer = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()
-        site, operations = NAMES.get(name, (None, []))
-        if made_by == "ROPE":
-            site, operations = ROTATED.get(name), ["ROPE"]
-        if site is None and made_by == "MUL_MAT":
-            return self.by_weight(node)
-        if site is None or made_by not in operations:
-            return None
-        return site if layer is None else f"blk.{layer}.{site}"
-
-    def by_weight(self, node):
-        weight = ctypes.cast(node, ctypes.POINTER(Node)).contents.src[0]
-        name = self.ggml.ggml_get_name(weight).decode() if weight else ""
-        found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        site = found and BY_WEIGHT.get(found[2])
-        return f"blk.{found[1]}.{site}" if site else None
-
-
-def libraries():
-    """The folder of llama.cpp's shared libraries."""
-    package = os.path.join(os.path.dirname(llama_cpp.__file__), "lib")
-    return os.environ.get("LLAMA_CPP_LIB_PATH", package)
-
-
-def load_backends():
-    """A llama.cpp that was built elsewhere may keep its kernels in libraries of their own,
-    one for each kind of processor, and looks for them beside the program that started it,
-    which is Python. They are where its other libraries are."""
-    if "LLAMA_CPP_LIB_PATH" in os.environ:
-        ggml = ctypes.CDLL(os.path.join(libraries(), "libggml.so"))
-        ggml.ggml_backend_load_all_from_path(os.fsencode(libraries()))
-
-
-def write(path, tensors, ids=None):
-    """A safetensors file of f32 tensors, name to (shape, little-endian bytes), and of token ids."""
-    parts = {name: ("F32", *tensor) for name, tensor in tensors.items()}
-    if ids is not None:
-        parts["ids"] = ("I64", [len(ids)], struct.pack(f"<{len(ids)}q", *ids))
-    header, end = {}, 0
-    for name, (kind, shape, data) in parts.items():
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + len(data)]}
-        end += len(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, _, data in parts.values():
-            file.write(data)
+    observer.tell()
 
 
 main()

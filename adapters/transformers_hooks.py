@@ -3,7 +3,7 @@
 Loads the model with transformers, hooks its modules, runs the prompt and writes a tensor for
 each site, `[tokens, width]`.
 
-    pip install torch "transformers>=4.56" accelerate gguf
+    pip install torch "transformers>=4.56" accelerate gguf ./python     # the last is this project's own
 
     python transformers_hooks.py --model FOLDER --tokens 1,2,3 --device cuda --dtype bfloat16 \\
         --attention sdpa --decode 8 --out capture.safetensors
@@ -26,11 +26,13 @@ import random
 import sys
 
 try:
+    import runner
     import torch
     import transformers
+    from runner.engines.transformers import Hooks
     from safetensors.torch import save_file
 except ImportError as error:
-    sys.exit(f'{error}: pip install torch "transformers>=4.56" accelerate gguf')
+    sys.exit(f'{error}: pip install torch "transformers>=4.56" accelerate gguf, and the runner\'s own package (./python)')
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,11 +48,21 @@ def main():
     with open("request.json") as file:
         request = json.load(file)
     model = load(request["model"], options)
-    hooks = Hooks(model, set(request["sites"]), request["parameters"]["rope"]["layout"])
+    kept = {}
+
+    def keep(site, tensor):
+        # A copy: the model may go on to write where it stands.
+        kept[site] = tensor[0].detach().float().cpu().reshape(tensor.shape[1], -1).clone()
+
+    Hooks(model, keep, request["parameters"]["rope"]["layout"] == "interleaved")
     tokens = torch.tensor([request["tokens"]], device=options.device)
     with torch.inference_mode():
         model(input_ids=tokens, use_cache=False)
-    save_file(hooks.tensors(request["sites"]), "tensors.safetensors")
+    missing = [site for site in request["sites"] if site not in kept]
+    if missing:
+        shown = ", ".join(missing[:5])
+        sys.exit(f"this model's modules do not make {len(missing)} of the sites: {shown}")
+    save_file({site: kept[site].contiguous() for site in request["sites"]}, "tensors.safetensors")
     print(", ".join(about(options).values()))
 
 
@@ -62,26 +74,14 @@ def record(options):
     if beyond:
         known = model.config.vocab_size
         sys.exit(f"--tokens: {beyond[0]} is no token of this model, whose vocabulary has {known}")
-    hooks = Hooks(model, None, "halves")
-    prompts = [tokens, *others(tokens, options.batch - 1, model.config.vocab_size)]
-    ids = list(tokens)
-    tokens = torch.tensor(prompts, device=options.device)
+    step = torch.tensor([tokens, *others(tokens, options.batch - 1, model.config.vocab_size)], device=options.device)
     cache = None
-    parts = []
-    with torch.inference_mode():
-        for step in range(max(1, options.decode)):
-            if step > 0:
-                ids.append(int(tokens[0]))
-            result = model(input_ids=tokens, past_key_values=cache, use_cache=options.decode > 0)
-            cache = result.past_key_values
-            tokens = result.logits[:, -1:].argmax(-1)
-            parts.append(hooks.kept)
-            hooks.kept = {}
-    kept = {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
-    kept["ids"] = torch.tensor([ids])
-    metadata = about(options) | {"batch": str(options.batch)}
-    save_file(kept, options.out, metadata=metadata)
-    print(f"{options.out}: {len(kept) - 1} sites of {len(ids)} tokens, {', '.join(metadata.values())}")
+    with torch.inference_mode(), runner.capture(model, options.out, row=0) as capture:
+        for _ in range(max(1, options.decode)):
+            result = model(input_ids=step, past_key_values=cache, use_cache=options.decode > 0)
+            cache, step = result.past_key_values, result.logits[:, -1:].argmax(-1)
+    rows = sum(capture.recording.steps)
+    print(f"{options.out}: {len(capture.recording.store.tensors) - 1} sites of {rows} tokens, {', '.join(about(options).values())}")
 
 
 def read_tokens(text):
@@ -171,145 +171,6 @@ def quantise(model):
                 sys.exit(f"{name} is {layer.out_features} by {layer.in_features}: torchao leaves out what is no multiple of 16")
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model, config, lambda module, _: isinstance(module, torch.nn.Linear) and module is not model.lm_head)
-
-
-class Hooks:
-    """Keeps what the modules of a model read and write, by the site's name.
-
-    Knows llama, qwen2, qwen3, mistral, phi3, gemma2, gemma3, olmo2, granite, smollm3 and glm4. Of a
-    batch the first sequence's is kept. `wanted` are the sites to keep; all for None.
-    """
-
-    def __init__(self, model, wanted, layout):
-        self.kept = {}
-        self.wanted = wanted
-        # transformers rotates the halves of a head, and permutes the queries and keys of a
-        # llama's GGUF to fit; the runner keeps the file's order, in which neighbours turn.
-        self.interleaved = layout == "interleaved"
-        self.head_dim = model.model.layers[0].self_attn.head_dim
-        self.layer = None
-        config = model.config
-        # Gemma's embedding multiplies by a factor itself, Granite's model does.
-        scales_embedding = hasattr(model.model.embed_tokens, "embed_scale")
-        self.output_of(model.model.embed_tokens, "embed_scaled" if scales_embedding else "embed")
-        if getattr(config, "embedding_multiplier", 1) != 1:
-            self.input_of(model.model.layers[0], "embed_scaled")
-        for number, layer in enumerate(model.model.layers):
-            self.hook_layer(layer, f"blk.{number}")
-        self.output_of(model.model.norm, "output_norm")
-        divided = getattr(config, "logits_scaling", 1) != 1
-        if divided or getattr(config, "final_logit_softcapping", None) is not None:
-            self.output_of(model.lm_head, "logits_raw")
-            model.register_forward_hook(lambda _, __, result: self.keep("logits", result.logits))
-        else:
-            self.output_of(model.lm_head, "logits")
-        self.hook_rope(model.model.layers[0].self_attn)
-
-    def hook_layer(self, layer, block):
-        attention, mlp = layer.self_attn, layer.mlp
-        # The rotation is a function, not a module: it is called within this layer's attention.
-        attention.register_forward_pre_hook(lambda *_: setattr(self, "layer", block))
-        if hasattr(layer, "input_layernorm"):
-            self.output_of(layer.input_layernorm, f"{block}.attn_norm")
-        if hasattr(attention, "qkv_proj"):
-            config = attention.config
-            keys = config.num_key_value_heads * self.head_dim
-            widths = [config.num_attention_heads * self.head_dim, keys, keys]
-            self.parts_of(attention.qkv_proj, widths, [f"{block}.{name}" for name in "qkv"])
-        else:
-            self.output_of(attention.q_proj, f"{block}.q", self.in_file_order)
-            self.output_of(attention.k_proj, f"{block}.k", self.in_file_order)
-            self.output_of(attention.v_proj, f"{block}.v")
-        # Gemma 3 norms heads that stand before the tokens: [batch, heads, tokens, head_dim].
-        turned = attention.config.model_type.startswith("gemma3")
-        of_heads = lambda tensor: self.in_file_order(tensor.transpose(1, 2) if turned else tensor)
-        for name in ["q_norm", "k_norm"]:
-            if hasattr(attention, name):
-                self.output_of(getattr(attention, name), f"{block}.{name}", of_heads)
-        self.input_of(attention.o_proj, f"{block}.attn")
-        self.output_of(attention.o_proj, f"{block}.attn_out")
-        before, after = norms_of(layer)
-        for norm, site in zip(after, ["attn_post_norm", "ffn_post_norm"]):
-            self.output_of(norm, f"{block}.{site}")
-        # Without a norm in between, the network reads the residual stream.
-        self.input_of(before or mlp, f"{block}.attn_residual")
-        if before is not None:
-            self.output_of(before, f"{block}.ffn_norm")
-        if hasattr(mlp, "gate_up_proj"):
-            width = mlp.gate_up_proj.out_features // 2
-            sites = [f"{block}.ffn_gate", f"{block}.ffn_up"]
-            self.parts_of(mlp.gate_up_proj, [width, width], sites)
-        else:
-            self.output_of(mlp.gate_proj, f"{block}.ffn_gate")
-            self.output_of(mlp.up_proj, f"{block}.ffn_up")
-        self.input_of(mlp.down_proj, f"{block}.ffn_swiglu")
-        self.output_of(mlp.down_proj, f"{block}.ffn_down")
-        self.output_of(layer, f"{block}.ffn_residual")
-
-    def hook_rope(self, attention):
-        """The attention looks its rotation up in its module at every call."""
-        module = sys.modules[type(attention).__module__]
-        rotate = getattr(module, "apply_rotary_pos_emb", None)
-        if rotate is None:
-            return
-
-        def recorded(*arguments, **named):
-            q, k = rotate(*arguments, **named)
-            for name, heads in [("q_rope", q), ("k_rope", k)]:
-                # [batch, heads, tokens, head_dim], and a row of ours holds all its heads.
-                self.keep(f"{self.layer}.{name}", self.in_file_order(heads.transpose(1, 2)))
-            return q, k
-
-        module.apply_rotary_pos_emb = recorded
-
-    def parts_of(self, module, widths, sites):
-        """The columns of a fused projection."""
-
-        def hook(_, __, output):
-            for part, site in zip(output.split(widths, dim=-1), sites):
-                self.keep(site, part)
-
-        module.register_forward_hook(hook)
-
-    def output_of(self, module, site, order=lambda tensor: tensor):
-        def hook(_, __, output):
-            self.keep(site, order(output[0] if isinstance(output, tuple) else output))
-
-        module.register_forward_hook(hook)
-
-    def input_of(self, module, site):
-        module.register_forward_pre_hook(lambda _, inputs: self.keep(site, inputs[0]))
-
-    def in_file_order(self, tensor):
-        """Heads whose halves turn against each other as heads whose neighbours do."""
-        if not self.interleaved:
-            return tensor
-        halves = tensor.reshape(*tensor.shape[:2], -1, 2, self.head_dim // 2)
-        return halves.transpose(-1, -2)
-
-    def keep(self, site, tensor):
-        if self.wanted is None or site in self.wanted:
-            rows = tensor.shape[1]
-            # A copy: the model may go on to write where it stands.
-            self.kept[site] = tensor[0].detach().float().cpu().reshape(rows, -1).clone()
-
-    def tensors(self, sites):
-        missing = [site for site in sites if site not in self.kept]
-        if missing:
-            shown = ", ".join(missing[:5])
-            sys.exit(f"this model's modules do not make {len(missing)} of the sites: {shown}")
-        return {site: self.kept[site].contiguous() for site in sites}
-
-
-def norms_of(layer):
-    """The norm before the feed-forward network, if there is one, and those after attention and it."""
-    of = lambda name: getattr(layer, name, None)
-    if of("post_self_attn_layernorm") is not None:
-        return of("post_attention_layernorm"), [of("post_self_attn_layernorm"), of("post_mlp_layernorm")]
-    if of("post_feedforward_layernorm") is not None:
-        after = [of("post_attention_layernorm"), of("post_feedforward_layernorm")]
-        return of("pre_feedforward_layernorm"), after
-    return of("post_attention_layernorm"), []
 
 
 if __name__ == "__main__":

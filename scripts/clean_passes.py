@@ -1,6 +1,6 @@
 """Records passes of small random models by transformers: as many questions of which the answer is "clean".
 
-    pip install torch "transformers>=5" safetensors
+    pip install torch "transformers>=5" safetensors ./python
     python scripts/clean_passes.py --out clean --count 24 --device cuda
     runner run clean/stages
 
@@ -21,15 +21,13 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "adapters"))
 
 try:
+    import runner
     import torch
     import transformers
-    from safetensors.torch import save_file
-    from transformers_hooks import DTYPES, Hooks, quantise
+    from transformers_hooks import DTYPES, quantise
 except ImportError as error:
-    sys.exit(f'{error}: pip install torch "transformers>=5" safetensors')
+    sys.exit(f'{error}: pip install torch "transformers>=5" safetensors, and the runner\'s own package (./python)')
 
-SITES = ["attn_post_norm", "ffn_post_norm", "attn_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "attn", "attn_out"]
-SITES += ["attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_down", "ffn_residual"]
 CONFIGS = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
@@ -251,16 +249,11 @@ def record(options, seed, case):
     model.save_pretrained(folder)
     if options.quantization:
         quantise(model)
-    sites = ["embed", "embed_scaled", "output_norm", "logits_raw", "logits"]
-    sites += [f"blk.{layer}.{site}" for layer in range(case["layers"]) for site in SITES]
-    hooks = Hooks(model, set(sites), "halves")
     dice = random.Random(str(seed) if options.small else seed)
     tokens = [dice.randrange(case["vocabulary"]) for _ in range(case["length"])]
-    with torch.inference_mode():
+    capture = os.path.join(folder, "capture.safetensors")
+    with runner.capture(model, capture), torch.inference_mode():
         model(input_ids=torch.tensor([tokens], device=options.device), use_cache=False)
-    if options.small:
-        hooks.kept = {site: kept.to(DTYPES[case["type"]]) for site, kept in hooks.kept.items()}
-    save_file(hooks.kept, os.path.join(folder, "capture.safetensors"))
     stream = "f16" if case["type"] == "float16" else "bf16"
     engine = "torchao" if options.quantization else "transformers"
     stage = STAGE.format(

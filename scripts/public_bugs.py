@@ -1,6 +1,6 @@
 """Records real engines with a published bug put back into them, to see whether the verdict finds it.
 
-    pip install torch "transformers>=5" safetensors      # and vllm for the bugs of vLLM
+    pip install torch "transformers>=5" safetensors ./python      # and vllm for the bugs of vLLM
     python scripts/public_bugs.py --engine transformers --out examples/public-bugs
     python scripts/public_bugs.py --engine vllm --out examples/public-bugs
     runner run examples/public-bugs/stages
@@ -19,11 +19,12 @@ import subprocess
 import sys
 
 try:
+    import runner
     import torch
     import transformers
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 except ImportError as error:
-    sys.exit(f'{error}: pip install torch "transformers>=5" safetensors')
+    sys.exit(f'{error}: pip install torch "transformers>=5" safetensors, and the runner\'s own package (./python)')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ADAPTERS = os.path.join(HERE, "..", "adapters")
@@ -63,7 +64,7 @@ def main():
 
 def read_options():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--engine", required=True, choices=["transformers", "vllm"])
+    parser.add_argument("--engine", required=True, choices=["transformers", "vllm", "sglang"])
     parser.add_argument("--out", required=True, help="a folder for recordings and stages")
     parser.add_argument("--model", default=MODEL, help="a folder of two layers in bf16")
     parser.add_argument("--clean", action="store_true", help="record passes without a bug as well")
@@ -80,44 +81,40 @@ def record(options):
     sys.path.insert(0, ADAPTERS)
     bug = BUGS[options.bug]
     tokens = [int(token) for token in options.tokens.split(",")]
+    sites = None if options.whole else bug.get("sites")
     if bug["engine"] == "transformers":
-        from transformers_hooks import Hooks
-
         model = transformers.AutoModelForCausalLM.from_pretrained(
             options.model, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
         model = model.to(options.device).eval()
         bug["patch"](model)
-        hooks = Hooks(model, None, "halves")
-        with torch.inference_mode():
+        with runner.capture(model, options.out, sites=sites), torch.inference_mode():
             model(input_ids=torch.tensor([tokens], device=options.device), use_cache=False)
-        kept = {name: tensor.bfloat16() for name, tensor in hooks.kept.items()}
-        about = {
-            "engine": f"transformers {transformers.__version__}",
-            "torch": f"PyTorch {torch.__version__}",
-            "gpu": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
-        }
-        save(kept, about, bug, options)
+        return
+    if bug["engine"] == "sglang":
+        from runner.engines import sglang
+
+        engine = sglang.load(
+            options.model, dtype="bfloat16", quantization=bug["quantization"], attention_backend="triton",
+            mem_fraction_static=0.6, context_length=512, max_running_requests=4,
+        )
+        bug["patch"](engine.model_runner.model, options.model)
+        with runner.capture(engine, options.out, sites=sites):
+            engine.run(tokens)
         return
     import vllm_sites
 
-    class Patched(vllm_sites.Sites):
-        def __init__(self, model, batch):
-            bug["patch"](model, options.model)
-            super().__init__(model, batch)
+    capture = runner.capture
 
-    vllm_sites.Sites = Patched
+    def patched(engine, out, **_):
+        engine.apply_model(lambda model: bug["patch"](model, options.model))
+        return capture(engine, out, sites=sites)
+
+    runner.capture = patched
     asked = argparse.Namespace(
         decode=0, batch=1, dtype="bfloat16", quantization=bug["quantization"], memory=0.3, cache=1
     )
-    kept, about = vllm_sites.record(options.model, tokens, asked)
-    save(kept, about, bug, options)
-
-
-def save(kept, about, bug, options):
-    wanted = None if options.whole else bug.get("sites")
-    kept = {name: kept[name] for name in wanted or kept if name != "ids"}
-    save_file(kept, options.out, metadata=about | {"bug": bug["report"]})
+    vllm_sites.record(options.model, tokens, asked, options.out)
 
 
 def write(folder, name, text):
@@ -232,6 +229,14 @@ def scale_not_loaded(model, _):
     scales_of(layer_of(model), 1).data.fill_(1.0)
 
 
+def cache_of_another_base(model, _):
+    """The rotary embedding's table is made with a base that is not the config's."""
+    rotary = model.model.layers[0].self_attn.rotary_emb
+    table = rotary.cos_sin_cache
+    rotary.base = 500_000
+    rotary.cos_sin_cache = rotary._compute_cos_sin_cache().to(table.device, table.dtype)
+
+
 BUGS = {
     "transformers-clean": {
         "engine": "transformers",
@@ -341,6 +346,26 @@ BUGS = {
         "patch": scale_not_loaded,
         "report": "NVIDIA/TensorRT-Model-Connect#1115: scales are ignored",
         "truth": "scale-missing at layer 1, q",
+        "sites": [f"blk.1.{site}" for site in ["attn_norm", "q", "k", "v"]],
+    },
+    "sglang-another-base": {
+        "engine": "sglang",
+        "quantization": None,
+        "recipe": 'engine = "sglang"',
+        "tokens": 48,
+        "patch": cache_of_another_base,
+        "report": "sgl-project/SpecForge#265, sgl-project/mini-sglang#13",
+        "truth": "rope-base at layer 0, q_rope",
+        "sites": [f"blk.0.{site}" for site in ["q", "k", "q_rope", "k_rope"]],
+    },
+    "sglang-scales-of-another-slice": {
+        "engine": "sglang",
+        "quantization": "fp8",
+        "recipe": 'engine = "sglang-fp8"',
+        "tokens": 48,
+        "patch": scales_of_another_slice,
+        "report": "no single one: a slice of fused scales that begins elsewhere",
+        "truth": "scale-slice at layer 1, k",
         "sites": [f"blk.1.{site}" for site in ["attn_norm", "q", "k", "v"]],
     },
 }

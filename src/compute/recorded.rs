@@ -115,7 +115,9 @@ fn check_ids(
 pub fn check_steps(recorded: &Recorded, decoded: usize) -> Result<(), ComputeError> {
     let file = TensorFile::open(&recorded.file)?;
     // The last token that an engine answers is only sampled.
-    match file.note("decoded").map(|ids| ids.split(',').count() - 1) {
+    let steps = file.note("steps").and_then(|steps| steps.parse::<usize>().ok()?.checked_sub(1));
+    let of_ids = || file.note("decoded").map(|ids| ids.split(',').count() - 1);
+    match steps.or_else(of_ids) {
         Some(said) if said != decoded => Err(ComputeError::Recipe(format!(
             "`{}` says that {} came in steps of their own, and the recipe says {decoded}: write \
              `decoded = {said}` beside `engine`",

@@ -174,11 +174,12 @@ fn check_contract(
     let Some(name) = &stage.contract else { return };
     let Some(raw) = contracts.get(name.value.as_str()) else {
         if !unread.may_hold(&name.value) {
-            let known = contracts.keys().copied();
             let list = match contracts.len() {
                 0 => "the folder of contracts has none".to_owned(),
-                _ => format!("the contracts are {}", quoted_list(known.clone())),
+                _ => format!("the contracts are {}", quoted_list(contracts.keys().copied())),
             };
+            let shipped = super::SHIPPED_CONTRACTS.iter().map(|(name, _)| *name);
+            let known = contracts.keys().copied().chain(shipped);
             findings.push(
                 Problem::new(
                     format!("there is no contract `{}`", short(&name.value)),

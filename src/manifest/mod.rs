@@ -41,6 +41,33 @@ use settings::RawSettings;
 use stage::RawStage;
 use toml::de::DeTable;
 
+/// The contracts that ship: their names and their files. A stage may name one without a file of
+/// it; a file of the same name in the folder of contracts goes before.
+pub(crate) const SHIPPED_CONTRACTS: [(&str, &str); 22] = [
+    ("attention", include_str!("../../contracts/attention.toml")),
+    ("batch-invariance", include_str!("../../contracts/batch-invariance.toml")),
+    ("coded-matmul", include_str!("../../contracts/coded-matmul.toml")),
+    ("command", include_str!("../../contracts/command.toml")),
+    ("comparison", include_str!("../../contracts/comparison.toml")),
+    ("embedding", include_str!("../../contracts/embedding.toml")),
+    ("engine", include_str!("../../contracts/engine.toml")),
+    ("exact-engine", include_str!("../../contracts/exact-engine.toml")),
+    ("exact-pass", include_str!("../../contracts/exact-pass.toml")),
+    ("f32-engine", include_str!("../../contracts/f32-engine.toml")),
+    ("f32-kernel", include_str!("../../contracts/f32-kernel.toml")),
+    ("golden-output", include_str!("../../contracts/golden-output.toml")),
+    ("kernel", include_str!("../../contracts/kernel.toml")),
+    ("llama-cpp", include_str!("../../contracts/llama-cpp.toml")),
+    ("llama-cpp-cuda", include_str!("../../contracts/llama-cpp-cuda.toml")),
+    ("llama-cpp-sites", include_str!("../../contracts/llama-cpp-sites.toml")),
+    ("per-layer", include_str!("../../contracts/per-layer.toml")),
+    ("qkv-matmul", include_str!("../../contracts/qkv-matmul.toml")),
+    ("reproducer", include_str!("../../contracts/reproducer.toml")),
+    ("rms-norm", include_str!("../../contracts/rms-norm.toml")),
+    ("rope", include_str!("../../contracts/rope.toml")),
+    ("swiglu", include_str!("../../contracts/swiglu.toml")),
+];
+
 /// A folder of stages with the contracts that judge them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pipeline {
@@ -526,7 +553,8 @@ fn read_stages(
     (stages, unread)
 }
 
-/// The contracts, and what files that could not be parsed may be called.
+/// The contracts, and what files that could not be parsed may be called. A contract that a stage
+/// names and that no file holds may be one that ships.
 fn read_contracts(
     folder: &Path,
     named: Option<&At>,
@@ -534,23 +562,41 @@ fn read_contracts(
     findings: &mut Findings,
 ) -> (Vec<RawContract>, Unread) {
     let (mut contracts, mut unread) = (Vec::new(), Unread::default());
+    let wanted = stages.iter().filter_map(|stage| stage.contract.as_ref());
+    let wanted: BTreeSet<&str> = wanted.map(|contract| contract.value.as_str()).collect();
     // Stages that name no contract are reported for that.
-    if !folder.exists() && stages.iter().all(|stage| stage.contract.is_none()) {
-        return (contracts, unread);
-    }
-    let Some(files) = toml_files(folder, "contracts", named, findings) else {
-        unread.some = true;
-        return (contracts, unread);
-    };
-    for path in &files {
-        let noun = "the contract";
-        let read = read_file(path, "name", &mut unread, findings, |table, source, found| {
-            RawContract::read(Fields::of_file(table, source, noun), source, found)
-        });
-        contracts.extend(read);
+    let needless = named.is_none() && wanted.iter().all(|name| shipped_contract(name).is_some());
+    if !needless || folder.exists() {
+        let Some(files) = toml_files(folder, "contracts", named, findings) else {
+            unread.some = true;
+            return (contracts, unread);
+        };
+        for path in &files {
+            contracts.extend(read_file(path, "name", &mut unread, findings, read_contract));
+        }
     }
     unread.some |= contracts.iter().any(|contract| contract.name.is_none());
+    for name in wanted {
+        let held = |raw: &RawContract| raw.name.as_ref().is_some_and(|held| held.value == name);
+        let Some(text) = shipped_contract(name) else { continue };
+        if contracts.iter().any(held) || unread.may_hold(name) {
+            continue;
+        }
+        let path = PathBuf::from(format!("contracts/{name}.toml, which ships with the runner"));
+        let source = findings.add_source(path, text.to_owned());
+        let (table, _) = fields::parse(text, source, findings);
+        contracts.push(read_contract(table, source, findings));
+    }
     (contracts, unread)
+}
+
+fn read_contract(table: DeTable<'_>, source: usize, findings: &mut Findings) -> RawContract {
+    RawContract::read(Fields::of_file(table, source, "the contract"), source, findings)
+}
+
+/// The text of a contract that ships.
+fn shipped_contract(name: &str) -> Option<&'static str> {
+    SHIPPED_CONTRACTS.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| *text)
 }
 
 /// What is known of files that could not be parsed: others may rightly name them.

@@ -63,6 +63,13 @@ EXPECTED = {
             "rounding": ("pass", "33 of 33 sites to the bit"),
         },
     ),
+    "sglang": (
+        0,
+        {
+            "bf16": ("pass", "27 of 33 sites to the bit"),
+            "fp8": ("pass", "27 of 33 sites to the bit"),
+        },
+    ),
     "public-bugs": (
         1,
         {
@@ -72,6 +79,8 @@ EXPECTED = {
             "keys-for-query-heads": ("structural", "layer 0, k; head-permutation: "),
             "scale-not-loaded": ("structural", "layer 1, q; scale-missing: "),
             "scales-of-another-slice": ("structural", "layer 1, k; scale-slice: "),
+            "sglang-another-base": ("structural", "layer 0, q_rope; rope-base: the base is 500000"),
+            "sglang-scales-of-another-slice": ("structural", "layer 1, k; scale-slice: "),
             "scales-up-codes-kept": ("structural", "layer 1, q; scale-power-of-two: "),
             "zero-point-off-by-one": ("structural", "layer 0, ffn_up; zero-point: "),
         },

@@ -697,3 +697,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_contract_that_ships_needs_no_file_and_a_file_of_its_name_goes_before_it() {
+    let folder = Folder::new().stage(&STAGE.replace("plain", "embedding"));
+    let own = folder.load().expect("sound").contracts;
+    assert_eq!(own.keys().collect::<Vec<_>>(), ["embedding", "plain"]);
+    fs::remove_dir_all(folder.0.path().join("contracts")).expect("removed");
+    let shipped = folder.load().expect("sound").contracts;
+    assert_eq!(shipped.keys().collect::<Vec<_>>(), ["embedding"]);
+
+    let mine = CONTRACT.replace("\"plain\"", "\"embedding\"").replace("1.0.0", "9.8.7");
+    let folder = Folder::new().stage(&STAGE.replace("plain", "embedding"));
+    let folder = folder.file("contracts/mine.toml", mine);
+    assert_eq!(folder.load().expect("sound").contracts["embedding"].version, "9.8.7");
+
+    let folder = Folder::new().stage(&STAGE.replace("plain", "embeding"));
+    let problems = folder.load().expect_err("refused").to_string();
+    assert!(problems.contains("did you mean `embedding`"), "{problems}");
+}

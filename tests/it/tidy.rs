@@ -187,3 +187,17 @@ fn the_index_of_documents_lists_them_all() {
         names.filter(|name| name != "README.md" && !index.contains(&format!("({name})"))).collect();
     assert!(left_out.is_empty(), "docs/README.md leaves out {left_out:?}");
 }
+
+#[test]
+fn every_contract_of_the_repository_ships() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(root.join("src/manifest/mod.rs")).expect("a source");
+    for entry in fs::read_dir(root.join("contracts")).expect("contracts") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_stem().and_then(|name| name.to_str()).expect("a name");
+        let row = format!("(\"{name}\", include_str!(\"../../contracts/{name}.toml\"))");
+        assert!(source.contains(&row), "SHIPPED_CONTRACTS lacks {name}");
+        let text = fs::read_to_string(&path).expect("readable");
+        assert!(text.lines().any(|line| line.replace(' ', "") == format!("name=\"{name}\"")), "{name}");
+    }
+}
