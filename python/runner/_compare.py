@@ -189,29 +189,44 @@ class Operation:
                 f"to runner.compare; they lie in {self.path} under {self.index:05d}."
             )
         op, names, extra = roles
-        asked: Dict[str, Any] = {}
-        places = [self.place(name) for name in names]
-        for option, source in extra.items():
-            if source is True:
-                asked[option] = True
-            elif self.arguments.get(source) is not None:
-                value = self.arguments[source]
-                asked[option] = self.scale(option, value) if isinstance(value, dict) else value
-        if asked.get("alpha") == 1:
-            del asked["alpha"]
         if self.arguments.get("beta", 1) != 1:
             raise RunnerError(f"{self.name} adds {self.arguments['beta']} times its first operand: judge it by hand")
-        asked.update(options)
-        return judged(op, places, asked)
+        asked: Dict[str, Any] = {}
+        places = [f"{self.path}:{self.tensor(name)['tensor']}" for name in names]
+        with tempfile.TemporaryDirectory() as folder:
+            for option, source in extra.items():
+                value = True if source is True else self.arguments.get(source)
+                if option == "alpha" and value == 1 or value is None:
+                    continue
+                if isinstance(value, dict):
+                    value = self.option(option, value, extra, folder)
+                asked[option] = value
+            return judged(op, places, {**asked, **options})
 
-    def place(self, name: str) -> str:
-        value = self.results[0] if name == "result" else self.written.get(name) or self.arguments.get(name)
+    def tensor(self, name: str) -> Mapping[str, Any]:
+        """A result, or an argument: as it was left, where the operation wrote into it."""
+        value = self.written.get(name) or self.arguments.get(name)
+        if value is None and name == "result" and self.results:
+            value = self.results[0]
         if not isinstance(value, dict) or "tensor" not in value:
             raise RunnerError(f"{self.name} of {self.path} has no tensor `{name}`: it was not kept")
-        return f"{self.path}:{value['tensor']}"
+        return value
 
-    def scale(self, option: str, value: Mapping[str, Any]) -> Any:
-        return f"{self.path}:{value['tensor']}" if "tensor" in value else None
+    def option(self, option: str, value: Mapping[str, Any], extra: Mapping[str, Any], folder: str) -> str:
+        """Where an option's tensor lies. A scale for each output of a weight that is stored as [K, M] is a row."""
+        count = 1
+        for width in value["shape"]:
+            count *= width
+        if option != "scale_w" or "transposed_w" not in extra or count == 1 or value["shape"] == [1, count]:
+            return f"{self.path}:{value['tensor']}"
+        header, start = read_header(self.path)
+        part = header[value["tensor"]]
+        with open(self.path, "rb") as file:
+            file.seek(start + part["data_offsets"][0])
+            data = memoryview(file.read(part["data_offsets"][1] - part["data_offsets"][0]))
+        path = os.path.join(folder, f"{option}.safetensors")
+        write(path, {option: Values(part["dtype"], (1, count), data)})
+        return f"{path}:{option}"
 
 
 # Of each operation: what it computes, its operands in order, and the options that others are.
@@ -236,7 +251,14 @@ ROLES: Dict[str, Roles] = {
         ("mat_a", "mat_b", "result"),
         {"transposed_w": True, "scale_x": "scales_a", "scale_w": "scales_b", "bias": "bias"},
     ),
+    "vllm::fp8_gemm_nt_op": (
+        "matmul",
+        ("q_input", "weight", "output"),
+        {"scale_x": "input_scale", "scale_w": "weight_scale"},
+    ),
     "_C::rms_norm": ("norm", ("input", "weight", "result"), {"eps": "epsilon"}),
+    # What it leaves: the sum in the place of the residual, its norm in the place of the input.
+    "_C::fused_add_rms_norm": ("norm", ("residual", "weight", "input"), {"eps": "epsilon"}),
 }
 
 

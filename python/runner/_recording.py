@@ -182,7 +182,7 @@ class Copies:
     def put(self, site: str, tensor: Any) -> None:
         if self.error is not None:
             raise self.error
-        copied = tensor.detach().clone()
+        copied = (tensor.detach() if tensor.requires_grad else tensor).clone()
         size = copied.numel() * copied.element_size()
         if self.buffer is None:
             self.buffer = room_on(sys.modules["torch"], copied.device)

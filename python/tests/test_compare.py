@@ -1,5 +1,7 @@
 """`compare`: one operation at a time, from whatever somebody has at hand."""
 
+import pathlib
+
 import ml_dtypes
 import numpy
 import pytest
@@ -99,3 +101,15 @@ def test_a_capture_of_modules_lists_no_operations():
 
     with pytest.raises(RunnerError, match="lists no operations"):
         runner.operations(ROOT / "examples/vllm/fp8-block.safetensors")
+
+
+def test_operations_of_vllm_on_a_gpu_are_to_the_bit():
+    """Cut from captures of an H200: norms, FP8 products with scales per token and output and in blocks, bf16."""
+    listed = runner.operations(pathlib.Path(__file__).parent / "fixtures/vllm-operations.safetensors")
+    names = ["_C::rms_norm", "_C::cutlass_scaled_mm", "_C::cutlass_scaled_mm", "_C::fused_add_rms_norm", "vllm::fp8_gemm_nt_op"]
+    assert [operation.name for operation in listed] == [*names, "aten::linear"]
+    # The second product's weight is square, so that its scales would also fit its rows.
+    assert listed[2].arguments["b"]["shape"] == [256, 256]
+    for operation in listed:
+        answer = operation.compare()
+        assert answer.answer == "to-the-bit", f"{operation}: {answer}"

@@ -171,17 +171,21 @@ class Sequences:
 def follow(model: Any, recording: Any, engine: str) -> Tuple[Sequences, List[Any]]:
     """Hooks on a model that feed a recording; its sequences, and what must be removed.
 
-    The arguments of the layers' own module say the ids and positions of a step; SGLang calls the
-    one around it in a way that hooks do not see.
+    A call of the model says the ids and positions of a step. SGLang calls the model in a way that
+    hooks do not see, and vLLM the module of its layers: the first of both that is seen counts.
     """
     sequences = Sequences(recording.row)
     step_rows = [0]
 
     def keep(site: str, tensor: Any) -> None:
-        # Queries and keys that a norm took head by head have a row for each token again.
-        recording.keep(site, tensor.reshape(step_rows[0], -1)[sequences.of])
+        rows = step_rows[0]
+        if tensor.dim() != 2 or tensor.shape[0] != rows:
+            # Queries and keys that a norm took head by head have a row for each token again.
+            tensor = tensor.reshape(rows, -1)
+        of = sequences.of
+        recording.keep(site, tensor if of.stop - of.start == rows else tensor[of])
 
-    def begin(_: Any, arguments: Tuple[Any, ...], named: Any) -> None:
+    def begin(arguments: Tuple[Any, ...], named: Any) -> None:
         ids = named.get("input_ids", arguments[0] if arguments else None)
         positions = named.get("positions", arguments[1] if len(arguments) > 1 else None)
         if positions is None:
@@ -193,9 +197,28 @@ def follow(model: Any, recording: Any, engine: str) -> Tuple[Sequences, List[Any
         of = sequences.of
         recording.step(None if ids is None else ids[of].tolist(), of.stop - of.start, sequences.first)
 
+    within = [False]
+
+    def outer(arguments: Tuple[Any, ...], named: Any) -> None:
+        within[0] = True
+        begin(arguments, named)
+
+    def inner(arguments: Tuple[Any, ...], named: Any) -> None:
+        if not within[0]:
+            begin(arguments, named)
+
+    def after(*_: Any) -> None:
+        within[0] = False
+
     hooks = Hooks(model, keep, engine)
     recording.expect(hooks.sites)
-    return sequences, [hooks, model.model.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles = [
+        hooks,
+        Undo(before_each_call(model, outer)),
+        model.register_forward_hook(after),
+        Undo(before_each_call(model.model, inner)),
+    ]
+    return sequences, handles
 
 
 def every_logit(model: Any, owner: Any, name: str, recording: Any, sequences: Sequences) -> List[Any]:
@@ -214,13 +237,13 @@ def every_logit(model: Any, owner: Any, name: str, recording: Any, sequences: Se
 
     def observed(hidden: Any, *arguments: Any, **named: Any) -> Any:
         result = product(hidden, *arguments, **named)
-        own.append(result.detach().to("cpu", copy=True))
+        own.append(result.detach().clone())
         others[:] = [arguments, named]
         return result
 
     def of_norm(_: Any, __: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        normed.append(output.detach().to("cpu", copy=True))
+        normed.append(output.detach().clone())
 
     def at_end() -> None:
         if not own:
@@ -228,23 +251,30 @@ def every_logit(model: Any, owner: Any, name: str, recording: Any, sequences: Se
         torch = sys.modules["torch"]
         prompts = len(sequences.lengths)
         hidden = torch.cat([step.reshape(prompts, -1, step.shape[-1]) for step in normed], dim=1)
-        hidden = hidden.to(next(model.parameters()).device)
         arguments, named = others
         with torch.inference_mode():
             rows = [
                 product(hidden[:, at].contiguous(), *arguments, **named).cpu()
                 for at in range(hidden.shape[1])
             ]
-        if not torch.equal(torch.cat(own), torch.cat(rows)[-sum(map(len, own)) :]):
+        if not torch.equal(torch.cat(own).cpu(), torch.cat(rows)[-sum(map(len, own)) :]):
             raise CaptureError(
                 "the logits of one position differ from those that the engine computed in the pass: was "
                 "a logits processor or speculative decoding at work? Switch it off, or leave `logits` out (`sites=`)"
             )
         recording.keep("logits", torch.stack([row[sequences.row or 0] for row in rows]))
 
+    own_value = vars(owner).get(name)
     setattr(owner, name, observed)
     recording.at_end.append(at_end)
-    return [Undo(lambda: setattr(owner, name, product)), model.model.norm.register_forward_hook(of_norm)]
+
+    def put_back() -> None:
+        # What the class has is there again when the instance's own is gone.
+        delattr(owner, name)
+        if own_value is not None:
+            setattr(owner, name, own_value)
+
+    return [Undo(put_back), model.model.norm.register_forward_hook(of_norm)]
 
 
 class Undo:
@@ -252,3 +282,19 @@ class Undo:
 
     def __init__(self, undo: Callable[[], None]) -> None:
         self.remove = undo
+
+
+def before_each_call(model: Any, begin: Any) -> Any:
+    """Lets `begin` see the arguments of each call of a module; returns what undoes it."""
+    try:
+        return model.register_forward_pre_hook(lambda _, inputs, named: begin(inputs, named), with_kwargs=True).remove
+    except TypeError:
+        # Before PyTorch 2.0 a hook does not see arguments by name.
+        forward = model.forward
+
+        def called(*inputs: Any, **named: Any) -> Any:
+            begin(inputs, named)
+            return forward(*inputs, **named)
+
+        model.forward = called
+        return lambda: delattr(model, "forward")

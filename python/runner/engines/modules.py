@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from .._errors import CaptureError
 from . import named, transformers
-from .fused import Undo
+from .fused import Undo, before_each_call
 
 
 def attach(model: Any, recording: Any, names: Optional[Mapping[str, str]], torch: Any) -> List[Any]:
@@ -40,22 +40,6 @@ def attach(model: Any, recording: Any, names: Optional[Mapping[str, str]], torch
         hooks.remove()
         raise
     return handles
-
-
-def before_each_call(model: Any, begin: Any) -> Any:
-    """Lets `begin` see the arguments of each call of a module; returns what undoes it."""
-    try:
-        return model.register_forward_pre_hook(lambda _, inputs, named: begin(inputs, named), with_kwargs=True).remove
-    except TypeError:
-        # Before PyTorch 2.0 a hook does not see arguments by name.
-        forward = model.forward
-
-        def called(*inputs: Any, **named: Any) -> Any:
-            begin(inputs, named)
-            return forward(*inputs, **named)
-
-        model.forward = called
-        return lambda: delattr(model, "forward")
 
 
 class Calls:
