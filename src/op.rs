@@ -336,7 +336,7 @@ pub struct Recorded {
     /// The file.
     pub file: PathBuf,
     /// Which tensor a site's is. A `*` in both stands for the layer's number, `{*+1}` for
-    /// the next one's. A name may end with columns, as `[0:576]`, or with `[q]`, `[k]`, `[v]`,
+    /// the next one's, and `{class}` for the class of a module. A name may end with columns, as `[0:576]`, or with `[q]`, `[k]`, `[v]`,
     /// `[gate]` or `[up]`: a part of a fused product. Sites without an entry have their own names in the file.
     pub names: BTreeMap<String, String>,
     /// How elements are to be read, where the file does not say.
@@ -404,11 +404,21 @@ impl<'a> LayerNumber<'a> {
 
     /// Whether a name is the pattern with the number of some layer.
     pub fn fits(&self, name: &str) -> bool {
-        let number = name.strip_prefix(self.before).and_then(|rest| rest.strip_suffix(self.after));
-        number.is_some_and(|number| {
-            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
-        })
+        let Some(rest) = name.strip_prefix(self.before) else { return false };
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        // What stands behind it may begin with a digit.
+        (1..=digits).any(|end| is_of_class(&rest[end..], self.after))
     }
+}
+
+/// What stands in a tensor's name for the class of its module, where a dump's names have it.
+const CLASS: &str = "{class}";
+
+/// Whether a name is the written one, in which `{class}` stands for any one word without dots.
+pub fn is_of_class(name: &str, written: &str) -> bool {
+    let Some((before, after)) = written.split_once(CLASS) else { return name == written };
+    let class = name.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
+    class.is_some_and(|class| !class.is_empty() && !class.contains('.'))
 }
 
 /// A program of the user's that is asked for tensors.

@@ -7,7 +7,7 @@
 use serde_json::{Value, json};
 
 use crate::dtype::Format;
-use crate::manifest::names::PRESETS;
+use crate::manifest::names::presets;
 use crate::manifest::{LONGEST_TIMEOUT, MOST_PATTERNS, MOST_THREADS};
 use crate::metric::Metric;
 use crate::op::{Arm, ChipName, Distribution, Engine, Stream};
@@ -480,7 +480,7 @@ fn recorded() -> Value {
             &["file"],
             json!({
                 "file": says(
-                    "its path, relative to the manifest; or a folder of one `.npy` for each tensor",
+                    "its path, relative to the manifest; or a folder with a `.npy` or `.pt` for each tensor",
                     text(),
                 ),
                 "tensor": says("its tensor, where it has several and the op makes one", text()),
@@ -494,7 +494,7 @@ fn recorded() -> Value {
 
 /// The names of tensors by site, or those of a preset.
 fn names() -> Value {
-    let presets: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
+    let presets: Vec<&str> = presets().collect();
     says(
         "the tensor of each site, or `preset`: the modules of an engine; `*` is the layer's number, \
          `{*+1}` the next one, and `[0:576]` some columns",
@@ -516,7 +516,7 @@ fn file() -> Value {
     closed(
         &["file"],
         json!({
-            "file": says("its path, relative to the manifest: safetensors, npy, npz, GGUF or raw", text()),
+            "file": says("its path, relative to the manifest: safetensors, npy, npz, pt, GGUF, Polygraphy's JSON or raw", text()),
             "tensor": says("the tensor's name in it", text()),
             "dtype": says("the values' format, where the file does not say it", formats()),
             "shape": says("the tensor's shape, where the file does not say it", shape()),

@@ -9,7 +9,7 @@ use super::{graph_of, load_pipeline, print, select_stages, told_once};
 use crate::manifest::names::is_of_preset;
 use crate::manifest::problem::{nearest, plural, quoted_list, yard_of};
 use crate::manifest::{Overrides, Pipeline, Prompt, Stage};
-use crate::op::{LayerNumber, Op, Recorded};
+use crate::op::{LayerNumber, Op, Recorded, is_of_class};
 use crate::plan::PlanError;
 use crate::tensor_file::{TensorFile, members};
 use crate::text::Shown;
@@ -171,7 +171,7 @@ fn names(stage: &Stage, recorded: &Recorded, file: &TensorFile) -> Vec<String> {
         };
         let fits = |name: &&str| match LayerNumber::find(pattern) {
             Some(number) => number.fits(name),
-            None => *name == pattern,
+            None => is_of_class(name, pattern),
         };
         // A preset names more than a dump need hold.
         if file.names().any(|name| fits(&name)) || is_of_preset(site, written) {

@@ -360,9 +360,7 @@ fn everything_looked_at(
         by_stage.insert(&prepared.stage.id, made);
         for file in prepared.stage.files() {
             look(file, &young)?;
-            if file.is_dir() {
-                tensor_file::members(file).iter().try_for_each(|file| look(file, &young))?;
-            }
+            tensor_file::members(file).iter().try_for_each(|file| look(file, &young))?;
         }
         let Some(model) = &prepared.model else { continue };
         // A template may ask for the date, which no file holds.

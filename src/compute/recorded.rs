@@ -145,11 +145,13 @@ pub fn absent(
     }
     let has: BTreeSet<&str> = file.names().collect();
     let name_of = |site: &Site| Part::of(&recorded.tensor_of(site), model).name;
-    let missing: Vec<&Site> = sites.iter().filter(|s| !has.contains(&*name_of(s))).collect();
+    let missing: Vec<&Site> =
+        sites.iter().filter(|site| file.name_of(&name_of(site)).is_none()).collect();
     if missing.is_empty() {
         return Ok(None);
     }
-    let used: BTreeSet<String> = sites.iter().map(name_of).collect();
+    let written: Vec<String> = sites.iter().map(name_of).collect();
+    let used: BTreeSet<&str> = written.iter().filter_map(|name| file.name_of(name)).collect();
     let known = |name: &str| name == IDS || used.contains(name);
     let unused: Vec<&str> = has.into_iter().filter(|name| !known(name)).collect();
     let wanted: Vec<String> = by_layer(&missing)

@@ -10,8 +10,8 @@ use super::{single, sites};
 use crate::op::{LayerNumber, Site};
 
 /// What the modules of an engine are called, by site. `[q]` and the like are the columns of
-/// a fused product.
-pub(crate) const PRESETS: [(&str, &[(&str, &str)]); 2] = [
+/// a fused product; `.0` is the first of several tensors that a module returns.
+const MODULES: [(&str, &[(&str, &str)]); 3] = [
     (
         "transformers",
         &[
@@ -53,14 +53,73 @@ pub(crate) const PRESETS: [(&str, &[(&str, &str)]); 2] = [
             ("logits", "lm_head"),
         ],
     ),
+    // Norms return the stream beside it, but for the first, before which there is none.
+    // All blocks share one rotary embedding, whose results have every block's name. The logits
+    // are the last token's alone.
+    (
+        "sglang",
+        &[
+            ("embed", "model.embed_tokens"),
+            ("blk.0.attn_norm", "model.layers.0.input_layernorm"),
+            ("blk.*.attn_norm", "model.layers.*.input_layernorm.0"),
+            ("blk.*.q", "model.layers.*.self_attn.qkv_proj[q]"),
+            ("blk.*.k", "model.layers.*.self_attn.qkv_proj[k]"),
+            ("blk.*.v", "model.layers.*.self_attn.qkv_proj[v]"),
+            ("blk.*.attn", "model.layers.*.self_attn.attn"),
+            ("blk.*.attn_out", "model.layers.*.self_attn.o_proj"),
+            ("blk.*.attn_residual", "model.layers.*.post_attention_layernorm.1"),
+            ("blk.*.ffn_norm", "model.layers.*.post_attention_layernorm.0"),
+            ("blk.*.ffn_gate", "model.layers.*.mlp.gate_up_proj[gate]"),
+            ("blk.*.ffn_up", "model.layers.*.mlp.gate_up_proj[up]"),
+            ("blk.*.ffn_swiglu", "model.layers.*.mlp.act_fn"),
+            ("blk.*.ffn_down", "model.layers.*.mlp.down_proj"),
+            ("blk.*.ffn_residual", "model.layers.{*+1}.input_layernorm.1"),
+            ("output_norm", "model.norm.0"),
+        ],
+    ),
 ];
+
+/// How a program that dumps what modules return writes their names: which modules, what stands
+/// before the name, and what between it and the number of the tensor.
+const DUMPS: [(&str, &str, &str, &str); 3] = [
+    ("msprobe", "transformers", "Module.", ".{class}.forward.0.output"),
+    ("msprobe-vllm", "vllm", "Module.", ".{class}.forward.0.output"),
+    ("sglang-dumper", "sglang", "non_intrusive__", ".output"),
+];
+
+/// The names of all presets.
+pub(crate) fn presets() -> impl Iterator<Item = &'static str> + Clone {
+    MODULES.iter().map(|(name, _)| *name).chain(DUMPS.iter().map(|(name, ..)| *name))
+}
+
+/// The sites of a preset with their names.
+fn preset(name: &str) -> Option<Vec<(&'static str, String)>> {
+    let modules = |name| MODULES.iter().find(|(known, _)| *known == name).map(|(_, names)| *names);
+    if let Some(names) = modules(name) {
+        return Some(names.iter().map(|(site, name)| (*site, (*name).to_owned())).collect());
+    }
+    let (dump, of, before, after) = DUMPS.iter().find(|(known, ..)| *known == name)?;
+    let numbered = dump.starts_with("msprobe");
+    let dumped = |(site, name): &(&'static str, &str)| {
+        let (module, rest) = match name.find('[') {
+            Some(part) => name.split_at(part),
+            None if name.ends_with(".0") || name.ends_with(".1") => name.split_at(name.len() - 2),
+            None => (*name, ""),
+        };
+        // msprobe numbers the only tensor that a module returns too.
+        let number = if numbered && !rest.starts_with('.') { ".0" } else { "" };
+        (*site, format!("{before}{module}{after}{number}{rest}"))
+    };
+    modules(of).map(|names| names.iter().map(dumped).collect())
+}
 
 /// The key of a table of names that says from which preset it starts.
 const PRESET: &str = "preset";
 
 /// Whether a name is one that a preset gives.
 pub(crate) fn is_of_preset(site: &str, name: &str) -> bool {
-    PRESETS.iter().any(|(_, names)| names.contains(&(site, name)))
+    let mut known = presets().filter_map(preset).flatten();
+    known.any(|(of, preset)| of == site && preset == name)
 }
 
 /// `names`: each site's tensor, or the name of a preset. A pattern holds the layer's number
@@ -106,11 +165,10 @@ pub(super) fn read_names(
 }
 
 fn of_preset(preset: &Put<String>, findings: &mut Findings) -> BTreeMap<String, String> {
-    let known = PRESETS.iter().find(|(name, _)| *name == preset.value);
-    if let Some((_, names)) = known {
-        return names.iter().map(|(site, name)| ((*site).into(), (*name).into())).collect();
+    if let Some(names) = self::preset(&preset.value) {
+        return names.into_iter().map(|(site, name)| (site.to_owned(), name)).collect();
     }
-    let known = PRESETS.iter().map(|(name, _)| *name);
+    let known = presets();
     let list = format!(
         "the presets are {}; or write a table `[recorded.names]` of sites and their names",
         quoted_list(known.clone())

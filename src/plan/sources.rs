@@ -129,6 +129,11 @@ impl Sources {
         }
         self.field(name, stamps.digest(path).map_err(unreadable)?.to_hex());
         self.files.push((path.to_owned(), looked_at));
+        // Files that this one names, or that belong to it.
+        for file in tensor_file::members(path).iter().filter(|file| *file != path) {
+            let member = file.file_name().unwrap_or_default().to_string_lossy();
+            self.file(&format!("{name} {member}"), file, stamps)?;
+        }
         Ok(())
     }
 

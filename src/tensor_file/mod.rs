@@ -1,13 +1,21 @@
 //! Tensors in files that other programs wrote: safetensors, NumPy's `.npy` and
-//! `.npz`, GGUF, and raw little-endian values; and folders of one `.npy` for each tensor.
+//! `.npz`, torch's `.pt`, GGUF, Polygraphy's JSON, FlashInfer-Bench's JSON Lines and raw
+//! little-endian values; and folders with a file for each tensor.
 //!
 //! A name is looked up whole, never by a part of it or by its place. It knows
 //! bytes and shapes; what a tensor means, and to whom, is not its concern.
 
+mod flashinfer;
+mod folders;
+mod llama_debug;
 mod npy;
+mod pickle;
+mod polygraphy;
 mod scales;
+mod torch;
 
 use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,14 +23,17 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::dtype::Format;
+use crate::files::Mapped;
 use crate::manifest::problem::nearest;
 use crate::model::{self, ModelError, Weight, WeightType};
-use crate::op::{FileScale, FileTensor};
+use crate::op::{FileScale, FileTensor, is_of_class};
 use crate::tensor::Tensor;
 use crate::text::{Shown, shown};
 
 pub use scales::BlockScales;
 
+/// Workloads that a file lists are read up to so many bytes.
+const LARGEST_LIST: u64 = 1 << 30;
 /// Names that an error lists.
 const SHOWN: usize = 20;
 
@@ -41,6 +52,14 @@ pub enum TensorFileError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        problem: String,
+    },
+    /// The file is sound, and holds no tensors that can be taken.
+    #[error("`{}` is not taken as tensors: {problem}", path.shown())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Why not, and what to do.
         problem: String,
     },
     /// There is no such tensor. What was found ends with the name that was probably meant.
@@ -117,19 +136,39 @@ struct Entry {
     name: String,
     element: Element,
     shape: Vec<usize>,
-    /// Bytes of its file; empty for members of an archive, which are unpacked on reading.
-    bytes: Range<usize>,
+    place: Place,
     /// Which of the mapped files it lies in.
     map: usize,
+}
+
+/// Where a tensor's elements are.
+#[derive(Clone, Debug)]
+enum Place {
+    /// These bytes of its file.
+    At(Range<usize>),
+    /// A member of a `.npz`, which is unpacked on reading.
+    Member,
+    /// A whole `.npy` file as base64, in these bytes of its file.
+    Encoded(Range<usize>),
+    /// Elements of so many bytes within these bytes of its file, apart by strides.
+    Apart {
+        /// From the first to the last element.
+        bytes: Range<usize>,
+        /// Bytes of one element.
+        size: usize,
+        /// By how many elements each dimension goes on.
+        strides: Vec<usize>,
+    },
+    /// In no file, and why.
+    Nowhere(String),
 }
 
 /// An opened file of tensors.
 pub struct TensorFile {
     path: PathBuf,
-    /// One file, or those of a folder.
-    maps: Vec<crate::files::Mapped>,
+    /// One file and those that it names, or those of a folder.
+    maps: Vec<Mapped>,
     entries: Vec<Entry>,
-    archive: bool,
 }
 
 /// A tensor as codes: `[rows, width]` of a format, and what they are to be multiplied with.
@@ -148,8 +187,8 @@ pub struct CodedTensor {
 }
 
 impl TensorFile {
-    /// Opens a file; its ending says what it is, and any other ending is raw values. Of a
-    /// folder, each `.npy` is a tensor with the name of its file.
+    /// Opens a file; its ending says what it is, and any other ending is raw values. In a
+    /// folder each `.npy` and `.pt` is a tensor with the name of its file.
     ///
     /// # Errors
     /// If the file is not what its ending says.
@@ -158,56 +197,125 @@ impl TensorFile {
             return TensorFile::open_folder(path);
         }
         let (map, _) = model::map(path)?;
-        let malformed =
-            |problem: String| TensorFileError::Malformed { path: path.to_owned(), problem };
-        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or("");
-        let (entries, archive) = match ending {
-            "safetensors" => (safetensors_entries(&map).map_err(malformed)?, false),
-            "npy" => {
-                let (element, shape, bytes) = npy::parse(&map).map_err(malformed)?;
-                (vec![Entry { name: String::new(), element, shape, bytes, map: 0 }], false)
-            }
-            "npz" => (npy::archive_entries(&map).map_err(malformed)?, true),
+        let (mut maps, mut entries) = (vec![map], Vec::new());
+        let problem = |problem| TensorFileError::Malformed { path: path.to_owned(), problem };
+        match ending(path) {
             "gguf" => {
-                let tensors = model::gguf_tensors(path, &map)?;
-                let entry = |(name, kind, [rows, width], bytes): (_, WeightType, [usize; 2], _)| {
+                let tensors = model::gguf_tensors(path, &maps[0])?;
+                entries.extend(tensors.into_iter().map(|(name, kind, [rows, width], bytes)| {
                     let (element, shape) = (of_weight(kind), vec![rows, width]);
-                    Entry { name, element, shape, bytes, map: 0 }
-                };
-                (tensors.into_iter().map(entry).collect(), false)
+                    Entry { name, element, shape, place: Place::At(bytes), map: 0 }
+                }));
+            }
+            "jsonl" => {
+                let inputs = flashinfer::inputs(path, &maps[0]).map_err(problem)?;
+                TensorFile::add_inputs(inputs, &mut maps, &mut entries)?;
+            }
+            "safetensors" | "npy" | "npz" | "pt" | "pth" | "json" => {
+                let (found, copies) = parse(path, &maps[0], 0).map_err(problem)?;
+                entries.extend(found);
+                maps.extend(copies);
             }
             _ => {
-                let (name, element) = (String::new(), Element::Other);
-                let bytes = 0..map.len();
-                (vec![Entry { name, element, shape: vec![], bytes, map: 0 }], false)
+                if let Some(problem) = llama_debug::printed(&maps[0]) {
+                    return Err(TensorFileError::Refused { path: path.to_owned(), problem });
+                }
+                match llama_debug::tokens_beside(path) {
+                    Some(tokens) => {
+                        maps.push(model::map(&tokens)?.0);
+                        let found = llama_debug::entries(path, maps[0].len(), maps[1].len());
+                        entries.extend(found.map_err(problem)?);
+                    }
+                    None => entries.push(Entry {
+                        name: String::new(),
+                        element: Element::Other,
+                        shape: vec![],
+                        place: Place::At(0..maps[0].len()),
+                        map: 0,
+                    }),
+                }
             }
-        };
-        Ok(TensorFile { path: path.to_owned(), maps: vec![map], entries, archive })
+        }
+        Ok(TensorFile { path: path.to_owned(), maps, entries })
     }
 
     fn open_folder(path: &Path) -> Result<TensorFile, TensorFileError> {
+        let malformed = |path: &Path, problem| {
+            let path = path.to_owned();
+            TensorFileError::Malformed { path, problem }
+        };
+        let folder = folders::Folder::of(path);
+        if let Err((path, problem)) = folder.check() {
+            return Err(TensorFileError::Refused { path, problem });
+        }
         let (mut maps, mut entries) = (Vec::new(), Vec::new());
-        for (place, file) in members(path).iter().enumerate() {
+        for (file, name) in &folder.files {
             let (map, _) = model::map(file)?;
-            let parsed = npy::parse(&map);
-            let (element, shape, bytes) = parsed
-                .map_err(|problem| TensorFileError::Malformed { path: file.clone(), problem })?;
-            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            entries.push(Entry { name, element, shape, bytes, map: place });
+            let parsed = parse(file, &map, maps.len());
+            let (found, copies) = parsed.map_err(|problem| malformed(file, problem))?;
+            entries.extend(found.into_iter().map(|entry| {
+                let name = folders::joined(name, &entry.name, ending(file) == "json");
+                Entry { name, ..entry }
+            }));
             maps.push(map);
+            maps.extend(copies);
         }
         if entries.is_empty() {
-            let problem = "this folder holds no `.npy` file; it needs one for each tensor, with \
-                           the tensor's name"
-                .to_owned();
-            return Err(TensorFileError::Malformed { path: path.to_owned(), problem });
+            return Err(malformed(path, folders::empty(path)));
         }
-        Ok(TensorFile { path: path.to_owned(), maps, entries, archive: false })
+        let mut names = BTreeSet::new();
+        if let Some(twice) = entries.iter().find(|entry| !names.insert(&entry.name)) {
+            let problem =
+                format!("two files of this folder have a tensor `{}`", shown(&twice.name));
+            return Err(malformed(path, problem));
+        }
+        Ok(TensorFile { path: path.to_owned(), maps, entries })
+    }
+
+    /// The tensors of other files that a file names.
+    fn add_inputs(
+        inputs: Vec<(String, flashinfer::Found)>,
+        maps: &mut Vec<Mapped>,
+        entries: &mut Vec<Entry>,
+    ) -> Result<(), TensorFileError> {
+        let mut opened: BTreeMap<PathBuf, Vec<Entry>> = BTreeMap::new();
+        for (name, found) in inputs {
+            let (file, tensor) = match found {
+                flashinfer::Found::In(file, tensor) => (file, tensor),
+                flashinfer::Found::Nowhere(why) => {
+                    let (element, place) = (Element::Other, Place::Nowhere(why));
+                    entries.push(Entry { name, element, shape: vec![], place, map: 0 });
+                    continue;
+                }
+            };
+            if !opened.contains_key(&file) {
+                let (map, _) = model::map(&file)?;
+                let found = safetensors_entries(&map, maps.len());
+                let found = found.map_err(|problem| TensorFileError::Malformed {
+                    path: file.clone(),
+                    problem,
+                })?;
+                maps.push(map);
+                opened.insert(file.clone(), found);
+            }
+            let there = &opened[&file];
+            let Some(entry) = there.iter().find(|entry| entry.name == tensor) else {
+                let found = listed(there);
+                return Err(TensorFileError::Missing { path: file, name: tensor, found });
+            };
+            entries.push(Entry { name, ..entry.clone() });
+        }
+        Ok(())
     }
 
     /// Whether it holds one tensor that has no name, as a `.npy` does.
     pub fn is_nameless(&self) -> bool {
         matches!(self.entries.as_slice(), [only] if only.name.is_empty())
+    }
+
+    /// The whole name of a tensor whose name is written with `{class}`, or as it is.
+    pub fn name_of(&self, written: &str) -> Option<&str> {
+        self.names().find(|name| is_of_class(name, written))
     }
 
     /// The rows of a tensor, where the file knows its shape.
@@ -244,18 +352,7 @@ impl TensorFile {
 
     /// What the file holds, for an error: names with types and shapes.
     pub fn found(&self) -> String {
-        let mut text = String::new();
-        for (index, entry) in self.entries.iter().take(SHOWN).enumerate() {
-            let comma = if index > 0 { ", " } else { "" };
-            // Writing to a string cannot fail.
-            let _ =
-                write!(text, "{comma}`{}` {} {:?}", shown(&entry.name), entry.element, entry.shape);
-        }
-        match self.entries.len() {
-            0 => "no tensor at all".to_owned(),
-            n if n > SHOWN => format!("{text} and {} more", n - SHOWN),
-            _ => text,
-        }
+        listed(&self.entries)
     }
 
     /// Reads a tensor with its scale.
@@ -265,6 +362,9 @@ impl TensorFile {
     pub fn read(&self, wanted: &FileTensor) -> Result<CodedTensor, TensorFileError> {
         let entry = self.entry(wanted.tensor.as_deref())?;
         let refuse = |problem: String| self.unusable(entry, problem);
+        if let Place::Nowhere(why) = &entry.place {
+            return Err(refuse(why.clone()));
+        }
         let shape = match &wanted.shape {
             Some(shape) if entry.element == Element::Other || entry.shape == *shape => shape,
             Some(shape) => {
@@ -272,6 +372,9 @@ impl TensorFile {
                     "has the shape {:?}, and {shape:?} was asked for",
                     entry.shape
                 )));
+            }
+            None if entry.element == Element::Other && !entry.shape.is_empty() => {
+                return Err(refuse(format!("is stored as {}", entry.element)));
             }
             None if entry.element == Element::Other => {
                 return Err(refuse(
@@ -347,7 +450,18 @@ impl TensorFile {
             (Some(_), [only]) if only.name.is_empty() => return Ok(only),
             (Some(name), _) => name,
         };
-        self.entries.iter().find(|entry| entry.name == wanted).ok_or_else(|| {
+        let mut fitting = self.entries.iter().filter(|entry| is_of_class(&entry.name, wanted));
+        if let (Some(one), Some(other)) = (fitting.next(), fitting.next()) {
+            let problem = format!(
+                "fits `{}` and `{}`: write the class of the module in place of `{{class}}`",
+                shown(&one.name),
+                shown(&other.name)
+            );
+            let (path, name) = (self.path.clone(), wanted.to_owned());
+            return Err(TensorFileError::Unusable { path, name, problem });
+        }
+        let found = self.entries.iter().find(|entry| is_of_class(&entry.name, wanted));
+        found.ok_or_else(|| {
             let (path, name) = (self.path.clone(), wanted.to_owned());
             let mut found = self.found();
             if let Some(near) = nearest(&name, self.names()) {
@@ -359,13 +473,19 @@ impl TensorFile {
     }
 
     fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>, TensorFileError> {
-        if self.archive {
-            let unpacked = npy::unpack(&self.maps[entry.map], &entry.name);
-            return unpacked
-                .map(Cow::Owned)
-                .map_err(|problem| self.unusable(entry, format!("cannot be unpacked: {problem}")));
-        }
-        Ok(Cow::Borrowed(&self.maps[entry.map][entry.bytes.clone()]))
+        let map = &self.maps[entry.map];
+        let unpacked = match &entry.place {
+            Place::At(bytes) => return Ok(Cow::Borrowed(&map[bytes.clone()])),
+            Place::Member => npy::unpack(map, &entry.name),
+            Place::Encoded(text) => polygraphy::unpack(map, text.clone()),
+            Place::Apart { bytes, size, strides } => {
+                torch::gather(&map[bytes.clone()], *size, &entry.shape, strides)
+            }
+            Place::Nowhere(why) => return Err(self.unusable(entry, why.clone())),
+        };
+        unpacked
+            .map(Cow::Owned)
+            .map_err(|problem| self.unusable(entry, format!("cannot be unpacked: {problem}")))
     }
 
     fn scales(
@@ -454,14 +574,59 @@ impl CodedTensor {
     }
 }
 
-/// The files that are read where a file of tensors is named: itself, or the `.npy` files of
-/// a folder, sorted.
+/// The files that are read where a file of tensors is named: itself and those that belong to
+/// it, or the files of a folder, sorted.
 pub fn members(path: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(path) else { return vec![path.to_owned()] };
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    files.retain(|file| file.extension().is_some_and(|ending| ending == "npy") && file.is_file());
-    files.sort();
+    if path.is_dir() {
+        return folders::Folder::of(path).all();
+    }
+    let mut files = vec![path.to_owned()];
+    if ending(path) == "jsonl" {
+        let text = crate::files::read_whole(path, LARGEST_LIST).unwrap_or_default();
+        for (_, found) in flashinfer::inputs(path, &text).unwrap_or_default() {
+            let flashinfer::Found::In(file, _) = found else { continue };
+            if !files.contains(&file) {
+                files.push(file);
+            }
+        }
+    }
+    files.extend(llama_debug::tokens_beside(path));
     files
+}
+
+fn ending(path: &Path) -> &str {
+    path.extension().and_then(|ending| ending.to_str()).unwrap_or("")
+}
+
+/// The tensors of a file that stands alone, and copies of what was unpacked; `map` is the
+/// file's number.
+fn parse(path: &Path, file: &[u8], map: usize) -> Result<(Vec<Entry>, Vec<Mapped>), String> {
+    let entries = match ending(path) {
+        "json" => return polygraphy::entries(file, map),
+        "safetensors" => return Ok((safetensors_entries(file, map)?, Vec::new())),
+        "npz" => npy::archive_entries(file)?,
+        "pt" | "pth" => torch::entries(file)?,
+        _ => {
+            let (element, shape, bytes) = npy::parse(file)?;
+            vec![Entry { name: String::new(), element, shape, place: Place::At(bytes), map }]
+        }
+    };
+    Ok((entries.into_iter().map(|entry| Entry { map, ..entry }).collect(), Vec::new()))
+}
+
+/// Names with types and shapes, for an error.
+fn listed(entries: &[Entry]) -> String {
+    let mut text = String::new();
+    for (index, entry) in entries.iter().take(SHOWN).enumerate() {
+        let comma = if index > 0 { ", " } else { "" };
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{comma}`{}` {} {:?}", shown(&entry.name), entry.element, entry.shape);
+    }
+    match entries.len() {
+        0 => "no tensor at all".to_owned(),
+        n if n > SHOWN => format!("{text} and {} more", n - SHOWN),
+        _ => text,
+    }
 }
 
 /// Reads one tensor of one file.
@@ -563,7 +728,7 @@ fn of_weight(kind: WeightType) -> Element {
     }
 }
 
-fn safetensors_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
+fn safetensors_entries(file: &[u8], map: usize) -> Result<Vec<Entry>, String> {
     let whole = SafeTensors::deserialize(file).map_err(|error| error.to_string())?;
     let base = file.as_ptr() as usize;
     let mut entries: Vec<Entry> = whole
@@ -587,8 +752,8 @@ fn safetensors_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
                 name: name.to_owned(),
                 element,
                 shape: view.shape().to_vec(),
-                bytes: start..start + view.data().len(),
-                map: 0,
+                place: Place::At(start..start + view.data().len()),
+                map,
             }
         })
         .collect();

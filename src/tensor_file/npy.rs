@@ -7,7 +7,7 @@
 use std::io::{Cursor, Read};
 use std::ops::Range;
 
-use super::{Element, Entry};
+use super::{Element, Entry, Place};
 use crate::dtype::Format;
 
 /// The largest member of an archive that is unpacked.
@@ -85,7 +85,7 @@ pub(super) fn archive_entries(file: &[u8]) -> Result<Vec<Entry>, String> {
         read.map_err(|error| format!("`{name}`: {error}"))?;
         let (element, shape, _) =
             parse(&start).map_err(|problem| format!("`{name}`: {problem}"))?;
-        entries.push(Entry { name, element, shape, bytes: 0..0, map: 0 });
+        entries.push(Entry { name, element, shape, place: Place::Member, map: 0 });
     }
     Ok(entries)
 }

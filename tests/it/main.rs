@@ -13,6 +13,7 @@ mod cuda;
 mod engine_kernels;
 mod engines;
 mod data;
+mod dumps;
 mod external;
 mod faults;
 mod foreign_engine;

@@ -12,7 +12,7 @@ use crate::single::{claim, project, stage, tensors};
 const EVERY: &str = "[forward]\ncapture = \"every-site\"\n";
 
 /// A forward pass with a recording of it, made of the reference's own tensors.
-fn recorded(lines: &str) -> Project {
+pub fn recorded(lines: &str) -> Project {
     let project = project()
         .file("stages/r.toml", &stage("R", "claim", EVERY))
         .file("contracts/claim.toml", &claim("emulated", "reference", "nmse", "0.5"));
@@ -24,13 +24,13 @@ fn recorded(lines: &str) -> Project {
     project
 }
 
-fn set(project: &Project, file: &str, lines: &str) {
+pub fn set(project: &Project, file: &str, lines: &str) {
     let lines = format!("{EVERY}[recorded]\nfile = \"../{file}\"\n{lines}");
     project.write("stages/r.toml", &stage("R", "claim", &lines));
 }
 
 /// The recording with its tensors under other names.
-fn renamed(project: &Project, file: &str, name: impl Fn(&str) -> String) {
+pub fn renamed(project: &Project, file: &str, name: impl Fn(&str) -> String) {
     let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
     let dump = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
     let tensors = dump.iter().map(|(site, view)| (name(site), view));
@@ -101,7 +101,7 @@ fn sites_without_a_tensor_stand_first_in_the_reason_with_what_no_site_uses() {
 }
 
 /// The reason of the only stage.
-fn why(project: &Project, code: i32) -> String {
+pub fn why(project: &Project, code: i32) -> String {
     let ran = project.runner(&["run", "stages", "--format", "json"]);
     assert_eq!(ran.code, Some(code), "{}\n{}", ran.out, ran.err);
     let run: serde_json::Value = serde_json::from_str(&ran.out).expect("run.json");
@@ -168,33 +168,42 @@ fn a_folder_of_one_npy_for_each_tensor_is_a_recording() {
     project.run().expect(4, "holds one tensor without a name, and the stage makes 63 sites");
 }
 
+/// The module of transformers that makes a site; the site itself where none does.
+pub fn module_of(site: &str) -> String {
+    let Some((layer, inner)) = site.strip_prefix("blk.").and_then(|rest| rest.split_once('.'))
+    else {
+        return match site {
+            "embed" => "model.embed_tokens".to_owned(),
+            "output_norm" => "model.norm".to_owned(),
+            "logits" => "lm_head".to_owned(),
+            other => other.to_owned(),
+        };
+    };
+    let module = match inner {
+        "attn_norm" => ".input_layernorm",
+        "q" => ".self_attn.q_proj",
+        "k" => ".self_attn.k_proj",
+        "v" => ".self_attn.v_proj",
+        "attn_out" => ".self_attn.o_proj",
+        "ffn_norm" => ".post_attention_layernorm",
+        "ffn_gate" => ".mlp.gate_proj",
+        "ffn_up" => ".mlp.up_proj",
+        "ffn_down" => ".mlp.down_proj",
+        "ffn_residual" => "",
+        _ => return site.to_owned(),
+    };
+    format!("model.layers.{layer}{module}")
+}
+
 #[test]
 fn names_come_from_a_preset_with_exceptions_and_layers_may_count_from_one() {
     let project = recorded("");
-    let module = |site: &str| {
-        let inner = site.split('.').nth(2).unwrap_or_default();
-        let layer: usize = site.split('.').nth(1).and_then(|l| l.parse().ok()).unwrap_or(0);
-        let module = match inner {
-            "attn_norm" => "input_layernorm",
-            "q" => "self_attn.q_proj",
-            "k" => "self_attn.k_proj",
-            "v" => "self_attn.v_proj",
-            "attn_out" => "self_attn.o_proj",
-            "ffn_norm" => "post_attention_layernorm",
-            "ffn_gate" => "mlp.gate_proj",
-            "ffn_up" => "mlp.up_proj",
-            "ffn_down" => "mlp.down_proj",
-            "ffn_residual" => return format!("hidden_states.{}", layer + 1),
-            _ => {
-                return match site {
-                    "embed" => "model.embed_tokens".to_owned(),
-                    "output_norm" => "model.norm".to_owned(),
-                    "logits" => "lm_head".to_owned(),
-                    other => other.to_owned(),
-                };
-            }
-        };
-        format!("model.layers.{layer}.{module}")
+    let module = |site: &str| match site.strip_suffix(".ffn_residual") {
+        Some(block) => {
+            let layer: usize = block["blk.".len()..].parse().expect("a layer");
+            format!("hidden_states.{}", layer + 1)
+        }
+        None => module_of(site),
     };
     renamed(&project, "modules.safetensors", module);
     let names = "[recorded.names]\npreset = \"transformers\"\n\

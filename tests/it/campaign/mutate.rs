@@ -22,6 +22,8 @@ pub enum Kind {
     Safetensors,
     Npy,
     Npz,
+    /// A zip archive of a pickle and storages.
+    Torch,
     /// A format and two sizes before plain values.
     Raw,
     /// Lines, each with a check at its end.
@@ -165,7 +167,8 @@ fn meant(kind: Kind, bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
         Kind::Toml => tokens(bytes, random),
         Kind::Safetensors => in_safetensors(bytes, random),
         Kind::Npy => in_npy(bytes, random),
-        Kind::Npz => in_npz(bytes, random),
+        Kind::Npz => in_archive(bytes, random, in_npy),
+        Kind::Torch => in_archive(bytes, random, |bytes, random| Some(plain(bytes, random))),
         Kind::Raw => in_raw(bytes, random),
         Kind::SealedLines => lines(bytes, random, |line, random| {
             let (text, _) = line.rsplit_once(' ')?;
@@ -367,7 +370,11 @@ fn in_npy(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
     Some([&start, header.as_slice(), &bytes[10 + size as usize % 128..]].concat())
 }
 
-fn in_npz(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
+fn in_archive(
+    bytes: &[u8],
+    random: &mut Random,
+    change: fn(&[u8], &mut Random) -> Option<Vec<u8>>,
+) -> Option<Vec<u8>> {
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).ok()?;
     let mut members = Vec::new();
     for index in 0..archive.len().min(64) {
@@ -388,7 +395,7 @@ fn in_npz(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
         }
         1 => drop(members.remove(at)),
         2 => members[at].1 = plain(&members[at].1, random),
-        _ => members[at].1 = in_npy(&members[at].1, random)?,
+        _ => members[at].1 = change(&members[at].1, random)?,
     }
     let mut out = zip::ZipWriter::new(Cursor::new(Vec::new()));
     let method = *pick(random, &[zip::CompressionMethod::Stored, zip::CompressionMethod::Deflated]);

@@ -40,7 +40,7 @@ pub struct Reader {
 pub type Answer = Result<(), String>;
 
 /// All of them.
-pub const READERS: [Reader; 24] = [
+pub const READERS: [Reader; 29] = [
     reader("gguf", &["mutant.gguf"], nothing, gguf),
     reader("config", &["`model`", "/model`", "config.json"], beside_config, config),
     reader(
@@ -60,6 +60,11 @@ pub const READERS: [Reader; 24] = [
     reader("safetensors", &["mutant.safetensors"], nothing, safetensors),
     reader("gguf-tensors", &["mutant.gguf"], nothing, gguf_tensors),
     reader("raw", &["mutant.bin"], nothing, raw),
+    reader("torch", &["mutant.pt"], nothing, torch),
+    reader("polygraphy", &["mutant.json"], nothing, polygraphy),
+    reader("msprobe", &["dump.json", "/mutant`"], beside_msprobe, msprobe),
+    reader("flashinfer", &["mutant.jsonl", "x.safetensors"], beside_flashinfer, flashinfer),
+    reader("llama-debug", &["llamacpp-mutant"], nothing, llama_debug),
     reader("captures", &["mutant.safetensors"], nothing, captured),
     reader("vectors", &["H100.safetensors"], nothing, answered),
     reader("manifest", &["S.toml"], beside_manifest, manifest),
@@ -324,6 +329,53 @@ fn safetensors(folder: &Path, bytes: &[u8]) -> Answer {
 
 fn gguf_tensors(folder: &Path, bytes: &[u8]) -> Answer {
     use_tensors(&put(folder, "mutant.gguf", bytes))
+}
+
+fn torch(folder: &Path, bytes: &[u8]) -> Answer {
+    use_tensors(&put(folder, "mutant.pt", bytes))
+}
+
+fn polygraphy(folder: &Path, bytes: &[u8]) -> Answer {
+    use_tensors(&put(folder, "mutant.json", bytes))
+}
+
+/// The smallest safetensors file: one value.
+fn one_value() -> Vec<u8> {
+    let header = br#"{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    [&(header.len() as u64).to_le_bytes(), header.as_slice(), &[0; 4]].concat()
+}
+
+fn beside_msprobe(folder: &Path) {
+    let header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }\n";
+    let start = [b"\x93NUMPY\x01\x00", (header.len() as u16).to_le_bytes().as_slice()].concat();
+    let file = [&start, header.as_slice(), &[0; 4]].concat();
+    put(&make(folder, "mutant/dump_tensor_data"), "x.npy", &file);
+}
+
+/// What msprobe says of a folder's tensors.
+fn msprobe(folder: &Path, bytes: &[u8]) -> Answer {
+    put(folder, "mutant/dump.json", bytes);
+    use_tensors(&folder.join("mutant"))
+}
+
+fn beside_flashinfer(folder: &Path) {
+    put(&make(folder, "blob"), "x.safetensors", &one_value());
+    make(folder, "workloads");
+}
+
+fn flashinfer(folder: &Path, bytes: &[u8]) -> Answer {
+    use_tensors(&put(folder, "workloads/mutant.jsonl", bytes))
+}
+
+/// Logits, the first half of the bytes, with their tokens.
+fn llama_debug(folder: &Path, bytes: &[u8]) -> Answer {
+    let (logits, tokens) = bytes.split_at(bytes.len() / 2);
+    put(folder, "llamacpp-mutant-tokens.bin", tokens);
+    let path = put(folder, "llamacpp-mutant.bin", logits);
+    let file = TensorFile::open(&path).map_err(in_words)?;
+    file.integers(Some("ids")).map_err(in_words)?;
+    let tensor = Some("logits".to_owned());
+    use_codes(&file, &FileTensor { file: path, tensor, format: None, shape: None, scale: None })
 }
 
 /// Raw values, after what a manifest says of them: a byte for the format, and two sizes.

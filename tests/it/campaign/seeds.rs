@@ -33,6 +33,11 @@ pub fn of(reader: &str) -> (Kind, Vec<Vec<u8>>) {
         "safetensors" => (Kind::Safetensors, fixtures(&["tensors.safetensors"])),
         "gguf-tensors" => (Kind::Gguf, fixtures(&["tensors.gguf"])),
         "raw" => (Kind::Raw, vec![raw()]),
+        "torch" => (Kind::Torch, dumps(&["torch/one.pt", "torch/state.pth", PASS])),
+        "polygraphy" => (Kind::Json, dumps(&POLYGRAPHY)),
+        "msprobe" => (Kind::Json, vec![MSPROBE.as_bytes().to_vec()]),
+        "flashinfer" => (Kind::Events, vec![FLASHINFER.as_bytes().to_vec()]),
+        "llama-debug" => (Kind::Raw, vec![vec![0; 32]]),
         "captures" => (Kind::Safetensors, vec![captures()]),
         "vectors" => (Kind::Safetensors, vec![vectors()]),
         "manifest" => (Kind::Toml, manifests()),
@@ -53,6 +58,26 @@ fn read(path: &Path) -> Vec<u8> {
 
 fn fixtures(names: &[&str]) -> Vec<Vec<u8>> {
     names.iter().map(|name| read(&own("tests/fixtures/readers").join(name))).collect()
+}
+
+/// A file of SGLang's dumper: a tensor among other values.
+const PASS: &str = "sglang/repeated/step=0___rank=0___dump_index=7___name=attn_out___recompute_status=disabled___layer_id=3.pt";
+const POLYGRAPHY: [&str; 4] = [
+    "polygraphy/outputs.json",
+    "polygraphy/two.json",
+    "polygraphy/torch.json",
+    "polygraphy/inputs.json",
+];
+const MSPROBE: &str = r#"{"task":"tensor","level":"L0","data":{"Module.x.Linear.forward.0":{
+"input_args":[],"output":[{"type":"torch.Tensor","shape":[1],"data_name":"x.npy"}]}}}"#;
+const FLASHINFER: &str = concat!(
+    r#"{"definition":"gemm","workload":{"axes":{"M":1},"uuid":"a","inputs":{"A":{"#,
+    r#""type":"safetensors","path":"blob/x.safetensors","tensor_key":"x"}}},"solution":null}"#,
+    "\n"
+);
+
+fn dumps(names: &[&str]) -> Vec<Vec<u8>> {
+    names.iter().map(|name| read(&own("tests/fixtures/dumps").join(name))).collect()
 }
 
 fn forms() -> Vec<Vec<u8>> {
