@@ -59,12 +59,12 @@ pub(super) struct MultiplyArgs {
     /// Parts that K is cut into.
     #[arg(long, default_value = "1")]
     split_k: u32,
-    /// The type of y: f32, bf16, f16; by default the observed outputs' own, else f32.
-    #[arg(long)]
-    output: Option<Format>,
-    /// A device's outputs as FILE or FILE:TENSOR, whose schedule is to be identified.
-    #[arg(long, value_parser = tensor_ref)]
-    observed: Option<TensorRef>,
+    /// The type of y: f32, bf16, f16.
+    #[arg(long, default_value = "f32")]
+    output: Format,
+    /// Gone: `runner judge` says which schedule outputs have.
+    #[arg(long, hide = true)]
+    observed: Option<String>,
     /// The file to write y to.
     #[arg(long)]
     save: Option<PathBuf>,
@@ -89,6 +89,12 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
         ChipCli::Verify { folder } => ChipCommand::Verify { folder },
         ChipCli::Licence => ChipCommand::Licence,
         ChipCli::Multiply(args) => {
+            if let Some(observed) = &args.observed {
+                return Err(format!(
+                    "`--observed` is gone: `runner judge X W {observed}` says whether these are \
+                     the bits of a chip, by which schedule, and what is wrong where they are not"
+                ));
+            }
             let accumulate = if args.fast { Accumulate::Fast } else { Accumulate::Promoted };
             let schedule = Schedule { accumulate, split_k: args.split_k, ..Schedule::PROMOTED };
             let operand = |source, format, scale| MultiplyOperand { source, format, scale };
@@ -98,7 +104,6 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
                 chip: args.chip,
                 schedule,
                 output: args.output,
-                observed: args.observed,
                 save: args.save,
             }))
         }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fmt::Write;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use super::chip::chip_name;
 use super::{FALSIFIED, PASS, print, print_bytes};
@@ -15,6 +16,7 @@ use crate::judge::operands::{
     Axes, JudgeError, Layout, Mostly, Operand, Source, by_name, read, recognised_in_words,
 };
 use crate::judge::product::Product;
+use crate::judge::same::{Comparison, compare};
 use crate::judge::single::{AttentionOf, Single};
 use crate::judge::{Answer, Epilogue, Judgement};
 use crate::model::{Rope, RopeLayout};
@@ -47,12 +49,13 @@ Examples:
   runner judge x.npy w.npy y.npy --scale-x xs.npy --scale-w ws.npy    FP8, any block
   runner judge x.npy w.npy y.npy --dtype-x bf16 --dtype-w bf16 --dtype-y bf16
   runner judge q.npy k.npy v.npy y.npy --op attention --heads 8 --kv-heads 2 --head-dim 128
+  runner judge a.npy b.npy --op same       two tensors without an operation: b should be a
 
 A GEMM is y[N, M] = alpha x[N, K] w[M, K]^T + bias; leading dimensions are batches.")]
 pub(super) struct JudgeArgs {
     /// The tensors in the op's order, each FILE or FILE:TENSOR; or one file that holds
     /// them all by name. matmul: x w y. norm: x weight y. rope: x y. attention: q k v y.
-    /// swiglu: gate up y. softmax: x y.
+    /// swiglu: gate up y. softmax: x y. same: a b.
     #[arg(required = true)]
     tensors: Vec<String>,
     /// What the kernel computes.
@@ -77,7 +80,7 @@ pub(super) struct JudgeArgs {
     #[arg(long, allow_hyphen_values = true)]
     scale_w: Option<String>,
     /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2.
-    #[arg(long, visible_aliases = ["dtype-q", "dtype-gate"])]
+    #[arg(long, visible_aliases = ["dtype-q", "dtype-gate", "dtype-a"])]
     dtype_x: Option<Format>,
     /// The format of the second tensor.
     #[arg(long, visible_aliases = ["dtype-k", "dtype-up", "dtype-weight"])]
@@ -86,10 +89,10 @@ pub(super) struct JudgeArgs {
     #[arg(long)]
     dtype_v: Option<Format>,
     /// The format of y.
-    #[arg(long)]
+    #[arg(long, visible_alias = "dtype-b")]
     dtype_y: Option<Format>,
     /// The shape of the first tensor, where its file is raw: rows,width.
-    #[arg(long, value_delimiter = ',', visible_aliases = ["shape-q", "shape-gate"])]
+    #[arg(long, value_delimiter = ',', visible_aliases = ["shape-q", "shape-gate", "shape-a"])]
     shape_x: Option<Vec<usize>>,
     /// The shape of the second tensor.
     #[arg(long, value_delimiter = ',', visible_aliases = ["shape-k", "shape-up", "shape-weight"])]
@@ -98,7 +101,7 @@ pub(super) struct JudgeArgs {
     #[arg(long, value_delimiter = ',')]
     shape_v: Option<Vec<usize>>,
     /// The shape of y.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', visible_alias = "shape-b")]
     shape_y: Option<Vec<usize>>,
     /// The type in which the kernel returned y; by default the one that y's values have.
     #[arg(long)]
@@ -143,6 +146,10 @@ pub(super) struct JudgeArgs {
     /// attention: keys that a query sees at most, its own included.
     #[arg(long)]
     window: Option<usize>,
+    /// same: steps of the coarser type by which b may be off; by default 2 in bf16 and FP8, 8 in
+    /// f16 and tf32, 256 in f32.
+    #[arg(long)]
+    ulps: Option<u64>,
     /// How to print the answer.
     #[arg(long, value_enum, default_value_t = JudgeFormat::Table)]
     format: JudgeFormat,
@@ -163,6 +170,8 @@ enum JudgedOp {
     Swiglu,
     /// Softmax of each row.
     Softmax,
+    /// Two tensors without an operation: b should be a.
+    Same,
 }
 
 impl JudgedOp {
@@ -173,6 +182,7 @@ impl JudgedOp {
             JudgedOp::Rope | JudgedOp::Softmax => &["x", "y"],
             JudgedOp::Attention => &["q", "k", "v", "y"],
             JudgedOp::Swiglu => &["gate", "up", "y"],
+            JudgedOp::Same => &["a", "b"],
         }
     }
 
@@ -184,6 +194,7 @@ impl JudgedOp {
             JudgedOp::Attention => "attention",
             JudgedOp::Swiglu => "swiglu",
             JudgedOp::Softmax => "softmax",
+            JudgedOp::Same => "same",
         }
     }
 }
@@ -209,12 +220,43 @@ struct Told {
     op: &'static str,
     operands: Vec<String>,
     remarks: Vec<String>,
-    judgements: Vec<Judgement>,
+    judgements: Vec<Said>,
+}
+
+/// What is said of one op or of two tensors.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Said {
+    Op(Box<Judgement>),
+    Same(Box<Comparison>),
+}
+
+impl Said {
+    fn answer(&self) -> Answer {
+        match self {
+            Said::Op(judgement) => judgement.answer,
+            Said::Same(comparison) => comparison.answer,
+        }
+    }
+
+    fn sentence(&self) -> &str {
+        match self {
+            Said::Op(judgement) => &judgement.sentence,
+            Said::Same(comparison) => &comparison.sentence,
+        }
+    }
+
+    fn in_text(&self) -> String {
+        match self {
+            Said::Op(judgement) => judgement.in_text(),
+            Said::Same(comparison) => comparison.in_text(),
+        }
+    }
 }
 
 pub(super) fn judge(args: &JudgeArgs) -> Result<u8, String> {
     let told = answer(args).map_err(|error| error.to_string())?;
-    let worst = told.judgements.iter().map(|judgement| judgement.answer).max();
+    let worst = told.judgements.iter().map(Said::answer).max();
     let worst = worst.ok_or("there is nothing to judge")?;
     match args.format {
         JudgeFormat::Table => print(&told.in_text())?,
@@ -246,9 +288,9 @@ impl Told {
             return text + &only.in_text();
         }
         for (number, judgement) in self.judgements.iter().enumerate() {
-            let _ = writeln!(text, "  batch {number}: {}", judgement.sentence);
+            let _ = writeln!(text, "  batch {number}: {}", judgement.sentence());
         }
-        let worst = self.judgements.iter().enumerate().rev().max_by_key(|(_, j)| j.answer);
+        let worst = self.judgements.iter().enumerate().rev().max_by_key(|(_, j)| j.answer());
         if let Some((number, worst)) = worst {
             let _ = write!(text, "\nbatch {number}:\n{}", worst.in_text());
         }
@@ -313,8 +355,9 @@ fn find(args: &JudgeArgs) -> Result<Found, JudgeError> {
 
 /// Refuses options that the op does not read, and numbers that are none.
 fn check(args: &JudgeArgs) -> Result<(), JudgeError> {
-    use JudgedOp::{Attention, Matmul, Norm, Rope};
-    let given: [(&str, bool, &[JudgedOp]); 20] = [
+    use JudgedOp::{Attention, Matmul, Norm, Rope, Same, Softmax, Swiglu};
+    let computed = [Matmul, Norm, Rope, Attention, Swiglu, Softmax];
+    let given: [(&str, bool, &[JudgedOp]); 22] = [
         ("--transposed-x", args.transposed_x, &[Matmul]),
         ("--transposed-w", args.transposed_w, &[Matmul]),
         ("--bias", args.bias.is_some(), &[Matmul]),
@@ -334,6 +377,8 @@ fn check(args: &JudgeArgs) -> Result<(), JudgeError> {
         ("--causal", args.causal, &[Attention]),
         ("--no-causal", args.no_causal, &[Attention]),
         ("--window", args.window.is_some(), &[Attention]),
+        ("--output", args.output.is_some(), &computed),
+        ("--ulps", args.ulps.is_some(), &[Same]),
         ("--dtype-v", args.dtype_v.is_some() || args.shape_v.is_some(), &[Attention]),
     ];
     if let Some((name, _, ops)) =
@@ -397,13 +442,21 @@ fn answer(args: &JudgeArgs) -> Result<Told, JudgeError> {
             let beside = Beside::new(whole.as_ref());
             let told = products(args, operands, &beside, &mut remarks)?;
             used.extend(beside.used.take());
-            told
+            (ops(told.0), told.1)
         }
-        _ => (single(args, &operands, &mut remarks)?, operands),
+        JudgedOp::Same => {
+            let said = compare(&operands[0], &operands[1], args.ulps)?;
+            (vec![Said::Same(Box::new(said))], operands)
+        }
+        _ => (ops(single(args, &operands, &mut remarks)?), operands),
     };
     remarks.extend(whole.as_ref().and_then(|(file, _)| unused(args, file, &used)));
     let operands = operands.iter().map(Operand::in_words).collect();
     Ok(Told { op: args.op.name(), operands, remarks, judgements })
+}
+
+fn ops(judgements: Vec<Judgement>) -> Vec<Said> {
+    judgements.into_iter().map(|judgement| Said::Op(Box::new(judgement))).collect()
 }
 
 /// A file that holds everything, and what was taken from it beside the operands.

@@ -236,7 +236,7 @@ impl Exam {
 }
 
 /// The last place of a value of about `size` in a format.
-fn last_place(format: Format, size: f64) -> f64 {
+pub fn last_place(format: Format, size: f64) -> f64 {
     (rounding(format, size) * 12.0).sqrt()
 }
 

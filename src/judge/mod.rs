@@ -6,11 +6,16 @@
 
 mod bits;
 mod causes;
+mod epilogue_bugs;
 mod exam;
 pub mod heads;
+mod k_bugs;
+mod looks;
+mod operand_bugs;
 pub mod operands;
 mod place;
 pub mod product;
+pub mod same;
 mod scale_bugs;
 pub mod single;
 pub mod stage;
@@ -246,22 +251,7 @@ impl Judgement {
 
     fn say_wrong(&self) -> String {
         let mut parts = Vec::new();
-        let NonFinite { nan, infinite, lost, first, .. } = &self.non_finite;
-        let at = first.map_or(String::new(), |[row, column]| {
-            format!(", the first at row {row}, column {column}")
-        });
-        let strange: Vec<String> = [
-            (*nan, "NaN"),
-            (*infinite, "infinite"),
-            (*lost, "finite where the exact value is not or does not fit"),
-        ]
-        .into_iter()
-        .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{} {what}", values_are(count)))
-        .collect();
-        if !strange.is_empty() {
-            parts.push(format!("{}{at}", strange.join(" and ")));
-        }
+        parts.extend(not_finite(&self.non_finite));
         if let Some(place) = self.place.as_ref().filter(|_| !self.z.within) {
             let size = number((place.size * 10.0).round() / 10.0);
             parts.push(format!(
@@ -273,20 +263,7 @@ impl Judgement {
         if self.z.within {
             parts.push(format!("all others are within rounding, z {:.2}", self.z.rms));
         }
-        parts.push(match self.causes.first() {
-            Some(cause) if cause.named => format!(
-                "{}: {} (explains {:.2} % of the difference)",
-                cause.cause,
-                cause.detail,
-                100.0 * cause.explained
-            ),
-            Some(cause) => format!(
-                "not recognised; nearest is {} with {:.0} %",
-                cause.cause,
-                100.0 * cause.explained.clamp(0.0, 1.0)
-            ),
-            None => "not recognised".to_owned(),
-        });
+        parts.push(why(&self.causes));
         format!("wrong, here, so: {}", parts.join("; "))
     }
 
@@ -410,14 +387,56 @@ impl Judgement {
             line("how", place.instead.clone());
         }
         for cause in &self.causes {
-            let share = 100.0 * cause.explained.clamp(0.0, 1.0);
-            line("cause", format!("{}: {} ({share:.2} %)", cause.cause, cause.detail));
+            line("cause", cause.in_words());
         }
         if let Some(map) = &self.map {
             text += "\n";
-            text += &map.in_text();
+            text += &map.in_text("largest z");
         }
         text
+    }
+}
+
+impl Cause {
+    fn in_words(&self) -> String {
+        let share = 100.0 * self.explained.clamp(0.0, 1.0);
+        format!("{}: {} ({share:.2} %)", self.cause, self.detail)
+    }
+}
+
+/// What is not finite and must be, or the other way round.
+fn not_finite(found: &NonFinite) -> Option<String> {
+    let NonFinite { nan, infinite, lost, first, .. } = found;
+    let at = first.map_or(String::new(), |[row, column]| {
+        format!(", the first at row {row}, column {column}")
+    });
+    let strange: Vec<String> = [
+        (*nan, "NaN"),
+        (*infinite, "infinite"),
+        (*lost, "finite where the exact value is not or does not fit"),
+    ]
+    .into_iter()
+    .filter(|(count, _)| *count > 0)
+    .map(|(count, what)| format!("{} {what}", values_are(count)))
+    .collect();
+    (!strange.is_empty()).then(|| format!("{}{at}", strange.join(" and ")))
+}
+
+/// The best cause, in a sentence's end.
+fn why(causes: &[Cause]) -> String {
+    match causes.first() {
+        Some(cause) if cause.named => format!(
+            "{}: {} (explains {:.2} % of the difference)",
+            cause.cause,
+            cause.detail,
+            100.0 * cause.explained
+        ),
+        Some(cause) => format!(
+            "not recognised; nearest is {} with {:.0} %",
+            cause.cause,
+            100.0 * cause.explained.clamp(0.0, 1.0)
+        ),
+        None => "not recognised".to_owned(),
     }
 }
 

@@ -440,7 +440,9 @@ impl Layout<'_> {
 }
 
 /// Names under which programs keep an op's tensors, the commonest first.
-const NAMES: [(&str, &[&str]); 14] = [
+const NAMES: [(&str, &[&str]); 16] = [
+    ("a", &["a", "expected", "reference", "ref", "want"]),
+    ("b", &["b", "actual", "observed", "got", "result"]),
     ("x", &["x", "input", "act", "activation", "a", "hidden_states"]),
     ("w", &["w", "weight", "weights", "b"]),
     ("y", &["y", "output", "out", "result", "d", "c"]),

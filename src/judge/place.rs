@@ -35,6 +35,9 @@ pub struct Place {
     pub size: f64,
     /// What stands there instead of the right values.
     pub instead: String,
+    /// The rows and the columns one by one.
+    #[serde(skip)]
+    pub lines: [Vec<usize>; 2],
 }
 
 /// The largest error of each block of the outputs, in units of the floor.
@@ -89,6 +92,7 @@ impl Place {
             filled: inside as f64 / sizes.len().max(1) as f64,
             size: median(sizes),
             instead: instead(exam, &in_rows, &in_columns),
+            lines: [in_rows, in_columns],
         }
     }
 
@@ -244,11 +248,11 @@ impl Map {
         Map { cell, cells }
     }
 
-    /// The map as text.
-    pub fn in_text(&self) -> String {
+    /// The map as text, under what its numbers are.
+    pub fn in_text(&self, of: &str) -> String {
         let [rows, width] = self.cell;
         let mut text = format!(
-            "  largest z of each block of {rows} x {width}; `.` is within rounding, ! is NaN or \
+            "  {of} of each block of {rows} x {width}; `.` is within rounding, ! is NaN or \
              infinite\n"
         );
         let head = (0..self.cells.first().map_or(0, Vec::len))

@@ -7,7 +7,10 @@ use rayon::prelude::*;
 
 use super::bits::{self, Epilogue};
 use super::exam::{Exam, FLUSHED, Floor, deviation, excess, is_larger, most_rms, rounding};
-use super::{Cause, Checksums, Judgement, Place, Whole, causes, scale_bugs, verdict};
+use super::{
+    Cause, Checksums, Judgement, Place, Whole, causes, epilogue_bugs, k_bugs, looks, operand_bugs,
+    scale_bugs, verdict,
+};
 use crate::compare::MOST_DEVIATIONS;
 use crate::compute::ComputeError;
 use crate::compute::emulated::chip::{CHIPS, Unit};
@@ -33,6 +36,8 @@ const BALANCED: f64 = 3.0;
 const LARGE: usize = 1 << 31;
 /// Rows and columns that are compared value by value then.
 const SAMPLE: (usize, usize) = (64, 1024);
+/// Causes that are told.
+const MOST_CAUSES: usize = 3;
 /// Values in a checksum.
 const CHECKED: usize = 64;
 
@@ -145,7 +150,20 @@ impl Product<'_> {
         bare(self.x) || bare(self.w)
     }
 
-    fn bias(&self, column: usize) -> f64 {
+    /// What sums of plain codes are multiplied with before alpha; nothing where that is not one
+    /// number.
+    pub(super) fn scale(&self) -> Option<f64> {
+        let one = |codes: &CodedTensor| match &codes.scales {
+            None => Some(1.0),
+            Some(scales) => match scales.values.as_slice() {
+                [only] => Some(f64::from(*only)),
+                _ => None,
+            },
+        };
+        Some(one(self.x)? * one(self.w)?)
+    }
+
+    pub(super) fn bias(&self, column: usize) -> f64 {
         self.epilogue.bias.as_ref().map_or(0.0, |bias| f64::from(bias[column]))
     }
 
@@ -329,21 +347,47 @@ impl Product<'_> {
         let marks = exam.marks();
         let bits = bits::look(self.x, self.w, &exam, &self.epilogue, self.chips, self.all)?;
         let search = |place: &Place| -> Result<Vec<Cause>, ComputeError> {
+            let mut found = self.causes(&exam, place)?;
             if self.lacks_scale() {
                 // Any scale would fit some other scale that is not there.
-                let mut found = causes::of_product(self, &exam, place)?;
                 for cause in found.iter_mut().filter(|cause| cause.cause.contains("scale")) {
                     cause.named = false;
                 }
-                return Ok(found);
-            }
-            let mut found = scale_bugs::search(self, &exam, place)?;
-            if !found.iter().any(|cause| cause.named) {
-                found.extend(causes::of_product(self, &exam, place)?);
             }
             Ok(found)
         };
         verdict(&exam, marks, Some(bits), search)
+    }
+
+    /// What the outputs look like: quick hypotheses on some of what is wrong, and where none
+    /// is named, the fingerprints.
+    fn causes(&self, exam: &Exam, place: &Place) -> Result<Vec<Cause>, ComputeError> {
+        type Look<'l> = &'l dyn Fn() -> Result<Vec<Cause>, ComputeError>;
+        let looks: [Look<'_>; 8] = [
+            &|| Ok(epilogue_bugs::search(self, exam, place)),
+            &|| Ok(looks::not_finite(exam, place)),
+            &|| {
+                let mut found = match self.lacks_scale() {
+                    true => Vec::new(),
+                    false => scale_bugs::search(self, exam, place)?,
+                };
+                found.extend(looks::functions(exam, place));
+                Ok(looks::ranked(found))
+            },
+            &|| Ok(looks::places(exam, place)),
+            &|| Ok(looks::lines(exam, place)),
+            &|| k_bugs::search(self, exam, place),
+            &|| operand_bugs::search(self, exam, place),
+            &|| Ok(looks::of_lines(exam, place)),
+        ];
+        for look in looks {
+            let mut found = look()?;
+            if !found.is_empty() {
+                found.truncate(MOST_CAUSES);
+                return Ok(found);
+            }
+        }
+        causes::of_product(self, exam, place)
     }
 }
 

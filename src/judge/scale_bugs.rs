@@ -10,6 +10,7 @@ use super::place::Place;
 use super::product::Product;
 use crate::compute::ComputeError;
 use crate::compute::emulated::identify::spread;
+use crate::dtype::Format;
 use crate::tensor_file::{BlockScales, CodedTensor};
 
 /// Rows and columns on which a hypothesis is tested.
@@ -17,7 +18,14 @@ const SAMPLE: (usize, usize) = (48, 96);
 /// The share of the difference that it must explain.
 const EXPLAINED: f64 = 0.99;
 
-type Change = (&'static str, String, Box<dyn Fn(&CodedTensor) -> CodedTensor>);
+/// A change of an operand's scales, in words that follow its name.
+struct Change {
+    cause: &'static str,
+    detail: &'static str,
+    /// Whether scales change their places and not their values.
+    of_order: bool,
+    make: fn(&BlockScales, usize) -> BlockScales,
+}
 
 /// Tests them all; the best first.
 pub(super) fn search(
@@ -28,26 +36,38 @@ pub(super) fn search(
     let mut causes = Vec::new();
     let rows = sample(place.row_span, exam.y.rows(), SAMPLE.0);
     let columns = sample(place.column_span, exam.y.width(), SAMPLE.1);
-    let operands = [("x", product.x, true), ("w", product.w, false)];
-    for (name, operand, is_x) in operands {
-        for (cause, detail, change) in changes(name, operand) {
-            let changed = change(operand);
-            let (x, w) = if is_x { (&changed, product.w) } else { (product.x, &changed) };
-            let part = Product {
-                x,
-                w,
-                y: product.y.clone(),
-                epilogue: product.epilogue.clone(),
-                ..*product
-            }
-            .part(&rows, &columns);
-            let tried = part.of(product).exam()?;
-            let (rest, whole, within) = explained(&tried, exam, &rows, &columns);
-            let share = if whole > 0.0 { 1.0 - rest / whole } else { 0.0 };
-            if within || share >= EXPLAINED {
-                let cause = cause.to_owned();
-                causes.push(Cause { cause, detail, explained: share, named: true });
-            }
+    let mut part = product.part(&rows, &columns);
+    let plain = [part.x.scales.clone(), part.w.scales.clone()];
+    let mut attempt = |cause: &str, detail: String, scales: [Option<BlockScales>; 2]| {
+        let [x, w] = scales;
+        (part.x.scales, part.w.scales) = (x, w);
+        let tried = part.of(product).exam()?;
+        let (rest, whole, within) = explained(&tried, exam, &rows, &columns);
+        let share = if whole > 0.0 { 1.0 - rest / whole } else { 0.0 };
+        if within || share >= EXPLAINED {
+            let cause = cause.to_owned();
+            causes.push(Cause { cause, detail, explained: share, named: true });
+        }
+        Ok::<(), ComputeError>(())
+    };
+    let of = |change: &Change, operand: &CodedTensor, lines: &[usize]| {
+        let scales = operand.scales.as_ref().map(|scales| (change.make)(scales, operand.rows));
+        scales.map(|scales| scales.select_rows(lines, operand.width))
+    };
+    let [of_x, of_w] = [changes(product.x), changes(product.w)];
+    for change in &of_x {
+        let detail = format!("the scales of x {}", change.detail);
+        attempt(change.cause, detail, [of(change, product.x, &rows), plain[1].clone()])?;
+    }
+    for change in &of_w {
+        let detail = format!("the scales of w {}", change.detail);
+        attempt(change.cause, detail, [plain[0].clone(), of(change, product.w, &columns)])?;
+    }
+    for x in of_x.iter().filter(|x| !x.of_order) {
+        if let Some(w) = of_w.iter().find(|w| w.detail == x.detail) {
+            let detail = format!("the scales of x and w {}", x.detail);
+            let both = [of(x, product.x, &rows), of(w, product.w, &columns)];
+            attempt(x.cause, detail, both)?;
         }
     }
     causes.sort_by(|a, b| b.explained.total_cmp(&a.explained));
@@ -69,7 +89,7 @@ fn sample([first, last]: [usize; 2], all: usize, most: usize) -> Vec<usize> {
 
 /// What is left of the difference, what it was, and whether rounding explains the rest.
 fn explained(tried: &Exam, exam: &Exam, rows: &[usize], columns: &[usize]) -> (f64, f64, bool) {
-    let (mut rest, mut whole) = (0.0, 0.0);
+    let (mut rest, mut whole, mut size) = (0.0, 0.0, 0.0);
     for (at, &row) in rows.iter().enumerate() {
         for (beside, &column) in columns.iter().enumerate() {
             let y = f64::from(exam.y.row(row)[column]);
@@ -78,30 +98,50 @@ fn explained(tried: &Exam, exam: &Exam, rows: &[usize], columns: &[usize]) -> (f
             if now.is_finite() && before.is_finite() {
                 rest += now * now;
                 whole += before * before;
+                size += y * y;
             }
         }
     }
+    // Where outputs are small, anything small is near: they must be explained themselves.
+    let whole = if size > 0.0 && size < whole { size } else { whole };
     let z = tried.marks().z;
     let within = z.rms <= most_rms(tried.truth.len()) && rest < whole;
     (rest, whole, within)
 }
 
-fn changes(name: &'static str, operand: &CodedTensor) -> Vec<Change> {
+fn changes(operand: &CodedTensor) -> Vec<Change> {
     let mut all: Vec<Change> = Vec::new();
     let Some(scales) = &operand.scales else { return all };
-    let mut add = |cause, what: &str, change: fn(&BlockScales, usize) -> BlockScales| {
-        let detail = format!("the scales of {name} {what}");
-        let change = move |operand: &CodedTensor| {
-            let scales = operand.scales.as_ref().map(|scales| change(scales, operand.rows));
-            CodedTensor { scales, ..operand.clone() }
-        };
-        all.push((cause, detail, Box::new(change)));
+    let mut add = |cause, detail: &'static str, make: fn(&BlockScales, usize) -> BlockScales| {
+        all.push(Change { cause, detail, of_order: cause == "scale-order", make });
     };
     if scales.values.iter().any(|&scale| scale != 1.0) {
         add("scale-missing", "are not applied", |scales, _| mapped(scales, |_| 1.0));
         add("scale-twice", "are applied twice", |scales, _| mapped(scales, |scale| scale * scale));
         add("scale-inverted", "divide instead of multiplying", |scales, _| {
             mapped(scales, |scale| 1.0 / scale)
+        });
+        add("scale-rounded", "are rounded up to powers of two", |scales, _| {
+            mapped(scales, |scale| scale.log2().ceil().exp2())
+        });
+        add("scale-rounded", "are rounded down to powers of two", |scales, _| {
+            mapped(scales, |scale| scale.log2().floor().exp2())
+        });
+        add("scale-rounded", "are rounded to the nearest powers of two", |scales, _| {
+            mapped(scales, |scale| scale.log2().round().exp2())
+        });
+        add("scale-rounded", "are rounded to bf16", |scales, _| {
+            mapped(scales, |scale| Format::Bf16.round(scale))
+        });
+        add("scale-rounded", "are rounded to f16", |scales, _| {
+            mapped(scales, |scale| Format::F16.round(scale))
+        });
+    }
+    if scales.values.len() > 1 {
+        add("scale-order", "are all taken as the largest of them", |scales, _| {
+            let most =
+                scales.values.iter().fold(0.0f32, |most, &s| if s > most { s } else { most });
+            mapped(scales, |_| most)
         });
     }
     let wide = scales.blocks_per_row;
@@ -142,11 +182,18 @@ fn changes(name: &'static str, operand: &CodedTensor) -> Vec<Change> {
                 (place / wide, place % wide)
             })
         });
+        add("scale-order", "are read along the wrong axis", |scales, _| {
+            // The table is stored as [wide, high] and walked as [high, wide].
+            moved(scales, |row, column, high, wide| {
+                let place = row * wide + column;
+                (place % high, place / high)
+            })
+        });
     }
     all
 }
 
-fn mapped(scales: &BlockScales, change: fn(f32) -> f32) -> BlockScales {
+fn mapped(scales: &BlockScales, change: impl Fn(f32) -> f32) -> BlockScales {
     let values = scales.values.iter().map(|&scale| change(scale)).collect();
     BlockScales { values, ..scales.clone() }
 }

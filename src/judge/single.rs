@@ -303,7 +303,7 @@ impl Single<'_> {
 }
 
 /// A recipe for ops that no recipe changes.
-fn recipe(output: Format) -> Recipe {
+pub(super) fn recipe(output: Format) -> Recipe {
     Recipe {
         gemm: Format::F32,
         scale: Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor },

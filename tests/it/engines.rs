@@ -809,7 +809,7 @@ fn a_recipe_that_contradicts_the_recordings_own_steps_is_refused() {
 #[test]
 fn published_bugs_in_real_engines_are_located_and_named() {
     let (project, told) = of_public_bugs();
-    assert_eq!(told.len(), 8);
+    assert_eq!(told.len(), 10);
     let stages = judged(&project);
     for (id, cause, site) in told {
         // Of the zero point's pass no attention was kept, and the engine lists several kernels of it: the

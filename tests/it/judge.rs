@@ -95,6 +95,7 @@ fn write(project: &Project, name: &str, tensors: &[(&str, Format, Vec<usize>, &[
             Format::Bf16 => Dtype::BF16,
             Format::F16 => Dtype::F16,
             Format::E4m3 => Dtype::F8_E4M3,
+            Format::E5m2 => Dtype::F8_E5M2,
             _ => Dtype::F32,
         };
         (*name, TensorView::new(dtype, shape.clone(), bytes).expect("a view"))
@@ -845,4 +846,446 @@ fn a_stage_is_written_only_of_operands_that_fit_as_a_stage_reads_them() {
     new("b", "d.safetensors:wt", "d.safetensors:y").expect(2, "these fit with w as [K, M] only");
     new("c", "d.safetensors:w", "d.safetensors:x").expect(2, "are no product");
     assert!(!project.path("stages/b.toml").exists());
+}
+
+/// Rows and columns of a product, one value after the other.
+fn places(dump: &Dump) -> impl Iterator<Item = (usize, usize)> {
+    let (n, m) = (dump.n, dump.m);
+    (0..n).flat_map(move |row| (0..m).map(move |column| (row, column)))
+}
+
+#[test]
+fn every_part_of_k_that_counts_otherwise_than_once_is_named_by_its_elements() {
+    let [n, k, m] = [48, 520, 160];
+    let dump = Dump::new(201, [n, k, m]);
+    let part = |range| dump.sums(range);
+    let with = |parts: &[(f64, Vec<f64>)]| -> Vec<f32> {
+        let mut y = dump.exact.clone();
+        for (weight, part) in parts {
+            y.iter_mut().zip(part).for_each(|(y, part)| *y += weight * part);
+        }
+        bf16(&y)
+    };
+    // One operand's tile is the one before it.
+    let stale = |of_x: bool| -> Vec<f32> {
+        let sum = |(row, column): (usize, usize)| {
+            let product = |at: usize| {
+                let old = if (256..288).contains(&at) { at - 32 } else { at };
+                let (x, w) = if of_x { (old, at) } else { (at, old) };
+                f64::from(dump.x[row * k + x]) * f64::from(dump.w[column * k + w])
+            };
+            (0..k).map(product).sum()
+        };
+        bf16(&places(&dump).map(sum).collect::<Vec<f64>>())
+    };
+    let in_tile = {
+        let lost = part(64..80);
+        let y = dump.exact.iter().zip(&lost).enumerate();
+        let tile = |at: usize| (32..96).contains(&(at % m));
+        bf16(&y.map(|(at, (y, p))| if tile(at) { y - p } else { *y }).collect::<Vec<f64>>())
+    };
+    let others: Vec<(f64, Vec<f64>)> =
+        (0..4).map(|tile| (-1.0, part(128 * tile + 64..128 * tile + 128))).collect();
+    for (y, words) in [
+        (with(&[(-1.0, part(336..352))]), "k-block-lost: products 336 to 351 of 520 are left out"),
+        (
+            with(&[(1.0, part(336..352))]),
+            "k-block-twice: products 336 to 351 of 520 are counted twice",
+        ),
+        (
+            with(&[(-1.0, part(480..520))]),
+            "k-tail-dropped: the last 40 of 520 products are dropped",
+        ),
+        (with(&others), "that is every other block of 64, from 64 on"),
+        (
+            with(&[(-1.0, part(320..384)), (1.0, part(256..320))]),
+            "products 320 to 383 of 520 are left out, and products 256 to 319 are counted twice in",
+        ),
+        (
+            stale(true),
+            "elements 256 to 287 of x along K hold its elements 224 to 255: a stale tile",
+        ),
+        (
+            stale(false),
+            "elements 256 to 287 of w along K hold its elements 224 to 255: a stale tile",
+        ),
+        (in_tile, "columns 32 to 95 of all rows"),
+    ] {
+        wrong(dump.judge(&y), &[words]);
+    }
+}
+
+#[test]
+fn what_was_done_to_the_right_result_is_named_in_words() {
+    let dump = Dump::new(202, [96, 256, 160]);
+    let m = dump.m;
+    let of = |change: &dyn Fn(usize, usize, f64) -> f64| -> Vec<f32> {
+        let values = places(&dump).zip(&dump.exact).map(|((r, c), &y)| change(r, c, y));
+        bf16(&values.collect::<Vec<f64>>())
+    };
+    let tile = |row: usize, column: usize| (32..64).contains(&row) && (64..96).contains(&column);
+    let at = |row: usize, column: usize| dump.exact[row * m + column];
+    let cut = |y: f64| f64::from(f32::from_bits((y as f32).to_bits() & 0xffff_0000));
+    let column_of = |column: usize| (column * 7 % 11) as f64 / 4.0 - 1.0;
+    type Change<'c> = &'c dyn Fn(usize, usize, f64) -> f64;
+    let all: [(Change<'_>, &[&str]); 17] = [
+        (&|_, _, y| -y, &["sign-flipped: every value there has the other sign"]),
+        (&|_, _, y: f64| y.abs(), &["sign-lost: values are the magnitudes"]),
+        (&|_, _, y| if y > 0.0 { y } else { 0.0 }, &["as ReLU leaves them"]),
+        (&|_, _, y: f64| y / (1.0 + (-y).exp()), &["SiLU, x / (1 + exp(-x)), was applied"]),
+        (&|_, _, y: f64| y.clamp(-0.5, 0.5), &["clipped: values are clipped at 0.5"]),
+        (&|_, _, y| y + 0.25, &["offset: the constant 0.25 is added to every value"]),
+        (
+            &|_, c, y| y + column_of(c),
+            &["column-offset: a constant of its own is added to each column"],
+        ),
+        (
+            &|_, c, y| y * (1.5 + column_of(c)),
+            &["column-scale: each column has a factor of its own"],
+        ),
+        (&|_, c, y| if c / 64 == 1 { y * 1.1 } else { y }, &["columns 64 to 127", "1.1 times"]),
+        (&|_, _, y| cut(y), &["output-truncated: the result is truncated to bf16"]),
+        (&|_, _, y| f64::from(Format::E5m2.round(y as f32)), &["rounded to e5m2"]),
+        (&|r, c, y| if tile(r, c) { 0.75 } else { y }, &["constant: every value there is 0.75"]),
+        (
+            &|r, c, y| if tile(r, c) { at(r, c + 32) } else { y },
+            &[
+                "rows 32 to 63, columns 64 to 95",
+                "tile-stale: they are the outputs of rows 32 to 63 and columns 96 to 127",
+            ],
+        ),
+        (
+            &|r, c, y| if tile(r, c) { at(c - 32, r + 32) } else { y },
+            &["rows 32 to 63, columns 64 to 95", "tile-transposed"],
+        ),
+        (
+            &|r, c, y| if (32..64).contains(&r) { at(r - 32, c) } else { y },
+            &["rows-repeated: rows 32 to 63 hold rows 0 to 31"],
+        ),
+        (
+            &|r, c, _| at(r, (c + m - 1) % m),
+            &["columns-shifted: each column there holds the column before it"],
+        ),
+        (&|r, c, _| at(r, (c + m / 2) % m), &["the two halves of the columns are exchanged"]),
+    ];
+    for (change, words) in all {
+        wrong(dump.judge(&of(change)), words);
+    }
+    let mut y = dump.right();
+    y[5 * m..6 * m].fill(f32::NAN);
+    wrong(dump.judge(&y), &["non-finite-output", "whole rows"]);
+    // One value may be met by chance by any of these.
+    let mut y = dump.right();
+    y[5 * m + 7] += 1.0;
+    wrong(dump.judge(&y), &["row 5, column 7", "not recognised"]);
+}
+
+#[test]
+fn what_alpha_and_bias_did_is_named_in_words() {
+    let dump = Dump::new(203, [64, 128, 96]);
+    let bias = drawn(204, 96, 1.0, Format::Bf16);
+    let b = |column: usize| f64::from(bias[column % 96]);
+    let project = Project::new();
+    type Change<'c> = &'c dyn Fn(usize, f64) -> f64;
+    let all: [(Change<'_>, &str); 7] = [
+        (&|c, y| y + b(c), "alpha-missing: alpha, 0.25, is not applied"),
+        (&|c, y| y / 16.0 + b(c), "alpha-twice: alpha, 0.25, is applied twice"),
+        (&|_, y| y / 4.0, "bias-missing: the bias is not added"),
+        (&|c, y| y / 4.0 + 2.0 * b(c), "bias-twice: the bias is added twice"),
+        (&|c, y| y / 4.0 - b(c), "bias-sign: the bias is subtracted"),
+        (&|c, y| y / 4.0 + b(c + 1), "bias-shifted: each column gets the bias of the next column"),
+        (&|c, y| (y + b(c)) / 4.0, "bias-scaled: the bias is added before alpha is applied"),
+    ];
+    for (change, words) in all {
+        let y = places(&dump).zip(&dump.exact).map(|((_, c), &y)| change(c, y));
+        let y = bf16(&y.collect::<Vec<f64>>());
+        let tensors = [
+            ("x", Format::Bf16, vec![64, 128], dump.x.as_slice()),
+            ("w", Format::Bf16, vec![96, 128], dump.w.as_slice()),
+            ("bias", Format::Bf16, vec![96], bias.as_slice()),
+            ("y", Format::Bf16, vec![64, 96], &y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        wrong(project.runner(&["judge", "d.safetensors", "--alpha", "0.25"]), &[words]);
+    }
+}
+
+#[test]
+fn an_operand_that_was_read_or_rounded_otherwise_is_named_with_what_happened_to_it() {
+    let dump = Dump::new(205, [48, 256, 96]);
+    let k = dump.k;
+    let product = |x: &[f32], w: &[f32]| {
+        let other = Dump { x: x.to_vec(), w: w.to_vec(), exact: Vec::new(), ..dump };
+        bf16(&other.sums(0..k))
+    };
+    let each = |values: &[f32], change: &dyn Fn(f32) -> f32| -> Vec<f32> {
+        values.iter().map(|&value| change(value)).collect()
+    };
+    let as_f16 = |value: f32| Format::F16.decode(Format::Bf16.encode(value));
+    let eight_bit: Vec<f32> = dump
+        .w
+        .chunks(k)
+        .flat_map(|row| {
+            let most = row.iter().fold(0f32, |most, w| if w.abs() > most { w.abs() } else { most });
+            let step = most / 127.0;
+            row.iter().map(move |w| (w / step).round_ties_even() * step)
+        })
+        .collect();
+    for (y, words) in [
+        (product(&each(&dump.x, &as_f16), &dump.w), "wrong-format: x (bf16) is read as f16"),
+        (
+            product(&each(&dump.x, &|x| Format::E4m3.round(x)), &dump.w),
+            "other-format: x is rounded to e4m3",
+        ),
+        (
+            product(&dump.x, &eight_bit),
+            "other-format: w is rounded to 8-bit integers with one scale for each row",
+        ),
+    ] {
+        wrong(dump.judge(&y), &[words]);
+    }
+}
+
+#[test]
+fn scales_that_were_rounded_or_left_out_and_codes_that_were_misread_are_named() {
+    let [n, k, m] = [32, 256, 128];
+    let x = drawn(206, n * k, 1.0, Format::F32);
+    let w: Vec<f32> = drawn(207, m * k, 0.05, Format::F32);
+    let w: Vec<f32> = w.iter().enumerate().map(|(i, w)| w * (1.0 + (i / k % 5) as f32)).collect();
+    let ((xc, xs), (wc, ws)) = (quantised(&x, k, 1, k), quantised(&w, k, 1, k));
+    let (of_x, by_row) = ((&xc[..], &xs[..], [1, k]), [1, k]);
+    let ones = vec![1.0; m];
+    let powers: Vec<f32> = ws.iter().map(|s| s.log2().ceil().exp2()).collect();
+    let most = ws.iter().fold(0f32, |most, &s| if s > most { s } else { most });
+    let read = |change: &dyn Fn(u8) -> f32| -> Vec<f32> {
+        wc.iter().map(|&w| change(Format::E4m3.encode(w) as u8)).collect()
+    };
+    let (integers, halves) = (
+        read(&|code| f32::from(code as i8)),
+        read(&|code| Format::E4m3.decode(u32::from(code.rotate_left(4)))),
+    );
+    // A kernel whose halves of bytes are exchanged makes NaN of some; here such codes are 0.
+    let whole = |value: &f32| value.is_finite();
+    let kept: Vec<f32> =
+        wc.iter().zip(&halves).map(|(&w, h)| if whole(h) { w } else { 1.0 }).collect();
+    let halves: Vec<f32> = kept
+        .iter()
+        .map(|&w| Format::E4m3.decode(u32::from((Format::E4m3.encode(w) as u8).rotate_left(4))))
+        .collect();
+    let project = Project::new();
+    for (codes, y, words) in [
+        (
+            &wc,
+            scaled(of_x, (&wc, &ones, by_row), k),
+            "scale-missing: the scales of w are not applied",
+        ),
+        (
+            &wc,
+            scaled((&xc, &vec![1.0; n], by_row), (&wc, &ones, by_row), k),
+            "scale-missing: the scales of x and w are not applied",
+        ),
+        (
+            &wc,
+            scaled(of_x, (&wc, &powers, by_row), k),
+            "scale-rounded: the scales of w are rounded up to powers of two",
+        ),
+        (
+            &wc,
+            scaled(of_x, (&wc, &vec![most; m], by_row), k),
+            "scale-order: the scales of w are all taken as the largest of them",
+        ),
+        (
+            &wc,
+            scaled(of_x, (&integers, &ws, by_row), k),
+            "wrong-format: w (e4m3) is read as 8-bit integers",
+        ),
+        (
+            &kept,
+            scaled(of_x, (&halves, &ws, by_row), k),
+            "nibble-order: w is read with the two halves of each byte exchanged",
+        ),
+    ] {
+        let tensors = [
+            ("x", Format::E4m3, vec![n, k], xc.as_slice()),
+            ("w", Format::E4m3, vec![m, k], codes.as_slice()),
+            ("x_scale", Format::F32, vec![n, 1], xs.as_slice()),
+            ("w_scale", Format::F32, vec![m, 1], ws.as_slice()),
+            ("y", Format::Bf16, vec![n, m], &y),
+        ];
+        write(&project, "d.safetensors", &tensors);
+        wrong(project.runner(&["judge", "d.safetensors"]), &[words]);
+    }
+    // One block of a table carries another's scale.
+    let ((xc, xs), (wc, ws)) = (quantised(&x, k, 1, 128), quantised(&w, k, 64, 128));
+    let mut other = ws.clone();
+    other[3] *= 0.75;
+    let of_x = (&xc[..], &xs[..], [1, 128]);
+    let y = scaled(of_x, (&wc, &other, [64, 128]), k);
+    let tensors = [
+        ("x", Format::E4m3, vec![n, k], xc.as_slice()),
+        ("w", Format::E4m3, vec![m, k], wc.as_slice()),
+        ("x_scale", Format::F32, vec![n, 2], xs.as_slice()),
+        ("w_scale", Format::F32, vec![2, 2], ws.as_slice()),
+        ("y", Format::Bf16, vec![n, m], &y),
+    ];
+    write(&project, "d.safetensors", &tensors);
+    let words = ["columns 64 to 127 of all rows", "block-scale: products 128 to 255 count 0.7"];
+    wrong(project.runner(&["judge", "d.safetensors"]), &words);
+}
+
+#[test]
+fn no_clean_product_of_any_common_shape_is_called_wrong() {
+    let mut random = Random::at(208);
+    for seed in 0..12 {
+        let mut one_of = |sizes: &[usize]| sizes[random.below(sizes.len())];
+        let (n, m) = (one_of(&[1, 3, 16, 33, 64]), one_of(&[64, 96, 160, 257]));
+        let dump = Dump::new(300 + 2 * seed, [n, one_of(&[64, 200, 512, 1000]), m]);
+        dump.judge(&dump.right()).expect(0, "To the bit");
+        let sums: Vec<f32> = dump.in_f32().iter().map(|&sum| Format::Bf16.round(sum)).collect();
+        dump.judge(&sums).expect(0, "");
+    }
+}
+
+/// Two tensors in one file, judged as such.
+fn same(a: (Format, &[usize], &[f32]), b: (Format, &[usize], &[f32]), more: &[&str]) -> Outcome {
+    let project = Project::new();
+    let tensors = [("a", a.0, a.1.to_vec(), a.2), ("b", b.0, b.1.to_vec(), b.2)];
+    write(&project, "ab.safetensors", &tensors);
+    project.runner(&[&["judge", "ab.safetensors", "--op", "same"], more].concat())
+}
+
+#[test]
+fn of_two_tensors_equal_bits_roundings_and_steps_are_told_apart() {
+    let shape = [24, 96];
+    let a = drawn(401, 24 * 96, 1.0, Format::F32);
+    let each = |change: &dyn Fn(usize, f32) -> f32| -> Vec<f32> {
+        a.iter().enumerate().map(|(at, &a)| change(at, a)).collect()
+    };
+    let (f32, bf16, f16) = (Format::F32, Format::Bf16, Format::F16);
+    let to = |format: Format| each(&|_, a| format.round(a));
+    let of_a = (f32, &shape[..], a.as_slice());
+    same(of_a, of_a, &[]).expect(0, "To the bit: b has a's values, all 2,304 values");
+    let narrow = to(bf16);
+    let of_narrow = (bf16, &shape[..], narrow.as_slice());
+    same(of_narrow, of_narrow, &["--format", "json"]).expect(0, "\"answer\": \"to-the-bit\"");
+    let rounded = "b is a rounded to bf16, to nearest even, in all 2,304 values";
+    same(of_a, of_narrow, &[]).expect(0, rounded);
+    same(of_a, (f32, &shape, &narrow), &[]).expect(0, rounded);
+    same(of_narrow, of_a, &[]).expect(0, "a is b rounded to bf16, to nearest even");
+    let cut = each(&|_, a| f32::from_bits(a.to_bits() & 0xffff_0000));
+    same(of_a, (bf16, &shape, &cut), &[]).expect(0, "b is a rounded to bf16, towards zero");
+    let tf32 = to(Format::Tf32);
+    same(of_a, (f32, &shape, &tf32), &[]).expect(0, "rounded to tf32, to nearest even");
+    let coarse = to(Format::E4m3);
+    same(of_a, (Format::E4m3, &shape, &coarse), &[]).expect(0, "rounded to e4m3, to nearest even");
+    let drawn_up = each(&|at, a| {
+        let up = if at % 3 == 0 { 0x1_0000 } else { 0 };
+        f32::from_bits((a.to_bits() & 0xffff_0000) + up)
+    });
+    same(of_a, (bf16, &shape, &drawn_up), &[]).expect(0, "as stochastic rounding does");
+    let half = to(f16);
+    let both = "a and b may be roundings of the same values, a to bf16 and b to f16";
+    same(of_narrow, (f16, &shape, &half), &[]).expect(0, both);
+
+    let mut off = narrow.clone();
+    for at in (0..off.len()).step_by(7) {
+        off[at] = f32::from_bits(off[at].to_bits() + 0x1_0000);
+    }
+    let of_off = (bf16, &shape[..], off.as_slice());
+    let said = same(of_narrow, of_off, &[]).expect(0, "b lies within 1 bf16 step of a: 330 of");
+    assert!(said.out.contains("the largest difference is 1 bf16 step at ["), "{}", said.out);
+    same(of_narrow, of_off, &["--ulps", "0"]).expect(1, "Wrong: ");
+    // All of them a little too large is no chance.
+    let larger = narrow.iter().map(|a| bf16.round(a * 1.004)).collect::<Vec<_>>();
+    let words = "scale-wrong: every output is 1.00";
+    same(of_narrow, (bf16, &shape, &larger), &[]).expect(1, words);
+}
+
+#[test]
+fn of_two_tensors_it_is_said_what_the_wrong_one_looks_like() {
+    let (rows, width) = (24, 128);
+    let shape = [rows, width];
+    let a = drawn(403, rows * width, 1.0, Format::F32);
+    let of_a = (Format::F32, &shape[..], a.as_slice());
+    let at = |row: usize, column: usize| a[row % rows * width + column % width];
+    let tile = |row: usize, column: usize| (8..16).contains(&row) && (32..64).contains(&column);
+    type Change<'c> = &'c dyn Fn(usize, usize) -> f32;
+    let all: [(Change<'_>, &str); 14] = [
+        (&|r, c| at(r, c) * 1.02, "scale-wrong: every output is 1.02 times"),
+        (&|r, c| if r == 7 { at(r, c) * 1.5 } else { at(r, c) }, "row-scale"),
+        (&|r, c| if c == 7 { at(r, c) * 1.5 } else { at(r, c) }, "column-scale"),
+        (&|r, c| at(r, c) + 0.5, "offset: the constant 0.5 is added"),
+        (&|r, c| -at(r, c), "sign-flipped"),
+        (&|r, c| at(r, c).clamp(-1.0, 1.0), "clipped: values are clipped at 1"),
+        (&|r, c| at(r + 1, c), "rows-shifted: each row there holds the row after it"),
+        (
+            &|r, c| at(r, c / 64 * 64 + c % 2 * 32 + c % 64 / 2),
+            "the halves of each head of 64 are interleaved",
+        ),
+        (&|r, c| if tile(r, c) { 0.0 } else { at(r, c) }, "unwritten: 256 values are zero"),
+        (&|r, c| if tile(r, c) { at(r, c + 32) } else { at(r, c) }, "tile-stale"),
+        (
+            &|r, c| {
+                at(
+                    r,
+                    match c {
+                        3 => 90,
+                        90 => 3,
+                        c => c,
+                    },
+                )
+            },
+            "columns-permuted",
+        ),
+        (&|r, c| at(r, c) * [1.5, 0.5][c / 64], "each block of 64 columns has a factor of its own"),
+        (&|r, c| if (r, c) == (3, 5) { f32::NAN } else { at(r, c) }, "1 value is NaN"),
+        (&|r, c| if (r, c) == (3, 5) { 9.0 } else { at(r, c) }, "row 3, column 5"),
+    ];
+    for (change, words) in all {
+        let b: Vec<f32> = (0..rows)
+            .flat_map(|r| (0..width).map(move |c| (r, c)))
+            .map(|(r, c)| change(r, c))
+            .collect();
+        same(of_a, (Format::F32, &shape, &b), &[]).expect(1, words);
+    }
+    let narrow: Vec<f32> = a.iter().map(|&a| Format::Bf16.round(a)).collect();
+    let misread: Vec<f32> =
+        narrow.iter().map(|&a| Format::F16.decode(Format::Bf16.encode(a))).collect();
+    let of_narrow = (Format::Bf16, &shape[..], narrow.as_slice());
+    let words = "b is a's bytes, which hold bf16, read as f16";
+    same(of_narrow, (Format::F16, &shape, &misread), &[]).expect(1, words);
+}
+
+#[test]
+fn tensors_of_different_shapes_are_compared_in_words() {
+    let a = drawn(404, 6 * 4, 1.0, Format::F32);
+    let places = (0..4).flat_map(|column| (0..6).map(move |row| row * 4 + column));
+    let turned: Vec<f32> = places.map(|place| a[place]).collect();
+    let of_a = (Format::F32, &[6, 4][..], a.as_slice());
+    let of = |shape: &'static [usize], values: &[f32], words: &str| {
+        same(of_a, (Format::F32, shape, values), &[]).expect(1, words);
+    };
+    of(&[4, 6], &turned, "a is [6, 4] and b [4, 6]; b is a transposed");
+    of(&[4, 6], &a, "both hold the same values in the same order");
+    of(&[3, 4], &a[..12], "b is the first 3 rows and 4 columns of a");
+    of(&[3, 4], &a[12..], "b is a from row 3 and column 0 on");
+    of(&[3, 5], &[0.0; 15], "the values that both have are not the same");
+    let one = same(of_a, (Format::F32, &[1, 6, 4], &a), &[]);
+    one.expect(0, "To the bit");
+    let project = Project::new();
+    write(&project, "a.safetensors", &[("a", Format::F32, vec![6, 4], &a)]);
+    let judge = |more: &[&str]| project.runner(&[&["judge", "a.safetensors"], more].concat());
+    judge(&["--op", "same"]).expect(2, "has no tensor that is b by its name");
+    judge(&["--ulps", "3"]).expect(2, "`--ulps` belongs to same");
+    judge(&["--op", "same", "--output", "bf16"]).expect(2, "`--output` belongs to");
+}
+
+#[test]
+fn observed_outputs_of_chip_multiply_are_sent_to_judge() {
+    let project = Project::new();
+    let multiply = ["chip", "multiply", "x.npy", "w.npy", "--observed", "y.npy"];
+    let x: Vec<u8> = 1f32.to_le_bytes().repeat(4);
+    npy(&project, "x.npy", "<f4", [2, 2], &x);
+    npy(&project, "w.npy", "<f4", [2, 2], &x);
+    project.runner(&multiply).expect(2, "`runner judge X W y.npy` says whether these are");
 }

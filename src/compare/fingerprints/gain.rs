@@ -57,7 +57,7 @@ fn with_factor(case: &Case<'_>, bias: &[f32], of: &str) -> Result<Option<Fit>, C
 }
 
 /// A factor in words: small ones as what they add.
-pub(super) fn factor_of(factor: f64) -> String {
+pub fn factor_of(factor: f64) -> String {
     let added = 100.0 * (factor - 1.0);
     match added.abs() < 0.5 {
         true if added < 0.0 => format!("{} % too small", number(-added)),

@@ -147,32 +147,38 @@ impl Lines<'_> {
         }
         let (what, cause) = match self.rows {
             false => ("column", "columns-permuted"),
-            true => ("row", self.cause_of_rows(&moved)),
+            true => match how(&moved, self.count) {
+                "shifted" => ("row", "rows-shifted"),
+                "permuted" => ("row", "rows-permuted"),
+                _ => ("row", "row-repeated"),
+            },
         };
         Some(case.fit(cause, said(what, &moved), moved.len(), &predicted))
     }
-
-    fn cause_of_rows(&self, moved: &[(usize, usize)]) -> &'static str {
-        /// The share of moved rows that must have moved by the same number.
-        const MOST: f64 = 0.9;
-        let offsets: Vec<isize> =
-            moved.iter().map(|&(to, from)| from as isize - to as isize).collect();
-        let common = offsets
-            .iter()
-            .map(|offset| offsets.iter().filter(|other| *other == offset).count())
-            .max()
-            .unwrap_or(0);
-        let many = moved.len() > 1 || self.count == 2;
-        if many && common as f64 >= MOST * moved.len() as f64 {
-            return "rows-shifted";
-        }
-        let to: BTreeSet<usize> = moved.iter().map(|(to, _)| *to).collect();
-        let from: BTreeSet<usize> = moved.iter().map(|(_, from)| *from).collect();
-        if to == from { "rows-permuted" } else { "row-repeated" }
-    }
 }
 
-fn said(what: &str, moved: &[(usize, usize)]) -> String {
+/// What pairs of target and source have in common, of `count` lines: one distance, the same
+/// lines in another order, or neither.
+pub fn how(moved: &[(usize, usize)], count: usize) -> &'static str {
+    /// The share of moved lines that must have moved by the same number.
+    const MOST: f64 = 0.9;
+    let offsets: Vec<isize> = moved.iter().map(|&(to, from)| from as isize - to as isize).collect();
+    let common = offsets
+        .iter()
+        .map(|offset| offsets.iter().filter(|other| *other == offset).count())
+        .max()
+        .unwrap_or(0);
+    let many = moved.len() > 1 || count == 2;
+    if many && common as f64 >= MOST * moved.len() as f64 {
+        return "shifted";
+    }
+    let to: BTreeSet<usize> = moved.iter().map(|(to, _)| *to).collect();
+    let from: BTreeSet<usize> = moved.iter().map(|(_, from)| *from).collect();
+    if to == from { "permuted" } else { "repeated" }
+}
+
+/// Which lines hold which, in words: the first few pairs of target and source.
+pub fn said(what: &str, moved: &[(usize, usize)]) -> String {
     let one = |&(to, from): &(usize, usize)| format!("{what} {to} holds {what} {from}");
     let shown: Vec<String> = moved.iter().take(SHOWN).map(one).collect();
     match moved.len().saturating_sub(SHOWN) {
