@@ -16,7 +16,7 @@ from ._store import read_header, write
 
 # The tensors of each operation, in order, as the command names them.
 OPERANDS = {
-    "same": ("x", "y"),
+    "same": ("a", "b"),
     "matmul": ("x", "w", "y"),
     "norm": ("x", "weight", "y"),
     "rope": ("x", "y"),
@@ -31,7 +31,8 @@ GOOD = ("to-the-bit", "within-rounding")
 class Comparison:
     """The answer: `to-the-bit`, `within-rounding` or `wrong`, with what it is.
 
-    `sentence` says it in words; `schedule` is the known schedule whose bits these are; `causes`
+    `sentence` says it in words; `schedule` is the known schedule whose bits these are,
+    or how b follows from a; `causes`
     are what a wrong result looks like, the likeliest first; `z` is the error beside what rounding
     leaves (1 is expected, or less); `answers` holds all that the command says, as JSON.
     """
@@ -87,7 +88,7 @@ def compare(*tensors: Any, op: Optional[str] = None, **options: Any) -> Comparis
         tensors: tensors of PyTorch, NumPy or ml_dtypes, in the operation's order. `matmul`: x
             [N, K], w [M, K], y [N, M], and leading dimensions are batches; `norm`: x, weight, y;
             `rope`: x, y; `attention`: q, k, v, y; `swiglu`: gate, up, y; `softmax`: x, y; `same`:
-            x, y.
+            a, b.
         op: the operation; by default `same` for two tensors and `matmul` for three.
         options: those of ``runner judge``, a `-` being a `_`: `bias`, `alpha`, `scale_x`, `scale_w`,
             `dtype_x`, `output`, `chip`, `transposed_w=True`, `eps`, `theta`, `heads`, ... A
@@ -147,7 +148,7 @@ def comparison_of(said: Mapping[str, Any]) -> Comparison:
     return Comparison(
         answer=said["answer"],
         sentence=worst["sentence"],
-        schedule=bits.get("schedule"),
+        schedule=bits.get("schedule") or worst.get("relation"),
         causes=tuple(f"{cause['cause']}: {cause['detail']}" for cause in worst.get("causes", [])),
         z=None if z is None else float(z),
         differing=int((worst.get("steps") or {}).get("differ", 0)),

@@ -56,10 +56,21 @@ def test_a_norm():
     assert not runner.compare(x, weight, y * numpy.float32(1.001), op="norm", eps=1e-5)
 
 
+def test_two_tensors_that_should_be_the_same():
+    a = DICE.standard_normal((16, 64)).astype(numpy.float32)
+    assert runner.compare(a, a.copy()).answer == "to-the-bit"
+    rounded = runner.compare(a, a.astype(ml_dtypes.bfloat16))
+    assert rounded.answer == "within-rounding" and "bf16" in rounded.sentence
+    scaled = runner.compare(a, a * numpy.float32(1.02))
+    assert not scaled and "1.02" in str(scaled.causes), scaled
+    swapped = runner.compare(a, a[:, ::-1])
+    assert not swapped and swapped.differing > 1000
+
+
 def test_what_does_not_fit_is_refused_in_words():
     with pytest.raises(RunnerError, match="op='norm' takes 3 tensors"):
         runner.compare(X, op="norm")
-    with pytest.raises(RunnerError, match="say which operation it is. same: x, y; matmul"):
+    with pytest.raises(RunnerError, match="say which operation it is. same: a, b; matmul"):
         runner.compare(X, W, Y, Y)
     with pytest.raises(RunnerError, match="no format known here"):
         runner.compare(X.astype(complex), W, Y)
