@@ -282,7 +282,8 @@ pub fn most_rms(count: usize) -> f64 {
     (MOST_RMS * MOST_RMS * (1.0 + chance)).sqrt()
 }
 
-fn z_of(each: &[f32], width: usize, floor: &str) -> Z {
+/// Errors in units of a floor, row by row.
+pub fn z_of(each: &[f32], width: usize, floor: &str) -> Z {
     let rows = each.len() / width;
     let of_row = |row: &[f32]| -> f64 { row.iter().map(|&z| f64::from(z) * f64::from(z)).sum() };
     let by_row: Vec<f64> = each.par_chunks_exact(width).map(of_row).collect();

@@ -54,6 +54,9 @@ pub struct Checksums {
     pub rms: f64,
     /// The largest magnitude.
     pub max: f64,
+    /// Whether rounding explains them: all, each row's, and those of each block of columns.
+    #[serde(skip)]
+    within: bool,
     /// By how many deviations they are larger than exact ones, where truncation can only make
     /// them smaller.
     #[serde(skip)]

@@ -6,12 +6,11 @@
 use rayon::prelude::*;
 
 use super::bits::{self, Epilogue};
-use super::exam::{Exam, FLUSHED, Floor, deviation, excess, is_larger, most_rms, rounding};
+use super::exam::{Exam, FLUSHED, Floor, deviation, excess, is_larger, rounding, z_of};
 use super::{
     Cause, Checksums, Judgement, Place, Whole, causes, epilogue_bugs, k_bugs, looks, operand_bugs,
     scale_bugs, verdict,
 };
-use crate::compare::MOST_DEVIATIONS;
 use crate::compute::ComputeError;
 use crate::compute::emulated::chip::{CHIPS, Unit};
 use crate::compute::emulated::identify::spread;
@@ -284,10 +283,7 @@ impl Product<'_> {
         let checksums = self.checksums(&floor)?;
         // Sums of several errors stand as close as single ones: their floor is their root of
         // squares.
-        let limit = most_rms(checksums.count);
-        let sound = checksums.rms <= limit
-            && checksums.max <= MOST_DEVIATIONS
-            && !is_larger(checksums.larger);
+        let sound = checksums.within && !is_larger(checksums.larger);
         if !marks.z.within || !sound {
             return Ok(None);
         }
@@ -335,11 +331,10 @@ impl Product<'_> {
             (((seen - exact) / deviation) as f32, (exact / deviation) as f32)
         });
         let (each, sizes): (Vec<f32>, Vec<f32>) = each.unzip();
-        let squares: f64 = each.iter().map(|&z| f64::from(z).powi(2)).sum();
-        let max = each.iter().fold(0.0, |most, &z| larger(most, f64::from(z.abs())));
-        let rms = (squares / each.len() as f64).sqrt();
+        let z = z_of(&each, count, floor);
         let larger = if *truncates { excess(&each, &sizes, count) } else { 0.0 };
-        Ok(Checksums { count: each.len(), of: CHECKED.min(width), rms, max, larger })
+        let of = CHECKED.min(width);
+        Ok(Checksums { count: each.len(), of, rms: z.rms, max: z.max, within: z.within, larger })
     }
 
     fn by_value(&self) -> Result<Judgement, ComputeError> {
@@ -531,6 +526,19 @@ mod tests {
         let y = added(&x, &w, Format::F32);
         let marks = product(&x, &w, y, Format::F32).exam().expect("an exam").marks();
         assert!(marks.z.within, "{:?}", marks.z);
+    }
+
+    #[test]
+    fn a_column_outside_of_the_sample_that_is_a_little_too_large_is_seen_in_its_sums() {
+        let x = coded(7, [512, 64], Format::Bf16, 1.0);
+        let w = coded(8, [1100, 64], Format::Bf16, 1.0);
+        let mut y = rounded(&x, &w, 1.0, Format::Bf16);
+        let column = (0..1100).find(|c| !spread(1100, SAMPLE.1).contains(c)).expect("a column");
+        for row in 0..512 {
+            y.row_mut(row)[column] = Format::Bf16.round(y.row(row)[column] * 1.02);
+        }
+        let judged = product(&x, &w, y, Format::Bf16).by_sample().expect("a judgement");
+        assert!(judged.is_none(), "{:?}", judged.map(|judged| judged.sentence));
     }
 
     #[test]
