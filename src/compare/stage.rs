@@ -20,6 +20,7 @@ use crate::compute::arms::{
     EngineSite, Local, Output, Task, anchored_by_layer, by_engine, drawn, local,
 };
 use crate::compute::floor::Deviations;
+use crate::compute::flow;
 use crate::compute::shares::Shares;
 use crate::engine::Product;
 use crate::metric::Metric;
@@ -162,6 +163,9 @@ pub fn measure_stage(
                     });
                     measure.unmeasured = found.and_then(|found| found.unmeasured);
                 }
+            }
+            if matches!(arm, Arm::Recorded | Arm::External) {
+                drop_places_over_gaps(task, output, &mut local);
             }
             all.measures.extend(local);
         }
@@ -317,6 +321,19 @@ fn pairs(
             },
         })
         .collect()
+}
+
+/// Takes last places out of the measures of sites whose op read what an engine did not hand over: the
+/// truth there spans several ops, each with roundings of its own, and no claim of one rounding fits it.
+fn drop_places_over_gaps(task: &Task<'_>, output: &Output, local: &mut [Measure]) {
+    for measure in local {
+        let read = flow::read_by(task.model, task.op.kv_cache(), &measure.site);
+        if read.iter().any(|read| output.site(read).is_none()) {
+            for metric in [Metric::MaxUlp, Metric::RowUlp] {
+                measure.metrics.remove(&metric);
+            }
+        }
+    }
 }
 
 /// An arm against itself: the same tokens alone and within a batch.

@@ -197,6 +197,13 @@ impl Floor {
         }
     }
 
+    /// The variance of rounding a value of about `size` to the stream's type, if it is below that
+    /// type's normal numbers: what such a value makes is off by far more than by its own rounding.
+    fn passed_below_normal(&self, size: f64) -> f64 {
+        let least = self.recipe.stream.map(|stream| power_of_two(stream.min_exponent()));
+        if least.is_some_and(|least| size.abs() < least) { self.passed(size) } else { 0.0 }
+    }
+
     /// What a foreign engine may add to a value of about `size` that `roundings` f32
     /// operations of unknown order made.
     fn foreign(&self, roundings: f64, size: f64) -> f64 {
@@ -982,6 +989,8 @@ impl Floor {
             let size = f64::from(y);
             // A foreign engine may round the activation and the product to the stream's type.
             let mut engine = self.foreign(8.0, size) + 2.0 * self.passed(size);
+            let of_up = f64::from(up.data()[index]);
+            engine += self.passed_below_normal(activated(activation, of_gate)) * of_up * of_up;
             if activation == Activation::ClampedSwiglu {
                 // A product and its coefficient before the exponential, and one is added to the
                 // other value.
@@ -1032,10 +1041,13 @@ impl Floor {
     fn soft_cap(&self, x: &Tensor, cap: f64) -> Result<Tensor, ComputeError> {
         let y = Reference.soft_cap(x, cap)?;
         // A quotient, the tangent, within two places, a product, and the reference.
-        self.note_each(&y, |_, y| {
+        self.note_each(&y, |index, y| {
             let size = f64::from(y);
             let tangent = (2.0 * F32_UNIT * size).powi(2);
-            let engine = 3.0 * self.passed(size) + self.foreign(8.0, size);
+            let mut engine = 3.0 * self.passed(size) + self.foreign(8.0, size);
+            // The quotient and its tangent, which are as small.
+            let quotient = f64::from(x.data()[index]) / cap;
+            engine += 2.0 * self.passed_below_normal(quotient) * cap * cap;
             (tangent + 4.0 * rounded(size) + engine).sqrt() + quarter_place(y)
         });
         Ok(y)
