@@ -62,6 +62,9 @@ pub mod verdict;
 pub mod run;
 pub mod event;
 
+// Beside the flow: passes of other engines, recorded through their own libraries.
+pub mod capture;
+
 // Beside the flow: bugs planted into arms, to see that verdicts find them.
 pub mod falsify;
 

@@ -346,6 +346,9 @@ pub struct Recorded {
 }
 
 impl Recorded {
+    /// The tensor that says which tokens a recording is of, where it has one.
+    pub const IDS: &str = "ids";
+
     /// The tensor of a site. A pattern fits as a whole or not at all: `blk.*.q`
     /// is neither `blk.1.q_rope` nor `x.blk.1.q`.
     pub fn tensor_of(&self, site: &Site) -> String {

@@ -6,6 +6,7 @@
 //! ours, 74 the disk is full or a limit of the system was met, 130 stopped on request.
 
 mod cache;
+mod capture;
 mod check;
 mod chip;
 mod diff;
@@ -40,6 +41,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use cache::CacheArgs;
+use capture::CaptureCli;
 use chip::ChipCli;
 use diff::DiffArgs;
 use falsify::FalsifyArgs;
@@ -180,6 +182,11 @@ enum Command {
     },
     /// Say what an engine answers to a prompt, without that engine and without a GPU.
     Predict(PredictArgs),
+    /// Record a pass of another engine, without Python.
+    Capture {
+        #[command(subcommand)]
+        engine: CaptureCli,
+    },
     /// Plant bugs and see that every falsifier fires, at the right place.
     Falsify(FalsifyArgs),
     /// The cache: list, verify, clear away, pin.
@@ -455,6 +462,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
         Command::Identify { stage, run, runs } => identify::identify(&stage, &run, &runs),
         Command::Predict(args) => predict::predict(&args),
+        Command::Capture { engine } => capture::capture(&engine),
         Command::Falsify(args) => falsify::falsify(&args),
         Command::Report(args) => report::report(&args),
         Command::Diff(args) => diff::changes(&args),

@@ -161,7 +161,12 @@ fn write(path: &Path, logits: &Tensor, tokens: &[u32]) -> Result<(), String> {
         })
         .map_err(|error| error.to_string())?;
     let file = safetensors::serialize(views, None).map_err(|error| error.to_string())?;
-    crate::cache::write_whole(path, &file).map_err(|error| {
+    put(path, &file)
+}
+
+/// Writes a file that `--out` names.
+pub(super) fn put(path: &Path, file: &[u8]) -> Result<(), String> {
+    crate::cache::write_whole(path, file).map_err(|error| {
         let cause = std::error::Error::source(&error);
         let cause = cause.map_or_else(|| error.to_string(), ToString::to_string);
         format!("cannot write `{}`: {cause}; choose another place with --out", path.shown())

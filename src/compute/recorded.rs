@@ -16,9 +16,6 @@ use crate::text::Shown;
 /// Names that a sentence lists.
 const SHOWN: usize = 6;
 
-/// The tensor of a recording that says which tokens it is of, where it has one.
-const IDS: &str = "ids";
-
 /// The tensors of the op's sites; `tokens` are the prompt's, where they are not checked
 /// elsewhere. A forward pass whose file lacks some of them is read as far as it goes:
 /// [`absent`] says what is missing.
@@ -85,10 +82,8 @@ fn check_ids(
     recorded: &Recorded,
     tokens: &[u32],
 ) -> Result<(), TensorFileError> {
-    if !file.names().any(|name| name == IDS) {
-        return Ok(());
-    }
-    let Some(ids) = file.integers(Some(IDS))? else { return Ok(()) };
+    let Some(name) = ids_of(file, recorded) else { return Ok(()) };
+    let Some(ids) = file.integers(Some(name))? else { return Ok(()) };
     let differs = |(a, b): (&i64, &u32)| *a != i64::from(*b);
     let problem = match ids.iter().zip(tokens).position(differs) {
         Some(place) => format!(
@@ -103,8 +98,13 @@ fn check_ids(
         None => return Ok(()),
     };
     let problem = format!("{problem}: write its numbers as `tokens`, or record that prompt's pass");
-    let (path, name) = (recorded.file.clone(), IDS.to_owned());
+    let (path, name) = (recorded.file.clone(), name.to_owned());
     Err(TensorFileError::Unusable { path, name, problem })
+}
+
+/// What a recording calls the tensor of its tokens, where it has one.
+fn ids_of<'f>(file: &'f TensorFile, recorded: &Recorded) -> Option<&'f str> {
+    file.name_of(recorded.names.get(Recorded::IDS).map_or(Recorded::IDS, String::as_str))
 }
 
 /// Refuses a recipe that says of an engine another number of tokens that came in steps of their own
@@ -152,7 +152,8 @@ pub fn absent(
     }
     let written: Vec<String> = sites.iter().map(name_of).collect();
     let used: BTreeSet<&str> = written.iter().filter_map(|name| file.name_of(name)).collect();
-    let known = |name: &str| name == IDS || used.contains(name);
+    let ids = ids_of(&file, recorded);
+    let known = |name: &str| Some(name) == ids || used.contains(name);
     let unused: Vec<&str> = has.into_iter().filter(|name| !known(name)).collect();
     let wanted: Vec<String> = by_layer(&missing)
         .into_iter()

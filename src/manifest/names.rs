@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use super::fields::{Fields, Put};
 use super::problem::{Findings, Problem, quoted_list, short, suggest};
 use super::{single, sites};
-use crate::op::{LayerNumber, Site};
+use crate::op::{LayerNumber, Recorded, Site};
 
 /// What the modules of an engine are called, by site. `[q]` and the like are the columns of
 /// a fused product; `.0` is the first of several tensors that a module returns.
@@ -75,6 +75,7 @@ const MODULES: [(&str, &[(&str, &str)]); 3] = [
             ("blk.*.ffn_down", "model.layers.*.mlp.down_proj"),
             ("blk.*.ffn_residual", "model.layers.{*+1}.input_layernorm.1"),
             ("output_norm", "model.norm.0"),
+            (Recorded::IDS, "model.forward_batch_info.input_ids"),
         ],
     ),
 ];
@@ -110,7 +111,11 @@ fn preset(name: &str) -> Option<Vec<(&'static str, String)>> {
         let number = if numbered && !rest.starts_with('.') { ".0" } else { "" };
         (*site, format!("{before}{module}{after}{number}{rest}"))
     };
-    modules(of).map(|names| names.iter().map(dumped).collect())
+    // Which tokens a pass is of, the embedding's input says.
+    let ids = numbered
+        .then(|| (Recorded::IDS, "Module.model.embed_tokens.{class}.forward.0.input.0".to_owned()));
+    let sites = modules(of)?.iter().filter(|(site, _)| *site != Recorded::IDS);
+    Some(sites.map(dumped).chain(ids).collect())
 }
 
 /// The key of a table of names that says from which preset it starts.
@@ -185,6 +190,9 @@ fn of_preset(preset: &Put<String>, findings: &mut Findings) -> BTreeMap<String, 
 
 /// Whether some op makes the site, or any layer's.
 fn check_site(site: &Put<String>, findings: &mut Findings) -> bool {
+    if site.value == Recorded::IDS {
+        return true;
+    }
     let mut made = sites::every();
     made.push(sites::Made::One(Site(single::PRODUCT.to_owned())));
     if made.iter().any(|made| made.pattern() == site.value || made.includes(&site.value)) {

@@ -63,7 +63,7 @@ pub(super) fn printed(file: &[u8]) -> Option<String> {
     PRINTED.into_iter().any(has).then(|| {
         "llama.cpp printed these tensors: of each dimension the first and the last three values, \
          with four digits behind the point; the rest is not in this text. Record the pass with \
-         `python adapters/llamacpp.py --model MODEL.gguf`, which keeps every value"
+         `runner capture llama.cpp --model MODEL.gguf`, which keeps every value"
             .to_owned()
     })
 }

@@ -6,6 +6,7 @@ Usage: examples.py RUNNER [--torch], with `python3` in PATH as the examples shal
 """
 
 import json
+import os
 import pathlib
 import shutil
 import struct
@@ -161,7 +162,8 @@ def check(work, name, status, stages):
 def recording_of_llama_cpp(work):
     """What the adapter records by itself: every site of a graph that does not name them all."""
     command = ["python3", "adapters/llamacpp.py", "--model", "examples/llama-cpp-cuda/model.gguf"]
-    command += ["--tokens", "7,42,9", "--decode", "3", "--out", "recording.safetensors"]
+    pass_ = ["--tokens", "7,42,9", "--decode", "3"]
+    command += [*pass_, "--out", "recording.safetensors"]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     data = (work / "recording.safetensors").read_bytes()
@@ -173,6 +175,14 @@ def recording_of_llama_cpp(work):
     # 15 sites of each of 2 layers, the embedding, the last norm and the logits.
     assert len(header) == 33 and "blk.1.attn_out" in header, sorted(header)
     assert all(tensor["shape"][0] == 5 for tensor in header.values()), header
+    # The runner itself, which needs no Python, writes the same.
+    for cache in ["f16", "f32"]:
+        subprocess.run([*command, "--cache", cache], cwd=work, capture_output=True, check=True)
+        captured = [RUNNER, "capture", "llama.cpp", *command[2:4], *pass_, "--cache", cache]
+        captured += ["--library", os.environ["LLAMA_CPP_LIB_PATH"], "--out", "captured.safetensors"]
+        subprocess.run(captured, cwd=work, check=True)
+        same = (work / "captured.safetensors").read_bytes()
+        assert same == (work / "recording.safetensors").read_bytes(), f"other bytes, {cache}"
     print(f"llama.cpp's recording: {len(header)} sites, ids {ids}")
 
 

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use runner::dtype::Format;
 use runner::op::FileTensor;
 use runner::tensor_file::{TensorFile, members, read};
+use safetensors::tensor::{Dtype, TensorView};
+use safetensors::{SafeTensors, serialize};
 
 use crate::missing::{module_of, recorded, renamed, set, why};
 
@@ -256,4 +258,32 @@ fn a_pass_that_msprobe_or_sglang_dumped_is_judged_under_their_names() {
         let told = why(&project, 0);
         assert!(told.contains("for 20 of 63 sites: `blk.*.q` (as `"), "{told}");
     }
+}
+
+#[test]
+fn a_dump_that_says_that_it_is_of_another_prompt_is_refused() {
+    let project = recorded("");
+    let bytes = fs::read(project.path("dump.safetensors")).expect("the dump");
+    let dump = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let with_ids = |name: &str, ids: [i64; 4]| {
+        let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let ids = TensorView::new(Dtype::I64, vec![1, 4], &ids).expect("a view");
+        let all = dump.tensors().into_iter().chain([(name.to_owned(), ids)]);
+        fs::write(project.path("ids.safetensors"), serialize(all, None).expect("a file"))
+            .expect("written");
+    };
+    let said = "token 0 of the recorded pass is 1, and it is";
+    let embedding = "Module.model.embed_tokens.Embedding.forward.0.input.0";
+    for (name, lines) in [
+        (embedding, "names = \"msprobe\"\n"),
+        ("model.forward_batch_info.input_ids", "names = \"sglang\"\n"),
+        ("tokens", "names = { ids = \"tokens\" }\n"),
+        ("ids", ""),
+    ] {
+        with_ids(name, [1, 1, 1, 1]);
+        set(&project, "ids.safetensors", lines);
+        project.run().expect(4, said);
+    }
+    set(&project, "ids.safetensors", "names = { ids = \"token\" }\n");
+    project.runner(&["check", "stages"]).expect(2, "is called `token`, as `ids` is by");
 }

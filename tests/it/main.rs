@@ -5,6 +5,7 @@ mod architectures;
 mod cache;
 mod checkpoint;
 mod campaign;
+mod capture;
 mod clean;
 mod command;
 mod command_line;
