@@ -59,11 +59,17 @@ class capture:
     ) -> None:
         if level not in LEVELS:
             raise CaptureError(f"level={level!r}: it is {' or '.join(map(repr, LEVELS))}")
-        if buffer is not None and buffer < 1:
-            raise CaptureError(f"buffer={buffer}: it is a number of bytes, 1 or more")
-        self.model, self.path = model, os.fspath(path)
+        if buffer is not None and (not isinstance(buffer, int) or buffer < 1):
+            raise CaptureError(f"buffer={buffer!r}: it is a number of bytes, 1 or more")
+        if names is not None and not (isinstance(names, Mapping) and all(isinstance(name, str) for name in names.values())):
+            raise CaptureError('names: a dictionary from site to the name of a module, as {"blk.*.q": "layers.*.attn.wq"}')
+        if isinstance(sites, str):
+            raise CaptureError(f'sites={sites!r}: a list of sites, as ["{sites}"]')
+        if level == "operations" and not (names is None and sites is None and row is None):
+            raise CaptureError('names, sites and row are for level="modules"; `only` says which operations are kept')
+        self.model, self.path = model, place_of(os.fspath(path))
         self.names, self.sites, self.row, self.buffer = names, sites, row, buffer
-        self.level, self.only = level, tuple(only)
+        self.level, self.only = level, (only,) if isinstance(only, str) else tuple(only)
         self.handles: List[Any] = []
         self.recording: Any = None
 
@@ -118,6 +124,14 @@ class capture:
         return dict(self.recording.left_out) if self.recording is not None else {}
 
 
+def place_of(path: str) -> str:
+    """Where the file goes: links are followed, and what is no file stays."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CaptureError(f"{path} is there and is no file: give a path for a new one")
+    return path
+
+
 def attach(model: Any, recording: Recording, names: Optional[Mapping[str, str]]) -> List[Any]:
     """The hooks of whatever the model is."""
     from .engines import llama_cpp, sglang, vllm
@@ -127,6 +141,8 @@ def attach(model: Any, recording: Recording, names: Optional[Mapping[str, str]])
     if sglang.is_engine(model):
         return sglang.attach(model, recording)
     if llama_cpp.is_engine(model):
+        if names is not None:
+            raise CaptureError("names are for PyTorch modules; llama.cpp's nodes have names of their own")
         return llama_cpp.attach(model, recording)
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):

@@ -31,7 +31,7 @@ GOOD = ("to-the-bit", "within-rounding")
 class Comparison:
     """The answer: `to-the-bit`, `within-rounding` or `wrong`, with what it is.
 
-    `sentence` says it in words; `schedule` is the known schedule whose bits these are,
+    `sentence` says it in words; `differing` of `values` are not the values that they should be; `schedule` is the known schedule whose bits these are,
     or how b follows from a; `causes`
     are what a wrong result looks like, the likeliest first; `z` is the error beside what rounding
     leaves (1 is expected, or less); `answers` holds all that the command says, as JSON.
@@ -119,14 +119,25 @@ def compare(*tensors: Any, op: Optional[str] = None, **options: Any) -> Comparis
                 arguments.append(flag)
             elif isinstance(value, (int, float, str)):
                 arguments += [flag, str(value)]
+            elif option_is_number(value):
+                arguments += [flag, repr(float(value))]
             else:
                 held[key] = values_of(value, key)
                 arguments += [flag, f"{path}:{key}"]
         write(path, held)
         places = [f"{path}:{name}" for name in names]
-        done = ask(["judge", *places, *arguments, "--format", "json"])
+        try:
+            done = ask(["judge", *places, *arguments, "--format", "json"])
+        except RunnerError as error:
+            raise RunnerError(str(error).replace(f"{path}:", "").replace(f"{path}", "the operands")) from None
         said = json.loads(done.stdout.replace(f"{path}:", ""))
     return comparison_of(said)
+
+
+def option_is_number(value: Any) -> bool:
+    """Whether an option is a tensor of one value, which is then a number."""
+    count = getattr(value, "numel", None) or getattr(value, "size", None)
+    return (count() if callable(count) else count) == 1
 
 
 def roomy(held: Mapping[str, Values]) -> Optional[str]:
@@ -151,7 +162,8 @@ def comparison_of(said: Mapping[str, Any]) -> Comparison:
         schedule=bits.get("schedule") or worst.get("relation"),
         causes=tuple(f"{cause['cause']}: {cause['detail']}" for cause in worst.get("causes", [])),
         z=None if z is None else float(z),
-        differing=int((worst.get("steps") or {}).get("differ", 0)),
+        # The command counts against the exact result, from which the bits of a schedule may differ.
+        differing=0 if worst["answer"] == "to-the-bit" else int((worst.get("steps") or {}).get("differ", 0)),
         values=int(worst["values"]),
         operands=tuple(said["operands"]),
         remarks=tuple(said["remarks"]),

@@ -20,6 +20,8 @@ STAGE = "capture"
 IN_ERROR = 4
 # Engines that say what they round and not which kernels run.
 OF_UNKNOWN_KERNELS = ("f32", "llama-cpp-cpu")
+# What a capture says of its model, as config.json does.
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Outcomes that say nothing is wrong, and those that say something is.
 GOOD, BAD = ("pass",), ("structural", "drift")
 
@@ -143,6 +145,7 @@ def judge(
         raise RunnerError(f"{path} does not say which tokens it is of: give tokens=[...]")
     with contextlib.ExitStack() as stack:
         place = folder_of(model, about, stack)
+        fits(about, place)
         folder = os.fspath(stages) if stages is not None else stack.enter_context(tempfile.TemporaryDirectory())
         os.makedirs(folder, exist_ok=True)
 
@@ -220,8 +223,16 @@ def folder_of(model: Any, about: Dict[str, str], stack: contextlib.ExitStack) ->
     """Where the model's weights lie; a model in memory is written out for the time being."""
     if model is not None and hasattr(model, "save_pretrained"):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:
+            raise RunnerError(
+                f"this model cannot be written to a folder ({error}): give model= the folder that it was made from; of a model that "
+                "was quantised in memory that is what it was before"
+            ) from error
         return folder
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        raise RunnerError(f"model: a {type(model).__name__} is no folder, no file and no model of transformers; give its folder or GGUF file")
     place = model if model is not None else about.get("model")
     if place is None:
         raise RunnerError("the capture does not name its model: give model= its folder, its GGUF file, or the model itself")
@@ -229,6 +240,21 @@ def folder_of(model: Any, about: Dict[str, str], stack: contextlib.ExitStack) ->
     if os.path.exists(place) or place.startswith("synthetic:"):
         return place if place.startswith("synthetic:") else os.path.abspath(place)
     return of_hub(place)
+
+
+def fits(about: Dict[str, str], folder: str) -> None:
+    """Refuses a folder of a model of another kind or size than the one that was captured."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        # The runner itself says what is wrong with a folder.
+        return
+    config = config.get("text_config", config)
+    for key in SHAPE:
+        captured, there = about.get(key), config.get(key)
+        if captured is not None and there is not None and captured != str(there):
+            raise RunnerError(f"the capture is of a model with {key} {captured}, and {folder}/config.json says {there}: give model= its own folder")
 
 
 def of_hub(name: str) -> str:

@@ -52,6 +52,8 @@ class Recording:
         self.about: Dict[str, str] = {}
         # Sites that the file lacks, and why.
         self.left_out: Dict[str, str] = {}
+        # Tensors that take the place of what was kept, as a site of which only some rows came.
+        self.instead: Dict[str, Any] = {}
         # What must be done when the pass has ended, before the file is closed.
         self.at_end: List[Callable[[], None]] = []
         self.store = Store(path)
@@ -88,9 +90,10 @@ class Recording:
                 "tokens that follow it with the cache (use_cache=True); open another capture"
             )
         if first != so_far:
+            taken_back = "tokens were taken back, as assisted or speculative decoding does: switch it off"
+            cached = "a prefix stands in the cache already: open the capture before the prompt"
             raise CaptureError(
-                f"the step begins at token {first}, and {so_far} were captured: open the capture "
-                "before the prompt, without cached prefixes"
+                f"the step begins at token {first}, and {so_far} were captured; {taken_back if so_far else cached}"
             )
         self.steps.append(rows)
         if ids is None:
@@ -125,7 +128,14 @@ class Recording:
             raise
 
     def check(self) -> None:
+        """Puts right what is not whole, or leaves it out, or refuses the pass."""
         rows = sum(self.steps)
+        for site, tensor in self.instead.items():
+            if site in self.store.tensors:
+                self.store.drop(site)
+            self.store.add(site, torch_values(tensor, site))
+        if not self.store.tensors and self.steps and self.wanted is not None:
+            raise CaptureError(f"sites: the pass made none of {', '.join(sorted(self.wanted)[:6])}")
         if not self.store.tensors:
             raise CaptureError(
                 f"nothing was captured for {self.path}: run the model within the `with`, in this "

@@ -95,6 +95,10 @@ WRONG = {
     "an unknown side": (one_pass, {"names": {"embed": "table:middle"}}, "ends with `:middle`"),
     "an unknown level": (one_pass, {"level": "kernels"}, "level='kernels': it is 'modules' or 'operations'"),
     "no buffer": (one_pass, {"buffer": 0}, "buffer=0"),
+    "names that are a list": (one_pass, {"names": ["table"]}, "a dictionary from site to the name of a module"),
+    "a site that is no list": (one_pass, {"sites": "embed"}, r"a list of sites, as \[\"embed\"\]"),
+    "a buffer in words": (one_pass, {"buffer": "1GB"}, "buffer='1GB': it is a number of bytes"),
+    "names of operations": (one_pass, {"level": "operations"}, "names, sites and row are for level"),
     "names that are not known": (one_pass, {"names": None}, "Own is not built as a model that is known here.*missing: model.embed_tokens"),
 }
 
@@ -162,3 +166,31 @@ print(peak() - before)
         for at in [0, 31, 59]:
             file.seek(start + header[f"blk.{at}.ffn_down"]["data_offsets"][0])
             assert torch.frombuffer(bytearray(file.read(8)), dtype=torch.float32).tolist() == [at, at]
+
+
+def test_what_is_no_file_stays_and_links_are_followed(own, tmp_path):
+    with pytest.raises(CaptureError, match="/dev/null is there and is no file"):
+        runner.capture(own, "/dev/null", names=NAMES)
+    (tmp_path / "link").symlink_to(tmp_path / "file.safetensors")
+    with torch.no_grad(), runner.capture(own, tmp_path / "link", names=NAMES):
+        one_pass(own)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file.safetensors").is_file()
+
+
+def test_another_folder_within_a_capture_does_not_lose_it(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    with torch.no_grad(), runner.capture(own, "run.safetensors", names=NAMES):
+        monkeypatch.chdir(tmp_path / "below")
+        one_pass(own)
+    assert (tmp_path / "run.safetensors").is_file()
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (1, 5, 8)])
+def test_values_in_the_place_of_ids_keep_their_rows(shape, tmp_path):
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 8))
+    x = torch.randn(shape)
+    with torch.no_grad(), runner.capture(layers, tmp_path / "run.safetensors", names={"h": "0", "y": "1"}):
+        y = layers(x)
+    kept = load_file(tmp_path / "run.safetensors")
+    assert torch.equal(kept["y"], y.reshape(-1, 8)) and "ids" not in kept

@@ -67,6 +67,17 @@ def test_two_tensors_that_should_be_the_same():
     assert not swapped and swapped.differing > 1000
 
 
+def test_a_tensor_of_one_value_is_a_number():
+    half = (X.astype(numpy.float64) @ W.astype(numpy.float64).T * 0.5).astype(numpy.float16)
+    assert runner.compare(X, W, half, alpha=torch.tensor(0.5)).answer == "to-the-bit"
+
+
+def test_bits_of_a_schedule_that_is_not_the_exact_result_differ_in_no_value():
+    x, w = torch.randn(8, 300), torch.randn(9, 300)
+    answer = runner.compare(x, w, x @ w.T)
+    assert answer and (answer.answer != "to-the-bit" or answer.differing == 0)
+
+
 def test_what_does_not_fit_is_refused_in_words():
     with pytest.raises(RunnerError, match="op='norm' takes 3 tensors"):
         runner.compare(X, op="norm")

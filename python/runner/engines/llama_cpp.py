@@ -1,7 +1,7 @@
 """llama.cpp's tensors, through llama-cpp-python: each node of its graph when it has been computed.
 
-A context says when it is made who observes it. Within a capture, the `Llama` therefore has a new
-context, with an empty cache, and its own again afterwards.
+A context says when it is made who observes it. A capture therefore gives the `Llama` a new context,
+with an empty cache; it keeps it afterwards, unobserved, with the tokens that it has computed by then.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Observer:
     """
 
     def __init__(self, llama_cpp: Any, keep: Callable[[str, Values], None], wanted: Optional[Collection[str]] = None) -> None:
-        self.keep, self.wanted, self.rows = keep, wanted, 0
+        self.keep, self.wanted, self.rows, self.ended = keep, wanted, 0, False
         self.error: Optional[BaseException] = None
         self.ggml = ctypes.CDLL(os.path.join(libraries(llama_cpp), "libggml-base.so"))
         for function in ["ggml_get_name", "ggml_op_desc"]:
@@ -85,6 +85,9 @@ class Observer:
         getattr(self.ggml, function).restype = result
 
     def observe(self, node: int, ask: bool, _: Any) -> bool:
+        if self.ended:
+            # Nothing is asked for, so that llama.cpp computes its graph as it does by itself.
+            return not ask
         site = self.site_of(node)
         wanted = site is not None and (self.wanted is None or site in self.wanted)
         if wanted and site is not None and not ask and self.error is None:
@@ -163,13 +166,22 @@ def attach(llm: Any, recording: Any) -> List[Any]:
             "with CUDA graphs, llama.cpp computes something else while it is observed: start Python with "
             f"{NO_GRAPHS}=1 in the environment"
         )
-    if recording.row:
-        raise CaptureError("row: a Llama has one prompt")
+    if recording.row not in (None, 0):
+        raise CaptureError(f"row={recording.row}: a Llama has one prompt")
+    if llm.n_tokens:
+        raise CaptureError(
+            f"{llm.n_tokens} tokens stand in this Llama's cache already, and a capture begins with the prompt: call its "
+            "reset() before, or open the capture before the prompt"
+        )
+    if getattr(llm, "_lora_adapter", None) is not None:
+        raise CaptureError("this Llama has a LoRA adapter, which no GGUF file here holds: capture it without, or merge it")
+    if getattr(llm._ctx, "observed", False):
+        raise CaptureError("this Llama is being captured already: end that capture first")
     observer = Observer(llama_cpp, recording.keep_values, recording.wanted)
     params = type(llm.context_params).from_buffer_copy(llm.context_params)
     params.cb_eval = observer.callback
     params.cb_eval_user_data = None
-    own, kept_tokens = llm._ctx, llm.n_tokens
+    own = llm._ctx
     context = type(own)(model=llm._model, params=params, verbose=llm.verbose)
     compute = context.decode
 
@@ -186,14 +198,13 @@ def attach(llm: Any, recording: Any) -> List[Any]:
         compute(batch)
         observer.tell()
 
-    context.decode = decode
-    llm._ctx, llm.n_tokens = context, 0
+    context.decode, context.observed, context.observer = decode, True, observer
+    llm._ctx = context
+    own.close()
 
-    def put_back() -> None:
-        llm._ctx, llm.n_tokens = own, kept_tokens
-        # The context is closed by whoever holds it last.
+    def end() -> None:
+        observer.ended, context.observed = True, False
         del context.decode
-        context.close()
 
     recording.about.update(
         {
@@ -206,4 +217,4 @@ def attach(llm: Any, recording: Any) -> List[Any]:
             "device": "cuda" if on_gpu else "cpu",
         }
     )
-    return [Undo(put_back)]
+    return [Undo(end)]

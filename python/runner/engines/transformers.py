@@ -8,6 +8,7 @@ fits does not say that a module does the same.
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from .._errors import CaptureError
@@ -17,6 +18,8 @@ Keep = Callable[[str, Any], None]
 
 # Kinds of model (`model_type` of their config) whose modules mean what is said of them here.
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "gemma3_text", "olmo2", "granite", "smollm3", "glm4"]
+# Kinds that do something with what the output matrix makes, before it is the logits.
+LATE_LOGITS = ["gemma2", "gemma3", "gemma3_text", "granite"]
 # What a layer must have, besides one of the two forms of its projections.
 LAYER = ["self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"]
 FORMS = {
@@ -31,6 +34,12 @@ def what_is_missing(model: Any) -> Optional[str]:
     if kind is not None and kind not in KINDS:
         return f"its config says model_type = {kind!r}, and known are {', '.join(KINDS)}"
     missing = [name for name in ["model.embed_tokens", "model.layers", "model.norm", "lm_head"] if at(model, name) is None]
+    if hasattr(model, "get_base_model"):
+        return "it is wrapped by PEFT, and what it computes no folder holds: merge the adapter (merge_and_unload) and give that model"
+    if missing and at(model, "module.lm_head") is not None:
+        return "it is wrapped: give what it wraps, `model.module`"
+    if missing and at(model, "layers") is not None and at(model, "embed_tokens") is not None:
+        return "it has no output matrix: give the whole model, of a class ...ForCausalLM"
     layers = at(model, "model.layers")
     layer = layers[0] if layers is not None and len(layers) else None
     if layer is not None:
@@ -80,7 +89,7 @@ class Hooks:
         self.keep = keep
         self.interleaved = interleaved
         self.head_dim: int = head_dim_of(model) or 0
-        self.layer: Optional[str] = None
+        self.blocks: List[str] = []
         self.sites: List[str] = []
         self.handles: List[Any] = []
         self.undo: List[Callable[[], None]] = []
@@ -88,13 +97,15 @@ class Hooks:
         # Gemma's embedding multiplies by a factor itself, Granite's model does.
         scales_embedding = hasattr(model.model.embed_tokens, "embed_scale")
         self.output_of(model.model.embed_tokens, "embed_scaled" if scales_embedding else "embed")
+        if scales_embedding:
+            self.rows_of(model.model.embed_tokens, "embed")
         if (getattr(config, "embedding_multiplier", 1) or 1) != 1:
             self.input_of(model.model.layers[0], "embed_scaled")
         for number, layer in enumerate(model.model.layers):
             self.hook_layer(layer, f"blk.{number}", config)
         self.output_of(model.model.norm, "output_norm")
-        divided = (getattr(config, "logits_scaling", 1) or 1) != 1
-        if divided or getattr(config, "final_logit_softcapping", None) is not None:
+        # Kinds that may change what the output matrix makes, whatever their config says now.
+        if getattr(config, "model_type", None) in LATE_LOGITS:
             self.output_of(model.lm_head, "logits_raw")
             self.sites.append("logits")
             handle = model.register_forward_hook(lambda _, __, result: self.keep("logits", result.logits))
@@ -105,6 +116,7 @@ class Hooks:
 
     def hook_layer(self, layer: Any, block: str, config: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.blocks.append(block)
         # The rotation is a function, not a module: it is called within this layer's attention.
         self.handles.append(attention.register_forward_pre_hook(lambda *_: self.enter(block)))
         self.handles.append(attention.register_forward_hook(lambda *_: self.enter(None)))
@@ -149,27 +161,20 @@ class Hooks:
         self.output_of(mlp.down_proj, f"{block}.ffn_down")
         self.output_of(layer, f"{block}.ffn_residual")
 
-    def enter(self, block: Optional[str]) -> None:
-        self.layer = block
-
     def hook_rope(self, attention: Any) -> None:
         """The attention looks its rotation up in its module at every call."""
         module = sys.modules[type(attention).__module__]
-        rotate = getattr(module, "apply_rotary_pos_emb", None)
-        if rotate is None:
-            return
-        self.sites += ["blk.0.q_rope", "blk.0.k_rope"]
+        if hasattr(module, ROTATION):
+            self.sites += [f"{block}.{name}" for block in self.blocks for name in ("q_rope", "k_rope")]
+            self.undo.append(watch_rotation(module))
 
-        def recorded(*arguments: Any, **named: Any) -> Tuple[Any, Any]:
-            q, k = rotate(*arguments, **named)
-            if self.layer is not None:
-                for name, heads in [("q_rope", q), ("k_rope", k)]:
-                    # [batch, heads, tokens, head_dim], and a row of ours holds all its heads.
-                    self.keep(f"{self.layer}.{name}", self.in_file_order(heads.transpose(1, 2)))
-            return q, k
-
-        setattr(module, "apply_rotary_pos_emb", recorded)
-        self.undo.append(lambda: setattr(module, "apply_rotary_pos_emb", rotate))
+    def enter(self, block: Optional[str]) -> None:
+        """This thread computes a layer's attention now, or none."""
+        within = rotating()
+        if block is None:
+            within.pop(id(self), None)
+        else:
+            within[id(self)] = lambda name, heads: self.keep(f"{block}.{name}", self.in_file_order(heads))
 
     def parts_of(self, module: Any, widths: Sequence[int], sites: Sequence[str]) -> None:
         """The columns of a fused projection."""
@@ -189,6 +194,12 @@ class Hooks:
 
         self.handles.append(module.register_forward_hook(hook))
 
+    def rows_of(self, module: Any, site: str) -> None:
+        """The rows of a table that a module looks up before it multiplies them."""
+        self.sites.append(site)
+        hook = module.register_forward_pre_hook(lambda module, inputs: self.keep(site, module.weight[inputs[0]]))
+        self.handles.append(hook)
+
     def input_of(self, module: Any, site: str) -> None:
         self.sites.append(site)
         hook = module.register_forward_pre_hook(lambda _, inputs: self.keep(site, inputs[0]))
@@ -207,7 +218,54 @@ class Hooks:
             handle.remove()
         for undo in self.undo:
             undo()
+        rotating().pop(id(self), None)
         self.handles, self.undo = [], []
+
+
+ROTATION = "apply_rotary_pos_emb"
+# Modules whose rotation is watched: the function that was there, and for how many captures.
+watched: Dict[Any, List[Any]] = {}
+lock = threading.Lock()
+of_thread = threading.local()
+
+
+def rotating() -> Dict[int, Callable[[str, Any], None]]:
+    """Who wants to see the rotations of this thread: captures that are within an attention."""
+    within: Optional[Dict[int, Callable[[str, Any], None]]] = getattr(of_thread, "within", None)
+    if within is None:
+        within = of_thread.within = {}
+    return within
+
+
+def watch_rotation(module: Any) -> Callable[[], None]:
+    """Shows the rotations of a module to whoever is within an attention; returns what ends that.
+
+    However many captures there are, the function is replaced once, and is the module's own again
+    when the last of them has ended.
+    """
+    with lock:
+        if module not in watched:
+            rotate = getattr(module, ROTATION)
+
+            def shown(*arguments: Any, **named: Any) -> Tuple[Any, Any]:
+                q, k = rotate(*arguments, **named)
+                for keep in list(rotating().values()):
+                    # [batch, heads, tokens, head_dim], and a row of ours holds all its heads.
+                    keep("q_rope", q.transpose(1, 2))
+                    keep("k_rope", k.transpose(1, 2))
+                return q, k
+
+            watched[module] = [rotate, 0]
+            setattr(module, ROTATION, shown)
+        watched[module][1] += 1
+
+    def end() -> None:
+        with lock:
+            watched[module][1] -= 1
+            if watched[module][1] == 0:
+                setattr(module, ROTATION, watched.pop(module)[0])
+
+    return end
 
 
 def norms_of(layer: Any) -> Tuple[Any, List[Any]]:
@@ -237,6 +295,10 @@ def about(model: Any, torch: Any) -> Dict[str, str]:
         "attention": str(getattr(config, "_attn_implementation", None) or "unknown"),
         "tf32": str(bool(torch.backends.cuda.matmul.allow_tf32)).lower(),
     }
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        value = getattr(config, key, None)
+        if value is not None:
+            said[key] = str(value)
     folder = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if folder:
         said["model"] = str(folder)
