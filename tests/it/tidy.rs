@@ -198,6 +198,9 @@ fn every_contract_of_the_repository_ships() {
         let row = format!("(\"{name}\", include_str!(\"../../contracts/{name}.toml\"))");
         assert!(source.contains(&row), "SHIPPED_CONTRACTS lacks {name}");
         let text = fs::read_to_string(&path).expect("readable");
-        assert!(text.lines().any(|line| line.replace(' ', "") == format!("name=\"{name}\"")), "{name}");
+        assert!(
+            text.lines().any(|line| line.replace(' ', "") == format!("name=\"{name}\"")),
+            "{name}"
+        );
     }
 }
