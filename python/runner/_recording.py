@@ -196,9 +196,11 @@ class Copies:
         size = copied.numel() * copied.element_size()
         if self.buffer is None:
             self.buffer = room_on(sys.modules["torch"], copied.device)
-        self.bytes += size
-        self.waiting.append((site, copied))
-        if 2 * self.bytes > self.buffer:
+        with self.change:
+            self.bytes += size
+            self.waiting.append((site, copied))
+            is_full = 2 * self.bytes > self.buffer
+        if is_full:
             self.drain()
 
     def drain(self) -> None:
@@ -222,7 +224,7 @@ class Copies:
                 batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
                 if not batch:
                     return
-            host.catch_up(batch[0][1])
+            host.catch_up({tensor.device for _, tensor in batch})
             while batch:
                 site, tensor = batch.pop(0)
                 try:
@@ -257,7 +259,7 @@ class Copies:
 
 
 class Host:
-    """The way of a tensor into memory, through one pinned block and a stream of its own."""
+    """The way of a tensor into memory, through one pinned block and a stream of its device."""
 
     # Bytes that leave a device at once.
     BLOCK = 1 << 26
@@ -265,12 +267,13 @@ class Host:
     def __init__(self) -> None:
         self.torch = sys.modules["torch"]
         self.block: Any = None
-        self.stream: Any = None
+        self.streams: Dict[Any, Any] = {}
 
-    def catch_up(self, tensor: Any) -> None:
+    def catch_up(self, devices: Collection[Any]) -> None:
         """Waits until the copies that were asked for so far have been made."""
-        if tensor.is_cuda:
-            self.torch.cuda.synchronize(tensor.device)
+        for device in devices:
+            if device.type == "cuda":
+                self.torch.cuda.synchronize(device)
 
     def to(self, store: Store, site: str, tensor: Any) -> None:
         """Adds a tensor to the store."""
@@ -283,11 +286,13 @@ class Host:
         with torch.no_grad():
             if self.block is None:
                 self.block = torch.empty(self.BLOCK, dtype=torch.uint8, pin_memory=True)
-                self.stream = torch.cuda.Stream(tensor.device)
+            stream = self.streams.get(tensor.device)
+            if stream is None:
+                stream = self.streams[tensor.device] = torch.cuda.Stream(tensor.device)
             part = self.block[:size].view(rows.dtype).view(rows.shape)
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(stream):
                 part.copy_(rows, non_blocking=True)
-                self.stream.synchronize()
+                stream.synchronize()
             store.add(site, torch_values(part, site))
 
 
