@@ -28,6 +28,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "_attn_implementation_autoset",
     "_commit_hash",
     "_flash_attn_2_enabled",
+    "_model_name_or_path",
     "_name_or_path",
     "_sliding_window_pattern",
     "architectures",
@@ -115,6 +116,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "transformers.js_config",
     "transformers_version",
     "typical_p",
+    "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
     "use_bfloat16",
@@ -1457,6 +1459,7 @@ mod tests {
     fn with(name: &str, own: Value) -> Vec<u8> {
         let mut all = serde_json::json!({
             "model_type": name, "architectures": ["X"], "attention_dropout": 0.0, "bos_token_id": 1,
+            "unk_token_id": 0, "_model_name_or_path": "of the GGUF file that it was read from",
             "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02,
             "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
             "use_cache": true, "rms_norm_eps": 1e-6
