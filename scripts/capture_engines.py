@@ -245,8 +245,6 @@ class Vllm:
 class Sglang:
     """SGLang's own one-batch path in this process."""
 
-    loaded = None
-
     def __init__(self, place, kind, attention, _):
         from runner.engines import sglang
 

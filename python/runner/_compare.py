@@ -108,30 +108,24 @@ def compare(*tensors: Any, op: Optional[str] = None, **options: Any) -> Comparis
     if len(tensors) != len(names):
         raise RunnerError(f"op={op!r} takes {len(names)} tensors ({', '.join(names)}), and {len(tensors)} are given")
     held = {name: values_of(tensor, name) for name, tensor in zip(names, tensors)}
-    arguments: List[str] = ["--op", op]
     with tempfile.TemporaryDirectory(dir=roomy(held)) as folder:
         path = os.path.join(folder, "operands.safetensors")
+        said_as: Dict[str, Any] = {}
         for key, value in options.items():
-            flag = f"--{key.replace('_', '-')}"
-            if value is None or value is False:
-                continue
-            if value is True:
-                arguments.append(flag)
-            elif isinstance(value, (int, float, str)):
-                arguments += [flag, str(value)]
+            if value is None or isinstance(value, (bool, int, float, str)):
+                said_as[key] = value
             elif option_is_number(value):
-                arguments += [flag, repr(float(value))]
+                said_as[key] = float(value)
             else:
                 held[key] = values_of(value, key)
-                arguments += [flag, f"{path}:{key}"]
+                said_as[key] = f"{path}:{key}"
         write(path, held)
         places = [f"{path}:{name}" for name in names]
         try:
-            done = ask(["judge", *places, *arguments, "--format", "json"])
+            printed = judged(op, places, said_as)
         except RunnerError as error:
-            raise RunnerError(str(error).replace(f"{path}:", "").replace(f"{path}", "the operands")) from None
-        said = json.loads(done.stdout.replace(f"{path}:", ""))
-    return comparison_of(said)
+            raise RunnerError(str(error).replace(f"{path}:", "").replace(path, "the operands")) from None
+        return comparison_of(json.loads(printed.replace(f"{path}:", "")))
 
 
 def option_is_number(value: Any) -> bool:
@@ -214,7 +208,7 @@ class Operation:
                 if isinstance(value, dict):
                     value = self.option(option, value, extra, folder)
                 asked[option] = value
-            return judged(op, places, {**asked, **options})
+            return comparison_of(json.loads(judged(op, places, {**asked, **options})))
 
     def tensor(self, name: str) -> Mapping[str, Any]:
         """A result, or an argument: as it was left, where the operation wrote into it."""
@@ -275,12 +269,14 @@ ROLES: Dict[str, Roles] = {
 }
 
 
-def judged(op: str, places: List[str], options: Mapping[str, Any]) -> Comparison:
+def judged(op: str, places: List[str], options: Mapping[str, Any]) -> str:
+    """What the command says of an operation, as JSON; an option that is true is a flag."""
     arguments: List[str] = ["--op", op]
     for key, value in options.items():
-        flag = f"--{key.replace('_', '-')}"
-        arguments += [flag] if value is True else [flag, str(value)]
-    return comparison_of(json.loads(ask(["judge", *places, *arguments, "--format", "json"]).stdout))
+        if value is not None and value is not False:
+            flag = f"--{key.replace('_', '-')}"
+            arguments += [flag] if value is True else [flag, str(value)]
+    return ask(["judge", *places, *arguments, "--format", "json"]).stdout
 
 
 def operations(path: "str | os.PathLike[str]") -> List[Operation]:
@@ -295,7 +291,12 @@ def operations(path: "str | os.PathLike[str]") -> List[Operation]:
     listed = (header.get("__metadata__") or {}).get("operations")
     if listed is None:
         raise RunnerError(f'{path} lists no operations: capture them with level="operations"')
-    return [
-        Operation(index, call["name"], call["arguments"], tuple(call["results"]), call["written"], path)
-        for index, call in enumerate(json.loads(listed))
-    ]
+    try:
+        calls = json.loads(listed)
+        return [operation_of(index, call, path) for index, call in enumerate(calls)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunnerError(f"{path}: its list of operations is damaged ({error}): capture them again") from error
+
+
+def operation_of(index: int, call: Mapping[str, Any], path: str) -> Operation:
+    return Operation(index, call["name"], call["arguments"], tuple(call["results"]), call["written"], path)

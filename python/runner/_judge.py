@@ -14,14 +14,13 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from ._errors import RunnerError
 from ._program import ask
 from ._store import read_header
+from .engines.transformers import SHAPE
 
 STAGE = "capture"
 # The end of a run of which a stage is in error: its record says why.
 IN_ERROR = 4
 # Engines that say what they round and not which kernels run.
 OF_UNKNOWN_KERNELS = ("f32", "llama-cpp-cpu")
-# What a capture says of its model, as config.json does.
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Outcomes that say nothing is wrong, and those that say something is.
 GOOD, BAD = ("pass",), ("structural", "drift")
 
@@ -187,12 +186,20 @@ def plan(about: Dict[str, str], engine: Optional[str], contract: Optional[str]) 
     if "engine" in recipe and name not in OF_UNKNOWN_KERNELS:
         # What ran in one step decides which kernel ran; floors are the same for all.
         listed = about.get("decoded", "").count(",") + 1
-        steps, batch = int(about.get("steps", listed)), int(about.get("batch", "1"))
+        steps, batch = number(about, "steps", listed), number(about, "batch", 1)
         if steps > 1:
             recipe["decoded"] = steps - 1
         if batch > 1:
             recipe["batch"] = batch
     return recipe, contract
+
+
+def number(about: Dict[str, str], key: str, otherwise: int) -> int:
+    """A number that a capture says."""
+    try:
+        return int(about.get(key, otherwise))
+    except ValueError:
+        raise RunnerError(f"the capture says {key} = {about[key]!r}, which is no number: capture again") from None
 
 
 def contract_of(engine: str, about: Dict[str, str]) -> str:

@@ -187,3 +187,17 @@ def test_dropout_and_wrappers_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(runner.CaptureError, match="drop drops values at random: call model.eval"):
         with runner.capture(model.train(), tmp_path / "run.safetensors"):
             pass
+
+
+def test_a_model_on_the_cpu_beside_a_gpu_is_held_to_no_kernel_of_that_gpu(tmp_path, monkeypatch):
+    from runner._judge import plan
+    from runner._store import read_header
+
+    beside = {"device": "cuda", "gpu": "NVIDIA H200", "capability": "9.0"}
+    monkeypatch.setattr(runner.capture, "provenance", lambda _: dict(beside))
+    with torch.no_grad(), runner.capture(tiny().to(torch.bfloat16), tmp_path / "run.safetensors") as capture:
+        capture.model(IDS)
+    about = read_header(str(tmp_path / "run.safetensors"))[0]["__metadata__"]
+    assert about["device"] == "cpu" and plan(about, None, None)[1] == "engine"
+    with pytest.raises(runner.RunnerError, match="says steps = 'many', which is no number"):
+        plan({**about, "device": "cuda", "steps": "many"}, None, None)

@@ -61,14 +61,14 @@ def every_logit(model: Any, recording: Any, calls: "Calls", torch: Any) -> List[
 
     def at_end() -> None:
         rows = sum(recording.steps)
-        if not made or sum(made) == rows or not recording.wants("logits") or sum(map(len, normed)) != rows:
+        if not made or sum(made) == rows or sum(map(len, normed)) != rows:
             return
         with torch.inference_mode():
             each = [model.lm_head(row[None, None]).reshape(1, -1) for step in normed for row in step]
         recording.instead["logits"] = torch.cat(each)
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in transformers.LATE_LOGITS:
+    if kind in transformers.LATE_LOGITS or not recording.wants("logits"):
         return []
     recording.at_end.append(at_end)
     return [model.lm_head.register_forward_pre_hook(of_head), model.model.norm.register_forward_hook(of_norm)]

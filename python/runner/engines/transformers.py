@@ -20,6 +20,8 @@ Keep = Callable[[str, Any], None]
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "gemma3_text", "olmo2", "granite", "smollm3", "glm4"]
 # Kinds that do something with what the output matrix makes, before it is the logits.
 LATE_LOGITS = ["gemma2", "gemma3", "gemma3_text", "granite"]
+# What a capture says of its model, as config.json does.
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # What a layer must have, besides one of the two forms of its projections.
 LAYER = ["self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"]
 FORMS = {
@@ -286,7 +288,8 @@ def about(model: Any, torch: Any) -> Dict[str, str]:
     """What ran, for the file: versions, device, types, the folder of the model."""
     transformers = sys.modules.get("transformers")
     config = getattr(model, "config", None)
-    dtype = next((str(parameter.dtype).rpartition(".")[2] for parameter in model.parameters()), "")
+    parameter = next(model.parameters(), None)
+    dtype = "" if parameter is None else str(parameter.dtype).rpartition(".")[2]
     said = {
         "engine": f"transformers {transformers.__version__}" if transformers else "a PyTorch module",
         "engine_file": engine_of(model, dtype),
@@ -295,7 +298,10 @@ def about(model: Any, torch: Any) -> Dict[str, str]:
         "attention": str(getattr(config, "_attn_implementation", None) or "unknown"),
         "tf32": str(bool(torch.backends.cuda.matmul.allow_tf32)).lower(),
     }
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    if parameter is not None:
+        # Where it runs, which need not be where the machine's GPU is.
+        said["device"] = parameter.device.type
+    for key in SHAPE:
         value = getattr(config, key, None)
         if value is not None:
             said[key] = str(value)
