@@ -11,12 +11,14 @@
 //! draw is a function of the recipe, the model and the prompt. It does not know
 //! what an arm made.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::call::Call;
+use super::conversion::{Rows, rounding_errors};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
-use super::floor::{Floor, rounding_errors};
+use super::floor::{Floor, set_columns};
 use super::kv_cache::Cached;
 use super::reference::{Reference, Widened, dot_rows};
 use super::{ComputeError, Ops, check_matmul};
@@ -24,6 +26,7 @@ use crate::model::Weight;
 use crate::op::Recipe;
 use crate::random::Random;
 use crate::tensor::Tensor;
+use crate::vector::{Kernel, dispatch};
 
 /// The reference with the recipe's roundings, drawn.
 pub struct Drawn {
@@ -59,23 +62,62 @@ fn stream_of(number: u64, values: &[f32]) -> Random {
     Random::named("runner 2026 drawn roundings v1", &[&number.to_le_bytes(), &bytes])
 }
 
-/// An operand, each value off by its rounding error with a sign of its own.
-fn redrawn(mut stream: Random, values: &[f32], errors: &[f32]) -> Vec<f32> {
-    let mut drawn = errors.to_vec();
-    for (errors, values) in drawn.chunks_mut(64).zip(values.chunks(64)) {
-        let mut signs = stream.bits();
-        for (error, value) in errors.iter_mut().zip(values) {
-            let sign = ((signs & 1) as u32) << 31;
-            *error = value + f32::from_bits(error.to_bits() ^ sign);
-            signs >>= 1;
-        }
-    }
-    drawn
+/// Signs of a stream, which may be taken a stretch after the other.
+struct Signs {
+    stream: Random,
+    /// The next of them, the lowest first, and how many.
+    word: u64,
+    left: usize,
 }
 
-fn energies(rows: &[f32], width: usize) -> Vec<f64> {
-    let energy = |row: &[f32]| row.iter().map(|&x| f64::from(x).powi(2)).sum();
-    rows.chunks_exact(width).map(energy).collect()
+impl Signs {
+    fn of(stream: Random) -> Signs {
+        Signs { stream, word: 0, left: 0 }
+    }
+}
+
+/// An operand, each value off by its rounding error with a sign of its own, in place of what
+/// `drawn` holds.
+fn redraw(signs: &mut Signs, values: &[f32], errors: &[f32], drawn: &mut Vec<f32>) {
+    drawn.resize(values.len(), 0.0);
+    dispatch(Redraw { signs, values, errors, drawn });
+}
+
+struct Redraw<'a> {
+    signs: &'a mut Signs,
+    values: &'a [f32],
+    errors: &'a [f32],
+    drawn: &'a mut [f32],
+}
+
+impl Kernel for Redraw<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Redraw { signs, values, errors, drawn } = self;
+        let mut at = 0;
+        while at < values.len() {
+            if signs.left == 0 {
+                (signs.word, signs.left) = (signs.stream.bits(), 64);
+            }
+            let rest = values.len() - at;
+            // Half a word at a time: its bits and the values have 32 bits.
+            let count =
+                [32, signs.left, rest].into_iter().fold(32, |a, b| if b < a { b } else { a });
+            let word = signs.word as u32;
+            let span = at..at + count;
+            let places = drawn[span.clone()].iter_mut().enumerate();
+            let pairs = values[span.clone()].iter().zip(&errors[span]);
+            for ((bit, drawn), (value, error)) in places.zip(pairs) {
+                let sign = word >> (bit as u32) << 31;
+                *drawn = value + f32::from_bits(error.to_bits() ^ sign);
+            }
+            signs.word >>= count;
+            signs.left -= count;
+            at += count;
+        }
+    }
 }
 
 impl Ops for Drawn {
@@ -130,6 +172,22 @@ struct DrawnOperand {
     wide: Widened,
 }
 
+/// What a draw makes of a chunk of a weight's rows.
+struct DrawnChunk {
+    /// The stream that the chunk names, and what is taken of it.
+    stream: Random,
+    signs: Signs,
+    energies: Vec<f64>,
+    /// `[x rows, w rows]`, and so are the accumulations' variances, where they are followed.
+    dots: Vec<f64>,
+    chains: Option<Vec<f64>>,
+}
+
+thread_local! {
+    /// Errors, drawn values and the same as f64, whose memory serves the next stretch again.
+    static SCRATCH: Cell<(Vec<f32>, Vec<f32>, Widened)> = Cell::default();
+}
+
 /// The product of each draw with its activation: the weight is decoded and converted once for all.
 fn matmul(
     floor: &Floor,
@@ -150,39 +208,65 @@ fn matmul(
         .iter()
         .map(|&(number, x)| {
             let (codes, scales) = emulated.quantise_activation(x);
-            let errors = rounding_errors(x.data(), &codes, &scales);
-            let values = redrawn(stream_of(number, x.data()), x.data(), &errors);
-            let (energies, wide) = (energies(&values, width), Widened::of(&values, width));
-            DrawnOperand { number, values, energies, wide }
+            let (mut errors, mut values) = (Vec::new(), Vec::new());
+            rounding_errors(Rows::all(x.data(), &codes, &scales), &mut errors);
+            let mut signs = Signs::of(stream_of(number, x.data()));
+            redraw(&mut signs, x.data(), &errors, &mut values);
+            let wide = Widened::of(&values, width);
+            DrawnOperand { number, energies: wide.energies(), values, wide }
         })
         .collect();
     let accumulation = floor.accumulation(width);
     let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
-        let errors = rounding_errors(rows, codes, &scales);
-        let of_draw = |x: &DrawnOperand| {
+        let count = codes.rows();
+        let start = |x: &DrawnOperand| {
             // A weight is large, and its name says as much as its values.
             let parts: [&[u8]; 3] =
                 [&x.number.to_le_bytes(), &(first as u64).to_le_bytes(), weight.name().as_bytes()];
-            let mut stream = Random::named("runner 2026 drawn roundings of weights v1", &parts);
-            let w = redrawn(stream, rows, &errors);
-            let w_energies = energies(&w, width);
-            let dots = dot_rows(&x.wide, &Widened::of(&w, width));
-            let chains = floor.chains(&x.values, &w, width);
-            let mut y: Vec<f32> = Vec::with_capacity(dots.len());
-            let signs = Random::at(!stream.bits()).signs();
-            let each = x.energies.iter().flat_map(|x| w_energies.iter().map(move |w| x * w));
-            for (index, ((&dot, energies), sign)) in dots.iter().zip(each).zip(signs).enumerate() {
+            let stream = Random::named("runner 2026 drawn roundings of weights v1", &parts);
+            DrawnChunk {
+                stream,
+                signs: Signs::of(stream),
+                energies: Vec::with_capacity(count),
+                dots: vec![0.0; x.energies.len() * count],
+                chains: None,
+            }
+        };
+        let mut made: Vec<DrawnChunk> = operands.iter().map(start).collect();
+        for part in Rows::all(rows, codes, &scales).stretches() {
+            let (mut errors, mut w, mut wide) = SCRATCH.take();
+            rounding_errors(part, &mut errors);
+            let place = (part.first, part.count());
+            for (x, made) in operands.iter().zip(&mut made) {
+                redraw(&mut made.signs, part.values, &errors, &mut w);
+                wide.refill(&w, width);
+                made.energies.extend(wide.energies());
+                set_columns(&mut made.dots, count, place, &dot_rows(&x.wide, &wide));
+                if let Some(chains) = floor.chains(&x.values, &w, width) {
+                    let all =
+                        made.chains.get_or_insert_with(|| vec![0.0; x.energies.len() * count]);
+                    set_columns(all, count, place, &chains);
+                }
+            }
+            SCRATCH.set((errors, w, wide));
+        }
+        let finish = |(x, mut made): (&DrawnOperand, DrawnChunk)| {
+            let mut y: Vec<f32> = Vec::with_capacity(made.dots.len());
+            let signs = Random::at(!made.stream.bits()).signs();
+            let each = x.energies.iter().flat_map(|x| made.energies.iter().map(move |w| x * w));
+            for (index, ((&dot, energies), sign)) in
+                made.dots.iter().zip(each).zip(signs).enumerate()
+            {
                 // sum (x w)^2, as if it did not matter which x meets which w.
                 let terms = energies / width as f64;
-                let chain = chains.as_ref().map(|chains| chains[index]);
+                let chain = made.chains.as_ref().map(|chains| chains[index]);
                 let moved = floor.after_operands(accumulation, dot, terms, chain).sqrt();
-                let bias =
-                    bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % codes.rows()]));
+                let bias = bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % count]));
                 y.push((dot + f64::from(sign) * moved + bias) as f32);
             }
-            Tensor::new(codes.rows(), y)
+            Tensor::new(count, y)
         };
-        Ok((first, operands.iter().map(of_draw).collect::<Vec<Tensor>>()))
+        Ok((first, operands.iter().zip(made).map(finish).collect::<Vec<Tensor>>()))
     })?;
     let empty = |x: &DrawnOperand| Tensor::zeros(x.energies.len(), weight.rows());
     let mut all: Vec<Tensor> = operands.iter().map(empty).collect();

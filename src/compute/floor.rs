@@ -9,18 +9,18 @@
 //! carried to the output by the op's derivative. It predicts sizes and computes the
 //! truth beside them; what an arm made is not known here.
 
+use std::cell::Cell;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use super::call::Call;
+use super::conversion::{Lifted, Rows, WeightSquares};
 use super::delta::{Convolution, DeltaRule};
 use super::dots::dots;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::{Unit, chip};
-use super::emulated::gemm::Scales;
 use super::emulated::kernels::WARP_LANES;
-use super::emulated::quantize::{Codes, CodesRow, absmax};
 use super::emulated::schedule::{Schedule, Step};
 use super::experts::{self, Products};
 use super::exponential::exponentials;
@@ -310,108 +310,6 @@ fn rounded(value: f64) -> f64 {
     (value * F32_UNIT).powi(2) / 3.0
 }
 
-/// The rounding error of each value of an operand, row-major.
-pub(super) fn rounding_errors(values: &[f32], codes: &Codes, scales: &Scales) -> Vec<f32> {
-    dispatch(RoundingErrors { values, codes, scales })
-}
-
-struct RoundingErrors<'a> {
-    values: &'a [f32],
-    codes: &'a Codes,
-    scales: &'a Scales,
-}
-
-impl Kernel for RoundingErrors<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) -> Vec<f32> {
-        let RoundingErrors { values, codes, scales } = self;
-        /// Columns that share a scale, at least.
-        const SPAN: usize = 128;
-        let (format, width) = (codes.format(), codes.width());
-        let table: Vec<f32> = match format.bytes() {
-            1 => (0..256).map(|code| format.decode(code)).collect(),
-            _ => Vec::new(),
-        };
-        let mut errors = vec![0.0; values.len()];
-        let rows = values.chunks_exact(width).zip(errors.chunks_exact_mut(width));
-        for (row, (values, errors)) in rows.enumerate() {
-            let spans = values.chunks(SPAN).zip(errors.chunks_mut(SPAN));
-            for (span, (values, errors)) in spans.enumerate() {
-                let first = span * SPAN;
-                let scale = scales.of(row, span, width);
-                let pairs = errors.iter_mut().zip(values);
-                let range = first..first + values.len();
-                match codes.row(row) {
-                    CodesRow::Bits8(codes) => {
-                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
-                            *e = table[usize::from(code)] * scale - x;
-                        }
-                    }
-                    CodesRow::Bits16(codes) if format == Format::Bf16 => {
-                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
-                            *e = f32::from_bits(u32::from(code) << 16) * scale - x;
-                        }
-                    }
-                    CodesRow::Bits16(codes) => {
-                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
-                            *e = format.decode(u32::from(code)) * scale - x;
-                        }
-                    }
-                    CodesRow::Bits32(codes) => {
-                        for ((e, &x), &code) in pairs.zip(&codes[range]) {
-                            *e = format.decode(code) * scale - x;
-                        }
-                    }
-                }
-            }
-        }
-        errors
-    }
-}
-
-/// An operand's rows, each divided by a power of two so that its largest magnitude lies between 1
-/// and 2: the square of a value near 2^-70 is no f32.
-///
-/// f32 is enough else: a floor of seven digits is far better than its own model.
-struct Lifted {
-    /// Row-major.
-    values: Vec<f32>,
-    squares: Vec<f32>,
-    /// Of the rounding errors.
-    error_squares: Vec<f32>,
-    /// What each row was divided by.
-    powers: Vec<f64>,
-}
-
-impl Lifted {
-    fn of(values: &[f32], codes: &Codes, scales: &Scales) -> Lifted {
-        let width = codes.width();
-        let (mut values, mut errors) = (values.to_vec(), rounding_errors(values, codes, scales));
-        let mut powers = Vec::with_capacity(values.len() / width.max(1));
-        let rows = values.chunks_exact_mut(width).zip(errors.chunks_exact_mut(width));
-        for (values, errors) in rows {
-            let power = power_below(absmax(values));
-            // Of powers of two of f64 the quotients are exact, and end within f32.
-            let lift = |value: &mut f32| *value = (f64::from(*value) / power) as f32;
-            values.iter_mut().for_each(lift);
-            errors.iter_mut().for_each(lift);
-            powers.push(power);
-        }
-        let squares = values.iter().map(|value| value * value).collect();
-        errors.iter_mut().for_each(|error| *error *= *error);
-        Lifted { values, squares, error_squares: errors, powers }
-    }
-}
-
-/// The largest power of two that is not above a magnitude; 1 for zero, infinities and NaN.
-fn power_below(magnitude: f32) -> f64 {
-    let usual = magnitude > 0.0 && magnitude < f32::INFINITY;
-    let bits = f64::from(if usual { magnitude } else { 1.0 }).to_bits();
-    f64::from_bits(bits & 0x7ff0_0000_0000_0000)
-}
-
 /// What the floor finds in one chunk of a weight's rows.
 struct Chunk {
     first: usize,
@@ -424,6 +322,50 @@ struct Chunk {
     pairs: usize,
     /// How many values are quiet, see [`Shared::quiet`].
     quiet: usize,
+}
+
+/// The sums over K of all rows of a chunk, which is met in stretches of rows.
+struct OfChunk {
+    /// Row-major, `[x rows, columns]`.
+    dots: Vec<f64>,
+    /// Variances: of lifted rows, but for `from_x`.
+    from_x: Vec<f64>,
+    from_dx: Vec<f32>,
+    /// Row-major, `[pairs, columns]`: what two rows of x make of the same dw, and of the same dx.
+    of_dw: Vec<f32>,
+    of_both: Option<Vec<f32>>,
+    /// What each row of w was divided by.
+    powers: Vec<f64>,
+}
+
+impl OfChunk {
+    fn new(x_rows: usize, columns: usize, pairs: usize, repeated: bool) -> OfChunk {
+        OfChunk {
+            dots: vec![0.0; x_rows * columns],
+            from_x: vec![0.0; x_rows * columns],
+            from_dx: vec![0.0; x_rows * columns],
+            of_dw: vec![0.0; pairs * columns],
+            of_both: repeated.then(|| vec![0.0; pairs * columns]),
+            powers: Vec::with_capacity(columns),
+        }
+    }
+}
+
+/// Puts `[rows, count]` at a column of `[rows, columns]`.
+pub(super) fn set_columns<T: Copy>(
+    all: &mut [T],
+    columns: usize,
+    (first, count): (usize, usize),
+    some: &[T],
+) {
+    for (all, some) in all.chunks_exact_mut(columns).zip(some.chunks_exact(count)) {
+        all[first..first + count].copy_from_slice(some);
+    }
+}
+
+thread_local! {
+    /// What is made of a stretch of a weight's rows, whose memory serves the next one again.
+    static SCRATCH: Cell<(Widened, WeightSquares)> = Cell::default();
 }
 
 /// Some pairs of `count` things, all of them where there are few.
@@ -770,7 +712,7 @@ impl Floor {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
         let (codes, scales) = self.emulated.quantise_activation(x);
-        let lifted = Lifted::of(x.data(), &codes, &scales);
+        let lifted = Lifted::of(Rows::all(x.data(), &codes, &scales));
         let (x_square, dx_square) = (&lifted.squares, &lifted.error_squares);
         let x_wide = Widened::of(x.data(), width);
         let (of_terms, of_sum) = self.accumulation(width);
@@ -779,33 +721,41 @@ impl Floor {
         let of_x = &lifted.powers;
         let chunks = self.emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
             let count = codes.rows();
-            let Lifted {
-                values: lifted_rows,
-                squares: mut with_x,
-                error_squares: mut with_dx,
-                powers: of_w,
-            } = Lifted::of(rows, codes, &scales);
+            let mut all = OfChunk::new(x.rows(), count, pairs.len(), products.dx.is_some());
+            for part in Rows::all(rows, codes, &scales).stretches() {
+                let (mut wide, mut squares) = SCRATCH.take();
+                wide.refill(part.values, width);
+                squares.refill(part, of_terms as f32);
+                let place = (part.first, part.count());
+                set_columns(&mut all.dots, count, place, &dot_rows(&x_wide, &wide));
+                let from_x = match self.chains(x.data(), part.values, width) {
+                    Some(chains) => chains,
+                    None => {
+                        let lifted = positive_dots(x_square, &squares.with_x, width);
+                        let lowered = |(at, of): (usize, f32)| {
+                            let powers = of_x[at / place.1] * squares.powers[at % place.1];
+                            f64::from(of) * powers.powi(2)
+                        };
+                        lifted.into_iter().enumerate().map(lowered).collect()
+                    }
+                };
+                set_columns(&mut all.from_x, count, place, &from_x);
+                let from_dx = positive_dots(dx_square, &squares.with_dx, width);
+                set_columns(&mut all.from_dx, count, place, &from_dx);
+                let (of_dw, of_both) =
+                    products.covariances(&squares.with_x, &squares.with_dx, width);
+                set_columns(&mut all.of_dw, count, place, &of_dw);
+                if let Some((all, some)) = all.of_both.as_mut().zip(of_both) {
+                    set_columns(all, count, place, &some);
+                }
+                all.powers.extend_from_slice(&squares.powers);
+                SCRATCH.set((wide, squares));
+            }
+            let OfChunk { dots, from_x, from_dx, of_dw, of_both, powers: of_w } = all;
             // Variances of lifted rows, as they are.
             let lowered = |variance: f32, row: usize, column: usize| {
                 f64::from(variance) * (of_x[row] * of_w[column]).powi(2)
             };
-            for (w, dw) in with_x.iter_mut().zip(&mut with_dx) {
-                let (w_square, dw_square) = (*w, *dw);
-                // x^2 meets dw^2 and the accumulation's share of w^2; dx^2 meets both.
-                *w = dw_square + of_terms as f32 * w_square;
-                *dw = w_square + dw_square;
-            }
-            let dots = dot_rows(&x_wide, &Widened::of(rows, width));
-            let chains = self.chains(x.data(), rows, width);
-            let positive = |x, w| positive_dots(x, w, width);
-            let from_x = match chains {
-                Some(chains) => chains,
-                None => {
-                    let lifted = positive(x_square, &with_x).into_iter().enumerate();
-                    lifted.map(|(at, of)| lowered(of, at / count, at % count)).collect()
-                }
-            };
-            let from_dx = positive(dx_square, &with_dx);
             let mut quiet = 0;
             let mut truth = Vec::with_capacity(dots.len());
             let mut sigma = Vec::with_capacity(dots.len());
@@ -834,13 +784,12 @@ impl Floor {
                 if size > 0.0 { (covariance / size).powi(2) as f32 } else { 0.0 }
             };
             // Within a column: what two rows make of the same dw, and of the same dx.
-            let (of_dw, of_dx) = products.covariances(&with_x, &with_dx, width);
             let mut columns = vec![0.0; count];
             for (pair, &(a, b)) in pairs.iter().enumerate() {
                 for (column, sum) in columns.iter_mut().enumerate() {
                     let at = pair * count + column;
                     let lifted =
-                        f64::from(of_dw[at]) + of_dx.as_ref().map_or(0.0, |d| d[at].into());
+                        f64::from(of_dw[at]) + of_both.as_ref().map_or(0.0, |d| d[at].into());
                     let shared = lifted * of_x[a] * of_x[b] * of_w[column].powi(2);
                     let (a, b) = (a * count + column, b * count + column);
                     *sum +=
@@ -849,12 +798,16 @@ impl Floor {
             }
             // Within a row: what two columns make of the same dx.
             let neighbours = pairs_of(count, COLUMN_PAIRS);
-            let row = |number: usize| lifted_rows[number * width..(number + 1) * width].iter();
+            let lifted = |number: usize| {
+                let row = &rows[number * width..(number + 1) * width];
+                let inverse = 1.0 / of_w[number];
+                row.iter().map(move |&value| (f64::from(value) * inverse) as f32)
+            };
             let weights: Vec<f32> = neighbours
                 .iter()
-                .flat_map(|&(a, b)| row(a).zip(row(b)).map(|(a, b)| a * b))
+                .flat_map(|&(a, b)| lifted(a).zip(lifted(b)).map(|(a, b)| a * b))
                 .collect();
-            let of_dx = positive(dx_square, &weights);
+            let of_dx = positive_dots(dx_square, &weights, width);
             let mut in_rows = vec![0.0; x.rows()];
             for (token, sum) in in_rows.iter_mut().enumerate() {
                 for (pair, &(a, b)) in neighbours.iter().enumerate() {

@@ -7,6 +7,7 @@
 pub mod arms;
 pub mod call;
 pub mod checkpoint;
+mod conversion;
 pub mod cuda;
 pub mod delta;
 pub mod departure;

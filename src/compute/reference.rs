@@ -499,13 +499,12 @@ fn by_chunk<T: Send>(
         .map(|start| {
             check_interrupt()?;
             let range = start..(start + step).min(rows);
-            let (mut decoded, wide) = SCRATCH.take();
-            let mut chunk = Widened { data: wide, ..Widened::empty(width) };
+            let (mut decoded, mut chunk) = SCRATCH.take();
             decoded.resize(range.len() * width, 0.0);
             weight.decode_rows(range, &mut decoded)?;
             chunk.refill(&decoded, width);
             let made = work(start, &chunk);
-            SCRATCH.set((decoded, chunk.data));
+            SCRATCH.set((decoded, chunk));
             Ok((start, made))
         })
         .collect()
@@ -513,11 +512,12 @@ fn by_chunk<T: Send>(
 
 thread_local! {
     /// A chunk's values and the same as f64, whose memory serves the next chunk again.
-    static SCRATCH: Cell<(Vec<f32>, Vec<f64>)> = const { Cell::new((Vec::new(), Vec::new())) };
+    static SCRATCH: Cell<(Vec<f32>, Widened)> = Cell::default();
 }
 
 /// Rows of f64, each padded with zeros to whole lanes. A zero product leaves a
 /// lane as it is, so the padding cannot be seen in the result.
+#[derive(Default)]
 pub(super) struct Widened {
     rows: usize,
     stride: usize,
@@ -525,21 +525,17 @@ pub(super) struct Widened {
 }
 
 impl Widened {
-    fn empty(width: usize) -> Widened {
-        Widened { rows: 0, stride: width.next_multiple_of(LANES), data: Vec::new() }
-    }
-
     /// Rows of `width` values each.
     pub fn of(values: &[f32], width: usize) -> Widened {
-        let mut wide = Widened::empty(width);
+        let mut wide = Widened::default();
         wide.refill(values, width);
         wide
     }
 
     /// Rows of values that are f64 already.
     pub fn of_f64(values: &[f64], width: usize) -> Widened {
-        let mut wide = Widened::empty(width);
-        wide.rows = values.len() / width;
+        let (rows, stride) = (values.len() / width, width.next_multiple_of(LANES));
+        let mut wide = Widened { rows, stride, data: Vec::new() };
         wide.data.resize(wide.rows * wide.stride, 0.0);
         let rows = wide.data.chunks_exact_mut(wide.stride);
         for (wide, values) in rows.zip(values.chunks_exact(width)) {
@@ -548,10 +544,44 @@ impl Widened {
         wide
     }
 
-    fn refill(&mut self, values: &[f32], width: usize) {
+    /// Rows of `width` values each, in place of what stood here.
+    pub fn refill(&mut self, values: &[f32], width: usize) {
         self.rows = values.len() / width;
+        self.stride = width.next_multiple_of(LANES);
         self.data.resize(self.rows * self.stride, 0.0);
         dispatch(Widen { values, width, stride: self.stride, data: &mut self.data });
+    }
+}
+
+impl Widened {
+    /// The sum of each row's squares, which are exact where the values are f32.
+    pub fn energies(&self) -> Vec<f64> {
+        let mut energies = vec![0.0; self.rows];
+        dispatch(Energies { wide: self, energies: &mut energies });
+        energies
+    }
+}
+
+struct Energies<'a> {
+    wide: &'a Widened,
+    energies: &'a mut [f64],
+}
+
+impl Kernel for Energies<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let rows = self.wide.data.chunks_exact(self.wide.stride.max(1));
+        for (row, energy) in rows.zip(self.energies) {
+            let mut lanes = [0.0f64; LANES];
+            for values in row.as_chunks::<LANES>().0 {
+                for (lane, value) in lanes.iter_mut().zip(values) {
+                    *lane += value * value;
+                }
+            }
+            *energy = add_lanes(lanes);
+        }
     }
 }
 
@@ -593,7 +623,6 @@ mod tests {
     fn memory_that_serves_again_leaves_nothing_in_the_padding() {
         let full = vec![7.0f32; 64];
         let mut wide = Widened::of(&full, 16);
-        wide = Widened { data: wide.data, ..Widened::empty(12) };
         wide.refill(&full[..36], 12);
         for row in wide.data.chunks_exact(16) {
             assert_eq!(row[..12], [7.0; 12]);
