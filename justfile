@@ -55,6 +55,14 @@ bench *args:
 bench-pass: build
     python3 benches/engine_pass.py target/release/runner --model synthetic:qwen2.5-7b --engine transformers
 
+# what got more than 5 % slower than the last release, or than a revision: `just bench-check HEAD~20`
+bench-check *args:
+    python3 benches/check.py "$@"
+
+# how fast passes and verdicts are now, beside what they were; benches/README.md has the numbers
+bench-passes *args: build
+    python3 benches/passes.py target/release/runner --model models/SmolLM2-135M-Instruct.Q4_1.gguf "$@"
+
 # what the program prints about itself
 docs: build
     target/release/runner reference > docs/reference.md

@@ -4,10 +4,10 @@
     benches/prefill.py target/release/runner --model models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 All compute the same file over the same tokens in turn, on all cores. llama.cpp gives the logits of the last
-token, as its own benchmark does; the runner's arms those of every token, in f64 (reference) or as a Hopper
-multiplies E4M3 (emulated). A stage that keeps logits computes the prompt once, and once more in a batch of
-twice its length: three times its tokens, all of which count. Prints tokens per second, the best of
-the rounds, and the ratio. llama.cpp is llama-cpp-python's (tests/adapters/requirements.txt); with
+token, as its own benchmark does, and so do the runner's arms, in f64 (reference) or as a Hopper
+multiplies E4M3 (emulated); with `--capture logits` they give every token's. A stage that keeps logits computes the prompt
+once, and once more in a batch of twice its length: three times its tokens, all of which count. Prints tokens per second, the
+best of the rounds, and the ratio. llama.cpp is llama-cpp-python's (tests/adapters/requirements.txt); with
 LLAMA_CPP_LIB_PATH it is the library in that folder, of the version that the package binds.
 """
 
@@ -45,9 +45,9 @@ model = "{model}"
 tokens = {tokens}
 arms = ["reference", "emulated"]
 [recipe]
-gemm = "e4m3"
+gemm = "{gemm}"
 [forward]
-capture = "logits"
+capture = "{capture}"
 """
 
 
@@ -94,14 +94,14 @@ class Llama:
         return seconds
 
 
-def of_runner(runner, model, tokens):
+def of_runner(runner, model, tokens, capture="last-logits", gemm="e4m3"):
     """Seconds of each arm, computed anew."""
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         (work / "stages").mkdir()
         (work / "contracts").mkdir()
         (work / "contracts" / "pass.toml").write_text(CONTRACT)
-        stage = STAGE.format(model=os.path.abspath(model), tokens=tokens)
+        stage = STAGE.format(model=os.path.abspath(model), tokens=tokens, capture=capture, gemm=gemm)
         (work / "stages" / "a.toml").write_text(stage)
         command = [runner, "run", str(work / "stages"), "--runs", str(work / "runs"), "--jobs", "1", "--format", "plain"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -118,6 +118,7 @@ def main():
     parser.add_argument("--model", required=True, help="a GGUF file")
     parser.add_argument("--tokens", default="16,300", help="lengths of prompts, with commas")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the best counts")
+    parser.add_argument("--capture", default="last-logits", choices=["last-logits", "logits"], help="what the arms give")
     options = parser.parse_args()
     load_backends()
     llama = Llama(options.model, os.cpu_count())
@@ -125,7 +126,8 @@ def main():
         tokens = [(504 + 797 * place) % 49_152 for place in range(length)]
         best = {}
         for _ in range(options.rounds):
-            seconds = {"llama.cpp": llama.seconds(tokens), **of_runner(options.runner, options.model, tokens)}
+            arms = of_runner(options.runner, options.model, tokens, options.capture)
+            seconds = {"llama.cpp": llama.seconds(tokens), **arms}
             for name, took in seconds.items():
                 best[name] = min(best.get(name, took), took)
         rates = {name: (1 if name == "llama.cpp" else 3) * length / took for name, took in best.items()}

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -536,8 +537,23 @@ pub enum Capture {
     /// The logits of every token, alone and within a longer batch.
     #[default]
     Logits,
+    /// The logits of the last token, alone and within a longer batch: what a generation reads. No
+    /// other token's are computed.
+    LastLogits,
     /// Every site of every layer.
     EverySite,
+}
+
+impl Capture {
+    /// Whether a pass keeps nothing but logits.
+    pub fn is_of_logits(self) -> bool {
+        self != Capture::EverySite
+    }
+
+    /// Which of so many tokens have logits.
+    pub fn with_logits(self, tokens: usize) -> Range<usize> {
+        if self == Capture::LastLogits { tokens.saturating_sub(1)..tokens } else { 0..tokens }
+    }
 }
 
 /// What a stage computes, with its parameters.

@@ -314,7 +314,10 @@ fn forward() -> Value {
         closed(
             &[],
             json!({
-                "capture": says("what is kept and compared", json!({ "enum": ["logits", "every-site"] })),
+                "capture": says(
+                    "what is kept and compared; `last-logits` are the last token's alone",
+                    json!({ "enum": ["logits", "last-logits", "every-site"] }),
+                ),
                 "repeats": says("how often each arm computes it, to see whether it repeats itself", whole(1)),
                 "decode": says("tokens that are decoded greedily after the prompt", whole(0)),
             }),

@@ -73,7 +73,7 @@ impl NewOp {
         let (title, op, contract) = match self {
             NewOp::Forward => (
                 "Does every site stay within its floor?",
-                "[forward]\ncapture = \"every-site\" # or \"logits\"\n",
+                "[forward]\ncapture = \"every-site\" # or \"logits\", \"last-logits\"\n",
                 contract!("per-layer"),
             ),
             NewOp::Embed => (

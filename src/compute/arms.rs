@@ -14,8 +14,8 @@ use super::emulated::chip::chip;
 use super::emulated::engine::Chosen;
 use super::floor::{Deviations, Floor};
 use super::forward::{
-    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, norm_of,
-    output_weight, sinks_of,
+    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, forward_to,
+    norm_of, output_weight, sinks_of,
 };
 use super::reference::Reference;
 use super::shares::{Energies, energies};
@@ -186,7 +186,8 @@ fn once(
         Op::Forward { capture, decode, .. } => {
             let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
             let mut recorder = Recorder { capture: *capture, sites: Vec::new(), progress };
-            let logits = forward(task.model, ops, task.tokens, &mut cache, &mut recorder)?;
+            let kept = capture.with_logits(task.tokens.len());
+            let logits = forward_to(task.model, ops, task.tokens, kept, &mut cache, &mut recorder)?;
             let sites = recorder.sites;
             let greedy = match *decode {
                 0 => None,
@@ -197,8 +198,8 @@ fn once(
                 }
             };
             let mut output = Output { sites, greedy, ..Output::default() };
-            if *capture == Capture::Logits {
-                output.sites.extend(in_batch(task, ops, &logits)?);
+            if capture.is_of_logits() {
+                output.sites.extend(in_batch(task, ops, *capture, &logits)?);
             }
             Ok(output)
         }
@@ -220,6 +221,7 @@ fn once(
 fn in_batch(
     task: &Task<'_>,
     ops: &dyn Pass,
+    capture: Capture,
     logits: &Tensor,
 ) -> Result<Option<(Site, Tensor)>, ComputeError> {
     let config = task.model.config();
@@ -228,10 +230,16 @@ fn in_batch(
         return Ok(None);
     }
     let tokens: Vec<u32> = task.tokens.iter().copied().cycle().take(longer).collect();
-    let batch = forward(
+    // Beside other tokens' logits the last matrix meets a batch too; one alone is one alone.
+    let kept = match capture {
+        Capture::LastLogits => capture.with_logits(task.tokens.len()),
+        _ => 0..longer,
+    };
+    let batch = forward_to(
         task.model,
         ops,
         &tokens,
+        kept,
         &mut KvCache::new(config, task.op.kv_cache()),
         &mut Discard,
     )?;
@@ -259,11 +267,17 @@ pub fn drawn(
     recipe: &Recipe,
     in_doubt: &dyn Fn(&[Tensor]) -> bool,
 ) -> Result<Vec<Tensor>, ComputeError> {
-    let Op::Forward { capture: Capture::Logits, .. } = task.op else { return Ok(Vec::new()) };
+    let kept = match task.op {
+        Op::Forward { capture, .. } if capture.is_of_logits() => {
+            capture.with_logits(task.tokens.len())
+        }
+        _ => return Ok(Vec::new()),
+    };
     let draw = |numbers| {
         let draws = Draws::new(recipe, numbers)?;
         let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
-        let logits = forward(task.model, &draws, task.tokens, &mut cache, &mut Discard)?;
+        let kept = kept.clone();
+        let logits = forward_to(task.model, &draws, task.tokens, kept, &mut cache, &mut Discard)?;
         Ok::<_, ComputeError>(draws.apart(&logits))
     };
     let mut all = draw(0..DRAWS)?;
@@ -538,7 +552,7 @@ fn visit_recorded(
             Ok(anchor.visits)
         }
         // Only the logits are known: there is nothing to anchor on.
-        Op::Forward { capture: Capture::Logits, .. } => Ok(Vec::new()),
+        Op::Forward { .. } => Ok(Vec::new()),
         op => units(op, Some(task.model))
             .into_iter()
             .map(|unit| {
@@ -552,8 +566,8 @@ fn visit_recorded(
 /// The sites that an op makes, in the order of the flow.
 pub fn site_names(op: &Op, model: Option<&Model>) -> Vec<Site> {
     match op {
-        Op::Forward { capture: Capture::Logits, .. } => vec![Site("logits".to_owned())],
-        Op::Forward { capture: Capture::EverySite, .. } => {
+        Op::Forward { capture, .. } if capture.is_of_logits() => vec![Site("logits".to_owned())],
+        Op::Forward { .. } => {
             model.map_or_else(Vec::new, |model| flow::sites(model, op.kv_cache()).collect())
         }
         Op::Gemm { .. } => vec![Site("y".to_owned())],

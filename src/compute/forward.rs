@@ -5,6 +5,8 @@
 //! model's config. What happens to a site's tensor is up to [`Sites`]: a recorder
 //! keeps it, an anchor puts another arm's tensor in its place.
 
+use std::ops::Range;
+
 use super::call::{Call, Held};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
@@ -109,10 +111,29 @@ pub fn norm_of<'x>(
 ///
 /// Every site is handed to `sites`; the logits of every token are returned,
 /// `[tokens, vocabulary]`.
+///
+/// # Errors
+/// If the context ends before the tokens do, and as the ops.
 pub fn forward(
     model: &Model,
     pass: &dyn Pass,
     tokens: &[u32],
+    cache: &mut KvCache,
+    sites: &mut dyn Sites,
+) -> Result<Tensor, ComputeError> {
+    forward_to(model, pass, tokens, 0..tokens.len(), cache, sites)
+}
+
+/// As [`forward`], with the logits of the tokens `kept` alone: the last norm and the output matrix
+/// see no others.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_to(
+    model: &Model,
+    pass: &dyn Pass,
+    tokens: &[u32],
+    kept: Range<usize>,
     cache: &mut KvCache,
     sites: &mut dyn Sites,
 ) -> Result<Tensor, ComputeError> {
@@ -139,6 +160,13 @@ pub fn forward(
         stream = block.run(stream, &mut cache.layers[layer], &mut flow)?;
     }
     cache.positions = positions;
+    if kept.len() < tokens.len() {
+        // Several passes may be one above the other.
+        let rows = stream.data().chunks_exact(tokens.len() * stream.width());
+        let of_pass =
+            |rows: &[f32]| rows[kept.start * stream.width()..kept.end * stream.width()].to_vec();
+        stream = Tensor::new(stream.width(), rows.flat_map(of_pass).collect());
+    }
     let call = norm_of(model, "output_norm", &stream, config.rms_norm_eps)?;
     let normed = flow.make(Site("output_norm".to_owned()), &call)?;
     let weight = model.tensor(output_weight(model))?;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use super::ComputeError;
 use super::arms::{Output, site_names};
 use crate::model::Model;
-use crate::op::{FileTensor, LAYER_SITES, Op, Recorded, Site, in_layer};
+use crate::op::{Capture, FileTensor, LAYER_SITES, Op, Recorded, Site, in_layer};
 use crate::tensor::Tensor;
 use crate::tensor_file::{CodedTensor, TensorFile, TensorFileError};
 use crate::text::Shown;
@@ -54,9 +54,11 @@ pub fn recorded(
             Err(error) => return Err(error.into()),
         }
     }
+    let last = keeps_last(op);
     if let (Some((site, first)), Some(tokens)) = (output.sites.first(), tokens)
         && matches!(op, Op::Forward { .. } | Op::Embed { .. })
         && output.sites.iter().all(|(_, tensor)| tensor.rows() != tokens.len())
+        && !(last && first.rows() == 1)
     {
         let problem = format!(
             "has {} rows, and the prompt has {}: record the pass of this prompt, or set `tokens` \
@@ -72,8 +74,25 @@ pub fn recorded(
     {
         return Err(TensorFileError::Missing { path, name, found }.into());
     }
+    if tokens.is_some() {
+        keep_last(op, &mut output);
+    }
     output.arithmetic = format!("as recorded in `{}`", recorded.file.shown());
     Ok(output)
+}
+
+fn keeps_last(op: &Op) -> bool {
+    matches!(op, Op::Forward { capture: Capture::LastLogits, .. })
+}
+
+/// Leaves of each site the last row where the stage keeps the last token's logits: what wrote the
+/// file may have given every token's.
+pub fn keep_last(op: &Op, output: &mut Output) {
+    for (_, tensor) in output.sites.iter_mut().filter(|_| keeps_last(op)) {
+        if let Some(row) = tensor.rows().checked_sub(1) {
+            *tensor = Tensor::new(tensor.width(), tensor.row(row).to_vec());
+        }
+    }
 }
 
 /// Refuses a recording that says itself that it is of other tokens.
@@ -293,7 +312,12 @@ fn wanted(file: &TensorFile, recorded: &Recorded, site: &Site, name: String) -> 
 ///
 /// # Errors
 /// In words, with the site.
-pub fn check_written(output: &Output, rows: usize, vocabulary: usize) -> Result<(), ComputeError> {
+pub fn check_written(
+    op: &Op,
+    output: &Output,
+    rows: usize,
+    vocabulary: usize,
+) -> Result<(), ComputeError> {
     for (site, tensor) in &output.sites {
         if site.0 == "logits" && tensor.width() != vocabulary {
             return Err(ComputeError::Shape {
@@ -302,7 +326,7 @@ pub fn check_written(output: &Output, rows: usize, vocabulary: usize) -> Result<
                 right: format!("a vocabulary of {vocabulary} tokens"),
             });
         }
-        if tensor.rows() != rows {
+        if tensor.rows() != rows && !(keeps_last(op) && tensor.rows() == 1) {
             return Err(ComputeError::Shape {
                 what: format!("site `{site}` as the program wrote it"),
                 left: format!("[{}, {}]", tensor.rows(), tensor.width()),

@@ -32,7 +32,7 @@ use crate::graph::Graph;
 use crate::manifest::{Overrides, Pipeline};
 use crate::model::Model;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream, in_layer};
-use crate::plan::{OpenModel, Plan};
+use crate::plan::{OpenModel, Plan, PreparedStage};
 use crate::random::Random;
 use crate::record::StageRecord;
 use crate::run::{Options, run};
@@ -244,7 +244,14 @@ pub fn try_bug(setting: &Setting<'_>, plot: Plot) -> Result<Trial, String> {
     let plan = plan_of(setting)?;
     let model = plan.stages.iter().find_map(|prepared| prepared.model.clone());
     let model = model.ok_or("no selected stage has a model")?;
-    let rows = plan.stages.iter().map(|prepared| prepared.tokens.len()).max().unwrap_or(0);
+    let past_layers = in_layer(&plot.site.0).is_none() && !plot.site.0.starts_with("embed");
+    let rows_of = |prepared: &PreparedStage<'_>| match prepared.stage.op {
+        Op::Forward { capture, .. } if past_layers => {
+            capture.with_logits(prepared.tokens.len()).len()
+        }
+        _ => prepared.tokens.len(),
+    };
+    let rows = plan.stages.iter().map(rows_of).max().unwrap_or(0);
     let clean = Clean { gpu: setting.beside.gpu };
     let effect = Mutex::default();
     let workshop = Planted(Arc::new(Secret { plot, model, rows, clean, effect }));
@@ -441,7 +448,7 @@ struct Planted(Arc<Secret>);
 struct Secret {
     plot: Plot,
     model: Arc<OpenModel>,
-    /// Tokens of the prompt: calls with fewer rows are decoding, and not measured.
+    /// Rows of the site in a pass over the prompt: calls with fewer are decoding, and not measured.
     rows: usize,
     clean: Clean,
     effect: Mutex<Effect>,

@@ -297,7 +297,7 @@ fn misfit(op: &Op, contract: &Contract, falsifier: &Falsifier) -> Option<Problem
         return Some(Problem::new(title(why), repeats));
     }
     let anchored = matches!(judge, Stream::Anchored(_) | Stream::Predicted(_));
-    if anchored && matches!(op, Op::Forward { capture: crate::op::Capture::Logits, .. }) {
+    if anchored && matches!(op, Op::Forward { capture, .. } if capture.is_of_logits()) {
         return Some(Problem::new(
             title(format!("`{judge}` needs the input of every op")),
             "write `capture = \"every-site\"`",

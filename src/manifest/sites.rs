@@ -2,9 +2,7 @@
 //!
 //! It knows names only: how many layers a model has is unknown here.
 
-use crate::op::{
-    Capture, Command, LAYER_PROJECTIONS, LAYER_SITES, LOGITS_IN_BATCH, Op, Site, in_layer,
-};
+use crate::op::{Command, LAYER_PROJECTIONS, LAYER_SITES, LOGITS_IN_BATCH, Op, Site, in_layer};
 use crate::op::{site_of_norm, site_of_projection};
 
 /// A site that an op makes.
@@ -81,10 +79,10 @@ pub(super) fn names(pattern: &str, site: &str) -> bool {
 pub(super) fn made_by(op: &Op) -> Vec<Made> {
     let one = |name: &str| Made::One(Site(name.into()));
     match op {
-        Op::Forward { capture: Capture::Logits, .. } => {
+        Op::Forward { capture, .. } if capture.is_of_logits() => {
             vec![one("logits"), one(LOGITS_IN_BATCH)]
         }
-        Op::Forward { capture: Capture::EverySite, .. } => every(),
+        Op::Forward { .. } => every(),
         Op::Embed { .. } => vec![one("embed")],
         Op::RmsNorm { weight, .. } => site_of_norm(weight).map(Made::One).into_iter().collect(),
         Op::Matmul { weights, .. } => {

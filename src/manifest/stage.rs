@@ -229,7 +229,11 @@ fn read_op(fields: &mut Fields<'_>, folder: &Path, findings: &mut Findings) -> O
 }
 
 fn read_forward(mut table: Fields<'_>, findings: &mut Findings) -> Option<RawOp> {
-    let captures = [("logits", Capture::Logits), ("every-site", Capture::EverySite)];
+    let captures = [
+        ("logits", Capture::Logits),
+        ("last-logits", Capture::LastLogits),
+        ("every-site", Capture::EverySite),
+    ];
     let heading = table.opening();
     let capture = table.choice("capture", &captures, findings);
     let repeats = table.take::<u32>("repeats", findings);

@@ -21,7 +21,7 @@ use crate::compute::arms::{
 };
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
-use crate::compute::recorded::{check_written, recorded};
+use crate::compute::recorded::{check_written, keep_last, recorded};
 use crate::compute::{ComputeError, Pass, product};
 use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
@@ -364,7 +364,8 @@ impl Bench<'_> {
         };
         let unusable = |error: ComputeError| Failure::Written(error.to_string());
         let mut output = recorded(&stage.op, &from, Some(model), None).map_err(unusable)?;
-        check_written(&output, rows, config.vocabulary).map_err(unusable)?;
+        check_written(&stage.op, &output, rows, config.vocabulary).map_err(unusable)?;
+        keep_last(&stage.op, &mut output);
         output.arithmetic = match left.flaky {
             Some(flaky) => format!("{}; {flaky}", external.version),
             None => external.version.clone(),
@@ -638,7 +639,8 @@ impl Bench<'_> {
         measures: &StageMeasures,
     ) -> Result<Vec<Diagnosis>, Failure> {
         let stage = self.prepared.stage;
-        let whole_pass_only = matches!(stage.op, Op::Forward { capture: Capture::Logits, .. });
+        let whole_pass_only =
+            matches!(stage.op, Op::Forward { capture, .. } if capture.is_of_logits());
         let judgements = self.judged(measures).judgements;
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
             return Ok(Vec::new());

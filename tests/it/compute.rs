@@ -79,6 +79,40 @@ fn assert_same_bits(what: &str, a: &[(Site, Tensor)], b: &[(Site, Tensor)]) {
     }
 }
 
+#[test]
+fn the_last_tokens_logits_alone_are_those_of_a_pass_that_keeps_all() {
+    let model = model(Preset::Qwen2Tiny);
+    let tokens = prompt(&model, 5);
+    let pass = |capture, ops: &dyn Pass| {
+        let op = Op::Forward { capture, repeats: 1, decode: 3, kv_cache: None };
+        let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+        arms::compute(&task, ops, String::new(), &mut |_| {}).expect("a forward pass")
+    };
+    // With a scale for each row no row sees another one.
+    let emulated = emulated(&Recipe { scale: PER_ROW, ..E4M3 });
+    for ops in [&Reference as &dyn Pass, &emulated] {
+        let (all, last) = (pass(Capture::Logits, ops), pass(Capture::LastLogits, ops));
+        let sites = |output: &Output| -> Vec<Site> {
+            output.sites.iter().map(|(site, _)| site.clone()).collect()
+        };
+        assert_eq!(sites(&all), sites(&last));
+        for ((site, all), (_, last)) in all.sites.iter().zip(&last.sites) {
+            assert_eq!((last.rows(), last.width()), (1, all.width()), "{site}");
+            assert_eq!(last.row(0), all.row(all.rows() - 1), "{site}");
+        }
+        assert_eq!(all.greedy, last.greedy);
+    }
+    // Draws stand one above the other, and each keeps its own last token.
+    let op = Op::Forward { capture: Capture::LastLogits, repeats: 1, decode: 0, kv_cache: None };
+    let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+    let drawn = arms::drawn(&task, &Recipe { scale: PER_ROW, ..E4M3 }, &|_| false).expect("draws");
+    let reference = pass(Capture::LastLogits, &Reference);
+    for draw in &drawn {
+        assert_eq!((draw.rows(), draw.width()), (1, reference.sites[0].1.width()));
+        assert_ne!(bits(draw), bits(&reference.sites[0].1), "a draw is off by roundings");
+    }
+}
+
 /// Both arms; the emulated one with a recipe whose rows do not share a scale.
 fn both_arms() -> [(&'static str, Box<dyn Pass>); 2] {
     let recipe = Recipe { scale: PER_ROW, ..E4M3 };
