@@ -136,6 +136,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         || args.selection.rehash
         || args.dry_run
         || args.explain
+        || args.attach
         || !args.nightly.fresh.is_empty()
         || args.nightly.asks()
         // What is held against another run is looked at whole.
@@ -176,6 +177,12 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
             // Nothing stands in it.
             let _ = std::fs::remove_dir(&folder);
         })?),
+        false if args.attach => {
+            let _ = std::fs::remove_dir(&folder);
+            let text = "error: `--attach` takes up jobs of Slurm, and no stage is to be run there: \
+                        add `--on slurm`, or `[executor]` to pipeline.toml";
+            return Err(text.to_owned().into());
+        }
         false => None,
     };
     let mut sinks = sinks(args, &folder)?;

@@ -351,7 +351,7 @@ def endings(runner, folder, cluster):
     every = ["--exclusive", f"--nodes={cluster.nodes}", "--partition=urgent"]
     slurm("sbatch", *every, "--output=/dev/null", "--wrap", "sleep 3")
     code, record, said = project.end(process)
-    if code != 0 or "requeued" not in said:
+    if code != 0 or not ("requeued" in said or "PREEMPTION" in said):
         fail(f"preempted: {code}: {said}")
     deadline = time.monotonic() + 60
     while queue() and time.monotonic() < deadline:
@@ -527,10 +527,71 @@ def many(runner, folder, cluster, count):
     print(f"`sbatch --array` of {count} tasks of `true`: {array:.1f} s; ratio {seconds / array:.2f}")
 
 
+def full_queue(runner, folder, cluster):
+    """A controller that keeps few jobs, and small arrays: the runner waits, and goes on."""
+    few = {"CLUSTER_MAX_JOBS": "10", "CLUSTER_MAX_ARRAY": "4", "CLUSTER_MIN_JOB_AGE": "2"}
+    with other_cluster(folder / "small", **few):
+        project = Project(runner, folder / "full").counted(40, seconds=0.2)
+        code, record, said = project.run("--on", "slurm")
+        if code != 0 or "full" not in said:
+            fail(f"a full queue: {code}: {said}")
+        same_sum(project, 40)
+        nothing_left(project)
+
+
+def node_failure(runner, folder, cluster):
+    """A node that is gone for good: its work is done elsewhere."""
+    with other_cluster(folder / "failing", CLUSTER_NODE_TIMEOUT="5") as failing:
+        project = Project(runner, folder / "node").counted(4, seconds=20)
+        process = project.start("--on", "slurm")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            running = slurm("squeue", "-h", "-r", "-t", "running", "-o", "%B").split()
+            if running and job_runners(project.folder):
+                break
+            time.sleep(0.2)
+        name = running[0]
+        # All that its slurmd started is gone with it.
+        spool = str(failing.folder / f"spool-{name}").encode()
+        failing.kill_node(name)
+        for pid in job_runners(project.folder):
+            try:
+                environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={name}".encode() in environment:
+                    parent = int(re.search(r"PPid:\s*(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1))
+                    os.kill(parent, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+            except (OSError, AttributeError):
+                pass
+        code, record, said = project.end(process)
+        if code != 0:
+            fail(f"a node that failed: {code}: {spool} {said}")
+        same_sum(project, 4)
+        nothing_left(project)
+        print(said)
+
+
+class other_cluster(Cluster):
+    """Another one for a while."""
+
+    def __init__(self, folder, **settings):
+        super().__init__(folder, nodes=2, **settings)
+
+    def __enter__(self):
+        self.before = os.environ["SLURM_CONF"]
+        return super().__enter__()
+
+    def __exit__(self, *_):
+        super().__exit__()
+        os.environ["SLURM_CONF"] = self.before
+
+
 CHECKS = {
     "five_stages": five_stages, "bad_input": bad_input, "families": families, "attach": attach,
-    "stopped": stopped, "endings": endings,
+    "stopped": stopped, "endings": endings, "full_queue": full_queue,
 }
+# Takes a minute, of which most is Slurm's own patience.
+BY_HAND = {"node_failure": node_failure}
 
 
 def main():
@@ -554,8 +615,8 @@ def main():
         with Cluster(folder / "cluster") as cluster:
             if args.many:
                 return many(runner, folder, cluster, args.many)
-            for name, check in CHECKS.items():
-                if not only or name in only:
+            for name, check in {**CHECKS, **BY_HAND}.items():
+                if name in only or (not only and name in CHECKS):
                     started = time.monotonic()
                     check(runner, folder, cluster)
                     print(f"{name}: as it must be, {time.monotonic() - started:.0f} s", flush=True)

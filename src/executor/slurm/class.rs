@@ -59,7 +59,7 @@ pub(super) fn script(class: &Class, folder: &Path) -> String {
     format!(
         "#!/bin/sh\n\
          test -r {folder}/head.json || {{ echo \"this node does not see\" {folder}; exit 66; }}\n\
-         {gpus}export RAYON_NUM_THREADS={cpus}\n\
+         {gpus}export RAYON_NUM_THREADS={cpus} RUNNER_MACHINE=\"$SLURMD_NODENAME\"\n\
          exec {program} {TASK_ARGUMENT} {folder}\n"
     )
 }

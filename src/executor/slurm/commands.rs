@@ -3,6 +3,7 @@
 //! Each has a time in which it must answer, and a process group of its own: a Ctrl-C is for the
 //! runner, which then cancels its jobs with them.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -27,19 +28,42 @@ pub(super) struct Answer {
 
 /// Runs one of Slurm's programs to its end.
 pub(super) fn ask(program: &str, arguments: &[String]) -> Result<Answer, SlurmError> {
+    ask_holding(program, arguments, None)
+}
+
+/// The same; as long as the program lives it holds a lock, also where the runner dies meanwhile.
+pub(super) fn ask_holding(
+    program: &str,
+    arguments: &[String],
+    lock: Option<&File>,
+) -> Result<Answer, SlurmError> {
     let failed = |error: std::io::Error| match error.kind() {
         ErrorKind::NotFound => SlurmError::NotThere(program.to_owned()),
         _ => SlurmError::Silent { program: program.to_owned(), said: error.to_string() },
     };
-    let mut child = Command::new(program)
+    // A lock is of the opened file, which the program has as its input and does not read.
+    let input = match lock {
+        Some(lock) => Stdio::from(lock.try_clone().map_err(failed)?),
+        None => Stdio::null(),
+    };
+    let mut command = Command::new(program);
+    // Where the runner is a job itself, what is said of that job is not of those that it submits.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("SLURM_") && !["SLURM_CONF", "SLURM_CLUSTERS"].contains(&&*text) {
+            command.env_remove(&name);
+        }
+    }
+    let mut child = command
         .args(arguments)
         // Times in UTC, and names of states as they are documented.
         .env("TZ", "UTC")
         .env("LC_ALL", "C")
+        .env_remove("SBATCH_WAIT")
         .env_remove("SQUEUE_FORMAT")
         .env_remove("SQUEUE_STATES")
         .env_remove("SINFO_FORMAT")
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)

@@ -140,6 +140,11 @@ impl Teller {
     /// # Errors
     /// If the file cannot be written.
     pub fn open(batch: &Path, task: usize, start: usize) -> std::io::Result<Teller> {
+        // One that ended before it could open its file has said nothing.
+        for earlier in 0..start {
+            let path = results_of(batch, task, earlier);
+            File::options().create(true).append(true).open(path)?;
+        }
         let path = results_of(batch, task, start);
         let mut file = File::options().create(true).append(true).open(path)?;
         // What a killed one began is a line of its own, and no part of the next.

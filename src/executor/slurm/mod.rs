@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long items are gathered before they are submitted.
 const GATHER: Duration = Duration::from_millis(150);
 /// How long after a task's end its last words may still come: a shared file system shows them late.
-const LAST_WORDS: Duration = Duration::from_secs(4);
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long to wait before what was refused for now is submitted again.
 const REFUSED: Duration = Duration::from_secs(5);
 /// After so long a submission of another runner without a number is looked for by its name.
@@ -635,7 +635,7 @@ impl Slurm {
                 // What goes beyond the largest array is the next one's.
                 let count = items.len().min(each.saturating_mul(most));
                 let taken: Vec<(Item, usize)> = items.drain(..count).collect();
-                match self.sbatch(&class, taken, each, news) {
+                match self.sbatch(&class, taken, each, &alone, news) {
                     Ok(tasks) => {
                         room = room.saturating_sub(tasks);
                         self.full = false;
@@ -754,6 +754,7 @@ impl Slurm {
         class: &Class,
         items: Vec<(Item, usize)>,
         each: usize,
+        alone: &File,
         news: &mut Vec<News>,
     ) -> Result<usize, Refused> {
         self.last_batch += 1;
@@ -771,6 +772,9 @@ impl Slurm {
                 for (task, chunk) in chunks.iter().enumerate() {
                     let items = chunk.iter().map(|(item, _)| item.order.clone()).collect();
                     folder::write(&orders_of(&folder, task), &Orders { items })?;
+                    // A shared file system remembers for long that a file is not there.
+                    let results = results_of(&folder, task, 0);
+                    File::create(&results).map_err(|error| folder::io(&results, &error))?;
                 }
                 let head = Head {
                     build: build(),
@@ -801,7 +805,7 @@ impl Slurm {
             "--open-mode=append".to_owned(),
             path.display().to_string(),
         ]);
-        let answer = commands::ask("sbatch", &arguments);
+        let answer = commands::ask_holding("sbatch", &arguments, Some(alone));
         let (job, said) = match answer {
             Ok(answer) if answer.good => {
                 (answer.out.trim().split(';').next().and_then(|id| id.parse().ok()), answer.said)
