@@ -527,15 +527,27 @@ def many(runner, folder, cluster, count):
     print(f"`sbatch --array` of {count} tasks of `true`: {array:.1f} s; ratio {seconds / array:.2f}")
 
 
-def full_queue(runner, folder, cluster):
-    """A controller that keeps few jobs, and small arrays: the runner waits, and goes on."""
-    few = {"CLUSTER_MAX_JOBS": "10", "CLUSTER_MAX_ARRAY": "4", "CLUSTER_MIN_JOB_AGE": "2"}
-    with other_cluster(folder / "small", **few):
-        project = Project(runner, folder / "full").counted(40, seconds=0.2)
+def small_arrays(runner, folder, cluster):
+    """A controller that takes small arrays only: they are kept to."""
+    with other_cluster(folder / "small", CLUSTER_MAX_ARRAY="4"):
+        project = Project(runner, folder / "arrays").counted(40, seconds=0.1)
         code, record, said = project.run("--on", "slurm")
-        if code != 0 or "full" not in said:
-            fail(f"a full queue: {code}: {said}")
+        if code != 0 or "40 items in 4 tasks" not in said:
+            fail(f"small arrays: {code}: {said}")
         same_sum(project, 40)
+        nothing_left(project)
+
+
+def full_queue(runner, folder, cluster):
+    """A controller that keeps as many jobs as it may: the runner waits, and goes on."""
+    few = {"CLUSTER_MAX_JOBS": "10", "CLUSTER_MIN_JOB_AGE": "2"}
+    with other_cluster(folder / "full", **few):
+        slurm("sbatch", "--array=0-8", "--output=/dev/null", "--wrap", "sleep 5")
+        project = Project(runner, folder / "full-queue").counted(3)
+        code, record, said = project.run("--on", "slurm")
+        if code != 0 or "nothing can be submitted for now" not in said:
+            fail(f"a full queue: {code}: {said}")
+        same_sum(project, 3)
         nothing_left(project)
 
 
@@ -588,10 +600,10 @@ class other_cluster(Cluster):
 
 CHECKS = {
     "five_stages": five_stages, "bad_input": bad_input, "families": families, "attach": attach,
-    "stopped": stopped, "endings": endings, "full_queue": full_queue,
+    "stopped": stopped, "endings": endings, "small_arrays": small_arrays,
 }
-# Takes a minute, of which most is Slurm's own patience.
-BY_HAND = {"node_failure": node_failure}
+# Each takes a minute or two, of which most is Slurm's own patience.
+BY_HAND = {"full_queue": full_queue, "node_failure": node_failure}
 
 
 def main():
