@@ -35,6 +35,12 @@ MISTAKES = [
     ("embedding", "tags = [\"a\"]\n[embed]\n", "tags = [\"a b\"]\n[embed]\n"),
     ("embedding", "[embed]\n[recipe]\ngemm = \"bf16\"\n", "[embed]\n[recipe]\ngemm = \"fp8\"\n"),
     ("embedding", "[embed]\n[resources]\nthreads = 2\n", "[embed]\n[resources]\nthreads = 0\n"),
+    ("embedding", "[embed]\n[resources]\ncores = 2\n", "[embed]\n[resources]\ncores = -2\n"),
+    ("embedding", "[embed]\n[executor]\non = \"slurm\"\n", "[embed]\n[executor]\non = \"pbs\"\n"),
+    ("embedding", "[embed]\n[executor]\npartition = \"gpu\"\n", "[embed]\n[executor]\npartition = \"g pu\"\n"),
+    ("embedding", "[embed]\n[executor]\ntime = 5\n", "[embed]\n[executor]\ntime = 0\n"),
+    ("embedding", "[embed]\n[executor]\nprogram = \"/a\"\n", "[embed]\n[executor]\nprogram = \"a\"\n"),
+    ("embedding", "[embed]\n[executor]\noptions = [\"--exclusive\"]\n", "[embed]\n[executor]\noptions = [\"exclusive\"]\n"),
     ("embedding", "[embed]\nweight = \"token_embd\"\n", "[embed]\nweight = \"token_embd.weight\"\n"),
     ("reproducer", "[forward]\nrepeats = 2\n", "[forward]\nrepeats = 0\n"),
     (

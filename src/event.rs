@@ -51,6 +51,30 @@ pub enum Event {
         /// How long it took.
         seconds: f64,
     },
+    /// How a job of a scheduler stands that does some of the work.
+    Job {
+        /// Its number, with that of its task; nothing where it is of all of them.
+        job: String,
+        /// In a word.
+        state: String,
+        /// Where it is, if it has a node.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        node: Option<String>,
+        /// More words.
+        why: String,
+    },
+    /// How much of the work stands where; for people who watch, not for the log.
+    #[serde(skip)]
+    Queue {
+        /// In the queue, or to be submitted.
+        waiting: usize,
+        /// At work.
+        running: usize,
+        /// Done.
+        done: usize,
+        /// What most of the waiting wait for.
+        why: String,
+    },
     /// A stage's measures are being taken.
     Measuring {
         /// The stage.

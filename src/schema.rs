@@ -214,8 +214,48 @@ fn settings() -> Value {
                 "threads that compute; all where none is written",
                 json!({ "type": "integer", "minimum": 1, "maximum": MOST_THREADS }),
             ),
+            "cores": says("cores that it has to itself", whole(0)),
+            "memory": says("GiB of memory, likewise", whole(0)),
+            "gpus": says("GPUs, likewise; of no use to arms on the CPU", whole(0)),
+            "gpu_memory": says("GiB of each of these GPUs; all of it where none is written", whole(0)),
         }))),
+        "executor": executor(),
     })
+}
+
+fn executor() -> Value {
+    let name = || json!({ "type": "string", "pattern": "^\\S+$" });
+    says(
+        "where the stage's work is done, and what is asked of Slurm there",
+        closed(
+            &[],
+            json!({
+                "on": says("on this machine, or in jobs of Slurm", json!({ "enum": ["here", "slurm"] })),
+                "partition": says("Slurm's partition; its default one where none is written", name()),
+                "account": says("the account that pays", name()),
+                "qos": says("the quality of service", name()),
+                "constraint": says(
+                    "the features of the nodes, such as the kind of GPU; of a stage with GPUs it is \
+                     of the work that needs them",
+                    name(),
+                ),
+                "gpu": says("the type of GPU, as Slurm's `gres` names it", name()),
+                "time": says("minutes that one item may take", whole(1)),
+                "retries": says(
+                    "how often an item is submitted again whose job ended by no fault of its own; 3",
+                    whole(0),
+                ),
+                "program": says(
+                    "the runner's absolute path on the nodes; this very file where none is written",
+                    json!({ "type": "string", "pattern": "^/" }),
+                ),
+                "options": says(
+                    "other options of `sbatch`, a word each",
+                    list(json!({ "type": "string", "pattern": "^-" }), 0),
+                ),
+            }),
+        ),
+    )
 }
 
 fn recipe() -> Value {

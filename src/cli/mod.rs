@@ -32,6 +32,7 @@ mod receipt;
 mod report;
 mod run;
 mod schema;
+mod slurm;
 mod unchanged;
 mod watch;
 
@@ -59,9 +60,10 @@ use watch::WatchArgs;
 
 use crate::cache::{CacheError, Stamps, Store};
 use crate::compute::arms::Shipped;
+use crate::executor::slurm::TASK_ARGUMENT;
 use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
-use crate::manifest::{Overrides, Pipeline, load};
+use crate::manifest::{Overrides, Pipeline, Place, load};
 use crate::op::{Arm, StageId};
 use crate::plan::{Plan, PlanError};
 use crate::terminal;
@@ -194,6 +196,12 @@ enum Command {
     /// Start and watch programs for a run; started by the runner itself.
     #[command(name = SERVER_ARGUMENT, hide = true)]
     ProcessServer,
+    /// Do a task of an array on a node of Slurm; started by its jobs.
+    #[command(name = TASK_ARGUMENT, hide = true)]
+    SlurmTask {
+        /// The folder of the submission.
+        batch: PathBuf,
+    },
     /// Keep what a run on a GPU showed in a small file.
     Receipt {
         /// The run: `latest`, `previous`, `baseline`, a name, or a path.
@@ -299,6 +307,9 @@ struct Selection {
     /// Run the selected stages although their results are there.
     #[arg(long)]
     force: bool,
+    /// Where the stages' work is done; without it where `[executor]` says, else here.
+    #[arg(long, value_enum, value_name = "PLACE")]
+    on: Option<Place>,
 }
 
 /// How the text of `--prompt` is laid.
@@ -424,6 +435,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
     }
     match command {
         Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
+        Command::SlurmTask { batch } => slurm::task(&batch),
         command => Ok(carry_out(command)?),
     }
 }
@@ -454,6 +466,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
             serve().map_err(|error| format!("the process server failed: {error}"))?;
             Ok(PASS)
         }
+        Command::SlurmTask { batch } => slurm::task(&batch).map_err(|failed| failed.text),
         Command::Receipt { run, out, runs } => receipt::receipt(&run, &out, &runs),
         Command::Model { command: ModelCli::Compare { first, second, runs } } => {
             model::same([&first, &second], &runs)
@@ -528,6 +541,7 @@ fn overrides(args: &Selection) -> Result<Overrides, String> {
         chat: args.chat.chat,
         system: args.chat.system.clone(),
         arms: args.arms.clone(),
+        on: args.on,
     })
 }
 

@@ -101,7 +101,7 @@ fn keys(text: &mut String) {
     let tables = [
         ("A stage's manifest", stage),
         ("An input of an op", keys_of(&schema::input(), "")),
-        ("`pipeline.toml`, besides `model` to `resources`, which its stages inherit", pipeline),
+        ("`pipeline.toml`, besides `model` to `executor`, which its stages inherit", pipeline),
         ("A contract", keys_of(&schema::contract(), "")),
     ];
     for (title, keys) in tables {

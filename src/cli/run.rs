@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use rayon::prelude::*;
 
 use super::nightly::{self, Night, NightlyArgs};
+use super::slurm;
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
     BUG, Failed, INTERRUPTED, Selection, journal, keep, load_pipeline, make_plan, print,
@@ -25,7 +26,7 @@ use crate::op::Arm;
 use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
 use crate::report::{Bars, EventLog, Lines, Sinks};
 use crate::report::{annotations, drift, junit, markdown, page, table};
-use crate::run::{Options, run};
+use crate::run::{Options, run_with};
 use crate::terminal::{tell, tell_line};
 use crate::text::{Shown, grouped, no_threads};
 use crate::verdict::Verdict;
@@ -49,6 +50,9 @@ pub(super) struct RunArgs {
     /// Go on with whatever does not need a stage that failed; this is the default.
     #[arg(long, overrides_with = "fail_fast")]
     keep_going: bool,
+    /// Take up the jobs that a runner which died has left in Slurm's queue.
+    #[arg(long)]
+    attach: bool,
     /// Print every field of every key, and which of them changed.
     #[arg(long)]
     explain: bool,
@@ -66,6 +70,21 @@ impl RunArgs {
     /// The folder of runs.
     pub(super) fn runs(&self) -> &Path {
         &self.selection.runs
+    }
+
+    /// What is run, and how.
+    pub(super) fn selection(&self) -> &Selection {
+        &self.selection
+    }
+
+    /// The name of the profile, if it is of one.
+    pub(super) fn profile(&self) -> Option<&String> {
+        self.nightly.profile.as_ref()
+    }
+
+    /// Whether jobs of a dead runner are taken up.
+    pub(super) fn attach(&self) -> bool {
+        self.attach
     }
 }
 
@@ -117,6 +136,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         || args.selection.rehash
         || args.dry_run
         || args.explain
+        || args.attach
         || !args.nightly.fresh.is_empty()
         || args.nightly.asks()
         // What is held against another run is looked at whole.
@@ -152,6 +172,19 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let (started, clock) = (Timestamp::now(), Instant::now());
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
     let series = nightly::series_of(&pipeline, runs, selection.map(String::as_str));
+    let mut slurm = match slurm::is_wanted(&plan) {
+        true => Some(slurm::open(args, &plan, &id, &seconds_only(&started)).inspect_err(|_| {
+            // Nothing stands in it.
+            let _ = std::fs::remove_dir(&folder);
+        })?),
+        false if args.attach => {
+            let _ = std::fs::remove_dir(&folder);
+            let text = "error: `--attach` takes up jobs of Slurm, and no stage is to be run there: \
+                        add `--on slurm`, or `[executor]` to pipeline.toml";
+            return Err(text.to_owned().into());
+        }
+        false => None,
+    };
     let mut sinks = sinks(args, &folder)?;
     let processes = Processes::of_this_program();
     let (attempts, cut_off) = Attempts::open(&store.attempts(), &id).map_err(|error| {
@@ -178,7 +211,10 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         processes: &processes,
         attempts: &attempts,
     };
-    let finished = run(&plan, &store, &options, &mut sinks);
+    let finished = run_with(&plan, &store, &options, slurm.as_mut(), &mut sinks);
+    if let Some(slurm) = slurm {
+        slurm.finish();
+    }
     // Gone before the run can be called unchanged, after which nobody would look for it.
     drop(attempts);
     keep(&stamps);

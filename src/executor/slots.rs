@@ -37,6 +37,8 @@ pub struct Slots {
     folder: PathBuf,
     /// Asked for when somebody first wants something of it.
     machine: OnceLock<Machine>,
+    /// The GPUs of a job whose resources somebody else has handed out already.
+    handed_out: Option<Vec<usize>>,
 }
 
 /// What a job has until it lets go.
@@ -123,12 +125,24 @@ impl Slots {
         let run = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         let run = run.filter(|path| path.is_absolute()).unwrap_or_else(std::env::temp_dir);
         let user = rustix::process::getuid().as_raw();
-        Slots { folder: run.join(format!("runner-slots-{user}")), machine: OnceLock::new() }
+        Slots {
+            folder: run.join(format!("runner-slots-{user}")),
+            machine: OnceLock::new(),
+            handed_out: None,
+        }
     }
 
     /// Slots of some machine, whose files lie in `folder`.
     pub fn new(folder: &Path, machine: Machine) -> Slots {
-        Slots { folder: folder.to_owned(), machine: OnceLock::from(machine) }
+        Slots { folder: folder.to_owned(), machine: OnceLock::from(machine), handed_out: None }
+    }
+
+    /// What a scheduler has handed out to this process alone: nothing is shared, and nobody
+    /// waits. The GPUs are those that it lets the process see.
+    pub fn handed_out() -> Slots {
+        let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+        let gpus = visible.split(',').filter_map(|number| number.trim().parse().ok());
+        Slots { folder: PathBuf::new(), machine: OnceLock::new(), handed_out: Some(gpus.collect()) }
     }
 
     /// Waits until all that is asked for is free, and takes it.
@@ -136,6 +150,14 @@ impl Slots {
     /// # Errors
     /// If the machine never has so much.
     pub fn take(&self, asked: &Resources) -> Result<Held, SlotError> {
+        if let Some(gpus) = &self.handed_out {
+            let wanted = asked.gpus.max(usize::from(asked.gpu_memory > 0));
+            if wanted > gpus.len() {
+                let (what, there) = ("GPUs", gpus.len());
+                return Err(SlotError::TooMuch { what, asked: wanted, there });
+            }
+            return Ok(Held { gpus: gpus[..wanted].to_vec(), _locks: Vec::new() });
+        }
         if *asked == (Resources { threads: asked.threads, ..Resources::default() }) {
             return Ok(Held::default());
         }

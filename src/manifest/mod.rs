@@ -9,6 +9,7 @@ mod check;
 mod command;
 mod contract;
 pub(crate) mod cycle;
+mod executor;
 mod external;
 mod family;
 mod fields;
@@ -26,6 +27,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub(crate) use command::{LONGEST_TIMEOUT, MOST_PATTERNS};
+pub use executor::{Executor, Place};
 pub use problem::Problems;
 pub use profile::Profile;
 pub(crate) use settings::MOST_THREADS;
@@ -110,7 +112,7 @@ impl Pipeline {
 }
 
 /// What the command line sets for every stage.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overrides {
     /// `--model`.
     pub model: Option<String>,
@@ -124,6 +126,8 @@ pub struct Overrides {
     pub system: Option<String>,
     /// `--arms`.
     pub arms: Option<Vec<Arm>>,
+    /// `--on`.
+    pub on: Option<Place>,
 }
 
 /// One question with one verdict.
@@ -155,6 +159,9 @@ pub struct Stage {
     pub recipe: Recipe,
     /// What it may use.
     pub resources: Resources,
+    /// Where its work is done: no part of what it is.
+    #[serde(skip)]
+    pub executor: Executor,
     /// What it computes.
     pub op: Op,
     /// Where the `recorded` arm's tensors are, if it has one.
@@ -693,6 +700,7 @@ fn finish_stage(
         arms,
         recipe: settings.recipe,
         resources: settings.resources,
+        executor: settings.executor,
         op,
         recorded,
         external,

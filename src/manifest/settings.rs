@@ -6,6 +6,7 @@
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::Path;
 
+use super::executor::{Executor, RawExecutor};
 use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
@@ -28,6 +29,7 @@ pub(super) struct RawSettings {
     arms: Option<Put<Vec<Put<String>>>>,
     recipe: RawRecipe,
     resources: RawResources,
+    executor: RawExecutor,
 }
 
 /// `[resources]`, inherited key by key.
@@ -68,6 +70,7 @@ pub(super) struct Settings {
     pub arms: Vec<Arm>,
     pub recipe: Recipe,
     pub resources: Resources,
+    pub executor: Executor,
 }
 
 const KV_CACHES: [(&str, Option<Format>); 5] = [
@@ -150,6 +153,7 @@ impl RawSettings {
             arms: fields.list("arms", findings),
             recipe: RawRecipe::read(fields, folder, findings),
             resources: RawResources::read(fields, findings),
+            executor: RawExecutor::read(fields, findings),
         };
         if let (Some(tokens), Some(prompt)) = (&settings.tokens, &settings.prompt) {
             let problem = Problem::new(
@@ -209,6 +213,7 @@ impl RawSettings {
                     arms.iter().map(|arm| Put::unwritten(arm.name().to_owned())).collect(),
                 )
             }),
+            executor: RawExecutor::typed(overrides.on),
             ..RawSettings::default()
         }
     }
@@ -240,6 +245,7 @@ impl RawSettings {
             arms: self.arms.or_else(|| inherited.arms.clone()),
             recipe: self.recipe.or(&inherited.recipe),
             resources: self.resources.or(&inherited.resources),
+            executor: self.executor.or(&inherited.executor),
         }
     }
 
@@ -279,6 +285,7 @@ impl RawSettings {
             arms: arms?,
             recipe: recipe?,
             resources: self.resources.check(findings)?,
+            executor: self.executor.check(findings)?,
         })
     }
 

@@ -97,6 +97,8 @@ pub struct Plan<'a> {
     pub force: bool,
     /// Arms of which only what this run computed may be reused.
     pub fresh: BTreeSet<Arm>,
+    /// The run whose results count as measured anew, where a job does a part of it.
+    pub part_of: Option<String>,
     /// What was measured anew already, by the run that noted it with its result.
     measured: Mutex<BTreeMap<Key, String>>,
     /// The folder of stages, absolute.
@@ -274,6 +276,7 @@ impl<'a> Plan<'a> {
             warnings,
             force: false,
             fresh: BTreeSet::new(),
+            part_of: None,
             measured: Mutex::default(),
             folder,
         })
@@ -478,10 +481,15 @@ impl<'a> Plan<'a> {
         arm: Arm,
         walk: &KeyWalk,
     ) -> Option<Action> {
+        let key = walk.key();
+        let anew = (self.force && judged) || self.fresh.contains(&arm);
+        if let Some(run) = self.part_of.as_ref().filter(|_| anew) {
+            // Another job of the run, or an earlier start of this one, may have computed it.
+            return readable(store, store.find(&key).filter(|found| found.run == *run)?);
+        }
         if self.force && judged {
             return None;
         }
-        let key = walk.key();
         if !self.fresh.contains(&arm) {
             return readable(store, store.find(&key)?);
         }

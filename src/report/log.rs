@@ -22,7 +22,7 @@ impl EventLog {
 
 impl Sink for EventLog {
     fn event(&mut self, event: &Event) {
-        if self.failed || matches!(event, Event::Progress { .. }) {
+        if self.failed || matches!(event, Event::Progress { .. } | Event::Queue { .. }) {
             return;
         }
         let mut write = || {

@@ -20,6 +20,7 @@ pub struct Bars {
     all: MultiProgress,
     arms: BTreeMap<(StageId, Arm), ProgressBar>,
     measuring: BTreeMap<StageId, ProgressBar>,
+    queue: Option<ProgressBar>,
 }
 
 impl Bars {
@@ -69,6 +70,21 @@ impl Sink for Bars {
                     bar.finish_and_clear();
                 }
             }
+            Event::Job { .. } => {
+                if let Some(line) = of_job(event) {
+                    let _ = self.all.println(line);
+                }
+            }
+            Event::Queue { waiting, running, done, why } => {
+                let bar = self.queue.take().unwrap_or_else(|| self.add(String::new(), None));
+                bar.enable_steady_tick(Duration::from_millis(100));
+                bar.set_message(queue(*waiting, *running, *done, why));
+                if waiting + running == 0 {
+                    bar.finish_and_clear();
+                } else {
+                    self.queue = Some(bar);
+                }
+            }
             Event::RunStarted { .. } | Event::ArmStarted { .. } | Event::RunFinished { .. } => {}
         }
     }
@@ -79,6 +95,8 @@ impl Sink for Bars {
 pub struct Lines {
     /// When each arm that runs began, and when a line last told of it.
     running: BTreeMap<(StageId, Arm), (Instant, Instant)>,
+    /// When a line last told of a scheduler's queue.
+    queue: Option<Instant>,
 }
 
 impl Sink for Lines {
@@ -106,6 +124,18 @@ impl Sink for Lines {
             }
             Event::StageJudged { stage, verdict, .. } => {
                 tell_line(&format!("{stage}  judged     {verdict}"));
+            }
+            Event::Job { .. } => {
+                if let Some(line) = of_job(event) {
+                    tell_line(&line);
+                }
+            }
+            Event::Queue { waiting, running, done, why } => {
+                let told = self.queue.get_or_insert_with(Instant::now);
+                if told.elapsed() >= BETWEEN_LINES {
+                    *told = Instant::now();
+                    tell_line(&queue(*waiting, *running, *done, why));
+                }
             }
             _ => {}
         }
@@ -144,6 +174,30 @@ fn reason(event: &Event) -> Option<String> {
         ArmState::Blocked => format!("blocked: {why}"),
     };
     Some(format!("{stage}  {:9}  {}", arm.name(), one_line(&what)))
+}
+
+/// The line of a job that a person may want to know of; each begin and end stands in the log
+/// alone.
+fn of_job(event: &Event) -> Option<String> {
+    let Event::Job { job, state, node, why } = event else { return None };
+    if state == "running" {
+        return None;
+    }
+    let job = if job.is_empty() { String::new() } else { format!(" job {job}") };
+    let node = node.as_ref().map_or(String::new(), |node| format!(" on {node}"));
+    Some(one_line(&match state.as_str() {
+        // What its programs printed.
+        "said" => format!("slurm{job}{node}: {why}"),
+        state => format!("slurm{job}{node} {state}: {why}"),
+    }))
+}
+
+fn queue(waiting: usize, running: usize, done: usize, why: &str) -> String {
+    let why = match why {
+        "" | "None" => String::new(),
+        why => format!(" ({why})"),
+    };
+    format!("slurm  {waiting} waiting{why}, {running} running, {done} done")
 }
 
 #[cfg(test)]

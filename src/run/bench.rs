@@ -17,7 +17,8 @@ use crate::compare::{
     measure_stage,
 };
 use crate::compute::arms::{
-    Output, Task, check_weights, compute, input_width, recipe_of_pass, site_names, tensors_read,
+    Output, Task, Workshop, check_weights, compute, input_width, recipe_of_pass, site_names,
+    tensors_read,
 };
 use crate::compute::eight_bit::{self, EightBit};
 use crate::compute::generate::generate;
@@ -102,6 +103,11 @@ pub(super) enum Failure {
     Written(String),
     #[error("{0}")]
     Refused(String),
+    #[error("{0}")]
+    NotFinite(String),
+    /// It is not at hand, and nothing is computed here.
+    #[error("it is not at hand")]
+    NotAtHand,
     #[error("a bug of ours: {0}")]
     Bug(String),
 }
@@ -112,6 +118,8 @@ pub(super) struct Bench<'a> {
     pub store: &'a Store,
     pub options: &'a Options<'a>,
     pub prepared: &'a PreparedStage<'a>,
+    /// Whether it may compute what is not at hand: else somebody elsewhere does.
+    pub computes: bool,
 }
 
 impl Bench<'_> {
@@ -146,6 +154,9 @@ impl Bench<'_> {
         };
         if let Some(action) = self.reusable(arm, &walk) {
             return reuse(action);
+        }
+        if !self.computes {
+            return Err(Failure::NotAtHand);
         }
         let why = self.plan.why_run(self.store, self.prepared.stage, arm, &walk);
         let _lock = self.store.lock(&walk.key())?.ok_or(ComputeError::Interrupted)?;
@@ -193,6 +204,32 @@ impl Bench<'_> {
             why += "; the same key gave another result before: the arm is not deterministic";
         }
         Ok(Outcome::Arm { stored: Box::new(stored), state: ArmState::Ran, why })
+    }
+
+    /// The fields of an arm's key with what `workshop` says of them.
+    pub fn known_fields(
+        &self,
+        arm: Arm,
+        inputs: &Supplies,
+        workshop: &dyn Workshop,
+    ) -> Result<KeyWalk, Failure> {
+        if let Op::Command(op) = &self.prepared.stage.op {
+            let tools = self.tools();
+            let seen = command::look(op, tools.project, tools.stamps)?;
+            return Ok(self.plan.command_walk(op, &seen));
+        }
+        let sources = self.sources(arm, inputs)?;
+        Ok(self.plan.arm_walk(self.prepared, arm, &sources, workshop))
+    }
+
+    /// What the measures of these results are known by.
+    pub fn measures_key(&self, results: &BTreeMap<Arm, Stored>) -> KeyWalk {
+        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
+        let mut walk = self.plan.measure_walk(self.prepared, &keys.collect(), self.extent());
+        // The contract decides how much of it is looked at.
+        let contract = self.plan.pipeline.contracts.get(&self.prepared.stage.contract);
+        walk.field("contract", serde_json::json!(contract));
+        walk
     }
 
     fn sources(&self, arm: Arm, inputs: &Supplies) -> Result<Sources, SourceError> {
@@ -477,6 +514,10 @@ impl Bench<'_> {
         if let Some(outcome) = self.reuse_command(None, &walk, &seen, &tools)? {
             return Ok(Ok(outcome));
         }
+        // What is at hand may still have to be put in its place.
+        if !self.computes && self.reusable(Arm::Command, &walk).is_none() {
+            return Err(Failure::NotAtHand);
+        }
         let why = self.plan.why_run(self.store, self.prepared.stage, Arm::Command, &walk);
         let mut waits = Instant::now();
         let lock = self.store.lock(&walk.key())?.ok_or(CommandError::Stopped)?;
@@ -484,6 +525,9 @@ impl Bench<'_> {
         // Another runner may just have run it.
         if let Some(outcome) = self.reuse_command(Some(&lock), &walk, &seen, &tools)? {
             return Ok(Ok(outcome));
+        }
+        if !self.computes {
+            return Err(Failure::NotAtHand);
         }
         // Held until its outputs are in their places: all of this is its work.
         waits = Instant::now();
@@ -616,6 +660,7 @@ impl Bench<'_> {
         let walk = self.plan.measure_walk(self.prepared, &keys.collect(), extent);
         let measures = match self.said(&walk) {
             Some(measures) => measures,
+            None if !self.computes => return Err(Failure::NotAtHand),
             None => self.measure_anew(inputs, results, &walk, extent)?,
         };
         Ok((walk, measures))
@@ -675,6 +720,9 @@ impl Bench<'_> {
         walk.field("suspect", serde_json::json!(suspect));
         if let Some(diagnoses) = self.said(&walk) {
             return Ok(diagnoses);
+        }
+        if !self.computes {
+            return Err(Failure::NotAtHand);
         }
         let started = Instant::now();
         let diagnoses = match self.look_closely(inputs, results, measures, &suspect, product) {

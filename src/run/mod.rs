@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -18,17 +18,21 @@ use crate::compute::ComputeError;
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandRecord};
+use crate::executor::slurm::{self, Slurm};
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
 use crate::op::{self, Arm, InputRef, Op, StageId};
-use crate::plan::{Plan, PreparedStage, SiteRecord};
+use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::text::no_threads;
 use crate::verdict::{First, Verdict, judge, reason};
 
+mod away;
 mod bench;
 mod missing;
 
+use away::{Answer, Kind, is_of, is_of_its_machine};
+pub use away::{Errand, carry_out, is_on_gpu};
 use bench::{Bench, Failure, Made, News, Order, Outcome, Stored, Supplies};
 
 /// How a run is to be done.
@@ -97,6 +101,8 @@ enum State {
     Running,
     /// Its program has ended; what it left is being put away.
     PuttingAway,
+    /// A job elsewhere does it.
+    Away,
     /// It has an end, good or bad.
     Done,
 }
@@ -127,9 +133,21 @@ struct Progress {
     record: Option<StageRecord>,
 }
 
-/// Runs a plan to its end.
+/// Runs a plan to its end on this machine.
 pub fn run(plan: &Plan<'_>, store: &Store, options: &Options<'_>, sink: &mut dyn Sink) -> Finished {
+    run_with(plan, store, options, None, sink)
+}
+
+/// Runs a plan to its end; stages that say so in jobs of Slurm, where it is given.
+pub fn run_with(
+    plan: &Plan<'_>,
+    store: &Store,
+    options: &Options<'_>,
+    slurm: Option<&mut Slurm>,
+    sink: &mut dyn Sink,
+) -> Finished {
     let mut engine = Engine::new(plan, store, options);
+    engine.slurm = slurm;
     engine.run(sink);
     let of_stage = |Progress { record, results, .. }: Progress| {
         let made = results.into_iter().map(|(arm, Stored { action, payload, .. })| {
@@ -157,6 +175,12 @@ struct Engine<'a> {
     bug: Option<String>,
     /// The stage after which nothing is started any more.
     failed_fast: Option<StageId>,
+    /// Who does what is not done here.
+    slurm: Option<&'a mut Slurm>,
+    /// The jobs in [`State::Away`].
+    away: BTreeSet<usize>,
+    /// Those that came back: what they made is in the cache.
+    returned: BTreeSet<usize>,
 }
 
 impl<'a> Engine<'a> {
@@ -172,6 +196,9 @@ impl<'a> Engine<'a> {
             progress: plan.stages.iter().map(|_| Progress::default()).collect(),
             bug: None,
             failed_fast: None,
+            slurm: None,
+            away: BTreeSet::new(),
+            returned: BTreeSet::new(),
         };
         // The plan's stages are in order, so what a job waits for has its number already.
         let mut ends: BTreeMap<&StageId, usize> = BTreeMap::new();
@@ -213,7 +240,6 @@ impl<'a> Engine<'a> {
         let judged = self.plan.stages.iter().filter(|prepared| prepared.judged);
         let stages = judged.map(|prepared| prepared.stage.id.clone()).collect();
         sink.event(&Event::RunStarted { run: self.options.run.clone(), stages });
-        let (plan, store, options) = (self.plan, self.store, self.options);
         let (give, orders) = channel();
         let orders = Mutex::new(orders);
         std::thread::scope(|scope| {
@@ -225,8 +251,7 @@ impl<'a> Engine<'a> {
                 while self.may_start(at_hand) {
                     let Some(job) = self.ready.pop_first() else { break };
                     let Some(order) = self.begin(job, sink) else { continue };
-                    let prepared = &plan.stages[self.jobs[job].stage];
-                    let bench = Bench { plan, store, options, prepared };
+                    let bench = self.bench(job);
                     // Nobody listens only if every thread is gone, and none goes before the end.
                     let _ = give.send(Handed { bench, job, order });
                     at_hand += 1;
@@ -243,10 +268,15 @@ impl<'a> Engine<'a> {
                         }
                     }
                 }
-                if at_hand == 0 {
+                if at_hand == 0 && self.away.is_empty() {
                     break;
                 }
-                match receiver.recv() {
+                let message = match (&self.slurm, self.away.is_empty()) {
+                    (Some(slurm), false) => receiver.recv_timeout(slurm.pause()),
+                    _ => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                };
+                match message {
+                    Err(RecvTimeoutError::Timeout) => {}
                     Ok(Message::News { job, news: News::Made(made) }) => {
                         self.show_progress(job, made, sink);
                     }
@@ -255,10 +285,14 @@ impl<'a> Engine<'a> {
                     }
                     Ok(Message::Done { job, outcome, seconds }) => {
                         at_hand -= 1;
-                        self.settle(job, outcome, seconds, sink);
+                        match outcome {
+                            Err(Failure::NotAtHand) => self.send_away(job, sink),
+                            outcome => self.settle(job, outcome, seconds, sink),
+                        }
                     }
-                    Err(_) => break,
+                    Err(RecvTimeoutError::Disconnected) => break,
                 }
+                self.hear_of_those_away(at_hand > 0 || !self.ready.is_empty(), sink);
             }
         });
         if interrupt::requested() {
@@ -300,17 +334,23 @@ impl<'a> Engine<'a> {
                     self.finish(job);
                     return None;
                 }
+                let elsewhere = self.is_elsewhere(stage, work);
+                if elsewhere && is_of_its_machine(prepared, arm) {
+                    self.send_away(job, sink);
+                    return None;
+                }
                 let recipe = &prepared.stage.recipe;
                 let computes = !matches!(prepared.stage.op, Op::Compare { .. });
                 let unavailable = self.options.workshop.unavailable(arm, recipe);
-                if let Some(reason) = unavailable.filter(|_| computes) {
+                if let Some(reason) = unavailable.filter(|_| computes && !elsewhere) {
                     self.arm_finished(stage, arm, ArmState::Unmeasured, reason, 0.0, sink);
                     self.finish(job);
                     return None;
                 }
-                let inputs = self.inputs_of(prepared);
-                sink.event(&Event::ArmStarted { stage: prepared.stage.id.clone(), arm });
-                Some(Order::Arm { arm, inputs })
+                if !elsewhere {
+                    sink.event(&Event::ArmStarted { stage: prepared.stage.id.clone(), arm });
+                }
+                Some(self.order(job))
             }
             Work::Measure => {
                 let progress = &self.progress[stage];
@@ -320,12 +360,157 @@ impl<'a> Engine<'a> {
                     self.finish(job);
                     return None;
                 }
-                sink.event(&Event::Measuring { stage: prepared.stage.id.clone() });
-                let results = progress.results.clone();
-                let inputs = self.inputs_of(prepared);
-                Some(Order::Measure { inputs, results })
+                if !self.is_elsewhere(stage, work) {
+                    sink.event(&Event::Measuring { stage: prepared.stage.id.clone() });
+                }
+                Some(self.order(job))
             }
         }
+    }
+
+    /// What a job is to do, with what it needs of others.
+    fn order(&self, job: usize) -> Order {
+        let Job { stage, work, .. } = self.jobs[job];
+        let inputs = self.inputs_of(&self.plan.stages[stage]);
+        match work {
+            Work::Arm(arm) => Order::Arm { arm, inputs },
+            Work::Measure => {
+                Order::Measure { inputs, results: self.progress[stage].results.clone() }
+            }
+        }
+    }
+
+    fn bench(&self, job: usize) -> Bench<'a> {
+        let Job { stage, work, .. } = self.jobs[job];
+        let computes = !self.is_elsewhere(stage, work);
+        let (plan, store, options) = (self.plan, self.store, self.options);
+        Bench { plan, store, options, prepared: &plan.stages[stage], computes }
+    }
+
+    /// Whether work is done elsewhere, unless its result is at hand. What is measured of a
+    /// command is read from its record.
+    fn is_elsewhere(&self, stage: usize, work: Work) -> bool {
+        let stage = self.plan.stages[stage].stage;
+        let little = work == Work::Measure && stage.op.command().is_some();
+        self.slurm.is_some() && stage.executor.slurm && !little
+    }
+
+    /// Hands a job over to Slurm.
+    fn send_away(&mut self, job: usize, sink: &mut dyn Sink) {
+        self.stop_running(job, State::Away);
+        if self.returned.contains(&job) {
+            let lost = Failure::Refused(
+                "its job says that it is done, and the cache does not hold the result; is the \
+                 folder of runs the same on every node?"
+                    .to_owned(),
+            );
+            self.settle(job, Err(lost), 0.0, sink);
+            return;
+        }
+        match away::item(&self.bench(job), job, self.jobs[job].work, &self.order(job)) {
+            Err(failure) => self.settle(job, Err(failure), 0.0, sink),
+            Ok(item) => {
+                if let Some(slurm) = &mut self.slurm {
+                    slurm.hand_over(item);
+                    self.away.insert(job);
+                }
+            }
+        }
+    }
+
+    /// Looks after the jobs of Slurm; `more` says whether others may soon join them.
+    fn hear_of_those_away(&mut self, more: bool, sink: &mut dyn Sink) {
+        let Some(slurm) = self.slurm.as_mut().filter(|_| !self.away.is_empty()) else { return };
+        if interrupt::requested() {
+            slurm.cancel();
+            self.away.clear();
+            return;
+        }
+        for news in slurm.step(more) {
+            self.hear(news, sink);
+        }
+    }
+
+    fn hear(&mut self, news: slurm::News, sink: &mut dyn Sink) {
+        match news {
+            slurm::News::Began { ticket } => {
+                let Job { stage, work, .. } = self.jobs[ticket];
+                let stage = self.plan.stages[stage].stage.id.clone();
+                sink.event(&match work {
+                    Work::Arm(arm) => Event::ArmStarted { stage, arm },
+                    Work::Measure => Event::Measuring { stage },
+                });
+            }
+            slurm::News::Done { ticket, answer, seconds, shared } => {
+                self.away.remove(&ticket);
+                match self.answered(ticket, answer.get(), shared) {
+                    Some(outcome) => self.settle(ticket, outcome, seconds, sink),
+                    // Its measures are in the cache, where this machine finds them.
+                    None => {
+                        self.returned.insert(ticket);
+                        self.jobs[ticket].state = State::Ready;
+                        self.ready.insert(ticket);
+                    }
+                }
+            }
+            slurm::News::Lost { ticket, problem } => {
+                self.away.remove(&ticket);
+                self.settle(ticket, Err(Failure::Refused(problem)), 0.0, sink);
+            }
+            slurm::News::Job { job, state, node, why } => {
+                sink.event(&Event::Job { job, state: state.to_owned(), node, why });
+            }
+            slurm::News::Count { waiting, running, done, why } => {
+                sink.event(&Event::Queue { waiting, running, done, why });
+            }
+        }
+    }
+
+    /// What a job's answer says of an arm; nothing where it is of measures.
+    fn answered(&self, job: usize, answer: &str, shared: bool) -> Option<Result<Outcome, Failure>> {
+        let wrong = |text: String| Some(Err(Failure::Refused(text)));
+        let answer = match serde_json::from_str(answer) {
+            Ok(answer) => answer,
+            Err(error) => return wrong(format!("its job's answer cannot be read: {error}")),
+        };
+        let (action, mut state, mut why) = match answer {
+            Answer::Measured => return None,
+            Answer::Arm { action, state, why } => (action, state, why),
+            Answer::Failed { kind, why } => {
+                return Some(Err(match kind {
+                    Kind::Unavailable => ComputeError::Unavailable(why).into(),
+                    Kind::NotFinite => Failure::NotFinite(why),
+                    Kind::Bug => Failure::Bug(why),
+                    Kind::Own => Failure::Refused(why),
+                }));
+            }
+        };
+        if let Err(problem) = is_of(&self.bench(job), &self.order(job), &action) {
+            return wrong(problem);
+        }
+        let payload: ArmPayload = match action.read() {
+            Ok(payload) => payload,
+            Err(error) => return wrong(format!("its job's record cannot be read: {error}")),
+        };
+        let kept = payload.command.as_ref().is_none_or(|command| command.accepted);
+        let here =
+            || self.store.find(&action.key).is_some_and(|found| found.object == action.object);
+        if kept && !here() {
+            return wrong(
+                "its job says that it is done, and the cache does not hold the result; is the \
+                 folder of runs the same on every node?"
+                    .to_owned(),
+            );
+        }
+        if kept {
+            self.plan.note_measured(&action);
+        }
+        if shared {
+            state = ArmState::Reused;
+            why = "another stage of this run computed it".to_owned();
+        }
+        let stored = Box::new(Stored { action: *action, payload, output: None });
+        Some(Ok(Outcome::Arm { stored, state, why }))
     }
 
     /// Why a stage cannot start: a stage that it needs has no result. One that
@@ -392,6 +577,10 @@ impl<'a> Engine<'a> {
             }
             (Work::Arm(arm), Err(Failure::Compute(ComputeError::NotFinite(model)))) => {
                 let why = model.to_string();
+                self.progress[stage].failure = Some(format!("no arm is at fault: {why}"));
+                self.arm_finished(stage, arm, ArmState::Error, why, seconds, sink);
+            }
+            (Work::Arm(arm), Err(Failure::NotFinite(why))) => {
                 self.progress[stage].failure = Some(format!("no arm is at fault: {why}"));
                 self.arm_finished(stage, arm, ArmState::Error, why, seconds, sink);
             }
@@ -638,19 +827,31 @@ fn serve_one(orders: &Mutex<Receiver<Handed<'_>>>, sender: &Sender<Message>) {
 
 fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
     let started = Instant::now();
+    let outcome = attempt(bench, order, &mut |news| {
+        // Nobody listens any more only when the run is over.
+        let _ = sender.send(Message::News { job, news });
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let _ = sender.send(Message::Done { job, outcome, seconds });
+}
+
+/// Carries out an order with the threads that its stage may have. A panic is a bug of ours.
+fn attempt(
+    bench: &Bench<'_>,
+    order: Order,
+    tell: &mut (dyn FnMut(News) + Send),
+) -> Result<Outcome, Failure> {
     let attempt = AssertUnwindSafe(|| {
         let attempt = || match order {
-            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, &mut |news| {
-                // Nobody listens any more only when the run is over.
-                let _ = sender.send(Message::News { job, news });
-            }),
+            Order::Arm { arm, inputs } => bench.arm(arm, &inputs, tell),
             Order::Measure { inputs, results } => bench.measure(&inputs, results),
         };
         // A command computes nothing here, and more threads than cores gain nothing.
         let stage = bench.prepared.stage;
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let threads = stage.resources.threads.map(|threads| threads.get().min(cores));
-        match threads.filter(|_| stage.op.command().is_none()) {
+        // Nor is anything computed of what is only looked for.
+        match threads.filter(|_| stage.op.command().is_none() && bench.computes) {
             None => attempt(),
             Some(threads) => match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
                 Ok(pool) => pool.install(attempt),
@@ -658,11 +859,9 @@ fn work(bench: &Bench<'_>, job: usize, order: Order, sender: &Sender<Message>) {
             },
         }
     });
-    let outcome = catch_unwind(attempt).unwrap_or_else(|panic| {
+    catch_unwind(attempt).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         Err(Failure::Bug(text.unwrap_or_else(|| "a panic without a message".to_owned())))
-    });
-    let seconds = started.elapsed().as_secs_f64();
-    let _ = sender.send(Message::Done { job, outcome, seconds });
+    })
 }

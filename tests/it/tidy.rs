@@ -70,7 +70,7 @@ const GUARDED: [(&str, &[&str]); 9] = [
     ("Mmap::map(", &["files/mapped.rs"]),
     (".is_control()", &["text.rs", "report/github.rs"]),
     // A keeper starts the user's programs; the others start the runner itself, the driver's own
-    // tool, and what `--notify` names.
+    // tool, Slurm's, and what `--notify` names.
     (
         "Command::new(",
         &[
@@ -78,6 +78,7 @@ const GUARDED: [(&str, &[&str]); 9] = [
             "executor/processes.rs",
             "executor/slots.rs",
             "executor/hook.rs",
+            "executor/slurm/commands.rs",
             "cli/watch.rs",
         ],
     ),
@@ -85,7 +86,7 @@ const GUARDED: [(&str, &[&str]); 9] = [
 
 /// Files that may open others without `files`: they open what the runner itself has written, or
 /// the kernel's own.
-const OPENING: [&str; 18] = [
+const OPENING: [&str; 19] = [
     "files/mod.rs",
     "cache/",
     "cli/unchanged.rs",
@@ -96,6 +97,7 @@ const OPENING: [&str; 18] = [
     "executor/attempt.rs",
     "executor/keeper.rs",
     "executor/slots.rs",
+    "executor/slurm/folder.rs",
     "compute/cuda/",
     // A person names these files on the command line, and may name a pipe.
     "compute/emulated/vectors.rs",
