@@ -542,11 +542,16 @@ def full_queue(runner, folder, cluster):
     """A controller that keeps as many jobs as it may: the runner waits, and goes on."""
     few = {"CLUSTER_MAX_JOBS": "10", "CLUSTER_MIN_JOB_AGE": "2"}
     with other_cluster(folder / "full", **few):
-        slurm("sbatch", "--array=0-8", "--output=/dev/null", "--wrap", "sleep 5")
+        other = slurm(
+            "sbatch", "--parsable", "--array=0-8", "--output=/dev/null", "--wrap", "sleep 5"
+        ).strip()
         project = Project(runner, folder / "full-queue").counted(3)
         code, record, said = project.run("--on", "slurm")
         if code != 0 or "nothing can be submitted for now" not in said:
             fail(f"a full queue: {code}: {said}")
+        slurm("scancel", other)
+        while queue():
+            time.sleep(0.2)
         same_sum(project, 3)
         nothing_left(project)
 
