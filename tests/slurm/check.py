@@ -135,12 +135,14 @@ outputs = ["sum"]
         return self
 
     def trivial(self, count):
-        numbers = ", ".join(str(number) for number in range(count))
         (self.folder / "stages/pipeline.toml").write_text("[resources]\ncores = 1\n")
-        (self.folder / "stages/work.toml").write_text(
-            'id = "work"\ntitle = "t"\ncontract = "command"\n'
-            f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "{{n}}"]\n'
-        )
+        # One manifest holds a thousand members at most.
+        for first in range(0, count, 1000):
+            numbers = ", ".join(str(number) for number in range(first, min(first + 1000, count)))
+            (self.folder / f"stages/work-{first}.toml").write_text(
+                f'id = "work{first}"\ntitle = "t"\ncontract = "command"\n'
+                f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "{{n}}"]\n'
+            )
         return self
 
     def start(self, *arguments, runs="runs", **settings):
