@@ -141,7 +141,7 @@ outputs = ["sum"]
             numbers = ", ".join(str(number) for number in range(first, min(first + 1000, count)))
             (self.folder / f"stages/work-{first}.toml").write_text(
                 f'id = "work{first}"\ntitle = "t"\ncontract = "command"\n'
-                f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "{{n}}"]\n'
+                f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "n{{n}}"]\n'
             )
         return self
 
