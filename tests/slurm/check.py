@@ -135,12 +135,14 @@ outputs = ["sum"]
         return self
 
     def trivial(self, count):
-        numbers = ", ".join(str(number) for number in range(count))
         (self.folder / "stages/pipeline.toml").write_text("[resources]\ncores = 1\n")
-        (self.folder / "stages/work.toml").write_text(
-            'id = "work"\ntitle = "t"\ncontract = "command"\n'
-            f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "{{n}}"]\n'
-        )
+        # One manifest holds a thousand members at most.
+        for first in range(0, count, 1000):
+            numbers = ", ".join(str(number) for number in range(first, min(first + 1000, count)))
+            (self.folder / f"stages/work-{first}.toml").write_text(
+                f'id = "work{first}"\ntitle = "t"\ncontract = "command"\n'
+                f'[for]\nn = [{numbers}]\n[command]\nargv = ["true", "n{{n}}"]\n'
+            )
         return self
 
     def start(self, *arguments, runs="runs", **settings):
@@ -542,11 +544,16 @@ def full_queue(runner, folder, cluster):
     """A controller that keeps as many jobs as it may: the runner waits, and goes on."""
     few = {"CLUSTER_MAX_JOBS": "10", "CLUSTER_MIN_JOB_AGE": "2"}
     with other_cluster(folder / "full", **few):
-        slurm("sbatch", "--array=0-8", "--output=/dev/null", "--wrap", "sleep 5")
+        other = slurm(
+            "sbatch", "--parsable", "--array=0-8", "--output=/dev/null", "--wrap", "sleep 5"
+        ).strip()
         project = Project(runner, folder / "full-queue").counted(3)
         code, record, said = project.run("--on", "slurm")
         if code != 0 or "nothing can be submitted for now" not in said:
             fail(f"a full queue: {code}: {said}")
+        slurm("scancel", other)
+        while queue():
+            time.sleep(0.2)
         same_sum(project, 3)
         nothing_left(project)
 
