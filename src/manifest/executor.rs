@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fields::{Fields, Put};
 use super::problem::{Findings, Problem, short};
+use crate::text::cleaned;
 
 /// Where a stage's work is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -130,7 +131,7 @@ impl RawExecutor {
         let mut sound = true;
         let mut text = |key: &str, put: &Option<Put<String>>| {
             let put = put.as_ref()?;
-            let strange = |c: char| c.is_control() || c.is_whitespace();
+            let strange = |c: char| c.is_whitespace() || cleaned(c) != c;
             if !put.value.is_empty() && !put.value.contains(strange) {
                 return Some(put.value.clone());
             }
