@@ -2,8 +2,8 @@
 //!
 //! Whoever has work hands over items; those that ask for the same become the tasks of an array,
 //! several to a task where there are many more than the cluster does at once. What a task says
-//! is read from a file of its own ([`folder`]), how it stands is asked of the queue
-//! ([`commands`]). Nothing is submitted twice for one key: before a submission stands in the
+//! is read from a file of its own (`folder`), how it stands is asked of the queue
+//! (`commands`). Nothing is submitted twice for one key: before a submission stands in the
 //! queue it stands in the shared folder, where every other runner looks first.
 //!
 //! It knows resources, queues and files, not what an item computes.
