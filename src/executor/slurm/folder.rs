@@ -97,7 +97,7 @@ pub(super) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), SlurmErr
     cache::write_whole(path, &cache::sealed(text)).map_err(SlurmError::from)
 }
 
-/// Reads what [`write()`] wrote.
+/// Reads what `write` wrote.
 ///
 /// # Errors
 /// In words.
