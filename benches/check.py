@@ -30,22 +30,6 @@ contract = "{contract}"
 [forward]
 capture = "{capture}"
 """
-NUMBERS = """name = "numbers"
-version = "1.0.0"
-[[equation]]
-id = "same"
-formula = "emulated = reference"
-why = "both compute the same pass"
-[[falsifier]]
-id = "NUM-001"
-equation = "same"
-prediction = "the logits are numbers"
-compare = ["emulated", "reference"]
-metric = "non_finite"
-max = 0
-if_fails = "structural"
-why = "a pass of a clean file has no NaN"
-"""
 
 
 def git(*arguments):
@@ -125,7 +109,7 @@ def cases(folder):
         work = folder / capture
         (work / "stages").mkdir(parents=True)
         shutil.copytree(ROOT / "contracts", work / "contracts")
-        (work / "contracts" / "numbers.toml").write_text(NUMBERS)
+        shutil.copy(ROOT / "benches/numbers.toml", work / "contracts")
         (work / "stages" / "a.toml").write_text(FORWARD.format(capture=capture, contract=contract))
     five = folder / "five"
     shutil.copytree(ROOT / "stages", five / "stages")

@@ -230,7 +230,8 @@ fn in_batch(
         return Ok(None);
     }
     let tokens: Vec<u32> = task.tokens.iter().copied().cycle().take(longer).collect();
-    // Beside other tokens' logits the last matrix meets a batch too; one alone is one alone.
+    // Where all logits are kept, the output matrix meets the longer batch too; where the last token's
+    // alone are, it meets one row in both passes.
     let kept = match capture {
         Capture::LastLogits => capture.with_logits(task.tokens.len()),
         _ => 0..longer,

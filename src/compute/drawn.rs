@@ -103,8 +103,7 @@ impl Kernel for Redraw<'_> {
             }
             let rest = values.len() - at;
             // Half a word at a time: its bits and the values have 32 bits.
-            let count =
-                [32, signs.left, rest].into_iter().fold(32, |a, b| if b < a { b } else { a });
+            let count = signs.left.min(rest).min(32);
             let word = signs.word as u32;
             let span = at..at + count;
             let places = drawn[span.clone()].iter_mut().enumerate();

@@ -224,8 +224,7 @@ impl Bench<'_> {
 
     /// What the measures of these results are known by.
     pub fn measures_key(&self, results: &BTreeMap<Arm, Stored>) -> KeyWalk {
-        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
-        let mut walk = self.plan.measure_walk(self.prepared, &keys.collect(), self.extent());
+        let mut walk = self.measure_walk(results, self.extent());
         // The contract decides how much of it is looked at.
         let contract = self.plan.pipeline.contracts.get(&self.prepared.stage.contract);
         walk.field("contract", serde_json::json!(contract));
@@ -649,6 +648,11 @@ impl Bench<'_> {
         judge(&contract, &measures.measures, &stage.arms, &BTreeMap::new())
     }
 
+    fn measure_walk(&self, results: &BTreeMap<Arm, Stored>, extent: Extent) -> KeyWalk {
+        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
+        self.plan.measure_walk(self.prepared, &keys.collect(), extent)
+    }
+
     /// The measures and what they are kept by: those at hand, else made anew.
     fn measured(
         &self,
@@ -656,8 +660,7 @@ impl Bench<'_> {
         results: &BTreeMap<Arm, Stored>,
         extent: Extent,
     ) -> Result<(KeyWalk, StageMeasures), Failure> {
-        let keys = results.iter().map(|(arm, stored)| (*arm, stored.action.key.0.clone()));
-        let walk = self.plan.measure_walk(self.prepared, &keys.collect(), extent);
+        let walk = self.measure_walk(results, extent);
         let measures = match self.said(&walk) {
             Some(measures) => measures,
             None if !self.computes => return Err(Failure::NotAtHand),

@@ -10,17 +10,19 @@ use runner::compute::call::Call;
 use runner::compute::drawn::{Drawn, Draws};
 use runner::compute::emulated::arm::Emulated;
 use runner::compute::forward::{Discard, KvCache, Sites, forward};
+use runner::compute::recorded::recorded;
 use runner::compute::reference::Reference;
 use runner::compute::{ComputeError, Pass};
 use runner::dtype::Format;
 use runner::model::synthetic::{Preset, ensure};
 use runner::model::{Model, Weight, WeightType};
 use runner::op::{
-    Accumulate, ActivationScale, Capture, ChipName, LAYER_SITES, Op, Recipe, Scale, Site,
+    Accumulate, ActivationScale, Capture, ChipName, LAYER_SITES, Op, Recipe, Recorded, Scale, Site,
     WeightScale, in_layer,
 };
 use runner::tensor::Tensor;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 
 use crate::model::{TINY, open, smollm2, synthetic_file};
 
@@ -111,6 +113,34 @@ fn the_last_tokens_logits_alone_are_those_of_a_pass_that_keeps_all() {
         assert_eq!((draw.rows(), draw.width()), (1, reference.sites[0].1.width()));
         assert_ne!(bits(draw), bits(&reference.sites[0].1), "a draw is off by roundings");
     }
+}
+
+#[test]
+fn a_recording_of_all_logits_gives_its_last_row_to_a_stage_that_keeps_the_last() {
+    let model = model(Preset::Qwen2Tiny);
+    let tokens = prompt(&model, 5);
+    let width = model.config().vocabulary;
+    let op = Op::Forward { capture: Capture::LastLogits, repeats: 1, decode: 0, kv_cache: None };
+    let folder = tempfile::tempdir().expect("a folder");
+    let read = |rows: usize| {
+        let values: Vec<u8> = (0..rows * width).flat_map(|at| (at as f32).to_le_bytes()).collect();
+        let view = TensorView::new(safetensors::Dtype::F32, vec![rows, width], &values);
+        let file = folder.path().join(format!("{rows}.safetensors"));
+        let tensors = [("logits", view.expect("a view"))];
+        fs::write(&file, safetensors::serialize(tensors, None).expect("a file")).expect("written");
+        let from = Recorded { file, names: BTreeMap::new(), format: None, shape: None };
+        recorded(&op, &from, Some(&model), Some(&tokens))
+    };
+    let first_of = |rows: usize| {
+        let output = read(rows).expect("a recording");
+        let (site, tensor) = &output.sites[0];
+        assert_eq!((site.0.as_str(), tensor.rows(), tensor.width()), ("logits", 1, width));
+        tensor.data()[0]
+    };
+    assert_eq!(first_of(5), (4 * width) as f32);
+    assert_eq!(first_of(1), 0.0);
+    let refused = read(3).expect_err("a pass of other tokens").to_string();
+    assert!(refused.contains("has 3 rows") && refused.contains("5 tokens"), "{refused}");
 }
 
 /// Both arms; the emulated one with a recipe whose rows do not share a scale.

@@ -6,7 +6,7 @@
     tests/slurm/check.py RUNNER --many 10000       times so many trivial stages beside sbatch
     tests/slurm/check.py RUNNER --only NAME,...    some of the checks
 
-Needs root and Debian's `slurm-wlm munge`. Every process that it ends is one that it started, or a
+Needs root and Debian's `slurm-wlm munge faketime`. Every process that it ends is one that it started, or a
 job of the cluster that it started.
 """
 
@@ -270,12 +270,13 @@ def bad_input(runner, folder, cluster):
     refused(["option"], executor='options = ["--no-such-option"]')
     refused(["`scontrol` failed"], code=74, SLURM_CONF="/nonexistent/slurm.conf")
     # Another clock, as the runner sees it.
-    if shutil.which("faketime"):
-        pipeline.write_text(sound)
-        command = ["faketime", "-f", "+5h", runner, "run", "stages", "--on", "slurm"]
-        done = subprocess.run(command, cwd=project.folder, text=True, capture_output=True)
-        if "clock of this machine" not in done.stderr or done.returncode != 2:
-            fail(f"clocks: {done.returncode}: {done.stderr}")
+    if not shutil.which("faketime"):
+        fail("`faketime` is not installed, and clocks cannot be tried without it")
+    pipeline.write_text(sound)
+    command = ["faketime", "-f", "+5h", runner, "run", "stages", "--on", "slurm"]
+    done = subprocess.run(command, cwd=project.folder, text=True, capture_output=True)
+    if "clock of this machine" not in done.stderr or done.returncode != 2:
+        fail(f"clocks: {done.returncode}: {done.stderr}")
 
     # A runner of another build on the nodes.
     other = project.folder / "other-runner"

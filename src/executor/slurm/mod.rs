@@ -9,6 +9,7 @@
 //! It knows resources, queues and files, not what an item computes.
 
 mod class;
+mod cluster;
 mod commands;
 mod ending;
 mod folder;
@@ -27,7 +28,8 @@ use serde_json::value::RawValue;
 use crate::manifest::{Executor, Resources};
 use crate::text::{Shown, grouped, shown};
 use class::{Class, options, script};
-use commands::{Limits, Node, Row};
+use cluster::Cluster;
+use commands::Row;
 use ending::{Ending, GONE, has_ended, is_for_now, is_of_quota, never_starts};
 use folder::Root;
 
@@ -206,8 +208,7 @@ pub struct Slurm {
     folder: PathBuf,
     _locks: Vec<File>,
     common: Box<RawValue>,
-    limits: Limits,
-    nodes: Vec<Node>,
+    cluster: Cluster,
     flights: BTreeMap<usize, Flight>,
     last_flight: usize,
     batches: Vec<Batch>,
@@ -246,14 +247,13 @@ impl Slurm {
         common: Box<RawValue>,
         attach: bool,
     ) -> Result<Slurm, SlurmError> {
-        let limits = commands::limits()?;
-        if let Some(theirs) = limits.now {
+        let cluster = Cluster::ask()?;
+        if let Some(theirs) = cluster.limits.now {
             let skew = theirs - now();
             if skew.abs() > MOST_SKEW {
                 return Err(SlurmError::Clock(duration(skew.abs())));
             }
         }
-        let nodes = commands::nodes()?;
         let root = Root::open(folder)?;
         let alone = root.alone()?;
         let (own, lock) = root.make(run)?;
@@ -264,8 +264,7 @@ impl Slurm {
             folder: own,
             _locks: vec![lock],
             common,
-            limits,
-            nodes,
+            cluster,
             flights: BTreeMap::new(),
             last_flight: 0,
             batches: Vec::new(),
@@ -291,6 +290,19 @@ impl Slurm {
             let _ = std::fs::remove_dir_all(&slurm.folder);
         }
         found.map(|()| slurm)
+    }
+
+    /// Whether what an item asks for can be had, as far as that is known before.
+    ///
+    /// # Errors
+    /// What cannot be had, and what there is.
+    pub fn check(
+        &self,
+        resources: &Resources,
+        on_gpu: bool,
+        executor: &Executor,
+    ) -> Result<(), SlurmError> {
+        self.cluster.check(resources, on_gpu, executor)
     }
 
     /// Finds what dead runners have left in the queue.
@@ -389,154 +401,10 @@ impl Slurm {
         lines.collect()
     }
 
-    /// Whether what an item asks for can be had, as far as that is known before.
-    ///
-    /// # Errors
-    /// What cannot be had, and what there is.
-    pub fn check(
-        &self,
-        resources: &Resources,
-        on_gpu: bool,
-        executor: &Executor,
-    ) -> Result<(), SlurmError> {
-        let class = self.class(resources, on_gpu, executor);
-        self.fits(&class)?;
-        // The controller knows the rest: accounts, limits, what other options mean.
-        let mut arguments = options(&class, 1);
-        arguments.extend(["--test-only", "--wrap", "true"].map(str::to_owned));
-        let answer = commands::ask("sbatch", &arguments)?;
-        if answer.good || is_for_now(&answer.said) || answer.said.contains("to start at") {
-            return Ok(());
-        }
-        Err(SlurmError::Never(format!(
-            "Slurm would refuse the jobs: {}; it was asked for {}",
-            shown(&answer.said),
-            options(&class, 1).join(" ")
-        )))
-    }
-
-    fn class(&self, resources: &Resources, on_gpu: bool, executor: &Executor) -> Class {
-        let threads = resources.threads.map_or(1, usize::from);
-        let asked = resources.gpus.max(usize::from(resources.gpu_memory > 0));
-        // Where no node has a GPU the arm says so itself.
-        let has_gpus = self.of_partition(executor).any(|node| !node.gpus.is_empty());
-        let gpus = match on_gpu {
-            true => asked.max(usize::from(has_gpus)),
-            false => 0,
-        };
-        let mut executor = executor.clone();
-        if gpus == 0 && asked > 0 {
-            // The kind of GPU is of no concern to the rest of the stage.
-            executor.constraint = None;
-        }
-        if gpus == 0 {
-            executor.gpu = None;
-        }
-        Class { executor, cpus: resources.cores.max(threads), gibibytes: resources.memory, gpus }
-    }
-
-    fn of_partition<'a>(&'a self, executor: &'a Executor) -> impl Iterator<Item = &'a Node> {
-        self.nodes.iter().filter(|node| match &executor.partition {
-            // Several may be named.
-            Some(partition) => partition.split(',').any(|name| name == node.partition),
-            None => node.is_default,
-        })
-    }
-
-    /// The most minutes of a job, where its partition has a limit.
-    fn longest(&self, executor: &Executor) -> Option<usize> {
-        let limits: Option<Vec<usize>> =
-            self.of_partition(executor).map(|node| node.minutes).collect();
-        limits?.into_iter().max()
-    }
-
-    fn fits(&self, class: &Class) -> Result<(), SlurmError> {
-        let Executor { partition, constraint, gpu, .. } = &class.executor;
-        let never = |text: String| Err(SlurmError::Never(text));
-        let list = |names: BTreeSet<&str>| {
-            let names: Vec<String> = names.into_iter().map(shown).collect();
-            if names.is_empty() { "none".to_owned() } else { names.join(", ") }
-        };
-        let partitions: BTreeSet<&str> = self.nodes.iter().map(|n| n.partition.as_str()).collect();
-        if let Some(partition) = partition
-            && let Some(wrong) = partition.split(',').find(|name| !partitions.contains(name))
-        {
-            return never(format!(
-                "Slurm has no partition `{}`; it has: {}; correct `partition` of `[executor]`",
-                shown(wrong),
-                list(partitions)
-            ));
-        }
-        let named = partition.as_deref().unwrap_or("the default one");
-        let nodes: Vec<&Node> = self.of_partition(&class.executor).collect();
-        if nodes.is_empty() {
-            return never(format!(
-                "Slurm has no default partition; name one of {} as `partition` of `[executor]`",
-                list(partitions)
-            ));
-        }
-        if !nodes.iter().any(|node| node.is_up) {
-            return never(format!(
-                "the partition `{}` of Slurm is down; choose another one of {}, or wait until it \
-                 is up",
-                shown(named),
-                list(partitions)
-            ));
-        }
-        // What is written with operators only the controller can read.
-        let plain = |text: &&String| text.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c));
-        if let Some(feature) = constraint.as_ref().filter(plain)
-            && !nodes.iter().any(|node| node.features.contains(feature))
-        {
-            let known = nodes.iter().flat_map(|node| &node.features).map(String::as_str);
-            return never(format!(
-                "no node of partition `{}` has the feature `{}`; they have: {}; correct \
-                 `constraint` of `[executor]`",
-                shown(named),
-                shown(feature),
-                list(known.filter(|name| *name != "(null)").collect())
-            ));
-        }
-        let most =
-            |of: &dyn Fn(&Node) -> usize| nodes.iter().map(|node| of(node)).max().unwrap_or(0);
-        let gpus = |node: &Node| -> usize {
-            let of_kind = |(kind, _): &&(String, usize)| gpu.as_ref().is_none_or(|gpu| gpu == kind);
-            node.gpus.iter().filter(of_kind).map(|(_, count)| count).sum()
-        };
-        let kind = gpu.as_ref().map_or(String::new(), |gpu| format!(" of type `{}`", shown(gpu)));
-        let wants = [
-            ("CPUs".to_owned(), class.cpus, most(&|node| node.cpus)),
-            ("GiB of memory".to_owned(), class.gibibytes, most(&|node| node.mebibytes >> 10)),
-            (format!("GPUs{kind}"), class.gpus, most(&gpus)),
-        ];
-        if let (Some(time), Some(limit)) = (class.executor.time, self.longest(&class.executor))
-            && time > limit
-        {
-            return never(format!(
-                "a stage asks for {time} minutes, and partition `{}` allows {limit}; ask for less \
-                 with `time` of `[executor]`, or choose another partition",
-                shown(named)
-            ));
-        }
-        match wants.into_iter().find(|(_, asked, there)| asked > there) {
-            Some((what, asked, there)) => never(format!(
-                "a stage asks for {asked} {what}, and no node of partition `{}` has more than \
-                 {there}; ask for less under `[resources]`, or choose another partition",
-                shown(named)
-            )),
-            None => Ok(()),
-        }
-    }
-
     /// Takes an item, to be submitted soon with others like it, or finds it in the queue.
     pub fn hand_over(&mut self, item: Item) {
         self.gathered = Instant::now();
         self.waiting.push((item, 0));
-    }
-
-    /// Whether somebody waits for an item.
-    pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.flights.is_empty()
     }
 
     /// How long to wait at most before the next [`Slurm::step`].
@@ -602,14 +470,14 @@ impl Slurm {
                 self.waiting.push((item, tries));
                 continue;
             }
-            let class = self.class(&item.resources, item.on_gpu, &item.executor);
+            let class = self.cluster.class(&item.resources, item.on_gpu, &item.executor);
             classes.entry(class).or_default().push((item, tries));
         }
         if classes.is_empty() {
             return Ok(());
         }
         let mut room = match commands::jobs_kept() {
-            Ok(kept) => self.limits.jobs.saturating_sub(kept + 1),
+            Ok(kept) => self.cluster.limits.jobs.saturating_sub(kept + 1),
             Err(error) => {
                 self.waiting.extend(classes.into_values().flatten());
                 return Err(error);
@@ -618,17 +486,17 @@ impl Slurm {
         let mut full = room == 0;
         for (class, mut items) in classes {
             while !items.is_empty() {
-                let most = self.most_tasks.min(self.limits.array).min(room);
+                let most = self.most_tasks.min(self.cluster.limits.array).min(room);
                 if full || most == 0 {
                     full = true;
                     self.waiting.append(&mut items);
                     break;
                 }
-                let at_once = self.at_once(&class);
+                let at_once = self.cluster.at_once(&class);
                 let tasks = items.len().min(at_once.saturating_mul(TASKS_EACH)).min(most);
                 let mut each = items.len().div_ceil(tasks.max(1));
                 if let (Some(time), Some(limit)) =
-                    (class.executor.time, self.longest(&class.executor))
+                    (class.executor.time, self.cluster.longest(&class.executor))
                 {
                     each = each.min((limit / time.max(1)).max(1));
                 }
@@ -679,7 +547,8 @@ impl Slurm {
             }
         }
         if full && room == 0 {
-            let said = format!("the controller keeps {} jobs at most", grouped(self.limits.jobs));
+            let said =
+                format!("the controller keeps {} jobs at most", grouped(self.cluster.limits.jobs));
             self.wait_for_room(&said, news);
         }
         drop(alone);
@@ -699,16 +568,6 @@ impl Slurm {
                 ),
             });
         }
-    }
-
-    /// How many tasks of this kind the cluster does at once when it is empty.
-    fn at_once(&self, class: &Class) -> usize {
-        let of_node = |node: &Node| {
-            let by_cpus = node.cpus / class.cpus.max(1);
-            let gpus: usize = node.gpus.iter().map(|(_, count)| count).sum();
-            by_cpus.min(gpus.checked_div(class.gpus).unwrap_or(usize::MAX))
-        };
-        self.of_partition(&class.executor).map(of_node).sum::<usize>().max(1)
     }
 
     fn add(&mut self, batch: Batch) {
