@@ -79,9 +79,9 @@ def stages(options):
         command = [options.runner, "run", "stages/", "--model", options.large, "--tokens", TOKENS, "--runs", runs]
         command += ["--format", "plain", "--quiet"]
         # Writes the model.
-        subprocess.run([*command, "--select", "C"], check=True)
+        subprocess.run([*command, "--select", "C"], check=True, stdout=subprocess.DEVNULL)
         start = time.perf_counter()
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         whole = time.perf_counter() - start
         record = json.loads(max(pathlib.Path(runs).glob("2*/run.json")).read_text())
         stage = {stage["id"]: stage for stage in record["stages"]}["B"]
