@@ -62,7 +62,7 @@ class Command:
 
     def seconds(self, side, work):
         if self.prepare:
-            self.prepare(side, work)
+            work = self.prepare(work) or work
         start = time.perf_counter()
         done = subprocess.run([side["runner"], *self.arguments(work)], cwd=work, capture_output=True, text=True)
         seconds = time.perf_counter() - start
@@ -90,12 +90,22 @@ class Product:
         return sum(times)
 
 
-def fresh(work):
-    shutil.rmtree(work / "runs", ignore_errors=True)
-    shutil.rmtree(work / "out", ignore_errors=True)
+def new_fan(work):
+    """A project for one round. Nothing is removed before the end: files that were removed a moment ago
+    make others slower to create."""
+    folder = work / f"fan-{time.time_ns()}"
+    peers.write_project("runner", "fan", 1_000, folder)
+    return folder
 
 
-def project(side, work):
+def forgotten(work):
+    """Leaves of earlier rounds the generated model alone: else measures are found in the cache."""
+    for path in (work / "runs" / "cache" / "v1").glob("*"):
+        if path.name != "models":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def another_contract(work):
     """The stages A to E, once computed; they are judged anew where a contract's text differs."""
     contract = work / "contracts" / "per-layer.toml"
     contract.write_text(contract.read_text() + f"# {time.time_ns()}\n")
@@ -103,8 +113,7 @@ def project(side, work):
 
 def cases(folder):
     """What is timed, with the folder that each works in."""
-    for count, shape in ((1_000, "fan"), (10_000, "chain")):
-        peers.write_project("runner", shape, count, folder / shape)
+    peers.write_project("runner", "chain", 10_000, folder / "chain")
     for capture, contract in (("logits", "numbers"), ("every-site", "per-layer")):
         work = folder / capture
         (work / "stages").mkdir(parents=True)
@@ -116,13 +125,12 @@ def cases(folder):
     shutil.copytree(ROOT / "contracts", five / "contracts")
     tokens = ",".join(str(5 + 37 * place) for place in range(64))
     model = ["--model", "synthetic:qwen2.5-0.5b", "--tokens", tokens]
-    anew = ["--force", "--select"]
     run = lambda *more: lambda work: ["run", "stages", "--quiet", "--jobs", "2", *more]
-    yield folder / "fan", Command("a fan of 1,000 stages, cold", run(), lambda side, work: fresh(work))
+    yield folder, Command("a fan of 1,000 stages, cold", run(), new_fan)
     yield folder / "chain", Command("10,000 stages with nothing to do", run())
-    yield folder / "logits", Command("logits of 64 tokens, 0.5 G weights", run(*model, *anew, "pass"))
-    yield folder / "every-site", Command("every site of 64 tokens, its measures too", run(*model, *anew, "pass"))
-    yield folder / "five", Command("A to E judged anew", run(*model), project)
+    yield folder / "logits", Command("logits of 64 tokens, 0.5 G weights", run(*model), forgotten)
+    yield folder / "every-site", Command("every site of 64 tokens, its measures too", run(*model), forgotten)
+    yield folder / "five", Command("A to E judged anew", run(*model), another_contract)
     for name in ("e4m3_fast_best_rows", "bf16_best_rows", "quantize", "reference", "decode"):
         yield folder, Product(name)
 
@@ -161,8 +169,9 @@ def main():
                 continue
             best = {}
             for _ in range(2):
-                for _ in range(options.rounds):
-                    for side in sides:
+                for turn in range(options.rounds):
+                    # Each goes first as often as the other.
+                    for side in sorted(sides, reverse=turn % 2 == 1):
                         where, of_side = work[side][number]
                         seconds = of_side.seconds(sides[side], where)
                         best[side] = min(seconds, best.get(side, seconds))
