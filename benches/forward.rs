@@ -48,7 +48,7 @@ fn bench_forward(bencher: Bencher, arm: Arm, capture: Capture, tokens: usize, de
     let model = smollm2();
     let prompt: Vec<u32> = (0..tokens as u32).map(|index| (504 + 797 * index) % 49_152).collect();
     let op = Op::Forward { capture, repeats: 1, decode, kv_cache: None };
-    let task = Task { op: &op, model: &model, tokens: &prompt, input: None };
+    let task = Task { op: &op, model: &model, tokens: &prompt, input: None, spill: None };
     bencher.counter(ItemsCount::new(tokens + decode as usize)).bench_local(|| {
         let (ops, arithmetic) = Shipped::default().ops(arm, &E4M3).expect("an arm of the CPU");
         arms::compute(&task, &*ops, arithmetic, &mut |_| {}).expect("a forward pass")

@@ -5,12 +5,15 @@
 //! is `compute/emulated/schedule.rs`), and it computes nothing.
 //!
 //! Sources: arXiv 2511.10909 (MMA-Sim), arXiv 2512.07004 (models with hardware
-//! vectors), arXiv 2412.19437 section 3.3.2 (FP8 on Hopper). Every row is held
-//! to hardware vectors by `tests/it/tensor_cores.rs`. What these vectors do not
-//! show: NaN, infinities, a subnormal accumulator, exponents near the floor;
+//! vectors), arXiv 2412.19437 section 3.3.2 (FP8 on Hopper). What each row rests on stands in the
+//! row; whatever rests on vectors is held to them by `tests/it/tensor_cores.rs`. What these vectors
+//! do not show: NaN, infinities, a subnormal accumulator, exponents near the floor; and
 //! whether tf32 on Blackwell adds 8 products at once or 4 and 4 (the vectors have
-//! 4; for Hopper a captured GEMM says 8); and how FP8 on Blackwell adds an accumulator that is not
-//! zero (in the vectors it is added by an f32 addition afterwards).
+//! 4; for Hopper a captured GEMM says 8). FP8 on B200 they show of `mma.sync` alone, which is no
+//! instruction of that chip for FP8: it is an f16 product there, with the accumulator added in f32
+//! afterwards (the mmaemu package). What `tcgen05` does is MMA-Sim's model.
+
+use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +27,8 @@ pub enum ChipName {
     Auto,
     /// V100.
     Volta,
+    /// T4, RTX 2080.
+    Turing,
     /// A100, A2.
     Ampere,
     /// RTX 4090, L40S.
@@ -32,17 +37,22 @@ pub enum ChipName {
     Hopper,
     /// B200.
     Blackwell,
+    /// RTX 5090: other tensor cores than Blackwell's of data centres.
+    #[serde(rename = "rtx-blackwell")]
+    RtxBlackwell,
 }
 
 impl ChipName {
     /// All names, oldest chip first.
-    pub const ALL: [ChipName; 6] = [
+    pub const ALL: [ChipName; 8] = [
         ChipName::Auto,
         ChipName::Volta,
+        ChipName::Turing,
         ChipName::Ampere,
         ChipName::Ada,
         ChipName::Hopper,
         ChipName::Blackwell,
+        ChipName::RtxBlackwell,
     ];
 
     /// The name that manifests, commands and reports use.
@@ -50,10 +60,12 @@ impl ChipName {
         match self {
             ChipName::Auto => "auto",
             ChipName::Volta => "volta",
+            ChipName::Turing => "turing",
             ChipName::Ampere => "ampere",
             ChipName::Ada => "ada",
             ChipName::Hopper => "hopper",
             ChipName::Blackwell => "blackwell",
+            ChipName::RtxBlackwell => "rtx-blackwell",
         }
     }
 }
@@ -96,6 +108,63 @@ pub struct ChipUnit {
     pub formats: &'static [Format],
     /// Their arithmetic.
     pub unit: Unit,
+    /// What the arithmetic of one instruction rests on, for each instruction that was looked at.
+    pub instructions: &'static [(&'static str, Basis)],
+    /// What whole products rest on whose accumulator carries all along K.
+    pub chained: Basis,
+    /// The same of FP8 products with promoted accumulation.
+    pub promoted: Option<Basis>,
+}
+
+/// What a claim about a chip's arithmetic rests on, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Evidence {
+    /// Receipts of this project: what a chip of the kind returned is computed again in its tests.
+    Replayed,
+    /// What others recorded of a chip of the kind, computed again in the tests.
+    Vectors,
+    /// A model that somebody published; nothing of the chip was computed again here.
+    Published,
+    /// It follows from other chips.
+    Assumed,
+}
+
+impl Evidence {
+    /// All, the best first.
+    pub const ALL: [Evidence; 4] =
+        [Evidence::Replayed, Evidence::Vectors, Evidence::Published, Evidence::Assumed];
+
+    /// The name that contracts and reports use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Evidence::Replayed => "replayed",
+            Evidence::Vectors => "vectors",
+            Evidence::Published => "published",
+            Evidence::Assumed => "assumed",
+        }
+    }
+}
+
+impl std::fmt::Display for Evidence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a claim rests on, and where that stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Basis {
+    /// How good it is.
+    pub evidence: Evidence,
+    /// Receipts, vectors, a paper, or why it is assumed.
+    pub source: Cow<'static, str>,
+}
+
+impl Basis {
+    const fn of(evidence: Evidence, source: &'static str) -> Basis {
+        Basis { evidence, source: Cow::Borrowed(source) }
+    }
 }
 
 /// The arithmetic that turns one operand pair's products into a sum.
@@ -121,10 +190,9 @@ pub struct TensorCore {
     pub alignment_bits: u32,
     /// Fraction bits of the result (R); of an f32's 23, the rest are zero.
     pub result_bits: u32,
+    /// The smallest exponent to which addends are aligned (arXiv 2511.10909).
+    pub exponent_floor: i32,
 }
-
-/// The smallest exponent to which addends are aligned (arXiv 2511.10909).
-pub const EXPONENT_FLOOR: i32 = -133;
 
 impl Unit {
     /// Products that are added at once; 1 where there are no blocks.
@@ -157,29 +225,82 @@ impl Chip {
             })
             .map(|row| &row.unit)
     }
+
+    /// Whether a chip of the kind was seen to compute anything, here or by others.
+    pub fn is_seen(&self) -> bool {
+        let instructions = self.units.iter().flat_map(|unit| unit.instructions);
+        instructions.into_iter().any(|(_, basis)| basis.evidence <= Evidence::Vectors)
+    }
+
+    /// What whole products of operands of one format rest on; `promoted` is of FP8 alone. Nothing
+    /// if the chip does not multiply them.
+    pub fn basis(&self, format: Format, promoted: bool) -> Option<&'static Basis> {
+        if format == Format::F32 {
+            return Some(if self.name == ChipName::Hopper { &FMA_OF_H200 } else { &FMA });
+        }
+        let row = self.units.iter().find(|row| row.formats.contains(&format))?;
+        Some(row.promoted.as_ref().filter(|_| promoted).unwrap_or(&row.chained))
+    }
 }
 
+/// Products at once, blocks of an instruction, F, R, and the exponent's floor.
 const fn tensor_core(
     products: usize,
     blocks: usize,
     alignment_bits: u32,
     result_bits: u32,
+    exponent_floor: i32,
 ) -> Unit {
-    Unit::TensorCore(TensorCore { products, blocks, alignment_bits, result_bits })
+    Unit::TensorCore(TensorCore { products, blocks, alignment_bits, result_bits, exponent_floor })
 }
 
 const FP8: &[Format] = &[Format::E4m3, Format::E5m2];
 const HALVES: &[Format] = &[Format::Bf16, Format::F16];
 const TF32: &[Format] = &[Format::Tf32];
 
+const MMA_SIM: Basis = Basis::of(Evidence::Published, "MMA-Sim, arXiv 2511.10909");
+const NO_PRODUCT: Basis = Basis::of(
+    Evidence::Assumed,
+    "that products chain instructions along K was seen on Hopper; no product of this chip was",
+);
+const NO_PROMOTION: Basis = Basis::of(
+    Evidence::Assumed,
+    "that sums are promoted every 128 elements of K was seen on Hopper; no product of this chip was",
+);
+const PRODUCTS_OF_H200: Basis =
+    Basis::of(Evidence::Replayed, "products and passes of an H200, runs/receipts");
+
+const fn vectors(source: &'static str) -> Basis {
+    Basis::of(Evidence::Vectors, source)
+}
+
 /// Every chip that is modelled, oldest first.
-pub static CHIPS: [Chip; 5] = [
+pub static CHIPS: [Chip; 7] = [
     Chip {
         name: ChipName::Volta,
         products: &["V100"],
         capabilities: &[(7, 0)],
         tf32_ties: Ties::AwayFromZero,
-        units: &[ChipUnit { formats: &[Format::F16], unit: tensor_core(4, 1, 23, 23) }],
+        units: &[ChipUnit {
+            formats: &[Format::F16],
+            unit: tensor_core(4, 1, 23, 23, -133),
+            instructions: &[("mma.sync", vectors("vectors of a V100, arXiv 2512.07004"))],
+            chained: NO_PRODUCT,
+            promoted: None,
+        }],
+    },
+    Chip {
+        name: ChipName::Turing,
+        products: &["T4", "RTX 2080"],
+        capabilities: &[(7, 5)],
+        tf32_ties: Ties::AwayFromZero,
+        units: &[ChipUnit {
+            formats: &[Format::F16],
+            unit: tensor_core(8, 1, 24, 23, -133),
+            instructions: &[("mma.sync", MMA_SIM)],
+            chained: NO_PRODUCT,
+            promoted: None,
+        }],
     },
     Chip {
         name: ChipName::Ampere,
@@ -187,8 +308,23 @@ pub static CHIPS: [Chip; 5] = [
         capabilities: &[(8, 0), (8, 6)],
         tf32_ties: Ties::AwayFromZero,
         units: &[
-            ChipUnit { formats: HALVES, unit: tensor_core(8, 2, 24, 23) },
-            ChipUnit { formats: TF32, unit: tensor_core(4, 2, 24, 23) },
+            ChipUnit {
+                formats: HALVES,
+                unit: tensor_core(8, 2, 24, 23, -132),
+                instructions: &[("mma.sync", OF_AMPERE)],
+                chained: Basis::of(
+                    Evidence::Published,
+                    "a pass of Qwen3-4B in bf16 on an A100, arXiv 2606.00279",
+                ),
+                promoted: None,
+            },
+            ChipUnit {
+                formats: TF32,
+                unit: tensor_core(4, 2, 24, 23, -132),
+                instructions: &[("mma.sync", OF_AMPERE)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
         ],
     },
     Chip {
@@ -197,9 +333,27 @@ pub static CHIPS: [Chip; 5] = [
         capabilities: &[(8, 9)],
         tf32_ties: Ties::AwayFromZero,
         units: &[
-            ChipUnit { formats: FP8, unit: tensor_core(16, 2, 13, 13) },
-            ChipUnit { formats: HALVES, unit: tensor_core(8, 2, 24, 23) },
-            ChipUnit { formats: TF32, unit: tensor_core(4, 2, 24, 23) },
+            ChipUnit {
+                formats: FP8,
+                unit: tensor_core(16, 2, 13, 13, -132),
+                instructions: &[("mma.sync", OF_ADA)],
+                chained: NO_PRODUCT,
+                promoted: Some(NO_PROMOTION),
+            },
+            ChipUnit {
+                formats: HALVES,
+                unit: tensor_core(8, 2, 24, 23, -132),
+                instructions: &[("mma.sync", OF_ADA)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
+            ChipUnit {
+                formats: TF32,
+                unit: tensor_core(4, 2, 24, 23, -132),
+                instructions: &[("mma.sync", OF_ADA)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
         ],
     },
     Chip {
@@ -208,9 +362,27 @@ pub static CHIPS: [Chip; 5] = [
         capabilities: &[(9, 0)],
         tf32_ties: Ties::ToEven,
         units: &[
-            ChipUnit { formats: FP8, unit: tensor_core(32, 1, 13, 13) },
-            ChipUnit { formats: HALVES, unit: tensor_core(16, 1, 25, 23) },
-            ChipUnit { formats: TF32, unit: tensor_core(8, 1, 25, 23) },
+            ChipUnit {
+                formats: FP8,
+                unit: tensor_core(32, 1, 13, 13, -133),
+                instructions: &[("wgmma", PRODUCTS_OF_H200)],
+                chained: PRODUCTS_OF_H200,
+                promoted: Some(PRODUCTS_OF_H200),
+            },
+            ChipUnit {
+                formats: HALVES,
+                unit: tensor_core(16, 1, 25, 23, -133),
+                instructions: &[("wgmma", PRODUCTS_OF_H200), ("mma.sync", OF_HOPPER)],
+                chained: PRODUCTS_OF_H200,
+                promoted: None,
+            },
+            ChipUnit {
+                formats: TF32,
+                unit: tensor_core(8, 1, 25, 23, -133),
+                instructions: &[("wgmma", PRODUCTS_OF_H200), ("mma.sync", OF_HOPPER)],
+                chained: PRODUCTS_OF_H200,
+                promoted: None,
+            },
         ],
     },
     Chip {
@@ -219,12 +391,59 @@ pub static CHIPS: [Chip; 5] = [
         capabilities: &[(10, 0)],
         tf32_ties: Ties::ToEven,
         units: &[
-            ChipUnit { formats: FP8, unit: tensor_core(32, 1, 25, 23) },
-            ChipUnit { formats: HALVES, unit: tensor_core(16, 1, 25, 23) },
-            ChipUnit { formats: TF32, unit: tensor_core(8, 1, 25, 23) },
+            ChipUnit {
+                formats: FP8,
+                unit: tensor_core(32, 1, 25, 23, -133),
+                instructions: &[
+                    ("tcgen05", MMA_SIM),
+                    ("mma.sync", vectors("vectors of a B200 with c = 0: f16 products there")),
+                ],
+                chained: NO_PRODUCT,
+                promoted: Some(NO_PROMOTION),
+            },
+            ChipUnit {
+                formats: HALVES,
+                unit: tensor_core(16, 1, 25, 23, -133),
+                instructions: &[("tcgen05", MMA_SIM), ("mma.sync", OF_BLACKWELL)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
+            ChipUnit {
+                formats: TF32,
+                unit: tensor_core(8, 1, 25, 23, -133),
+                instructions: &[("tcgen05", MMA_SIM), ("mma.sync", OF_BLACKWELL)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
         ],
     },
+    Chip {
+        name: ChipName::RtxBlackwell,
+        products: &["RTX 5090"],
+        capabilities: &[(12, 0)],
+        tf32_ties: Ties::ToEven,
+        units: &[ChipUnit {
+            formats: FP8,
+            unit: tensor_core(32, 1, 25, 23, -133),
+            instructions: &[("mma.sync", MMA_SIM)],
+            chained: NO_PRODUCT,
+            promoted: Some(NO_PROMOTION),
+        }],
+    },
 ];
+
+const OF_AMPERE: Basis = vectors("vectors of an A100 and an A2, arXiv 2512.07004");
+const OF_ADA: Basis = vectors("vectors of an RTX 4090 and an L40S, arXiv 2512.07004");
+const OF_HOPPER: Basis = vectors("vectors of an H100 and an H200, arXiv 2512.07004");
+const OF_BLACKWELL: Basis = vectors("vectors of a B200, arXiv 2512.07004");
+
+/// Products in f32 on the CUDA cores of Hopper, and of any other chip.
+static FMA_OF_H200: Basis =
+    Basis::of(Evidence::Replayed, "passes of an H200 in f32, runs/receipts");
+static FMA: Basis = Basis::of(
+    Evidence::Assumed,
+    "that products in f32 are added one after the other was seen on Hopper alone",
+);
 
 /// The chip of that name; `Auto` is Hopper, for where no device takes part.
 pub fn chip(name: ChipName) -> &'static Chip {

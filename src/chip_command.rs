@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use crate::chip::Basis;
 use crate::compute::emulated::captures::{self, Capture, CaptureError};
 use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
@@ -166,9 +167,19 @@ pub fn run(command: &ChipCommand, out: &mut dyn Write) -> Result<ChipOutcome, Ch
 fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
     writeln!(
         out,
-        "{:<10} {:<16} {:<12} {:>9} {:>5} {:>5}",
-        "chip", "products", "formats", "per block", "F", "R"
+        "{:<14} {:<16} {:<11} {:>9} {:>3} {:>3} {:>5}  {:<20} {:<9} {:<9}",
+        "chip",
+        "products",
+        "formats",
+        "per block",
+        "F",
+        "R",
+        "floor",
+        "instruction",
+        "chained",
+        "promoted"
     )?;
+    let mut sources: Vec<&Basis> = Vec::new();
     for row in &CHIPS {
         for unit in row.units {
             let Unit::TensorCore(core) = unit.unit else { continue };
@@ -178,24 +189,50 @@ fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
             } else {
                 core.products.to_string()
             };
-            writeln!(
-                out,
-                "{:<10} {:<16} {:<12} {block:>9} {:>5} {:>5}",
-                chip_name(row),
-                row.products.join(", "),
-                formats.join(", "),
-                core.alignment_bits,
-                core.result_bits
-            )?;
+            for (place, (instruction, basis)) in unit.instructions.iter().enumerate() {
+                let first = place == 0;
+                let one = |text: String| if first { text } else { String::new() };
+                let of_products = |basis: Option<&Basis>| {
+                    one(basis.map_or("-".to_owned(), |basis| basis.evidence.to_string()))
+                };
+                let line = format!(
+                    "{:<14} {:<16} {:<11} {:>9} {:>3} {:>3} {:>5}  {:<20} {:<9} {:<9}",
+                    one(row.name.to_string()),
+                    one(row.products.join(", ")),
+                    one(formats.join(", ")),
+                    one(block.clone()),
+                    one(core.alignment_bits.to_string()),
+                    one(core.result_bits.to_string()),
+                    one(core.exponent_floor.to_string()),
+                    format!("{instruction} {}", basis.evidence),
+                    of_products(Some(&unit.chained)),
+                    of_products(unit.promoted.as_ref()),
+                );
+                writeln!(out, "{}", line.trim_end())?;
+                for basis in [Some(basis), Some(&unit.chained), unit.promoted.as_ref()] {
+                    let new = basis.filter(|basis| !sources.contains(basis));
+                    sources.extend(new);
+                }
+            }
         }
     }
-    writeln!(out)?;
-    writeln!(
-        out,
-        "per block: products that are added at once, after the blocks of an instruction"
-    )?;
-    writeln!(out, "F: fraction bits of an aligned addend; R: fraction bits of the sum")?;
-    writeln!(out, "f32: every chip, sequential fused multiply-adds on the CUDA cores")?;
+    for line in [
+        "",
+        "per block: products that are added at once, after the blocks of an instruction",
+        "F: fraction bits of an aligned addend; R: fraction bits of the sum; floor: the least exponent",
+        "   to which addends are aligned",
+        "chained, promoted: products of which each instruction goes on with the sum of the last, and FP8",
+        "   products whose sums are promoted to f32 every 128 elements of K",
+        "f32: every chip, sequential fused multiply-adds on the CUDA cores; replayed on Hopper, else assumed",
+        "",
+        "What it rests on",
+    ] {
+        writeln!(out, "{line}")?;
+    }
+    sources.sort_by_key(|basis| basis.evidence);
+    for Basis { evidence, source } in sources {
+        writeln!(out, "  {:<9}  {source}", evidence.name())?;
+    }
     Ok(ChipOutcome::Pass)
 }
 

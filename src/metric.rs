@@ -215,6 +215,17 @@ impl Metric {
         matches!(self, Metric::BatchMismatches | Metric::BatchNmse | Metric::BatchRatio)
     }
 
+    /// Whether the metric is held to a site's predicted deviations.
+    pub fn reads_floor(self) -> bool {
+        use Metric::{ZColumn, ZMax, ZMean, ZRms, ZRow};
+        matches!(self, ZRms | ZMax | ZMean | ZRow | ZColumn)
+    }
+
+    /// Whether the metric is held to passes whose roundings are drawn anew.
+    pub fn reads_drawn(self) -> bool {
+        matches!(self, Metric::DriftRatio | Metric::UnexplainedFlips | Metric::BatchRatio)
+    }
+
     /// Whether the metric only makes sense at the `logits`.
     pub fn of_logits_only(self) -> bool {
         matches!(

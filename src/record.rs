@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{Account, Diagnosis, GreedyComparison, Growth, Measure, SiteKernel};
+use crate::chip::Basis;
+use crate::compare::{Account, Cost, Diagnosis, GreedyComparison, Growth, Measure, SiteKernel};
 use crate::compute::GemmRecord;
 use crate::compute::shares::Shares;
 use crate::executor::command::CommandRecord;
@@ -187,6 +188,9 @@ pub struct StageRecord {
     /// Which kernel of an engine made each site.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kernels: Vec<SiteKernel>,
+    /// What the parts of the measures took when they were made.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub costs: Vec<Cost>,
 }
 
 impl StageRecord {
@@ -225,6 +229,9 @@ pub struct ArmRecord {
     pub why: String,
     /// The arithmetic, in words.
     pub arithmetic: Option<String>,
+    /// What the products of the emulated arm rest on: how well the chip's arithmetic is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub basis: Option<Basis>,
     /// The products, where a library computed them: shapes and algorithms.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gemms: Vec<GemmRecord>,
@@ -395,6 +402,7 @@ impl ArmRecord {
             state,
             why,
             arithmetic: None,
+            basis: None,
             gemms: Vec::new(),
             seconds: None,
             key: None,

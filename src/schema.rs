@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use crate::chip::Evidence;
 use crate::dtype::Format;
 use crate::manifest::names::presets;
 use crate::manifest::{LONGEST_TIMEOUT, MOST_PATTERNS, MOST_THREADS};
@@ -171,6 +172,11 @@ pub fn contract() -> Value {
                 "type": "string",
                 "pattern": "^(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})\\.(0|[1-9][0-9]{0,8})$",
             })),
+            "evidence": says(
+                "the least that the emulated arm's arithmetic must rest on, else its claims are \
+                 unmeasured; anything where none is written",
+                json!({ "enum": Evidence::ALL.map(Evidence::name) }),
+            ),
             "equation": says(
                 "what the arithmetic must satisfy",
                 json!({ "type": "array", "items": equation }),

@@ -3,14 +3,44 @@
 //! It knows nothing of files, models or arms. Every value that travels between
 //! ops is such a tensor, because a site is defined as f32 `[tokens, width]`.
 
+use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
-/// Row-major f32 values, `[rows, width]`.
-#[derive(Clone, Debug, PartialEq)]
+/// Row-major f32 values, `[rows, width]`. A clone shares them until one of both is written.
+#[derive(Clone)]
 pub struct Tensor {
     rows: usize,
     width: usize,
-    data: Vec<f32>,
+    data: Data,
+}
+
+/// Where values lie.
+#[derive(Clone)]
+enum Data {
+    Own(Arc<Vec<f32>>),
+    /// Somewhere else, such as in a file.
+    Lent(Arc<dyn Lent>),
+}
+
+/// Values that lie outside of the heap and stay as they are.
+pub trait Lent: Send + Sync {
+    /// The values, row by row.
+    fn values(&self) -> &[f32];
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tensor { rows, width, .. } = self;
+        let mut text = f.debug_struct("Tensor");
+        text.field("rows", rows).field("width", width).field("data", &self.data()).finish()
+    }
+}
+
+impl PartialEq for Tensor {
+    fn eq(&self, other: &Tensor) -> bool {
+        (self.rows, self.width) == (other.rows, other.width) && self.data() == other.data()
+    }
 }
 
 impl Tensor {
@@ -25,7 +55,20 @@ impl Tensor {
             "{} values do not fill rows of {width}",
             data.len()
         );
-        Tensor { rows: data.len() / width, width, data }
+        Tensor { rows: data.len() / width, width, data: Data::Own(Arc::new(data)) }
+    }
+
+    /// The same tensor with its values elsewhere.
+    ///
+    /// # Panics
+    /// If those are not as many: a bug of ours.
+    pub fn lent(width: usize, values: Arc<dyn Lent>) -> Tensor {
+        let count = values.values().len();
+        assert!(
+            width > 0 && count.is_multiple_of(width),
+            "{count} values do not fill rows of {width}"
+        );
+        Tensor { rows: count / width, width, data: Data::Lent(values) }
     }
 
     /// A tensor of zeros, `[rows, width]`.
@@ -45,12 +88,13 @@ impl Tensor {
 
     /// One row.
     pub fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.width..(row + 1) * self.width]
+        &self.data()[row * self.width..(row + 1) * self.width]
     }
 
     /// One row, to be written.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        &mut self.data[row * self.width..(row + 1) * self.width]
+        let width = self.width;
+        &mut self.data_mut()[row * width..(row + 1) * width]
     }
 
     /// Some rows.
@@ -58,7 +102,8 @@ impl Tensor {
     /// # Panics
     /// If they are not all there, as slicing does.
     pub fn some_rows(&self, rows: Range<usize>) -> Tensor {
-        Tensor::new(self.width, self.data[rows.start * self.width..rows.end * self.width].to_vec())
+        let values = &self.data()[rows.start * self.width..rows.end * self.width];
+        Tensor::new(self.width, values.to_vec())
     }
 
     /// Some columns of every row.
@@ -86,21 +131,60 @@ impl Tensor {
 
     /// All values, row by row.
     pub fn data(&self) -> &[f32] {
-        &self.data
+        match &self.data {
+            Data::Own(values) => values,
+            Data::Lent(values) => values.values(),
+        }
     }
 
     /// All values, row by row, to be written.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        if let Data::Lent(values) = &self.data {
+            self.data = Data::Own(Arc::new(values.values().to_vec()));
+        }
+        match &mut self.data {
+            Data::Own(values) => Arc::make_mut(values).as_mut_slice(),
+            Data::Lent(_) => unreachable!("they were copied"),
+        }
     }
 
     /// Gives up the values, row by row.
     pub fn into_data(self) -> Vec<f32> {
-        self.data
+        match self.data {
+            Data::Own(values) => Arc::unwrap_or_clone(values),
+            Data::Lent(values) => values.values().to_vec(),
+        }
     }
 
     /// The values as little-endian bytes, the way safetensors keeps them.
     pub fn to_le_bytes(&self) -> Vec<u8> {
-        self.data.iter().flat_map(|value| value.to_le_bytes()).collect()
+        self.data().iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Elsewhere(Vec<f32>);
+
+    impl Lent for Elsewhere {
+        fn values(&self) -> &[f32] {
+            &self.0
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_not_what_others_share() {
+        let own = Tensor::new(2, vec![1.0, 2.0, 3.0, 4.0]);
+        let lent = Tensor::lent(2, Arc::new(Elsewhere(own.data().to_vec())));
+        assert_eq!(own, lent);
+        for first in [own, lent] {
+            let mut second = first.clone();
+            second.row_mut(1)[0] = 9.0;
+            assert_eq!(first.data(), [1.0, 2.0, 3.0, 4.0]);
+            assert_eq!(second.into_data(), [1.0, 2.0, 9.0, 4.0]);
+            assert_eq!(first.into_data(), [1.0, 2.0, 3.0, 4.0]);
+        }
     }
 }

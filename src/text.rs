@@ -113,6 +113,16 @@ impl fmt::Display for ShownPath<'_> {
     }
 }
 
+/// Seconds, as far as a reader looks at them: `42 ms`, `4.20 s`, `42 s`, `42 min`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 0.0995 => format!("{:.0} ms", 1e3 * s),
+        s if s < 9.95 => format!("{s:.2} s"),
+        s if s < 600.0 => format!("{s:.0} s"),
+        s => format!("{:.0} min", s / 60.0),
+    }
+}
+
 /// A share as per cent, three significant digits.
 pub fn percent(share: f64) -> String {
     let value = 100.0 * share;

@@ -343,6 +343,18 @@ impl Store {
         self.read_verified(self.object_path(digest), digest)
     }
 
+    /// The same, mapped instead of read.
+    ///
+    /// # Errors
+    /// As [`Store::read_object`].
+    pub fn map_object(&self, digest: &str) -> Result<files::Mapped, CacheError> {
+        let path = self.object_path(digest);
+        let map = || Ok(files::Mapped::of(&files::open(&path)?, &path)?.0);
+        let map = map().map_err(|source| io("read", &path, source))?;
+        self.verified(&map, &path, digest)?;
+        Ok(map)
+    }
+
     /// The matrices of f32 that an object holds, by their names, with rows and width; of its content
     /// only the head is read.
     ///
@@ -362,12 +374,18 @@ impl Store {
 
     fn read_verified(&self, path: PathBuf, digest: &str) -> Result<Vec<u8>, CacheError> {
         let bytes = std::fs::read(&path).map_err(|source| io("read", &path, source))?;
-        if blake3::hash(&bytes).to_hex().as_str() != digest {
-            self.move_aside(&path);
-            let problem = "its hash is not its name".to_owned();
-            return Err(CacheError::Damaged { path, problem });
-        }
+        self.verified(&bytes, &path, digest)?;
         Ok(bytes)
+    }
+
+    /// Refuses bytes that are not what was stored, and moves their file aside.
+    fn verified(&self, bytes: &[u8], path: &Path, digest: &str) -> Result<(), CacheError> {
+        if blake3::hash(bytes).to_hex().as_str() == digest {
+            return Ok(());
+        }
+        self.move_aside(path);
+        let (path, problem) = (path.to_owned(), "its hash is not its name".to_owned());
+        Err(CacheError::Damaged { path, problem })
     }
 
     /// The file of something that a program wrote.

@@ -180,7 +180,7 @@ fn mark_of(runs: &Path, run: &str) -> Result<PathBuf, String> {
 }
 
 /// `20GiB`, `500 MB` or a number of bytes.
-fn bytes(text: &str) -> Result<u64, String> {
+pub(super) fn bytes(text: &str) -> Result<u64, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let scale: f64 = match unit.trim().to_ascii_lowercase().as_str() {

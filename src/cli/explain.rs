@@ -4,25 +4,102 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::{print, record_of};
-use crate::compare::{Diagnosis, Growth};
+use crate::compare::{Cost, Diagnosis, Growth, Part};
 use crate::compute::arms::is_gemm;
 use crate::manifest::problem::plural;
-use crate::op::Stream;
-use crate::record::StageRecord;
-use crate::text::{grouped, number, one_line, percent};
+use crate::op::{Op, Stream};
+use crate::record::{ArmState, StageRecord};
+use crate::text::{duration, grouped, number, one_line, percent};
 use crate::verdict::{Judgement, Outcome};
 
 /// Layers that are printed of a growth; of more, some are left out.
 const SHOWN_LAYERS: usize = 12;
 
-pub(super) fn explain(stage: &str, run: &str, runs: &Path) -> Result<u8, String> {
+pub(super) fn explain(stage: &str, run: &str, runs: &Path, cost: bool) -> Result<u8, String> {
     let (_, record) = record_of(run, runs)?;
     let id = &record.id;
     let found = record.stages.iter().find(|record| record.id.0 == stage).ok_or_else(|| {
         let known: Vec<&str> = record.stages.iter().map(|stage| stage.id.0.as_str()).collect();
         format!("run `{id}` has no stage `{stage}`; it has: {}", known.join(", "))
     })?;
-    print(&reasoning(found, id))
+    print(&if cost { costs(found, id) } else { reasoning(found, id) })
+}
+
+/// What a stage's verdict took, and which of it each claim reads.
+fn costs(stage: &StageRecord, run: &str) -> String {
+    let mut text = String::new();
+    let mut line = |words: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{}", one_line(&words));
+    };
+    line(format!("Stage {} of run {run}: {}", stage.id, stage.title));
+    line(format!("{} from its first action to its verdict", duration(stage.seconds)));
+    line(String::new());
+    line("Arms, when they were computed".to_owned());
+    let mut arms = 0.0;
+    for (arm, record) in &stage.arms {
+        let seconds = record.seconds.filter(|_| record.key.is_some());
+        arms += seconds.unwrap_or(0.0);
+        let state = match record.state {
+            ArmState::Ran => "in this run",
+            ArmState::Reused => "reused",
+            _ => "no result",
+        };
+        let seconds = seconds.map_or("-".to_owned(), duration);
+        line(format!("  {seconds:>9}  {arm}, {state}"));
+    }
+    line(format!("  {:>9}  together", duration(arms)));
+    line(String::new());
+    if stage.costs.is_empty() {
+        line("Measures: none were made, or an earlier version made them".to_owned());
+        return text;
+    }
+    line("Measures, when they were made".to_owned());
+    let mut measures = 0.0;
+    for cost in &stage.costs {
+        measures += cost.seconds;
+        line(format!("  {:>9}  {}", duration(cost.seconds), part_in_words(cost)));
+    }
+    let ratio = if arms > 0.0 {
+        format!(", {} of what the arms took", percent(measures / arms))
+    } else {
+        String::new()
+    };
+    line(format!("  {:>9}  together{ratio}", duration(measures)));
+    line(String::new());
+    line("What each claim reads besides the tensors of its arms".to_owned());
+    let whole_pass = matches!(stage.op, Op::Forward { .. });
+    let mut unread = stage.costs.clone();
+    for judgement in &stage.judgements {
+        let reads = |cost: &&Cost| {
+            cost.part.is_read(cost.subject, judgement.compare, judgement.metric, whole_pass)
+        };
+        unread.retain(|cost| !reads(&cost));
+        // Comparisons are every claim's, and next to nothing.
+        let parts = stage.costs.iter().filter(reads).filter(|cost| cost.part != Part::Comparisons);
+        let parts: Vec<String> = parts
+            .map(|cost| format!("{} ({})", part_in_words(cost), duration(cost.seconds)))
+            .collect();
+        let [subject, judge] = judgement.compare;
+        let parts = if parts.is_empty() { "nothing".to_owned() } else { parts.join("; ") };
+        line(format!(
+            "  {} ({} of {subject} against {judge}): {parts}",
+            judgement.falsifier, judgement.metric
+        ));
+    }
+    for cost in unread {
+        line(format!(
+            "  no claim, but reports: {} ({})",
+            part_in_words(&cost),
+            duration(cost.seconds)
+        ));
+    }
+    text
+}
+
+fn part_in_words(cost: &Cost) -> String {
+    let whose = cost.subject.map_or(String::new(), |subject| format!("{subject}: "));
+    format!("{whose}{}", cost.part.in_words())
 }
 
 /// The whole reasoning.
@@ -41,6 +118,9 @@ fn reasoning(stage: &StageRecord, run: &str) -> String {
         let how = record.arithmetic.as_deref().unwrap_or("no result");
         let on = record.machine.as_ref().map_or(String::new(), |name| format!(", on {name}"));
         line(format!("  {arm}: {how}{on}; {}", record.why));
+        if let Some(basis) = &record.basis {
+            line(format!("    {}: {}", basis.evidence, basis.source));
+        }
     }
     for diagnosis in &stage.diagnoses {
         line(String::new());

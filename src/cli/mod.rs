@@ -166,6 +166,10 @@ enum Command {
         /// The run: `latest`, `previous`, `baseline`, a name, or a path.
         #[arg(default_value = "latest")]
         run: String,
+        /// Say instead what it took: seconds of each arm and of each part of the measures, and
+        /// which of them each claim reads.
+        #[arg(long)]
+        cost: bool,
         /// The folder of runs.
         #[arg(long, default_value = "runs")]
         runs: PathBuf,
@@ -472,7 +476,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
             model::same([&first, &second], &runs)
         }
         Command::Doctor => doctor::examine(),
-        Command::Explain { stage, run, runs } => explain::explain(&stage, &run, &runs),
+        Command::Explain { stage, run, cost, runs } => explain::explain(&stage, &run, &runs, cost),
         Command::Identify { stage, run, runs } => identify::identify(&stage, &run, &runs),
         Command::Predict(args) => predict::predict(&args),
         Command::Capture { engine } => capture::capture(&engine),

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 use rayon::prelude::*;
 
+use super::cache::bytes;
 use super::nightly::{self, Night, NightlyArgs};
 use super::slurm;
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
@@ -17,16 +18,19 @@ use super::{
     BUG, Failed, INTERRUPTED, Selection, journal, keep, load_pipeline, make_plan, print,
     print_bytes, selected, stamps_of, store_of,
 };
+use crate::cache::Store;
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots, hook};
+use crate::files::Spill;
 use crate::interrupt;
+use crate::memory::Budget;
 use crate::nightly::baseline;
 use crate::op::Arm;
 use crate::record::{FamilyRecord, Provenance, RunRecord, SCHEMA, StageRecord};
 use crate::report::{Bars, EventLog, Lines, Sinks};
 use crate::report::{annotations, drift, junit, markdown, page, table};
-use crate::run::{Options, run_with};
+use crate::run::{Bound, Options, check_memory, for_jobs, run_with};
 use crate::terminal::{tell, tell_line};
 use crate::text::{Shown, grouped, no_threads};
 use crate::verdict::Verdict;
@@ -41,6 +45,11 @@ pub(super) struct RunArgs {
     /// Jobs that run beside each other; all cores by default.
     #[arg(long)]
     jobs: Option<NonZeroUsize>,
+    /// The most memory that the run may take beside mapped files, such as `4G`: tensors that are
+    /// kept for later go to disk, and jobs wait for each other. A run that cannot keep to it is
+    /// refused, with what it needs.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    memory: Option<u64>,
     /// Say what would run, and why; compute nothing.
     #[arg(long)]
     dry_run: bool,
@@ -159,6 +168,14 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     plan.force = args.selection.force;
     let fresh = profile.iter().flat_map(|profile| &profile.fresh).chain(&args.nightly.fresh);
     plan.fresh = fresh.copied().collect();
+    if let Some(most) = args.memory {
+        if slurm::is_wanted(&plan) {
+            let text = "error: `--memory` is of this machine, and stages are to be done by Slurm: \
+                        write `memory` under `[resources]` of their manifests instead";
+            return Err(text.to_owned().into());
+        }
+        check_memory(&plan, most).map_err(|problem| format!("error: {problem}"))?;
+    }
     if args.dry_run || args.explain {
         let text = super::plan::lines(&plan, &store, workshop, args.explain);
         if args.dry_run {
@@ -194,6 +211,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     for earlier in cut_off {
         journal::tell_what_was_cut_off(runs, &earlier);
     }
+    let bound = args.memory.map(|most| bound(most, &store)).transpose()?;
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {
         run: id.clone(),
@@ -210,6 +228,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         slots: &Slots::here(),
         processes: &processes,
         attempts: &attempts,
+        memory: bound.as_ref(),
     };
     let finished = run_with(&plan, &store, &options, slurm.as_mut(), &mut sinks);
     if let Some(slurm) = slurm {
@@ -267,6 +286,15 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let aloud = args.format != OutputFormat::Json;
     night.follow(&record, runs, profile.as_ref(), aloud, trouble.as_ref())?;
     trouble.map_or(Ok(exit_code), Err)
+}
+
+/// A bound of memory, with a file in the store for what is put away.
+fn bound(most: u64, store: &Store) -> Result<Bound, Failed> {
+    let spill = Spill::new(store.root()).map_err(|error| {
+        let place = store.root().shown();
+        Failed::of_io(format!("cannot make a file for tensors in `{place}`: {error}"), &error)
+    })?;
+    Ok(Bound { budget: Budget::new(for_jobs(most)), spill })
 }
 
 /// Each stage as it stands in run.json.

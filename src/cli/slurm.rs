@@ -241,6 +241,7 @@ fn carry(
         slots: &Slots::handed_out(),
         processes: &Processes::of_this_program(),
         attempts: &attempts,
+        memory: None,
     };
     let mut code = PASS;
     for (item, errand) in errands {

@@ -6,6 +6,8 @@
 //! what is inherited, `|e_(l+1)|^2 = gain_l^2 |e_l|^2 + |local_l|^2` predicts the
 //! total. It computes no op.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::compute::floor::Deviations;
@@ -82,7 +84,7 @@ pub fn growth(
     subject: (Stream, &[(Site, Tensor)]),
     reference: &[(Site, Tensor)],
     local: &[(Site, Tensor)],
-    floors: &[(Site, Deviations)],
+    floors: &BTreeMap<&Site, &Deviations>,
 ) -> Option<Growth> {
     let find =
         |sites: &[(Site, Tensor)], site: &Site| sites.iter().position(|(name, _)| name == site);
@@ -122,16 +124,13 @@ pub fn growth(
 
 /// The norm of what rounding must leave of the products that enter the residual
 /// stream in one layer, as far as both are predicted.
-fn floor_of(layer: u32, floors: &[(Site, Deviations)]) -> Option<f64> {
+fn floor_of(layer: u32, floors: &BTreeMap<&Site, &Deviations>) -> Option<f64> {
     // A mixture's products enter the stream times their weights, and beside a shared one.
-    let routed = format!("blk.{layer}.ffn_route");
-    if floors.iter().any(|(site, _)| site.0 == routed) {
+    let site = |name: &str| Site(format!("blk.{layer}.{name}"));
+    if floors.contains_key(&site("ffn_route")) {
         return None;
     }
-    let of = |name: &str| {
-        let wanted = format!("blk.{layer}.{name}");
-        floors.iter().find(|(site, _)| site.0 == wanted).map(|(_, floor)| norm(&floor.each))
-    };
+    let of = |name: &str| floors.get(&site(name)).map(|floor| norm(&floor.each));
     Some(of("attn_out")?.hypot(of("ffn_down")?)).filter(|floor| floor.is_finite())
 }
 
@@ -204,12 +203,13 @@ mod tests {
         let end = |layer, value| (site(layer), Tensor::new(2, vec![value, 1.0]));
         let into = |name, value| (Site(format!("blk.1.{name}")), Tensor::new(2, vec![value, 0.0]));
         let subject = Stream::Arm(Arm::Emulated);
+        let floors = [into("attn_out", 0.03), into("ffn_down", 0.04)]
+            .map(|(site, each)| (site, Deviations { each, shared: None }));
         let found = growth(
             (subject, &[end(0, 1.1), end(1, 1.4)]),
             &[end(0, 1.0), end(1, 1.0)],
             &[end(0, 1.0), end(1, 1.2)],
-            &[into("attn_out", 0.03), into("ffn_down", 0.04)]
-                .map(|(site, each)| (site, Deviations { each, shared: None })),
+            &floors.iter().map(|(site, floor)| (site, floor)).collect(),
         );
         let found = found.expect("two layers");
         let size = 2f64.sqrt();

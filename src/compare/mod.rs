@@ -5,6 +5,7 @@
 //! correlation of one element) is absent, never a number. It judges nothing.
 
 mod account;
+mod cost;
 mod diagnosis;
 pub mod fingerprints;
 pub mod fit;
@@ -20,6 +21,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use account::Account;
+pub use cost::{Cost, Part};
 pub use diagnosis::{Diagnosis, MOST_DEVIATIONS, Scene, Suspect, diagnose};
 pub use growth::{Growth, Law, LayerGrowth};
 pub use outcome::measure_outcome;

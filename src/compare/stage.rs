@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::account::{Account, accounts};
+use super::cost::{Cost, Ledger, Part};
 use super::diagnosis::Diagnosis;
 use super::growth::{Growth, growth};
 use super::logits::{batch_ratio, flip_deviation, flips_unexplained};
@@ -50,6 +51,9 @@ pub struct StageMeasures {
     /// Which kernel of an engine made each site.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kernels: Vec<SiteKernel>,
+    /// What the parts of the measures took when they were made.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub costs: Vec<Cost>,
 }
 
 /// The kernel of an engine that comes nearest to what an arm holds at a site.
@@ -98,45 +102,36 @@ pub fn measure_stage(
     extent: Extent,
 ) -> Result<StageMeasures, ComputeError> {
     let mut all = StageMeasures::default();
+    let mut ledger = Ledger::default();
     let reference = outputs.get(&Arm::Reference);
     let every_site = matches!(task.op, Op::Forward { capture: Capture::EverySite, .. });
+    // Of a pass whose logits alone are known there is nothing to anchor on.
+    let of_logits = !every_site && matches!(task.op, Op::Forward { .. });
     // Where every site is known, drift is predicted layer by layer instead.
     let drawn = match reference {
         Some(reference) if outputs.len() > 1 && !emulated_engine => {
-            let logits = Site("logits".to_owned());
-            drawn(task, recipe, &|drawn| {
-                let judge = reference.site(&logits);
-                let mut subjects = outputs.values().filter_map(|output| output.site(&logits));
-                let flips =
-                    judge.is_some_and(|judge| subjects.any(|s| flips_unexplained(s, judge, drawn)));
-                // A choice of experts that hangs on a rounding may fall otherwise in the batch, and
-                // in none of a few draws.
-                let leaves = |output: &Output| {
-                    let in_batch = output.site(&Site(LOGITS_IN_BATCH.to_owned()));
-                    let pair = in_batch.zip(output.site(&logits));
-                    let ratio = pair.and_then(|(batch, alone)| batch_ratio(batch, alone, drawn));
-                    ratio.is_some_and(|ratio| ratio > 1.0)
-                };
-                flips || outputs.values().any(leaves)
-            })?
+            let doubts = |drawn: &[Tensor]| in_doubt(reference, outputs, drawn);
+            ledger.time(Part::DrawnPasses, None, || drawn(task, recipe, &doubts))?
         }
         _ => Vec::new(),
     };
     for (&arm, output) in outputs {
         all.measures.extend(repeats(arm, output));
-        all.measures.extend(batch(arm, output, &drawn));
+        let subject = Some(Stream::Arm(arm));
+        let of_batch = ledger.time(Part::Comparisons, subject, || batch(arm, output, &drawn));
+        all.measures.extend(of_batch);
     }
     let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         let subject = Stream::Arm(arm);
-        let anchor = Stream::Anchored(arm);
         // Growth needs every layer's end; the rest is measured where the arm holds it.
         let whole = reference.is_some_and(|reference| same_sites(output, reference));
         // Equal tensors have equal inputs: what was computed for one arm holds for the other.
         let own = match &known {
             Some((twin, own)) if same_bits(twin, output) => Rc::clone(own),
-            _ if reference.is_some() && extent == Extent::Whole => {
-                Rc::new(Own::of(task, recipe, output)?)
+            _ if reference.is_some() && extent == Extent::Whole && !of_logits => {
+                let own = || Own::of(task, recipe, output);
+                Rc::new(ledger.time(Part::OwnInputs, Some(subject), own)?)
             }
             _ => Rc::new(Own::default()),
         };
@@ -144,34 +139,17 @@ pub fn measure_stage(
         let (accounts, shares) = accounts(subject, &own.local, |site| output.site(site));
         all.accounts.extend(accounts);
         all.shares.extend(shares.map(|shares| (subject, shares)));
-        if every_site && !own.truths.is_empty() {
+        if every_site && !own.local.is_empty() {
             // Local errors first: they tell where something starts.
-            let mut local =
-                pairs((subject, &output.sites), (anchor, &own.truths), &own.sigmas, &[]);
-            // What has another shape than the model's has no truth; the shapes say why.
-            for measure in local.iter_mut().filter(|measure| measure.metrics.is_empty()) {
-                if let Some(expected) = reference.and_then(|r| r.site(&measure.site)) {
-                    let of_pair = (anchor, expected);
-                    let found = output.site(&measure.site);
-                    let found = found.map(|found| {
-                        super::measure(
-                            &measure.site,
-                            (subject, found),
-                            of_pair,
-                            Predicted::default(),
-                        )
-                    });
-                    measure.unmeasured = found.and_then(|found| found.unmeasured);
-                }
-            }
-            if matches!(arm, Arm::Recorded | Arm::External) {
-                drop_places_over_gaps(task, output, &mut local);
-            }
-            all.measures.extend(local);
+            let local = || local_measures(task, (arm, output), &own, reference);
+            all.measures.extend(ledger.time(Part::Comparisons, Some(subject), local));
         }
         if reference.is_some() && every_site {
             let by_engine = match arm {
-                Arm::Recorded | Arm::External | Arm::Device => by_engine(task, recipe, output)?,
+                Arm::Recorded | Arm::External | Arm::Device => {
+                    let kernels = || by_engine(task, recipe, output);
+                    ledger.time(Part::Kernels, Some(subject), kernels)?
+                }
                 _ => Vec::new(),
             };
             // What follows from a guess is held to nothing, unless it is met.
@@ -187,8 +165,9 @@ pub fn measure_stage(
                 .map(|found| (found.site.clone(), found.chosen.tensor.clone()))
                 .collect();
             if !predicted.is_empty() {
-                let judge = (Stream::Predicted(arm), predicted.as_slice());
-                all.measures.extend(pairs((subject, &output.sites), judge, &[], &[]));
+                let judge = (Stream::Predicted(arm), &named(&predicted));
+                let held = || pairs((subject, &output.sites), judge, &BTreeMap::new(), &[]);
+                all.measures.extend(ledger.time(Part::Comparisons, Some(subject), held));
             }
             all.kernels.extend(by_engine.into_iter().map(|found| SiteKernel {
                 subject,
@@ -204,10 +183,11 @@ pub fn measure_stage(
             let Some(judged_by) = outputs.get(&judge) else { continue };
             // The floor of a forward pass is local; it says nothing of what was inherited.
             let local = judge == Arm::Reference && !every_site;
-            let floors = if local { own.sigmas.as_slice() } else { &[] };
+            let floors = if local { own.sigmas() } else { BTreeMap::new() };
             let drawn = if judge == Arm::Reference { drawn.as_slice() } else { &[] };
-            let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
-            all.measures.extend(pairs((subject, &output.sites), judge, floors, drawn));
+            let judge = (Stream::Arm(judge), &named(&judged_by.sites));
+            let held = || pairs((subject, &output.sites), judge, &floors, drawn);
+            all.measures.extend(ledger.time(Part::Comparisons, Some(subject), held));
             if let (Some(a), Some(b)) = (&output.greedy, &judged_by.greedy) {
                 let logits = Site("logits".to_owned());
                 let both = output.site(&logits).zip(judged_by.site(&logits));
@@ -220,15 +200,63 @@ pub fn measure_stage(
             let by_layer = match own.by_layer.get() {
                 Some(known) => known,
                 None => {
-                    let anchored = anchored_by_layer(task, output)?;
+                    let layers = || anchored_by_layer(task, output);
+                    let anchored = ledger.time(Part::Layers, Some(subject), layers)?;
                     own.by_layer.get_or_init(|| anchored)
                 }
             };
             let sites = (subject, output.sites.as_slice());
-            all.growth.extend(growth(sites, &reference.sites, by_layer, &own.sigmas));
+            all.growth.extend(growth(sites, &reference.sites, by_layer, &own.sigmas()));
         }
     }
+    all.costs = ledger.costs();
     Ok(all)
+}
+
+/// Whether a few drawn passes leave open what an arm's logits are.
+fn in_doubt(reference: &Output, outputs: &BTreeMap<Arm, Output>, drawn: &[Tensor]) -> bool {
+    let logits = Site("logits".to_owned());
+    let judge = reference.site(&logits);
+    let mut subjects = outputs.values().filter_map(|output| output.site(&logits));
+    let flips = judge.is_some_and(|judge| subjects.any(|s| flips_unexplained(s, judge, drawn)));
+    // A choice of experts that hangs on a rounding may fall otherwise in the batch, and
+    // in none of a few draws.
+    let leaves = |output: &Output| {
+        let in_batch = output.site(&Site(LOGITS_IN_BATCH.to_owned()));
+        let pair = in_batch.zip(output.site(&logits));
+        let ratio = pair.and_then(|(batch, alone)| batch_ratio(batch, alone, drawn));
+        ratio.is_some_and(|ratio| ratio > 1.0)
+    };
+    flips || outputs.values().any(leaves)
+}
+
+/// An arm's sites against what the reference makes of its own inputs.
+fn local_measures(
+    task: &Task<'_>,
+    (arm, output): (Arm, &Output),
+    own: &Own,
+    reference: Option<&Output>,
+) -> Vec<Measure> {
+    let (subject, anchor) = (Stream::Arm(arm), Stream::Anchored(arm));
+    let mut local = pairs((subject, &output.sites), (anchor, &own.truths()), &own.sigmas(), &[]);
+    // What has another shape than the model's has no truth; the shapes say why.
+    for measure in local.iter_mut().filter(|measure| measure.metrics.is_empty()) {
+        let expected = reference.and_then(|reference| reference.site(&measure.site));
+        if let (Some(expected), Some(found)) = (expected, output.site(&measure.site)) {
+            let (found, judge) = ((subject, found), (anchor, expected));
+            let found = super::measure(&measure.site, found, judge, Predicted::default());
+            measure.unmeasured = found.unmeasured;
+        }
+    }
+    if matches!(arm, Arm::Recorded | Arm::External) {
+        drop_places_over_gaps(task, output, &mut local);
+    }
+    local
+}
+
+/// Tensors by their sites.
+fn named(tensors: &[(Site, Tensor)]) -> BTreeMap<&Site, &Tensor> {
+    tensors.iter().map(|(site, tensor)| (site, tensor)).collect()
 }
 
 /// Whether two arms made the same sites, bit for bit.
@@ -247,19 +275,21 @@ fn same_bits(a: &Output, b: &Output) -> bool {
 #[derive(Default)]
 struct Own {
     local: Vec<Local>,
-    truths: Vec<(Site, Tensor)>,
-    sigmas: Vec<(Site, Deviations)>,
     /// The reference layer by layer on the arm's own residual stream, once it was asked for.
     by_layer: OnceCell<Vec<(Site, Tensor)>>,
 }
 
 impl Own {
     fn of(task: &Task<'_>, recipe: &Recipe, output: &Output) -> Result<Own, ComputeError> {
-        let local = local(task, recipe, output)?;
-        let truths = local.iter().map(|l| (l.site.clone(), l.truth.clone())).collect();
-        let sigmas = local.iter().filter_map(|l| Some((l.site.clone(), l.sigma.clone()?)));
-        let sigmas = sigmas.collect();
-        Ok(Own { local, truths, sigmas, by_layer: OnceCell::new() })
+        Ok(Own { local: local(task, recipe, output)?, by_layer: OnceCell::new() })
+    }
+
+    fn truths(&self) -> BTreeMap<&Site, &Tensor> {
+        self.local.iter().map(|local| (&local.site, &local.truth)).collect()
+    }
+
+    fn sigmas(&self) -> BTreeMap<&Site, &Deviations> {
+        self.local.iter().filter_map(|local| Some((&local.site, local.sigma.as_ref()?))).collect()
     }
 }
 
@@ -269,16 +299,22 @@ pub fn measure_arms(outputs: &BTreeMap<Arm, Output>, floors: &[(Site, Tensor)]) 
     let deviations = |each: &Tensor| Deviations { each: each.clone(), shared: None };
     let floors: Vec<(Site, Deviations)> =
         floors.iter().map(|(site, each)| (site.clone(), deviations(each))).collect();
+    let floors = floors.iter().map(|(site, floor)| (site, floor)).collect();
+    let none = BTreeMap::new();
     let mut all = StageMeasures::default();
+    let mut ledger = Ledger::default();
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
         for judge in [Arm::Reference, Arm::Emulated].into_iter().filter(|judge| *judge < arm) {
             let Some(judged_by) = outputs.get(&judge) else { continue };
             let of_recording = arm == Arm::Recorded && judge == Arm::Reference;
-            let floors = if of_recording { floors.as_slice() } else { &[] };
-            let judge = (Stream::Arm(judge), judged_by.sites.as_slice());
-            all.measures.extend(pairs((Stream::Arm(arm), &output.sites), judge, floors, &[]));
+            let floors = if of_recording { &floors } else { &none };
+            let judge = (Stream::Arm(judge), &named(&judged_by.sites));
+            let subject = Stream::Arm(arm);
+            let held = || pairs((subject, &output.sites), judge, floors, &[]);
+            all.measures.extend(ledger.time(Part::Comparisons, Some(subject), held));
         }
     }
+    all.costs = ledger.costs();
     all
 }
 
@@ -294,12 +330,10 @@ fn same_sites(a: &Output, b: &Output) -> bool {
 /// the judge lacks is measured as missing, never left out.
 fn pairs(
     (subject_stream, subject): (Stream, &[(Site, Tensor)]),
-    (judge_stream, judge): (Stream, &[(Site, Tensor)]),
-    floors: &[(Site, Deviations)],
+    (judge_stream, judge): (Stream, &BTreeMap<&Site, &Tensor>),
+    floors: &BTreeMap<&Site, &Deviations>,
     drawn: &[Tensor],
 ) -> Vec<Measure> {
-    let judge: BTreeMap<&Site, &Tensor> = judge.iter().map(|(site, t)| (site, t)).collect();
-    let floors: BTreeMap<&Site, &Deviations> = floors.iter().map(|(site, t)| (site, t)).collect();
     subject
         .par_iter()
         .map(|(site, tensor)| match judge.get(site) {

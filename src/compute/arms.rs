@@ -20,6 +20,7 @@ use super::forward::{
 use super::reference::Reference;
 use super::shares::{Energies, energies};
 use super::{AttentionShape, ComputeError, GemmRecord, Pass, cuda, flow};
+use crate::files::Spill;
 use crate::interrupt;
 use crate::model::Model;
 use crate::op::{
@@ -37,6 +38,18 @@ pub struct Task<'a> {
     pub tokens: &'a [u32],
     /// The tensors of [`Op::inputs`], in their order.
     pub input: Option<&'a [Tensor]>,
+    /// Where tensors are put away that are kept for later; nothing if memory holds them.
+    pub spill: Option<&'a Spill>,
+}
+
+impl Task<'_> {
+    /// A tensor that is kept for later.
+    fn put_away(&self, tensor: Tensor) -> Result<Tensor, ComputeError> {
+        match self.spill {
+            None => Ok(tensor),
+            Some(spill) => spill.put(&tensor).map_err(ComputeError::Spill),
+        }
+    }
 }
 
 /// What an arm made of a stage.
@@ -185,7 +198,7 @@ fn once(
     match task.op {
         Op::Forward { capture, decode, .. } => {
             let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
-            let mut recorder = Recorder { capture: *capture, sites: Vec::new(), progress };
+            let mut recorder = Recorder { task, capture: *capture, sites: Vec::new(), progress };
             let kept = capture.with_logits(task.tokens.len());
             let logits = forward_to(task.model, ops, task.tokens, kept, &mut cache, &mut recorder)?;
             let sites = recorder.sites;
@@ -208,7 +221,7 @@ fn once(
             for unit in units(op, Some(task.model)) {
                 let tensor = single(task, ops, &unit)?;
                 progress(&tensor);
-                sites.push((unit.site, tensor));
+                sites.push((unit.site, task.put_away(tensor)?));
             }
             Ok(Output { sites, ..Output::default() })
         }
@@ -274,12 +287,12 @@ pub fn drawn(
         }
         _ => return Ok(Vec::new()),
     };
-    let draw = |numbers| {
+    let draw = |numbers| -> Result<Vec<Tensor>, ComputeError> {
         let draws = Draws::new(recipe, numbers)?;
         let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
         let kept = kept.clone();
         let logits = forward_to(task.model, &draws, task.tokens, kept, &mut cache, &mut Discard)?;
-        Ok::<_, ComputeError>(draws.apart(&logits))
+        draws.apart(&logits).into_iter().map(|logits| task.put_away(logits)).collect()
     };
     let mut all = draw(0..DRAWS)?;
     if in_doubt(&all) {
@@ -311,7 +324,7 @@ pub fn anchored_by_layer(
 ) -> Result<Vec<(Site, Tensor)>, ComputeError> {
     let recorded: BTreeMap<&Site, &Tensor> =
         subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
-    let mut anchor = LayerAnchor { recorded, ends: Vec::new() };
+    let mut anchor = LayerAnchor { task, recorded, ends: Vec::new() };
     let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
     forward(task.model, &Reference, task.tokens, &mut cache, &mut anchor)?;
     Ok(anchor.ends)
@@ -350,7 +363,11 @@ pub fn local(
             None => None,
         };
         followed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(energies);
-        call.on(&floor)
+        let truth = call.on(&floor)?;
+        if let Some(last) = floor.take_deviations() {
+            floor.put(Deviations { each: task.put_away(last.each)?, shared: last.shared });
+        }
+        Ok(truth)
     });
     let visited = visit_recorded(task, &watched, subject)?;
     drop(watched);
@@ -547,7 +564,7 @@ fn visit_recorded(
     match task.op {
         Op::Forward { capture: Capture::EverySite, .. } => {
             let recorded = subject.sites.iter().map(|(site, tensor)| (site, tensor)).collect();
-            let mut anchor = Anchor { recorded, visits: Vec::new() };
+            let mut anchor = Anchor { task, recorded, visits: Vec::new() };
             let mut cache = KvCache::new(task.model.config(), task.op.kv_cache());
             forward(task.model, ops, task.tokens, &mut cache, &mut anchor)?;
             Ok(anchor.visits)
@@ -763,6 +780,7 @@ pub fn input_width(op: &Op, place: usize, model: &Model) -> Result<usize, Comput
 
 /// Keeps the sites that were asked for.
 struct Recorder<'a> {
+    task: &'a Task<'a>,
     capture: Capture,
     sites: Vec<(Site, Tensor)>,
     progress: &'a mut dyn FnMut(&Tensor),
@@ -772,7 +790,7 @@ impl Sites for Recorder<'_> {
     fn visit(&mut self, site: Site, tensor: Tensor) -> Result<Tensor, ComputeError> {
         (self.progress)(&tensor);
         if self.capture == Capture::EverySite || site.0 == "logits" {
-            self.sites.push((site, tensor.clone()));
+            self.sites.push((site, self.task.put_away(tensor.clone())?));
         }
         Ok(tensor)
     }
@@ -781,6 +799,7 @@ impl Sites for Recorder<'_> {
 /// Keeps what was computed at the layers' ends, and lets the pass go on there
 /// with what was recorded.
 struct LayerAnchor<'a> {
+    task: &'a Task<'a>,
     recorded: BTreeMap<&'a Site, &'a Tensor>,
     ends: Vec<(Site, Tensor)>,
 }
@@ -793,13 +812,14 @@ impl Sites for LayerAnchor<'_> {
         let recorded = self.recorded.get(&site);
         let recorded = recorded.ok_or_else(|| ComputeError::NotRecorded(site.0.clone()))?;
         let next = Tensor::clone(recorded);
-        self.ends.push((site, tensor));
+        self.ends.push((site, self.task.put_away(tensor)?));
         Ok(next)
     }
 }
 
 /// Keeps what was computed, and lets the pass go on with what was recorded.
 struct Anchor<'a> {
+    task: &'a Task<'a>,
     recorded: BTreeMap<&'a Site, &'a Tensor>,
     visits: Vec<Visit>,
 }
@@ -812,7 +832,7 @@ impl Sites for Anchor<'_> {
         let recorded = self.recorded.get(&site).filter(fits);
         let held = recorded.is_some();
         let next = recorded.map_or_else(|| tensor.clone(), |recorded| Tensor::clone(recorded));
-        self.visits.push(Visit { site, truth: tensor, held });
+        self.visits.push(Visit { site, truth: self.task.put_away(tensor)?, held });
         Ok(next)
     }
 }

@@ -21,9 +21,11 @@ const STRETCH_VALUES: usize = 32 * 1024;
 pub(super) struct Rows<'a> {
     /// The values of these rows alone, row-major.
     pub values: &'a [f32],
-    /// The number of the first one among those of `codes` and `scales`.
+    /// The number of the first one among the operand's.
     pub first: usize,
-    /// The codes of the whole operand.
+    /// Rows of `codes` and `scales` before the operand's first.
+    pub before: usize,
+    /// The codes of the whole operand, and of what shares blocks of scales with it.
     pub codes: &'a Codes,
     /// Its scales.
     pub scales: &'a Scales,
@@ -32,7 +34,12 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// All rows of an operand.
     pub fn all(values: &'a [f32], codes: &'a Codes, scales: &'a Scales) -> Rows<'a> {
-        Rows { values, first: 0, codes, scales }
+        Rows { values, first: 0, before: 0, codes, scales }
+    }
+
+    /// The same with codes that begin so many rows earlier.
+    pub fn after(self, before: usize) -> Rows<'a> {
+        Rows { before, ..self }
     }
 
     /// These rows in stretches.
@@ -80,7 +87,7 @@ impl Kernel for RoundingErrors<'_> {
 /// `x~ - x` of the values of one span of a row.
 #[inline(always)]
 fn errors_of_span(rows: &Rows<'_>, row: usize, span: usize, values: &[f32], errors: &mut [f32]) {
-    let first = span * SPAN;
+    let (first, row) = (span * SPAN, rows.before + row);
     let range = first..first + values.len();
     let scale = rows.scales.of(row, span, rows.codes.width());
     decode(rows.codes.format(), rows.codes.row(row), range, errors);
@@ -339,14 +346,18 @@ mod tests {
         }
         let (first, part) = (3, &values[3 * width..7 * width]);
         let mut squares = WeightSquares::default();
-        squares.refill(Rows { values: part, first, codes: &codes, scales: &scales }, 0.25);
+        squares
+            .refill(Rows { values: part, first, before: 0, codes: &codes, scales: &scales }, 0.25);
         for (at, (with_x, with_dx)) in squares.with_x.iter().zip(&squares.with_dx).enumerate() {
             let place = first * width + at;
             let (w, dw) = (whole.squares[place], whole.error_squares[place]);
             assert_eq!((*with_x, *with_dx), (dw + 0.25 * w, w + dw));
         }
         let mut errors = vec![f32::NAN; 3];
-        rounding_errors(Rows { values: part, first, codes: &codes, scales: &scales }, &mut errors);
+        rounding_errors(
+            Rows { values: part, first, before: 0, codes: &codes, scales: &scales },
+            &mut errors,
+        );
         let plainly = |at: usize| {
             let (row, column) = (first + at / width, at % width);
             let code = codes.decode_row(row)[column];

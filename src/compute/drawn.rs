@@ -203,21 +203,22 @@ fn matmul(
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let width = weight.width();
     let emulated = floor.emulated();
-    let operands: Vec<DrawnOperand> = draws
+    let operands = draws
         .iter()
         .map(|&(number, x)| {
-            let (codes, scales) = emulated.quantise_activation(x);
+            let (codes, scales) = emulated.converted_activation(x, weight)?;
             let (mut errors, mut values) = (Vec::new(), Vec::new());
             rounding_errors(Rows::all(x.data(), &codes, &scales), &mut errors);
             let mut signs = Signs::of(stream_of(number, x.data()));
             redraw(&mut signs, x.data(), &errors, &mut values);
             let wide = Widened::of(&values, width);
-            DrawnOperand { number, energies: wide.energies(), values, wide }
+            Ok(DrawnOperand { number, energies: wide.energies(), values, wide })
         })
-        .collect();
+        .collect::<Result<Vec<DrawnOperand>, ComputeError>>()?;
     let accumulation = floor.accumulation(width);
-    let chunks = emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
-        let count = codes.rows();
+    let chunks = emulated.by_converted_chunk(weight, |first, rows, before, converted| {
+        let (codes, scales) = converted;
+        let count = rows.len() / width;
         let start = |x: &DrawnOperand| {
             // A weight is large, and its name says as much as its values.
             let parts: [&[u8]; 3] =
@@ -232,7 +233,7 @@ fn matmul(
             }
         };
         let mut made: Vec<DrawnChunk> = operands.iter().map(start).collect();
-        for part in Rows::all(rows, codes, &scales).stretches() {
+        for part in Rows::all(rows, codes, scales).after(before).stretches() {
             let (mut errors, mut w, mut wide) = SCRATCH.take();
             rounding_errors(part, &mut errors);
             let place = (part.first, part.count());

@@ -114,8 +114,17 @@ impl Floor {
 
     /// The deviations of the last call, which are then forgotten.
     pub fn take_sigma(&self) -> Option<Tensor> {
-        let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        sigmas.pop().map(|deviations| deviations.each)
+        self.take_deviations().map(|deviations| deviations.each)
+    }
+
+    /// The same, with what the errors of a line share.
+    pub fn take_deviations(&self) -> Option<Deviations> {
+        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop()
+    }
+
+    /// Notes deviations as those of the last call.
+    pub fn put(&self, deviations: Deviations) {
+        self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(deviations);
     }
 
     /// The variance of what a GEMM's result meets after its operands' conversion:
@@ -154,8 +163,7 @@ impl Floor {
     }
 
     fn note_shared(&self, each: Tensor, shared: Option<Shared>) {
-        let mut sigmas = self.sigmas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        sigmas.push(Deviations { each, shared });
+        self.put(Deviations { each, shared });
     }
 
     /// Notes a deviation for each value of a result.
@@ -711,7 +719,7 @@ impl Floor {
         }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
-        let (codes, scales) = self.emulated.quantise_activation(x);
+        let (codes, scales) = self.emulated.converted_activation(x, weight)?;
         let lifted = Lifted::of(Rows::all(x.data(), &codes, &scales));
         let (x_square, dx_square) = (&lifted.squares, &lifted.error_squares);
         let x_wide = Widened::of(x.data(), width);
@@ -719,107 +727,109 @@ impl Floor {
         let pairs = pairs_of(x.rows(), ROW_PAIRS);
         let products = RowPairs::of(&lifted, width, &pairs);
         let of_x = &lifted.powers;
-        let chunks = self.emulated.by_quantised_chunk(weight, |first, rows, codes, scales| {
-            let count = codes.rows();
-            let mut all = OfChunk::new(x.rows(), count, pairs.len(), products.dx.is_some());
-            for part in Rows::all(rows, codes, &scales).stretches() {
-                let (mut wide, mut squares) = SCRATCH.take();
-                wide.refill(part.values, width);
-                squares.refill(part, of_terms as f32);
-                let place = (part.first, part.count());
-                set_columns(&mut all.dots, count, place, &dot_rows(&x_wide, &wide));
-                let from_x = match self.chains(x.data(), part.values, width) {
-                    Some(chains) => chains,
-                    None => {
-                        let lifted = positive_dots(x_square, &squares.with_x, width);
-                        let lowered = |(at, of): (usize, f32)| {
-                            let powers = of_x[at / place.1] * squares.powers[at % place.1];
-                            f64::from(of) * powers.powi(2)
-                        };
-                        lifted.into_iter().enumerate().map(lowered).collect()
+        let chunks =
+            self.emulated.by_converted_chunk(weight, |first, rows, before, converted| {
+                let (codes, scales) = converted;
+                let count = rows.len() / width;
+                let mut all = OfChunk::new(x.rows(), count, pairs.len(), products.dx.is_some());
+                for part in Rows::all(rows, codes, scales).after(before).stretches() {
+                    let (mut wide, mut squares) = SCRATCH.take();
+                    wide.refill(part.values, width);
+                    squares.refill(part, of_terms as f32);
+                    let place = (part.first, part.count());
+                    set_columns(&mut all.dots, count, place, &dot_rows(&x_wide, &wide));
+                    let from_x = match self.chains(x.data(), part.values, width) {
+                        Some(chains) => chains,
+                        None => {
+                            let lifted = positive_dots(x_square, &squares.with_x, width);
+                            let lowered = |(at, of): (usize, f32)| {
+                                let powers = of_x[at / place.1] * squares.powers[at % place.1];
+                                f64::from(of) * powers.powi(2)
+                            };
+                            lifted.into_iter().enumerate().map(lowered).collect()
+                        }
+                    };
+                    set_columns(&mut all.from_x, count, place, &from_x);
+                    let from_dx = positive_dots(dx_square, &squares.with_dx, width);
+                    set_columns(&mut all.from_dx, count, place, &from_dx);
+                    let (of_dw, of_both) =
+                        products.covariances(&squares.with_x, &squares.with_dx, width);
+                    set_columns(&mut all.of_dw, count, place, &of_dw);
+                    if let Some((all, some)) = all.of_both.as_mut().zip(of_both) {
+                        set_columns(all, count, place, &some);
                     }
+                    all.powers.extend_from_slice(&squares.powers);
+                    SCRATCH.set((wide, squares));
+                }
+                let OfChunk { dots, from_x, from_dx, of_dw, of_both, powers: of_w } = all;
+                // Variances of lifted rows, as they are.
+                let lowered = |variance: f32, row: usize, column: usize| {
+                    f64::from(variance) * (of_x[row] * of_w[column]).powi(2)
                 };
-                set_columns(&mut all.from_x, count, place, &from_x);
-                let from_dx = positive_dots(dx_square, &squares.with_dx, width);
-                set_columns(&mut all.from_dx, count, place, &from_dx);
-                let (of_dw, of_both) =
-                    products.covariances(&squares.with_x, &squares.with_dx, width);
-                set_columns(&mut all.of_dw, count, place, &of_dw);
-                if let Some((all, some)) = all.of_both.as_mut().zip(of_both) {
-                    set_columns(all, count, place, &some);
+                let mut quiet = 0;
+                let mut truth = Vec::with_capacity(dots.len());
+                let mut sigma = Vec::with_capacity(dots.len());
+                for (index, &dot) in dots.iter().enumerate() {
+                    let of_dx = lowered(from_dx[index], index / count, index % count);
+                    let inner = from_x[index] + of_dx + of_sum * dot * dot;
+                    let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
+                    let bias = bias.as_ref().map(|bias| f64::from(bias[first + index % count]));
+                    let whole = dot + bias.unwrap_or(0.0);
+                    // The reference rounds to f32, and so does the sum with a bias.
+                    let ends = if bias.is_some() { 2.0 } else { 1.0 };
+                    // Zero is rounded to itself.
+                    let before = if size > 0.0 { inner + self.output(size) } else { 0.0 };
+                    let mut variance = before + ends * rounding(Format::F32, whole.abs());
+                    // The product may be rounded to the stream's type before its bias is added.
+                    variance += self.passed(whole);
+                    if bias.is_some_and(|bias| bias != 0.0) {
+                        variance += self.passed(dot);
+                    }
+                    quiet += usize::from(before < QUIET * variance);
+                    truth.push(whole as f32);
+                    sigma.push(variance.sqrt() as f32);
                 }
-                all.powers.extend_from_slice(&squares.powers);
-                SCRATCH.set((wide, squares));
-            }
-            let OfChunk { dots, from_x, from_dx, of_dw, of_both, powers: of_w } = all;
-            // Variances of lifted rows, as they are.
-            let lowered = |variance: f32, row: usize, column: usize| {
-                f64::from(variance) * (of_x[row] * of_w[column]).powi(2)
-            };
-            let mut quiet = 0;
-            let mut truth = Vec::with_capacity(dots.len());
-            let mut sigma = Vec::with_capacity(dots.len());
-            for (index, &dot) in dots.iter().enumerate() {
-                let of_dx = lowered(from_dx[index], index / count, index % count);
-                let inner = from_x[index] + of_dx + of_sum * dot * dot;
-                let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
-                let bias = bias.as_ref().map(|bias| f64::from(bias[first + index % count]));
-                let whole = dot + bias.unwrap_or(0.0);
-                // The reference rounds to f32, and so does the sum with a bias.
-                let ends = if bias.is_some() { 2.0 } else { 1.0 };
-                // Zero is rounded to itself.
-                let before = if size > 0.0 { inner + self.output(size) } else { 0.0 };
-                let mut variance = before + ends * rounding(Format::F32, whole.abs());
-                // The product may be rounded to the stream's type before its bias is added.
-                variance += self.passed(whole);
-                if bias.is_some_and(|bias| bias != 0.0) {
-                    variance += self.passed(dot);
+                let correlation = |covariance: f64, a: usize, b: usize| {
+                    let size = f64::from(sigma[a]) * f64::from(sigma[b]);
+                    if size > 0.0 { (covariance / size).powi(2) as f32 } else { 0.0 }
+                };
+                // Within a column: what two rows make of the same dw, and of the same dx.
+                let mut columns = vec![0.0; count];
+                for (pair, &(a, b)) in pairs.iter().enumerate() {
+                    for (column, sum) in columns.iter_mut().enumerate() {
+                        let at = pair * count + column;
+                        let lifted =
+                            f64::from(of_dw[at]) + of_both.as_ref().map_or(0.0, |d| d[at].into());
+                        let shared = lifted * of_x[a] * of_x[b] * of_w[column].powi(2);
+                        let (a, b) = (a * count + column, b * count + column);
+                        *sum += correlation(shared + of_sum * dots[a] * dots[b], a, b)
+                            / pairs.len() as f32;
+                    }
                 }
-                quiet += usize::from(before < QUIET * variance);
-                truth.push(whole as f32);
-                sigma.push(variance.sqrt() as f32);
-            }
-            let correlation = |covariance: f64, a: usize, b: usize| {
-                let size = f64::from(sigma[a]) * f64::from(sigma[b]);
-                if size > 0.0 { (covariance / size).powi(2) as f32 } else { 0.0 }
-            };
-            // Within a column: what two rows make of the same dw, and of the same dx.
-            let mut columns = vec![0.0; count];
-            for (pair, &(a, b)) in pairs.iter().enumerate() {
-                for (column, sum) in columns.iter_mut().enumerate() {
-                    let at = pair * count + column;
-                    let lifted =
-                        f64::from(of_dw[at]) + of_both.as_ref().map_or(0.0, |d| d[at].into());
-                    let shared = lifted * of_x[a] * of_x[b] * of_w[column].powi(2);
-                    let (a, b) = (a * count + column, b * count + column);
-                    *sum +=
-                        correlation(shared + of_sum * dots[a] * dots[b], a, b) / pairs.len() as f32;
+                // Within a row: what two columns make of the same dx.
+                let neighbours = pairs_of(count, COLUMN_PAIRS);
+                let lifted = |number: usize| {
+                    let row = &rows[number * width..(number + 1) * width];
+                    let inverse = 1.0 / of_w[number];
+                    row.iter().map(move |&value| (f64::from(value) * inverse) as f32)
+                };
+                let weights: Vec<f32> = neighbours
+                    .iter()
+                    .flat_map(|&(a, b)| lifted(a).zip(lifted(b)).map(|(a, b)| a * b))
+                    .collect();
+                let of_dx = positive_dots(dx_square, &weights, width);
+                let mut in_rows = vec![0.0; x.rows()];
+                for (token, sum) in in_rows.iter_mut().enumerate() {
+                    for (pair, &(a, b)) in neighbours.iter().enumerate() {
+                        let lifted = f64::from(of_dx[token * neighbours.len() + pair]);
+                        let shared = lifted * of_x[token].powi(2) * of_w[a] * of_w[b];
+                        let (a, b) = (token * count + a, token * count + b);
+                        *sum += correlation(shared + of_sum * dots[a] * dots[b], a, b);
+                    }
                 }
-            }
-            // Within a row: what two columns make of the same dx.
-            let neighbours = pairs_of(count, COLUMN_PAIRS);
-            let lifted = |number: usize| {
-                let row = &rows[number * width..(number + 1) * width];
-                let inverse = 1.0 / of_w[number];
-                row.iter().map(move |&value| (f64::from(value) * inverse) as f32)
-            };
-            let weights: Vec<f32> = neighbours
-                .iter()
-                .flat_map(|&(a, b)| lifted(a).zip(lifted(b)).map(|(a, b)| a * b))
-                .collect();
-            let of_dx = positive_dots(dx_square, &weights, width);
-            let mut in_rows = vec![0.0; x.rows()];
-            for (token, sum) in in_rows.iter_mut().enumerate() {
-                for (pair, &(a, b)) in neighbours.iter().enumerate() {
-                    let lifted = f64::from(of_dx[token * neighbours.len() + pair]);
-                    let shared = lifted * of_x[token].powi(2) * of_w[a] * of_w[b];
-                    let (a, b) = (token * count + a, token * count + b);
-                    *sum += correlation(shared + of_sum * dots[a] * dots[b], a, b);
-                }
-            }
-            let pairs = neighbours.len();
-            Ok(Chunk { first, truth, sigma, columns, in_rows, pairs, quiet })
-        })?;
+                let pairs = neighbours.len();
+                Ok(Chunk { first, truth, sigma, columns, in_rows, pairs, quiet })
+            })?;
         let mut truth = Tensor::zeros(x.rows(), weight.rows());
         let mut sigma = Tensor::zeros(x.rows(), weight.rows());
         let quiet: usize = chunks.iter().map(|chunk| chunk.quiet).sum();

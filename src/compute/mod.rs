@@ -50,6 +50,12 @@ pub enum ComputeError {
     /// is at fault.
     #[error("{0}")]
     NotFinite(ModelError),
+    /// A tensor could not be put away.
+    #[error(
+        "a tensor cannot be put away on disk, as `--memory` asks for: {0}; make room in the folder \
+         of runs, or leave `--memory` out"
+    )]
+    Spill(std::io::Error),
     /// The emulated GEMM refused its operands.
     #[error(transparent)]
     Gemm(#[from] emulated::gemm::GemmError),

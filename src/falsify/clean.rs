@@ -169,9 +169,13 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         _ => Scale { weight, activation },
     };
     let output = [Format::F32, Format::Bf16, Format::F16][random.below(3)];
+    // Of those that multiply the format, the chips of which something was seen.
     let chips: Vec<ChipName> = ChipName::ALL
         .into_iter()
-        .filter(|&name| crate::compute::emulated::chip::chip(name).unit(gemm, gemm).is_some())
+        .filter(|&name| {
+            let chip = crate::compute::emulated::chip::chip(name);
+            chip.unit(gemm, gemm).is_some() && chip.is_seen()
+        })
         .collect();
     let chip = chips[random.below(chips.len())];
     Recipe {

@@ -415,6 +415,7 @@ fn run_quietly(
         slots: &setting.beside.slots,
         processes: &setting.beside.processes,
         attempts: &setting.beside.attempts,
+        memory: None,
     };
     run(plan, setting.store, &options, &mut Quiet).stages
 }

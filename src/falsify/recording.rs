@@ -84,7 +84,8 @@ pub fn try_recording(setting: &Setting<'_>, plot: Plot, folder: &Path) -> Result
     let workshop = Planted(Arc::new(secret));
     let (ops, words) =
         workshop.ops(Arm::Recorded, &stage.recipe).map_err(|error| error.to_string())?;
-    let task = Task { op: &stage.op, model: &model.model, tokens: &tokens, input: None };
+    let task =
+        Task { op: &stage.op, model: &model.model, tokens: &tokens, input: None, spill: None };
     let made = match compute(&task, &*ops, words, &mut |_| {}) {
         // The engine has no kernel for what the bug asks: nothing is planted.
         Err(error @ ComputeError::Recipe(_)) => {

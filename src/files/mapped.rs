@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
-use memmap2::{Mmap, MmapMut};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 use nix::libc;
 
 use crate::text::Shown;
@@ -44,6 +44,17 @@ impl Mapped {
         }
         let place = Place::take(&map, message(path));
         Ok((Mapped { map, place }, facts))
+    }
+
+    /// Maps a part of a file of this process's own, which nobody else can open.
+    ///
+    /// # Errors
+    /// If it cannot be mapped.
+    pub(super) fn part(file: &File, offset: u64, length: usize) -> io::Result<Mapped> {
+        // SAFETY: the map is read-only. The file has no name, so no other process writes it, and its
+        // owner writes every place once, before it is mapped, and never makes the file shorter.
+        let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file)? };
+        Ok(Mapped { map, place: None })
     }
 
     /// A copy of bytes in memory, aligned as a mapped file is.

@@ -6,6 +6,7 @@
 //! that becomes shorter afterwards ends the program with its name.
 
 mod mapped;
+mod spill;
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
@@ -13,6 +14,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use mapped::Mapped;
+pub use spill::{Spill, tensor_within};
 
 /// Opens a regular file to read it. Nothing else is opened, and nothing is waited for.
 ///

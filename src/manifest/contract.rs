@@ -8,6 +8,7 @@ use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list, short, suggest};
 use super::stage::{check_name, check_text};
 use super::{Contract, Equation, Falsifier, IfFails, sites};
+use crate::chip::Evidence;
 use crate::metric::Metric;
 use crate::op::{Arm, Stream};
 
@@ -17,6 +18,17 @@ pub(super) struct RawContract {
     /// The whole contract, if nothing is wrong with it.
     pub contract: Option<Contract>,
 }
+
+/// What a contract may ask for.
+const EVIDENCE: [(&str, Evidence); 4] = {
+    let mut named = [("", Evidence::Assumed); 4];
+    let mut place = 0;
+    while place < named.len() {
+        named[place] = (Evidence::ALL[place].name(), Evidence::ALL[place]);
+        place += 1;
+    }
+    named
+};
 
 struct RawEquation {
     id: Option<Put<String>>,
@@ -49,6 +61,7 @@ impl RawContract {
         let version = fields
             .need::<String>("version", "\"1.0.0\"", findings)
             .and_then(|version| check_version(version, findings));
+        let evidence = fields.choice("evidence", &EVIDENCE, findings);
         let raw_equations: Vec<RawEquation> = fields
             .tables("equation", findings)
             .into_iter()
@@ -98,6 +111,7 @@ impl RawContract {
                 file: findings.path(source).to_owned(),
                 equations,
                 falsifiers,
+                evidence: evidence.map(|evidence| evidence.value),
             }),
             _ => None,
         };
@@ -435,10 +449,7 @@ impl RawFalsifier {
         }
 
         let Some(metric) = &self.metric else { return problems };
-        let needs_floor = matches!(
-            metric.value,
-            Metric::ZRms | Metric::ZMax | Metric::ZMean | Metric::ZRow | Metric::ZColumn
-        );
+        let needs_floor = metric.value.reads_floor();
         let against_reference =
             matches!(b, Stream::Arm(Arm::Reference) | Stream::Anchored(_)) && a != b;
         if problems.is_empty() && needs_floor && !against_reference {

@@ -32,6 +32,7 @@ pub use problem::Problems;
 pub use profile::Profile;
 pub(crate) use settings::MOST_THREADS;
 
+use crate::chip::Evidence;
 use crate::metric::Metric;
 use crate::op::{Arm, External, Op, Recipe, Recorded, Site, StageId, Stream};
 use crate::text::Shown;
@@ -258,6 +259,9 @@ pub struct Contract {
     pub equations: Vec<Equation>,
     /// In the order written.
     pub falsifiers: Vec<Falsifier>,
+    /// The least that the emulated arm's arithmetic must rest on; anything where nothing is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
 }
 
 /// What is claimed to hold.

@@ -2,19 +2,22 @@
 //!
 //! It knows nothing of other jobs. What it needs of other stages is handed to it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::value::to_raw_value;
 
 use super::Options;
+use super::need::{Item, need};
 use crate::cache::{Action, ActionLock, CacheError, KeyWalk, NewAction, Store};
 use crate::compare::{
-    Diagnosis, Extent, Scene, StageMeasures, Suspect, diagnose, measure_arms, measure_outcome,
-    measure_stage,
+    Cost, Diagnosis, Extent, Part, Scene, StageMeasures, Suspect, diagnose, measure_arms,
+    measure_outcome, measure_stage,
 };
 use crate::compute::arms::{
     Output, Task, Workshop, check_weights, compute, input_width, recipe_of_pass, site_names,
@@ -27,8 +30,10 @@ use crate::compute::{ComputeError, Pass, product};
 use crate::executor::command::{self, CommandError, Tools};
 use crate::executor::external::{self, Asked, ExternalError};
 use crate::executor::{Held, SlotError};
+use crate::files::{self, Mapped, Spill};
 use crate::judge::stage::Recording;
 use crate::manifest::{Falsifier, IfFails};
+use crate::memory::Share;
 use crate::metric::Metric;
 use crate::model::Model;
 use crate::op::{self, Arm, Capture, Input, InputRef, Op, Site, Stream};
@@ -126,7 +131,29 @@ impl Bench<'_> {
     fn task<'t>(&'t self, inputs: &'t [Tensor]) -> Result<Task<'t>, Failure> {
         let PreparedStage { stage, model, tokens, .. } = self.prepared;
         let model = model.as_ref().ok_or_else(|| Failure::Bug("a stage without a model".into()))?;
-        Ok(Task { op: &stage.op, model: &model.model, tokens, input: Some(inputs) })
+        let spill = self.spill();
+        Ok(Task { op: &stage.op, model: &model.model, tokens, input: Some(inputs), spill })
+    }
+
+    /// Where tensors are put away, where memory has a bound.
+    fn spill(&self) -> Option<&Spill> {
+        self.options.memory.map(|bound| &bound.spill)
+    }
+
+    /// Puts the tensors away that somebody else made, where memory has a bound.
+    fn put_away(&self, output: &mut Output) -> Result<(), ComputeError> {
+        let Some(spill) = self.spill() else { return Ok(()) };
+        for (_, tensor) in &mut output.sites {
+            *tensor = spill.put(tensor).map_err(ComputeError::Spill)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the memory that a job of this stage takes, where it has a bound.
+    fn take_memory(&self, of: Item) -> Result<Option<Share<'_>>, ComputeError> {
+        let Some(bound) = self.options.memory else { return Ok(None) };
+        let bytes = need(self.prepared, of);
+        bound.budget.take(bytes).map(Some).ok_or(ComputeError::Interrupted)
     }
 
     /// Finds an arm's result, or computes it.
@@ -165,6 +192,7 @@ impl Bench<'_> {
             return reuse(action);
         }
         let slots = self.take_slots(arm)?;
+        let _memory = self.take_memory(Item::Arm(arm))?;
         // Now rather than after all the work, if that waited long.
         self.check_unchanged(arm, inputs, walk.fields(), &sources)?;
         let started = Instant::now();
@@ -317,7 +345,9 @@ impl Bench<'_> {
                 one(site, self.input_tensor_of(side, 0, inputs)?, "as it was read".to_owned())
             }
             (op, Arm::Recorded, Some(from)) => {
-                Ok(Some(recorded(op, from, model, Some(&self.prepared.tokens))?))
+                let mut output = recorded(op, from, model, Some(&self.prepared.tokens))?;
+                self.put_away(&mut output)?;
+                Ok(Some(output))
             }
             (_, Arm::External, _) => self.asked(inputs, slots).map(Some),
             (Op::Gemm { x, w }, arm, from) => {
@@ -402,6 +432,7 @@ impl Bench<'_> {
         let mut output = recorded(&stage.op, &from, Some(model), None).map_err(unusable)?;
         check_written(&stage.op, &output, rows, config.vocabulary).map_err(unusable)?;
         keep_last(&stage.op, &mut output);
+        self.put_away(&mut output)?;
         output.arithmetic = match left.flaky {
             Some(flaky) => format!("{}; {flaky}", external.version),
             None => external.version.clone(),
@@ -423,9 +454,7 @@ impl Bench<'_> {
             let values = weight.to_vec().map_err(ComputeError::from)?;
             tensors.push((name, Tensor::new(weight.width(), values)));
         }
-        let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, tensor)| tensor.to_le_bytes()).collect();
-        let tensors = tensors.iter().zip(&bytes);
-        encoded(tensors.map(|((name, tensor), bytes)| (name.as_str(), tensor, bytes))).map(Some)
+        encoded(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))).map(Some)
     }
 
     fn tools(&self) -> Tools<'_> {
@@ -567,15 +596,10 @@ impl Bench<'_> {
     }
 
     fn keep(&self, walk: &KeyWalk, output: Output, seconds: f64) -> Result<Stored, Failure> {
-        let bytes: Vec<(&Site, &Tensor, Vec<u8>)> = output
-            .sites
-            .iter()
-            .map(|(site, tensor)| (site, tensor, tensor.to_le_bytes()))
-            .collect();
-        let records = bytes.iter().map(|(site, tensor, bytes)| SiteRecord {
-            site: (*site).clone(),
+        let records = output.sites.iter().map(|(site, tensor)| SiteRecord {
+            site: site.clone(),
             shape: [tensor.rows(), tensor.width()],
-            blake3: blake3::hash(bytes).to_hex().to_string(),
+            blake3: blake3::hash(&tensor.to_le_bytes()).to_hex().to_string(),
         });
         let payload = ArmPayload {
             sites: records.collect(),
@@ -586,15 +610,34 @@ impl Bench<'_> {
             seconds,
             command: None,
         };
-        let sites = bytes.iter().map(|(site, tensor, bytes)| (site.0.as_str(), *tensor, bytes));
-        let encoded = encoded(sites)?;
+        let sites = output.sites.iter().map(|(site, tensor)| (site.0.as_str(), tensor));
+        let encoded = self.encoded(sites)?;
         let json = to_raw_value(&payload)
             .map_err(|error| Failure::Bug(format!("a record cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
-        let object = Some(encoded.as_slice());
+        let object = Some(&*encoded);
         let action =
             self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(Stored { action, payload, output: Some(Arc::new(output)) })
+    }
+
+    /// The same as [`encoded`]; where memory has a bound, in a file.
+    fn encoded<'t>(
+        &self,
+        tensors: impl Iterator<Item = (&'t str, &'t Tensor)>,
+    ) -> Result<Encoded, Failure> {
+        if self.options.memory.is_none() {
+            return encoded(tensors).map(Encoded::Bytes);
+        }
+        let failed = |error| Failure::Compute(ComputeError::Spill(error));
+        let file = tempfile::NamedTempFile::new_in(self.store.root()).map_err(failed)?;
+        let views = tensors.map(|(name, tensor)| (name, AsBytes::of(tensor)));
+        match safetensors::serialize_to_file(views, None, file.path()) {
+            Err(safetensors::SafeTensorError::IoError(error)) => return Err(failed(error)),
+            written => written.map_err(cannot_encode)?,
+        }
+        let map = || Ok(Mapped::of(&files::open(file.path())?, file.path())?.0);
+        map().map(Encoded::File).map_err(failed)
     }
 
     /// Measures a command's outcome; nothing of it is worth keeping.
@@ -624,7 +667,10 @@ impl Bench<'_> {
             // Something is left to explain, and for that everything may matter.
             (walk, measures) = self.measured(inputs, &results, Extent::Whole)?;
         }
-        measures.diagnoses = self.diagnosis(inputs, &results, &walk, &measures)?;
+        if let Some(seen) = self.diagnosis(inputs, &results, &walk, &measures)? {
+            measures.diagnoses = seen.diagnoses;
+            measures.costs.extend(seen.cost);
+        }
         Ok(Outcome::Measures(Box::new(measures)))
     }
 
@@ -685,13 +731,13 @@ impl Bench<'_> {
         results: &BTreeMap<Arm, Stored>,
         measured: &KeyWalk,
         measures: &StageMeasures,
-    ) -> Result<Vec<Diagnosis>, Failure> {
+    ) -> Result<Option<Seen>, Failure> {
         let stage = self.prepared.stage;
         let whole_pass_only =
             matches!(stage.op, Op::Forward { capture, .. } if capture.is_of_logits());
         let judgements = self.judged(measures).judgements;
         let Some(first) = first_falsified(&judgements, &measures.measures) else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         // Of a whole pass an arm against itself says what it is, of the same site.
         let own = |j: &&Judgement| {
@@ -705,7 +751,7 @@ impl Bench<'_> {
             && matches!(first.compare[1], Stream::Arm(Arm::Emulated) | Stream::Predicted(_));
         let looked_at = of_bits || first.if_fails == IfFails::Structural;
         let Some(site) = first.site.clone().filter(|_| looked_at) else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         let [subject, judge] = first.compare;
         // Of a whole pass nothing is known but its logits: only an arm against itself says more.
@@ -713,7 +759,7 @@ impl Bench<'_> {
         let product = self.recording()?.filter(|_| of_product);
         let known = stage.op.reads_model() || product.is_some();
         if !known || (whole_pass_only && subject != judge) {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let evidence = verdict::in_words(first, &measures.measures);
         let falsified = verdict::falsified_locally(&judgements, &measures.measures, subject.arm());
@@ -721,8 +767,8 @@ impl Bench<'_> {
         let mut walk = KeyWalk::new("diagnosis");
         walk.field("measures", &measured.key().0);
         walk.field("suspect", serde_json::json!(suspect));
-        if let Some(diagnoses) = self.said(&walk) {
-            return Ok(diagnoses);
+        if let Some(seen) = self.said(&walk) {
+            return Ok(Some(seen));
         }
         if !self.computes {
             return Err(Failure::NotAtHand);
@@ -731,17 +777,20 @@ impl Bench<'_> {
         let diagnoses = match self.look_closely(inputs, results, measures, &suspect, product) {
             Ok(diagnosis) => vec![diagnosis],
             Err(Failure::Compute(error)) if !matches!(error, ComputeError::Interrupted) => {
-                return Ok(vec![Diagnosis::unseen(&suspect, &error.to_string())]);
+                let diagnoses = vec![Diagnosis::unseen(&suspect, &error.to_string())];
+                return Ok(Some(Seen { diagnoses, cost: None }));
             }
             Err(failure) => return Err(failure),
         };
-        let json = to_raw_value(&diagnoses)
+        let seconds = started.elapsed().as_secs_f64();
+        let cost = Some(Cost { part: Part::Diagnosis, subject: Some(subject), seconds });
+        let seen = Seen { diagnoses, cost };
+        let json = to_raw_value(&seen)
             .map_err(|error| Failure::Bug(format!("a diagnosis cannot be encoded: {error}")))?;
         let Options { run, created, .. } = self.options;
-        let seconds = started.elapsed().as_secs_f64();
         let (walk, object) = (&walk, None);
         self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
-        Ok(diagnoses)
+        Ok(Some(seen))
     }
 
     fn look_closely(
@@ -753,6 +802,7 @@ impl Bench<'_> {
         product: Option<[CodedTensor; 3]>,
     ) -> Result<Diagnosis, Failure> {
         let recipe = &self.prepared.stage.recipe;
+        let _memory = self.take_memory(Item::Measures)?;
         if let Some([x, w, observed]) = &product {
             return Ok(Recording { x, w, observed, recipe }.diagnosis(suspect)?);
         }
@@ -793,6 +843,7 @@ impl Bench<'_> {
         walk: &KeyWalk,
         extent: Extent,
     ) -> Result<StageMeasures, Failure> {
+        let _memory = self.take_memory(Item::Measures)?;
         let started = Instant::now();
         let stage = self.prepared.stage;
         let keyed = self.keyed(inputs, results)?;
@@ -823,6 +874,30 @@ impl Bench<'_> {
         self.store.save(NewAction { walk, run, created, object, payload: json, seconds })?;
         Ok(measures)
     }
+}
+
+/// A file of tensors, in memory or not.
+enum Encoded {
+    Bytes(Vec<u8>),
+    File(Mapped),
+}
+
+impl std::ops::Deref for Encoded {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Encoded::Bytes(bytes) => bytes,
+            Encoded::File(map) => map,
+        }
+    }
+}
+
+/// What was seen at the first site that the contract falsifies, and what looking took.
+#[derive(Serialize, Deserialize)]
+struct Seen {
+    diagnoses: Vec<Diagnosis>,
+    cost: Option<Cost>,
 }
 
 /// What a result at hand was made of.
@@ -911,17 +986,22 @@ impl Bench<'_> {
         let wrong =
             |problem: &dyn std::fmt::Display| Failure::Record(key.clone(), problem.to_string());
         let object = stored.action.object.as_ref().ok_or_else(|| wrong(&"it has no tensors"))?;
-        let bytes = self.store.read_object(object)?;
+        let bytes = match self.spill() {
+            None => {
+                Arc::new(Mapped::copy(&self.store.read_object(object)?).map_err(|e| wrong(&e))?)
+            }
+            Some(_) => Arc::new(self.store.map_object(object)?),
+        };
         let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error))?;
+        let start = bytes.as_ptr() as usize;
         let read = |site: Site| {
             let view = file.tensor(&site.0).map_err(|error| wrong(&error))?;
             let width = view.shape().last().copied().unwrap_or(0);
             if view.dtype() != Dtype::F32 || width == 0 {
                 return Err(wrong(&format!("`{site}` is not a matrix of f32")));
             }
-            let values = view.data().chunks_exact(4);
-            let values = values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            Ok((site, Tensor::new(width, values.collect())))
+            let from = view.data().as_ptr() as usize - start;
+            Ok((site, files::tensor_within(&bytes, from, from + view.data().len(), width)))
         };
         sites.into_iter().map(read).collect()
     }
@@ -946,16 +1026,42 @@ fn said_by<T: DeserializeOwned>(action: &Action) -> Result<T, Failure> {
     action.read().map_err(|error| Failure::Record(action.key.0.clone(), error.to_string()))
 }
 
+/// A tensor as safetensors holds it; its bytes are made when they are asked for.
+struct AsBytes<'t> {
+    tensor: &'t Tensor,
+    shape: [usize; 2],
+}
+
+impl<'t> AsBytes<'t> {
+    fn of(tensor: &'t Tensor) -> AsBytes<'t> {
+        AsBytes { tensor, shape: [tensor.rows(), tensor.width()] }
+    }
+}
+
+impl View for AsBytes<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.tensor.to_le_bytes())
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.tensor.data())
+    }
+}
+
 /// A safetensors file of f32 tensors with their little-endian bytes.
-fn encoded<'t>(
-    tensors: impl Iterator<Item = (&'t str, &'t Tensor, &'t Vec<u8>)>,
-) -> Result<Vec<u8>, Failure> {
-    let views = tensors.map(|(name, tensor, bytes)| {
-        let shape = vec![tensor.rows(), tensor.width()];
-        TensorView::new(Dtype::F32, shape, bytes).map(|view| (name, view))
-    });
-    views
-        .collect::<Result<Vec<_>, _>>()
-        .and_then(|views| safetensors::serialize(views, None))
-        .map_err(|error| Failure::Bug(format!("tensors cannot be encoded: {error}")))
+fn encoded<'t>(tensors: impl Iterator<Item = (&'t str, &'t Tensor)>) -> Result<Vec<u8>, Failure> {
+    let views = tensors.map(|(name, tensor)| (name, AsBytes::of(tensor)));
+    safetensors::serialize(views, None).map_err(cannot_encode)
+}
+
+fn cannot_encode(error: safetensors::SafeTensorError) -> Failure {
+    Failure::Bug(format!("tensors cannot be encoded: {error}"))
 }

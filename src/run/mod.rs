@@ -13,15 +13,19 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::cache::{Key, Store};
+use crate::chip::{Basis, Evidence};
 use crate::compare::{StageMeasures, fit};
 use crate::compute::ComputeError;
 use crate::compute::arms::Workshop;
+use crate::compute::emulated::arm::Emulated;
 use crate::event::{Event, Sink};
 use crate::executor::command::{self, CommandRecord};
 use crate::executor::slurm::{self, Slurm};
 use crate::executor::{Attempts, Processes, Slots};
+use crate::files::Spill;
 use crate::interrupt;
-use crate::op::{self, Arm, InputRef, Op, StageId};
+use crate::memory::Budget;
+use crate::op::{self, Arm, ChipName, InputRef, Op, StageId, Stream};
 use crate::plan::{ArmPayload, Plan, PreparedStage, SiteRecord};
 use crate::record::{ArmRecord, ArmState, StageRecord};
 use crate::text::no_threads;
@@ -30,10 +34,12 @@ use crate::verdict::{First, Verdict, judge, reason};
 mod away;
 mod bench;
 mod missing;
+mod need;
 
 use away::{Answer, Kind, is_of, is_of_its_machine};
 pub use away::{Errand, carry_out, is_on_gpu};
 use bench::{Bench, Failure, Made, News, Order, Outcome, Stored, Supplies};
+pub use need::{check_memory, for_jobs};
 
 /// How a run is to be done.
 pub struct Options<'a> {
@@ -55,6 +61,17 @@ pub struct Options<'a> {
     pub processes: &'a Processes,
     /// Where attempts have their folders.
     pub attempts: &'a Attempts,
+    /// The most memory that jobs take together, where there is a bound.
+    pub memory: Option<&'a Bound>,
+}
+
+/// A bound of memory, and where tensors are put away so that it is kept.
+#[derive(Debug)]
+pub struct Bound {
+    /// What is shared out.
+    pub budget: Budget,
+    /// The file of what is put away.
+    pub spill: Spill,
 }
 
 /// What a run came to.
@@ -633,6 +650,7 @@ impl<'a> Engine<'a> {
         sink: &mut dyn Sink,
     ) {
         let mut record = ArmRecord::without(state, why.clone());
+        let definition = self.plan.stages[stage].stage;
         if let Some(stored) = self.progress[stage].results.get(&arm) {
             record.arithmetic = Some(stored.payload.arithmetic.clone());
             record.gemms = stored.payload.gemms.clone();
@@ -642,6 +660,15 @@ impl<'a> Engine<'a> {
             record.machine = stored.action.machine.clone();
             let mut fields = stored.action.fields.iter();
             record.gpu = fields.find(|(name, _)| name == "gpu").map(|(_, gpu)| gpu.clone());
+            let multiplies = matches!(definition.op, Op::Forward { .. } | Op::Matmul { .. });
+            if arm == Arm::Emulated && multiplies && definition.emulates().is_none() {
+                let mut fields = stored.action.fields.iter();
+                let chip = fields.find(|(name, _)| name == "chip").and_then(|(_, name)| {
+                    ChipName::ALL.into_iter().find(|chip| chip.name() == name.trim_matches('"'))
+                });
+                let chip = chip.unwrap_or(definition.recipe.chip);
+                record.basis = Emulated::basis(&definition.recipe, chip);
+            }
             record.sites = stored.payload.sites.clone();
             record.greedy = stored.payload.greedy.clone();
             record.command = stored.payload.command.clone();
@@ -657,12 +684,28 @@ impl<'a> Engine<'a> {
         let progress = &mut self.progress[stage];
         let definition = prepared.stage;
         let contract = self.plan.pipeline.contracts[&definition.contract].read_by(&definition.arms);
-        let absent: BTreeMap<Arm, String> = progress
+        let mut absent: BTreeMap<Arm, String> = progress
             .arms
             .iter()
             .filter(|(_, record)| record.state == ArmState::Unmeasured)
             .map(|(arm, record)| (*arm, record.why.clone()))
             .collect();
+        let basis = progress.arms.get(&Arm::Emulated).and_then(|arm| arm.basis.clone());
+        let too_weak = basis
+            .as_ref()
+            .filter(|basis| contract.evidence.is_some_and(|least| basis.evidence > least));
+        if let (Some(Basis { evidence, source }), Some(least)) = (too_weak, contract.evidence) {
+            let reason = format!(
+                "its arithmetic is {evidence} ({source}), and the contract asks for `evidence = \
+                 \"{least}\"`"
+            );
+            absent.insert(Arm::Emulated, reason);
+            let of_emulated = |stream: Stream| stream.arm() == Arm::Emulated;
+            let measures = &mut progress.measures.measures;
+            measures
+                .retain(|measure| ![measure.subject, measure.judge].into_iter().any(of_emulated));
+        }
+        let too_weak_is_none = too_weak.is_none();
         let required = absent.iter().find(|(arm, _)| self.options.require.contains(arm));
         let mut judged = judge(&contract, &progress.measures.measures, &definition.arms, &absent);
         let diagnosis = progress.measures.diagnoses.first();
@@ -697,6 +740,11 @@ impl<'a> Engine<'a> {
         };
         if let Some(fit) = fit {
             judged.why = format!("{fit}; {}", judged.why);
+        }
+        // What a verdict rests on is said where no chip of the kind was seen to do it.
+        let unseen = basis.filter(|basis| basis.evidence > Evidence::Vectors && too_weak_is_none);
+        if let Some(Basis { evidence, source }) = unseen {
+            judged.why += &format!("; what this chip computes is {evidence}: {source}");
         }
         // What was identified is the answer, whatever became of it.
         let emulated = progress.arms.get(&Arm::Emulated).and_then(|arm| arm.arithmetic.as_ref());
@@ -744,6 +792,7 @@ impl<'a> Engine<'a> {
             growth: std::mem::take(&mut progress.measures.growth),
             diagnoses: std::mem::take(&mut progress.measures.diagnoses),
             kernels: std::mem::take(&mut progress.measures.kernels),
+            costs: std::mem::take(&mut progress.measures.costs),
         });
     }
 

@@ -199,7 +199,7 @@ fn the_reference_is_transformers_in_f64_for_very_small_models() {
 /// The sites and the bits of a reference pass.
 fn reference_pass(folder: &Path, tokens: &[u32]) -> arms::Output {
     let model = Model::open(folder).expect("a model");
-    let task = Task { op: &PASS, model: &model, tokens, input: None };
+    let task = Task { op: &PASS, model: &model, tokens, input: None, spill: None };
     arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass")
 }
 
@@ -231,7 +231,7 @@ fn hold_to_transformers(folders: Vec<(String, PathBuf)>) {
         };
         let golden = Golden::of(&folder);
         let tokens = golden.ids();
-        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };
+        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None, spill: None };
         let output = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
         let visited: Vec<&Site> = output.sites.iter().map(|(site, _)| site).collect();
         let foretold: Vec<Site> = flow::sites(&model, None).collect();
@@ -313,7 +313,7 @@ fn hold_to_floors(folders: Vec<(String, PathBuf)>) {
     for (name, folder) in folders {
         let model = Model::open(&folder).expect("a model");
         let tokens = Golden::of(&folder).ids();
-        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None };
+        let task = Task { op: &PASS, model: &model, tokens: &tokens, input: None, spill: None };
         for recipe in [
             Recipe { gemm: Format::F32, output: Format::F32, ..Recipe::default() },
             Recipe::default(),

@@ -487,6 +487,7 @@ fn stage_c(project: &Project, workshop: &dyn Workshop, name: &str) -> StageRecor
         slots: &Slots::here(),
         processes: &Processes::new(env!("CARGO_BIN_EXE_runner").into()),
         attempts: &attempts,
+        memory: None,
     };
     struct Silent;
     impl Sink for Silent {

@@ -91,7 +91,7 @@ fn a_pass_over_held_codes_lies_within_its_floor() {
         let arm = Emulated::new(&recipe()).unwrap();
         let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
         let tokens = [3, 60, 17, 0, 42, 5];
-        let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+        let task = Task { op: &op, model: &model, tokens: &tokens, input: None, spill: None };
         let pass = arms::compute(&task, &arm, String::new(), &mut |_| {}).unwrap();
         for local in arms::local(&task, &recipe(), &pass).unwrap() {
             let Some(sigma) = &local.sigma else { continue };

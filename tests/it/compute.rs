@@ -9,11 +9,13 @@ use runner::compute::arms::{self, Output, Task};
 use runner::compute::call::Call;
 use runner::compute::drawn::{Drawn, Draws};
 use runner::compute::emulated::arm::Emulated;
+use runner::compute::floor::Floor;
 use runner::compute::forward::{Discard, KvCache, Sites, forward};
 use runner::compute::recorded::recorded;
 use runner::compute::reference::Reference;
 use runner::compute::{ComputeError, Pass};
 use runner::dtype::Format;
+use runner::engine::EngineFile;
 use runner::model::synthetic::{Preset, ensure};
 use runner::model::{Model, Weight, WeightType};
 use runner::op::{
@@ -65,7 +67,7 @@ fn emulated(recipe: &Recipe) -> Emulated {
 }
 
 fn every_site(model: &Model, ops: &dyn Pass, tokens: &[u32]) -> Output {
-    let task = Task { op: &EVERY_SITE, model, tokens, input: None };
+    let task = Task { op: &EVERY_SITE, model, tokens, input: None, spill: None };
     arms::compute(&task, ops, String::new(), &mut |_| {}).expect("a forward pass")
 }
 
@@ -87,7 +89,7 @@ fn the_last_tokens_logits_alone_are_those_of_a_pass_that_keeps_all() {
     let tokens = prompt(&model, 5);
     let pass = |capture, ops: &dyn Pass| {
         let op = Op::Forward { capture, repeats: 1, decode: 3, kv_cache: None };
-        let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+        let task = Task { op: &op, model: &model, tokens: &tokens, input: None, spill: None };
         arms::compute(&task, ops, String::new(), &mut |_| {}).expect("a forward pass")
     };
     // With a scale for each row no row sees another one.
@@ -106,7 +108,7 @@ fn the_last_tokens_logits_alone_are_those_of_a_pass_that_keeps_all() {
     }
     // Draws stand one above the other, and each keeps its own last token.
     let op = Op::Forward { capture: Capture::LastLogits, repeats: 1, decode: 0, kv_cache: None };
-    let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+    let task = Task { op: &op, model: &model, tokens: &tokens, input: None, spill: None };
     let drawn = arms::drawn(&task, &Recipe { scale: PER_ROW, ..E4M3 }, &|_| false).expect("draws");
     let reference = pass(Capture::LastLogits, &Reference);
     for draw in &drawn {
@@ -243,7 +245,8 @@ fn the_reference_anchored_on_itself_is_itself() {
         let model = model(preset);
         let tokens = prompt(&model, 5);
         let reference = every_site(&model, &Reference, &tokens);
-        let task = Task { op: &EVERY_SITE, model: &model, tokens: &tokens, input: None };
+        let task =
+            Task { op: &EVERY_SITE, model: &model, tokens: &tokens, input: None, spill: None };
         let anchored = arms::anchored(&task, &reference).expect("every site is there");
         assert_same_bits(preset.name(), &reference.sites, &anchored);
     }
@@ -284,7 +287,7 @@ fn emulated_and_anchored(
     tokens: &[u32],
 ) -> (Output, Vec<(Site, Tensor)>) {
     let output = every_site(model, &emulated(recipe), tokens);
-    let task = Task { op: &EVERY_SITE, model, tokens, input: None };
+    let task = Task { op: &EVERY_SITE, model, tokens, input: None, spill: None };
     let anchored = arms::anchored(&task, &output).expect("every site is there");
     (output, anchored)
 }
@@ -417,7 +420,7 @@ fn measure_floors(
 ) -> Vec<(Site, Z)> {
     let tokens = prompt(model, tokens);
     let (subject, anchored) = emulated_and_anchored(model, recipe, &tokens);
-    let task = Task { op: &EVERY_SITE, model, tokens: &tokens, input: None };
+    let task = Task { op: &EVERY_SITE, model, tokens: &tokens, input: None, spill: None };
     let locals = arms::local(&task, recipe, &subject).expect("every site is there");
     let truths: Vec<(Site, Tensor)> =
         locals.iter().map(|local| (local.site.clone(), local.truth.clone())).collect();
@@ -539,5 +542,39 @@ fn draws_that_share_a_pass_have_the_bits_that_each_has_alone() {
         let alone = [3, 4, 5].map(|number| pass(&Drawn::new(&recipe, number).expect("a recipe")));
         assert_eq!(together, alone, "{preset:?}");
         assert_ne!(together[0], together[1]);
+    }
+}
+
+/// The floor of an engine's FP8 product is that of the engine's own conversions: DeepGEMM's powers of
+/// two convert a weight twice.
+#[test]
+fn the_floor_of_an_engines_fp8_product_is_of_its_own_codes() {
+    let model = model(Preset::Qwen2Tiny);
+    let width = model.config().hidden;
+    let values = (0..24 * width).map(|at| {
+        let sum: u32 =
+            (0..6).map(|turn| ((at as u32 * 6 + turn).wrapping_mul(2_654_435_761)) >> 24).sum();
+        Format::Bf16.round(sum as f32 / 128.0 - 6.0)
+    });
+    let x = Tensor::new(width, values.collect());
+    for engine in ["vllm-fp8", "vllm-fp8-channel", "vllm-fp8-block", "sglang-fp8", "torchao"] {
+        let found = EngineFile::find(engine, Path::new(".")).expect("ships");
+        let (kernels, stream) = found.known().expect("known");
+        let recipe = Recipe::of_engine(kernels, stream);
+        let arm = Emulated::new(&recipe).expect("a recipe");
+        for name in ["attn_k", "ffn_up", "ffn_gate"] {
+            let weight = model.tensor(&format!("blk.1.{name}.weight")).expect("a weight");
+            let call = Call::Matmul { x: &x, weight, bias: None };
+            let floor = Floor::new(&recipe).expect("a recipe");
+            let (truth, made) =
+                (call.on(&floor).expect("a truth"), call.on(&arm).expect("a product"));
+            let sigma = floor.take_sigma().expect("a floor");
+            let pairs = made.data().iter().zip(truth.data()).zip(sigma.data());
+            let squares = pairs.map(|((made, truth), sigma)| {
+                (f64::from(made - truth) / f64::from(*sigma)).powi(2)
+            });
+            let z = (squares.sum::<f64>() / truth.data().len() as f64).sqrt();
+            assert!((0.93..1.07).contains(&z), "{engine}, {name}: {z}");
+        }
     }
 }

@@ -183,7 +183,7 @@ fn folder(path: &Path, changed: &[(&str, serde_json::Value)]) -> (tempfile::Temp
 fn sites(model: &Model) -> Vec<(Site, Vec<u32>)> {
     let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
     let tokens: Vec<u32> = (0..12).map(|place| (place * 29 + 5) % 64).collect();
-    let task = Task { op: &op, model, tokens: &tokens, input: None };
+    let task = Task { op: &op, model, tokens: &tokens, input: None, spill: None };
     let pass = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
     let foretold: Vec<Site> = flow::sites(model, None).collect();
     assert_eq!(pass.sites.iter().map(|(site, _)| site.clone()).collect::<Vec<_>>(), foretold);

@@ -33,7 +33,7 @@ fn reference(file: &[u8]) -> Output {
     let model = Model::open(&smollm2()).expect("the file that the script fetched");
     let tokens: Vec<u32> = header(file, "tokens");
     let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 8, kv_cache: None };
-    let task = Task { op: &op, model: &model, tokens: &tokens, input: None };
+    let task = Task { op: &op, model: &model, tokens: &tokens, input: None, spill: None };
     arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a forward pass")
 }
 

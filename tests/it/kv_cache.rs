@@ -48,7 +48,7 @@ pub fn with_scales(source: &str, scales: &[(&str, &[f32])]) -> tempfile::TempDir
 
 fn pass(model: &Model, kv_cache: Option<Format>, of: &dyn runner::compute::Pass) -> Output {
     let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache };
-    let task = Task { op: &op, model, tokens: &TOKENS, input: None };
+    let task = Task { op: &op, model, tokens: &TOKENS, input: None, spill: None };
     arms::compute(&task, of, String::new(), &mut |_| {}).unwrap()
 }
 
@@ -134,7 +134,7 @@ fn a_cache_whose_values_are_rounded_once_more_lies_within_its_floor() {
         let kv_cache = Some(Format::E4m3);
         let recipe = Recipe { chip: ChipName::Hopper, stream, kv_cache, ..Recipe::default() };
         let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache };
-        let task = Task { op: &op, model: &model, tokens: &TOKENS, input: None };
+        let task = Task { op: &op, model: &model, tokens: &TOKENS, input: None, spill: None };
         let made = pass(&model, kv_cache, &Emulated::new(&recipe).unwrap());
         let mut seen = 0;
         for local in arms::local(&task, &recipe, &made).unwrap() {

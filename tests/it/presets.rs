@@ -100,7 +100,7 @@ fn tokens_of_a_synthetic_mixture_go_to_all_experts_and_seldom_by_a_hair() {
     let mut seen = 0;
     for (preset, model) in mixtures {
         let experts = model.config().experts.clone().expect("a mixture");
-        let task = Task { op: &op, model: &model, tokens: &tokens(), input: None };
+        let task = Task { op: &op, model: &model, tokens: &tokens(), input: None, spill: None };
         let pass = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
         for layer in (0..model.config().layers).filter(|&l| model.config().experts_of(l).is_some())
         {
@@ -224,7 +224,7 @@ fn long_rope(tensors: &mut BTreeMap<String, QTensor>, short: f32, long: f32) {
 fn a_phi3_is_the_same_function_as_a_gguf_file_and_as_a_folder() {
     let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
     let logits = |model: &Model| {
-        let task = Task { op: &op, model, tokens: &tokens(), input: None };
+        let task = Task { op: &op, model, tokens: &tokens(), input: None, spill: None };
         let pass = arms::compute(&task, &Reference, String::new(), &mut |_| {}).expect("a pass");
         let logits = pass.site(&Site("logits".to_owned())).expect("logits");
         logits.data().iter().map(|value| value.to_bits()).collect::<Vec<_>>()

@@ -125,7 +125,7 @@ fn a_pass_over_codes_has_the_bits_of_a_pass_over_their_values() {
         let emulated = Emulated::new(&recipe).unwrap();
         for (arm, backend) in [("reference", &Reference as &dyn Pass), ("emulated", &emulated)] {
             let pass = |model: &Model| {
-                let task = Task { op: &PASS, model, tokens: &tokens, input: None };
+                let task = Task { op: &PASS, model, tokens: &tokens, input: None, spill: None };
                 arms::compute(&task, backend, String::new(), &mut |_| {}).unwrap()
             };
             let (coded, plain) = (pass(&coded), pass(&plain));
@@ -312,7 +312,7 @@ fn values_of_f64_are_rounded_to_f32() {
     let model = Model::open(folder.path()).unwrap();
     let read = model.tensor("token_embd.weight").unwrap().to_vec().unwrap();
     assert!(read.iter().zip(&values).all(|(read, value)| *read == *value as f32));
-    let task = Task { op: &PASS, model: &model, tokens: &[1, 2], input: None };
+    let task = Task { op: &PASS, model: &model, tokens: &[1, 2], input: None, spill: None };
     arms::compute(&task, &Emulated::new(&Recipe::default()).unwrap(), String::new(), &mut |_| {})
         .unwrap();
 }

@@ -224,7 +224,7 @@ fn hold(name: &str, stage: &StageRecord, model: &Model) -> usize {
     }
     let recipe = Recipe { chip: ChipName::Hopper, ..stage.recipe };
     let (ops, arithmetic) = Shipped::default().ops(Arm::Emulated, &recipe).expect("an arm");
-    let task = Task { op: &stage.op, model, tokens: &stage.tokens, input: None };
+    let task = Task { op: &stage.op, model, tokens: &stage.tokens, input: None, spill: None };
     let output = compute(&task, ops.as_ref(), arithmetic, &mut |_| {}).expect("computed");
     let device = &stage.arms[&Arm::Device];
     for (kept, (site, tensor)) in device.sites.iter().zip(&output.sites) {

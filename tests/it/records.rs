@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use runner::compare::Part;
 use runner::metric::Metric;
 use runner::op::{Arm, Stream};
 use runner::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
@@ -208,7 +209,10 @@ fn watching_runs_the_stages_with_what_it_was_given() {
 fn measured(runs: &Path, arguments: &[&str]) -> (String, RunRecord) {
     let place = runs.to_str().expect("a path of text");
     let stages = format!("{}/stages", env!("CARGO_MANIFEST_DIR"));
-    let mut all = vec!["run", &stages, "--select", "B,C,D,E", "--runs", place];
+    let mut all = vec!["run", &stages, "--runs", place];
+    if !arguments.contains(&"--select") {
+        all.extend(["--select", "B,C,D,E"]);
+    }
     all.extend(arguments);
     let (code, stdout, stderr) = runner(&all);
     assert_eq!(code, Some(0), "{stderr}");
@@ -331,6 +335,52 @@ fn every_figure_of_the_terminal_is_the_records() {
     assert_ne!(again.id, run.id);
 }
 
+#[test]
+fn what_a_verdict_took_is_said_part_by_part_and_claim_by_claim() {
+    let runs = tempfile::tempdir().expect("a folder");
+    let (_, run) = measured(runs.path(), &["--format", "plain"]);
+    let b = run.stages.iter().find(|stage| stage.id.0 == "B").expect("B");
+    let emulated = Some(Stream::Arm(Arm::Emulated));
+    let parts: Vec<_> = b.costs.iter().map(|cost| (cost.part, cost.subject)).collect();
+    for part in [Part::OwnInputs, Part::Layers, Part::Comparisons] {
+        assert!(parts.contains(&(part, emulated)), "{part:?}: {parts:?}");
+    }
+    let measures: f64 = b.costs.iter().map(|cost| cost.seconds).sum();
+    assert!(measures > 0.0 && measures < b.seconds, "{measures} of {} s", b.seconds);
+
+    let explained = |stage: &str| {
+        let place = runs.path().to_str().expect("a path of text");
+        let (code, text, stderr) = runner(&["explain", stage, "--cost", "--runs", place]);
+        assert_eq!(code, Some(0), "{stderr}");
+        text
+    };
+    let text = explained("B");
+    for words in ["emulated, in this run", "reference, in this run", "of what the arms took"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let own = "emulated: the reference and the floors on its own inputs (";
+    let claims = text.split("What each claim reads").nth(1).expect("the claims");
+    for judgement in &b.judgements {
+        let head = format!("  {} (", judgement.falsifier);
+        let line = claims.lines().find(|line| line.starts_with(&head)).expect(&head);
+        let anchored = judgement.compare[1] == Stream::Anchored(Arm::Emulated);
+        assert_eq!(line.contains(own), anchored, "{line}");
+    }
+    let growth = "no claim, but reports: emulated: the reference on its residual stream";
+    assert!(claims.contains(growth), "{claims}");
+    // A reused verdict says what it took when it was made.
+    let (_, again) = measured(runs.path(), &["--format", "plain"]);
+    let of_b = again.stages.iter().find(|stage| stage.id.0 == "B").expect("B");
+    assert_eq!(of_b.costs, b.costs);
+    assert!(explained("B").contains("emulated, reused"));
+
+    // Of a pass of which the logits alone are known nothing is anchored.
+    measured(runs.path(), &["--select", "A", "--format", "plain"]);
+    let text = explained("A");
+    assert!(text.contains("passes of the reference with drawn roundings ("), "{text}");
+    assert!(!text.contains("on its own inputs"), "{text}");
+}
+
 fn schema() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/run.schema.json");
     let text = std::fs::read_to_string(path).expect("docs/run.schema.json");
@@ -360,6 +410,7 @@ fn the_schema_lists_every_name_that_a_record_can_hold() {
         (&judgement["outcome"], words_of::<Outcome>()),
         (&judgement["if_fails"], words_of::<runner::manifest::IfFails>()),
         (&defs["arm"]["properties"]["state"], words_of::<ArmState>()),
+        (&defs["stage"]["properties"]["costs"]["items"]["properties"]["part"], words_of::<Part>()),
         (&defs["stage"]["properties"]["arms"]["propertyNames"], arms.clone()),
     ] {
         assert!(words.len() >= 2, "{words:?}");

@@ -153,6 +153,7 @@ fn judged(fault: Fault, model: &str) -> Vec<StageRecord> {
         slots: &Slots::here(),
         processes: &Processes::of_this_program(),
         attempts: &attempts,
+        memory: None,
     };
     let finished = run(&plan, &store, &options, &mut Dark);
     assert_eq!(finished.bug, None);

@@ -17,6 +17,7 @@ use super::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::quantize::{Codes, CodesRow, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
 use super::{dequant, kernels};
+use crate::chip::{Basis, Evidence};
 use crate::compute::call::{Call, Held};
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
@@ -26,7 +27,7 @@ use crate::compute::{
 };
 use crate::dtype::Format;
 use crate::model::{Activation, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType};
-use crate::op::{ActivationScale, Codes as CodesOf, Recipe, WeightScale};
+use crate::op::{Accumulate, ActivationScale, ChipName, Codes as CodesOf, Recipe, WeightScale};
 use crate::tensor::Tensor;
 use crate::vector::{Kernel, dispatch};
 
@@ -120,6 +121,27 @@ impl Emulated {
             CodesOf::Checkpoint => "the checkpoint's codes".to_owned(),
         };
         format!("{} {gemm}, {}{stream}", self.chip.name, self.schedule)
+    }
+
+    /// What the products of a recipe on a chip rest on. Nothing where an engine's kernels are named
+    /// that were seen on that chip: their file says which ones.
+    pub fn basis(recipe: &Recipe, name: ChipName) -> Option<Basis> {
+        let chip = chip(name);
+        if recipe.emulate.is_some() {
+            return None;
+        }
+        if recipe.engine.is_some() {
+            let seen = "the engine's kernels were seen on an H200, and not on this chip";
+            let basis = Basis { evidence: Evidence::Assumed, source: seen.into() };
+            return (chip.name != ChipName::Hopper).then_some(basis);
+        }
+        let promoted = recipe.accumulate == Accumulate::Promoted;
+        let formats: &[Format] = match recipe.codes {
+            CodesOf::Made => &[recipe.gemm],
+            CodesOf::Checkpoint => &[Format::E4m3, Format::Bf16],
+        };
+        let of = formats.iter().filter_map(|format| chip.basis(*format, promoted));
+        of.max_by_key(|basis| basis.evidence).cloned()
     }
 
     /// A result as the next op reads it: rounded to the stream's type.
@@ -240,6 +262,45 @@ impl Emulated {
         by_chunk(weight, |first, rows| {
             let (codes, scales) = self.quantise_weight_rows(weight, first, rows, whole);
             work(first, rows, &codes, scales)
+        })
+    }
+
+    /// An activation's codes and scales in a product with a weight: those of the engine's kernel,
+    /// where the recipe names one that converts.
+    ///
+    /// # Errors
+    /// If the weights that an engine stacks are not of one checkpoint.
+    pub fn converted_activation(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+    ) -> Result<(Codes, Scales), ComputeError> {
+        match self.engine().and_then(|engine| engine.converting(weight)) {
+            Some(product) => product.activation(x),
+            None => Ok(self.quantise_activation(x)),
+        }
+    }
+
+    /// As [`Emulated::by_quantised_chunk`], with the codes of the engine's kernel where the recipe
+    /// names one that converts; beside a chunk's first row and values, how many rows of the codes
+    /// stand before them.
+    ///
+    /// # Errors
+    /// As `work`, and if the weight cannot be read.
+    pub fn by_converted_chunk<T: Send>(
+        &self,
+        weight: Weight<'_>,
+        work: impl Fn(usize, &[f32], usize, (&Codes, &Scales)) -> Result<T, ComputeError> + Sync,
+    ) -> Result<Vec<T>, ComputeError> {
+        let Some(product) = self.engine().and_then(|engine| engine.converting(weight)) else {
+            return self.by_quantised_chunk(weight, |first, rows, codes, scales| {
+                work(first, rows, 0, (codes, &scales))
+            });
+        };
+        by_chunk(weight, |first, rows| {
+            let of_chunk = first..first + rows.len() / weight.width();
+            let (codes, scales, before) = product.converted_rows(of_chunk)?;
+            work(first, rows, before, (&codes, &scales))
         })
     }
 

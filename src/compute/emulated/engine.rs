@@ -278,6 +278,13 @@ impl EngineArm {
         [first.clone()].into_iter().chain(decoded.map(|row| row..row + 1)).collect()
     }
 
+    /// The kernel that converts a weight and its activation to FP8; nothing where another one
+    /// multiplies by it, or one that is not known.
+    pub(super) fn converting<'a>(&'a self, weight: Weight<'a>) -> Option<Fp8Product<'a>> {
+        let product = self.fp8_product(weight, None).ok()??;
+        product.converted_rows(0..1).is_ok().then_some(product)
+    }
+
     /// The FP8 product with that weight and bias; nothing where another kernel multiplies by it.
     fn fp8_product<'a>(
         &'a self,

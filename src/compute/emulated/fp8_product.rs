@@ -181,7 +181,16 @@ impl Fp8Product<'_> {
     /// # Errors
     /// As [`Fp8Product::rows`].
     pub fn whole_weight(&self) -> Result<Whole, ComputeError> {
-        let rows = self.weight_rows(0..self.weight.rows())?;
+        self.converted_rows(0..self.weight.rows())
+    }
+
+    /// Some rows of the weight after their conversion, and those before them that share blocks of
+    /// scales with them.
+    ///
+    /// # Errors
+    /// As [`Fp8Product::rows`].
+    pub fn converted_rows(&self, rows: Range<usize>) -> Result<Whole, ComputeError> {
+        let rows = self.weight_rows(rows)?;
         Ok((rows.codes, rows.scales, rows.before))
     }
 

@@ -640,7 +640,7 @@ pub(super) fn chain(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::super::chip::{EXPONENT_FLOOR, TensorCore};
+    use super::super::chip::TensorCore;
     use super::{CodesRow, Format, Layout, NARROW_BIAS, Words, pack_w_lanes};
 
     /// A loop whose body is written out for each value of its index, up to 16, so
@@ -911,7 +911,7 @@ mod x86 {
             }
 
             let mut exponents = [[zero; PAIRS]; ROWS];
-            let mut largest = [_mm512_set1_epi16(EXPONENT_FLOOR as i16); ROWS];
+            let mut largest = [_mm512_set1_epi16(core.exponent_floor as i16); ROWS];
             unrolled!(p in 0..PAIRS, {
                 let w = w!(3 * p);
                 unrolled!(r in 0..ROWS, {
@@ -1262,7 +1262,7 @@ mod x86 {
             }
 
             let mut exponents = [[zero; PAIRS]; ROWS];
-            let mut largest = [_mm256_set1_epi16(EXPONENT_FLOOR as i16); ROWS];
+            let mut largest = [_mm256_set1_epi16(core.exponent_floor as i16); ROWS];
             unrolled!(p in 0..PAIRS, {
                 let w = w!(3 * p);
                 unrolled!(r in 0..ROWS, {
@@ -1280,7 +1280,7 @@ mod x86 {
                 let own =
                     _mm256_sub_epi32(_mm256_srli_epi32::<24>(doubled), _mm256_set1_epi32(127));
                 let absent = _mm256_cmpeq_epi32(doubled, zero);
-                let own = _mm256_blendv_epi8(own, _mm256_set1_epi32(EXPONENT_FLOOR), absent);
+                let own = _mm256_blendv_epi8(own, _mm256_set1_epi32(core.exponent_floor), absent);
                 largest[r] = _mm256_max_epi32(most, own);
                 let next = _mm256_add_epi32(largest[r], one);
                 nexts[r] = _mm256_blend_epi16::<0b1010_1010>(next, _mm256_slli_epi32::<16>(next));

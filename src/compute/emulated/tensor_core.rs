@@ -19,7 +19,7 @@
 //! Assumed by this project: a sum too large for f32 is an infinity, and an
 //! exact zero is +0.
 
-use super::chip::{EXPONENT_FLOOR, TensorCore};
+use super::chip::TensorCore;
 use crate::dtype::{Format, Parts};
 
 /// The NaN that a tensor core writes.
@@ -44,7 +44,7 @@ pub fn multiply_add(
             .chain([(accumulator, Format::F32.fraction_bits())])
     };
 
-    let mut largest_exponent = EXPONENT_FLOOR;
+    let mut largest_exponent = core.exponent_floor;
     let mut positive_infinity = false;
     let mut negative_infinity = false;
     for (addend, _) in addends() {
@@ -139,10 +139,20 @@ fn normalise(sum: i64, unit: i32, result_bits: u32) -> f32 {
 mod tests {
     use super::*;
 
-    const HOPPER_FP8: TensorCore =
-        TensorCore { products: 32, blocks: 1, alignment_bits: 13, result_bits: 13 };
-    const HOPPER_HALF: TensorCore =
-        TensorCore { products: 16, blocks: 1, alignment_bits: 25, result_bits: 23 };
+    const HOPPER_FP8: TensorCore = TensorCore {
+        products: 32,
+        blocks: 1,
+        alignment_bits: 13,
+        result_bits: 13,
+        exponent_floor: -133,
+    };
+    const HOPPER_HALF: TensorCore = TensorCore {
+        products: 16,
+        blocks: 1,
+        alignment_bits: 25,
+        result_bits: 23,
+        exponent_floor: -133,
+    };
 
     fn run(core: &TensorCore, format: Format, x: &[f32], w: &[f32], c: f32) -> f32 {
         let parts = |values: &[f32]| -> Vec<Parts> {

@@ -32,13 +32,3 @@ pub(super) fn shown(value: f64) -> String {
     }
     number(value)
 }
-
-/// A duration.
-pub(super) fn seconds(seconds: f64) -> String {
-    match seconds {
-        s if s < 0.0995 => format!("{:.0} ms", 1e3 * s),
-        s if s < 9.95 => format!("{s:.2} s"),
-        s if s < 600.0 => format!("{s:.0} s"),
-        s => format!("{:.0} min", s / 60.0),
-    }
-}

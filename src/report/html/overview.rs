@@ -5,12 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use maud::{Markup, html};
 
-use super::figure::seconds;
 use super::{Page, commands, symbol, verdict};
 use crate::op::{Arm, StageId};
 use crate::record::{ArmState, FamilyRecord, RunRecord, StageRecord};
 use crate::report::commands::of_run;
-use crate::text::share;
+use crate::text::{duration, share};
 use crate::verdict::{First, Verdict};
 
 /// Stages from which a filter is worth its place.
@@ -30,7 +29,7 @@ pub(super) fn header(page: &Page<'_>) -> Markup {
                 dt { "stages" } dd { bdi { (run.folder) } }
                 dt { "started" } dd { (run.started) }
                 dt { "took" } dd {
-                    data value=(format!("{:?}", run.seconds)) data-at="/seconds" { (seconds(run.seconds)) }
+                    data value=(format!("{:?}", run.seconds)) data-at="/seconds" { (duration(run.seconds)) }
                 }
                 dt { "exit code" } dd {
                     data value=(run.exit_code) data-at="/exit_code" { (run.exit_code) }
@@ -301,7 +300,7 @@ fn row(stage: &StageRecord, place: usize) -> Markup {
             }
             td class="number" {
                 data value=(format!("{:?}", stage.seconds)) data-at=(format!("/stages/{place}/seconds")) {
-                    (seconds(stage.seconds))
+                    (duration(stage.seconds))
                 }
             }
         }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::causes::causes;
 use super::chart::{Chart, Line, Point, chart};
 use super::diagnosis::diagnoses;
-use super::figure::{figure, seconds, shown};
+use super::figure::{figure, shown};
 use super::growth::growth;
 use super::heatmap::heatmaps;
 use super::histogram::histograms;
@@ -20,7 +20,7 @@ use crate::op::{Arm, Stream, projection_sites};
 use crate::record::{ArmState, StageRecord};
 use crate::report::commands::{explain, export, measures, of_stage};
 use crate::report::layers::Grid;
-use crate::text::{number, share};
+use crate::text::{duration, number, share};
 use crate::verdict::{Judgement, Outcome, Verdict};
 
 /// Stages of a run up to which all are unfolded.
@@ -272,7 +272,7 @@ fn arms(stage: &StageRecord, place: usize) -> Markup {
                                 @if let Some(time) = record.seconds {
                                     data value=(format!("{time:?}"))
                                         data-at=(format!("/stages/{place}/arms/{arm}/seconds")) {
-                                        (seconds(time))
+                                        (duration(time))
                                     }
                                 }
                             }
