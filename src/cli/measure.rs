@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{FALSIFIED, PASS, print, store_of};
-use crate::compute::cuda::{Measured, MeasuredFunction, Trial, measure, measure_functions};
+use crate::compute::cuda::{
+    Measured, MeasuredFunction, Trial, measure, measure_functions, measure_reference,
+};
 use crate::dtype::Format;
 use crate::op::Accumulate;
 use crate::text::grouped;
@@ -27,6 +29,10 @@ pub(super) struct MeasureArgs {
     /// Not products, but the functions of one number: the special function unit's and CUDA's.
     #[arg(long, conflicts_with_all = ["formats", "output", "shapes", "chosen"])]
     functions: bool,
+    /// Not the library's products, but the reference's in f64, as `--reference-on gpu` computes
+    /// them: every output held to the CPU's bits.
+    #[arg(long, conflicts_with_all = ["formats", "output", "shapes", "chosen", "functions"])]
+    reference: bool,
     /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them, and an
     /// odd number else: an even one leaves out every float that ends in a bit of 1.
     #[arg(long, default_value_t = 251, value_parser = clap::value_parser!(u32).range(1..), requires = "functions")]
@@ -50,6 +56,9 @@ pub(super) fn measure_chip(args: &MeasureArgs) -> Result<u8, String> {
     let programs = store_of(&args.runs).programs();
     if args.functions {
         return measure_all_functions(args.every, &programs);
+    }
+    if args.reference {
+        return measure_references(&programs);
     }
     print(
         "N,M,K                format  accumulate  output  differ of sampled  TFLOP/s  schedule; algorithm\n",
@@ -91,6 +100,41 @@ fn measure_all_functions(every: u32, programs: &Path) -> Result<u8, String> {
     })
     .map_err(|error| error.to_string())?;
     printed.map(|()| outcome)
+}
+
+/// N, M, K of the reference's products that are measured: odd ones, and those of a 7B model.
+const REFERENCE_SHAPES: [[usize; 3]; 10] = [
+    [1, 1, 1],
+    [1, 5, 7],
+    [3, 33, 9],
+    [17, 31, 33],
+    [5, 100, 1000],
+    [33, 65, 3587],
+    [16, 3584, 3584],
+    [16, 18_944, 3584],
+    [16, 3584, 18_944],
+    [512, 3584, 3584],
+];
+
+/// Measures and prints a line per shape; falsified if an output differs.
+fn measure_references(programs: &Path) -> Result<u8, String> {
+    print("N,M,K                differ of compared  TFLOP/s  the reference's product in f64\n")?;
+    let mut outcome = PASS;
+    for shape in REFERENCE_SHAPES {
+        let found = measure_reference(shape, Some(programs)).map_err(|error| error.to_string())?;
+        if found.differing > 0 {
+            outcome = FALSIFIED;
+        }
+        let [n, m, k] = shape;
+        print(&format!(
+            "{:20} {:>6} of {:<9}  {:7.2}\n",
+            format!("{n},{m},{k}"),
+            grouped(found.differing),
+            grouped(found.compared),
+            2.0 * (n * m * k) as f64 / found.seconds / 1e12
+        ))?;
+    }
+    Ok(outcome)
 }
 
 fn line_of(found: &MeasuredFunction) -> String {

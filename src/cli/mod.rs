@@ -60,6 +60,7 @@ use watch::WatchArgs;
 
 use crate::cache::{CacheError, Stamps, Store};
 use crate::compute::arms::Shipped;
+use crate::compute::cuda;
 use crate::executor::slurm::TASK_ARGUMENT;
 use crate::executor::{SERVER_ARGUMENT, serve};
 use crate::graph::{Graph, GraphFormat, render, select};
@@ -316,6 +317,53 @@ struct Selection {
     on: Option<Place>,
 }
 
+/// Where the reference computes.
+#[derive(Args)]
+struct ReferenceArgs {
+    /// Where the reference's products are computed. A GPU gives the same bits, and a sample of each
+    /// product is held to the CPU's; results are reused whichever it was.
+    #[arg(long, value_enum, default_value_t = ReferencePlace::Cpu)]
+    reference_on: ReferencePlace,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ReferencePlace {
+    /// On all cores.
+    Cpu,
+    /// In f64 on the GPU; all other ops of the reference stay on the CPU.
+    Gpu,
+}
+
+impl ReferenceArgs {
+    /// Refuses a GPU that is not there, before anything runs.
+    fn check(&self, runs: &Path) -> Result<(), String> {
+        if self.reference_on == ReferencePlace::Cpu {
+            return Ok(());
+        }
+        match cuda::why_no_reference(Some(&store_of(runs).programs())) {
+            None => Ok(()),
+            Some(why) => Err(format!(
+                "error: `--reference-on gpu` cannot be done here: {why}; leave it out: the \
+                 reference has the same bits on the CPU, and `runner doctor` says what is missing"
+            )),
+        }
+    }
+}
+
+impl ReferenceArgs {
+    /// Refuses this machine's GPU for stages that other machines do.
+    fn check_place(&self, plan: &Plan<'_>) -> Result<(), String> {
+        match self.reference_on {
+            ReferencePlace::Gpu if slurm::is_wanted(plan) => {
+                Err("error: `--reference-on gpu` is of this machine, and stages are to be done by \
+                 Slurm; leave it out: the reference has the same bits on the CPU of a node"
+                    .to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// How the text of `--prompt` is laid.
 #[derive(Args)]
 struct ChatArgs {
@@ -438,7 +486,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
         _ => ready_threads()?,
     }
     match command {
-        Command::Run(args) => run::run_stages(&args, &shipped(args.runs())),
+        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.reference())),
         Command::SlurmTask { batch } => slurm::task(&batch),
         command => Ok(carry_out(command)?),
     }
@@ -447,9 +495,8 @@ fn begin(command: Command) -> Result<u8, Failed> {
 /// Carries out a command; an error is a text for the user, and bad usage.
 fn carry_out(command: Command) -> Result<u8, String> {
     match command {
-        Command::Run(args) => {
-            run::run_stages(&args, &shipped(args.runs())).map_err(|failed| failed.text)
-        }
+        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.reference()))
+            .map_err(|failed| failed.text),
         Command::Plan(args) => plan::plan_stages(&args),
         Command::Check { folder } => check::check(&folder),
         Command::Graph { folder, format } => {
@@ -611,7 +658,13 @@ fn stamps_of(runs: &Path, rehash: bool) -> Stamps {
 /// The arms as they ship; compiled GPU programs and what this machine has are kept beside the
 /// results.
 fn shipped(runs: &Path) -> Shipped {
-    Shipped { kept: Some(store_of(runs).programs()) }
+    Shipped { kept: Some(store_of(runs).programs()), reference_on_gpu: false }
+}
+
+/// The arms as they ship, the reference where it is wanted.
+fn shipped_on(runs: &Path, reference: &ReferenceArgs) -> Shipped {
+    let reference_on_gpu = reference.reference_on == ReferencePlace::Gpu;
+    Shipped { reference_on_gpu, ..shipped(runs) }
 }
 
 /// Keeps the digests that were made; without them the next run makes them again.

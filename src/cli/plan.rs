@@ -2,7 +2,9 @@
 
 use clap::Args;
 
-use super::{Selection, keep, make_plan, print, selected, shipped, stamps_of, store_of};
+use super::{
+    ReferenceArgs, Selection, keep, make_plan, print, selected, shipped_on, stamps_of, store_of,
+};
 use crate::cache::Store;
 use crate::compute::arms::Workshop;
 use crate::plan::{Field, Plan, PlanLine};
@@ -12,18 +14,23 @@ use crate::text::one_line;
 pub(super) struct PlanArgs {
     #[command(flatten)]
     selection: Selection,
+    #[command(flatten)]
+    reference: ReferenceArgs,
     /// Print every field of every key, and which of them changed.
     #[arg(long)]
     explain: bool,
 }
 
-pub(super) fn plan_stages(PlanArgs { selection, explain }: &PlanArgs) -> Result<u8, String> {
+pub(super) fn plan_stages(args: &PlanArgs) -> Result<u8, String> {
+    let PlanArgs { selection, reference, explain } = args;
+    reference.check(&selection.runs)?;
     let (pipeline, graph, stages) = selected(selection)?;
     let store = store_of(&selection.runs);
     let stamps = stamps_of(&selection.runs, selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = selection.force;
-    let text = lines(&plan, &store, &shipped(&selection.runs), *explain);
+    reference.check_place(&plan)?;
+    let text = lines(&plan, &store, &shipped_on(&selection.runs, reference), *explain);
     keep(&stamps);
     print(&text)
 }

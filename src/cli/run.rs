@@ -15,8 +15,8 @@ use super::nightly::{self, Night, NightlyArgs};
 use super::slurm;
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
-    BUG, Failed, INTERRUPTED, Selection, journal, keep, load_pipeline, make_plan, print,
-    print_bytes, selected, stamps_of, store_of,
+    BUG, Failed, INTERRUPTED, ReferenceArgs, Selection, journal, keep, load_pipeline, make_plan,
+    print, print_bytes, selected, stamps_of, store_of,
 };
 use crate::cache::Store;
 use crate::compute::arms::Workshop;
@@ -39,6 +39,8 @@ use crate::verdict::Verdict;
 pub(super) struct RunArgs {
     #[command(flatten)]
     selection: Selection,
+    #[command(flatten)]
+    reference: ReferenceArgs,
     /// An arm without which a stage is an error.
     #[arg(long)]
     require: Vec<Arm>,
@@ -95,6 +97,11 @@ impl RunArgs {
     pub(super) fn attach(&self) -> bool {
         self.attach
     }
+
+    /// Where the reference computes.
+    pub(super) fn reference(&self) -> &ReferenceArgs {
+        &self.reference
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -131,6 +138,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
 fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> Result<u8, Failed> {
     let began = crate::cache::now();
     let runs = &args.selection.runs;
+    args.reference.check(runs)?;
     ctrlc::set_handler(on_signal).map_err(|error| {
         Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
     })?;
@@ -166,6 +174,7 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = args.selection.force;
+    args.reference.check_place(&plan)?;
     let fresh = profile.iter().flat_map(|profile| &profile.fresh).chain(&args.nightly.fresh);
     plan.fresh = fresh.copied().collect();
     if let Some(most) = args.memory {

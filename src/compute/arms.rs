@@ -94,6 +94,11 @@ pub trait Workshop: Sync {
     fn facts(&self, _arm: Arm, _recipe: &Recipe) -> Vec<(String, String)> {
         Vec::new()
     }
+
+    /// Whether an arm takes a GPU while it computes.
+    fn takes_gpu(&self, arm: Arm) -> bool {
+        !matches!(arm, Arm::Reference | Arm::Emulated)
+    }
 }
 
 /// Why a command cannot be asked for tensors.
@@ -104,6 +109,8 @@ const NO_TENSORS: &str = "a command makes files, not tensors";
 pub struct Shipped {
     /// The folder where compiled GPU programs and what this machine has are kept, if they are.
     pub kept: Option<PathBuf>,
+    /// Whether the reference's products are computed on a GPU; no bit depends on it.
+    pub reference_on_gpu: bool,
 }
 
 impl Workshop for Shipped {
@@ -113,6 +120,7 @@ impl Workshop for Shipped {
 
     fn ops(&self, arm: Arm, recipe: &Recipe) -> Result<(Box<dyn Pass>, String), ComputeError> {
         match arm {
+            Arm::Reference if self.reference_on_gpu => cuda::reference_ops(self.kept.as_deref()),
             Arm::Reference => {
                 Ok((Box::new(Reference), "f64 over the dequantised weights".to_owned()))
             }
@@ -151,6 +159,13 @@ impl Workshop for Shipped {
                     .to_owned(),
             ),
             Arm::Device => cuda::why_unavailable(recipe, self.kept.as_deref()),
+        }
+    }
+
+    fn takes_gpu(&self, arm: Arm) -> bool {
+        match arm {
+            Arm::Reference => self.reference_on_gpu,
+            arm => arm != Arm::Emulated,
         }
     }
 }

@@ -136,11 +136,10 @@ impl Reference {
             let mut y = Vec::with_capacity(dots.len());
             for dots in dots.chunks_exact(chunk.rows.max(1)) {
                 match bias {
-                    // No negative zero, as where a bias is added.
-                    None => y.extend(dots.iter().map(|&dot| (dot + 0.0) as f32)),
+                    None => y.extend(dots.iter().map(|&dot| finished(dot, None))),
                     Some(bias) => {
-                        let sums = dots.iter().zip(bias).map(|(&dot, &b)| dot + f64::from(b));
-                        y.extend(sums.map(|sum| sum as f32));
+                        let both = dots.iter().zip(bias);
+                        y.extend(both.map(|(&dot, &bias)| finished(dot, Some(bias))));
                     }
                 }
             }
@@ -148,6 +147,30 @@ impl Reference {
         })?;
         let mut y = Tensor::zeros(x.rows(), weight.rows());
         made.into_iter().for_each(|(first, chunk)| y.set_columns(first, &chunk));
+        Ok(y)
+    }
+
+    /// The columns of a product that some rows of the weight give.
+    #[cfg(feature = "cuda")]
+    pub(super) fn outputs_at(
+        &self,
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+        rows: &[usize],
+    ) -> Result<Tensor, ComputeError> {
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let wide = Widened::of(x.data(), x.width());
+        let mut y = Tensor::zeros(x.rows(), rows.len());
+        for (place, &row) in rows.iter().enumerate() {
+            let mut decoded = vec![0.0; weight.width()];
+            weight.decode_rows(row..row + 1, &mut decoded)?;
+            let bias = bias.as_ref().map(|bias| bias[row]);
+            let dots = dot_rows(&wide, &Widened::of(&decoded, weight.width()));
+            for (token, dot) in dots.into_iter().enumerate() {
+                y.row_mut(token)[place] = finished(dot, bias);
+            }
+        }
         Ok(y)
     }
 
@@ -471,6 +494,12 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     add_lanes(lanes)
 }
 
+/// What a product's output is of its sum: no negative zero where no bias is added either.
+#[inline(always)]
+pub(super) fn finished(dot: f64, bias: Option<f32>) -> f32 {
+    (dot + bias.map_or(0.0, f64::from)) as f32
+}
+
 /// The fixed order in which the lanes are added.
 #[inline(always)]
 fn add_lanes(lanes: [f64; LANES]) -> f64 {
@@ -618,6 +647,49 @@ pub(super) fn dot_rows(x: &Widened, w: &Widened) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The product as `kernels/reference.cu` computes it: tiles of 32 values padded with zeros, a
+    /// lane a thread, and lanes that are added across the threads.
+    fn as_the_kernel(x: &[f32], w: &[f32], bias: Option<f32>) -> f32 {
+        let mut lanes = [0.0f64; LANES];
+        for start in (0..x.len()).step_by(32) {
+            for k in (0..32).step_by(LANES) {
+                for (lane, sum) in lanes.iter_mut().enumerate() {
+                    let at = start + k + lane;
+                    let value = |values: &[f32]| values.get(at).map_or(0.0, |v| f64::from(*v));
+                    *sum = value(x).mul_add(value(w), *sum);
+                }
+            }
+        }
+        for half in [4, 2, 1] {
+            lanes = std::array::from_fn(|lane| lanes[lane] + lanes[lane ^ half]);
+        }
+        (lanes[0] + bias.map_or(0.0, f64::from)) as f32
+    }
+
+    #[test]
+    fn the_order_of_the_kernel_is_the_order_of_the_lanes() {
+        let mut state = 7u64;
+        let mut value = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let bits = (state >> 32) as u32;
+            f32::from_bits((bits & 0x807f_ffff) | (120 + (bits >> 23 & 7)) << 23)
+        };
+        for width in [1, 2, 7, 8, 9, 31, 32, 33, 63, 100, 1000, 3587] {
+            for outputs in [1, 3, 37] {
+                let x: Vec<f32> = (0..3 * width).map(|_| value()).collect();
+                let w: Vec<f32> = (0..outputs * width).map(|_| value()).collect();
+                let dots = dot_rows(&Widened::of(&x, width), &Widened::of(&w, width));
+                for bias in [None, Some(value())] {
+                    let rows = x.chunks(width).flat_map(|x| w.chunks(width).map(move |w| (x, w)));
+                    for ((x, w), dot) in rows.zip(&dots) {
+                        let kernel = as_the_kernel(x, w, bias);
+                        assert_eq!(kernel.to_bits(), finished(*dot, bias).to_bits(), "{width}");
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn memory_that_serves_again_leaves_nothing_in_the_padding() {

@@ -574,7 +574,13 @@ impl<'a> Plan<'a> {
                             made = action.read().ok();
                         }
                     }
-                    None => line("run", self.why_run(store, stage, arm, &walk), fields),
+                    None => {
+                        let mut why = self.why_run(store, stage, arm, &walk);
+                        if arm == Arm::Reference && workshop.takes_gpu(arm) {
+                            why += "; its products on the GPU";
+                        }
+                        line("run", why, fields);
+                    }
                 }
             }
             known.insert(&stage.id, made);

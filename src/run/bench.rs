@@ -471,7 +471,7 @@ impl Bench<'_> {
     /// no GPU.
     fn take_slots(&self, arm: Arm) -> Result<Held, SlotError> {
         let mut asked = self.prepared.stage.resources.clone();
-        if matches!(arm, Arm::Reference | Arm::Emulated) {
+        if !self.options.workshop.takes_gpu(arm) {
             (asked.gpus, asked.gpu_memory) = (0, 0);
         }
         self.options.slots.take(&asked)

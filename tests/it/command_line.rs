@@ -320,3 +320,18 @@ fn one_token_is_enough_for_every_claim() {
         assert_eq!(code, 0, "{table}{lines}");
     }
 }
+
+#[test]
+fn a_reference_on_a_gpu_that_is_not_there_is_refused_before_anything_runs() {
+    let place = Place::new();
+    for command in ["run", "plan"] {
+        let (code, stdout, stderr) = place.run(&[command, "stages", "--reference-on", "gpu"]);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{command}: {stderr}");
+        for part in ["`--reference-on gpu`", "leave it out", "runner doctor"] {
+            assert!(stderr.contains(part), "{command}: {stderr}");
+        }
+        assert!(!place.path("runs").exists() || place.files("runs").is_empty(), "{command}");
+    }
+    let (code, _, stderr) = place.run(&["plan", "stages", "--reference-on", "cpu"]);
+    assert_eq!(code, 0, "{stderr}");
+}

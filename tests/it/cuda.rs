@@ -26,6 +26,11 @@ fn every_kernel_compiles_for_every_chip_and_nothing_is_contracted() {
         ] {
             assert!(!program.contains(loose), "{capability:?}: `{loose}`");
         }
+        // The reference's sums round once for each product, in f64 alone.
+        assert!(program.contains("fma.rn.f64"), "{capability:?}");
+        for loose in ["mul.f64", "add.f64", "fma.rm.f64", "fma.rp.f64", "fma.rz.f64"] {
+            assert!(!program.contains(loose), "{capability:?}: `{loose}`");
+        }
         let program_of_functions = compile_usual(&functions::source(), capability);
         let program_of_functions =
             program_of_functions.unwrap_or_else(|e| panic!("{capability:?}: {e}"));

@@ -350,7 +350,11 @@ impl Device {
 }
 
 /// A result on the host. Every piece of work ends here, so its errors are seen here.
-fn download(state: &State, values: &CudaSlice<f32>, width: usize) -> Result<Tensor, DeviceError> {
+pub(super) fn download(
+    state: &State,
+    values: &CudaSlice<f32>,
+    width: usize,
+) -> Result<Tensor, DeviceError> {
     let host = state.stream.clone_dtoh(values)?;
     state.stream.synchronize()?;
     Ok(Tensor::new(width, host))

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::{Measured, MeasuredFunction, Piece, Survey, Trial};
+use super::{Measured, MeasuredFunction, MeasuredReference, Piece, Survey, Trial};
 use crate::compute::{ComputeError, Pass};
 use crate::op::{ChipName, Recipe};
 
@@ -19,6 +19,30 @@ pub fn why_unavailable(_: &Recipe, _: Option<&Path>) -> Option<String> {
 /// # Errors
 /// Always.
 pub fn ops(_: &Recipe, _: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// Why the reference's products cannot be computed on a GPU here.
+pub fn why_no_reference(_: Option<&Path>) -> Option<String> {
+    Some(WHY.to_owned())
+}
+
+/// The reference with its products on a GPU.
+///
+/// # Errors
+/// Always.
+pub fn reference_ops(_: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// Holds the reference's product to the CPU's bits.
+///
+/// # Errors
+/// Always.
+pub fn measure_reference(
+    _: [usize; 3],
+    _: Option<&Path>,
+) -> Result<MeasuredReference, ComputeError> {
     Err(ComputeError::Recipe(WHY.to_owned()))
 }
 

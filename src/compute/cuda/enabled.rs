@@ -14,6 +14,7 @@ use cudarc::driver::{result, sys};
 
 use super::arm::Device;
 use super::gpu::Gpu;
+use super::reference::ReferenceOnGpu;
 use super::remembered::{self, Machine};
 use super::{GpuFacts, Piece, Survey, program};
 use crate::compute::emulated::chip::{Unit, chip};
@@ -29,6 +30,18 @@ pub fn why_unavailable(recipe: &Recipe, kept: Option<&Path>) -> Option<String> {
 
 /// What a recipe lacks on a machine.
 fn missing(survey: &Survey, recipe: &Recipe) -> Option<String> {
+    if let Some(why) = nothing_to_compute_on(survey) {
+        return Some(why);
+    }
+    let gpu = survey.gpus.first()?;
+    if !survey.gpus.iter().any(|gpu| may_compute(gpu, recipe).is_ok()) {
+        return may_compute(gpu, recipe).err();
+    }
+    None
+}
+
+/// Why no GPU of a machine can compute anything.
+fn nothing_to_compute_on(survey: &Survey) -> Option<String> {
     if let Some((piece, why)) = survey.pieces.iter().find_map(|piece| {
         let why = piece.state.as_ref().err()?;
         Some((piece.name.as_str(), why))
@@ -36,13 +49,44 @@ fn missing(survey: &Survey, recipe: &Recipe) -> Option<String> {
         let missing = if piece == "driver" { String::new() } else { format!("{piece}: ") };
         return Some(format!("no CUDA device: {missing}{why}"));
     }
-    let Some(gpu) = survey.gpus.first() else {
+    if survey.gpus.is_empty() {
         return Some("no CUDA device: the driver sees none".to_owned());
-    };
-    if !survey.gpus.iter().any(|gpu| may_compute(gpu, recipe).is_ok()) {
-        return may_compute(gpu, recipe).err();
     }
     None
+}
+
+/// Why the reference's products cannot be computed on a GPU here.
+pub fn why_no_reference(kept: Option<&Path>) -> Option<String> {
+    no_reference_on(known(kept))
+}
+
+fn no_reference_on(survey: &Survey) -> Option<String> {
+    nothing_to_compute_on(survey).or_else(|| {
+        let gpu =
+            survey.gpus.first().filter(|_| survey.gpus.iter().all(|gpu| gpu.chip.is_none()))?;
+        let (name, (major, minor)) = (&gpu.name, gpu.capability);
+        Some(format!("{name}: compute capability {major}.{minor} is not known yet"))
+    })
+}
+
+/// The reference with its products on the GPU with the fewest users, and its arithmetic in words.
+///
+/// # Errors
+/// If no GPU can be opened.
+pub fn reference_ops(kept: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    // What was remembered of the machine may no longer hold: the driver has the last word.
+    if let Some(why) = no_reference_on(survey()) {
+        return Err(ComputeError::Recipe(why));
+    }
+    let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
+    let gpu = gpus.iter().min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
+    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))?;
+    let arithmetic = format!(
+        "f64 over the dequantised weights; products on {}, GPU {}, sampled outputs of each held to \
+         the CPU's bits",
+        gpu.facts.name, gpu.facts.ordinal
+    );
+    Ok((Box::new(ReferenceOnGpu::new(gpu.lease())), arithmetic))
 }
 
 /// Whether a GPU has the recipe's arithmetic, and why not.

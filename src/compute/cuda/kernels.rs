@@ -22,6 +22,9 @@ const MOST_BLOCKS: u64 = 4096;
 const NORM_THREADS: u32 = crate::compute::emulated::kernels::NORM_LANES as u32;
 /// Threads of attention's block: four warps.
 const ATTENTION_THREADS: u32 = 128;
+/// Rows of x and of w that a block of the reference's product multiplies, and its threads.
+const REFERENCE_TILE: (u64, u64) = (16, 32);
+const REFERENCE_THREADS: u32 = 128;
 
 /// Which values share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -111,6 +114,21 @@ pub struct AttentionCall {
     pub cap: f32,
 }
 
+/// The shape of one product of the reference, and its place in the result.
+#[derive(Clone, Copy)]
+pub struct ReferenceShape {
+    /// Rows of x.
+    pub rows: u64,
+    /// Rows of w.
+    pub outputs: u64,
+    /// Values of a row of both.
+    pub width: u64,
+    /// The column of the result that the first row of w gives.
+    pub first: u64,
+    /// Columns of the result.
+    pub stride: u64,
+}
+
 /// The kernels of one GPU.
 pub struct Kernels {
     dequantise: CudaFunction,
@@ -137,6 +155,7 @@ pub struct Kernels {
     soft_cap: CudaFunction,
     cached: CudaFunction,
     add: CudaFunction,
+    reference_product: CudaFunction,
 }
 
 /// Starts a kernel: `launch!(stream, function, config, argument, ...)`.
@@ -194,6 +213,7 @@ impl Kernels {
             soft_cap: load("soft_cap")?,
             cached: load("cached")?,
             add: load("add")?,
+            reference_product: load("reference_product")?,
         })
     }
 
@@ -719,6 +739,51 @@ impl Kernels {
         let (count, format) = (y.len() as u64, format_code(format));
         must_hold("what is kept", x.len(), count);
         launch!(stream, self.cached, striding(count), x, &format, &scale, &count, y)
+    }
+
+    /// The reference's product, in f64, lane by lane.
+    pub fn reference_product(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: &CudaSlice<f32>,
+        w: &CudaSlice<f32>,
+        bias: Option<&CudaSlice<f32>>,
+        shape: ReferenceShape,
+        y: &mut CudaSlice<f32>,
+    ) -> Result<(), DriverError> {
+        let ReferenceShape { rows, outputs, width, first, stride } = shape;
+        must_hold("x", x.len(), rows * width);
+        must_hold("w", w.len(), outputs * width);
+        must_hold("a row of the result", stride as usize, first + outputs);
+        must_hold("the result", y.len(), rows * stride);
+        if let Some(bias) = bias {
+            must_hold("the bias", bias.len(), first + outputs);
+        }
+        let (tall, wide) = REFERENCE_TILE;
+        // More rows than a grid is high go one after the other.
+        let most = 32_768 * tall;
+        for above in (0..rows).step_by(most as usize) {
+            let here = most.min(rows - above);
+            let config = LaunchConfig {
+                grid_dim: (outputs.div_ceil(wide) as u32, here.div_ceil(tall) as u32, 1),
+                block_dim: (REFERENCE_THREADS, 1, 1),
+                shared_mem_bytes: 0,
+            };
+            let x = x.slice((above * width) as usize..);
+            let mut y = y.slice_mut((above * stride) as usize..);
+            let mut builder = stream.launch_builder(&self.reference_product);
+            builder.arg(&x).arg(w);
+            match bias {
+                Some(bias) => builder.arg(bias),
+                None => builder.arg(&0u64),
+            };
+            builder.arg(&here).arg(&outputs).arg(&width).arg(&first).arg(&stride).arg(&mut y);
+            // SAFETY: the arguments are those of `reference_product` in `kernels/reference.cu`, in
+            // its order and of its types; the buffers were checked above, and a null pointer is
+            // never followed.
+            unsafe { builder.launch(config) }?;
+        }
+        Ok(())
     }
 
     /// `a + b`.

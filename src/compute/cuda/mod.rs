@@ -25,6 +25,8 @@ mod probe;
 #[cfg(feature = "cuda")]
 pub mod program;
 #[cfg(feature = "cuda")]
+mod reference;
+#[cfg(feature = "cuda")]
 mod remembered;
 #[cfg(feature = "cuda")]
 mod weights;
@@ -35,13 +37,20 @@ mod disabled;
 mod enabled;
 
 #[cfg(not(feature = "cuda"))]
-pub use disabled::{chip_here, facts, measure, measure_functions, ops, survey, why_unavailable};
+pub use disabled::{
+    chip_here, facts, measure, measure_functions, measure_reference, ops, reference_ops, survey,
+    why_no_reference, why_unavailable,
+};
 #[cfg(feature = "cuda")]
-pub use enabled::{chip_here, facts, ops, survey, why_unavailable};
+pub use enabled::{
+    chip_here, facts, ops, reference_ops, survey, why_no_reference, why_unavailable,
+};
 #[cfg(feature = "cuda")]
 pub use functions::measure_functions;
 #[cfg(feature = "cuda")]
 pub use probe::measure;
+#[cfg(feature = "cuda")]
+pub use reference::measure_reference;
 
 /// What this machine has for a device arm, and what each missing piece switches off.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -107,6 +116,17 @@ pub struct Measured {
     /// Another schedule that explains every bit, where the declared one does not.
     pub identified: Option<String>,
     /// Median time of a product, in seconds.
+    pub seconds: f64,
+}
+
+/// The reference's product on this machine's GPU, held to the CPU's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MeasuredReference {
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Those whose bits differ.
+    pub differing: usize,
+    /// The time of a product, in seconds.
     pub seconds: f64,
 }
 

@@ -16,10 +16,11 @@ pub const SOURCE: &str = concat!(
     include_str!("kernels/convert.cu"),
     include_str!("kernels/gemm.cu"),
     include_str!("kernels/transformer.cu"),
+    include_str!("kernels/reference.cu"),
 );
 
 /// The names of the kernels.
-pub const KERNELS: [&str; 12] = [
+pub const KERNELS: [&str; 13] = [
     "dequantise",
     "absmax_all",
     "absmax_groups",
@@ -32,6 +33,7 @@ pub const KERNELS: [&str; 12] = [
     "attention",
     "swiglu",
     "add",
+    "reference_product",
 ];
 
 /// The options for a chip of that compute capability.

@@ -9,16 +9,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
+use rayon::prelude::*;
 
 use super::gpu::DeviceError;
 use super::kernels::{Granularity, Kernels, Scales};
 use crate::dtype::Format;
-use crate::model::{Weight, WeightType};
+use crate::model::{ModelError, Weight, WeightType};
 
 /// Rows and inner width of an operand are padded to multiples of this, as FP8 asks for.
 pub const ALIGNMENT: usize = 16;
 /// Values that are decoded at a time.
-const CHUNK: usize = 64 << 20;
+pub const CHUNK: usize = 64 << 20;
+/// Values that one core decodes at a time.
+const DECODED: usize = 256 << 10;
 
 /// What a tensor becomes on the GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,6 +34,13 @@ pub enum Form {
     Operand(Format, Granularity),
     /// Codes of a GEMM's operand with their scales, as the checkpoint holds them.
     Held(Format, Granularity),
+    /// The values of some rows as f32, decoded by the CPU as the reference decodes them.
+    Decoded {
+        /// The first row.
+        first: usize,
+        /// How many.
+        rows: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,7 +55,7 @@ struct Key {
 pub enum Entry {
     /// [`Form::Table`].
     Table(CudaSlice<u8>),
-    /// [`Form::Values`].
+    /// [`Form::Values`] and [`Form::Decoded`].
     Values(CudaSlice<f32>),
     /// [`Form::Operand`].
     Operand(Operand),
@@ -145,6 +155,7 @@ fn bytes_of(weight: Weight<'_>, form: Form) -> usize {
         Form::Table if !weight.is_plain() => weight.rows() * weight.width() * 4,
         Form::Table => weight.bytes().len(),
         Form::Values => weight.rows() * weight.width() * 4,
+        Form::Decoded { rows, .. } => rows * weight.width() * 4,
         Form::Operand(format, _) | Form::Held(format, _) => {
             let rows = weight.rows().next_multiple_of(ALIGNMENT);
             rows * weight.width().next_multiple_of(ALIGNMENT) * format.bytes()
@@ -165,6 +176,10 @@ fn make(
 ) -> Result<Entry, DeviceError> {
     if let Form::Held(format, granularity) = form {
         return held(stream, weight, format, granularity).map(Entry::Operand);
+    }
+    if let Form::Decoded { first, rows } = form {
+        let values = decoded(weight, first, rows)?;
+        return Ok(Entry::Values(stream.clone_htod(&values)?));
     }
     let kind = held_as(weight);
     let table = match weight.is_plain() {
@@ -194,8 +209,21 @@ fn make(
             let converter = Converter { stream, kernels, weight, kind, table, format, granularity };
             converter.convert().map(Entry::Operand)
         }
-        Form::Held(..) => unreachable!("made above, without its values"),
+        Form::Held(..) | Form::Decoded { .. } => unreachable!("made above"),
     }
+}
+
+/// Rows that the CPU decodes, with all of its cores.
+fn decoded(weight: Weight<'_>, first: usize, rows: usize) -> Result<Vec<f32>, ModelError> {
+    let width = weight.width();
+    let mut values = vec![0.0f32; rows * width];
+    let step = (DECODED / width).max(1);
+    let parts = values.par_chunks_mut(step * width).enumerate();
+    parts.try_for_each(|(at, out)| {
+        let start = first + at * step;
+        weight.decode_rows(start..start + out.len() / width, out)
+    })?;
+    Ok(values)
 }
 
 /// An operand of codes and scales as the checkpoint holds them.
