@@ -239,6 +239,37 @@ fn hold(name: &str, stage: &StageRecord, model: &Model) -> usize {
     device.sites.len()
 }
 
+/// Reference passes whose products an H200 computed, site by site.
+#[test]
+fn the_reference_on_a_gpu_gave_the_bits_that_it_has_here() {
+    let path = "runs/receipts/reference/h200.json";
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path));
+    let receipt: serde_json::Value = serde_json::from_str(&text.expect("readable")).expect("JSON");
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::new(folder.path());
+    let mut held = 0;
+    for run in receipt["runs"].as_array().expect("runs") {
+        let op: Op = serde_json::from_value(run["op"].clone()).expect("an op");
+        let tokens: Vec<u32> = serde_json::from_value(run["tokens"].clone()).expect("tokens");
+        let sites: Vec<(String, String)> =
+            serde_json::from_value(run["sites"].clone()).expect("sites with their digests");
+        let model = run["model"].as_str().expect("a model");
+        let open = open_model(model, 1, &store, &Stamps::forgetful()).expect("a synthetic model");
+        let recipe = Recipe::default();
+        let (ops, arithmetic) = Shipped::default().ops(Arm::Reference, &recipe).expect("an arm");
+        let task = Task { op: &op, model: &open.model, tokens: &tokens, input: None };
+        let output = compute(&task, ops.as_ref(), arithmetic, &mut |_| {}).expect("computed");
+        assert_eq!(output.sites.len(), sites.len(), "{model}");
+        for ((site, tensor), (named, digest)) in output.sites.iter().zip(&sites) {
+            assert_eq!(&site.0, named, "{model}");
+            let here = blake3::hash(&tensor.to_le_bytes()).to_hex().to_string();
+            assert_eq!(&here, digest, "{model}, {site}");
+        }
+        held += sites.len();
+    }
+    assert_eq!(held, 203);
+}
+
 #[test]
 fn the_emulated_arm_gives_what_the_gpu_gave_on_small_models() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -29,6 +29,8 @@ mod reference;
 #[cfg(feature = "cuda")]
 mod remembered;
 #[cfg(feature = "cuda")]
+mod staging;
+#[cfg(feature = "cuda")]
 mod weights;
 
 #[cfg(not(feature = "cuda"))]

@@ -9,19 +9,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
-use rayon::prelude::*;
 
 use super::gpu::DeviceError;
 use super::kernels::{Granularity, Kernels, Scales};
+use super::staging::Staging;
 use crate::dtype::Format;
-use crate::model::{ModelError, Weight, WeightType};
+use crate::model::{Weight, WeightType};
 
 /// Rows and inner width of an operand are padded to multiples of this, as FP8 asks for.
 pub const ALIGNMENT: usize = 16;
 /// Values that are decoded at a time.
 pub const CHUNK: usize = 64 << 20;
-/// Values that one core decodes at a time.
-const DECODED: usize = 256 << 10;
 
 /// What a tensor becomes on the GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,12 +92,14 @@ pub struct Weights {
     budget: usize,
     bytes: usize,
     clock: u64,
+    /// Where decoded values are on their way, once there were any.
+    staging: Option<Staging>,
 }
 
 impl Weights {
     /// None yet; together they will take at most `budget` bytes.
     pub fn new(budget: usize) -> Weights {
-        Weights { kept: HashMap::new(), budget, bytes: 0, clock: 0 }
+        Weights { kept: HashMap::new(), budget, bytes: 0, clock: 0, staging: None }
     }
 
     /// Gives up all entries; says how many there were.
@@ -131,7 +131,16 @@ impl Weights {
         }
         let bytes = bytes_of(weight, form);
         self.make_room(bytes);
-        let entry = Arc::new(make(stream, kernels, weight, form)?);
+        let entry = Arc::new(match form {
+            Form::Decoded { first, rows } => {
+                let staging = match &mut self.staging {
+                    Some(staging) => staging,
+                    none => none.insert(Staging::new(stream)?),
+                };
+                Entry::Values(staging.upload(stream, weight, first, rows)?)
+            }
+            form => make(stream, kernels, weight, form)?,
+        });
         let kept = Kept { entry: Arc::clone(&entry), bytes, used: self.clock };
         self.kept.insert(key, kept);
         self.bytes += bytes;
@@ -177,10 +186,6 @@ fn make(
     if let Form::Held(format, granularity) = form {
         return held(stream, weight, format, granularity).map(Entry::Operand);
     }
-    if let Form::Decoded { first, rows } = form {
-        let values = decoded(weight, first, rows)?;
-        return Ok(Entry::Values(stream.clone_htod(&values)?));
-    }
     let kind = held_as(weight);
     let table = match weight.is_plain() {
         true => stream.clone_htod(weight.bytes())?,
@@ -209,21 +214,8 @@ fn make(
             let converter = Converter { stream, kernels, weight, kind, table, format, granularity };
             converter.convert().map(Entry::Operand)
         }
-        Form::Held(..) | Form::Decoded { .. } => unreachable!("made above"),
+        Form::Held(..) | Form::Decoded { .. } => unreachable!("made elsewhere"),
     }
-}
-
-/// Rows that the CPU decodes, with all of its cores.
-fn decoded(weight: Weight<'_>, first: usize, rows: usize) -> Result<Vec<f32>, ModelError> {
-    let width = weight.width();
-    let mut values = vec![0.0f32; rows * width];
-    let step = (DECODED / width).max(1);
-    let parts = values.par_chunks_mut(step * width).enumerate();
-    parts.try_for_each(|(at, out)| {
-        let start = first + at * step;
-        weight.decode_rows(start..start + out.len() / width, out)
-    })?;
-    Ok(values)
 }
 
 /// An operand of codes and scales as the checkpoint holds them.
