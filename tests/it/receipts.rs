@@ -257,7 +257,7 @@ fn the_reference_on_a_gpu_gave_the_bits_that_it_has_here() {
         let open = open_model(model, 1, &store, &Stamps::forgetful()).expect("a synthetic model");
         let recipe = Recipe::default();
         let (ops, arithmetic) = Shipped::default().ops(Arm::Reference, &recipe).expect("an arm");
-        let task = Task { op: &op, model: &open.model, tokens: &tokens, input: None };
+        let task = Task { op: &op, model: &open.model, tokens: &tokens, input: None, spill: None };
         let output = compute(&task, ops.as_ref(), arithmetic, &mut |_| {}).expect("computed");
         assert_eq!(output.sites.len(), sites.len(), "{model}");
         for ((site, tensor), (named, digest)) in output.sites.iter().zip(&sites) {
