@@ -63,6 +63,12 @@ bench-check *args:
 bench-passes *args: build
     python3 benches/passes.py target/release/runner --model models/SmolLM2-135M-Instruct.Q4_1.gguf "$@"
 
+# how long a run takes whose results are all in a shared cache; benches/README.md has the numbers
+bench-cache *args: build
+    python3 -m venv target/s3
+    target/s3/bin/pip install --quiet --disable-pip-version-check -r tests/consumers/s3.txt
+    target/s3/bin/python benches/shared_cache.py target/release/runner "$@"
+
 # what the program prints about itself
 docs: build
     target/release/runner reference > docs/reference.md

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cache::RemoteReport;
 use crate::chip::Basis;
 use crate::compare::{Account, Cost, Diagnosis, GreedyComparison, Growth, Measure, SiteKernel};
 use crate::compute::GemmRecord;
@@ -47,6 +48,9 @@ pub struct RunRecord {
     /// What it is one of: the runs that it is compared with are of the same series.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub series: Option<Series>,
+    /// What it had of a cache of many machines, where it was given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<RemoteReport>,
     /// The stages, in the order in which they ran.
     pub stages: Vec<StageRecord>,
     /// What the members of each `[for]` came to together.

@@ -94,6 +94,7 @@ pub fn pipeline() -> Value {
         json!({
             "contracts": says("the folder of contracts, relative to this file", text()),
             "profile": profiles(),
+            "cache": shared_cache(),
             "recorded": recorded(),
             "external": external(),
         }),
@@ -326,6 +327,29 @@ fn recipe() -> Value {
                 ),
                 "chip": says("whose tensor cores; `auto` is the device's, where there is one", json!({ "enum": chips })),
                 "pin": says("the library's algorithm, instead of the one that the rule picks", pin),
+            }),
+        ),
+    )
+}
+
+fn shared_cache() -> Value {
+    says(
+        "a cache that many machines share, behind this one's",
+        closed(
+            &["url"],
+            json!({
+                "url": says("where it is, as `s3://BUCKET/PATH`", text()),
+                "read_only": says("send nothing", json!({ "type": "boolean" })),
+                "anonymous": says("sign nothing", json!({ "type": "boolean" })),
+                "largest": says(
+                    "results above so many bytes stay on their machine; 4 GiB where none is \
+                     written",
+                    json!({ "type": "integer", "minimum": 0 }),
+                ),
+                "commands": says(
+                    "send commands' results too, with what the programs printed",
+                    json!({ "type": "boolean" }),
+                ),
             }),
         ),
     )

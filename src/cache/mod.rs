@@ -6,11 +6,15 @@
 //! It knows nothing of stages or verdicts.
 
 mod key;
+mod remote;
 mod stamps;
 mod store;
 mod upkeep;
 
 pub use key::{Key, KeyWalk};
+pub use remote::{
+    LARGEST_SENT, Remote, RemoteBudget, RemoteCleared, RemoteError, RemoteOptions, RemoteReport,
+};
 pub use stamps::{Facts, Stamp, Stamps, is_written, now};
 pub(crate) use store::write_whole;
 pub use store::{

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::key::{Key, KeyWalk};
+use super::remote::{Remote, RemoteReport};
 use super::stamps::{Stamps, check_of};
 use crate::files;
 use crate::interrupt;
@@ -41,7 +42,7 @@ const LATEST: &str = "latest.log";
 const IN_USE: &str = "in-use";
 const LOCKS: &str = "actions.lock";
 /// How the name of a file begins that is being written.
-const DRAFT: &str = ".writing-";
+pub(super) const DRAFT: &str = ".writing-";
 /// Files smaller than this are copied without asking for shared blocks.
 const WORTH_SHARING: u64 = 64 << 10;
 
@@ -118,6 +119,29 @@ pub struct Store {
     latest: Arc<Mutex<Option<Latest>>>,
     /// What stages of this run are computing.
     held: Arc<Mutex<BTreeSet<Key>>>,
+    /// The cache of many machines behind this one.
+    remote: Option<Arc<Remote>>,
+}
+
+/// A file that an action names.
+#[derive(Debug)]
+pub(super) struct WithName {
+    /// Its hash.
+    pub digest: String,
+    /// Where it is here, or would be.
+    pub path: PathBuf,
+    /// Whether it belongs to a command.
+    pub of_command: bool,
+    /// Whether a program printed it.
+    pub private: bool,
+}
+
+impl WithName {
+    /// Where it is in a cache of many machines.
+    pub fn remote_name(&self) -> String {
+        let file = self.path.file_name().unwrap_or_default().to_string_lossy();
+        format!("v1/objects/{}/{file}", self.digest.get(..2).unwrap_or("__"))
+    }
 }
 
 /// What `latest.log` says: the key of each who, and the lines that it has.
@@ -166,7 +190,41 @@ const WORTH_FLUSHING: f64 = 0.25;
 impl Store {
     /// The store in `folder`, which is made when something is first stored.
     pub fn new(folder: &Path) -> Store {
-        Store { root: folder.join("v1"), latest: Arc::default(), held: Arc::default() }
+        Store {
+            root: folder.join("v1"),
+            latest: Arc::default(),
+            held: Arc::default(),
+            remote: None,
+        }
+    }
+
+    /// The same store with a cache of many machines behind it: what is not here is looked for
+    /// there, and what is kept here is sent there beside the work.
+    #[must_use]
+    pub fn behind(&self, remote: Arc<Remote>) -> Store {
+        Store { remote: Some(remote), ..self.clone() }
+    }
+
+    pub(super) fn without_remote(&self) -> Store {
+        Store { remote: None, ..self.clone() }
+    }
+
+    pub(super) fn remote_handle(&self) -> Option<Arc<Remote>> {
+        self.remote.clone()
+    }
+
+    /// Has a result that is here sent to the cache of many machines beside the work: somebody
+    /// else kept it, who does not know that cache.
+    pub fn share(&self, key: &Key) {
+        if let Some(remote) = &self.remote {
+            remote.send(self, key);
+        }
+    }
+
+    /// Waits until what was kept is sent to the cache of many machines, and says what was had of
+    /// it; nothing where there is none.
+    pub fn settled(&self) -> Option<RemoteReport> {
+        self.remote.as_ref().map(|remote| remote.finish())
     }
 
     /// The folder of this version's format.
@@ -258,10 +316,15 @@ impl Store {
         self.root.join(kind).join(fan).join(format!("{name}.{extension}"))
     }
 
-    /// The record of an action, if there is one and its tensors are there.
+    /// The record of an action, if there is one and its tensors are there; here, or in the cache
+    /// of many machines, from which all of it is brought here.
     ///
     /// A damaged record is moved aside and counts as absent: it is computed again.
     pub fn find(&self, key: &Key) -> Option<Action> {
+        self.find_here(key).or_else(|| self.remote.as_ref()?.bring(self, key))
+    }
+
+    fn find_here(&self, key: &Key) -> Option<Action> {
         let action = self.record(key)?;
         let whole = action.object.as_ref().is_none_or(|o| self.object_path(o).is_file());
         whole.then(|| {
@@ -292,7 +355,22 @@ impl Store {
             path.shown(),
             shown(problem)
         );
+        if let Some(remote) = &self.remote {
+            remote.disbelieve(key, problem);
+        }
         self.move_aside(&path);
+    }
+
+    /// The text of a record that is here and whole, with what it says.
+    pub(super) fn sealed_record(&self, key: &Key) -> Option<(Vec<u8>, Action)> {
+        let bytes = std::fs::read(self.action_path(key)).ok()?;
+        let action = decode_record(&bytes).filter(|action| action.key == *key)?;
+        Some((bytes, action))
+    }
+
+    /// Keeps a record that came from elsewhere, when all that it names is here.
+    pub(super) fn write_record(&self, key: &Key, bytes: &[u8]) -> Result<(), CacheError> {
+        write_file(&self.action_path(key), bytes, false)
     }
 
     pub(super) fn action_path(&self, key: &Key) -> PathBuf {
@@ -332,6 +410,7 @@ impl Store {
             Action { object, ..Action::unsaved(new.walk, new.run, new.created, new.payload) };
         let path = self.action_path(&action.key);
         write_file(&path, &sealed(to_json(&action, &path)?), flush)?;
+        self.share(&action.key);
         Ok(action)
     }
 

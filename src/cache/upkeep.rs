@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::key::KeyWalk;
 use super::stamps::Stamps;
-use super::store::{Action, CacheError, Store, decode_record, io, is_draft, unsealed};
+use super::store::{Action, CacheError, Store, WithName, decode_record, io, is_draft, unsealed};
 use crate::model::synthetic;
 
 /// One stored action.
@@ -114,15 +114,32 @@ impl Store {
 
     /// The files that an action names, there or not.
     fn objects_of(&self, action: &Action) -> Vec<PathBuf> {
-        let tensors = action.object.iter().map(|digest| self.object_path(digest));
+        self.named_by(action).into_iter().map(|object| object.path).collect()
+    }
+
+    /// The same with their hashes, as the record has them.
+    pub(super) fn named_by(&self, action: &Action) -> Vec<WithName> {
+        let tensors = action.object.iter().map(|digest| WithName {
+            path: self.object_path(digest),
+            digest: digest.clone(),
+            of_command: false,
+            private: false,
+        });
         let payload = action.read::<Value>().unwrap_or_default();
         let command = payload.get("command");
         let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
         let streams = ["stdout", "stderr"].map(|name| text(command.and_then(|c| c.get(name))));
+        let streams = streams.into_iter().flatten().map(|digest| (digest, true));
         let outputs = command.and_then(|command| command.get("outputs")?.as_array());
-        let outputs = outputs.into_iter().flatten().map(|output| text(output.get("blake3")));
-        let blobs = streams.into_iter().chain(outputs).flatten();
-        tensors.chain(blobs.map(|digest| self.blob_path(&digest))).collect()
+        let outputs = outputs.into_iter().flatten().filter_map(|o| text(o.get("blake3")));
+        let blobs = streams.chain(outputs.map(|digest| (digest, false)));
+        let blobs = blobs.map(|(digest, private)| WithName {
+            path: self.blob_path(&digest),
+            digest,
+            of_command: true,
+            private,
+        });
+        tensors.chain(blobs).collect()
     }
 
     /// Reads everything; what is not what it was is moved aside. What a run is writing has no

@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
 use super::{FALSIFIED, PASS, keep, print, record_of, stamps_of, store_of};
-use crate::cache::{Budget, Held, Spare};
+use crate::cache::{Budget, Held, LARGEST_SENT, Remote, RemoteBudget, RemoteOptions, Spare};
 use crate::manifest::problem::plural;
 use crate::nightly::retention::PINNED;
 use crate::record::RunRecord;
+use crate::terminal::tell_line;
 use crate::text::Shown;
 
 #[derive(Args)]
@@ -29,12 +32,28 @@ enum CacheCommand {
     Verify,
     /// Remove the results that were not used for longest.
     Gc {
-        /// The most that may stay, as `20GiB` or in bytes.
-        #[arg(long, default_value = "20GiB", value_parser = bytes)]
-        budget: u64,
+        /// The most that may stay, as `20GiB` or in bytes; 20 GiB of this machine's cache where
+        /// nothing is said.
+        #[arg(long, value_parser = bytes)]
+        budget: Option<u64>,
+        /// Of a shared cache: results that were last written so many days ago go.
+        #[arg(long, value_name = "DAYS", requires = "cache")]
+        older: Option<u64>,
+        /// A shared cache to clear instead of this machine's, as `s3://BUCKET/PATH`.
+        #[arg(long, value_name = "URL")]
+        cache: Option<String>,
         /// Only say what would be removed.
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Send this machine's results to a shared cache, as far as it lacks them.
+    Push {
+        /// It, as `s3://BUCKET/PATH`.
+        #[arg(long, value_name = "URL")]
+        cache: String,
+        /// Send commands' results too, with what the programs printed.
+        #[arg(long)]
+        commands: bool,
     },
     /// Keep the results of a run, whatever `gc` is told.
     Pin {
@@ -85,9 +104,39 @@ pub(super) fn cache(CacheArgs { command, runs }: &CacheArgs) -> Result<u8, Strin
             print(&(text + "\n"))?;
             Ok(if health.is_sound() { PASS } else { FALSIFIED })
         }
-        CacheCommand::Gc { budget, dry_run } => {
+        CacheCommand::Gc { budget, older, cache: Some(url), dry_run } => {
+            if budget.is_none() && older.is_none() {
+                return Err(
+                    "say what may stay: `--budget 500GiB`, `--older 90`, or both".to_owned()
+                );
+            }
+            let older = older.map(|days| Duration::from_secs(days.saturating_mul(24 * 3600)));
+            let remote = shared(url, *dry_run, false)?;
+            let budget = RemoteBudget { bytes: *budget, older, dry_run: *dry_run };
+            let cleared = remote.clear(&store, &budget).map_err(|error| error.to_string())?;
+            let verb = if *dry_run { "would remove" } else { "removed" };
+            print(&format!(
+                "{verb} {} and {}, {}; {} stay\n",
+                plural(cleared.actions, "action"),
+                plural(cleared.objects, "object"),
+                size(cleared.freed),
+                size(cleared.left)
+            ))
+        }
+        CacheCommand::Push { cache, commands } => {
+            let remote = Arc::new(shared(cache, false, *commands)?);
+            let report = remote.push(&store).map_err(failed)?;
+            for problem in &report.problems {
+                tell_line(&format!("warning: {problem}"));
+            }
+            let results = plural(report.sent, "result");
+            print(&format!("{results} there now, {} sent\n", size(report.sent_bytes)))?;
+            Ok(if report.problems.is_empty() { PASS } else { FALSIFIED })
+        }
+        CacheCommand::Gc { budget, dry_run, .. } => {
             let pinned = pinned_objects(runs)?;
-            let budget = Budget { bytes: *budget, pinned, dry_run: *dry_run };
+            let bytes = budget.unwrap_or(20 << 30);
+            let budget = Budget { bytes, pinned, dry_run: *dry_run };
             let cleared = store.clear(&budget).map_err(failed)?;
             let cleared = cleared
                 .ok_or("a run uses the cache now, so nothing was removed; try again after it")?;
@@ -151,6 +200,18 @@ fn list(all: &[Held], spare: &[Spare]) -> String {
         );
     }
     text
+}
+
+/// A cache of many machines, which must answer.
+fn shared(url: &str, read_only: bool, commands: bool) -> Result<Remote, String> {
+    let options = RemoteOptions {
+        url: url.to_owned(),
+        read_only,
+        anonymous: false,
+        largest: LARGEST_SENT,
+        commands,
+    };
+    Remote::reached(&options).map_err(|error| error.to_string())
 }
 
 /// Everything that pinned runs name.

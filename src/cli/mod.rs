@@ -29,6 +29,7 @@ mod plan;
 mod predict;
 mod reference;
 mod receipt;
+mod remote;
 mod report;
 mod run;
 mod schema;

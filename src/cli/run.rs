@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -12,13 +13,14 @@ use rayon::prelude::*;
 
 use super::cache::bytes;
 use super::nightly::{self, Night, NightlyArgs};
+use super::remote::RemoteArgs;
 use super::slurm;
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
     BUG, Failed, INTERRUPTED, ReferenceArgs, Selection, journal, keep, load_pipeline, make_plan,
     print, print_bytes, selected, stamps_of, store_of,
 };
-use crate::cache::Store;
+use crate::cache::{Remote, Store};
 use crate::compute::arms::Workshop;
 use crate::event::{Event, Sink};
 use crate::executor::{Attempts, Processes, Slots, hook};
@@ -73,6 +75,8 @@ pub(super) struct RunArgs {
     /// What to print.
     #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
     format: OutputFormat,
+    #[command(flatten)]
+    remote: RemoteArgs,
     #[command(flatten)]
     nightly: NightlyArgs,
 }
@@ -171,6 +175,13 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         stages = super::select_stages(&graph, &pipeline, expression)?;
     }
     let selection = args.selection.select.as_ref().or(of_profile);
+    let store = match args.remote.options(pipeline.cache.as_ref())?.filter(|_| !args.dry_run) {
+        None => store,
+        Some(options) => {
+            let remote = Remote::open(&options).map_err(|error| error.to_string())?;
+            store.behind(Arc::new(remote))
+        }
+    };
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = args.selection.force;
@@ -243,6 +254,10 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     if let Some(slurm) = slurm {
         slurm.finish();
     }
+    let seconds = clock.elapsed().as_secs_f64();
+    // What was sent beside the work is there now, or is told.
+    let cache = store.settled();
+    let cache_problems = cache.as_ref().map_or(&[][..], |cache| &cache.problems).to_vec();
     // Gone before the run can be called unchanged, after which nobody would look for it.
     drop(attempts);
     keep(&stamps);
@@ -260,10 +275,11 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         exit_code,
         interrupted: finished.interrupted,
         started: seconds_only(&started),
-        seconds: clock.elapsed().as_secs_f64(),
+        seconds,
         folder: pipeline.folder.display().to_string(),
         provenance: provenance(),
         series: Some(series),
+        cache,
         families: FamilyRecord::of(&finished.stages),
         stages: Vec::new(),
     };
@@ -274,10 +290,11 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let write_down = || {
         let stages = encoded(&record.stages)?;
         let note = || match finished.bug {
-            None => {
+            // The next run tries again what was not sent.
+            None if cache_problems.is_empty() => {
                 unchanged::note(&store, &plan, &record, &stages, &finished.made, workshop, began)
             }
-            Some(_) => None,
+            _ => None,
         };
         rayon::join(|| write_json(&head, &stages.join(SEPARATOR), &folder), note).0
     };
@@ -291,6 +308,9 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     }
     // Also where a file found no room: what was computed is told.
     let shown = json.and_then(|json| show(args, &record, record.stages.len(), json, &folder));
+    for problem in &cache_problems {
+        tell_line(&format!("warning: {problem}"));
+    }
     let trouble = shown.and(page).err();
     let aloud = args.format != OutputFormat::Json;
     night.follow(&record, runs, profile.as_ref(), aloud, trouble.as_ref())?;
@@ -373,6 +393,7 @@ fn finish_unchanged(args: &RunArgs, night: &Night<'_>, unchanged: Unchanged) -> 
         folder: unchanged.folder,
         provenance: provenance(),
         series,
+        cache: None,
         families,
         stages: Vec::new(),
     };

@@ -18,6 +18,7 @@ pub(crate) mod names;
 pub(crate) mod problem;
 mod profile;
 mod settings;
+mod shared_cache;
 mod single;
 mod sites;
 mod stage;
@@ -31,6 +32,7 @@ pub use executor::{Executor, Place};
 pub use problem::Problems;
 pub use profile::Profile;
 pub(crate) use settings::MOST_THREADS;
+pub use shared_cache::SharedCache;
 
 use crate::chip::Evidence;
 use crate::metric::Metric;
@@ -82,6 +84,8 @@ pub struct Pipeline {
     pub contracts: BTreeMap<String, Contract>,
     /// Ways to run them, by name.
     pub profiles: BTreeMap<String, Profile>,
+    /// The cache that they share with other machines.
+    pub cache: Option<SharedCache>,
 }
 
 impl Pipeline {
@@ -368,7 +372,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
     };
 
     let typed = check_overrides(overrides, &mut findings);
-    let (defaults, (contracts_folder, named), profiles) =
+    let (defaults, (contracts_folder, named), Ways { profiles, cache }) =
         read_defaults(folder, &files, &mut findings);
     let (mut stages, unread_stages) = read_stages(folder, &files, &mut findings);
     family::expand_needs(&mut stages);
@@ -397,6 +401,7 @@ pub fn load(folder: &Path, overrides: &Overrides) -> Result<Pipeline, Problems> 
             .filter_map(|raw| raw.contract.map(|contract| (contract.name.clone(), contract)))
             .collect(),
         profiles,
+        cache,
     };
     findings.into_result(pipeline)
 }
@@ -407,6 +412,7 @@ fn empty(folder: &Path) -> Pipeline {
         stages: Vec::new(),
         contracts: BTreeMap::new(),
         profiles: BTreeMap::new(),
+        cache: None,
     }
 }
 
@@ -495,27 +501,34 @@ struct Defaults {
     external: Option<External>,
 }
 
+/// How `pipeline.toml` lets a folder be run.
+#[derive(Default)]
+struct Ways {
+    profiles: BTreeMap<String, Profile>,
+    cache: Option<SharedCache>,
+}
+
 /// `pipeline.toml`'s settings, the folder of contracts with where it is named, and profiles.
 fn read_defaults(
     folder: &Path,
     files: &[PathBuf],
     findings: &mut Findings,
-) -> (Defaults, (PathBuf, Option<At>), BTreeMap<String, Profile>) {
+) -> (Defaults, (PathBuf, Option<At>), Ways) {
     let beside = match (folder.file_name(), folder.parent()) {
         (Some(_), Some(parent)) => parent.join("contracts"),
         _ => folder.join("..").join("contracts"),
     };
     let path = folder.join(DEFAULTS);
     if !files.contains(&path) {
-        return (Defaults::default(), (beside, None), BTreeMap::new());
+        return (Defaults::default(), (beside, None), Ways::default());
     }
     let Some(text) = fields::read_text(&path, findings) else {
-        return (Defaults::default(), (beside, None), BTreeMap::new());
+        return (Defaults::default(), (beside, None), Ways::default());
     };
     let source = findings.add_source(path, text.clone());
     let (table, sound) = fields::parse(&text, source, findings);
     if !sound {
-        return (Defaults::default(), (beside, None), BTreeMap::new());
+        return (Defaults::default(), (beside, None), Ways::default());
     }
     let mut table = Fields::of_file(table, source, "`pipeline.toml`");
     let settings = RawSettings::read(&mut table, folder, findings);
@@ -525,12 +538,13 @@ fn read_defaults(
     let defaults = Defaults { settings, recorded, external };
     let contracts = table.take::<String>("contracts", findings);
     let profiles = profile::read(&mut table, findings);
+    let cache = shared_cache::read(&mut table, findings);
     table.finish(findings);
     let contracts = match contracts {
         Some(written) => (folder.join(written.value), written.at),
         None => (beside, None),
     };
-    (defaults, contracts, profiles)
+    (defaults, contracts, Ways { profiles, cache })
 }
 
 /// The stages, and what files that could not be parsed may be called.

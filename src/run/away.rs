@@ -287,7 +287,7 @@ fn answer(
             Order::Measure { inputs, results }
         }
     };
-    let bench = Bench { plan, store, options, prepared, computes: true };
+    let bench = Bench { plan, store, options, prepared, computes: true, returned: false };
     Ok(match attempt(&bench, order, &mut |_| {})? {
         Outcome::Arm { stored, mut state, mut why } => {
             let action = Box::new(stored.action);

@@ -125,6 +125,8 @@ pub(super) struct Bench<'a> {
     pub prepared: &'a PreparedStage<'a>,
     /// Whether it may compute what is not at hand: else somebody elsewhere does.
     pub computes: bool,
+    /// Whether somebody elsewhere has done it, and it is only read here.
+    pub returned: bool,
 }
 
 impl Bench<'_> {
@@ -718,6 +720,9 @@ impl Bench<'_> {
     /// What was said of this key before. A record that says something else than it should is none.
     fn said<T: DeserializeOwned>(&self, walk: &KeyWalk) -> Option<T> {
         let action = self.store.find(&walk.key())?;
+        if self.returned {
+            self.store.share(&action.key);
+        }
         let said = action.read();
         said.map_err(|error| self.store.set_aside(&action.key, &error.to_string())).ok()
     }

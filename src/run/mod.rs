@@ -401,7 +401,8 @@ impl<'a> Engine<'a> {
         let Job { stage, work, .. } = self.jobs[job];
         let computes = !self.is_elsewhere(stage, work);
         let (plan, store, options) = (self.plan, self.store, self.options);
-        Bench { plan, store, options, prepared: &plan.stages[stage], computes }
+        let returned = self.returned.contains(&job);
+        Bench { plan, store, options, prepared: &plan.stages[stage], computes, returned }
     }
 
     /// Whether work is done elsewhere, unless its result is at hand. What is measured of a
@@ -521,6 +522,7 @@ impl<'a> Engine<'a> {
         }
         if kept {
             self.plan.note_measured(&action);
+            self.store.share(&action.key);
         }
         if shared {
             state = ArmState::Reused;

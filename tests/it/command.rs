@@ -87,6 +87,7 @@ impl Project {
         let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
         command.args(arguments).current_dir(self.0.path());
         command.env("XDG_CACHE_HOME", self.path("home")).env_remove("RUNNER_LOG");
+        command.env_remove("RUNNER_CACHE").env_remove("RUNNER_CACHE_MODE");
         command.env("XDG_RUNTIME_DIR", self.0.path());
         // Without a visible device the outcome is the same on every machine.
         command.env("CUDA_VISIBLE_DEVICES", "");

@@ -38,6 +38,7 @@ mod readers;
 mod receipts;
 mod recorded;
 mod records;
+mod remote;
 mod single;
 mod stages;
 mod tensor_cores;

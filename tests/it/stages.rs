@@ -245,6 +245,7 @@ fn a_planted_bug_stands_in_a_record_for_the_browser() {
             models: vec!["synthetic:qwen2-tiny".to_owned()],
             selection: Some("B".to_owned()),
         }),
+        cache: None,
         stages,
     };
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planted");

@@ -59,7 +59,7 @@ fn no_file_names_a_path_beside_the_checkout_or_the_host_of_a_registry() {
 }
 
 /// What may stand in one place of the sources alone, and where: each guard is made once.
-const GUARDED: [(&str, &[&str]); 9] = [
+const GUARDED: [(&str, &[&str]); 11] = [
     ("eprint!", &[]),
     ("eprintln!", &[]),
     (" println!", &[]),
@@ -68,6 +68,9 @@ const GUARDED: [(&str, &[&str]); 9] = [
     // The process server speaks to the runner, and `chip` writes as it computes.
     ("stdout().lock", &["terminal.rs", "executor/server.rs", "cli/chip.rs"]),
     ("Mmap::map(", &["files/mapped.rs"]),
+    // What is asynchronous stays where stores are spoken to.
+    ("async ", &["cache/remote/bucket.rs"]),
+    ("tokio::", &["cache/remote/bucket.rs"]),
     (".is_control()", &["text.rs", "report/github.rs"]),
     // A keeper starts the user's programs; the others start the runner itself, the driver's own
     // tool, Slurm's, and what `--notify` names.

@@ -241,6 +241,31 @@ def five_stages(runner, folder, cluster):
     same(here, mixed, "here and with [executor]")
 
 
+def shared_cache(runner, folder, cluster):
+    """What jobs computed is sent to a shared cache by the runner that submitted them, and nobody submits what is there."""
+    shared = folder / "shared-cache"
+    shared.mkdir()
+    cache = ("--cache", f"file://{shared}")
+    project = Project(runner, folder / "cached").shipped()
+    code, there, said = project.run("--on", "slurm", *cache)
+    if code != 0 or "submitted" not in said:
+        fail(f"the run on Slurm: {code}: {said}")
+    if not there["cache"]["sent"] or there["cache"]["problems"]:
+        fail(f"what was sent: {there['cache']}")
+    # What a node computes for its own chip is a job's all the same: the runner cannot know its key.
+    for mode, arguments, arms in (
+        ("here", (), ("reference", "emulated")), ("there", ("--on", "slurm"), ("reference",))
+    ):
+        arguments = (*arguments, "--cache-mode", "read-only")
+        code, again, said = project.run(*cache, *arguments, runs=mode)
+        same(there, again, f"again {mode}")
+        states = {stage["arms"][arm]["state"] for stage in again["stages"] for arm in arms}
+        if code != 0 or states != {"reused"} or again["cache"]["problems"]:
+            fail(f"again {mode}: {code}: {states}, {again['cache']}, {said}")
+        if mode == "here" and again["cache"]["fetched"] != there["cache"]["sent"]:
+            fail(f"again {mode}: {again['cache']}, {there['cache']}")
+
+
 def bad_input(runner, folder, cluster):
     """Errors that are known before anything is submitted."""
     project = Project(runner, folder / "bad").shipped()
@@ -607,8 +632,8 @@ class other_cluster(Cluster):
 
 
 CHECKS = {
-    "five_stages": five_stages, "bad_input": bad_input, "families": families, "attach": attach,
-    "stopped": stopped, "endings": endings, "small_arrays": small_arrays,
+    "five_stages": five_stages, "shared_cache": shared_cache, "bad_input": bad_input,
+    "families": families, "attach": attach, "stopped": stopped, "endings": endings, "small_arrays": small_arrays,
 }
 # Each takes a minute or two, of which most is Slurm's own patience.
 BY_HAND = {"full_queue": full_queue, "node_failure": node_failure}
