@@ -63,6 +63,20 @@ MISTAKES = [
     ("command", "[command]\nargv = [\"true\"]\n", "[command]\nargv = [\"true\"]\ntimeout = 0\n"),
     ("command", "[command]\nargv = [\"true\"]\n", "[command]\n"),
 ]
+
+PIPELINE = """[cache]
+url = "s3://bucket/team"
+read_only = true
+anonymous = false
+largest = 5
+commands = true
+"""
+PIPELINE_MISTAKES = [
+    PIPELINE.replace('url = "s3://bucket/team"\n', ""),
+    PIPELINE.replace("5", "-5"),
+    PIPELINE.replace("true", '"yes"', 1),
+    PIPELINE + "budget = 1\n",
+]
 # A NumPy file of one row and one column.
 HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }".ljust(117) + b"\n"
 NPY = b"\x93NUMPY\x01\x00" + len(HEADER).to_bytes(2, "little") + HEADER + bytes(4)
@@ -107,6 +121,11 @@ def main():
                 answers = check(project / "stages"), stage.is_valid(tomllib.loads(manifest))
                 assert answers == (expected, expected), f"check, schema: {answers} for\n{manifest}"
         (project / "stages" / "x.toml").write_text(STAGE % "embedding" + "[embed]\n")
+        for text, expected in [(PIPELINE, True), *((text, False) for text in PIPELINE_MISTAKES)]:
+            (project / "stages" / "pipeline.toml").write_text(text)
+            answers = check(project / "stages"), pipeline.is_valid(tomllib.loads(text))
+            assert answers == (expected, expected), f"check, schema: {answers} for\n{text}"
+        (project / "stages" / "pipeline.toml").unlink()
         text = (project / "contracts" / "embedding.toml").read_text()
         for old, new in [("1.0.0", "1.0"), ("structural", "terrible"), ("bit_mismatches", "bits"),
                          ("max        = 0\n", "")]:
@@ -114,7 +133,7 @@ def main():
             (project / "contracts" / "embedding.toml").write_text(mistaken)
             answers = check(project / "stages"), contract.is_valid(tomllib.loads(mistaken))
             assert answers == (False, False), f"check, schema: {answers} for {old} -> {new}"
-    print(f"{good} files pass both, {len(MISTAKES) + 4} mistakes fail both")
+    print(f"{good} files pass both, {len(MISTAKES) + len(PIPELINE_MISTAKES) + 4} mistakes fail both")
 
 
 main()
