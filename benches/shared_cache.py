@@ -4,8 +4,8 @@
 
 The Python needs tests/consumers/s3.txt, whose S3 server (moto) it starts and ends. Copied is by `cp -r`
 from a folder, and by curl, eight objects at once, from S3. Every round is a machine of its own: its folder
-of runs holds the generated model and no result. `everything here` is the same run with all results
-in its own cache already: what is left without a shared one.
+of runs holds the generated model and no result. Once the folder is in memory, once it comes from the disk. `everything
+here` is the same run with all results in its own cache already: what is left without a shared one.
 """
 
 import argparse
@@ -37,6 +37,15 @@ def timed(what):
     return time.perf_counter() - started
 
 
+def forget(folder):
+    """Has the kernel read the files of a folder from the disk again."""
+    for file in glob.glob(folder + "/**/*.*", recursive=True):
+        if os.path.isfile(file):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def median(values):
     return sorted(values)[len(values) // 2]
 
@@ -56,7 +65,11 @@ def main(base):
     print("| store | results | copied | the run | times | everything here |")
     print("|---|---|---|---|---|---|")
     with s3.Server() as server:
-        places = {"`file://`": f"file://{shared}", "S3": f"s3://{s3.BUCKET}/timed"}
+        places = {
+            "`file://`, in memory": f"file://{shared}",
+            "`file://`, on disk": f"file://{shared}",
+            "S3": f"s3://{s3.BUCKET}/timed",
+        }
         first = base + "/first"
         for number, (name, url) in enumerate(places.items()):
             if number == 0:
@@ -89,6 +102,8 @@ def main(base):
             copied, ran, here = [], [], []
             for number in range(args.rounds):
                 to = f"{base}/copy"
+                before = lambda: forget(shared) if name.endswith("disk") else None
+                before()
                 copied.append(timed(copy(to)))
                 shutil.rmtree(to)
                 machine = f"{base}/machine"
@@ -96,6 +111,7 @@ def main(base):
                 shutil.copytree(first + "/runs/cache/v1/models", machine + "/runs/cache/v1/models")
                 # What is known of the model's file is known by its stamp.
                 s3.run(machine, server.url, *model, "--dry-run", path=url)
+                before()
                 ran.append(timed(lambda: s3.run(machine, server.url, *model, path=url)))
                 had = s3.record(machine)["cache"]
                 assert s3.states(machine) == ["reused"] and had["sent"] == 0, had

@@ -123,7 +123,11 @@ def run(folder, endpoint, *more, expect=0, keys=KEYS, wait=True, path="team"):
     )
     if not wait:
         return process
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == expect, f"{process.returncode}, not {expect}\n{out}\n{err}"
     assert SECRET not in out + err, "a secret was printed"
     for file in glob.glob(folder + "/runs/2*/*"):

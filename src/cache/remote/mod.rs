@@ -831,6 +831,57 @@ mod tests {
         assert_eq!(taken.map(secret_in), [None; 3]);
     }
 
+    /// One machine's store before a shared folder.
+    #[cfg(feature = "remote")]
+    fn machine(shared: &Path, read_only: bool) -> (tempfile::TempDir, Store) {
+        let own = tempfile::tempdir().expect("a folder");
+        let options = RemoteOptions {
+            url: format!("file://{}", shared.display()),
+            read_only,
+            anonymous: false,
+            largest: LARGEST_SENT,
+            commands: false,
+        };
+        let remote = Remote::open(&options).expect("opened");
+        let store = Store::new(own.path()).behind(Arc::new(remote));
+        (own, store)
+    }
+
+    #[cfg(feature = "remote")]
+    #[test]
+    fn two_writers_of_one_key_agree_or_are_reported() {
+        use super::super::store::NewAction;
+        let shared = tempfile::tempdir().expect("a folder");
+        let mut walk = KeyWalk::new("test");
+        walk.field("arm", "device");
+        let keep = |store: &Store, run: &str, object: &[u8], said: &str| {
+            let payload = serde_json::value::RawValue::from_string(said.to_owned()).expect("JSON");
+            let (walk, created, object) = (&walk, "now", Some(object));
+            let new = NewAction { walk, run, created, object, payload, seconds: 1.0 };
+            store.save(new).expect("saved");
+            store.settled().expect("a report")
+        };
+        let (_first, store) = machine(shared.path(), false);
+        let report = keep(&store, "one", b"tensors", r#"{"seconds": 1, "x": 2}"#);
+        assert_eq!((report.sent, report.problems.len()), (1, 0));
+        // The same, in another time.
+        let (_second, store) = machine(shared.path(), false);
+        let report = keep(&store, "two", b"tensors", r#"{"seconds": 9, "x": 2}"#);
+        assert_eq!((report.sent, report.sent_bytes, report.problems.len()), (1, 0, 0));
+        // Other bits, and other words.
+        for (object, said) in [(&b"tensorz"[..], r#"{"x": 2}"#), (b"tensors", r#"{"x": 3}"#)] {
+            let (_other, store) = machine(shared.path(), false);
+            let report = keep(&store, "three", object, said);
+            let [problem] = report.problems.as_slice() else { panic!("{:?}", report.problems) };
+            assert!(problem.contains("(run one)") && problem.contains("not deterministic"));
+        }
+        // The first one's stays, and a machine that only reads sends nothing.
+        let (_reader, store) = machine(shared.path(), true);
+        assert_eq!(store.find(&walk.key()).map(|found| found.run), Some("one".to_owned()));
+        let report = keep(&store, "four", b"tensors", r#"{"x": 4}"#);
+        assert_eq!((report.fetched, report.sent, report.problems.len()), (1, 0, 0));
+    }
+
     #[test]
     fn times_and_logs_are_no_difference_between_two_results() {
         let read = |text: &str| {
