@@ -75,6 +75,9 @@ pub mod report;
 // 8 What unattended runs need: baseline, summary, metrics, retention.
 pub mod nightly;
 
+// 9 Many machines' runs as one answer.
+pub mod fleet;
+
 // The commands.
 pub mod chip_command;
 pub mod cli;

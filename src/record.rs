@@ -249,6 +249,10 @@ pub struct ArmRecord {
     /// The GPUs that its result depends on, by model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<String>,
+    /// What of the machine and of the runner's own sources its result depends on: GPUs, driver,
+    /// libraries, chip; runs of earlier runners have none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub facts: BTreeMap<String, String>,
     /// The tensors' file in the cache.
     pub object: Option<String>,
     /// The tensors.
@@ -412,6 +416,7 @@ impl ArmRecord {
             key: None,
             machine: None,
             gpu: None,
+            facts: BTreeMap::new(),
             object: None,
             sites: Vec::new(),
             greedy: None,

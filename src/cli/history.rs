@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::{PASS, print};
 use crate::manifest::problem::plural;
-use crate::nightly::past::finished;
+use crate::nightly::past::finished_in;
 use crate::op::{Arm, Site, StageId};
 use crate::record::{RunRecord, Series, StageRecord};
 use crate::terminal::tell_line;
@@ -18,7 +18,8 @@ use crate::text::{Shown, number, one_line, shown};
 #[command(after_help = "Examples:
   runner history                     the last ten runs
   runner history B E --last 30
-  runner history --machines          the last run of each machine, and who has other bits")]
+  runner history --machines          the last run of each machine, and who has other bits
+  runner history --runs nodes        the runs of all machines whose folders of runs lie below")]
 pub(super) struct HistoryArgs {
     /// Stages to show; all by default.
     stages: Vec<String>,
@@ -34,9 +35,18 @@ pub(super) struct HistoryArgs {
     /// Hold the machines against each other: the last run of each, and whose bits differ.
     #[arg(long, conflicts_with_all = ["last", "machine", "all"])]
     machines: bool,
-    /// The folder of runs.
+    /// The folder of runs; several times for those of several machines. Of a folder that holds no
+    /// run those below it are taken.
     #[arg(long, default_value = "runs")]
-    runs: PathBuf,
+    runs: Vec<PathBuf>,
+}
+
+impl HistoryArgs {
+    /// The folders of runs, as they are named in a message.
+    fn folders(&self) -> String {
+        let folders: Vec<String> = self.runs.iter().map(|runs| runs.shown().to_string()).collect();
+        folders.join("`, `")
+    }
 }
 
 pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
@@ -48,9 +58,9 @@ pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
     if records.is_empty() {
         return Err(match &args.machine {
             Some(name) => {
-                format!("`{}` holds no finished run of {}", args.runs.shown(), shown(name))
+                format!("`{}` holds no finished run of {}", args.folders(), shown(name))
             }
-            None => format!("`{}` holds no finished run", args.runs.shown()),
+            None => format!("`{}` holds no finished run", args.folders()),
         });
     }
     let known: BTreeSet<&str> =
@@ -77,7 +87,7 @@ fn are_kin(one: &Option<Series>, other: &Option<Series>) -> bool {
 fn last(args: &HistoryArgs) -> Result<(Vec<RunRecord>, usize), String> {
     let mut records: Vec<RunRecord> = Vec::new();
     let (mut left_out, mut series) = (0, None);
-    for past in finished(&args.runs)?.iter().rev() {
+    for past in finished_in(&args.runs)?.iter().rev() {
         if records.len() == args.last.get() {
             break;
         }
@@ -107,7 +117,7 @@ fn last(args: &HistoryArgs) -> Result<(Vec<RunRecord>, usize), String> {
 fn last_of_each(args: &HistoryArgs) -> Result<(Vec<RunRecord>, usize), String> {
     let mut found: BTreeMap<String, RunRecord> = BTreeMap::new();
     let (mut left_out, mut series) = (0, None);
-    for past in finished(&args.runs)?.iter().rev() {
+    for past in finished_in(&args.runs)?.iter().rev() {
         let Some(brief) = past.brief() else { continue };
         let Some(machine) = brief.machine else { continue };
         if brief.interrupted || found.contains_key(&machine) {

@@ -14,6 +14,7 @@ mod doctor;
 mod explain;
 mod export;
 mod falsify;
+mod fleet;
 mod history;
 mod identify;
 mod journal;
@@ -47,6 +48,7 @@ use capture::CaptureCli;
 use chip::ChipCli;
 use diff::DiffArgs;
 use falsify::FalsifyArgs;
+use fleet::FleetCli;
 use history::HistoryArgs;
 use judge::JudgeArgs;
 use new::NewArgs;
@@ -258,6 +260,11 @@ enum Command {
     },
     /// Past runs, and how each stage's verdict and tightest value moved.
     History(HistoryArgs),
+    /// Many machines together: one report of all their runs.
+    Fleet {
+        #[command(subcommand)]
+        command: FleetCli,
+    },
     /// Write a manifest to begin with, and its contract.
     New(NewArgs),
     /// Print the JSON Schema of manifests or contracts, for editors.
@@ -489,6 +496,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
     match command {
         Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.reference())),
         Command::SlurmTask { batch } => slurm::task(&batch),
+        Command::Fleet { command } => fleet::fleet(&command),
         command => Ok(carry_out(command)?),
     }
 }
@@ -538,6 +546,7 @@ fn carry_out(command: Command) -> Result<u8, String> {
         Command::Reference { models: false } => reference::reference(),
         Command::Baseline { command } => nightly::baseline(&command),
         Command::History(args) => history::history(&args),
+        Command::Fleet { command } => fleet::fleet(&command).map_err(|failed| failed.text),
         Command::New(args) => new::new(&args),
         Command::Schema { of } => schema::schema(of),
         Command::Judge(args) => judge::judge(&args),

@@ -11,7 +11,7 @@ use super::baseline::hardware;
 use crate::manifest::problem::plural;
 use crate::op::StageId;
 use crate::record::{ArmRecord, RunRecord, StageRecord};
-use crate::report::{Change, of_definition, other_sites};
+use crate::report::{Change, of_definition, of_environment, other_sites};
 use crate::text::{number, one_line};
 use crate::verdict::{Judgement, Verdict};
 
@@ -42,7 +42,9 @@ pub fn changes(before: &RunRecord, now: &RunRecord) -> Vec<String> {
             effects.push(format!("{id} is new: {}", stage.verdict));
             continue;
         };
-        let known = of_definition(old, stage);
+        let mut known = of_definition(old, stage);
+        // Another GPU is told with the hardware.
+        known.extend(of_environment(old, stage).into_iter().filter(|c| c.what != "device gpu"));
         let explained = moved || known.iter().any(|cause| cause.topic.decides_numbers());
         for Change { what, before, after, .. } in known {
             let cause = format!("{what}: {before} -> {after}");

@@ -9,7 +9,7 @@ use crate::record::RunRecord;
 use crate::verdict::Verdict;
 
 /// Every verdict, so that a dashboard sees zeros too.
-const VERDICTS: [Verdict; 6] = [
+pub const VERDICTS: [Verdict; 6] = [
     Verdict::Pass,
     Verdict::Drift,
     Verdict::Structural,
@@ -96,6 +96,7 @@ pub fn open_metrics(summary: &Summary, run: Option<&RunRecord>, finished: i64) -
     text
 }
 
-fn escaped(label: &str) -> String {
+/// A label's value as the format has it.
+pub fn escaped(label: &str) -> String {
     label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

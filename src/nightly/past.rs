@@ -68,6 +68,47 @@ pub fn finished(runs: &Path) -> Result<Vec<Past>, String> {
     Ok(finished)
 }
 
+/// The finished runs of several folders, and of folders below those that hold no run themselves, as
+/// where each machine has a folder of its own: the oldest first. Copies lose the time at which
+/// they were written, so that names, which begin with the time, go before it.
+///
+/// # Errors
+/// If a folder cannot be read.
+pub fn finished_in(folders: &[PathBuf]) -> Result<Vec<Past>, String> {
+    let mut past = Vec::new();
+    for folder in folders {
+        add_below(folder, DEEPEST, &mut past)?;
+    }
+    if let [_] = folders
+        && past.windows(2).all(|pair: &[Past]| pair[0].folder.parent() == pair[1].folder.parent())
+    {
+        return Ok(past);
+    }
+    past.sort_by(|a, b| (&a.id, a.finished).cmp(&(&b.id, b.finished)));
+    Ok(past)
+}
+
+/// Deeper folders are not looked into.
+const DEEPEST: usize = 6;
+
+fn add_below(folder: &Path, deepest: usize, past: &mut Vec<Past>) -> Result<(), String> {
+    let own = finished(folder)?;
+    if !own.is_empty() || deepest == 0 {
+        past.extend(own);
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(folder)
+        .map_err(|error| format!("cannot read `{}`: {error}", folder.shown()))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_folder && !name.starts_with('.') && name != "cache" {
+            add_below(&entry.path(), deepest - 1, past)?;
+        }
+    }
+    Ok(())
+}
+
 /// The part of run.json that says what a run was; the rest is passed over.
 #[derive(Deserialize)]
 struct Head {

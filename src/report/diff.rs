@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::manifest::problem::plural;
 use crate::metric::Metric;
-use crate::op::{Site, Stream};
+use crate::op::{Arm, Site, Stream};
 use crate::plan::SiteRecord;
 use crate::record::{ArmRecord, RunRecord, StageRecord};
 use crate::text::{number, one_line};
@@ -126,6 +126,14 @@ pub fn of_definition(before: &StageRecord, after: &StageRecord) -> Vec<Change> {
     changes.all
 }
 
+/// What of a stage's environment is another one: the facts that the results of its arms depend on,
+/// and the algorithms that a library chose. Which of equal cards it was decides nothing.
+pub fn of_environment(before: &StageRecord, after: &StageRecord) -> Vec<Change> {
+    let mut changes = Changes { stage: Some(after.id.0.clone()), all: Vec::new() };
+    changes.facts(before, after);
+    changes.all
+}
+
 /// The tensors of an arm that are others than before.
 pub fn other_sites<'r>(before: &ArmRecord, after: &'r ArmRecord) -> Vec<&'r SiteRecord> {
     let digests: BTreeMap<&Site, &String> =
@@ -226,12 +234,63 @@ impl Changes {
         }
     }
 
-    fn arms(&mut self, before: &StageRecord, after: &StageRecord) {
+    fn facts(&mut self, before: &StageRecord, after: &StageRecord) {
         for (arm, new) in &after.arms {
             let Some(old) = before.arms.get(arm) else { continue };
+            // Earlier runners wrote none.
+            if !old.facts.is_empty() && !new.facts.is_empty() {
+                let names: BTreeSet<&String> = old.facts.keys().chain(new.facts.keys()).collect();
+                for name in names.into_iter().filter(|name| !IDENTITIES.contains(&name.as_str())) {
+                    let fact = |record: &ArmRecord| match record.facts.get(name) {
+                        Some(digest) if name == CODE => short(digest),
+                        Some(value) => value.clone(),
+                        None => "none".to_owned(),
+                    };
+                    let what = match name.as_str() {
+                        CODE => "the runner's own arithmetic".to_owned(),
+                        name => format!("{arm} {name}"),
+                    };
+                    let known = self.all.iter().any(|c| c.what == what && c.stage == self.stage);
+                    if !known {
+                        self.text(Topic::Environment, &what, &fact(old), &fact(new));
+                    }
+                }
+            }
+            self.algorithms(*arm, old, new);
+        }
+    }
+
+    /// The algorithms that a library chose for shapes that both have: the first, and how many more.
+    fn algorithms(&mut self, arm: Arm, old: &ArmRecord, new: &ArmRecord) {
+        let known: BTreeMap<[usize; 3], &str> =
+            old.gemms.iter().map(|gemm| (gemm.shape, gemm.algorithm.as_str())).collect();
+        let others = new.gemms.iter().filter_map(|gemm| {
+            let before = *known.get(&gemm.shape)?;
+            (before != gemm.algorithm).then_some((gemm.shape, before, gemm.algorithm.as_str()))
+        });
+        let others: Vec<_> = others.collect();
+        let Some(([tokens, outputs, inner], before, after)) = others.first() else { return };
+        let more = match others.len() {
+            1 => String::new(),
+            many => format!(", and of {} more shapes", many - 1),
+        };
+        let what = format!("{arm} algorithm of {tokens}x{outputs}x{inner}{more}");
+        self.text(Topic::Environment, &what, before, after);
+    }
+
+    fn arms(&mut self, before: &StageRecord, after: &StageRecord) {
+        self.facts(before, after);
+        for (arm, new) in &after.arms {
+            let Some(old) = before.arms.get(arm) else { continue };
+            // Card and library stand behind a semicolon, and are facts where there are any.
+            let told_apart = old.facts.contains_key("gpu") && new.facts.contains_key("gpu");
             // That a result was reused changes nothing in it.
             let state = |record: &ArmRecord| match record.object.is_some() || record.key.is_some() {
-                true => record.arithmetic.clone().unwrap_or_else(|| "computed".to_owned()),
+                true => {
+                    let words = record.arithmetic.as_deref().unwrap_or("computed");
+                    let numbers = words.split(';').next().unwrap_or(words);
+                    if told_apart { numbers } else { words }.to_owned()
+                }
                 false => record.why.clone(),
             };
             self.text(Topic::Environment, &format!("{arm} arm"), &state(old), &state(new));
@@ -243,8 +302,6 @@ impl Changes {
                     new.sites.len(),
                     first.site
                 );
-                // Enough of a hash to see that it is another one.
-                let short = |digest: &str| digest.chars().take(12).collect::<String>();
                 let old = old.sites.iter().find(|record| record.site == first.site);
                 let old = old.map_or("", |record| record.blake3.as_str());
                 self.text(Topic::Measure, &what, &short(old), &short(&first.blake3));
@@ -307,6 +364,17 @@ impl Changes {
             self.text(Topic::Measure, &what, &a, &b);
         }
     }
+}
+
+/// The fact that names the runner's own arithmetic.
+pub const CODE: &str = "code";
+
+/// Facts that say which one a machine or card is, and nothing of what it is like.
+pub const IDENTITIES: [&str; 2] = ["which gpu", "machine"];
+
+/// Enough of a hash to see that it is another one.
+fn short(digest: &str) -> String {
+    digest.chars().take(12).collect()
 }
 
 /// A leaf at which two values differ, by its path, as `recipe.scale.weight`.
@@ -428,11 +496,21 @@ fn counted(effects: &Effects<'_>) -> String {
         .join(" and ")
 }
 
+/// Which cards the device arm of a run computed on.
+fn card(run: &RunRecord) -> Option<&str> {
+    let mut devices = run.stages.iter().filter_map(|stage| stage.arms.get(&Arm::Device));
+    devices.find_map(|device| device.facts.get("which gpu")).map(String::as_str)
+}
+
 /// The changes as lines. What follows from a known cause is counted, unless `all` is asked for.
 pub fn diff_text(before: &RunRecord, after: &RunRecord, changes: &[Change], all: bool) -> String {
+    let cards = [before, after].map(card);
     let name = |run: &RunRecord| {
         let machine = run.provenance.machine.as_ref();
-        one_line(&format!("{}{}", run.id, machine.map_or(String::new(), |m| format!(" on {m}"))))
+        let machine = machine.map_or(String::new(), |machine| format!(" on {machine}"));
+        let card = card(run).filter(|_| cards[0] != cards[1]);
+        let card = card.map_or(String::new(), |card| format!(", {card}"));
+        one_line(&format!("{}{machine}{card}", run.id))
     };
     let mut text = format!("{} -> {}\n", name(before), name(after));
     if changes.is_empty() {

@@ -21,9 +21,11 @@ mod table;
 
 pub use arrow::arrow;
 pub use csv::csv;
-pub use diff::{Change, diff, diff_text, of_definition, other_sites};
+pub use diff::{
+    CODE, Change, IDENTITIES, diff, diff_text, of_definition, of_environment, other_sites,
+};
 pub use github::{annotations, markdown};
-pub use html::{diff_page, page};
+pub use html::{diff_page, document, page, symbol, verdict};
 pub use junit::junit;
 pub use log::EventLog;
 pub use progress::{Bars, Lines};

@@ -671,6 +671,7 @@ impl<'a> Engine<'a> {
                 let chip = chip.unwrap_or(definition.recipe.chip);
                 record.basis = Emulated::basis(&definition.recipe, chip);
             }
+            record.facts = facts_of(&stored.action.fields);
             record.sites = stored.payload.sites.clone();
             record.greedy = stored.payload.greedy.clone();
             record.command = stored.payload.command.clone();
@@ -822,6 +823,13 @@ impl<'a> Engine<'a> {
 }
 
 /// A command's verdict in one line: its status, and what it said last if that was bad.
+/// What of the machine and of the runner's own sources a result depends on: the fields that the
+/// plan writes from `code` on, before the op.
+fn facts_of(fields: &[(String, String)]) -> BTreeMap<String, String> {
+    let facts = fields.iter().skip_while(|(name, _)| name != "code");
+    facts.take_while(|(name, _)| name != "op").cloned().collect()
+}
+
 fn outcome_in_words(record: &CommandRecord, why: &str, store: &Store) -> String {
     let mut parts = vec![format!("status {}", record.status)];
     if !record.outputs.is_empty() {

@@ -422,6 +422,26 @@ test("laws that leave a tenth of the drift or more are not shown", async () => {
   await close(page);
 });
 
+// `cargo test the_page_of_thirty_machines` leaves this page.
+test("a fleet of 30 machines, 30 stages and 90 nights: small and quick", async () => {
+  const folder = new URL("../../target/tmp/fleet", import.meta.url).pathname;
+  const size = statSync(join(folder, "report.html")).size;
+  assert(size < 3e6, `${size} bytes`);
+  const page = await open(folder);
+  const paint = await firstPaint(page);
+  console.log(`fleet: ${(size / 1e6).toFixed(2)} MB, first paint after ${paint.toFixed(0)} ms`);
+  // How long it took is printed and depends on the machine; a page that never paints fails.
+  assert(paint < 15000, `first paint after ${paint} ms`);
+  assert.match(await page.locator("header h1").innerText(), /structural/);
+  assert.equal(await page.locator("table.fleet tbody td").count(), 30 * 30);
+  assert.match(await page.locator(".diagnosis").first().innerText(), /cuBLASLt 13\.1\.0/);
+  await unfold(page);
+  const nights = await page.locator("pre").first().innerText();
+  assert.equal(nights.split("\n").length, 30);
+  assert.match(nights, /^node\d\d {2}[.S]{90}$/m);
+  await close(page);
+});
+
 test("300 stages can be found by name", async () => {
   const many = structuredClone(run);
   many.stages = Array.from({ length: 300 }, (_, number) => {

@@ -36,6 +36,18 @@ validator.validate(run)
 for broken in [{**run, "verdict": "fine"}, {**run, "schema": 2}, {**run, "stages": [{}]}]:
     assert not validator.is_valid(broken)
 
+# All runs of the folder as a fleet of one machine, against its schema.
+fleet_schema = json.loads((pathlib.Path(__file__).parents[2] / "docs/fleet.schema.json").read_text())
+fleet_validator = jsonschema.Draft202012Validator(fleet_schema)
+jsonschema.Draft202012Validator.check_schema(fleet_schema)
+told = subprocess.run([runner, "fleet", "report", runs, "--format", "json"], capture_output=True)
+fleet = json.loads(told.stdout)
+assert told.returncode == fleet["exit_code"], told.stderr
+fleet_validator.validate(fleet)
+assert [machine["name"] for machine in fleet["machines"]] == [run["provenance"]["machine"]]
+for broken in [{**fleet, "verdict": "fine"}, {**fleet, "schema": 2}, {**fleet, "findings": [{}]}]:
+    assert not fleet_validator.is_valid(broken)
+
 # junit.xml: a suite per stage, a case per falsifier and one for the verdict.
 suites = junitparser.JUnitXml.fromfile(str(folder / "junit.xml"))
 assert [suite.name for suite in suites] == [stage["id"] for stage in run["stages"]]

@@ -18,6 +18,7 @@ mod data;
 mod dumps;
 mod external;
 mod faults;
+mod fleet;
 mod foreign_engine;
 mod gguf_layouts;
 mod golden;

@@ -437,7 +437,14 @@ pub(crate) fn unknown_places(record: &Value) -> BTreeSet<String> {
     unknown
 }
 
-fn walk(root: &Value, schema: &Value, value: &Value, at: &str, unknown: &mut BTreeSet<String>) {
+/// Collects the places of a value that a schema says nothing about.
+pub(crate) fn walk(
+    root: &Value,
+    schema: &Value,
+    value: &Value,
+    at: &str,
+    unknown: &mut BTreeSet<String>,
+) {
     let mut schema = schema;
     if let Some(name) = schema["$ref"].as_str() {
         schema = root.pointer(name.trim_start_matches('#')).unwrap_or_else(|| panic!("no {name}"));

@@ -89,8 +89,8 @@ pub fn diff_page(before: &RunRecord, after: &RunRecord, changes: &[Change]) -> S
     document(&title, &diff_table(before, after, changes))
 }
 
-/// A whole page around a body.
-fn document(title: &str, body: &Markup) -> String {
+/// A whole page around a body: without network or server, and with no script but ours.
+pub fn document(title: &str, body: &Markup) -> String {
     let nonce = blake3::hash(body.0.as_bytes()).to_hex().to_string();
     let policy = format!(
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; \
@@ -119,7 +119,7 @@ fn document(title: &str, body: &Markup) -> String {
 }
 
 /// A verdict as a word with its mark: never by colour alone.
-fn verdict(verdict: Verdict) -> Markup {
+pub fn verdict(verdict: Verdict) -> Markup {
     html! {
         span class=(format!("verdict v-{verdict}")) {
             span aria-hidden="true" { (symbol(verdict)) } " " (verdict)
@@ -127,7 +127,8 @@ fn verdict(verdict: Verdict) -> Markup {
     }
 }
 
-fn symbol(verdict: Verdict) -> &'static str {
+/// A verdict's mark.
+pub fn symbol(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Pass => "\u{2713}",
         Verdict::Drift => "\u{2248}",

@@ -518,7 +518,9 @@ fn engine(folder: &Path, bytes: &[u8]) -> Answer {
 
 fn run(folder: &Path, bytes: &[u8]) -> Answer {
     put(folder, "run.json", bytes);
+    let in_a_fleet = as_a_fleet(folder);
     let run = RunRecord::read(folder).map_err(in_words)?;
+    in_a_fleet?;
     // One of the pages at a time: which one follows from the file.
     let which = bytes.iter().fold(0usize, |sum, byte| sum.wrapping_mul(31) + usize::from(*byte));
     match which % 8 {
@@ -540,6 +542,29 @@ fn run(folder: &Path, bytes: &[u8]) -> Answer {
         }
     }
     Ok(())
+}
+
+/// The same file as the only run of a fleet, whose report is written in all its forms. What is left
+/// out is named, and is no refusal: a whole run may be a stopped one, or of a machine without a
+/// name.
+fn as_a_fleet(folder: &Path) -> Answer {
+    use runner::fleet::{metrics, page, read, report, text};
+    let files = read::find(&[folder.to_owned()])?;
+    let window = read::Window {
+        at: 1_800_000_000,
+        nights: 4_000_000_000,
+        shift: runner::fleet::Shift(0),
+        without: Vec::new(),
+    };
+    let gathered = read::gather(&files, &window);
+    if let [left_out] = gathered.left_out.as_slice() {
+        assert!(left_out.why.contains("run.json"), "it is not named: {}", left_out.why);
+        return Ok(());
+    }
+    let report = report(&gathered, &window, &["expected".to_owned()]);
+    assert!(!report.line.contains('\n'), "a message's head is one line");
+    drop((text(&report), page(&report), metrics::open_metrics(&report, 0)));
+    serde_json::to_string(&report).map(drop).map_err(in_words)
 }
 
 /// The events of a run that was cut off: its last one is told.
