@@ -113,14 +113,14 @@ fn make(args: &ReportArgs) -> Result<Report, Failed> {
         shift: Shift(args.day_begins),
         without: args.without.clone(),
     };
-    let files = find(&args.runs)?;
-    let gathered = gather(&files, &window);
+    let found = find(&args.runs)?;
+    let gathered = gather(&found, &window);
     if gathered.runs.is_empty() {
         let why = match gathered.left_out.first() {
             Some(left_out) => left_out.why.clone(),
             None => format!(
                 "all {} are older than {} nights, or of machines that `--without` leaves out",
-                files.len(),
+                found.files.len(),
                 args.nights
             ),
         };

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::read::{Digests, Made, Stage};
-use super::{Finding, Fleet, Night, OtherBits, OtherVerdict, Since, Unsteady, causes};
+use super::{Finding, Fleet, Night, OtherArm, OtherBits, OtherVerdict, Since, Unsteady, causes};
 use crate::op::Arm;
 use crate::verdict::Verdict;
 
@@ -14,6 +14,8 @@ use crate::verdict::Verdict;
 pub enum What {
     /// A stage's answer.
     Verdict,
+    /// Whether an arm has a result.
+    Result(Arm),
     /// The bits of an arm.
     Bits(Arm),
 }
@@ -75,6 +77,18 @@ fn compared(view: &BTreeMap<usize, &Stage>) -> Compared {
         verdicts.entry((gravity(answer.verdict), answer.verdict)).or_default().insert(*host);
     }
     add(&mut compared, What::Verdict, verdicts.into_values().map(Group::alone).collect());
+    // That an arm could not run hinders no pass, and is to be seen all the same.
+    let mut results: BTreeMap<Arm, [BTreeSet<usize>; 2]> = BTreeMap::new();
+    for (host, answer) in view {
+        for (arm, without) in &answer.without {
+            let sides = results.entry(*arm).or_default();
+            sides[usize::from(without.is_some())].insert(*host);
+        }
+    }
+    for (arm, sides) in results {
+        let sides = sides.into_iter().filter(|side| !side.is_empty());
+        add(&mut compared, What::Result(arm), sides.map(Group::alone).collect());
+    }
     let usual = usual_verdict(view);
     let mut peers: BTreeMap<(Arm, &str), Vec<Alike<'_>>> = BTreeMap::new();
     for (host, answer) in view {
@@ -277,6 +291,7 @@ fn finding(
         since,
         new: several && fleet.nights.last() == Some(&since),
         verdicts: Vec::new(),
+        arms: Vec::new(),
         bits: Vec::new(),
         causes,
         nearest,
@@ -291,6 +306,11 @@ fn finding(
                 verdict: one.verdict,
                 instead_of: other.verdict,
                 first: one.first.as_ref().map(ToString::to_string),
+            }),
+            What::Result(arm) => finding.arms.push(OtherArm {
+                stage: name,
+                arm,
+                why: one.without.get(&arm).and_then(|why| why.as_ref()).map(ToString::to_string),
             }),
             // Several chips may have other bits each of their own.
             What::Bits(arm) if finding.bits.iter().any(|b| (&b.stage, b.arm) == (&name, arm)) => {}

@@ -192,6 +192,8 @@ pub struct Finding {
     pub new: bool,
     /// Other verdicts.
     pub verdicts: Vec<OtherVerdict>,
+    /// Arms that have a result where most machines have none, or the other way round.
+    pub arms: Vec<OtherArm>,
     /// Other bits.
     pub bits: Vec<OtherBits>,
     /// What separates those that differ from those that do not, the likeliest first.
@@ -222,6 +224,17 @@ pub struct OtherVerdict {
     /// Where it starts and what it is, as one of the machines has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first: Option<String>,
+}
+
+/// An arm that has a result where on most machines it has none, or the other way round.
+#[derive(Clone, Debug, Serialize)]
+pub struct OtherArm {
+    /// The stage.
+    pub stage: String,
+    /// The arm.
+    pub arm: Arm,
+    /// Why it has no result; nothing where it has one, and most have none.
+    pub why: Option<String>,
 }
 
 /// Bits that most machines do not have.

@@ -90,7 +90,8 @@ fn one_finding(finding: &Finding) -> Markup {
                 @if finding.new { "new: " }
                 (whom.len()) " of " (whom.len() + finding.others) ": " bdi { (words::names(&whom)) }
             }
-            @for (text, stages) in words::verdicts(finding).into_iter().chain(words::bits(finding)) {
+            @let others = [words::verdicts(finding), words::arms(finding), words::bits(finding)];
+            @for (text, stages) in others.into_iter().flatten() {
                 p class="finding" title=(stages.join(", ")) { (text) }
             }
             @if let Some(first) = first { p { "where it starts: " (first) } }
@@ -208,8 +209,9 @@ fn matrix_cell(cell: &Cell) -> Markup {
 }
 
 fn machines(report: &Report) -> Markup {
-    let names: BTreeSet<&String> =
-        report.machines.iter().flat_map(|machine| machine.facts.keys()).collect();
+    let names = report.machines.iter().flat_map(|machine| machine.facts.keys());
+    // The GPU has a column of its own.
+    let names: BTreeSet<&String> = names.filter(|name| *name != "gpu").collect();
     html! {
         h2 { "Machines" }
         div class="scroll" { table {

@@ -73,6 +73,8 @@ pub struct Stage {
     pub card: Option<Arc<str>>,
     /// What its arms made here.
     pub arms: Vec<Made>,
+    /// For each of its arms why it has no result; nothing where it has one.
+    pub without: BTreeMap<Arm, Option<Arc<str>>>,
     /// The values of its claims.
     pub values: Vec<Claim>,
 }
@@ -140,15 +142,24 @@ pub struct Window {
 /// Deeper folders are not looked into.
 const DEEPEST: usize = 12;
 
+/// Files of runs, and folders that cannot be read.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// The folders, and why.
+    pub left_out: Vec<LeftOut>,
+}
+
 /// The run.json files of some places: a file, a run's folder, or a folder with such folders
 /// anywhere below it. Links are not followed, nor is a cache looked into.
 ///
 /// # Errors
-/// If a place is not there, cannot be read, or holds no run.
-pub fn find(places: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
-    let mut files = Vec::new();
+/// If a place is not there, or holds no run.
+pub fn find(places: &[PathBuf]) -> Result<Found, String> {
+    let mut found = Found::default();
     for place in places {
-        let before = files.len();
+        let before = found.files.len();
         let facts = std::fs::metadata(place).map_err(|error| {
             format!(
                 "cannot read `{}`: {error}; give a folder of runs, or a run.json",
@@ -156,45 +167,60 @@ pub fn find(places: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
             )
         })?;
         match facts.is_dir() {
-            false => files.push(place.clone()),
-            true => below(place, DEEPEST, &mut files)?,
+            false => found.files.push(place.clone()),
+            true => found.add_below(place, DEEPEST),
         }
-        if files.len() == before {
+        if found.files.len() == before {
+            let why = found.left_out.first().map(|left_out| format!("; {}", left_out.why));
             return Err(format!(
-                "`{}` holds no run: no run.json lies in it or in a folder below",
-                place.shown()
+                "`{}` holds no run: no run.json lies in it or in a folder below{}",
+                place.shown(),
+                why.unwrap_or_default()
             ));
         }
     }
-    Ok(files)
+    Ok(found)
 }
 
-fn below(folder: &Path, deepest: usize, files: &mut Vec<PathBuf>) -> Result<(), String> {
-    let own = folder.join("run.json");
-    // A run's folder holds no other run.
-    if own.symlink_metadata().is_ok_and(|facts| facts.is_file()) {
-        files.push(own);
-        return Ok(());
-    }
-    let cannot = |error| format!("cannot read `{}`: {error}", folder.shown());
-    let mut folders = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(cannot)? {
-        let entry = entry.map_err(cannot)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if is_folder && !name.starts_with('.') && name != "cache" {
-            folders.push(entry.path());
+impl Found {
+    fn add_below(&mut self, folder: &Path, deepest: usize) {
+        let own = folder.join("run.json");
+        // A run's folder holds no other run.
+        if own.symlink_metadata().is_ok_and(|facts| facts.is_file()) {
+            return self.files.push(own);
+        }
+        let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let entries = match entries {
+            Ok(entries) => entries,
+            Err(error) => {
+                let file = folder.shown().to_string();
+                let why = format!("`{file}` cannot be read: {error}");
+                return self.left_out.push(LeftOut { file, why });
+            }
+        };
+        let is_place = |entry: &std::fs::DirEntry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            is_folder && !name.starts_with('.') && name != "cache"
+        };
+        let folders = entries.iter().filter(|entry| is_place(entry));
+        let mut folders: Vec<PathBuf> = folders.map(std::fs::DirEntry::path).collect();
+        folders.sort();
+        for folder in folders {
+            match deepest {
+                0 => {
+                    let file = folder.shown().to_string();
+                    let why = format!("`{file}` lies deeper than {DEEPEST} folders");
+                    self.left_out.push(LeftOut { file, why });
+                }
+                _ => self.add_below(&folder, deepest - 1),
+            }
         }
     }
-    folders.sort();
-    for folder in folders.iter().filter(|_| deepest > 0) {
-        below(folder, deepest - 1, files)?;
-    }
-    Ok(())
 }
 
 /// Reads the files, several at a time.
-pub fn gather(files: &[PathBuf], window: &Window) -> Gathered {
+pub fn gather(found: &Found, window: &Window) -> Gathered {
     let oldest = window.oldest();
     let kept = Mutex::new(Kept::default());
     let read = |path: &PathBuf| {
@@ -205,8 +231,9 @@ pub fn gather(files: &[PathBuf], window: &Window) -> Gathered {
         read_one(path, window, &kept)
             .map_err(|why| LeftOut { file: path.shown().to_string(), why: one_line(&why) })
     };
-    let all: Vec<Result<Option<Run>, LeftOut>> = files.par_iter().map(read).collect();
-    let mut gathered = Gathered::default();
+    let all: Vec<Result<Option<Run>, LeftOut>> = found.files.par_iter().map(read).collect();
+    let left_out = found.left_out.clone();
+    let mut gathered = Gathered { left_out, ..Gathered::default() };
     for result in all {
         match result {
             Ok(Some(run)) => gathered.runs.push(run),
@@ -368,6 +395,7 @@ struct Reduced {
     gpu: Option<String>,
     card: Option<String>,
     arms: Vec<(Arm, String, String, Digests)>,
+    without: BTreeMap<Arm, Option<String>>,
     values: Vec<(String, Metric, f64, f64)>,
 }
 
@@ -418,6 +446,8 @@ impl Head<'_> {
             Some((*arm, peers, record.key.clone().unwrap_or_default(), digests))
         };
         let arms = stage.arms.iter().filter_map(made).collect();
+        let why = |record: &LeanArm| record.key.is_none().then(|| shown(&record.why));
+        let without = stage.arms.iter().map(|(arm, record)| (*arm, why(record))).collect();
         let falsified = stage.verdict != Verdict::Pass;
         let first = stage.first.as_ref().filter(|_| falsified).map(|first| match &first.cause {
             Some(cause) => format!("{} of {}: {cause}", first.site, first.arm),
@@ -439,6 +469,7 @@ impl Head<'_> {
             gpu,
             card,
             arms,
+            without,
             values: stage.judgements.iter().filter_map(value).collect(),
         }
     }
@@ -573,6 +604,8 @@ impl Kept {
             digests: once(&mut self.digests, digests),
         });
         let arms = arms.collect();
+        let without = stage.without.into_iter();
+        let without = without.map(|(arm, why)| (arm, why.map(|why| self.text(&why)))).collect();
         let values = stage.values.into_iter().map(|(falsifier, metric, value, used)| Claim {
             falsifier: self.text(&falsifier),
             metric,
@@ -591,6 +624,7 @@ impl Kept {
             gpu: stage.gpu.map(|gpu| self.text(&gpu)),
             card: stage.card.map(|card| self.text(&card)),
             arms,
+            without,
             values,
         }
     }

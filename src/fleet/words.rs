@@ -73,6 +73,7 @@ fn machines_of(finding: &Finding) -> impl Iterator<Item = &str> {
 pub fn brief(finding: &Finding) -> String {
     let whom: Vec<&str> = machines_of(finding).collect();
     let mut what: Vec<String> = verdicts(finding).into_iter().map(|(words, _)| words).collect();
+    what.extend(arms(finding).into_iter().map(|(words, _)| words));
     what.extend(bits(finding).into_iter().map(|(words, _)| words));
     let cause = finding.causes.first().map_or(String::new(), |cause| {
         format!("; {}{}", if cause.weak { "perhaps " } else { "" }, facts(cause))
@@ -89,6 +90,24 @@ pub fn verdicts(finding: &Finding) -> Vec<(String, Vec<&str>)> {
     all.into_iter()
         .map(|((verdict, instead_of), stages)| {
             (format!("{verdict} instead of {instead_of} in {}", names(&stages)), stages)
+        })
+        .collect()
+}
+
+/// What arms have a result or none, in words, with the stages.
+pub fn arms(finding: &Finding) -> Vec<(String, Vec<&str>)> {
+    let mut all: BTreeMap<(Arm, Option<&str>), Vec<&str>> = BTreeMap::new();
+    for other in &finding.arms {
+        all.entry((other.arm, other.why.as_deref())).or_default().push(&other.stage);
+    }
+    all.into_iter()
+        .map(|((arm, why), stages)| {
+            let names = names(&stages);
+            let words = match why {
+                Some(why) => format!("no result of {arm} in {names}: {why}"),
+                None => format!("a result of {arm} in {names}, where most have none"),
+            };
+            (words, stages)
         })
         .collect()
 }
@@ -303,7 +322,7 @@ impl Text {
         if let Some(first) = first {
             self.line(2, &format!("where it starts: {first}"));
         }
-        for (words, _) in bits(finding) {
+        for (words, _) in arms(finding).into_iter().chain(bits(finding)) {
             self.line(2, &words);
         }
         if finding.tie {

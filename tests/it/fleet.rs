@@ -254,8 +254,17 @@ fn the_text_of_a_report() {
     }
     let damaged = project.path("fleet/node01/runs").join(run_id(&hosts[0], 3)).join("run.json");
     fs::write(&damaged, "{\"schema\": 1, \"sta").expect("written");
-    let told = reported(&project, 10, &["--expect", "node01,node77"]);
+    let more = ["--expect", "node01,node77", "--html", "fleet.html", "--notify", "cat > told.json"];
+    let told = reported(&project, 10, &more);
     assert_eq!(told.code, Some(1), "{}", told.err);
+    // The examples of the docs are this report, and its message.
+    let docs = include_str!("../../docs/fleet.md");
+    assert!(docs.contains(&told.out), "docs/fleet.md shows another text than\n{}", told.out);
+    let block = docs.split("```json\n").nth(1).and_then(|rest| rest.split("```").next());
+    let mut shown: Value = serde_json::from_str(block.expect("an example")).expect("JSON");
+    let notice: Value = serde_json::from_str(&project.read("told.json")).expect("JSON");
+    shown["page"] = notice["page"].clone();
+    assert_eq!(shown, notice);
     insta::assert_snapshot!("the_text_of_a_fleet", told.out);
 }
 
@@ -276,6 +285,27 @@ fn a_fleet_without_a_difference_reports_none() {
         .filter_map(|trend| trend["kind"].as_str())
         .collect();
     assert_eq!(kinds, BTreeSet::from(["flat"]));
+    assert_eq!(unknown_in(&report), BTreeSet::new());
+}
+
+#[test]
+fn a_gpu_that_is_gone_is_told_although_its_stages_pass() {
+    let project = fleet(&hosts(6), 4, 1, &|_, _| None);
+    for night in 2..4 {
+        let file = format!("fleet/node04/runs/{}/run.json", run_id(&hosts(6)[3], night));
+        let text = project.read(&file);
+        let start = text.find("\"device\":{").expect("an arm");
+        let end = text.find("},\"judgements\"").expect("its end");
+        let gone = r#""device":{"state":"unmeasured","why":"no CUDA device: the driver does not start","arithmetic":null,"seconds":null,"key":null,"object":null,"sites":[],"greedy":null}"#;
+        project.write(&file, &format!("{}{gone}{}", &text[..start], &text[end..]));
+    }
+    let report = json_of(&project, 4, 0);
+    let finding = &report["findings"][0];
+    assert_eq!(finding["machines"], json!([{ "machine": "node04", "since": day(2) }]));
+    let why = "no CUDA device: the driver does not start";
+    assert_eq!(finding["arms"], json!([{ "stage": "S00", "arm": "device", "why": why }]));
+    let told = reported(&project, 4, &[]);
+    told.expect(0, "no result of device in S00: no CUDA device: the driver does not start");
     assert_eq!(unknown_in(&report), BTreeSet::new());
 }
 
@@ -322,7 +352,7 @@ fn two_facts_that_only_together_separate_are_found_as_a_pair() {
         .iter()
         .map(|fact| &fact["name"])
         .collect();
-    assert_eq!(facts, ["driver", "gpu"], "{finding:#}");
+    assert_eq!(facts, ["gpu", "driver"], "{finding:#}");
     assert_eq!(finding["causes"][0]["known_before"], 0, "it was so from the first night on");
 }
 

@@ -549,14 +549,14 @@ fn run(folder: &Path, bytes: &[u8]) -> Answer {
 /// name.
 fn as_a_fleet(folder: &Path) -> Answer {
     use runner::fleet::{metrics, page, read, report, text};
-    let files = read::find(&[folder.to_owned()])?;
+    let found = read::find(&[folder.to_owned()])?;
     let window = read::Window {
         at: 1_800_000_000,
         nights: 4_000_000_000,
         shift: runner::fleet::Shift(0),
         without: Vec::new(),
     };
-    let gathered = read::gather(&files, &window);
+    let gathered = read::gather(&found, &window);
     if let [left_out] = gathered.left_out.as_slice() {
         assert!(left_out.why.contains("run.json"), "it is not named: {}", left_out.why);
         return Ok(());
