@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use runner::chip::Evidence;
 use runner::compare::Part;
 use runner::metric::Metric;
 use runner::op::{Arm, Stream};
@@ -410,6 +411,7 @@ fn the_schema_lists_every_name_that_a_record_can_hold() {
         (&judgement["outcome"], words_of::<Outcome>()),
         (&judgement["if_fails"], words_of::<runner::manifest::IfFails>()),
         (&defs["arm"]["properties"]["state"], words_of::<ArmState>()),
+        (&defs["arm"]["properties"]["basis"]["properties"]["evidence"], words_of::<Evidence>()),
         (&defs["stage"]["properties"]["costs"]["items"]["properties"]["part"], words_of::<Part>()),
         (&defs["stage"]["properties"]["arms"]["propertyNames"], arms.clone()),
     ] {

@@ -70,6 +70,7 @@ fn results(run: &str) -> Result<BTreeMap<String, Value>, String> {
         let id = stage["id"].as_str().unwrap_or_default().to_owned();
         let stage = stage.as_object_mut().ok_or("no stage")?;
         stage.remove("seconds");
+        stage.remove("costs");
         for arm in stage["arms"].as_object_mut().ok_or("no arms")?.values_mut() {
             let arm = arm.as_object_mut().ok_or("no arm")?;
             let state = arm.remove("state").unwrap_or_default();
