@@ -476,7 +476,8 @@ mod tests {
         assert_eq!(of_capability((8, 6)), Some(ChipName::Ampere));
         assert_eq!(of_capability((8, 9)), Some(ChipName::Ada));
         assert_eq!(of_capability((9, 0)), Some(ChipName::Hopper));
-        assert_eq!(of_capability((12, 0)), None);
+        assert_eq!(of_capability((12, 0)), Some(ChipName::RtxBlackwell));
+        assert_eq!(of_capability((12, 1)), None);
     }
 
     #[test]
