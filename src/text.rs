@@ -113,6 +113,18 @@ impl fmt::Display for ShownPath<'_> {
     }
 }
 
+/// Bytes as people read them: `512 B`, `3.0 GiB`.
+pub fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
 /// Seconds, as far as a reader looks at them: `42 ms`, `4.20 s`, `42 s`, `42 min`.
 pub fn duration(seconds: f64) -> String {
     match seconds {

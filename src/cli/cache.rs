@@ -13,7 +13,7 @@ use crate::manifest::problem::plural;
 use crate::nightly::retention::PINNED;
 use crate::record::RunRecord;
 use crate::terminal::tell_line;
-use crate::text::Shown;
+use crate::text::{Shown, size};
 
 #[derive(Args)]
 pub(super) struct CacheArgs {
@@ -260,20 +260,10 @@ pub(super) fn bytes(text: &str) -> Result<u64, String> {
     Ok((number * scale) as u64)
 }
 
-fn size(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if value < 1024.0 {
-            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1024.0;
-    }
-    format!("{value:.1} TiB")
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{bytes, size};
+    use super::bytes;
+    use crate::text::size;
 
     #[test]
     fn sizes_are_read_and_written() {

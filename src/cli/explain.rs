@@ -70,6 +70,7 @@ fn costs(stage: &StageRecord, run: &str) -> String {
     line("What each claim reads besides the tensors of its arms".to_owned());
     let whole_pass = matches!(stage.op, Op::Forward { .. });
     let mut unread = stage.costs.clone();
+    unread.retain(|cost| cost.part != Part::Comparisons);
     for judgement in &stage.judgements {
         let reads = |cost: &&Cost| {
             cost.part.is_read(cost.subject, judgement.compare, judgement.metric, whole_pass)

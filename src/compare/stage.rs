@@ -109,7 +109,7 @@ pub fn measure_stage(
     let of_logits = !every_site && matches!(task.op, Op::Forward { .. });
     // Where every site is known, drift is predicted layer by layer instead.
     let drawn = match reference {
-        Some(reference) if outputs.len() > 1 && !emulated_engine => {
+        Some(reference) if of_logits && outputs.len() > 1 && !emulated_engine => {
             let doubts = |drawn: &[Tensor]| in_doubt(reference, outputs, drawn);
             ledger.time(Part::DrawnPasses, None, || drawn(task, recipe, &doubts))?
         }
@@ -117,9 +117,11 @@ pub fn measure_stage(
     };
     for (&arm, output) in outputs {
         all.measures.extend(repeats(arm, output));
-        let subject = Some(Stream::Arm(arm));
-        let of_batch = ledger.time(Part::Comparisons, subject, || batch(arm, output, &drawn));
-        all.measures.extend(of_batch);
+        if of_logits {
+            let subject = Some(Stream::Arm(arm));
+            let of_batch = ledger.time(Part::Comparisons, subject, || batch(arm, output, &drawn));
+            all.measures.extend(of_batch);
+        }
     }
     let mut known: Option<(&Output, Rc<Own>)> = None;
     for (&arm, output) in outputs.iter().filter(|(arm, _)| **arm != Arm::Reference) {
@@ -146,7 +148,7 @@ pub fn measure_stage(
         }
         if reference.is_some() && every_site {
             let by_engine = match arm {
-                Arm::Recorded | Arm::External | Arm::Device => {
+                Arm::Recorded | Arm::External | Arm::Device if recipe.engine.is_some() => {
                     let kernels = || by_engine(task, recipe, output);
                     ledger.time(Part::Kernels, Some(subject), kernels)?
                 }

@@ -7,7 +7,7 @@
 use crate::model::Model;
 use crate::op::{Arm, Capture, Op, Recorded};
 use crate::plan::{Plan, PreparedStage};
-use crate::text::number;
+use crate::text::size;
 
 /// A job, as far as memory goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,30 +103,31 @@ fn widest(model: &Model) -> usize {
 /// Refuses a bound that a stage's jobs cannot keep, before anything runs.
 ///
 /// # Errors
-/// With the stage and what it needs.
+/// With the job of the plan that needs most, and what it needs.
 pub fn check_memory(plan: &Plan<'_>, most: u64) -> Result<(), String> {
-    let gib = |bytes: u64| number(bytes as f64 / f64::from(1 << 30));
-    for prepared in &plan.stages {
+    let items = plan.stages.iter().flat_map(|prepared| {
         let arms = prepared.stage.arms.iter().map(|arm| Item::Arm(*arm));
-        for item in arms.chain([Item::Measures]) {
-            let needed = PROGRAM + need(prepared, item);
-            if needed > most {
-                let what = match item {
-                    Item::Arm(arm) => format!("the {arm} arm"),
-                    Item::Measures => "measuring".to_owned(),
-                };
-                return Err(format!(
-                    "stage `{}`: {what} needs up to {} GiB of memory beyond the mapped model, and \
-                     `--memory` allows {} GiB; allow that much, give a shorter prompt, or leave the \
-                     stage out with `--select`",
-                    prepared.stage.id,
-                    gib(needed),
-                    gib(most)
-                ));
-            }
-        }
+        arms.chain([Item::Measures])
+            .map(move |item| (PROGRAM + need(prepared, item), prepared, item))
+    });
+    let Some((needed, prepared, item)) = items.max_by_key(|(needed, ..)| *needed) else {
+        return Ok(());
+    };
+    if needed <= most {
+        return Ok(());
     }
-    Ok(())
+    let what = match item {
+        Item::Arm(arm) => format!("the {arm} arm"),
+        Item::Measures => "measuring".to_owned(),
+    };
+    Err(format!(
+        "stage `{}`: {what} needs up to {} of memory beyond the mapped model, more than any other \
+         job, and `--memory` allows {}; allow that much, give a shorter prompt, or leave the stage \
+         out with `--select`",
+        prepared.stage.id,
+        size(needed),
+        size(most)
+    ))
 }
 
 /// What of a bound is left for jobs.

@@ -11,6 +11,9 @@ use runner::record::RunRecord;
 
 const STAGES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/stages");
 
+/// The shipped stages.
+const ALL: &str = "A,B,C,D,E";
+
 /// What a run came to.
 struct Ran {
     code: Option<i32>,
@@ -21,13 +24,13 @@ struct Ran {
 
 /// Runs stages of a model under a bound in MiB, and watches its memory. Mapped files are not anonymous
 /// memory: the kernel drops their pages when it needs room.
-fn run(runs: &Path, model: &str, tokens: usize, memory: Option<u64>) -> Ran {
+fn run(runs: &Path, model: &str, select: &str, tokens: usize, memory: Option<u64>) -> Ran {
     let tokens: Vec<String> = (1..=tokens).map(|token| (token % 90).to_string()).collect();
     let place = runs.to_str().expect("a path of text");
     let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
     command
         .args(["run", STAGES, "--model", model, "--runs", place, "--format", "plain", "--tokens"]);
-    command.arg(tokens.join(","));
+    command.arg(tokens.join(",")).args(["--select", select]);
     command.args(memory.map(|memory| format!("--memory={memory}M")));
     // Without a visible device the outcome is the same on every machine.
     command.env("CUDA_VISIBLE_DEVICES", "").stdout(Stdio::null());
@@ -80,13 +83,14 @@ fn a_run_keeps_to_its_memory_and_makes_the_same_bits_or_is_refused_beforehand() 
         ("synthetic:llama-tiny", 7),
     ] {
         let free = tempfile::tempdir().expect("a folder");
-        let Ran { code, stderr, .. } = run(free.path(), model, tokens, None);
+        let Ran { code, stderr, .. } = run(free.path(), model, ALL, tokens, None);
         assert!(matches!(code, Some(0 | 1)), "{model}: {stderr}");
         let expected = bits(&record(free.path()));
         let (mut kept, mut refused) = (0, 0);
         for memory in [64, 160, 192, 224, 256, 320, 384] {
             let runs = tempfile::tempdir().expect("a folder");
-            let Ran { code: bounded, stderr, peak } = run(runs.path(), model, tokens, Some(memory));
+            let Ran { code: bounded, stderr, peak } =
+                run(runs.path(), model, ALL, tokens, Some(memory));
             let place = format!("{model}, {memory} MiB");
             if bounded == Some(2) {
                 assert!(kept == 0, "{place}: less was enough");
@@ -107,4 +111,22 @@ fn a_run_keeps_to_its_memory_and_makes_the_same_bits_or_is_refused_beforehand() 
         }
         assert!(kept > 0 && refused > 0, "{model}: {kept} kept, {refused} refused");
     }
+}
+
+/// Every site of this prompt, its truths and its floors are several times the bound: where they stayed
+/// in memory the second run would need as much as the first.
+#[test]
+fn what_is_kept_for_later_does_not_stay_in_memory() {
+    const BOUND: u64 = 256;
+    let runs = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+    let [free, bounded] = [None, Some(BOUND)].map(|memory| {
+        let place = &runs[usize::from(memory.is_some())];
+        let ran = run(place.path(), "synthetic:qwen2-tiny", "B", 1200, memory);
+        assert!(matches!(ran.code, Some(0 | 4)), "{}", ran.stderr);
+        ran.peak
+    });
+    assert!(free > 3 * BOUND / 2, "without a bound it took {free} MiB: this shows nothing");
+    assert!(bounded <= BOUND, "it took {bounded} MiB");
+    let [free, bounded] = runs.map(|place| bits(&record(place.path())));
+    assert_eq!(free, bounded);
 }

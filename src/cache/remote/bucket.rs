@@ -105,7 +105,12 @@ fn has_amazon_credentials() -> bool {
 impl Bucket {
     /// The store that a URL names. Nothing is asked of it yet.
     pub fn open(url: &str, anonymous: bool) -> Result<Bucket, String> {
-        let parsed = Url::parse(url).map_err(|error| error.to_string())?;
+        let usual = "write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, \
+                     https://SERVER/PATH or file:///FOLDER";
+        let parsed = Url::parse(url).map_err(|error| format!("{error}; {usual}"))?;
+        if matches!(parsed.scheme(), "s3" | "s3a" | "gs" | "az") && parsed.host().is_none() {
+            return Err(format!("it names no bucket; {usual}"));
+        }
         let said = |error: Error| in_words(&error);
         let prefix = || Path::from_url_path(parsed.path()).map_err(|error| error.to_string());
         // What TLS computes with; a second call in one process changes nothing.

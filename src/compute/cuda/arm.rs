@@ -13,7 +13,9 @@ use cudarc::driver::CudaSlice;
 use super::cublaslt::{Operands, Spec};
 use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
-use super::weights::{ALIGNMENT, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of};
+use super::weights::{
+    ALIGNMENT, Digests, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of,
+};
 use crate::compute::call::Call;
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
@@ -41,8 +43,7 @@ type Gemms = BTreeMap<([usize; 3], String), Vec<String>>;
 pub struct Device {
     gpu: Lease,
     recipe: Recipe,
-    /// The digest of each tensor met so far, by name: an arm lives as long as one model.
-    digests: Mutex<BTreeMap<String, blake3::Hash>>,
+    digests: Digests,
     /// What each product was computed with, and for which weights.
     gemms: Mutex<Gemms>,
 }
@@ -50,13 +51,8 @@ pub struct Device {
 impl Device {
     /// The arm that computes as `recipe` prescribes, on that GPU.
     pub fn new(gpu: Lease, recipe: &Recipe) -> Device {
-        let (digests, gemms) = (Mutex::default(), Mutex::default());
+        let (digests, gemms) = (Digests::default(), Mutex::default());
         Device { gpu, recipe: *recipe, digests, gemms }
-    }
-
-    fn digest(&self, weight: Weight<'_>) -> blake3::Hash {
-        let mut digests = self.digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *digests.entry(weight.name().to_owned()).or_insert_with(|| weight.digest())
     }
 
     fn entry(
@@ -66,7 +62,7 @@ impl Device {
         form: Form,
     ) -> Result<Arc<Entry>, DeviceError> {
         let State { weights, stream, kernels, .. } = state;
-        weights.get(stream, kernels, weight, &self.digest(weight), form)
+        weights.get(stream, kernels, weight, &self.digests.of(weight), form)
     }
 
     fn values(&self, state: &mut State, weight: Weight<'_>) -> Result<Arc<Entry>, DeviceError> {

@@ -6,8 +6,6 @@
 //! is kept under the key of the CPU's, and a GPU that errs must not reach it. Every other op is the
 //! CPU's own.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -15,7 +13,7 @@ use rayon::prelude::*;
 use super::arm::download;
 use super::gpu::{DeviceError, Gpu, Lease, State};
 use super::kernels::ReferenceShape;
-use super::weights::{CHUNK, Entry, Form};
+use super::weights::{CHUNK, Digests, Entry, Form};
 use super::{MeasuredReference, enabled};
 use crate::compute::call::Call;
 use crate::compute::emulated::identify::spread;
@@ -30,19 +28,13 @@ const SAMPLED: usize = 8;
 /// The reference arm with its products on one GPU.
 pub struct ReferenceOnGpu {
     gpu: Lease,
-    /// The digest of each tensor met so far, by name: an arm lives as long as one model.
-    digests: Mutex<BTreeMap<String, blake3::Hash>>,
+    digests: Digests,
 }
 
 impl ReferenceOnGpu {
     /// The arm on that GPU.
     pub fn new(gpu: Lease) -> ReferenceOnGpu {
-        ReferenceOnGpu { gpu, digests: Mutex::default() }
-    }
-
-    fn digest(&self, weight: Weight<'_>) -> blake3::Hash {
-        let mut digests = self.digests.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *digests.entry(weight.name().to_owned()).or_insert_with(|| weight.digest())
+        ReferenceOnGpu { gpu, digests: Digests::default() }
     }
 
     fn matmul(
@@ -84,7 +76,7 @@ impl ReferenceOnGpu {
         bias: Option<Weight<'_>>,
     ) -> Result<Tensor, ComputeError> {
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
-        let digest = self.digest(weight);
+        let digest = self.digests.of(weight);
         let (outputs, width) = (weight.rows(), weight.width());
         let step = (CHUNK / width).max(1);
         self.gpu.with(&what(weight), |state| {

@@ -5,8 +5,8 @@
 //! the same name is another entry. When the budget is full, the entries that were
 //! not used for longest make room: a model that does not fit streams through.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaSlice, CudaStream};
 
@@ -84,6 +84,18 @@ struct Kept {
     entry: Arc<Entry>,
     bytes: usize,
     used: u64,
+}
+
+/// The digest of each tensor that an arm met, by name: an arm lives as long as one model.
+#[derive(Default)]
+pub struct Digests(Mutex<BTreeMap<String, blake3::Hash>>);
+
+impl Digests {
+    /// A tensor's digest, computed once.
+    pub fn of(&self, weight: Weight<'_>) -> blake3::Hash {
+        let mut digests = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *digests.entry(weight.name().to_owned()).or_insert_with(|| weight.digest())
+    }
 }
 
 /// The tensors that a GPU keeps.
