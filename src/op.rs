@@ -134,6 +134,10 @@ pub struct Recipe {
     /// where nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<Format>,
+    /// GPUs that compute one pass together, where these are several: see
+    /// [`parallel`](crate::compute::parallel).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<NonZeroU32>,
 }
 
 impl Default for Recipe {
@@ -151,6 +155,7 @@ impl Default for Recipe {
             emulate: None,
             pin: Pin::NONE,
             kv_cache: None,
+            tensor_parallel: None,
         }
     }
 }
@@ -202,11 +207,17 @@ impl Recipe {
             emulate: None,
             pin: Pin::NONE,
             kv_cache: None,
+            tensor_parallel: None,
         }
     }
 }
 
 impl Recipe {
+    /// GPUs that compute one pass together.
+    pub fn ranks(&self) -> usize {
+        self.tensor_parallel.map_or(1, |ranks| ranks.get() as usize)
+    }
+
     /// The recipe with scales of another granularity; of an engine by that kernel of the same
     /// engine which makes such scales. Nothing where it has none.
     pub fn with_scale(&self, scale: Scale) -> Option<Recipe> {

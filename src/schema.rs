@@ -325,6 +325,10 @@ fn recipe() -> Value {
                     "the type in which attention keeps keys and values; FP8 with the checkpoint's scales, or 1",
                     json!({ "enum": ["none", "bf16", "f16", "e4m3", "e5m2"] }),
                 ),
+                "tensor_parallel": says(
+                    "GPUs that compute one pass together, each a part of K of `attn_output` and `ffn_down`",
+                    whole(1),
+                ),
                 "chip": says("whose tensor cores; `auto` is the device's, where there is one", json!({ "enum": chips })),
                 "pin": says("the library's algorithm, instead of the one that the rule picks", pin),
             }),

@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::{Codes, CodesRow};
 use crate::dtype::Format;
+use crate::tensor::Tensor;
 use crate::vector::{Kernel, dispatch};
 
 /// Columns that are looked at together, all of one scale.
@@ -156,6 +157,23 @@ fn finite<const FRACTION: u32, const BIAS: u32>(magnitude: u32) -> f32 {
     if magnitude < 1 << FRACTION { magnitude as i32 as f32 * unit } else { normal }
 }
 
+/// The rounding errors of an activation whose parts of K are converted each on its own.
+pub(super) fn errors_by_part(
+    x: &Tensor,
+    parts: &[Range<usize>],
+    convert: impl Fn(&Tensor) -> (Codes, Scales),
+) -> Vec<f32> {
+    let mut whole = Tensor::zeros(x.rows(), x.width());
+    for inner in parts {
+        let part = x.columns(inner.clone());
+        let (codes, scales) = convert(&part);
+        let mut errors = Vec::new();
+        rounding_errors(Rows::all(part.data(), &codes, &scales), &mut errors);
+        whole.set_columns(inner.start, &Tensor::new(inner.len(), errors));
+    }
+    whole.into_data()
+}
+
 /// An operand's rows, each divided by a power of two so that its largest magnitude lies between 1
 /// and 2: the square of a value near 2^-70 is no f32.
 ///
@@ -183,6 +201,22 @@ impl Lifted {
         };
         dispatch(Lift { rows, lifted: &mut lifted });
         lifted
+    }
+
+    /// The rows of an activation whose errors are known.
+    pub fn with_errors(values: &[f32], errors: &[f32], width: usize) -> Lifted {
+        let powers: Vec<f64> = values.chunks_exact(width).map(power_below).collect();
+        let lift = |values: &[f32]| -> Vec<f32> {
+            let rows = values.chunks_exact(width).zip(&powers);
+            let lifted = rows.flat_map(|(row, power)| {
+                row.iter().map(move |&value| (f64::from(value) * (1.0 / power)) as f32)
+            });
+            lifted.collect()
+        };
+        let squared = |values: &[f32]| values.iter().map(|value| value * value).collect();
+        let lifted = lift(values);
+        let (squares, error_squares) = (squared(&lifted), squared(&lift(errors)));
+        Lifted { values: lifted, squares, error_squares, powers }
     }
 }
 

@@ -11,9 +11,10 @@ use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::emulated::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::emulated::quantize::{CodeData, Codes};
+use super::emulated::ranks;
 use super::emulated::schedule::Schedule;
 pub use super::emulated::steps::{Converted, Edit, Steps, Whole, keep};
-use super::{ComputeError, check_matmul};
+use super::{ComputeError, check_matmul, parallel};
 use crate::dtype::Format;
 use crate::model::Weight;
 use crate::op::Recipe;
@@ -68,36 +69,66 @@ pub fn matmul_rows(
     }
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let whole = arm.absmax_of(weight)?;
-    let (codes, scales) = arm.quantise_activation(x);
-    let edited = (steps.x)(Converted { values: x.data(), codes, scales, first_row: 0 });
     let width = weight.width();
-    let output = arm.before_bias(steps.output, bias.is_some());
+    // A product that one GPU computes alone is of one part.
+    let dealt = parallel::parts(recipe, &weight)?;
+    let parts = dealt.clone().unwrap_or_else(|| vec![0..width]);
+    let of_x: Vec<Tensor> = match &dealt {
+        Some(parts) => parts.iter().map(|inner| x.columns(inner.clone())).collect(),
+        None => vec![x.clone()],
+    };
+    let edited: Vec<Converted<'_>> = parts
+        .iter()
+        .zip(&of_x)
+        .map(|(inner, x)| {
+            let (codes, scales) = arm.quantise_activation(x);
+            let (first_row, first_inner) = (0, inner.start);
+            (steps.x)(Converted { values: x.data(), codes, scales, first_row, first_inner })
+        })
+        .collect();
     let starts: Vec<usize> = rows.clone().step_by(CHUNK_ROWS).collect();
-    let chunks: Vec<(usize, Tensor)> = starts
+    let chunks: Vec<(usize, Vec<Tensor>)> = starts
         .into_par_iter()
         .map(|start| {
             let range = start..(start + CHUNK_ROWS).min(rows.end);
             let mut values = vec![0.0; range.len() * width];
             weight.decode_rows(range, &mut values)?;
             let (codes, scales) = arm.quantise_weight_rows(weight, start, &values, whole);
-            let w = (steps.w)(Converted { values: &values, codes, scales, first_row: start });
-            let (x_format, w_format) = (edited.codes.format(), w.codes.format());
-            let unit = chip(recipe.chip).unit(x_format, w_format).ok_or_else(|| {
-                ComputeError::Recipe(format!("no unit multiplies {x_format} by {w_format}"))
-            })?;
-            let x =
-                prepare(unit, &Operand { codes: &edited.codes, scales: edited.scales.clone() })?;
-            let w = Operand { codes: &w.codes, scales: w.scales };
-            Ok((start, gemm_prepared(&steps.schedule, &x, &w, output)?))
+            let (first_row, first_inner) = (start, 0);
+            let w = Converted { values: &values, codes, scales, first_row, first_inner };
+            let w = (steps.w)(w);
+            let of_parts = edited.iter().zip(&parts).enumerate().map(|(part, (x, inner))| {
+                let (x_format, w_format) = (x.codes.format(), w.codes.format());
+                let unit = chip(recipe.chip).unit(x_format, w_format).ok_or_else(|| {
+                    ComputeError::Recipe(format!("no unit multiplies {x_format} by {w_format}"))
+                })?;
+                let x = prepare(unit, &Operand { codes: &x.codes, scales: x.scales.clone() })?;
+                let output = arm.before_bias(steps.output, part == 0 && bias.is_some());
+                if dealt.is_none() {
+                    let w = Operand { codes: &w.codes, scales: w.scales.clone() };
+                    return Ok(gemm_prepared(&steps.schedule, &x, &w, output)?);
+                }
+                let codes = w.codes.some_columns(inner.clone());
+                let scales = ranks::scales_of_part(&w.scales, inner, width);
+                let w = Operand { codes: &codes, scales };
+                Ok(gemm_prepared(&steps.schedule, &x, &w, output)?)
+            });
+            Ok((start, of_parts.collect::<Result<_, ComputeError>>()?))
         })
         .collect::<Result<_, ComputeError>>()?;
-    let mut y = Tensor::zeros(x.rows(), rows.len());
-    for (start, chunk) in chunks {
-        y.set_columns(start - rows.start, &chunk);
+    let mut of_parts = vec![Tensor::zeros(x.rows(), rows.len()); parts.len()];
+    for (start, chunks) in chunks {
+        for (y, chunk) in of_parts.iter_mut().zip(&chunks) {
+            y.set_columns(start - rows.start, chunk);
+        }
     }
-    if let Some(bias) = bias {
+    if let (Some(bias), Some(y)) = (bias, of_parts.first_mut()) {
         y.add_to_rows(&bias[rows]);
     }
+    let y = match of_parts.as_mut_slice() {
+        [y] => std::mem::replace(y, Tensor::zeros(0, 1)),
+        _ => ranks::sum_by_rank(of_parts, steps.output),
+    };
     // Another output than the recipe's is rounded to the stream's type by the caller.
     Ok(if steps.output == recipe.output { arm.streamed(y) } else { y })
 }
@@ -150,8 +181,14 @@ pub fn read_as(operand: Converted<'_>, format: Format) -> Converted<'_> {
 /// Codes outside `kept` (elements of K) replaced by zero.
 pub fn only_inner<'v>(operand: Converted<'v>, kept: impl Fn(usize) -> bool) -> Converted<'v> {
     let format = operand.codes.format();
-    let codes =
-        recoded(&operand.codes, format, |_, column, code| if kept(column) { code } else { 0 });
+    let first = operand.first_inner;
+    let codes = recoded(
+        &operand.codes,
+        format,
+        |_, column, code| {
+            if kept(first + column) { code } else { 0 }
+        },
+    );
     Converted { codes, ..operand }
 }
 
@@ -368,6 +405,7 @@ mod tests {
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
         kv_cache: None,
+        tensor_parallel: None,
     };
 
     fn values(count: usize, seed: u32) -> Vec<f32> {
@@ -443,6 +481,7 @@ mod tests {
                 codes: codes.clone(),
                 scales: Scales::Tensor(scale),
                 first_row: 0,
+                first_inner: 0,
             };
             let cut = truncated(of(&codes));
             let all = |codes: &Codes| -> Vec<f32> {

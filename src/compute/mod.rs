@@ -23,6 +23,7 @@ pub mod flow;
 pub mod forward;
 pub mod generate;
 pub mod kv_cache;
+pub mod parallel;
 pub mod product;
 pub mod recorded;
 pub mod reference;

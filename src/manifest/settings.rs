@@ -60,6 +60,7 @@ struct RawRecipe {
     stages: Option<Put<u32>>,
     split_k: Option<Put<NonZeroU32>>,
     kv_cache: Option<Put<Option<Format>>>,
+    tensor_parallel: Option<Put<NonZeroU32>>,
 }
 
 /// The settings that hold for one stage.
@@ -470,6 +471,7 @@ impl RawRecipe {
             batch: table.take("batch", findings),
             chip: table.choice("chip", &CHIPS, findings),
             kv_cache: table.choice("kv_cache", &KV_CACHES, findings),
+            tensor_parallel: table.take("tensor_parallel", findings),
             ..RawRecipe::default()
         };
         if let Some(mut scale) = table.table("scale", findings) {
@@ -561,6 +563,7 @@ impl RawRecipe {
             stages: self.stages.or_else(|| inherited.stages.clone()),
             split_k: self.split_k.or_else(|| inherited.split_k.clone()),
             kv_cache: self.kv_cache.or_else(|| inherited.kv_cache.clone()),
+            tensor_parallel: self.tensor_parallel.or_else(|| inherited.tensor_parallel.clone()),
         }
     }
 
@@ -749,6 +752,22 @@ impl RawRecipe {
                 .at_if(put.at.as_ref(), "the project's own kernels take it"),
             );
         }
+        // One GPU is what no key means.
+        let ranks = value_of(&self.tensor_parallel).filter(|ranks| ranks.get() > 1);
+        if let (Some(engine), Some(put)) = (&self.engine, &self.tensor_parallel)
+            && engine.value.stream.is_some()
+            && ranks.is_some()
+        {
+            problems.push(
+                Problem::new(
+                    format!("`tensor_parallel` is not known of the engine `{}`", engine.value.name),
+                    "leave `tensor_parallel` out, or write the recipe without `engine`: `gemm`, \
+                     `scale` and `stream` say what its products are, and give its sums a floor. \
+                     How an engine adds what its GPUs made was not looked at",
+                )
+                .at_if(put.at.as_ref(), "several GPUs"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if of_checkpoint && missing.contains(&gemm.value.format()) {
             let (has, lacks): (Vec<_>, Vec<_>) = CHIPS
@@ -812,6 +831,7 @@ impl RawRecipe {
                 split_k: value_of(&self.split_k),
             },
             kv_cache,
+            tensor_parallel: ranks,
         })
     }
 }

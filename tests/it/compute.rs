@@ -50,6 +50,7 @@ const E4M3: Recipe = Recipe {
     codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
     kv_cache: None,
+    tensor_parallel: None,
 };
 
 fn model(preset: Preset) -> Model {
@@ -490,6 +491,25 @@ fn every_recipe_deviates_by_its_predicted_floor() {
                 let zs = measure_floors(&model, &recipe, 32, &mut kernels);
                 let name = format!("{} {name}, {output} out", preset.name());
                 assert_floors(&name, &zs, (0.9, 1.1));
+            }
+        }
+    }
+    assert_kernels(&kernels);
+}
+
+/// Partial sums of several GPUs are rounded, and their sum again: the floor knows of both.
+#[test]
+fn products_over_several_gpus_deviate_by_their_predicted_floor() {
+    let model = model(Preset::Qwen2Tiny);
+    let mut kernels = BTreeMap::new();
+    for (name, recipe) in recipes() {
+        let by_block = recipe.scale.weight == WeightScale::Block128;
+        for ranks in [2, 4].into_iter().filter(|ranks| !by_block || *ranks == 2) {
+            for output in [Format::F32, Format::Bf16] {
+                let tensor_parallel = std::num::NonZeroU32::new(ranks);
+                let recipe = Recipe { output, tensor_parallel, ..recipe };
+                let zs = measure_floors(&model, &recipe, 32, &mut kernels);
+                assert_floors(&format!("{name}, {output} out, {ranks} GPUs"), &zs, (0.9, 1.1));
             }
         }
     }

@@ -43,5 +43,6 @@ mod remote;
 mod single;
 mod stages;
 mod tensor_cores;
+mod tensor_parallel;
 mod tidy;
 mod vocabulary;

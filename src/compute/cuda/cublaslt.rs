@@ -36,8 +36,10 @@ pub struct Spec {
     pub outputs: usize,
     /// K.
     pub inner: usize,
-    /// Elements from one row of an operand to the next.
+    /// Elements from one row of w to the next.
     pub stride: usize,
+    /// The same of x.
+    pub x_stride: usize,
     /// Whether the tensor core's accumulator carries all along K; FP8 only.
     pub fast: bool,
     /// Whether the library multiplies the result with a scale of each operand.
@@ -48,10 +50,12 @@ pub struct Spec {
 pub struct Operands<'a> {
     /// w, `[outputs, stride]`.
     pub w: &'a CudaSlice<u8>,
-    /// x, `[tokens, stride]`.
+    /// x, `[tokens, x_stride]`.
     pub x: &'a CudaSlice<u8>,
-    /// Bytes to skip at the start of both.
+    /// Bytes to skip at the start of w.
     pub skip: usize,
+    /// The same of x.
+    pub x_skip: usize,
     /// One scale each, where the product is scaled: of w and of x.
     pub scales: Option<(&'a CudaSlice<f32>, &'a CudaSlice<f32>)>,
 }
@@ -292,7 +296,7 @@ impl Library {
         let (x, _x_read) = operands.x.device_ptr(stream);
         let (y, _y_written) = y.device_ptr_mut(stream);
         let (workspace, _workspace_used) = self.workspace.device_ptr_mut(stream);
-        let skip = operands.skip as u64;
+        let (skip, x_skip) = (operands.skip as u64, operands.x_skip as u64);
         // SAFETY: the descriptors live until the end of this function; `Call::new` checked
         // that the operands hold what they describe, the assertion above that the result does;
         // the workspace is as large as the algorithms were told.
@@ -304,7 +308,7 @@ impl Library {
                 (&raw const beta).cast(),
                 (w + skip) as *const c_void,
                 call.w.0,
-                (x + skip) as *const c_void,
+                (x + x_skip) as *const c_void,
                 call.x.0,
                 y as *const c_void,
                 call.y.0,
@@ -380,8 +384,11 @@ impl Call {
     ) -> Result<Call, DeviceError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let bytes = spec.operands.bytes();
-        for (operand, rows) in [(operands.w, spec.outputs), (operands.x, spec.tokens)] {
-            let needed = operands.skip + ((rows - 1) * spec.stride + spec.inner) * bytes;
+        for (operand, skip, rows, stride) in [
+            (operands.w, operands.skip, spec.outputs, spec.stride),
+            (operands.x, operands.x_skip, spec.tokens, spec.x_stride),
+        ] {
+            let needed = skip + ((rows - 1) * stride + spec.inner) * bytes;
             assert!(
                 operand.len() >= needed,
                 "an operand holds {} bytes of {needed}",
@@ -409,7 +416,7 @@ impl Call {
         Ok(Call {
             description,
             w: Layout::new(operand, spec.inner, spec.outputs, spec.stride)?,
-            x: Layout::new(operand, spec.inner, spec.tokens, spec.stride)?,
+            x: Layout::new(operand, spec.inner, spec.tokens, spec.x_stride)?,
             y: Layout::new(data_type(spec.output), spec.outputs, spec.tokens, spec.outputs)?,
         })
     }

@@ -52,7 +52,7 @@ pub fn chip_here(_: Option<&Path>) -> Option<ChipName> {
 }
 
 /// What the device arm's results depend on.
-pub fn facts(_: Option<&Path>) -> Vec<(String, String)> {
+pub fn facts(_: &Recipe, _: Option<&Path>) -> Vec<(String, String)> {
     Vec::new()
 }
 

@@ -21,6 +21,8 @@ mod gpu;
 #[cfg(feature = "cuda")]
 mod kernels;
 #[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(feature = "cuda")]
 mod probe;
 #[cfg(feature = "cuda")]
 pub mod program;

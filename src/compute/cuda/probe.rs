@@ -92,6 +92,7 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
         outputs,
         inner,
         stride: inner,
+        x_stride: inner,
         fast: trial.accumulate == Accumulate::Fast,
         scaled,
     };
@@ -100,7 +101,7 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
         let x_scale = state.stream.clone_htod(&[x.scale])?;
         let w_scale = state.stream.clone_htod(&[w.scale])?;
         let scales = scaled.then_some((&w_scale, &x_scale));
-        let operands = Operands { w: &w_codes, x: &x_codes, skip: 0, scales };
+        let operands = Operands { w: &w_codes, x: &x_codes, skip: 0, x_skip: 0, scales };
         let stream = state.stream.clone();
         let chosen = state.library.choose(&stream, &spec, &operands, &Pin::NONE)?;
         let mut algorithms = vec![chosen];

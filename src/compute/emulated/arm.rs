@@ -16,14 +16,14 @@ use super::engine::EngineArm;
 use super::gemm::{Operand, Scales, gemm_prepared, prepare};
 use super::quantize::{Codes, CodesRow, CodesRowMut, absmax, quantize_row, scale_for};
 use super::schedule::Schedule;
-use super::{dequant, kernels};
+use super::{dequant, kernels, ranks};
 use crate::chip::{Basis, Evidence};
 use crate::compute::call::{Call, Held};
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
-    check_tokens, checkpoint, gain_and_bias, rope,
+    check_tokens, checkpoint, gain_and_bias, parallel, rope,
 };
 use crate::dtype::Format;
 use crate::model::{Activation, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType};
@@ -120,7 +120,8 @@ impl Emulated {
             CodesOf::Made => self.recipe.gemm.to_string(),
             CodesOf::Checkpoint => "the checkpoint's codes".to_owned(),
         };
-        format!("{} {gemm}, {}{stream}", self.chip.name, self.schedule)
+        let ranks = parallel::in_words(&self.recipe);
+        format!("{} {gemm}, {}{stream}{ranks}", self.chip.name, self.schedule)
     }
 
     /// What the products of a recipe on a chip rest on. Nothing where an engine's kernels are named
@@ -140,8 +141,8 @@ impl Emulated {
             CodesOf::Made => &[recipe.gemm],
             CodesOf::Checkpoint => &[Format::E4m3, Format::Bf16],
         };
-        let of = formats.iter().filter_map(|format| chip.basis(*format, promoted));
-        of.max_by_key(|basis| basis.evidence).cloned()
+        let of = formats.iter().filter_map(|format| chip.basis(*format, promoted)).cloned();
+        of.chain(parallel::basis(recipe)).max_by_key(|basis| basis.evidence)
     }
 
     /// A result as the next op reads it: rounded to the stream's type.
@@ -585,6 +586,9 @@ impl Emulated {
         if let Some(arm) = self.of_weight(&weight)? {
             return arm.matmul(x, weight, bias);
         }
+        if let Some(parts) = parallel::parts(&self.recipe, &weight)? {
+            return self.matmul_of_ranks(&parts, x, weight, bias);
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);
         let prepared = prepare(&self.unit, &Operand { codes: &codes, scales })?;
@@ -602,6 +606,45 @@ impl Emulated {
             y.add_to_rows(&bias);
         }
         Ok(self.streamed(y))
+    }
+
+    /// A product whose K is dealt out: each rank's part of it, and their sum. The bias is the first
+    /// rank's, as it is added once.
+    fn matmul_of_ranks(
+        &self,
+        parts: &[Range<usize>],
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let (width, output) = (weight.width(), self.recipe.output);
+        let prepared = parts
+            .iter()
+            .map(|inner| {
+                let (codes, scales) = self.quantise_activation(&x.columns(inner.clone()));
+                Ok(prepare(&self.unit, &Operand { codes: &codes, scales })?)
+            })
+            .collect::<Result<Vec<_>, ComputeError>>()?;
+        let chunks = self.by_quantised_chunk(weight, |first, _, codes, scales| {
+            let of_ranks = parts.iter().zip(&prepared).enumerate().map(|(rank, (inner, x))| {
+                let codes = codes.some_columns(inner.clone());
+                let scales = ranks::scales_of_part(&scales, inner, width);
+                let output = self.before_bias(output, rank == 0 && bias.is_some());
+                gemm_prepared(&self.schedule, x, &Operand { codes: &codes, scales }, output)
+            });
+            Ok((first, of_ranks.collect::<Result<Vec<_>, _>>()?))
+        })?;
+        let mut of_ranks = vec![Tensor::zeros(x.rows(), weight.rows()); parts.len()];
+        for (first, chunks) in chunks {
+            for (y, chunk) in of_ranks.iter_mut().zip(&chunks) {
+                y.set_columns(first, chunk);
+            }
+        }
+        if let (Some(bias), Some(y)) = (bias, of_ranks.first_mut()) {
+            y.add_to_rows(&bias);
+        }
+        Ok(self.streamed(ranks::sum_by_rank(of_ranks, output)))
     }
 
     pub(crate) fn rope(

@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod schedule;
 pub mod steps;
 pub mod quantize;
+pub mod ranks;
 pub mod tensor_core;
 pub mod simd;
 pub mod gemm;
