@@ -83,6 +83,7 @@ const GAINS: &[&str] = &[
 const SCALED: &[&str] = &["embed_scaled", "attn_scaled", "ffn_scaled", "logits_scaled", "logits"];
 const CACHES: &[&str] = &["k_cache", "v_cache", "kv_a_cache"];
 const BIASED: &[&str] = &["q", "k", "v"];
+const DEALT_OUT: &[&str] = &["attn_out", "ffn_down"];
 
 /// All bugs.
 pub const CATALOGUE: &[Bug] = &[
@@ -330,6 +331,15 @@ pub const CATALOGUE: &[Bug] = &[
     bug("bias added twice", &["bias-twice"], BIASED, Plant::BiasTwice),
     bug("the previous layer's bias", &["bias-swapped"], BIASED, Plant::PreviousLayersBias)
         .after_layer_0(),
+    // Sums of what several GPUs made.
+    bug("a GPU left out of the sum", &["rank-missing"], DEALT_OUT, Plant::RankMissing),
+    bug("a GPU added twice", &["rank-twice"], DEALT_OUT, Plant::RankTwice),
+    bug(
+        "the bias added on every GPU",
+        &["bias-on-every-rank", "bias-twice"],
+        DEALT_OUT,
+        Plant::BiasOnEveryRank,
+    ),
     // NaN and infinity.
     bug("one output is NaN", &["non-finite-output"], GEMMS, Plant::Single(f32::NAN)),
     bug(

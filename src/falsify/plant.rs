@@ -19,12 +19,13 @@ use crate::compute::departure::{
 };
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
+use crate::compute::emulated::ranks::sum_by_rank;
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
 use crate::compute::kv_cache::Cached;
 use crate::compute::reference::{Reference, activated, gated as of_pair};
-use crate::compute::{AttentionShape, ComputeError, Ops, rope};
+use crate::compute::{AttentionShape, ComputeError, Ops, parallel, rope};
 use crate::dtype::Format;
 use crate::model::{Activation, Model, Rope, RopeLayout, RouterScores, Routing, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
@@ -155,6 +156,16 @@ pub enum Plant {
     OtherExpert,
     StateKept,
     StateUncorrected,
+    RankMissing,
+    RankTwice,
+    BiasOnEveryRank,
+}
+
+impl Plant {
+    /// Whether several GPUs must compute the pass together.
+    pub fn is_of_ranks(self) -> bool {
+        matches!(self, Plant::RankMissing | Plant::RankTwice | Plant::BiasOnEveryRank)
+    }
 }
 
 /// What a bug has at hand.
@@ -515,8 +526,27 @@ impl Gemm<'_> {
                 }))
             }
             Plant::F16Overflow(clipped) => self.f16_overflow(clipped),
+            Plant::RankMissing | Plant::RankTwice | Plant::BiasOnEveryRank => self.of_ranks(plant),
             _ => Ok(None),
         }
+    }
+
+    /// Bugs of the sum of what several GPUs made.
+    fn of_ranks(&self, plant: Plant) -> Made {
+        let Ground { arm, recipe, seed, .. } = self.ground;
+        let Some(parts) = parallel::parts(recipe, &self.weight)? else { return Ok(None) };
+        let mut made = arm.products_of_ranks(&parts, self.x, self.weight, self.bias)?;
+        let rank = chosen(*seed, made.len());
+        match (plant, self.bias) {
+            (Plant::RankMissing, _) => drop(made.remove(rank)),
+            (Plant::RankTwice, _) => made.push(made[rank].clone()),
+            (Plant::BiasOnEveryRank, Some(bias)) => {
+                let values = bias.to_vec()?;
+                made.iter_mut().skip(1).for_each(|part| part.add_to_rows(&values));
+            }
+            _ => return Ok(None),
+        }
+        Ok(Some(arm.streamed(sum_by_rank(made, recipe.output))))
     }
 
     /// The accumulator is written as f16, and both scales are applied afterwards.

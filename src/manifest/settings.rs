@@ -279,6 +279,7 @@ impl RawSettings {
         let prompt = self.check_prompt(findings);
         let arms = check_arms(self.arms.as_ref(), findings);
         let recipe = self.recipe.check(findings);
+        self.refuse_too_few_gpus(findings);
         Some(Settings {
             model: model?,
             prompt: prompt?,
@@ -288,6 +289,26 @@ impl RawSettings {
             resources: self.resources.check(findings)?,
             executor: self.executor.check(findings)?,
         })
+    }
+
+    /// A stage that has some GPUs to itself must have those that compute it together.
+    fn refuse_too_few_gpus(&self, findings: &mut Findings) {
+        let (Some(ranks), Some(gpus)) = (&self.recipe.tensor_parallel, &self.resources.gpus) else {
+            return;
+        };
+        if (1..ranks.value.get() as usize).contains(&gpus.value) {
+            findings.push(
+                Problem::new(
+                    format!(
+                        "`tensor_parallel = {}` takes more GPUs than `gpus = {}`",
+                        ranks.value, gpus.value
+                    ),
+                    format!("write `gpus = {}`", ranks.value),
+                )
+                .at_if(ranks.at.as_ref(), "GPUs that compute together")
+                .at_if(gpus.at.as_ref(), "GPUs that the stage has to itself"),
+            );
+        }
     }
 
     fn check_prompt(&self, findings: &mut Findings) -> Option<Prompt> {

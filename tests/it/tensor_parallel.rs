@@ -200,13 +200,15 @@ const LOGITS: &str =
 #[test]
 fn a_clean_pass_over_several_gpus_passes_every_contract() {
     let assumed = "is assumed: the order in which more than two GPUs' results are added";
-    for (recipe, is_assumed) in [
-        ("tensor_parallel = 2\nchip = \"hopper\"", false),
-        ("tensor_parallel = 4\ngemm = \"bf16\"\nchip = \"hopper\"", true),
+    for (model, recipe, is_assumed) in [
+        ("qwen2-tiny", "tensor_parallel = 2\nchip = \"hopper\"", false),
+        ("qwen2-tiny", "tensor_parallel = 4\ngemm = \"bf16\"\nchip = \"hopper\"", true),
+        // Its products have biases, which the first rank adds.
+        ("starcoder2-tiny", "tensor_parallel = 2\ngemm = \"bf16\"", false),
     ] {
         for stage in [EVERY_SITE, LOGITS] {
             let run = ["run", "stages", "--format", "plain"];
-            let (code, said) = said("synthetic:qwen2-tiny", recipe, stage, &run);
+            let (code, said) = said(&format!("synthetic:{model}"), recipe, stage, &run);
             assert_eq!(code, Some(0), "{recipe}: {said}");
             let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
             assert_eq!(words.contains(assumed), is_assumed, "{recipe}: {said}");
@@ -230,6 +232,7 @@ fn a_model_that_gpus_cannot_share_is_refused_before_anything_runs() {
         ("synthetic:deepseek-v3-tiny", "tensor_parallel = 2", "tensor_parallel = 2"),
         ("synthetic:qwen3-next-tiny", "tensor_parallel = 2", "tensor_parallel = 2"),
         (tiny, "tensor_parallel = 0", "tensor_parallel"),
+        (tiny, "tensor_parallel = 2\n[resources]\ngpus = 1", "takes more GPUs than `gpus = 1`"),
         (tiny, "engine = \"vllm\"\ntensor_parallel = 2", "not known of the engine `vllm`"),
     ] {
         let (code, said) = said(model, recipe, EVERY_SITE, &["plan", "stages"]);
@@ -255,4 +258,19 @@ fn the_number_of_gpus_is_part_of_the_keys_of_what_they_make_and_of_no_other() {
     assert_eq!(reference(&one), reference(&two));
     let json = serde_json::to_string(&Recipe::default()).unwrap();
     assert!(!json.contains("tensor_parallel"), "{json}");
+}
+
+#[test]
+fn a_planted_bug_of_a_sum_is_found_and_named() {
+    for (model, lines) in [("synthetic:qwen2-tiny", 2), ("synthetic:starcoder2-tiny", 2)] {
+        let command =
+            ["falsify", "stages", "--bugs", "GPU", "--models", model, "--tokens", "3,60,17,0,42"];
+        let (code, said) = said(model, "tensor_parallel = 2", EVERY_SITE, &command);
+        assert_eq!(code, Some(0), "{model}: {said}");
+        let above = |line: &&str| line.contains("above the floor");
+        for line in said.lines().filter(above) {
+            assert_eq!(line.matches("(100.0 %)").count(), 3, "{model}: {said}");
+        }
+        assert_eq!(said.lines().filter(above).count(), lines, "{model}: {said}");
+    }
 }

@@ -34,6 +34,7 @@ mod other_schedule;
 pub mod permuted_outputs;
 mod permuted_weight;
 mod quantised_activations;
+mod ranks;
 mod residual;
 pub mod rope_angles;
 mod rope_geometry;
@@ -104,7 +105,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 52] = [
+pub const ALL: [&Fingerprint; 53] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -125,6 +126,7 @@ pub const ALL: [&Fingerprint; 52] = [
     &stale_rows::FINGERPRINT,
     &head_permutation::FINGERPRINT,
     &permuted_outputs::FINGERPRINT,
+    &ranks::FINGERPRINT,
     &bias::FINGERPRINT,
     &zero_point::FINGERPRINT,
     &other_schedule::FINGERPRINT,

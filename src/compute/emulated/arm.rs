@@ -587,7 +587,8 @@ impl Emulated {
             return arm.matmul(x, weight, bias);
         }
         if let Some(parts) = parallel::parts(&self.recipe, &weight)? {
-            return self.matmul_of_ranks(&parts, x, weight, bias);
+            let of_ranks = self.products_of_ranks(&parts, x, weight, bias)?;
+            return Ok(self.streamed(ranks::sum_by_rank(of_ranks, self.recipe.output)));
         }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);
@@ -608,15 +609,21 @@ impl Emulated {
         Ok(self.streamed(y))
     }
 
-    /// A product whose K is dealt out: each rank's part of it, and their sum. The bias is the first
-    /// rank's, as it is added once.
-    fn matmul_of_ranks(
+    /// What each rank makes of a product whose K is dealt out, before it is rounded for the sum. The
+    /// bias is the first rank's, as it is added once.
+    ///
+    /// # Errors
+    /// If the weight cannot be read.
+    pub(crate) fn products_of_ranks(
         &self,
         parts: &[Range<usize>],
         x: &Tensor,
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
-    ) -> Result<Tensor, ComputeError> {
+    ) -> Result<Vec<Tensor>, ComputeError> {
+        if let Some(arm) = self.of_weight(&weight)? {
+            return arm.products_of_ranks(parts, x, weight, bias);
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (width, output) = (weight.width(), self.recipe.output);
         let prepared = parts
@@ -644,7 +651,7 @@ impl Emulated {
         if let (Some(bias), Some(y)) = (bias, of_ranks.first_mut()) {
             y.add_to_rows(&bias);
         }
-        Ok(self.streamed(ranks::sum_by_rank(of_ranks, output)))
+        Ok(of_ranks)
     }
 
     pub(crate) fn rope(
