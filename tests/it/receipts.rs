@@ -350,6 +350,41 @@ fn the_emulated_arm_gives_what_the_gpu_gave_with_a_narrow_cache() {
     }
 }
 
+/// Passes of two H200 together, through NCCL: no bit differs from what this CPU says.
+#[test]
+fn the_emulated_arm_gives_what_two_gpus_gave_together() {
+    let receipts = receipts_in("runs/receipts/tensor-parallel");
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::new(folder.path());
+    let (mut held, mut counted, mut values) = (0, 0, 0);
+    for (name, record) in &receipts {
+        for stage in &record.stages {
+            assert_eq!(stage.recipe.ranks(), 2, "{name}");
+            let device = &stage.arms[&Arm::Device];
+            let words = device.arithmetic.as_deref().unwrap_or_default();
+            assert!(words.contains("K over 2 ranks") && words.contains("NCCL"), "{name}: {words}");
+            assert!(device.facts.contains_key("NCCL"), "{name}");
+            let of_device = stage.measures.iter().filter(|m| m.subject == Stream::Arm(Arm::Device));
+            let of_device: Vec<_> =
+                of_device.filter(|m| m.judge == Stream::Arm(Arm::Emulated)).collect();
+            assert_eq!(of_device.len(), device.sites.len(), "{name}");
+            assert!(of_device.iter().all(|m| m.metrics[&Metric::BitMismatches] == 0.0), "{name}");
+            counted += device.sites.len();
+            values +=
+                device.sites.iter().map(|site| site.shape.iter().product::<usize>()).sum::<usize>();
+            if stage.model.ends_with("-tiny") {
+                let model = open_model(&stage.model, 1, &store, &Stamps::forgetful());
+                held += hold(name, stage, &model.expect("a synthetic model").model);
+            }
+        }
+    }
+    assert!(held > 400, "only {held} sites were held against two GPUs");
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"));
+    let (counted, values) = (grouped(counted), grouped(values));
+    let said = format!("{} runs, {counted} sites and {values} values", receipts.len());
+    assert!(readme.expect("readable").contains(&said), "README.md does not say {said}");
+}
+
 /// Very small models of nine kinds (`scripts/golden_passes.py --small`, `scripts/mxfp4_folder.py`),
 /// and what an H200 made of them.
 #[test]

@@ -370,6 +370,25 @@ mod tests {
     }
 
     #[test]
+    fn what_several_gpus_lack_to_compute_together_is_said() {
+        let tensor_parallel = std::num::NonZeroU32::new(2);
+        let recipe = Recipe { tensor_parallel, ..Recipe::default() };
+        let mut survey = survey(Ok("580.65"));
+        let why = missing(&survey, &recipe).expect("a reason");
+        assert!(why.contains("takes 2 GPUs of this machine, and one GPU is seen"), "{why}");
+        let unknown = GpuFacts { chip: None, ordinal: 1, ..survey.gpus[0].clone() };
+        survey.gpus.push(unknown);
+        let why = missing(&survey, &recipe).expect("a reason");
+        assert!(why.contains("of 2 GPUs that are seen 1 can compute it"), "{why}");
+        survey.gpus[1].chip = survey.gpus[0].chip;
+        match (missing(&survey, &recipe), nccl::version()) {
+            (None, Ok(_)) => {}
+            (Some(why), Err(lacks)) => assert!(why.ends_with(&lacks), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
     fn nothing_is_computed_under_facts_that_hold_no_more() {
         let (known, recipe) = (survey(Ok("580.65")), Recipe::default());
         assert!(may_begin(&known, &known, &recipe).is_ok());
