@@ -72,7 +72,7 @@ pub fn matmul_rows(
     let width = weight.width();
     // A product that one GPU computes alone is of one part.
     let dealt = parallel::parts(recipe, &weight)?;
-    let parts = dealt.clone().unwrap_or_else(|| vec![0..width]);
+    let parts = dealt.clone().unwrap_or_else(|| parallel::alone(width));
     let of_x: Vec<Tensor> = match &dealt {
         Some(parts) => parts.iter().map(|inner| x.columns(inner.clone())).collect(),
         None => vec![x.clone()],

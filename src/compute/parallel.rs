@@ -52,6 +52,11 @@ pub fn parts(
     Ok(Some((0..ranks).map(|rank| rank * part..(rank + 1) * part).collect()))
 }
 
+/// The one part of a product that one GPU computes alone.
+pub fn alone(width: usize) -> Vec<Range<usize>> {
+    std::iter::once(0..width).collect()
+}
+
 /// Whether ranks have parts of K of this weight, by its name.
 fn is_cut_along_k(name: &str) -> bool {
     in_layer(name)

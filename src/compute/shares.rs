@@ -121,7 +121,7 @@ pub fn energies(
     let (w_codes, w_scales) = arm.quantise_weight_rows(weight, 0, &rows, arm.absmax_of(weight)?);
     let x_wide = Widened::of(x.data(), width);
     let w_rounded = Widened::of_f64(&dequantised(&w_codes, &w_scales), width);
-    let parts = parallel::parts(recipe, &weight)?.unwrap_or_else(|| vec![0..width]);
+    let parts = parallel::parts(recipe, &weight)?.unwrap_or_else(|| parallel::alone(width));
     let mut x_rounded = vec![0.0; x.data().len()];
     for inner in parts {
         let (codes, scales) = arm.quantise_activation(&x.columns(inner.clone()));

@@ -375,6 +375,9 @@ fn the_emulated_arm_gives_what_two_gpus_gave_together() {
             if stage.model.ends_with("-tiny") {
                 let model = open_model(&stage.model, 1, &store, &Stamps::forgetful());
                 held += hold(name, stage, &model.expect("a synthetic model").model);
+            } else if stage.model.starts_with("examples/") {
+                let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(&stage.model);
+                held += hold(name, stage, &Model::open(&model).expect("the checkpoint"));
             }
         }
     }
