@@ -51,12 +51,15 @@ impl Nccl {
     }
 
     fn open() -> Result<Nccl, String> {
-        // SAFETY: it opens the library by its well-known names; what that runs is its own start.
-        let library = NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
-        let library = library.ok_or_else(|| {
-            "libnccl is not found; it comes with NVIDIA's package libnccl2 and with the Python \
-             package nvidia-nccl: put its folder on LD_LIBRARY_PATH"
-                .to_owned()
+        let [usual, plain] = NAMES.map(|name| {
+            // SAFETY: it opens the library by its well-known name; what that runs is its own start.
+            unsafe { Library::new(name) }
+        });
+        let library = usual.or_else(|error| plain.map_err(|_| error)).map_err(|error| {
+            format!(
+                "libnccl cannot be opened ({error}); it comes with NVIDIA's package libnccl2 and \
+                 with the Python package nvidia-nccl: put its folder on LD_LIBRARY_PATH"
+            )
         })?;
         let lacks = |error: libloading::Error| format!("libnccl is not one of version 2: {error}");
         // SAFETY: the types are those of these functions in nccl.h of every version 2: an enum is
