@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::measure::{MeasureArgs, measure_chip};
+use super::sweep::{SweepArgs, sweep_chip};
 use super::{FALSIFIED, PASS};
 use crate::chip_command::{self, ChipCommand, ChipOutcome, Multiply, MultiplyOperand, TensorRef};
 use crate::compute::emulated::schedule::Schedule;
@@ -28,6 +29,8 @@ pub(super) enum ChipCli {
     Multiply(MultiplyArgs),
     /// Hold this machine's GPU to its chip's arithmetic, algorithm by algorithm.
     Measure(MeasureArgs),
+    /// Hold the library's own choices to their plans, over thousands of shapes on this machine's GPU.
+    Sweep(SweepArgs),
 }
 
 #[derive(Args)]
@@ -86,6 +89,7 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
     let command = match command {
         ChipCli::List => ChipCommand::List,
         ChipCli::Measure(args) => return measure_chip(&args),
+        ChipCli::Sweep(args) => return sweep_chip(&args),
         ChipCli::Verify { folder } => ChipCommand::Verify { folder },
         ChipCli::Licence => ChipCommand::Licence,
         ChipCli::Multiply(args) => {

@@ -28,6 +28,7 @@ pub mod recorded;
 pub mod reference;
 pub mod rope;
 pub mod shares;
+pub mod sweep;
 
 use std::ops::Range;
 

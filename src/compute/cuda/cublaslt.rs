@@ -12,6 +12,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 
 use super::gpu::DeviceError;
+use crate::compute::emulated::plan::Record;
 use crate::dtype::Format;
 use crate::op::Pin;
 
@@ -20,8 +21,7 @@ const WORKSPACE: usize = 32 << 20;
 /// Algorithms that are asked for.
 const MOST_ALGORITHMS: usize = 64;
 
-/// What cuBLASLt reports as split-K where it deals tiles of K out in stream-K fashion.
-pub const STREAM_K: u32 = u32::MAX;
+pub use crate::compute::emulated::plan::STREAM_K;
 
 /// One product's types and shapes; algorithms are looked up by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,25 +80,28 @@ pub struct Algorithm {
     pub workspace: usize,
 }
 
+impl Algorithm {
+    /// The numbers without the library's own bytes.
+    pub fn record(&self) -> Record {
+        let Algorithm { id, tile, stages, split_k, reduction, custom, .. } = *self;
+        let Algorithm { inner_shape, cluster_shape, workspace, .. } = *self;
+        Record {
+            id,
+            tile,
+            stages,
+            split_k,
+            reduction,
+            custom,
+            inner_shape,
+            cluster_shape,
+            workspace,
+        }
+    }
+}
+
 impl std::fmt::Display for Algorithm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "algorithm {} tile {} stages {} {} reduction {} custom {} inner {} cluster {} \
-             workspace {}",
-            self.id,
-            self.tile,
-            self.stages,
-            match self.split_k {
-                STREAM_K => "stream-K".to_owned(),
-                parts => format!("split-K {parts}"),
-            },
-            self.reduction,
-            self.custom,
-            self.inner_shape,
-            self.cluster_shape,
-            self.workspace
-        )
+        self.record().fmt(f)
     }
 }
 

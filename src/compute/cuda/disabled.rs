@@ -4,7 +4,10 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::{Measured, MeasuredFunction, MeasuredReference, Piece, Survey, Trial};
+use crate::compute::emulated::chip::Unit;
+use crate::compute::sweep::{Answer, Library, OrderTable, Question};
 use crate::compute::{ComputeError, Pass};
+use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
 
 const WHY: &str = "built without the feature `cuda`";
@@ -44,6 +47,52 @@ pub fn measure_reference(
     _: Option<&Path>,
 ) -> Result<MeasuredReference, ComputeError> {
     Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// This machine's GPU and its library: there is none.
+pub enum SweptLibrary {}
+
+impl SweptLibrary {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open(_: Option<&Path>) -> Result<SweptLibrary, ComputeError> {
+        Err(ComputeError::Recipe(WHY.to_owned()))
+    }
+
+    /// The GPU's name.
+    pub fn gpu(&self) -> String {
+        match *self {}
+    }
+
+    /// The library's version.
+    pub fn version(&self) -> String {
+        match *self {}
+    }
+
+    /// The orders of all algorithms on offer.
+    ///
+    /// # Errors
+    /// Never: there is no such library.
+    pub fn tables(&self, _: Format) -> Result<Vec<OrderTable>, ComputeError> {
+        match *self {}
+    }
+}
+
+impl Library for SweptLibrary {
+    fn answer(
+        &mut self,
+        _: &Question,
+        _: &[usize],
+        _: &[usize],
+    ) -> Result<Option<Answer>, ComputeError> {
+        match *self {}
+    }
+
+    fn unit(&self, _: Format) -> Result<Unit, ComputeError> {
+        match *self {}
+    }
 }
 
 /// The chip of this machine's first GPU.

@@ -274,7 +274,7 @@ fn cublaslt() -> Result<String, String> {
 }
 
 /// cuBLASLt's own count in words: 130100 is 13.1.0.
-fn library_version(version: usize) -> String {
+pub(super) fn library_version(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 

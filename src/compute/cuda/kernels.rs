@@ -55,7 +55,8 @@ impl Granularity {
     }
 }
 
-fn format_code(format: Format) -> i32 {
+/// As the kernels know it.
+pub fn format_code(format: Format) -> i32 {
     match format {
         Format::F32 => 0,
         Format::Tf32 => 1,

@@ -31,6 +31,8 @@ mod remembered;
 #[cfg(feature = "cuda")]
 mod staging;
 #[cfg(feature = "cuda")]
+pub mod sweep;
+#[cfg(feature = "cuda")]
 mod weights;
 
 #[cfg(not(feature = "cuda"))]
@@ -40,8 +42,8 @@ mod enabled;
 
 #[cfg(not(feature = "cuda"))]
 pub use disabled::{
-    chip_here, facts, measure, measure_functions, measure_reference, ops, reference_ops, survey,
-    why_no_reference, why_unavailable,
+    SweptLibrary, chip_here, facts, measure, measure_functions, measure_reference, ops,
+    reference_ops, survey, why_no_reference, why_unavailable,
 };
 #[cfg(feature = "cuda")]
 pub use enabled::{
@@ -53,6 +55,8 @@ pub use functions::measure_functions;
 pub use probe::measure;
 #[cfg(feature = "cuda")]
 pub use reference::measure_reference;
+#[cfg(feature = "cuda")]
+pub use sweep::SweptLibrary;
 
 /// What this machine has for a device arm, and what each missing piece switches off.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

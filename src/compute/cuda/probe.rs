@@ -184,15 +184,20 @@ impl Seeded {
 }
 
 fn upload(state: &State, codes: &Codes) -> Result<CudaSlice<u8>, DeviceError> {
-    let bytes: Vec<u8> = match codes.data() {
-        CodeData::Bits8(codes) => return Ok(state.stream.clone_htod(codes)?),
-        CodeData::Bits16(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
-        CodeData::Bits32(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
-    };
-    Ok(state.stream.clone_htod(&bytes)?)
+    Ok(state.stream.clone_htod(&bytes_of(codes))?)
 }
 
-fn decode(format: Format, bytes: &[u8]) -> Vec<f32> {
+/// Codes as a GPU holds them.
+pub(super) fn bytes_of(codes: &Codes) -> Vec<u8> {
+    match codes.data() {
+        CodeData::Bits8(codes) => codes.clone(),
+        CodeData::Bits16(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+        CodeData::Bits32(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+    }
+}
+
+/// Values of a format from their bytes.
+pub(super) fn decode(format: Format, bytes: &[u8]) -> Vec<f32> {
     let code = |bytes: &[u8]| bytes.iter().rev().fold(0, |code, &byte| code << 8 | u32::from(byte));
     bytes.chunks_exact(format.bytes()).map(|bytes| format.decode(code(bytes))).collect()
 }

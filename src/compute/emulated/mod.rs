@@ -15,6 +15,7 @@ pub mod simd;
 pub mod gemm;
 pub mod chain;
 pub mod identify;
+pub mod plan;
 pub mod vectors;
 pub mod captures;
 

@@ -1,0 +1,499 @@
+//! A library's products of many drawn shapes, held to the plans that its own records give.
+//!
+//! It draws shapes and operands, predicts sampled outputs and counts; the library and its GPU are
+//! behind [`Library`]. Operands are a function of a seed and of a place, so that a GPU makes them
+//! itself and the CPU needs only the rows that it looks at (`compute/cuda/kernels/sweep.cu` has
+//! the same function).
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::emulated::chip::Unit;
+use super::emulated::gemm::{Operand, Scales};
+use super::emulated::identify::identify;
+use super::emulated::plan::{Plan, Record, STREAM_K, Types, plan_of};
+use super::emulated::quantize::{CodeData, Codes};
+use super::{ComputeError, check_interrupt};
+use crate::dtype::Format;
+use crate::op::Accumulate;
+use crate::random::Random;
+use crate::tensor::Tensor;
+
+/// Rows of x and of w whose products are compared.
+const SAMPLE: (usize, usize) = (4, 16);
+/// Products that are asked for before the CPU's are computed.
+const AT_ONCE: usize = 64;
+/// The largest shape: N, M, K.
+const LARGEST: [usize; 3] = [4096, 8192, 16_384];
+/// Rows that a decoding step has at most.
+const DECODED: usize = 64;
+
+/// What values an operand has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Values {
+    /// Four uniform numbers added: nearly normal.
+    Bell,
+    /// Every exponent of a wide range as often.
+    Spread,
+    /// Ones, and in each row of x one large value.
+    MarkedX,
+    /// Ones, and in each row of w one large value, negated.
+    MarkedW,
+}
+
+/// The large value of [`Values::MarkedX`]: no sum of ones is seen beside it.
+const MARK: f32 = (1u64 << 40) as f32;
+/// In which column row `r` of a marked x has its mark: `r` times this.
+pub const MARK_STEP: usize = 37;
+
+impl Values {
+    /// As the kernel knows it.
+    pub fn code(self) -> i32 {
+        match self {
+            Values::Bell => 0,
+            Values::Spread => 1,
+            Values::MarkedX => 2,
+            Values::MarkedW => 3,
+        }
+    }
+}
+
+/// The code of one element of an operand whose rows have `width`.
+pub fn code_at(
+    format: Format,
+    values: Values,
+    seed: u64,
+    [row, column]: [usize; 2],
+    width: usize,
+) -> u32 {
+    let place = (row as u64) << 32 | column as u64;
+    // One number of the stream that begins at the place.
+    let hash = Random::at(seed ^ place.wrapping_mul(0xd134_2543_de82_ef95)).bits();
+    let (high, low) = ((hash >> 32) as u32, hash as u32);
+    match values {
+        Values::Bell => {
+            let sum = (high >> 16) + (high & 0xffff) + (low >> 16) + (low & 0xffff);
+            // Exact: 18 bits, and a power of two.
+            let value = (sum as i32 - 131_070) as f32;
+            let value = value * if format.is_fp8() { 1.0 / 1024.0 } else { 1.0 / 65_536.0 };
+            match format {
+                Format::Tf32 => value.to_bits() & 0xffff_e000,
+                _ => format.encode(value),
+            }
+        }
+        Values::Spread => {
+            let sign = high >> 31;
+            let exponent = |count: u32| (high & 0xffff) % count;
+            match format {
+                Format::E4m3 => {
+                    let code = low & 0xff;
+                    if code & 0x7f == 0x7f { code ^ 1 } else { code }
+                }
+                Format::E5m2 => {
+                    let code = low & 0xff;
+                    if code & 0x7c == 0x7c { code ^ 0x40 } else { code }
+                }
+                Format::F16 => sign << 15 | (5 + exponent(10)) << 10 | low & 0x3ff,
+                Format::Bf16 => sign << 15 | (111 + exponent(32)) << 7 | low & 0x7f,
+                Format::Tf32 => sign << 31 | (111 + exponent(32)) << 23 | (low & 0x3ff) << 13,
+                Format::F32 => sign << 31 | (111 + exponent(32)) << 23 | low & 0x7f_ffff,
+            }
+        }
+        Values::MarkedX if column == row * MARK_STEP % width => format.encode(MARK),
+        Values::MarkedW if column == row % width => format.encode(-MARK),
+        Values::MarkedX | Values::MarkedW => format.encode(1.0),
+    }
+}
+
+/// Some rows of an operand.
+pub fn codes_of(
+    format: Format,
+    values: Values,
+    seed: u64,
+    rows: &[usize],
+    width: usize,
+) -> Result<Codes, ComputeError> {
+    let places = rows.iter().flat_map(|&row| (0..width).map(move |column| [row, column]));
+    let codes = places.map(|place| code_at(format, values, seed, place, width));
+    let data = match format.bytes() {
+        1 => CodeData::Bits8(codes.map(|code| code as u8).collect()),
+        2 => CodeData::Bits16(codes.map(|code| code as u16).collect()),
+        _ => CodeData::Bits32(codes.collect()),
+    };
+    Codes::new(format, rows.len(), width, data)
+        .map_err(|error| ComputeError::Recipe(error.to_string()))
+}
+
+/// One product that a library is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Question {
+    /// Its types.
+    #[serde(flatten)]
+    pub types: Types,
+    /// N, M, K.
+    pub shape: [usize; 3],
+    /// What values the operands have: of x and of w.
+    pub values: [Values; 2],
+    /// The seeds of x and of w.
+    pub seeds: [u64; 2],
+    /// The scales of x and of w; 1 where the format has none.
+    pub scales: [f32; 2],
+}
+
+/// The types that are swept over where a format is asked for.
+fn types_of(format: Format) -> Vec<Types> {
+    let accumulates: &[Accumulate] = if format.is_fp8() {
+        &[Accumulate::Promoted, Accumulate::Fast]
+    } else {
+        &[Accumulate::Fast]
+    };
+    let outputs: &[Format] = match format {
+        Format::F32 | Format::Tf32 => &[Format::F32],
+        Format::F16 => &[Format::F16, Format::F32],
+        _ => &[Format::Bf16, Format::F32],
+    };
+    let all = accumulates.iter().flat_map(|&accumulate| {
+        outputs.iter().map(move |&output| Types { operands: format, accumulate, output })
+    });
+    all.collect()
+}
+
+/// The question of that number in a sweep with that seed.
+pub fn question(formats: &[Format], seed: u64, number: usize) -> Question {
+    let mut random = Random::named(
+        "runner 2026 chip sweep: shape",
+        &[&seed.to_le_bytes(), &(number as u64).to_le_bytes()],
+    );
+    let format = formats[number % formats.len().max(1)];
+    let types = types_of(format);
+    let types = types[random.below(types.len())];
+    // As many small ones as large ones.
+    let mut between = |least: usize, most: usize| {
+        let (least, most) = ((least as f64).ln(), (most as f64).ln());
+        (least + (most - least) * random.unit()).exp().round() as usize
+    };
+    let decoding = number / formats.len() % 2 == 0;
+    let tokens = if decoding { between(1, DECODED) } else { between(DECODED, LARGEST[0]) };
+    let step = if format.is_fp8() { 16 } else { 8 };
+    let outputs = between(16, LARGEST[1]).next_multiple_of(step);
+    let inner = between(32, LARGEST[2]).next_multiple_of(step);
+    let values = if random.below(2) == 0 { Values::Bell } else { Values::Spread };
+    let mut scale = || if format.is_fp8() { (0.005 + 0.02 * random.unit()) as f32 } else { 1.0 };
+    let scales = [scale(), scale()];
+    Question {
+        types,
+        shape: [tokens, outputs.min(LARGEST[1]), inner.min(LARGEST[2])],
+        values: [values; 2],
+        seeds: [random.bits(), random.bits()],
+        scales,
+    }
+}
+
+/// What a library answered: its algorithm, and sampled outputs.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The record of the algorithm that it likes best.
+    pub record: Record,
+    /// The outputs of the sampled rows and columns.
+    pub outputs: Tensor,
+}
+
+/// Something that multiplies, and says by which algorithm.
+pub trait Library {
+    /// The product's sampled outputs; none where the library offers no algorithm.
+    ///
+    /// # Errors
+    /// If it fails.
+    fn answer(
+        &mut self,
+        question: &Question,
+        rows: &[usize],
+        columns: &[usize],
+    ) -> Result<Option<Answer>, ComputeError>;
+
+    /// The unit that multiplies operands of a format there.
+    ///
+    /// # Errors
+    /// If there is none.
+    fn unit(&self, format: Format) -> Result<Unit, ComputeError>;
+}
+
+/// The sampled rows or columns: the first, the last, and some between them.
+fn sampled(count: usize, most: usize, random: &mut Random) -> Vec<usize> {
+    if count <= most {
+        return (0..count).collect();
+    }
+    let mut places = vec![0, count - 1];
+    while places.len() < most {
+        let place = random.below(count);
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places.sort_unstable();
+    places
+}
+
+/// One product, held to its plan.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Checked {
+    /// What was asked.
+    #[serde(flatten)]
+    pub question: Question,
+    /// The algorithm.
+    pub record: Record,
+    /// The plan in words, or why there is none.
+    pub plan: Result<String, String>,
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Those whose bits differ from the plan's; all of them where there is none.
+    pub differing: usize,
+    /// Where the outputs are those of K without its tail: the elements that were added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without_tail: Option<usize>,
+    /// Where it differs: another schedule that gives every bit. It says where to look, no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fits: Option<String>,
+    /// Where it differs: the sampled rows and columns, and what was expected and returned there,
+    /// as bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outputs: Option<Outputs>,
+}
+
+/// Sampled outputs of a product, row by row, as bits of f32.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outputs {
+    /// The sampled rows.
+    pub rows: Vec<usize>,
+    /// The sampled columns.
+    pub columns: Vec<usize>,
+    /// By the plan; empty where there is none.
+    pub expected: Vec<String>,
+    /// By the library.
+    pub observed: Vec<String>,
+}
+
+/// Tiles of K whose last one, where it is not whole, a library is known to have left out.
+const TAILS: [usize; 5] = [16, 32, 64, 128, 256];
+
+/// Holds an answer to the plan of its record.
+///
+/// # Errors
+/// If the product cannot be computed.
+pub fn check(
+    question: &Question,
+    unit: &Unit,
+    answer: &Answer,
+    rows: &[usize],
+    columns: &[usize],
+) -> Result<Checked, ComputeError> {
+    let Question { types, shape: [_, _, inner], .. } = *question;
+    let operand = |place: usize, rows: &[usize]| {
+        codes_of(types.operands, question.values[place], question.seeds[place], rows, inner)
+    };
+    let (x_codes, w_codes) = (operand(0, rows)?, operand(1, columns)?);
+    let (x, w) = (scaled(&x_codes, question.scales[0]), scaled(&w_codes, question.scales[1]));
+    let plan = plan_of(&answer.record, types, inner);
+    let compared = answer.outputs.data().len();
+    let mut checked = Checked {
+        question: *question,
+        record: answer.record,
+        plan: plan.as_ref().map(Plan::to_string).map_err(String::clone),
+        compared,
+        differing: compared,
+        without_tail: None,
+        fits: None,
+        outputs: None,
+    };
+    let mut expected = None;
+    if let Ok(plan) = &plan {
+        let y = plan.product(unit, &x, &w, types.output)?;
+        checked.differing = differing(&y, &answer.outputs);
+        if checked.differing == 0 {
+            return Ok(checked);
+        }
+        for tile in TAILS.into_iter().filter(|tile| inner > *tile && inner % tile != 0) {
+            let kept = inner - inner % tile;
+            let (x_short, w_short) = (x_codes.some_columns(0..kept), w_codes.some_columns(0..kept));
+            let [x_scale, w_scale] = question.scales;
+            let (x, w) = (scaled(&x_short, x_scale), scaled(&w_short, w_scale));
+            let short = plan.product(unit, &x, &w, types.output)?;
+            if differing(&short, &answer.outputs) == 0 {
+                checked.without_tail = Some(kept);
+                break;
+            }
+        }
+        expected = Some(y);
+    }
+    let found = identify(unit, &x, &w, types.output, &answer.outputs)?;
+    checked.fits = found.is_exact().then(|| found.schedule.to_string());
+    let bits = |y: &Tensor| y.data().iter().map(|y| format!("{:08x}", y.to_bits())).collect();
+    checked.outputs = Some(Outputs {
+        rows: rows.to_vec(),
+        columns: columns.to_vec(),
+        expected: expected.as_ref().map(bits).unwrap_or_default(),
+        observed: bits(&answer.outputs),
+    });
+    Ok(checked)
+}
+
+fn scaled(codes: &Codes, scale: f32) -> Operand<'_> {
+    Operand { codes, scales: Scales::Tensor(scale) }
+}
+
+/// Values whose bits differ; one NaN is as good as another.
+fn differing(a: &Tensor, b: &Tensor) -> usize {
+    let equal = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+    a.data().iter().zip(b.data()).filter(|&(&a, &b)| !equal(a, b)).count()
+}
+
+/// Products of one kind of algorithm.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Family {
+    /// Operands, accumulation and result.
+    pub types: String,
+    /// The algorithm's number, how K is cut and how the parts are added.
+    pub algorithm: String,
+    /// Products.
+    pub shapes: usize,
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Those that differ from the plan's.
+    pub differing: usize,
+    /// Outputs of products whose record has no plan.
+    pub without_plan: usize,
+}
+
+/// What a sweep found.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Found {
+    /// Products that were computed.
+    pub shapes: usize,
+    /// Products for which the library offers no algorithm.
+    pub not_offered: usize,
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Outputs equal to the plan's.
+    pub equal: usize,
+    /// Outputs that differ from the plan's.
+    pub differing: usize,
+    /// Outputs of products whose record has no plan.
+    pub without_plan: usize,
+    /// Products whose outputs are those of K without its tail.
+    pub without_tail: usize,
+    /// By types and algorithm.
+    pub families: Vec<Family>,
+    /// The products that differ or have no plan.
+    pub unequal: Vec<Checked>,
+}
+
+/// A sweep over the first `shapes` questions of a seed; `progress` is told how many were answered.
+///
+/// # Errors
+/// If the library or its GPU fails, or on the user's wish.
+pub fn sweep(
+    library: &mut dyn Library,
+    formats: &[Format],
+    seed: u64,
+    shapes: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Found, ComputeError> {
+    let mut families: BTreeMap<(String, String), Family> = BTreeMap::new();
+    let mut found = Found::default();
+    for first in (0..shapes).step_by(AT_ONCE) {
+        let mut answers = Vec::new();
+        for number in first..shapes.min(first + AT_ONCE) {
+            check_interrupt()?;
+            let question = question(formats, seed, number);
+            let mut random = Random::at(question.seeds[0] ^ question.seeds[1]);
+            let [tokens, outputs, _] = question.shape;
+            let rows = sampled(tokens, SAMPLE.0, &mut random);
+            let columns = sampled(outputs, SAMPLE.1, &mut random);
+            match library.answer(&question, &rows, &columns)? {
+                Some(answer) => {
+                    let unit = library.unit(question.types.operands)?;
+                    answers.push((question, unit, answer, rows, columns));
+                }
+                None => found.not_offered += 1,
+            }
+        }
+        let checked: Result<Vec<Checked>, ComputeError> = answers
+            .par_iter()
+            .map(|(question, unit, answer, rows, columns)| {
+                check(question, unit, answer, rows, columns)
+            })
+            .collect();
+        for checked in checked? {
+            count(&mut families, &mut found, checked);
+        }
+        progress(shapes.min(first + AT_ONCE));
+    }
+    found.families = families.into_values().collect();
+    Ok(found)
+}
+
+/// How the algorithms of a record are told apart in a table.
+fn kind_of(record: &Record) -> String {
+    let cut = match record.split_k {
+        STREAM_K => "stream-K",
+        0 | 1 => "one part",
+        _ => "split-K",
+    };
+    format!("{:>3} {cut}, reduction {}", record.id, record.reduction)
+}
+
+/// Types in words.
+pub fn types_in_words(types: &Types) -> String {
+    let accumulate = match (types.operands.is_fp8(), types.accumulate) {
+        (false, _) => "",
+        (true, Accumulate::Fast) => " fast",
+        (true, Accumulate::Promoted) => " promoted",
+    };
+    format!("{}{accumulate} to {}", types.operands, types.output)
+}
+
+fn count(families: &mut BTreeMap<(String, String), Family>, found: &mut Found, checked: Checked) {
+    let (types, algorithm) = (types_in_words(&checked.question.types), kind_of(&checked.record));
+    let family = families.entry((types.clone(), algorithm.clone())).or_insert_with(|| Family {
+        types,
+        algorithm,
+        ..Family::default()
+    });
+    let (differing, without_plan) = match checked.plan {
+        Ok(_) => (checked.differing, 0),
+        Err(_) => (0, checked.compared),
+    };
+    family.shapes += 1;
+    family.compared += checked.compared;
+    family.differing += differing;
+    family.without_plan += without_plan;
+    found.shapes += 1;
+    found.compared += checked.compared;
+    found.differing += differing;
+    found.without_plan += without_plan;
+    found.equal += checked.compared - differing - without_plan;
+    found.without_tail += usize::from(checked.without_tail.is_some());
+    if differing + without_plan > 0 {
+        found.unequal.push(checked);
+    }
+}
+
+/// In which order one algorithm adds, as a table: what is left of ones where two large values of
+/// opposite sign stand among them. What lies between the two in the order is lost.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OrderTable {
+    /// Its types.
+    #[serde(flatten)]
+    pub types: Types,
+    /// N, M, K.
+    pub shape: [usize; 3],
+    /// The algorithm.
+    pub record: Record,
+    /// The column of x in which the large value of each row stands.
+    pub marks: Vec<usize>,
+    /// For each of them, and for each column of w in turn: the sum.
+    pub left: Vec<Vec<f32>>,
+}
