@@ -20,7 +20,7 @@ use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{
     self, VectorAccumulator, VectorCheck, VectorError, verify_folder,
 };
-use crate::compute::{ComputeError, product};
+use crate::compute::{ComputeError, cuda, product};
 use crate::dtype::Format;
 use crate::op::{ChipName, FileTensor};
 use crate::tensor::Tensor;
@@ -79,6 +79,8 @@ pub struct Multiply {
     pub schedule: Schedule,
     /// Type of the outputs: f32, bf16 or f16.
     pub output: Format,
+    /// Whether this machine's GPU computes it, whatever chip it is of; the bits are the same.
+    pub on_gpu: bool,
     /// Where to write `y`, `[N, M]` in f32.
     pub save: Option<PathBuf>,
 }
@@ -330,7 +332,10 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
     let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
     let (schedule, output) = (options.schedule, options.output);
-    let y = gemm(unit, &schedule, &x, &w, output)?;
+    let y = match options.on_gpu {
+        true => cuda::emulated_product(unit, &schedule, &x, &w, output)?,
+        false => gemm(unit, &schedule, &x, &w, output)?,
+    };
     writeln!(
         out,
         "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
@@ -438,6 +443,7 @@ mod tests {
             chip: ChipName::Auto,
             schedule: Schedule::PROMOTED,
             output: Format::F32,
+            on_gpu: false,
             save: Some(y.clone()),
         };
         let (_, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));

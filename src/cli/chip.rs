@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::measure::{MeasureArgs, measure_chip};
 use super::sweep::{SweepArgs, sweep_chip};
@@ -65,12 +65,23 @@ pub(super) struct MultiplyArgs {
     /// The type of y: f32, bf16, f16.
     #[arg(long, default_value = "f32")]
     output: Format,
+    /// Where it is computed. Any GPU gives the chip's bits, and a sample of them is held to the CPU's.
+    #[arg(long, value_enum, default_value_t = MultiplyPlace::Cpu)]
+    on: MultiplyPlace,
     /// Gone: `runner judge` says which schedule outputs have.
     #[arg(long, hide = true)]
     observed: Option<String>,
     /// The file to write y to.
     #[arg(long)]
     save: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MultiplyPlace {
+    /// On all cores.
+    Cpu,
+    /// On this machine's first GPU, which need not be the chip.
+    Gpu,
 }
 
 fn tensor_ref(text: &str) -> Result<TensorRef, String> {
@@ -108,6 +119,7 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
                 chip: args.chip,
                 schedule,
                 output: args.output,
+                on_gpu: args.on == MultiplyPlace::Gpu,
                 save: args.save,
             }))
         }

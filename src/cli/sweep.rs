@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{FALSIFIED, PASS, print, store_of};
 use crate::compute::cuda::SweptLibrary;
-use crate::compute::sweep::{Checked, Found, OrderTable, sweep, types_in_words};
+use crate::compute::sweep::{Asked, Checked, Found, OrderTable, sweep, types_in_words};
 use crate::dtype::Format;
 use crate::terminal;
 use crate::text::{Shown, grouped};
@@ -25,12 +25,16 @@ pub(super) struct SweepArgs {
     /// The formats: e4m3, bf16, f16, tf32, f32.
     #[arg(long, value_delimiter = ',', default_value = "e4m3,bf16,f16,tf32,f32", value_parser = format)]
     format: Vec<Format>,
+    /// The least and the most rows of x (N), such as 1,64; without it one half of all shapes are a
+    /// decoding step's.
+    #[arg(long, value_parser = tokens)]
+    tokens: Option<[usize; 2]>,
     /// The file to write all of it to, as JSON: what differs with its record and its outputs.
     #[arg(long)]
     json: Option<PathBuf>,
     /// Instead of a sweep: the file to write tables to of the order in which each algorithm adds,
     /// of ones among which two large values stand (bf16, tf32 and f32).
-    #[arg(long, conflicts_with_all = ["json", "shapes", "seed"])]
+    #[arg(long, conflicts_with_all = ["json", "shapes", "seed", "tokens"])]
     orders: Option<PathBuf>,
     /// The folder of runs, where compiled kernels are kept.
     #[arg(long, default_value = "runs")]
@@ -44,6 +48,17 @@ fn format(text: &str) -> Result<Format, String> {
         let names: Vec<&str> = swept.iter().map(|format| format.name()).collect();
         format!("`{text}` is not swept over; choose of {}", names.join(", "))
     })
+}
+
+/// The least and the most rows of x.
+fn tokens(text: &str) -> Result<[usize; 2], String> {
+    let numbers: Result<Vec<usize>, _> = text.split(',').map(|part| part.trim().parse()).collect();
+    match numbers.as_deref() {
+        Ok(&[least, most]) if least > 0 && least <= most && most <= MOST_TOKENS => {
+            Ok([least, most])
+        }
+        _ => Err(format!("write LEAST,MOST, from 1 to {MOST_TOKENS}, such as 1,64")),
+    }
 }
 
 /// A sweep as a file: what was asked of whom, and what was found.
@@ -60,6 +75,8 @@ struct Receipt {
     found: Found,
 }
 
+/// The most rows of x.
+const MOST_TOKENS: usize = 65_536;
 /// Products that differ, of which a line is printed.
 const SHOWN: usize = 20;
 
@@ -77,19 +94,23 @@ pub(super) fn sweep_chip(args: &SweepArgs) -> Result<u8, String> {
             terminal::tell(&format!("\r{} of {} products", grouped(done), grouped(shapes)));
         }
     };
-    let found = sweep(&mut library, &args.format, args.seed, shapes, progress)
-        .map_err(|error| error.to_string())?;
+    let asked =
+        Asked { formats: args.format.clone(), seed: args.seed, shapes, tokens: args.tokens };
+    let found = sweep(&mut library, &asked, progress).map_err(|error| error.to_string())?;
     if terminal::coloured() {
         terminal::tell("\r");
     }
     print(&in_words(&found, &gpu, &version))?;
     if let Some(file) = &args.json {
         let names: Vec<&str> = args.format.iter().map(|format| format.name()).collect();
-        let command = format!(
+        let mut command = format!(
             "runner chip sweep --shapes {shapes} --seed {} --format {}",
             args.seed,
             names.join(",")
         );
+        if let Some([least, most]) = args.tokens {
+            let _ = write!(command, " --tokens {least},{most}");
+        }
         write_json(file, &Receipt { command, gpu, cublaslt: version, found: found.clone() })?;
     }
     Ok(if found.differing > 0 { FALSIFIED } else { PASS })

@@ -38,6 +38,8 @@ pub enum Values {
     Bell,
     /// Every exponent of a wide range as often.
     Spread,
+    /// Any finite code.
+    Codes,
     /// Ones, and in each row of x one large value.
     MarkedX,
     /// Ones, and in each row of w one large value, negated.
@@ -46,7 +48,7 @@ pub enum Values {
 
 /// The large value of [`Values::MarkedX`]: no sum of ones is seen beside it.
 const MARK: f32 = (1u64 << 40) as f32;
-/// In which column row `r` of a marked x has its mark: `r` times this.
+/// In which column row `r` of a marked x has its mark: `r` times this, after the seed.
 pub const MARK_STEP: usize = 37;
 
 impl Values {
@@ -57,6 +59,7 @@ impl Values {
             Values::Spread => 1,
             Values::MarkedX => 2,
             Values::MarkedW => 3,
+            Values::Codes => 4,
         }
     }
 }
@@ -99,11 +102,29 @@ pub fn code_at(
                 Format::F16 => sign << 15 | (5 + exponent(10)) << 10 | low & 0x3ff,
                 Format::Bf16 => sign << 15 | (111 + exponent(32)) << 7 | low & 0x7f,
                 Format::Tf32 => sign << 31 | (111 + exponent(32)) << 23 | (low & 0x3ff) << 13,
-                Format::F32 => sign << 31 | (111 + exponent(32)) << 23 | low & 0x7f_ffff,
+                _ => sign << 31 | (111 + exponent(32)) << 23 | low & 0x7f_ffff,
             }
         }
-        Values::MarkedX if column == row * MARK_STEP % width => format.encode(MARK),
-        Values::MarkedW if column == row % width => format.encode(-MARK),
+        Values::Codes => {
+            // The exponent's bits, and what makes a code finite whose bits are all set.
+            let (code, exponent, flip) = match format {
+                Format::E4m3 => (low & 0xff, 0x7f, 1),
+                Format::E5m2 => (low & 0xff, 0x7c, 0x40),
+                Format::F16 => (low & 0xffff, 0x7c00, 0x4000),
+                Format::Bf16 => (low & 0xffff, 0x7f80, 0x4000),
+                Format::Tf32 => (low & 0xffff_e000, 0x7f80_0000, 0x4000_0000),
+                _ => (low, 0x7f80_0000, 0x4000_0000),
+            };
+            if code & exponent == exponent { code ^ flip } else { code }
+        }
+        Values::MarkedX
+            if column as u64 == (row as u64 * MARK_STEP as u64 + seed) % width as u64 =>
+        {
+            format.encode(MARK)
+        }
+        Values::MarkedW if column as u64 == (row as u64 + seed) % width as u64 => {
+            format.encode(-MARK)
+        }
         Values::MarkedX | Values::MarkedW => format.encode(1.0),
     }
 }
@@ -161,8 +182,23 @@ fn types_of(format: Format) -> Vec<Types> {
     all.collect()
 }
 
-/// The question of that number in a sweep with that seed.
-pub fn question(formats: &[Format], seed: u64, number: usize) -> Question {
+/// What a sweep asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// The formats, each as often.
+    pub formats: Vec<Format>,
+    /// Which shapes and operands.
+    pub seed: u64,
+    /// How many products.
+    pub shapes: usize,
+    /// The least and the most rows of x, where that is not as models have it: one half a decoding
+    /// step's, one half more.
+    pub tokens: Option<[usize; 2]>,
+}
+
+/// The question of that number in a sweep.
+pub fn question(asked: &Asked, number: usize) -> Question {
+    let Asked { formats, seed, .. } = asked;
     let mut random = Random::named(
         "runner 2026 chip sweep: shape",
         &[&seed.to_le_bytes(), &(number as u64).to_le_bytes()],
@@ -176,7 +212,9 @@ pub fn question(formats: &[Format], seed: u64, number: usize) -> Question {
         (least + (most - least) * random.unit()).exp().round() as usize
     };
     let decoding = number / formats.len() % 2 == 0;
-    let tokens = if decoding { between(1, DECODED) } else { between(DECODED, LARGEST[0]) };
+    let usual = if decoding { [1, DECODED] } else { [DECODED, LARGEST[0]] };
+    let [least, most] = asked.tokens.unwrap_or(usual);
+    let tokens = between(least, most);
     let step = if format.is_fp8() { 16 } else { 8 };
     let outputs = between(16, LARGEST[1]).next_multiple_of(step);
     let inner = between(32, LARGEST[2]).next_multiple_of(step);
@@ -296,7 +334,7 @@ pub fn check(
     };
     let (x_codes, w_codes) = (operand(0, rows)?, operand(1, columns)?);
     let (x, w) = (scaled(&x_codes, question.scales[0]), scaled(&w_codes, question.scales[1]));
-    let plan = plan_of(&answer.record, types, inner);
+    let plan = plan_of(&answer.record, types, question.shape);
     let compared = answer.outputs.data().len();
     let mut checked = Checked {
         question: *question,
@@ -317,7 +355,7 @@ pub fn check(
         }
         for tile in TAILS.into_iter().filter(|tile| inner > *tile && inner % tile != 0) {
             let kept = inner - inner % tile;
-            let (x_short, w_short) = (x_codes.some_columns(0..kept), w_codes.some_columns(0..kept));
+            let (x_short, w_short) = (without_tail(&x_codes, kept), without_tail(&w_codes, kept));
             let [x_scale, w_scale] = question.scales;
             let (x, w) = (scaled(&x_short, x_scale), scaled(&w_short, w_scale));
             let short = plan.product(unit, &x, &w, types.output)?;
@@ -338,6 +376,15 @@ pub fn check(
         observed: bits(&answer.outputs),
     });
     Ok(checked)
+}
+
+/// The codes with zeros after the first `kept` of each row.
+fn without_tail(codes: &Codes, kept: usize) -> Codes {
+    let mut short = Codes::zeros(codes.format(), codes.rows(), codes.width());
+    for row in 0..codes.rows() {
+        short.row_mut(row).slice(0, kept).copy_from(codes.row(row).slice(0..kept));
+    }
+    short
 }
 
 fn scaled(codes: &Codes, scale: f32) -> Operand<'_> {
@@ -390,24 +437,23 @@ pub struct Found {
     pub unequal: Vec<Checked>,
 }
 
-/// A sweep over the first `shapes` questions of a seed; `progress` is told how many were answered.
+/// A sweep; `progress` is told how many products were asked for.
 ///
 /// # Errors
 /// If the library or its GPU fails, or on the user's wish.
 pub fn sweep(
     library: &mut dyn Library,
-    formats: &[Format],
-    seed: u64,
-    shapes: usize,
+    asked: &Asked,
     mut progress: impl FnMut(usize),
 ) -> Result<Found, ComputeError> {
     let mut families: BTreeMap<(String, String), Family> = BTreeMap::new();
     let mut found = Found::default();
+    let shapes = asked.shapes;
     for first in (0..shapes).step_by(AT_ONCE) {
         let mut answers = Vec::new();
         for number in first..shapes.min(first + AT_ONCE) {
             check_interrupt()?;
-            let question = question(formats, seed, number);
+            let question = question(asked, number);
             let mut random = Random::at(question.seeds[0] ^ question.seeds[1]);
             let [tokens, outputs, _] = question.shape;
             let rows = sampled(tokens, SAMPLE.0, &mut random);
@@ -492,8 +538,161 @@ pub struct OrderTable {
     pub shape: [usize; 3],
     /// The algorithm.
     pub record: Record,
-    /// The column of x in which the large value of each row stands.
+    /// The element of K at which the large value of each row of x stands.
     pub marks: Vec<usize>,
-    /// For each of them, and for each column of w in turn: the sum.
+    /// For each of them: the sum where w has its own at element 0, 1, 2 and so on.
     pub left: Vec<Vec<f32>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::emulated::chip::chip;
+    use crate::op::ChipName;
+
+    /// A library that computes as the plan says, but for what is planted.
+    struct Planned {
+        /// Elements of K that it leaves out where K is cut.
+        tail: usize,
+        /// The place of an output with another bit, in each product.
+        flipped: Option<usize>,
+    }
+
+    impl Library for Planned {
+        fn answer(
+            &mut self,
+            question: &Question,
+            rows: &[usize],
+            columns: &[usize],
+        ) -> Result<Option<Answer>, ComputeError> {
+            let Question { types, shape: [tokens, _, inner], values, seeds, .. } = *question;
+            if tokens == 1 {
+                return Ok(None);
+            }
+            let split_k = if inner >= 1024 { 2 } else { 1 };
+            let record = Record {
+                id: 66,
+                tile: 10,
+                stages: 36,
+                split_k,
+                reduction: if split_k > 1 { 2 } else { 0 },
+                custom: 0,
+                inner_shape: 0,
+                cluster_shape: 0,
+                workspace: 0,
+            };
+            let codes = |place: usize, rows| {
+                let codes = codes_of(types.operands, values[place], seeds[place], rows, inner)?;
+                let kept = if split_k > 1 { inner - inner % self.tail } else { inner };
+                Ok::<Codes, ComputeError>(codes.some_columns(0..kept))
+            };
+            let (x, w) = (codes(0, rows)?, codes(1, columns)?);
+            let plan = plan_of(&record, types, question.shape).expect("a plan");
+            let (x, w) = (scaled(&x, question.scales[0]), scaled(&w, question.scales[1]));
+            let mut outputs = plan.product(&self.unit(types.operands)?, &x, &w, types.output)?;
+            if let Some(place) = self.flipped {
+                let value = &mut outputs.data_mut()[place];
+                *value = f32::from_bits(value.to_bits() ^ 1 << 16);
+            }
+            Ok(Some(Answer { record, outputs }))
+        }
+
+        fn unit(&self, format: Format) -> Result<Unit, ComputeError> {
+            Ok(*chip(ChipName::Hopper).unit(format, format).expect("hopper has all"))
+        }
+    }
+
+    const SWEPT: [Format; 4] = [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32];
+
+    fn asked(seed: u64) -> Asked {
+        Asked { formats: SWEPT.to_vec(), seed, shapes: 0, tokens: None }
+    }
+
+    fn swept(library: &mut Planned, shapes: usize) -> Found {
+        let mut done = 0;
+        let asked = Asked { shapes, ..asked(3) };
+        let found = sweep(library, &asked, |so_far| done = so_far).expect("a sweep");
+        assert_eq!(done, shapes, "every product was asked for");
+        assert_eq!(found.shapes + found.not_offered, shapes);
+        assert_eq!(found.equal + found.differing + found.without_plan, found.compared);
+        found
+    }
+
+    #[test]
+    fn a_library_that_keeps_to_its_plans_has_every_output_equal() {
+        let found = swept(&mut Planned { tail: 1, flipped: None }, 100);
+        assert_eq!((found.differing, found.without_plan), (0, 0), "{:?}", found.unequal);
+        assert!(found.not_offered > 0 && found.compared > 4000, "{found:?}");
+        assert!(found.families.iter().any(|family| family.algorithm.contains("split-K")));
+    }
+
+    #[test]
+    fn one_bit_is_found_in_each_product_and_listed_with_its_outputs() {
+        let found = swept(&mut Planned { tail: 1, flipped: Some(3) }, 30);
+        assert_eq!(found.differing, found.shapes);
+        let first = &found.unequal[0];
+        assert_eq!((first.differing, first.without_tail, &first.fits), (1, None, &None));
+        let outputs = first.outputs.as_ref().expect("its outputs");
+        let differ: Vec<usize> = (0..outputs.expected.len())
+            .filter(|&at| outputs.expected[at] != outputs.observed[at])
+            .collect();
+        assert_eq!(differ, [3]);
+        let json = serde_json::to_string(&found).expect("JSON");
+        let again: Found = serde_json::from_str(&json).expect("what was written");
+        assert_eq!(serde_json::to_string(&again).expect("JSON"), json);
+    }
+
+    #[test]
+    fn a_tail_of_k_that_is_left_out_is_named() {
+        let found = swept(&mut Planned { tail: 64, flipped: None }, 100);
+        let lost: Vec<&Checked> =
+            found.unequal.iter().filter(|checked| checked.without_tail.is_some()).collect();
+        assert!(lost.len() > 5, "{} of {}", lost.len(), found.shapes);
+        assert_eq!(found.without_tail, lost.len());
+        for checked in lost {
+            let inner = checked.question.shape[2];
+            let kept = checked.without_tail.expect("named");
+            assert!(kept < inner && inner - kept <= 64, "{kept} of {inner}");
+        }
+    }
+
+    #[test]
+    fn questions_are_of_the_seed_and_fit_the_library() {
+        let mut decoding = 0;
+        for number in 0..2000 {
+            let drawn = question(&asked(1), number);
+            assert_eq!(drawn, question(&asked(1), number));
+            let [tokens, outputs, inner] = drawn.shape;
+            let step = if drawn.types.operands.is_fp8() { 16 } else { 8 };
+            assert!(outputs.is_multiple_of(step) && inner.is_multiple_of(step), "{drawn:?}");
+            assert!(tokens >= 1 && tokens <= LARGEST[0], "{drawn:?}");
+            assert!(outputs <= LARGEST[1] && inner <= LARGEST[2], "{drawn:?}");
+            decoding += usize::from(tokens <= DECODED);
+        }
+        assert!((900..1200).contains(&decoding), "{decoding}");
+        assert_ne!(question(&asked(1), 5), question(&asked(2), 5));
+        let few = Asked { tokens: Some([3, 5]), ..asked(1) };
+        let tokens = (0..100).map(|number| question(&few, number).shape[0]);
+        assert_eq!(tokens.collect::<std::collections::BTreeSet<usize>>(), [3, 4, 5].into());
+    }
+
+    #[test]
+    fn operands_are_finite_and_as_wide_as_they_should_be() {
+        for format in Format::ALL {
+            for values in [Values::Bell, Values::Spread, Values::Codes] {
+                let codes = codes_of(format, values, 9, &[0, 5], 3000).expect("codes");
+                let drawn = [codes.decode_row(0), codes.decode_row(1)].concat();
+                assert!(drawn.iter().all(|value| value.is_finite()), "{format} {values:?}");
+                let exponents: std::collections::BTreeSet<u32> =
+                    drawn.iter().map(|value| value.to_bits() >> 23 & 0xff).collect();
+                let least = match values {
+                    Values::Spread => 10,
+                    _ => 5,
+                };
+                assert!(exponents.len() >= least, "{format} {values:?}: {}", exponents.len());
+                let negative = drawn.iter().filter(|value| value.is_sign_negative()).count();
+                assert!((2600..3400).contains(&negative), "{format} {values:?}: {negative}");
+            }
+        }
+    }
 }

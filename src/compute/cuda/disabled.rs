@@ -3,12 +3,17 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::{Measured, MeasuredFunction, MeasuredReference, Piece, Survey, Trial};
+use super::{
+    Measured, MeasuredEmulation, MeasuredFunction, MeasuredReference, Piece, Survey, Trial,
+};
 use crate::compute::emulated::chip::Unit;
+use crate::compute::emulated::gemm::Operand;
+use crate::compute::emulated::schedule::Schedule;
 use crate::compute::sweep::{Answer, Library, OrderTable, Question};
 use crate::compute::{ComputeError, Pass};
 use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
+use crate::tensor::Tensor;
 
 const WHY: &str = "built without the feature `cuda`";
 
@@ -93,6 +98,31 @@ impl Library for SweptLibrary {
     fn unit(&self, _: Format) -> Result<Unit, ComputeError> {
         match *self {}
     }
+}
+
+/// A product as a chip computes it, by this machine's GPU.
+///
+/// # Errors
+/// Always.
+pub fn emulated_product(
+    _: &Unit,
+    _: &Schedule,
+    _: &Operand,
+    _: &Operand,
+    _: Format,
+) -> Result<Tensor, ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// Holds the emulation on a GPU to the CPU's bits.
+///
+/// # Errors
+/// Always.
+pub fn measure_emulation(
+    _: Option<&Path>,
+    _: impl FnMut(MeasuredEmulation),
+) -> Result<(), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
 }
 
 /// The chip of this machine's first GPU.

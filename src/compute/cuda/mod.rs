@@ -15,6 +15,8 @@ mod arm;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
+pub mod emulation;
+#[cfg(feature = "cuda")]
 pub mod functions;
 #[cfg(feature = "cuda")]
 mod gpu;
@@ -42,9 +44,12 @@ mod enabled;
 
 #[cfg(not(feature = "cuda"))]
 pub use disabled::{
-    SweptLibrary, chip_here, facts, measure, measure_functions, measure_reference, ops,
-    reference_ops, survey, why_no_reference, why_unavailable,
+    SweptLibrary, chip_here, emulated_product, facts, measure, measure_emulation,
+    measure_functions, measure_reference, ops, reference_ops, survey, why_no_reference,
+    why_unavailable,
 };
+#[cfg(feature = "cuda")]
+pub use emulation::{emulated_product, measure_emulation};
 #[cfg(feature = "cuda")]
 pub use enabled::{
     chip_here, facts, ops, reference_ops, survey, why_no_reference, why_unavailable,
@@ -134,6 +139,25 @@ pub struct MeasuredReference {
     pub differing: usize,
     /// The time of a product, in seconds.
     pub seconds: f64,
+}
+
+/// The emulation of one unit on this machine's GPU, held to the CPU's.
+#[derive(Clone, Copy, Debug)]
+pub struct MeasuredEmulation {
+    /// The first chip that has the unit.
+    pub chip: ChipName,
+    /// Formats of x and of w.
+    pub formats: [Format; 2],
+    /// Products that are added at once.
+    pub products: usize,
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Those whose bits differ.
+    pub differing: usize,
+    /// Time of the large product, in seconds, without what is brought to the GPU and back.
+    pub seconds: f64,
+    /// Multiply-adds of the large product.
+    pub multiply_adds: f64,
 }
 
 /// A function of one number, as this machine's GPU computes it.

@@ -16,7 +16,7 @@ use super::kernels::format_code;
 use super::probe::{bytes_of, decode};
 use super::program;
 use crate::compute::emulated::chip::Unit;
-use crate::compute::emulated::plan::Types;
+use crate::compute::emulated::plan::{Record, Types};
 use crate::compute::sweep::{Answer, Library, MARK_STEP, OrderTable, Question, Values, codes_of};
 use crate::compute::{ComputeError, check_interrupt};
 use crate::dtype::Format;
@@ -64,9 +64,11 @@ impl SweptLibrary {
     fn check_operands(&self) -> Result<(), ComputeError> {
         const ROWS: usize = 3;
         const WIDTH: usize = 2000;
+        const ALL_VALUES: [Values; 5] =
+            [Values::Bell, Values::Spread, Values::Codes, Values::MarkedX, Values::MarkedW];
         let rows: Vec<usize> = (0..ROWS).collect();
         for operands in [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32, Format::F32] {
-            for values in [Values::Bell, Values::Spread, Values::MarkedX, Values::MarkedW] {
+            for values in ALL_VALUES {
                 let question = Question {
                     types: Types { operands, accumulate: Accumulate::Fast, output: Format::F32 },
                     shape: [ROWS, ROWS, WIDTH],
@@ -178,7 +180,8 @@ impl SweptLibrary {
         })
     }
 
-    /// The orders of all algorithms on offer for small products of a format, each record once.
+    /// The orders of all algorithms on offer for small products of a format, each record once; where
+    /// x has one row, of the favourites of many shapes.
     ///
     /// # Errors
     /// If the GPU fails.
@@ -186,40 +189,75 @@ impl SweptLibrary {
         let types = Types { operands: format, accumulate: Accumulate::Fast, output: Format::F32 };
         let mut seen = HashSet::new();
         let mut tables = Vec::new();
-        for tokens in [1, 2, 4, 8, 16, 32, 64, 128, 512] {
+        for tokens in [2, 4, 8, 16, 32, 64, 128, 512] {
             for [outputs, inner] in [[1024, 1024], [4096, 520], [256, 2048]] {
-                check_interrupt()?;
-                let question = Question {
-                    types,
-                    shape: [tokens, outputs, inner],
-                    values: [Values::MarkedX, Values::MarkedW],
-                    seeds: [0; 2],
-                    scales: [1.0; 2],
-                };
-                let rows: Vec<usize> = (0..tokens.min(TABLE_ROWS)).collect();
-                let columns: Vec<usize> = (0..outputs.min(inner).min(TABLE)).collect();
-                let answers = self.ask(&question, &rows, &columns, |offered| {
+                let new = |offered: &[Algorithm]| {
                     let mut new = offered.to_vec();
                     new.retain(|one| {
-                        let record = one.record();
-                        let parts = record.split_k;
-                        seen.insert((
-                            record.id,
-                            record.tile,
-                            record.stages,
-                            parts,
-                            record.reduction,
-                        ))
+                        let Record { id, tile, stages, split_k, reduction, .. } = one.record();
+                        seen.insert((id, tile, stages, split_k, reduction))
                     });
                     new
-                })?;
-                tables.extend(answers.into_iter().map(|answer| OrderTable {
-                    types,
-                    shape: question.shape,
-                    record: answer.record,
-                    marks: rows.iter().map(|row| row * MARK_STEP % inner).collect(),
-                    left: rows.iter().map(|&row| answer.outputs.row(row).to_vec()).collect(),
-                }));
+                };
+                tables.extend(self.table(types, [tokens, outputs, inner], new)?);
+            }
+        }
+        for outputs in [16, 48, 176, 424, 696, 1024, 1880, 2896, 3384, 8192] {
+            for inner in [64, 256, 1024, 1408, 2136, 5000, 12_176] {
+                let favourite = |offered: &[Algorithm]| offered.iter().take(1).copied().collect();
+                tables.extend(self.table(types, [1, outputs, inner], favourite)?);
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The orders of some algorithms for one shape.
+    fn table(
+        &self,
+        types: Types,
+        shape: [usize; 3],
+        choose: impl FnMut(&[Algorithm]) -> Vec<Algorithm>,
+    ) -> Result<Vec<OrderTable>, ComputeError> {
+        let [tokens, outputs, inner] = shape;
+        let rows: Vec<usize> = (0..tokens.min(TABLE_ROWS)).collect();
+        let columns: Vec<usize> = (0..outputs.min(inner)).collect();
+        let mut question = Question {
+            types,
+            shape,
+            values: [Values::MarkedX, Values::MarkedW],
+            seeds: [0; 2],
+            scales: [1.0; 2],
+        };
+        let mut chosen = Vec::new();
+        let mut tables: Vec<OrderTable> = Vec::new();
+        let mut choose = Some(choose);
+        // Each product has as many places of w's mark as w has rows.
+        for first in (0..inner.min(TABLE)).step_by(columns.len()) {
+            check_interrupt()?;
+            question.seeds[1] = first as u64;
+            let answers = self.ask(&question, &rows, &columns, |offered| {
+                if let Some(mut choose) = choose.take() {
+                    chosen = choose(offered);
+                }
+                chosen.clone()
+            })?;
+            if tables.is_empty() {
+                tables = answers
+                    .iter()
+                    .map(|answer| OrderTable {
+                        types,
+                        shape,
+                        record: answer.record,
+                        marks: rows.iter().map(|row| row * MARK_STEP % inner).collect(),
+                        left: vec![Vec::new(); rows.len()],
+                    })
+                    .collect();
+            }
+            for (table, answer) in tables.iter_mut().zip(&answers) {
+                for (place, left) in table.left.iter_mut().enumerate() {
+                    left.extend(answer.outputs.row(place));
+                    left.truncate(inner.min(TABLE));
+                }
             }
         }
         Ok(tables)

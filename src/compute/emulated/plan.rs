@@ -1,15 +1,21 @@
 //! In which order an algorithm of cuBLASLt adds, from the record that the library gives of it.
 //!
-//! It knows records and schedules; who asks the library is `compute/cuda`. Nothing is fitted to
-//! outputs: a record of which no rule is known has no plan, and says so.
+//! It knows records and orders; who asks the library is `compute/cuda`. Nothing is fitted to
+//! outputs: a record of which no rule is known has no plan, and says so. The rules were read off
+//! tables of orders (`runner chip sweep --orders`) of an H200 with cuBLASLt 13.1.0, and a sweep
+//! holds them to products that nobody had looked at (`runs/receipts/h200-sweep.json`). That
+//! records tell the order was known before: facebookexperimental/triton, bitequiv.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::chip::Unit;
 use super::gemm::{GemmError, Operand, Scales, gemm};
-use super::schedule::{Schedule, Then};
-use crate::compute::engine_kernels::linear::by_lanes;
+use super::quantize::{Codes, quantize_row};
+use super::schedule::Schedule;
+use crate::compute::engine_kernels::linear::{by_lanes, residue_first};
 use crate::dtype::Format;
 use crate::op::Accumulate;
 use crate::tensor::Tensor;
@@ -62,39 +68,79 @@ impl std::fmt::Display for Record {
     }
 }
 
-/// How the parts of K become one sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PartSums {
-    /// Added in f32, in order.
-    F32,
-    /// Each rounded to the result's format, then added in f32, in order.
-    Rounded,
-    /// Added in order, and the sum rounded to the result's format after each.
-    InPlace,
+/// The order of additions that a record stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Plan {
+    /// The tensor core's chains as `schedule.rs` has them.
+    Schedule(Schedule),
+    /// K in parts of so many elements, added in order; in each the rest of whole tiles comes first.
+    Parts {
+        /// Elements of a part.
+        part: usize,
+        /// Elements of K of a tile.
+        tile: usize,
+    },
+    /// Tiles of K dealt to the parts in turn.
+    Dealt {
+        /// Elements of K of a tile.
+        tile: usize,
+        /// Parts.
+        parts: usize,
+        /// How the parts are added.
+        gathered: Gathered,
+    },
+    /// K in stretches of whole tiles of nearly one length, the last ones the longer; added as a tree
+    /// of halves.
+    Halves {
+        /// Elements of K of a tile.
+        tile: usize,
+        /// Parts.
+        parts: usize,
+    },
+    /// 16 lanes of f32, see [`by_lanes`].
+    Lanes,
+    /// The lanes of a warp, each a sum of its own; then those half of all lanes apart are added, and
+    /// so on down to neighbours.
+    Warp {
+        /// Lanes.
+        lanes: usize,
+        /// Whether a lane's elements of K are neighbours; else they are `lanes` apart.
+        neighbours: bool,
+    },
 }
 
-/// The order of additions that a record stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Plan {
-    /// Chains, promotions and parts of K.
-    pub schedule: Schedule,
-    /// How the parts become one sum.
-    pub parts: PartSums,
-    /// Whether 16 lanes of f32 add instead of the unit, see [`by_lanes`].
-    pub lanes: bool,
+/// How parts are added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gathered {
+    /// In order.
+    InOrder,
+    /// Each of the first half with its partner of the second half, and those sums in order to the
+    /// last part.
+    InPairs,
 }
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.lanes {
-            return f.write_str("16 lanes of f32");
-        }
-        write!(f, "{}", self.schedule)?;
-        match self.parts {
-            PartSums::F32 => Ok(()),
-            PartSums::Rounded => f.write_str(", each part rounded"),
-            PartSums::InPlace => f.write_str(", the sum rounded after each part"),
+        match *self {
+            Plan::Schedule(schedule) => write!(f, "{schedule}"),
+            Plan::Parts { part, tile } => {
+                write!(f, "parts of {part} elements of K, the rest of tiles of {tile} first")
+            }
+            Plan::Dealt { tile, parts, gathered } => {
+                write!(f, "tiles of {tile} elements of K dealt to {parts} parts in turn")?;
+                match gathered {
+                    Gathered::InOrder => Ok(()),
+                    Gathered::InPairs => f.write_str(", added in pairs"),
+                }
+            }
+            Plan::Halves { tile, parts } => {
+                write!(f, "{parts} parts of whole tiles of {tile} elements of K, added in halves")
+            }
+            Plan::Lanes => f.write_str("16 lanes of f32"),
+            Plan::Warp { lanes, neighbours: false } => write!(f, "a warp's {lanes} lanes"),
+            Plan::Warp { lanes, neighbours: true } => {
+                write!(f, "a warp's {lanes} lanes, each of neighbours")
+            }
         }
     }
 }
@@ -110,26 +156,237 @@ pub struct Types {
     pub output: Format,
 }
 
-/// The plan of an algorithm for operands of `inner` elements of K.
+/// How the kernels of an algorithm add.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Tensor-core chains; K in tiles of 128 bytes dealt in stretches.
+    Chains,
+    /// CUTLASS: parts of a whole number of vectors or lines, the rest of a part first.
+    Parts,
+    /// CUTLASS for Hopper, with stream-K.
+    StreamK,
+    /// Fused multiply-adds; tiles of K dealt in turn.
+    Dealt,
+    /// Sums in f32 by 16 lanes.
+    Lanes,
+    /// One row of x: a warp for each output.
+    Warp,
+}
+
+/// A family of algorithms.
+struct Family {
+    /// The algorithm's number.
+    id: u32,
+    /// What they multiply.
+    formats: &'static [Format],
+    /// How they add.
+    kind: Kind,
+}
+
+/// The algorithms whose order is known.
+const FAMILIES: [Family; 8] = [
+    // nvjet.
+    Family { id: 66, formats: &[Format::E4m3, Format::Bf16, Format::F16], kind: Kind::Chains },
+    // CUTLASS, on tensor cores and with fused multiply-adds.
+    Family { id: 21, formats: &[Format::Tf32], kind: Kind::Parts },
+    Family { id: 23, formats: &[Format::Tf32], kind: Kind::Parts },
+    Family { id: 20, formats: &[Format::F32], kind: Kind::Parts },
+    Family { id: 43, formats: &[Format::Tf32], kind: Kind::StreamK },
+    Family { id: 55, formats: &[Format::F32], kind: Kind::Dealt },
+    Family { id: 11, formats: &[Format::F32, Format::Tf32], kind: Kind::Lanes },
+    // gemv.
+    Family { id: 13, formats: &[Format::F32, Format::Tf32], kind: Kind::Warp },
+];
+
+/// Elements of K of a tile, by `CUBLASLT_MATMUL_STAGES_*`: the number before the `x`.
+fn tile_depth(stages: u32) -> Option<usize> {
+    Some(match stages {
+        26 | 28 | 31 | 32 => 8,
+        1..=6 | 27 | 29 | 33 => 16,
+        7..=12 | 25 | 34 => 32,
+        13..=18 | 30 | 35 => 64,
+        19..=24 | 36 => 128,
+        _ => return None,
+    })
+}
+
+/// Rows of w and rows of x of a tile of the result, by `CUBLASLT_MATMUL_TILE_*`.
+fn tile_sides(tile: u32) -> Option<[usize; 2]> {
+    Some(match tile {
+        11 => [32, 32],
+        12 => [32, 64],
+        13 => [64, 32],
+        14 => [32, 128],
+        15 => [64, 64],
+        16 => [128, 32],
+        17 => [64, 128],
+        18 => [128, 64],
+        19 => [64, 256],
+        20 => [128, 128],
+        21 => [256, 64],
+        22 => [64, 512],
+        23 => [128, 256],
+        24 => [256, 128],
+        25 => [512, 64],
+        _ => return None,
+    })
+}
+
+/// Tiles of a cluster along rows of w and of x, by `CUBLASLT_CLUSTER_SHAPE_*`.
+fn cluster_sides(cluster: u16) -> Option<[usize; 2]> {
+    Some(match cluster {
+        0 | 2 => [1, 1],
+        3 => [2, 1],
+        4 => [4, 1],
+        5 => [1, 2],
+        6 => [2, 2],
+        7 => [4, 2],
+        8 => [1, 4],
+        9 => [2, 4],
+        10 => [4, 4],
+        11 => [8, 1],
+        12 => [1, 8],
+        13 => [8, 2],
+        14 => [2, 8],
+        15 => [16, 1],
+        16 => [1, 16],
+        17 => [3, 1],
+        18 => [5, 1],
+        19 => [6, 1],
+        20 => [7, 1],
+        21 => [9, 1],
+        22 => [10, 1],
+        23 => [11, 1],
+        24 => [12, 1],
+        25 => [13, 1],
+        26 => [14, 1],
+        27 => [15, 1],
+        28 => [3, 2],
+        29 => [5, 2],
+        30 => [6, 2],
+        31 => [7, 2],
+        32 => [1, 3],
+        33 => [2, 3],
+        34 => [3, 3],
+        35 => [4, 3],
+        36 => [5, 3],
+        37 => [3, 4],
+        38 => [1, 5],
+        39 => [2, 5],
+        40 => [3, 5],
+        41 => [1, 6],
+        42 => [2, 6],
+        43 => [1, 7],
+        44 => [2, 7],
+        45 => [1, 9],
+        46 => [1, 10],
+        47 => [1, 11],
+        48 => [1, 12],
+        49 => [1, 13],
+        50 => [1, 14],
+        51 => [1, 15],
+        _ => return None,
+    })
+}
+
+/// What the library writes where parts are added in f32, in order.
+const IN_F32: u32 = 2;
+/// The most parts of [`Plan::Halves`] that were seen.
+const MOST_HALVES: usize = 4;
+
+/// The plan of an algorithm for a product of that shape: N, M, K.
 ///
 /// # Errors
 /// In words, if no rule is known for such a record.
-pub fn plan_of(record: &Record, types: Types, inner: usize) -> Result<Plan, String> {
-    let _ = inner;
-    let accumulate = if types.operands.is_fp8() { types.accumulate } else { Accumulate::Fast };
-    let parts = if record.split_k == STREAM_K { 1 } else { record.split_k.max(1) };
-    let schedule = Schedule { accumulate, ..Schedule::FAST }.with_split_k(parts);
-    let parts = match record.reduction {
-        0 | 2 => PartSums::F32,
-        1 => PartSums::InPlace,
-        4 => PartSums::Rounded,
-        other => return Err(format!("reduction scheme {other} is not known")),
+pub fn plan_of(record: &Record, types: Types, shape: [usize; 3]) -> Result<Plan, String> {
+    let [_, _, inner] = shape;
+    let Types { operands, accumulate, .. } = types;
+    let known = |family: &&Family| family.id == record.id && family.formats.contains(&operands);
+    let family = FAMILIES.iter().find(known).ok_or_else(|| {
+        format!("the order of algorithm {} is not known for {operands}", record.id)
+    })?;
+    let vector = 16 / operands.bytes();
+    if !inner.is_multiple_of(vector) {
+        return Err(format!("rows of {inner} elements are no whole vectors of {vector}"));
+    }
+    let parts = record.split_k;
+    if parts > 1 && record.reduction != IN_F32 {
+        return Err(format!("parts that are added by scheme {} were not seen", record.reduction));
+    }
+    let depth = || {
+        let unknown = || format!("the tile of stages {} is not known", record.stages);
+        tile_depth(record.stages).ok_or_else(unknown)
     };
-    Ok(Plan { schedule, parts, lanes: false })
+    let chain = Schedule {
+        accumulate: if operands.is_fp8() { accumulate } else { Accumulate::Fast },
+        ..Schedule::FAST
+    };
+    match family.kind {
+        Kind::StreamK if parts == STREAM_K => match record.workspace {
+            0 => Ok(Plan::Schedule(chain)),
+            _ => Ok(Plan::Halves { tile: depth()?, parts: stream_k_parts(record, shape)? }),
+        },
+        _ if parts == STREAM_K => Err("its stream-K was not seen".to_owned()),
+        Kind::Chains => Ok(Plan::Schedule(chain.with_split_k(parts.max(1)))),
+        Kind::Lanes if parts <= 1 => Ok(Plan::Lanes),
+        Kind::Warp if parts <= 1 => warp_of(record.custom),
+        Kind::Lanes | Kind::Warp => Err("its parts were not seen".to_owned()),
+        _ if parts <= 1 => Ok(Plan::Schedule(chain)),
+        Kind::Parts => {
+            // Whole cache lines where rows are such, else whole vectors.
+            let line = 128 / operands.bytes();
+            let step = if inner.is_multiple_of(line) { line } else { vector };
+            let part = inner.div_ceil(parts as usize).next_multiple_of(step);
+            Ok(Plan::Parts { part, tile: depth()? })
+        }
+        Kind::Dealt => {
+            let gathered = match record.custom {
+                0 | 2 => Gathered::InOrder,
+                1 => Gathered::InPairs,
+                other => return Err(format!("its custom option {other} was not seen")),
+            };
+            Ok(Plan::Dealt { tile: depth()?, parts: parts as usize, gathered })
+        }
+        Kind::StreamK => Err("its split-K was not seen".to_owned()),
+    }
+}
+
+/// The parts that each tile's K is cut into, from the workspace: a tile of f32 for each.
+fn stream_k_parts(record: &Record, [tokens, outputs, _]: [usize; 3]) -> Result<usize, String> {
+    let sides = tile_sides(record.tile).zip(cluster_sides(record.cluster_shape));
+    let ([tall, wide], [down, across]) = sides.ok_or_else(|| {
+        format!("tile {} or cluster {} is not known", record.tile, record.cluster_shape)
+    })?;
+    let tiles = outputs.div_ceil(tall).next_multiple_of(down)
+        * tokens.div_ceil(wide).next_multiple_of(across);
+    let held = record.workspace / (tall * wide * size_of::<f32>());
+    let parts = held / tiles.max(1);
+    if parts * tiles != held {
+        return Err(format!(
+            "its workspace holds {held} parts of {tiles} tiles: some tiles are cut, and which is \
+             not in the record"
+        ));
+    }
+    if !(2..=MOST_HALVES).contains(&parts) {
+        return Err(format!("tiles in {parts} parts were not seen"));
+    }
+    Ok(parts)
+}
+
+/// gemv's lanes, by `CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION`.
+fn warp_of(custom: u32) -> Result<Plan, String> {
+    let (lanes, neighbours) = match custom {
+        73 | 101 => (16, false),
+        75 | 83 | 93 => (32, false),
+        74 => (32, true),
+        other => return Err(format!("its custom option {other} was not seen")),
+    };
+    Ok(Plan::Warp { lanes, neighbours })
 }
 
 impl Plan {
-    /// `y[N, M] = x[N, K] w[M, K]^T` in this order.
+    /// `y[N, M] = x[N, K] w[M, K]^T` in this order. Scales count where the plan is a schedule; nothing
+    /// else was seen with any.
     ///
     /// # Errors
     /// If shapes, formats, scales or the schedule do not fit.
@@ -140,57 +397,332 @@ impl Plan {
         w: &Operand,
         output: Format,
     ) -> Result<Tensor, GemmError> {
-        if self.lanes {
-            let mut y = by_lanes(x.codes, w.codes)?;
-            y.data_mut().par_iter_mut().for_each(|y| *y = output.round(*y));
-            return Ok(y);
-        }
-        if self.parts == PartSums::F32 || self.schedule.split_k <= 1 {
-            return gemm(unit, &self.schedule, x, w, output);
-        }
-        let scale = scale_of(x) * scale_of(w);
-        let mut sums: Option<Tensor> = None;
-        for part in self.part_ranges(x.codes.width(), x.codes.format()) {
-            let (x, w) = (x.codes.some_columns(part.clone()), w.codes.some_columns(part));
-            let bare = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
-            let whole = self.schedule.with_split_k(1);
-            let mut part = gemm(unit, &whole, &bare(&x), &bare(&w), Format::F32)?;
-            part.data_mut().iter_mut().for_each(|part| *part = output.round(scale * *part));
-            match &mut sums {
-                None => sums = Some(part),
-                Some(sums) => {
-                    for (sum, part) in sums.data_mut().iter_mut().zip(part.data()) {
-                        *sum += part;
-                        if self.parts == PartSums::InPlace {
-                            *sum = output.round(*sum);
-                        }
+        let inner = x.codes.width();
+        let sum = |x: &Codes, w: &Codes| {
+            let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+            gemm(unit, &Schedule::FAST, &operand(x), &operand(w), Format::F32)
+        };
+        let mut y = match *self {
+            Plan::Schedule(schedule) => return gemm(unit, &schedule, x, w, output),
+            Plan::Lanes => by_lanes(x.codes, w.codes)?,
+            Plan::Warp { lanes, neighbours } => by_warp(x.codes, w.codes, lanes, neighbours)?,
+            Plan::Parts { part, tile } => {
+                let rest_first = |codes: &Codes, range: Range<usize>| {
+                    let codes = codes.some_columns(range);
+                    // Sums of single products do not show where tiles begin.
+                    match unit {
+                        Unit::SequentialFma => codes,
+                        Unit::TensorCore(_) => residue_first(&codes, tile),
                     }
+                };
+                let starts = (0..inner).step_by(part.max(1));
+                let sums = starts.map(|start| {
+                    let range = start..(start + part).min(inner);
+                    sum(&rest_first(x.codes, range.clone()), &rest_first(w.codes, range))
+                });
+                in_order(sums.collect::<Result<_, _>>()?, x, w)
+            }
+            Plan::Dealt { tile, parts, gathered } => {
+                // Parts beyond the last tile are zero.
+                let filled = parts.min(inner.div_ceil(tile.max(1)));
+                let sums = (0..filled).map(|part| {
+                    let dealt = |codes: &Codes| every(codes, tile, part, parts);
+                    sum(&dealt(x.codes), &dealt(w.codes))
+                });
+                let sums = sums.collect::<Result<Vec<Tensor>, _>>()?;
+                match gathered {
+                    Gathered::InOrder => in_order(sums, x, w),
+                    Gathered::InPairs => in_order(paired(sums, parts), x, w),
                 }
             }
-        }
-        let mut sums = sums.unwrap_or_else(|| Tensor::zeros(x.codes.rows(), w.codes.rows()));
-        sums.data_mut().iter_mut().for_each(|sum| *sum = output.round(*sum));
-        Ok(sums)
-    }
-
-    /// The stretches of K that are summed apart.
-    fn part_ranges(&self, inner: usize, format: Format) -> Vec<std::ops::Range<usize>> {
-        let mut start = 0;
-        let ends = self.schedule.steps(inner, format).into_iter();
-        ends.filter(|step| step.then == Then::EndPart)
-            .map(|step| {
-                let range = start..step.inner.end;
-                start = range.end;
-                range
-            })
-            .collect()
+            Plan::Halves { tile, parts } => {
+                let ranges = stretches(inner, tile, parts);
+                let sums = ranges.into_iter().map(|range| {
+                    sum(&x.codes.some_columns(range.clone()), &w.codes.some_columns(range))
+                });
+                halved(&sums.collect::<Result<Vec<Tensor>, _>>()?)
+            }
+        };
+        y.data_mut().par_iter_mut().for_each(|y| *y = output.round(*y));
+        Ok(y)
     }
 }
 
-/// The one scale of an operand; products with others have no parts that are rounded.
-fn scale_of(operand: &Operand) -> f32 {
-    match operand.scales {
-        Scales::Tensor(scale) => scale,
-        _ => 1.0,
+/// Sums, one after the other.
+fn in_order(sums: Vec<Tensor>, x: &Operand, w: &Operand) -> Tensor {
+    let zero = || Tensor::zeros(x.codes.rows(), w.codes.rows());
+    sums.into_iter().reduce(|sum, part| added(sum, &part)).unwrap_or_else(zero)
+}
+
+fn added(mut sum: Tensor, part: &Tensor) -> Tensor {
+    sum.data_mut().iter_mut().zip(part.data()).for_each(|(sum, part)| *sum += part);
+    sum
+}
+
+/// What is added in order where partners come first: the last part, and each of the first half of
+/// all with its partner of the second half, but for the last part's.
+fn paired(sums: Vec<Tensor>, parts: usize) -> Vec<Tensor> {
+    let half = parts.div_ceil(2);
+    let mut all = Vec::new();
+    if parts > 1 {
+        all.extend(sums.get(parts - 1).cloned());
+    }
+    for (part, sum) in sums.iter().enumerate().take(half) {
+        let partner = part + half;
+        all.push(match sums.get(partner).filter(|_| partner + 1 < parts) {
+            Some(other) => added(sum.clone(), other),
+            None => sum.clone(),
+        });
+    }
+    all
+}
+
+/// Stretches of whole tiles, the last ones a tile longer.
+fn stretches(inner: usize, tile: usize, parts: usize) -> Vec<Range<usize>> {
+    let tiles = inner.div_ceil(tile.max(1));
+    let (each, more) = (tiles / parts.max(1), tiles % parts.max(1));
+    let mut start = 0;
+    let ranges = (0..parts).map(|part| {
+        let end = start + each + usize::from(part + more >= parts);
+        let range = start * tile..(end * tile).min(inner);
+        start = end;
+        range
+    });
+    ranges.filter(|range| !range.is_empty()).collect()
+}
+
+/// A tree of halves, the first half the smaller.
+fn halved(sums: &[Tensor]) -> Tensor {
+    match sums {
+        [one] => one.clone(),
+        sums => {
+            let (first, second) = sums.split_at(sums.len() / 2);
+            added(halved(first), &halved(second))
+        }
+    }
+}
+
+/// Every tile of K that is dealt to a part.
+fn every(codes: &Codes, tile: usize, part: usize, parts: usize) -> Codes {
+    let own: Vec<usize> = (0..codes.width()).filter(|k| k / tile % parts == part).collect();
+    let mut some = Codes::zeros(codes.format(), codes.rows(), own.len());
+    for row in 0..codes.rows() {
+        let all = codes.decode_row(row);
+        let values: Vec<f32> = own.iter().map(|&k| all[k]).collect();
+        quantize_row(codes.format(), &values, 1.0, &mut some.row_mut(row));
+    }
+    some
+}
+
+/// The lanes of a warp, see [`Plan::Warp`].
+fn by_warp(x: &Codes, w: &Codes, lanes: usize, neighbours: bool) -> Result<Tensor, GemmError> {
+    let inner = x.width();
+    if inner != w.width() {
+        return Err(GemmError::Inner { x: inner, w: w.width() });
+    }
+    let own = inner.div_ceil(lanes);
+    let one = |x: &[f32], w: &[f32]| {
+        let mut sums = vec![0.0f32; lanes];
+        for (k, (x, w)) in x.iter().zip(w).enumerate() {
+            let lane = if neighbours { k / own } else { k % lanes };
+            sums[lane] = x.mul_add(*w, sums[lane]);
+        }
+        while sums.len() > 1 {
+            let upper = sums.split_off(sums.len() / 2);
+            sums.iter_mut().zip(upper).for_each(|(sum, upper)| *sum += upper);
+        }
+        sums[0]
+    };
+    let w: Vec<Vec<f32>> = (0..w.rows()).map(|row| w.decode_row(row)).collect();
+    let rows = (0..x.rows()).flat_map(|row| {
+        let x = x.decode_row(row);
+        w.iter().map(move |w| one(&x, w)).collect::<Vec<f32>>()
+    });
+    Ok(Tensor::new(w.len(), rows.collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::emulated::chip::chip;
+    use crate::op::ChipName;
+    use crate::random::Random;
+
+    fn record(id: u32, stages: u32, split_k: u32) -> Record {
+        Record {
+            id,
+            tile: 15,
+            stages,
+            split_k,
+            reduction: if split_k > 1 { 2 } else { 0 },
+            custom: 0,
+            inner_shape: 0,
+            cluster_shape: 0,
+            workspace: 0,
+        }
+    }
+
+    fn types(operands: Format) -> Types {
+        Types { operands, accumulate: Accumulate::Fast, output: Format::F32 }
+    }
+
+    fn plan(record: &Record, operands: Format, shape: [usize; 3]) -> Result<Plan, String> {
+        plan_of(record, types(operands), shape)
+    }
+
+    #[test]
+    fn records_of_an_h200_have_the_plans_that_its_products_showed() {
+        let tf32 = |record: &Record, shape| plan(record, Format::Tf32, shape).expect("a plan");
+        // [59, 88, 440], CUTLASS in 6 parts: whole vectors, the rest of tiles of 16 first.
+        let cut = record(21, 6, 6);
+        assert_eq!(tf32(&cut, [59, 88, 440]), Plan::Parts { part: 76, tile: 16 });
+        // Whole lines where rows are such: 1024 in 12 parts of 96 and not of 88.
+        assert_eq!(tf32(&record(23, 6, 12), [2, 1024, 1024]), Plan::Parts { part: 96, tile: 16 });
+        // [345, 528, 7968], stream-K: 9 tiles in clusters of 4 by 3 of 64 x 128, 108 of them held.
+        let mut streamed = Record { tile: 17, cluster_shape: 4, ..record(43, 34, STREAM_K) };
+        streamed.workspace = 3_539_535;
+        assert_eq!(tf32(&streamed, [345, 528, 7968]), Plan::Halves { tile: 32, parts: 3 });
+        let whole = Record { workspace: 0, ..streamed };
+        assert_eq!(tf32(&whole, [345, 528, 7968]), Plan::Schedule(Schedule::FAST));
+        // [1324, 1752, 3464]: 112 of 176 tiles are held.
+        let some = Record { tile: 20, workspace: 7_340_415, ..streamed };
+        let why = plan(&some, Format::Tf32, [1324, 1752, 3464]).expect_err("not in the record");
+        assert!(why.contains("112 parts of 176 tiles"), "{why}");
+        let dealt = Record { custom: 1, ..record(55, 31, 33) };
+        let gathered = Gathered::InPairs;
+        assert_eq!(
+            plan(&dealt, Format::F32, [50, 144, 6448]),
+            Ok(Plan::Dealt { tile: 8, parts: 33, gathered })
+        );
+        let gemv = Record { custom: 101, ..record(13, 0, 1) };
+        assert_eq!(
+            plan(&gemv, Format::F32, [1, 3384, 2136]),
+            Ok(Plan::Warp { lanes: 16, neighbours: false })
+        );
+        let nvjet = plan(&record(66, 36, 3), Format::Bf16, [4, 64, 4096]);
+        assert_eq!(nvjet, Ok(Plan::Schedule(Schedule::FAST.with_split_k(3))));
+    }
+
+    #[test]
+    fn what_was_not_seen_has_no_plan_and_says_why() {
+        let shape = [4, 64, 4096];
+        for (record, format, why) in [
+            (record(99, 6, 1), Format::Bf16, "algorithm 99 is not known for bf16"),
+            (record(21, 6, 1), Format::Bf16, "algorithm 21 is not known for bf16"),
+            (Record { reduction: 4, ..record(66, 36, 2) }, Format::Bf16, "scheme 4"),
+            (record(66, 36, STREAM_K), Format::Bf16, "stream-K was not seen"),
+            (record(21, 99, 2), Format::Tf32, "stages 99"),
+            (Record { custom: 7, ..record(55, 31, 2) }, Format::F32, "custom option 7"),
+            (Record { custom: 7, ..record(13, 0, 1) }, Format::F32, "custom option 7"),
+            (record(11, 0, 4), Format::F32, "parts were not seen"),
+            (record(43, 34, 4), Format::Tf32, "split-K was not seen"),
+        ] {
+            let said = plan(&record, format, shape).expect_err("no plan");
+            assert!(said.contains(why), "{said}");
+        }
+        let ragged = plan(&record(66, 36, 1), Format::Bf16, [4, 64, 4100]);
+        assert!(ragged.expect_err("no plan").contains("no whole vectors of 8"));
+    }
+
+    /// Ones, and two values that hide them: what is left says where the two meet.
+    fn left(plan: Plan, inner: usize, [first, second]: [usize; 2]) -> f32 {
+        let mut x = vec![1.0f32; inner];
+        x[first] = 2f32.powi(40);
+        let mut w = vec![1.0f32; inner];
+        w[second] = -(2f32.powi(40));
+        let codes =
+            |values: &[f32]| Codes::quantize(Format::F32, inner, values, 1.0).expect("one row");
+        let (x, w) = (codes(&x), codes(&w));
+        let y = plan.product(&Unit::SequentialFma, &operand(&x), &operand(&w), Format::F32);
+        y.expect("a product").data()[0]
+    }
+
+    #[test]
+    fn plans_leave_what_the_tables_of_an_h200_have() {
+        // Of `runner chip sweep --format f32 --orders` (cuBLASLt 13.1.0): K, the algorithm, the two
+        // places, and what was left.
+        let dealt = |parts, gathered| Plan::Dealt { tile: 8, parts, gathered };
+        let three = dealt(3, Gathered::InOrder);
+        let pairs = dealt(32, Gathered::InPairs);
+        let parts = Plan::Parts { part: 96, tile: 8 };
+        let warp = Plan::Warp { lanes: 32, neighbours: false };
+        for (plan, inner, places, expected) in [
+            (three, 1024, [0, 1], 1022.0),
+            (three, 1024, [0, 8], 336.0),
+            (three, 1024, [0, 16], 0.0),
+            (three, 1024, [0, 24], 1015.0),
+            (three, 1024, [37, 8], 1010.0),
+            (pairs, 2048, [0, 7], 2040.0),
+            (pairs, 2048, [0, 8], 1728.0),
+            (pairs, 2048, [0, 120], 0.0),
+            (pairs, 2048, [0, 128], 1920.0),
+            (pairs, 2048, [0, 248], 1856.0),
+            (pairs, 2048, [37, 0], 1344.0),
+            (parts, 2048, [0, 95], 1952.0),
+            (parts, 2048, [0, 96], 1856.0),
+            (parts, 2048, [0, 200], 1760.0),
+            (Plan::Lanes, 1024, [0, 1], 896.0),
+            (Plan::Lanes, 1024, [0, 2], 832.0),
+            (Plan::Lanes, 1024, [0, 16], 1022.0),
+            (Plan::Lanes, 1024, [37, 5], 1021.0),
+            (warp, 1024, [0, 1], 0.0),
+            (warp, 1024, [0, 2], 512.0),
+            (warp, 1024, [0, 16], 960.0),
+            (warp, 1024, [0, 32], 1022.0),
+            (warp, 1024, [0, 512], 1007.0),
+        ] {
+            assert_eq!(left(plan, inner, places), expected, "{plan} of {inner}: {places:?}");
+        }
+    }
+
+    #[test]
+    fn stretches_and_halves_are_whole_tiles() {
+        // 305 tiles of 32 in 4 parts: 76, 76, 76, 77.
+        let ranges = stretches(9736, 32, 4);
+        assert_eq!(ranges, [0..2432, 2432..4864, 4864..7296, 7296..9736]);
+        assert_eq!(stretches(32, 32, 4), [0..32]);
+        let one = |value: f32| Tensor::new(1, vec![value]);
+        // 1 + (2^24 + 1) loses both ones, (1 + 2^24) + 1 likewise; (1 + 1) + 2^24 would keep them.
+        let big = 2f32.powi(24);
+        assert_eq!(halved(&[one(1.0), one(1.0), one(big)]).data()[0], big);
+        assert_eq!(halved(&[one(1.0), one(1.0), one(big), one(-big)]).data()[0], 2.0);
+    }
+
+    fn operand(codes: &Codes) -> Operand<'_> {
+        Operand { codes, scales: Scales::Tensor(1.0) }
+    }
+
+    #[test]
+    fn a_rest_comes_first_in_each_part_of_a_tensor_core() {
+        let inner = 300;
+        let unit = chip(ChipName::Hopper).unit(Format::Tf32, Format::Tf32).expect("hopper tf32");
+        let mut random = Random::at(5);
+        let mut codes = |rows: usize| {
+            let values: Vec<f32> = (0..rows * inner).map(|_| random.symmetric()).collect();
+            Codes::quantize(Format::Tf32, inner, &values, 1.0).expect("whole rows")
+        };
+        let (x, w) = (codes(3), codes(17));
+        let plan = Plan::Parts { part: 156, tile: 16 };
+        let y = plan.product(unit, &operand(&x), &operand(&w), Format::F32).expect("a product");
+        // 156 = 12 + 9 * 16, and 144 = 9 * 16: chained by hand with the rest in front.
+        let part = |range: Range<usize>, rest: usize| {
+            let widened = |codes: &Codes| {
+                let codes = codes.some_columns(range.clone());
+                let mut padded = Codes::zeros(Format::Tf32, codes.rows(), 16 - rest + range.len());
+                for row in 0..codes.rows() {
+                    let mut values = codes.decode_row(row);
+                    values.splice(rest..rest, vec![0.0; 16 - rest]);
+                    quantize_row(Format::Tf32, &values, 1.0, &mut padded.row_mut(row));
+                }
+                padded
+            };
+            let (x, w) = (widened(&x), widened(&w));
+            gemm(unit, &Schedule::FAST, &operand(&x), &operand(&w), Format::F32).expect("a part")
+        };
+        let expected = added(part(0..156, 12), &part(156..300, 0));
+        assert_eq!(y.data(), expected.data());
+        let plain = Schedule::FAST.with_split_k(2);
+        let other = gemm(unit, &plain, &operand(&x), &operand(&w), Format::F32).expect("a product");
+        assert_ne!(y.data(), other.data());
     }
 }

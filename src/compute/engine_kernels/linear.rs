@@ -215,7 +215,7 @@ pub fn codes(format: Format, values: &Tensor) -> Codes {
 
 /// The rows with what tiles of K leave over first, filled up with zeros to whole
 /// instructions.
-fn residue_first(codes: &Codes, tile: usize) -> Codes {
+pub fn residue_first(codes: &Codes, tile: usize) -> Codes {
     let rest = codes.width() % tile.max(1);
     let padding = rest.next_multiple_of(16) - rest;
     let mut padded = Codes::zeros(codes.format(), codes.rows(), codes.width() + padding);

@@ -15,24 +15,23 @@
 // Elements of K that are held at a time.
 #define STAGE 32
 #define TILE_ROWS 64
-#define TILE_OUTPUTS 64
 #define EMULATION_THREADS 128
-// Outputs of a thread: rows of x by rows of w.
+// A thread has some outputs of this many rows of x; so many threads share a row.
 #define OWN_ROWS 4
-#define OWN_OUTPUTS 8
+#define ACROSS 8
 
 // What a product is to be computed by, as the host passes it.
 struct Emulated {
-    // Shape and formats.
     u64 rows, outputs, width;
-    int x_format, w_format, output;
+    // Elements between promotions, and of a part of K.
+    u64 stretch, part;
     // Of the tensor core: F, R, and the least exponent to which addends are aligned.
     int alignment_bits, result_bits, exponent_floor;
-    // Elements between promotions; elements of a part of K.
-    u64 stretch, part;
-    // Scales: who shares one, and whether they multiply each partial sum of 128 elements.
-    int x_granularity, w_granularity, by_block, epilogue;
-    u64 x_group_rows, w_group_rows, w_first_row, across;
+    // The least exponents of both formats.
+    int x_least, w_least;
+    // Whether scales multiply each partial sum: then those of x are [rows, ceil(width / 128)], and
+    // those of w [outputs, ceil(width / 128)].
+    int by_block;
 };
 
 enum Epilogue { SCALES_FIRST = 0, ACTIVATION_THEN_WEIGHT = 1, WEIGHT_THEN_ACTIVATION = 2 };
@@ -47,11 +46,12 @@ __device__ __forceinline__ float value_of(int format, const void* codes, u64 ind
     }
 }
 
-// The least exponent of a value; a subnormal has it too, without a hidden one.
-__device__ __forceinline__ int least_exponent(int format) {
-    return format == FORMAT_E4M3 ? -6 : format == FORMAT_E5M2 || format == FORMAT_F16 ? -14 : -126;
+// The values of codes.
+extern "C" __global__ void decode_operand(const void* codes, int format, u64 count, float* values) {
+    for (u64 index = first_index(); index < count; index += all_threads()) values[index] = value_of(format, codes, index);
 }
 
+// A subnormal has its format's least exponent, without a hidden one.
 __device__ __forceinline__ int exponent_of(float value, int least) {
     u32 magnitude = __float_as_uint(value) & 0x7fffffffu;
     if (magnitude == 0) return NO_EXPONENT;
@@ -118,17 +118,16 @@ template <typename Real, int ROWS> struct Held {
 
 template <typename Real, int ROWS>
 __device__ __forceinline__ void hold(
-    Held<Real, ROWS>* held, const void* codes, int format, u64 first_row, u64 rows, u64 width, u64 start, u64 end) {
-    int least = least_exponent(format);
+    Held<Real, ROWS>* held, const float* values, int least, u64 first_row, u64 rows, u64 width, u64 start, u64 end) {
     // A thread has one row, and every second pair of K.
     u32 row = threadIdx.x % ROWS;
     bool there = first_row + row < rows;
-    u64 base = (first_row + row) * width;
+    values += there ? (first_row + row) * width : 0;
 #pragma unroll 4
     for (u32 pair = threadIdx.x / ROWS; pair < STAGE / 2; pair += EMULATION_THREADS / ROWS) {
         u64 k = start + 2 * pair;
-        float low = there && k < end ? value_of(format, codes, base + k) : 0.0f;
-        float high = there && k + 1 < end ? value_of(format, codes, base + k + 1) : 0.0f;
+        float low = there && k < end ? values[k] : 0.0f;
+        float high = there && k + 1 < end ? values[k + 1] : 0.0f;
         held->values[2 * pair][row] = (Real)low;
         held->values[2 * pair + 1][row] = (Real)high;
         held->exponents[pair][row] =
@@ -148,32 +147,16 @@ __device__ __forceinline__ void load_some(const Word* from, Word (&to)[COUNT]) {
     }
 }
 
-__device__ __forceinline__ float scaled_total(const Emulated& e, float total, float x, float w) {
-    switch (e.epilogue) {
-        case ACTIVATION_THEN_WEIGHT: return __fmul_rn(__fmul_rn(total, x), w);
-        case WEIGHT_THEN_ACTIVATION: return __fmul_rn(__fmul_rn(total, w), x);
-        default: return __fmul_rn(__fmul_rn(x, w), total);
-    }
-}
-
-__device__ __forceinline__ float x_scale_at(const Emulated& e, const float* scales, u64 row, u64 block) {
-    return scale_at(scales, e.x_granularity, row, e.x_group_rows, e.across, block);
-}
-
-__device__ __forceinline__ float w_scale_at(const Emulated& e, const float* scales, u64 output, u64 block) {
-    u64 row = e.w_granularity == SCALE_BLOCK ? e.w_first_row + output : output;
-    return scale_at(scales, e.w_granularity, row, e.w_group_rows, e.across, block);
-}
-
-template <typename Real, int PRODUCTS>
+template <typename Real, int PRODUCTS, int OWN_OUTPUTS>
 __device__ __forceinline__ void emulate(
-    const Emulated& e, const void* x, const void* w, const float* x_scales, const float* w_scales, float* y) {
+    const Emulated& e, const float* x, const float* w, const float* x_scales, const float* w_scales, float* y) {
     typedef Arithmetic<Real> Do;
+    const int TILE_OUTPUTS = ACROSS * OWN_OUTPUTS;
     __shared__ Held<Real, TILE_ROWS> held_x;
     __shared__ Held<Real, TILE_OUTPUTS> held_w;
     u64 first_row = (u64)blockIdx.y * TILE_ROWS, first_output = (u64)blockIdx.x * TILE_OUTPUTS;
-    u32 own_row = threadIdx.x / (TILE_OUTPUTS / OWN_OUTPUTS) * OWN_ROWS;
-    u32 own_output = threadIdx.x % (TILE_OUTPUTS / OWN_OUTPUTS) * OWN_OUTPUTS;
+    u32 own_row = threadIdx.x / ACROSS * OWN_ROWS;
+    u32 own_output = threadIdx.x % ACROSS * OWN_OUTPUTS;
     // The tensor core's accumulator, and the promoted sum of the part of K at hand; the total of the
     // parts stands in y.
     float chained[OWN_ROWS][OWN_OUTPUTS], main[OWN_ROWS][OWN_OUTPUTS];
@@ -189,8 +172,8 @@ __device__ __forceinline__ void emulate(
             u64 step_end = step + e.stretch < part_end ? step + e.stretch : part_end;
             for (u64 start = step; start < step_end; start += STAGE) {
                 __syncthreads();
-                hold(&held_x, x, e.x_format, first_row, e.rows, e.width, start, step_end);
-                hold(&held_w, w, e.w_format, first_output, e.outputs, e.width, start, step_end);
+                hold(&held_x, x, e.x_least, first_row, e.rows, e.width, start, step_end);
+                hold(&held_w, w, e.w_least, first_output, e.outputs, e.width, start, step_end);
                 __syncthreads();
 #pragma unroll 1
                 for (u32 block = 0; block < STAGE && start + block < step_end; block += PRODUCTS) {
@@ -247,66 +230,65 @@ __device__ __forceinline__ void emulate(
                 }
             }
             bool last = step_end == part_end;
+            float x_scale[OWN_ROWS], w_scale[OWN_OUTPUTS];
+            if (e.by_block) {
+                u64 across = (e.width + BLOCK_WIDTH - 1) / BLOCK_WIDTH, at = step / BLOCK_WIDTH;
+#pragma unroll
+                for (int i = 0; i < OWN_ROWS; i++)
+                    x_scale[i] = x_scales[min(first_row + own_row + i, e.rows - 1) * across + at];
+#pragma unroll
+                for (int j = 0; j < OWN_OUTPUTS; j++)
+                    w_scale[j] = w_scales[min(first_output + own_output + j, e.outputs - 1) * across + at];
+#pragma unroll
+                for (int i = 0; i < OWN_ROWS; i++)
+#pragma unroll
+                    for (int j = 0; j < OWN_OUTPUTS; j++)
+                        chained[i][j] = __fmul_rn(chained[i][j], __fmul_rn(x_scale[i], w_scale[j]));
+            }
 #pragma unroll
             for (int i = 0; i < OWN_ROWS; i++)
 #pragma unroll
                 for (int j = 0; j < OWN_OUTPUTS; j++) {
-                    u64 row = first_row + own_row + i, output = first_output + own_output + j;
-                    float partial = chained[i][j];
+                    main[i][j] = main_started ? __fadd_rn(main[i][j], chained[i][j]) : chained[i][j];
                     chained[i][j] = 0.0f;
-                    bool there = row < e.rows && output < e.outputs;
-                    if (e.by_block && there) {
-                        u64 block = step / BLOCK_WIDTH;
-                        float scale = __fmul_rn(
-                            x_scale_at(e, x_scales, row, block), w_scale_at(e, w_scales, output, block));
-                        partial = __fmul_rn(partial, scale);
-                    }
-                    float sum = main_started ? __fadd_rn(main[i][j], partial) : partial;
-                    main[i][j] = sum;
-                    if (last && there) {
-                        float* total = y + row * e.outputs + output;
-                        *total = total_started ? __fadd_rn(*total, sum) : sum;
-                    }
                 }
+            if (last) {
+                // The total of the parts stands in y.
+#pragma unroll
+                for (int i = 0; i < OWN_ROWS; i++) {
+                    u64 row = first_row + own_row + i;
+                    float* total = y + row * e.outputs + first_output + own_output;
+#pragma unroll
+                    for (int j = 0; j < OWN_OUTPUTS; j++)
+                        if (row < e.rows && first_output + own_output + j < e.outputs)
+                            total[j] = total_started ? __fadd_rn(total[j], main[i][j]) : main[i][j];
+                }
+            }
             main_started = !last;
             total_started = total_started || last;
         }
     }
-#pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++)
-#pragma unroll
-        for (int j = 0; j < OWN_OUTPUTS; j++) {
-            u64 row = first_row + own_row + i, output = first_output + own_output + j;
-            if (row < e.rows && output < e.outputs) {
-                float* place = y + row * e.outputs + output;
-                float total = *place;
-                if (!e.by_block)
-                    total = scaled_total(e, total, x_scale_at(e, x_scales, row, 0), w_scale_at(e, w_scales, output, 0));
-                *place = round_to(e.output, total);
-            }
-        }
 }
 
-#define EMULATION(name, real, products)                                                                              \
+#define EMULATION(name, real, products, own)                                                                            \
     extern "C" __global__ void __launch_bounds__(EMULATION_THREADS) name(                                            \
-        Emulated e, const void* x, const void* w, const float* x_scales, const float* w_scales, float* y) {          \
-        emulate<real, products>(e, x, w, x_scales, w_scales, y);                                                     \
+        Emulated e, const float* x, const float* w, const float* x_scales, const float* w_scales, float* y) {          \
+        emulate<real, products, own>(e, x, w, x_scales, w_scales, y);                                                     \
     }
 
-EMULATION(emulate_f32_16, float, 16)
-EMULATION(emulate_f32_32, float, 32)
-EMULATION(emulate_f64_4, double, 4)
-EMULATION(emulate_f64_8, double, 8)
-EMULATION(emulate_f64_16, double, 16)
-EMULATION(emulate_f64_32, double, 32)
+EMULATION(emulate_f32_16, float, 16, 8)
+EMULATION(emulate_f32_32, float, 32, 8)
+EMULATION(emulate_f64_4, double, 4, 4)
+EMULATION(emulate_f64_8, double, 8, 4)
+EMULATION(emulate_f64_16, double, 16, 4)
+EMULATION(emulate_f64_32, double, 32, 4)
 
 // The unit of f32: fused multiply-adds one after the other.
 extern "C" __global__ void emulate_fma(
-    Emulated e, const void* x, const void* w, const float* x_scales, const float* w_scales, float* y) {
+    Emulated e, const float* x, const float* w, const float* x_scales, const float* w_scales, float* y) {
     for (u64 index = first_index(); index < e.rows * e.outputs; index += all_threads()) {
-        u64 row = index / e.outputs, output = index % e.outputs;
-        const float* a = (const float*)x + row * e.width;
-        const float* b = (const float*)w + output * e.width;
+        const float* a = x + index / e.outputs * e.width;
+        const float* b = w + index % e.outputs * e.width;
         float total = 0.0f;
         for (u64 part = 0; part < e.width; part += e.part) {
             u64 end = part + e.part < e.width ? part + e.part : e.width;
@@ -314,7 +296,23 @@ extern "C" __global__ void emulate_fma(
             for (u64 k = part; k < end; k++) sum = __fmaf_rn(a[k], b[k], sum);
             total = part ? __fadd_rn(total, sum) : sum;
         }
-        float scaled = scaled_total(e, total, x_scale_at(e, x_scales, row, 0), w_scale_at(e, w_scales, output, 0));
-        y[index] = round_to(e.output, scaled);
+        y[index] = total;
+    }
+}
+
+// The epilogue: scales of the tensors or of their rows, and the rounding to the result's format.
+extern "C" __global__ void finish_emulated(
+    float* y, u64 rows, u64 outputs, int scaled, const float* x_scales, int x_granularity, const float* w_scales,
+    int w_granularity, int epilogue, int output) {
+    for (u64 index = first_index(); index < rows * outputs; index += all_threads()) {
+        float total = y[index];
+        if (scaled) {
+            float x = x_scales[x_granularity == SCALE_ROW ? index / outputs : 0];
+            float w = w_scales[w_granularity == SCALE_ROW ? index % outputs : 0];
+            total = epilogue == ACTIVATION_THEN_WEIGHT   ? __fmul_rn(__fmul_rn(total, x), w)
+                : epilogue == WEIGHT_THEN_ACTIVATION ? __fmul_rn(__fmul_rn(total, w), x)
+                                                     : __fmul_rn(__fmul_rn(x, w), total);
+        }
+        y[index] = round_to(output, total);
     }
 }

@@ -1,6 +1,6 @@
 // Operands of `runner chip sweep`, a function of a seed and of a place: `compute/sweep.rs`.
 
-enum Values { VALUES_BELL = 0, VALUES_SPREAD = 1, VALUES_MARKED_X = 2, VALUES_MARKED_W = 3 };
+enum Values { VALUES_BELL = 0, VALUES_SPREAD = 1, VALUES_MARKED_X = 2, VALUES_MARKED_W = 3, VALUES_CODES = 4 };
 
 #define MARK_STEP 37
 
@@ -34,14 +34,29 @@ __device__ __forceinline__ u32 spread(int format, u32 high, u32 low) {
     }
 }
 
+// Any finite code: where all bits of the exponent are set, one is not.
+__device__ __forceinline__ u32 finite(int format, u32 low) {
+    u32 code, exponent, flip;
+    switch (format) {
+        case FORMAT_E4M3: code = low & 0xffu, exponent = 0x7fu, flip = 1u; break;
+        case FORMAT_E5M2: code = low & 0xffu, exponent = 0x7cu, flip = 0x40u; break;
+        case FORMAT_F16: code = low & 0xffffu, exponent = 0x7c00u, flip = 0x4000u; break;
+        case FORMAT_BF16: code = low & 0xffffu, exponent = 0x7f80u, flip = 0x4000u; break;
+        case FORMAT_TF32: code = low & 0xffffe000u, exponent = 0x7f800000u, flip = 0x40000000u; break;
+        default: code = low, exponent = 0x7f800000u, flip = 0x40000000u; break;
+    }
+    return (code & exponent) == exponent ? code ^ flip : code;
+}
+
 __device__ __forceinline__ u32 code_at(int format, int values, u64 seed, u64 row, u64 column, u64 width) {
     if (values == VALUES_MARKED_X || values == VALUES_MARKED_W) {
-        u64 marked = values == VALUES_MARKED_X ? row * MARK_STEP % width : row % width;
+        u64 marked = ((values == VALUES_MARKED_X ? row * MARK_STEP : row) + seed) % width;
         float mark = values == VALUES_MARKED_X ? 1099511627776.0f : -1099511627776.0f;
         return encoded(format, column == marked ? mark : 1.0f);
     }
     u64 hash = mixed(seed ^ (row << 32 | column) * 0xd1342543de82ef95ull);
     u32 high = (u32)(hash >> 32), low = (u32)hash;
+    if (values == VALUES_CODES) return finite(format, low);
     if (values == VALUES_SPREAD) return spread(format, high, low);
     int sum = (int)((high >> 16) + (high & 0xffffu) + (low >> 16) + (low & 0xffffu)) - 131070;
     bool narrow = format == FORMAT_E4M3 || format == FORMAT_E5M2;
