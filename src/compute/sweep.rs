@@ -211,7 +211,7 @@ pub fn question(asked: &Asked, number: usize) -> Question {
         let (least, most) = ((least as f64).ln(), (most as f64).ln());
         (least + (most - least) * random.unit()).exp().round() as usize
     };
-    let decoding = number / formats.len() % 2 == 0;
+    let decoding = (number / formats.len()).is_multiple_of(2);
     let usual = if decoding { [1, DECODED] } else { [DECODED, LARGEST[0]] };
     let [least, most] = asked.tokens.unwrap_or(usual);
     let tokens = between(least, most);
@@ -295,8 +295,8 @@ pub struct Checked {
     /// Where it differs: another schedule that gives every bit. It says where to look, no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fits: Option<String>,
-    /// Where it differs: the sampled rows and columns, and what was expected and returned there,
-    /// as bits.
+    /// The sampled rows and columns, and what was returned there, as bits; where it differs also what
+    /// was expected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outputs: Option<Outputs>,
 }
@@ -308,10 +308,21 @@ pub struct Outputs {
     pub rows: Vec<usize>,
     /// The sampled columns.
     pub columns: Vec<usize>,
-    /// By the plan; empty where there is none.
+    /// By the plan; empty where there is none, or where it is the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub expected: Vec<String>,
     /// By the library.
     pub observed: Vec<String>,
+}
+
+impl Outputs {
+    /// The library's answer; none if a value is no hexadecimal number or one is missing.
+    pub fn answer(&self, record: Record) -> Option<Answer> {
+        let bits = self.observed.iter().map(|bits| u32::from_str_radix(bits, 16).ok());
+        let values: Vec<f32> = bits.map(|bits| bits.map(f32::from_bits)).collect::<Option<_>>()?;
+        let whole = values.len() == self.rows.len() * self.columns.len() && !values.is_empty();
+        whole.then(|| Answer { record, outputs: Tensor::new(self.columns.len(), values) })
+    }
 }
 
 /// Tiles of K whose last one, where it is not whole, a library is known to have left out.
@@ -336,6 +347,13 @@ pub fn check(
     let (x, w) = (scaled(&x_codes, question.scales[0]), scaled(&w_codes, question.scales[1]));
     let plan = plan_of(&answer.record, types, question.shape);
     let compared = answer.outputs.data().len();
+    let bits = |y: &Tensor| y.data().iter().map(|y| format!("{:08x}", y.to_bits())).collect();
+    let outputs = Outputs {
+        rows: rows.to_vec(),
+        columns: columns.to_vec(),
+        expected: Vec::new(),
+        observed: bits(&answer.outputs),
+    };
     let mut checked = Checked {
         question: *question,
         record: answer.record,
@@ -344,9 +362,8 @@ pub fn check(
         differing: compared,
         without_tail: None,
         fits: None,
-        outputs: None,
+        outputs: Some(outputs),
     };
-    let mut expected = None;
     if let Ok(plan) = &plan {
         let y = plan.product(unit, &x, &w, types.output)?;
         checked.differing = differing(&y, &answer.outputs);
@@ -364,17 +381,12 @@ pub fn check(
                 break;
             }
         }
-        expected = Some(y);
+        if let Some(outputs) = &mut checked.outputs {
+            outputs.expected = bits(&y);
+        }
     }
     let found = identify(unit, &x, &w, types.output, &answer.outputs)?;
     checked.fits = found.is_exact().then(|| found.schedule.to_string());
-    let bits = |y: &Tensor| y.data().iter().map(|y| format!("{:08x}", y.to_bits())).collect();
-    checked.outputs = Some(Outputs {
-        rows: rows.to_vec(),
-        columns: columns.to_vec(),
-        expected: expected.as_ref().map(bits).unwrap_or_default(),
-        observed: bits(&answer.outputs),
-    });
     Ok(checked)
 }
 
@@ -433,6 +445,8 @@ pub struct Found {
     pub without_tail: usize,
     /// By types and algorithm.
     pub families: Vec<Family>,
+    /// Of each family the product with the fewest elements of K whose outputs are all equal.
+    pub examples: Vec<Checked>,
     /// The products that differ or have no plan.
     pub unequal: Vec<Checked>,
 }
@@ -446,8 +460,11 @@ pub fn sweep(
     asked: &Asked,
     mut progress: impl FnMut(usize),
 ) -> Result<Found, ComputeError> {
-    let mut families: BTreeMap<(String, String), Family> = BTreeMap::new();
+    let mut families: BTreeMap<Kind, (Family, Option<Checked>)> = BTreeMap::new();
     let mut found = Found::default();
+    if asked.formats.is_empty() {
+        return Err(ComputeError::Recipe("a sweep needs a format".to_owned()));
+    }
     let shapes = asked.shapes;
     for first in (0..shapes).step_by(AT_ONCE) {
         let mut answers = Vec::new();
@@ -477,7 +494,10 @@ pub fn sweep(
         }
         progress(shapes.min(first + AT_ONCE));
     }
-    found.families = families.into_values().collect();
+    for (family, example) in families.into_values() {
+        found.families.push(family);
+        found.examples.extend(example);
+    }
     Ok(found)
 }
 
@@ -501,13 +521,18 @@ pub fn types_in_words(types: &Types) -> String {
     format!("{}{accumulate} to {}", types.operands, types.output)
 }
 
-fn count(families: &mut BTreeMap<(String, String), Family>, found: &mut Found, checked: Checked) {
+/// What products are counted by: their types and the kind of their algorithm.
+type Kind = (String, String);
+
+fn count(
+    families: &mut BTreeMap<Kind, (Family, Option<Checked>)>,
+    found: &mut Found,
+    checked: Checked,
+) {
     let (types, algorithm) = (types_in_words(&checked.question.types), kind_of(&checked.record));
-    let family = families.entry((types.clone(), algorithm.clone())).or_insert_with(|| Family {
-        types,
-        algorithm,
-        ..Family::default()
-    });
+    let (family, example) = families
+        .entry((types.clone(), algorithm.clone()))
+        .or_insert_with(|| (Family { types, algorithm, ..Family::default() }, None));
     let (differing, without_plan) = match checked.plan {
         Ok(_) => (checked.differing, 0),
         Err(_) => (0, checked.compared),
@@ -522,8 +547,11 @@ fn count(families: &mut BTreeMap<(String, String), Family>, found: &mut Found, c
     found.without_plan += without_plan;
     found.equal += checked.compared - differing - without_plan;
     found.without_tail += usize::from(checked.without_tail.is_some());
+    let inner = |checked: &Checked| checked.question.shape[2];
     if differing + without_plan > 0 {
         found.unequal.push(checked);
+    } else if example.as_ref().is_none_or(|kept| inner(&checked) < inner(kept)) {
+        *example = Some(checked);
     }
 }
 
@@ -598,8 +626,12 @@ mod tests {
         }
 
         fn unit(&self, format: Format) -> Result<Unit, ComputeError> {
-            Ok(*chip(ChipName::Hopper).unit(format, format).expect("hopper has all"))
+            Ok(library_unit(format))
         }
+    }
+
+    fn library_unit(format: Format) -> Unit {
+        *chip(ChipName::Hopper).unit(format, format).expect("hopper has all")
     }
 
     const SWEPT: [Format; 4] = [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32];
@@ -624,6 +656,14 @@ mod tests {
         assert_eq!((found.differing, found.without_plan), (0, 0), "{:?}", found.unequal);
         assert!(found.not_offered > 0 && found.compared > 4000, "{found:?}");
         assert!(found.families.iter().any(|family| family.algorithm.contains("split-K")));
+        assert_eq!(found.examples.len(), found.families.len());
+        for example in &found.examples {
+            let unit = library_unit(example.question.types.operands);
+            let outputs = example.outputs.as_ref().expect("an example keeps its outputs");
+            let answer = outputs.answer(example.record).expect("bits");
+            let again = check(&example.question, &unit, &answer, &outputs.rows, &outputs.columns);
+            assert_eq!(again.expect("a product").differing, 0);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! It knows records and orders; who asks the library is `compute/cuda`. Nothing is fitted to
 //! outputs: a record of which no rule is known has no plan, and says so. The rules were read off
 //! tables of orders (`runner chip sweep --orders`) of an H200 with cuBLASLt 13.1.0, and a sweep
-//! holds them to products that nobody had looked at (`runs/receipts/h200-sweep.json`). That
+//! holds them to products that nobody had looked at (`runs/receipts/sweeps/h200.json`). That
 //! records tell the order was known before: facebookexperimental/triton, bitequiv.
 
 use std::ops::Range;
@@ -680,7 +680,8 @@ mod tests {
         // 305 tiles of 32 in 4 parts: 76, 76, 76, 77.
         let ranges = stretches(9736, 32, 4);
         assert_eq!(ranges, [0..2432, 2432..4864, 4864..7296, 7296..9736]);
-        assert_eq!(stretches(32, 32, 4), [0..32]);
+        // Parts without a tile are left out.
+        assert_eq!(stretches(64, 32, 4), [0..32, 32..64]);
         let one = |value: f32| Tensor::new(1, vec![value]);
         // 1 + (2^24 + 1) loses both ones, (1 + 2^24) + 1 likewise; (1 + 1) + 2^24 would keep them.
         let big = 2f32.powi(24);
