@@ -15,7 +15,7 @@ use super::chip::Unit;
 use super::gemm::{GemmError, Operand, Scales, gemm};
 use super::quantize::{Codes, quantize_row};
 use super::schedule::Schedule;
-use crate::compute::engine_kernels::linear::{by_lanes, residue_first};
+use crate::compute::engine_kernels::linear::{by_lanes_in_turns, residue_first};
 use crate::dtype::Format;
 use crate::op::Accumulate;
 use crate::tensor::Tensor;
@@ -89,16 +89,21 @@ pub enum Plan {
         /// How the parts are added.
         gathered: Gathered,
     },
-    /// K in stretches of whole tiles of nearly one length, the last ones the longer; added as a tree
-    /// of halves.
-    Halves {
+    /// K in stretches of whole tiles of nearly one length, the last ones the longer; from the last one
+    /// on neighbours are added in pairs, then those sums, and so on.
+    Pairs {
         /// Elements of K of a tile.
         tile: usize,
         /// Parts.
         parts: usize,
     },
-    /// 16 lanes of f32, see [`by_lanes`].
-    Lanes,
+    /// 16 lanes of f32, see [`by_lanes_in_turns`].
+    Lanes {
+        /// Elements of K of a turn.
+        turn: usize,
+        /// Parts of K, each a stretch; they are added in order.
+        parts: usize,
+    },
     /// The lanes of a warp, each a sum of its own; then those half of all lanes apart are added, and
     /// so on down to neighbours.
     Warp {
@@ -106,6 +111,13 @@ pub enum Plan {
         lanes: usize,
         /// Whether a lane's elements of K are neighbours; else they are `lanes` apart.
         neighbours: bool,
+        /// Parts of K, each a stretch; they are added in order.
+        parts: usize,
+    },
+    /// Blocks of 256 elements of K dealt to the parts in turn, see [`by_dot`].
+    Dot {
+        /// Parts.
+        parts: usize,
     },
 }
 
@@ -133,16 +145,23 @@ impl std::fmt::Display for Plan {
                     Gathered::InPairs => f.write_str(", added in pairs"),
                 }
             }
-            Plan::Halves { tile, parts } => {
-                write!(f, "{parts} parts of whole tiles of {tile} elements of K, added in halves")
+            Plan::Pairs { tile, parts } => {
+                write!(f, "{parts} parts of whole tiles of {tile} elements of K, added in pairs")
             }
-            Plan::Lanes => f.write_str("16 lanes of f32"),
-            Plan::Warp { lanes, neighbours: false } => write!(f, "a warp's {lanes} lanes"),
-            Plan::Warp { lanes, neighbours: true } => {
-                write!(f, "a warp's {lanes} lanes, each of neighbours")
+            Plan::Lanes { turn, parts } => {
+                write!(f, "16 lanes of f32 in turns of {turn} elements of K{}", in_parts(parts))
             }
+            Plan::Warp { lanes, neighbours, parts } => {
+                let whose = if neighbours { ", each of neighbours" } else { "" };
+                write!(f, "a warp's {lanes} lanes{whose}{}", in_parts(parts))
+            }
+            Plan::Dot { parts } => write!(f, "dot products of blocks of 256{}", in_parts(parts)),
         }
     }
+}
+
+fn in_parts(parts: usize) -> String {
+    if parts > 1 { format!(", in {parts} parts") } else { String::new() }
 }
 
 /// The types of a product whose plan is asked for.
@@ -171,6 +190,10 @@ enum Kind {
     Lanes,
     /// One row of x: a warp for each output.
     Warp,
+    /// One row of x: dot products of blocks, and their sums.
+    Dot,
+    /// Fused multiply-adds; parts of whole tiles of 8 elements of K, added in place.
+    InPlace,
 }
 
 /// A family of algorithms.
@@ -184,7 +207,7 @@ struct Family {
 }
 
 /// The algorithms whose order is known.
-const FAMILIES: [Family; 8] = [
+const FAMILIES: [Family; 10] = [
     // nvjet.
     Family { id: 66, formats: &[Format::E4m3, Format::Bf16, Format::F16], kind: Kind::Chains },
     // CUTLASS, on tensor cores and with fused multiply-adds.
@@ -192,10 +215,12 @@ const FAMILIES: [Family; 8] = [
     Family { id: 23, formats: &[Format::Tf32], kind: Kind::Parts },
     Family { id: 20, formats: &[Format::F32], kind: Kind::Parts },
     Family { id: 43, formats: &[Format::Tf32], kind: Kind::StreamK },
-    Family { id: 55, formats: &[Format::F32], kind: Kind::Dealt },
+    Family { id: 55, formats: &[Format::F32, Format::Tf32], kind: Kind::Dealt },
+    Family { id: 10, formats: &[Format::F32], kind: Kind::InPlace },
     Family { id: 11, formats: &[Format::F32, Format::Tf32], kind: Kind::Lanes },
     // gemv.
     Family { id: 13, formats: &[Format::F32, Format::Tf32], kind: Kind::Warp },
+    Family { id: 14, formats: &[Format::F32, Format::Tf32], kind: Kind::Dot },
 ];
 
 /// Elements of K of a tile, by `CUBLASLT_MATMUL_STAGES_*`: the number before the `x`.
@@ -289,10 +314,11 @@ fn cluster_sides(cluster: u16) -> Option<[usize; 2]> {
     })
 }
 
-/// What the library writes where parts are added in f32, in order.
+/// What the library writes where parts are added in f32, in order; and where that is done in place.
 const IN_F32: u32 = 2;
-/// The most parts of [`Plan::Halves`] that were seen.
-const MOST_HALVES: usize = 4;
+const IN_PLACE: u32 = 1;
+/// The most parts of [`Plan::Pairs`] that were seen.
+const MOST_PAIRED: usize = 7;
 
 /// The plan of an algorithm for a product of that shape: N, M, K.
 ///
@@ -310,7 +336,8 @@ pub fn plan_of(record: &Record, types: Types, shape: [usize; 3]) -> Result<Plan,
         return Err(format!("rows of {inner} elements are no whole vectors of {vector}"));
     }
     let parts = record.split_k;
-    if parts > 1 && record.reduction != IN_F32 {
+    let scheme = if family.kind == Kind::InPlace { IN_PLACE } else { IN_F32 };
+    if parts > 1 && record.reduction != scheme {
         return Err(format!("parts that are added by scheme {} were not seen", record.reduction));
     }
     let depth = || {
@@ -322,15 +349,25 @@ pub fn plan_of(record: &Record, types: Types, shape: [usize; 3]) -> Result<Plan,
         ..Schedule::FAST
     };
     match family.kind {
-        Kind::StreamK if parts == STREAM_K => match record.workspace {
-            0 => Ok(Plan::Schedule(chain)),
-            _ => Ok(Plan::Halves { tile: depth()?, parts: stream_k_parts(record, shape)? }),
-        },
+        Kind::StreamK if parts == STREAM_K => Ok(match stream_k_parts(record, shape)? {
+            1 => Plan::Schedule(chain),
+            parts => Plan::Pairs { tile: depth()?, parts },
+        }),
         _ if parts == STREAM_K => Err("its stream-K was not seen".to_owned()),
         Kind::Chains => Ok(Plan::Schedule(chain.with_split_k(parts.max(1)))),
-        Kind::Lanes if parts <= 1 => Ok(Plan::Lanes),
-        Kind::Warp if parts <= 1 => warp_of(record.custom),
-        Kind::Lanes | Kind::Warp => Err("its parts were not seen".to_owned()),
+        Kind::Lanes if parts <= 1 => Ok(Plan::Lanes { turn: 256, parts: 1 }),
+        Kind::Lanes => Err("its parts were not seen".to_owned()),
+        Kind::Warp => warp_of(record.custom, parts.max(1) as usize),
+        Kind::Dot => Ok(Plan::Dot { parts: parts.max(1) as usize }),
+        // It cuts K where its record says one part too.
+        Kind::InPlace if parts <= 1 => Err("how it cuts K is not in the record".to_owned()),
+        Kind::InPlace => {
+            let part = inner.div_ceil(parts as usize).next_multiple_of(8);
+            Ok(Plan::Parts { part, tile: 8 })
+        }
+        Kind::Dealt if parts <= 1 => {
+            Ok(Plan::Dealt { tile: 8, parts: 1, gathered: Gathered::InOrder })
+        }
         _ if parts <= 1 => Ok(Plan::Schedule(chain)),
         Kind::Parts => {
             // Whole cache lines where rows are such, else whole vectors.
@@ -351,7 +388,8 @@ pub fn plan_of(record: &Record, types: Types, shape: [usize; 3]) -> Result<Plan,
     }
 }
 
-/// The parts that each tile's K is cut into, from the workspace: a tile of f32 for each.
+/// The parts that each tile's K is cut into, from the workspace: a tile of f32 for each; one where
+/// it holds none.
 fn stream_k_parts(record: &Record, [tokens, outputs, _]: [usize; 3]) -> Result<usize, String> {
     let sides = tile_sides(record.tile).zip(cluster_sides(record.cluster_shape));
     let ([tall, wide], [down, across]) = sides.ok_or_else(|| {
@@ -360,6 +398,9 @@ fn stream_k_parts(record: &Record, [tokens, outputs, _]: [usize; 3]) -> Result<u
     let tiles = outputs.div_ceil(tall).next_multiple_of(down)
         * tokens.div_ceil(wide).next_multiple_of(across);
     let held = record.workspace / (tall * wide * size_of::<f32>());
+    if held == 0 {
+        return Ok(1);
+    }
     let parts = held / tiles.max(1);
     if parts * tiles != held {
         return Err(format!(
@@ -367,21 +408,22 @@ fn stream_k_parts(record: &Record, [tokens, outputs, _]: [usize; 3]) -> Result<u
              not in the record"
         ));
     }
-    if !(2..=MOST_HALVES).contains(&parts) {
+    if !(2..=MOST_PAIRED).contains(&parts) {
         return Err(format!("tiles in {parts} parts were not seen"));
     }
     Ok(parts)
 }
 
 /// gemv's lanes, by `CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION`.
-fn warp_of(custom: u32) -> Result<Plan, String> {
-    let (lanes, neighbours) = match custom {
-        73 | 101 => (16, false),
-        75 | 83 | 93 => (32, false),
-        74 => (32, true),
+fn warp_of(custom: u32, parts: usize) -> Result<Plan, String> {
+    Ok(match custom {
+        11 => Plan::Lanes { turn: 512, parts },
+        12 => Plan::Lanes { turn: 256, parts },
+        73 | 101 => Plan::Warp { lanes: 16, neighbours: false, parts },
+        75 | 83 | 93 => Plan::Warp { lanes: 32, neighbours: false, parts },
+        74 => Plan::Warp { lanes: 32, neighbours: true, parts },
         other => return Err(format!("its custom option {other} was not seen")),
-    };
-    Ok(Plan::Warp { lanes, neighbours })
+    })
 }
 
 impl Plan {
@@ -404,8 +446,15 @@ impl Plan {
         };
         let mut y = match *self {
             Plan::Schedule(schedule) => return gemm(unit, &schedule, x, w, output),
-            Plan::Lanes => by_lanes(x.codes, w.codes)?,
-            Plan::Warp { lanes, neighbours } => by_warp(x.codes, w.codes, lanes, neighbours)?,
+            Plan::Lanes { turn, parts } => {
+                let sums = in_stretches(x, w, parts, |x, w| by_lanes_in_turns(x, w, turn));
+                in_order(sums?, x, w)
+            }
+            Plan::Warp { lanes, neighbours, parts } => {
+                let sums = in_stretches(x, w, parts, |x, w| by_warp(x, w, lanes, neighbours));
+                in_order(sums?, x, w)
+            }
+            Plan::Dot { parts } => by_dot(x.codes, w.codes, parts)?,
             Plan::Parts { part, tile } => {
                 let rest_first = |codes: &Codes, range: Range<usize>| {
                     let codes = codes.some_columns(range);
@@ -427,7 +476,7 @@ impl Plan {
                 let filled = parts.min(inner.div_ceil(tile.max(1)));
                 let sums = (0..filled).map(|part| {
                     let dealt = |codes: &Codes| every(codes, tile, part, parts);
-                    sum(&dealt(x.codes), &dealt(w.codes))
+                    sum_by_fma(&dealt(x.codes), &dealt(w.codes))
                 });
                 let sums = sums.collect::<Result<Vec<Tensor>, _>>()?;
                 match gathered {
@@ -435,12 +484,12 @@ impl Plan {
                     Gathered::InPairs => in_order(paired(sums, parts), x, w),
                 }
             }
-            Plan::Halves { tile, parts } => {
+            Plan::Pairs { tile, parts } => {
                 let ranges = stretches(inner, tile, parts);
                 let sums = ranges.into_iter().map(|range| {
                     sum(&x.codes.some_columns(range.clone()), &w.codes.some_columns(range))
                 });
-                halved(&sums.collect::<Result<Vec<Tensor>, _>>()?)
+                neighbours_added(sums.collect::<Result<Vec<Tensor>, _>>()?)
             }
         };
         y.data_mut().par_iter_mut().for_each(|y| *y = output.round(*y));
@@ -491,27 +540,112 @@ fn stretches(inner: usize, tile: usize, parts: usize) -> Vec<Range<usize>> {
     ranges.filter(|range| !range.is_empty()).collect()
 }
 
-/// A tree of halves, the first half the smaller.
-fn halved(sums: &[Tensor]) -> Tensor {
-    match sums {
-        [one] => one.clone(),
-        sums => {
-            let (first, second) = sums.split_at(sums.len() / 2);
-            added(halved(first), &halved(second))
-        }
+/// From the last one on neighbours are added, then their sums, until one is left.
+fn neighbours_added(mut sums: Vec<Tensor>) -> Tensor {
+    sums.reverse();
+    while sums.len() > 1 {
+        let pairs = sums.chunks(2).map(|pair| match pair {
+            [one, other] => added(one.clone(), other),
+            pair => pair[0].clone(),
+        });
+        sums = pairs.collect();
     }
+    sums.remove(0)
 }
 
-/// Every tile of K that is dealt to a part.
+/// The sums of some stretches of K of one length.
+fn in_stretches(
+    x: &Operand,
+    w: &Operand,
+    parts: usize,
+    sum: impl Fn(&Codes, &Codes) -> Result<Tensor, GemmError>,
+) -> Result<Vec<Tensor>, GemmError> {
+    let inner = x.codes.width();
+    if inner != w.codes.width() {
+        return Err(GemmError::Inner { x: inner, w: w.codes.width() });
+    }
+    let part = inner.div_ceil(parts.max(1)).max(1);
+    let starts = (0..inner).step_by(part);
+    let sums = starts.map(|start| {
+        let range = start..(start + part).min(inner);
+        sum(&x.codes.some_columns(range.clone()), &w.codes.some_columns(range))
+    });
+    sums.collect()
+}
+
+/// Every tile of K that is dealt to a part, as f32.
 fn every(codes: &Codes, tile: usize, part: usize, parts: usize) -> Codes {
     let own: Vec<usize> = (0..codes.width()).filter(|k| k / tile % parts == part).collect();
-    let mut some = Codes::zeros(codes.format(), codes.rows(), own.len());
+    let mut some = Codes::zeros(Format::F32, codes.rows(), own.len());
     for row in 0..codes.rows() {
         let all = codes.decode_row(row);
         let values: Vec<f32> = own.iter().map(|&k| all[k]).collect();
-        quantize_row(codes.format(), &values, 1.0, &mut some.row_mut(row));
+        quantize_row(Format::F32, &values, 1.0, &mut some.row_mut(row));
     }
     some
+}
+
+/// Fused multiply-adds in ascending K.
+fn sum_by_fma(x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
+    let operand = |codes| Operand { codes, scales: Scales::Tensor(1.0) };
+    gemm(&Unit::SequentialFma, &Schedule::FAST, &operand(x), &operand(w), Format::F32)
+}
+
+/// Dot products by blocks of 256 elements of K, which are dealt to the parts in turn. Each of 64
+/// threads has elements `2t`, `2t + 1`, `128 + 2t` and `129 + 2t` of every block in a sum of its own;
+/// the sums are added in pairs, and the threads as a warp's lanes are. Of the parts every fourth makes
+/// a sum, and those follow each other.
+fn by_dot(x: &Codes, w: &Codes, parts: usize) -> Result<Tensor, GemmError> {
+    const BLOCK: usize = 256;
+    const THREADS: usize = 64;
+    const SUMS: usize = 4;
+    let inner = x.width();
+    if inner != w.width() {
+        return Err(GemmError::Inner { x: inner, w: w.width() });
+    }
+    let blocks = inner.div_ceil(BLOCK);
+    let part_of = |x: &[f32], w: &[f32], part: usize| {
+        let threads = (0..THREADS).map(|thread| {
+            let own = [2 * thread, 2 * thread + 1, 128 + 2 * thread, 129 + 2 * thread];
+            let [a, b, c, d] = own.map(|place| {
+                let places = (part..blocks).step_by(parts).map(|block| block * BLOCK + place);
+                let there = places.filter(|place| *place < inner);
+                there.fold(0.0f32, |sum, place| x[place].mul_add(w[place], sum))
+            });
+            (a + b) + (c + d)
+        });
+        lanes_added(threads.collect())
+    };
+    let one = |x: &[f32], w: &[f32]| {
+        let mut sums: [Option<f32>; SUMS] = [None; SUMS];
+        for part in 0..parts.min(blocks) {
+            let value = part_of(x, w, part);
+            let sum = &mut sums[part % SUMS];
+            *sum = Some(sum.map_or(value, |sum| sum + value));
+        }
+        sums.into_iter().flatten().reduce(|sum, next| sum + next).unwrap_or(0.0)
+    };
+    Ok(each_output(x, w, one))
+}
+
+/// Lanes half of all apart are added, and so on down to neighbours.
+fn lanes_added(mut sums: Vec<f32>) -> f32 {
+    while sums.len() > 1 {
+        let upper = sums.split_off(sums.len() / 2);
+        sums.iter_mut().zip(upper).for_each(|(sum, upper)| *sum += upper);
+    }
+    sums[0]
+}
+
+/// All outputs, one at a time.
+fn each_output(x: &Codes, w: &Codes, one: impl Fn(&[f32], &[f32]) -> f32) -> Tensor {
+    let w: Vec<Vec<f32>> = (0..w.rows()).map(|row| w.decode_row(row)).collect();
+    let mut values = Vec::with_capacity(x.rows() * w.len());
+    for row in 0..x.rows() {
+        let x = x.decode_row(row);
+        values.extend(w.iter().map(|w| one(&x, w)));
+    }
+    Tensor::new(w.len(), values)
 }
 
 /// The lanes of a warp, see [`Plan::Warp`].
@@ -527,18 +661,9 @@ fn by_warp(x: &Codes, w: &Codes, lanes: usize, neighbours: bool) -> Result<Tenso
             let lane = if neighbours { k / own } else { k % lanes };
             sums[lane] = x.mul_add(*w, sums[lane]);
         }
-        while sums.len() > 1 {
-            let upper = sums.split_off(sums.len() / 2);
-            sums.iter_mut().zip(upper).for_each(|(sum, upper)| *sum += upper);
-        }
-        sums[0]
+        lanes_added(sums)
     };
-    let w: Vec<Vec<f32>> = (0..w.rows()).map(|row| w.decode_row(row)).collect();
-    let rows = (0..x.rows()).flat_map(|row| {
-        let x = x.decode_row(row);
-        w.iter().map(move |w| one(&x, w)).collect::<Vec<f32>>()
-    });
-    Ok(Tensor::new(w.len(), rows.collect()))
+    Ok(each_output(x, w, one))
 }
 
 #[cfg(test)]
@@ -581,8 +706,9 @@ mod tests {
         // [345, 528, 7968], stream-K: 9 tiles in clusters of 4 by 3 of 64 x 128, 108 of them held.
         let mut streamed = Record { tile: 17, cluster_shape: 4, ..record(43, 34, STREAM_K) };
         streamed.workspace = 3_539_535;
-        assert_eq!(tf32(&streamed, [345, 528, 7968]), Plan::Halves { tile: 32, parts: 3 });
-        let whole = Record { workspace: 0, ..streamed };
+        assert_eq!(tf32(&streamed, [345, 528, 7968]), Plan::Pairs { tile: 32, parts: 3 });
+        // Less than a tile: nothing is cut.
+        let whole = Record { workspace: 131, ..streamed };
         assert_eq!(tf32(&whole, [345, 528, 7968]), Plan::Schedule(Schedule::FAST));
         // [1324, 1752, 3464]: 112 of 176 tiles are held.
         let some = Record { tile: 20, workspace: 7_340_415, ..streamed };
@@ -597,7 +723,17 @@ mod tests {
         let gemv = Record { custom: 101, ..record(13, 0, 1) };
         assert_eq!(
             plan(&gemv, Format::F32, [1, 3384, 2136]),
-            Ok(Plan::Warp { lanes: 16, neighbours: false })
+            Ok(Plan::Warp { lanes: 16, neighbours: false, parts: 1 })
+        );
+        let lanes = Record { custom: 11, ..record(13, 0, 8) };
+        assert_eq!(
+            plan(&lanes, Format::F32, [1, 688, 12_768]),
+            Ok(Plan::Lanes { turn: 512, parts: 8 })
+        );
+        let in_place = Record { reduction: 1, ..record(10, 0, 7) };
+        assert_eq!(
+            plan(&in_place, Format::F32, [2, 1024, 1024]),
+            Ok(Plan::Parts { part: 152, tile: 8 })
         );
         let nvjet = plan(&record(66, 36, 3), Format::Bf16, [4, 64, 4096]);
         assert_eq!(nvjet, Ok(Plan::Schedule(Schedule::FAST.with_split_k(3))));
@@ -615,6 +751,7 @@ mod tests {
             (Record { custom: 7, ..record(55, 31, 2) }, Format::F32, "custom option 7"),
             (Record { custom: 7, ..record(13, 0, 1) }, Format::F32, "custom option 7"),
             (record(11, 0, 4), Format::F32, "parts were not seen"),
+            (record(10, 0, 1), Format::F32, "how it cuts K"),
             (record(43, 34, 4), Format::Tf32, "split-K was not seen"),
         ] {
             let said = plan(&record, format, shape).expect_err("no plan");
@@ -645,7 +782,11 @@ mod tests {
         let three = dealt(3, Gathered::InOrder);
         let pairs = dealt(32, Gathered::InPairs);
         let parts = Plan::Parts { part: 96, tile: 8 };
-        let warp = Plan::Warp { lanes: 32, neighbours: false };
+        let lanes = Plan::Lanes { turn: 256, parts: 1 };
+        let warp = Plan::Warp { lanes: 32, neighbours: false, parts: 1 };
+        let own = Plan::Warp { lanes: 32, neighbours: true, parts: 1 };
+        let turns = Plan::Lanes { turn: 512, parts: 1 };
+        let dot = |parts| Plan::Dot { parts };
         for (plan, inner, places, expected) in [
             (three, 1024, [0, 1], 1022.0),
             (three, 1024, [0, 8], 336.0),
@@ -661,15 +802,32 @@ mod tests {
             (parts, 2048, [0, 95], 1952.0),
             (parts, 2048, [0, 96], 1856.0),
             (parts, 2048, [0, 200], 1760.0),
-            (Plan::Lanes, 1024, [0, 1], 896.0),
-            (Plan::Lanes, 1024, [0, 2], 832.0),
-            (Plan::Lanes, 1024, [0, 16], 1022.0),
-            (Plan::Lanes, 1024, [37, 5], 1021.0),
+            (lanes, 1024, [0, 1], 896.0),
+            (lanes, 1024, [0, 2], 832.0),
+            (lanes, 1024, [0, 16], 1022.0),
+            (lanes, 1024, [37, 5], 1021.0),
             (warp, 1024, [0, 1], 0.0),
             (warp, 1024, [0, 2], 512.0),
             (warp, 1024, [0, 16], 960.0),
             (warp, 1024, [0, 32], 1022.0),
             (warp, 1024, [0, 512], 1007.0),
+            (own, 256, [0, 1], 254.0),
+            (own, 256, [0, 8], 0.0),
+            (own, 256, [0, 128], 240.0),
+            (turns, 1024, [0, 1], 896.0),
+            (turns, 1024, [0, 256], 1007.0),
+            (turns, 1024, [0, 512], 960.0),
+            (dot(16), 1024, [0, 1], 1022.0),
+            (dot(16), 1024, [0, 2], 768.0),
+            (dot(16), 1024, [0, 64], 1016.0),
+            (dot(16), 1024, [0, 128], 1020.0),
+            (dot(16), 1024, [0, 256], 512.0),
+            (dot(16), 1408, [0, 256], 512.0),
+            (dot(16), 1408, [0, 512], 256.0),
+            (dot(16), 2136, [0, 256], 1024.0),
+            (dot(16), 5000, [0, 1], 4996.0),
+            (dot(16), 5000, [0, 256], 2440.0),
+            (dot(32), 12_176, [0, 512], 2960.0),
         ] {
             assert_eq!(left(plan, inner, places), expected, "{plan} of {inner}: {places:?}");
         }
@@ -682,11 +840,18 @@ mod tests {
         assert_eq!(ranges, [0..2432, 2432..4864, 4864..7296, 7296..9736]);
         // Parts without a tile are left out.
         assert_eq!(stretches(64, 32, 4), [0..32, 32..64]);
-        let one = |value: f32| Tensor::new(1, vec![value]);
-        // 1 + (2^24 + 1) loses both ones, (1 + 2^24) + 1 likewise; (1 + 1) + 2^24 would keep them.
+        let sum = |values: &[f32]| {
+            let sums = values.iter().map(|value| Tensor::new(1, vec![*value]));
+            neighbours_added(sums.collect()).data()[0]
+        };
+        // The first is added last: 1 + (1 + 2^24) loses both ones.
         let big = 2f32.powi(24);
-        assert_eq!(halved(&[one(1.0), one(1.0), one(big)]).data()[0], big);
-        assert_eq!(halved(&[one(1.0), one(1.0), one(big), one(-big)]).data()[0], 2.0);
+        assert_eq!(sum(&[1.0, 1.0, big]), big);
+        assert_eq!(sum(&[1.0, big, -big]), 1.0);
+        assert_eq!(sum(&[big, 1.0, 1.0]), big + 2.0);
+        assert_eq!(sum(&[1.0, 1.0, big, -big]), 2.0);
+        // Five: 1 + ((2 + 3) + (4 + 5)).
+        assert_eq!(sum(&[big, 0.0, 1.0, 1.0, 0.0]), big + 2.0);
     }
 
     fn operand(codes: &Codes) -> Operand<'_> {
