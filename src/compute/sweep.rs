@@ -445,7 +445,8 @@ pub struct Found {
     pub without_tail: usize,
     /// By types and algorithm.
     pub families: Vec<Family>,
-    /// Of each family the product with the fewest elements of K whose outputs are all equal.
+    /// Of each kind of algorithm the product with the fewest elements of K whose outputs are all equal.
+    #[serde(default)]
     pub examples: Vec<Checked>,
     /// The products that differ or have no plan.
     pub unequal: Vec<Checked>,
@@ -599,9 +600,9 @@ mod tests {
             }
             let split_k = if inner >= 1024 { 2 } else { 1 };
             let record = Record {
-                id: 66,
+                id: if types.operands == Format::Tf32 { 21 } else { 66 },
                 tile: 10,
-                stages: 36,
+                stages: 6,
                 split_k,
                 reduction: if split_k > 1 { 2 } else { 0 },
                 custom: 0,
@@ -612,7 +613,7 @@ mod tests {
             let codes = |place: usize, rows| {
                 let codes = codes_of(types.operands, values[place], seeds[place], rows, inner)?;
                 let kept = if split_k > 1 { inner - inner % self.tail } else { inner };
-                Ok::<Codes, ComputeError>(codes.some_columns(0..kept))
+                Ok::<Codes, ComputeError>(without_tail(&codes, kept))
             };
             let (x, w) = (codes(0, rows)?, codes(1, columns)?);
             let plan = plan_of(&record, types, question.shape).expect("a plan");

