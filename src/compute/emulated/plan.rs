@@ -317,6 +317,9 @@ fn cluster_sides(cluster: u16) -> Option<[usize; 2]> {
 /// What the library writes where parts are added in f32, in order; and where that is done in place.
 const IN_F32: u32 = 2;
 const IN_PLACE: u32 = 1;
+/// Elements of K of a block of [`Plan::Dot`], and the most parts whose order is known.
+const DOT_BLOCK: usize = 256;
+const MOST_DOTS: usize = 32;
 /// The most parts of [`Plan::Pairs`] that were seen.
 const MOST_PAIRED: usize = 7;
 
@@ -358,7 +361,13 @@ pub fn plan_of(record: &Record, types: Types, shape: [usize; 3]) -> Result<Plan,
         Kind::Lanes if parts <= 1 => Ok(Plan::Lanes { turn: 256, parts: 1 }),
         Kind::Lanes => Err("its parts were not seen".to_owned()),
         Kind::Warp => warp_of(record.custom, parts.max(1) as usize),
-        Kind::Dot => Ok(Plan::Dot { parts: parts.max(1) as usize }),
+        Kind::Dot => match parts.max(1) as usize {
+            // Beyond, their sums are added otherwise.
+            parts if parts.min(inner.div_ceil(DOT_BLOCK)) > MOST_DOTS => {
+                Err(format!("its order for more than {MOST_DOTS} parts is not known"))
+            }
+            parts => Ok(Plan::Dot { parts }),
+        },
         // It cuts K where its record says one part too.
         Kind::InPlace if parts <= 1 => Err("how it cuts K is not in the record".to_owned()),
         Kind::InPlace => {
@@ -596,19 +605,18 @@ fn sum_by_fma(x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
 /// the sums are added in pairs, and the threads as a warp's lanes are. Of the parts every fourth makes
 /// a sum, and those follow each other.
 fn by_dot(x: &Codes, w: &Codes, parts: usize) -> Result<Tensor, GemmError> {
-    const BLOCK: usize = 256;
     const THREADS: usize = 64;
     const SUMS: usize = 4;
     let inner = x.width();
     if inner != w.width() {
         return Err(GemmError::Inner { x: inner, w: w.width() });
     }
-    let blocks = inner.div_ceil(BLOCK);
+    let blocks = inner.div_ceil(DOT_BLOCK);
     let part_of = |x: &[f32], w: &[f32], part: usize| {
         let threads = (0..THREADS).map(|thread| {
             let own = [2 * thread, 2 * thread + 1, 128 + 2 * thread, 129 + 2 * thread];
             let [a, b, c, d] = own.map(|place| {
-                let places = (part..blocks).step_by(parts).map(|block| block * BLOCK + place);
+                let places = (part..blocks).step_by(parts).map(|block| block * DOT_BLOCK + place);
                 let there = places.filter(|place| *place < inner);
                 there.fold(0.0f32, |sum, place| x[place].mul_add(w[place], sum))
             });
@@ -741,7 +749,7 @@ mod tests {
 
     #[test]
     fn what_was_not_seen_has_no_plan_and_says_why() {
-        let shape = [4, 64, 4096];
+        let shape = [4, 64, 16_384];
         for (record, format, why) in [
             (record(99, 6, 1), Format::Bf16, "algorithm 99 is not known for bf16"),
             (record(21, 6, 1), Format::Bf16, "algorithm 21 is not known for bf16"),
@@ -752,6 +760,7 @@ mod tests {
             (Record { custom: 7, ..record(13, 0, 1) }, Format::F32, "custom option 7"),
             (record(11, 0, 4), Format::F32, "parts were not seen"),
             (record(10, 0, 1), Format::F32, "how it cuts K"),
+            (record(14, 0, 33), Format::F32, "more than 32 parts"),
             (record(43, 34, 4), Format::Tf32, "split-K was not seen"),
         ] {
             let said = plan(&record, format, shape).expect_err("no plan");
