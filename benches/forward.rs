@@ -27,6 +27,7 @@ const E4M3: Recipe = Recipe {
     codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
     kv_cache: None,
+    tensor_parallel: None,
 };
 
 fn main() {

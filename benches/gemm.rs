@@ -12,11 +12,12 @@
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
+use runner::block_format::BlockFormat;
 use runner::compute::Ops;
 use runner::compute::call::{Call, MadeWeight};
 use runner::compute::emulated::chip::{Unit, chip};
 use runner::compute::emulated::gemm::{Operand, Scales, gemm_prepared, prepare_for};
-use runner::compute::emulated::quantize::{Codes, quantize_row};
+use runner::compute::emulated::quantize::{Codes, quantize_blocks, quantize_row};
 use runner::compute::emulated::schedule::Schedule;
 use runner::compute::emulated::simd::Kernel;
 use runner::compute::reference::Reference;
@@ -114,6 +115,36 @@ fn plain_e4m3(bencher: Bencher) {
 #[divan::bench]
 fn plain_bf16(bencher: Bencher) {
     bench_gemm(bencher, "plain", Format::Bf16, Schedule::FAST, 1);
+}
+
+/// Block-scaled operands on Blackwell's unit, conversion of x and of its scales left out.
+#[divan::bench(args = ["mxfp8 avx2", "mxfp8 avx512", "mxfp6-e2m3 avx512", "mxfp4 avx512", "nvfp4 avx2",
+    "nvfp4 avx512"])]
+fn blocks(bencher: Bencher, which: &str) {
+    let (format, name) = which.split_once(' ').expect("a format and an instruction set");
+    let format: BlockFormat = format.parse().expect("a format");
+    let Some(kernel) = kernel(name) else { return };
+    let unit = &chip(ChipName::Blackwell).block_unit(format).expect("a format of Blackwell").unit;
+    let operand = |rows, seed| {
+        let values = values(rows * K, seed);
+        quantize_blocks(format, K, &values, format.whole_scale(2.0)).expect("whole rows")
+    };
+    let ((x, x_scales), (w, w_scales)) = (operand(64, 1), operand(M, 2));
+    let x = Operand { codes: &x, scales: Scales::Blocks(x_scales) };
+    let w = Operand { codes: &w, scales: Scales::Blocks(w_scales) };
+    let x = prepare_for(kernel, unit, &x).expect("an operand");
+    bencher
+        .counter(ItemsCount::new(64 * M * K))
+        .bench_local(|| gemm_prepared(&Schedule::FAST, &x, &w, Format::F32).expect("a product"));
+}
+
+/// Values per second, converted to a block-scaled format.
+#[divan::bench(args = [BlockFormat::Mxfp8, BlockFormat::Nvfp4])]
+fn quantize_in_blocks(bencher: Bencher, format: BlockFormat) {
+    let values = values(64 * K, 3);
+    bencher
+        .counter(ItemsCount::new(values.len()))
+        .bench_local(|| quantize_blocks(format, K, &values, 0.01).expect("whole rows"));
 }
 
 /// Values per second, one scale for all.

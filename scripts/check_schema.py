@@ -34,6 +34,7 @@ MISTAKES = [
     ("embedding", "arms = [\"reference\", \"device\"]\n[embed]\n", "arms = [\"gpu\"]\n[embed]\n"),
     ("embedding", "tags = [\"a\"]\n[embed]\n", "tags = [\"a b\"]\n[embed]\n"),
     ("embedding", "[embed]\n[recipe]\ngemm = \"bf16\"\n", "[embed]\n[recipe]\ngemm = \"fp8\"\n"),
+    ("embedding", "[embed]\n[recipe]\ntensor_parallel = 2\n", "[embed]\n[recipe]\ntensor_parallel = 0\n"),
     ("embedding", "[embed]\n[resources]\nthreads = 2\n", "[embed]\n[resources]\nthreads = 0\n"),
     ("embedding", "[embed]\n[resources]\ncores = 2\n", "[embed]\n[resources]\ncores = -2\n"),
     ("embedding", "[embed]\n[executor]\non = \"slurm\"\n", "[embed]\n[executor]\non = \"pbs\"\n"),

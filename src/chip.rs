@@ -17,6 +17,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use crate::block_format::BlockFormat;
 use crate::dtype::{Format, tf32_ties_away};
 
 /// The chip whose arithmetic is prescribed.
@@ -40,11 +41,17 @@ pub enum ChipName {
     /// RTX 5090: other tensor cores than Blackwell's of data centres.
     #[serde(rename = "rtx-blackwell")]
     RtxBlackwell,
+    /// MI100.
+    Cdna1,
+    /// MI210, MI250X.
+    Cdna2,
+    /// MI300X.
+    Cdna3,
 }
 
 impl ChipName {
-    /// All names, oldest chip first.
-    pub const ALL: [ChipName; 8] = [
+    /// All names, oldest chip first, NVIDIA's and then AMD's.
+    pub const ALL: [ChipName; 11] = [
         ChipName::Auto,
         ChipName::Volta,
         ChipName::Turing,
@@ -53,6 +60,9 @@ impl ChipName {
         ChipName::Hopper,
         ChipName::Blackwell,
         ChipName::RtxBlackwell,
+        ChipName::Cdna1,
+        ChipName::Cdna2,
+        ChipName::Cdna3,
     ];
 
     /// The name that manifests, commands and reports use.
@@ -66,6 +76,9 @@ impl ChipName {
             ChipName::Hopper => "hopper",
             ChipName::Blackwell => "blackwell",
             ChipName::RtxBlackwell => "rtx-blackwell",
+            ChipName::Cdna1 => "cdna1",
+            ChipName::Cdna2 => "cdna2",
+            ChipName::Cdna3 => "cdna3",
         }
     }
 }
@@ -87,6 +100,8 @@ pub struct Chip {
     pub capabilities: &'static [(i32, i32)],
     /// What it can multiply.
     pub units: &'static [ChipUnit],
+    /// What it can multiply of block-scaled operands.
+    pub block_units: &'static [BlockUnit],
     /// How it rounds f32 operands to tf32 where they lie midway.
     pub tf32_ties: Ties,
 }
@@ -99,6 +114,8 @@ pub enum Ties {
     ToEven,
     /// The one of larger magnitude: what PTX offers before Hopper.
     AwayFromZero,
+    /// None is rounded: the low bits are cut off, ties or not (MMA-Sim, of CDNA3).
+    Cut,
 }
 
 /// The operand formats that share one unit of a chip.
@@ -114,6 +131,19 @@ pub struct ChipUnit {
     pub chained: Basis,
     /// The same of FP8 products with promoted accumulation.
     pub promoted: Option<Basis>,
+}
+
+/// The block-scaled formats that share one unit of a chip.
+#[derive(Debug)]
+pub struct BlockUnit {
+    /// Formats that both operands have.
+    pub formats: &'static [BlockFormat],
+    /// Their arithmetic.
+    pub unit: Unit,
+    /// What the arithmetic of one instruction rests on, for each instruction.
+    pub instructions: &'static [(&'static str, Basis)],
+    /// What whole products rest on.
+    pub chained: Basis,
 }
 
 /// What a claim about a chip's arithmetic rests on, the best first.
@@ -176,6 +206,57 @@ pub enum Unit {
     /// zero, on the CUDA cores. Seen in one captured f32 GEMM of an H200, with
     /// K split into 32 parts; that cuBLAS does so for all shapes is not known.
     SequentialFma,
+    /// A tensor core's truncated fused dot product of block-scaled operands.
+    BlockScaled(BlockScaled),
+    /// A matrix core of AMD's.
+    MatrixCore(MatrixCore),
+}
+
+/// How a matrix core of AMD's adds (MMA-Sim, arXiv 2511.10909); `compute/emulated/matrix_core.rs` says
+/// what it computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatrixCore {
+    /// Products and accumulator exactly, rounded once.
+    Exact {
+        /// Products that are added at once.
+        products: usize,
+    },
+    /// In f32, in pairs; subnormals are zero.
+    Pairwise {
+        /// Products that are added to each other before they meet the accumulator.
+        products: usize,
+    },
+    /// Products cut and added, then rounded down beside the accumulator.
+    TwoStages {
+        /// Products that are added at once.
+        products: usize,
+        /// Fraction bits that a product, and the accumulator, keeps when it is aligned (F).
+        alignment_bits: u32,
+        /// Fraction bits of the sum before it is rounded to nearest (F2).
+        sum_bits: u32,
+    },
+}
+
+impl MatrixCore {
+    /// Products that are added at once.
+    pub fn products(&self) -> usize {
+        match self {
+            MatrixCore::Exact { products }
+            | MatrixCore::Pairwise { products }
+            | MatrixCore::TwoStages { products, .. } => *products,
+        }
+    }
+}
+
+/// One truncated fused dot-product-add of operands whose blocks have scales (MMA-Sim, arXiv 2511.10909);
+/// `compute/emulated/tensor_core.rs` says what it computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockScaled {
+    /// The addition.
+    pub core: TensorCore,
+    /// Products that are added exactly, before the scales of their block multiply the sum and it
+    /// becomes one addend. 1 where every product is an addend, whose exponent the scales raise.
+    pub group: usize,
 }
 
 /// One truncated fused dot-product-add; `compute/emulated/tensor_core.rs` says what it computes.
@@ -200,6 +281,8 @@ impl Unit {
         match self {
             Unit::TensorCore(core) => core.products,
             Unit::SequentialFma => 1,
+            Unit::BlockScaled(scaled) => scaled.core.products,
+            Unit::MatrixCore(core) => core.products(),
         }
     }
 }
@@ -209,6 +292,7 @@ impl Chip {
     pub fn encode(&self, format: Format, value: f32) -> u32 {
         match (format, self.tf32_ties) {
             (Format::Tf32, Ties::AwayFromZero) => tf32_ties_away(value),
+            (Format::Tf32, Ties::Cut) if !value.is_nan() => value.to_bits() & !0x1fff,
             _ => format.encode(value),
         }
     }
@@ -226,10 +310,19 @@ impl Chip {
             .map(|row| &row.unit)
     }
 
+    /// The unit that multiplies block-scaled operands of a format; none if the chip has none.
+    pub fn block_unit(&self, format: BlockFormat) -> Option<&BlockUnit> {
+        self.block_units.iter().find(|row| row.formats.contains(&format))
+    }
+
     /// Whether a chip of the kind was seen to compute anything, here or by others.
     pub fn is_seen(&self) -> bool {
         let instructions = self.units.iter().flat_map(|unit| unit.instructions);
-        instructions.into_iter().any(|(_, basis)| basis.evidence <= Evidence::Vectors)
+        let of_blocks = self.block_units.iter().flat_map(|unit| unit.instructions);
+        instructions
+            .chain(of_blocks)
+            .into_iter()
+            .any(|(_, basis)| basis.evidence <= Evidence::Vectors)
     }
 
     /// What whole products of operands of one format rest on; `promoted` is of FP8 alone. Nothing
@@ -254,6 +347,38 @@ const fn tensor_core(
     Unit::TensorCore(TensorCore { products, blocks, alignment_bits, result_bits, exponent_floor })
 }
 
+const fn block_core(products: usize, alignment_bits: u32, exponent_floor: i32) -> TensorCore {
+    TensorCore { products, blocks: 1, alignment_bits, result_bits: 23, exponent_floor }
+}
+
+/// Block-scaled operands, as Blackwell's two families have them; the instruction differs.
+const fn block_units(instructions: &'static [(&'static str, Basis)]) -> [BlockUnit; 2] {
+    [
+        BlockUnit {
+            formats: &[
+                BlockFormat::Mxfp8,
+                BlockFormat::Mxfp8E5m2,
+                BlockFormat::Mxfp6E2m3,
+                BlockFormat::Mxfp6E3m2,
+            ],
+            unit: Unit::BlockScaled(BlockScaled { core: block_core(32, 25, -133), group: 1 }),
+            instructions,
+            chained: NO_PRODUCT,
+        },
+        BlockUnit {
+            formats: &[BlockFormat::Mxfp4, BlockFormat::Nvfp4],
+            unit: Unit::BlockScaled(BlockScaled { core: block_core(64, 35, -139), group: 16 }),
+            instructions,
+            chained: NO_PRODUCT,
+        },
+    ]
+}
+
+static BY_TCGEN05: [(&str, Basis); 1] = [("tcgen05", MMA_SIM)];
+static BY_MMA_SYNC: [(&str, Basis); 1] = [("mma.sync", MMA_SIM)];
+static BLOCKS_OF_BLACKWELL: [BlockUnit; 2] = block_units(&BY_TCGEN05);
+static BLOCKS_OF_RTX_BLACKWELL: [BlockUnit; 2] = block_units(&BY_MMA_SYNC);
+
 const FP8: &[Format] = &[Format::E4m3, Format::E5m2];
 const HALVES: &[Format] = &[Format::Bf16, Format::F16];
 const TF32: &[Format] = &[Format::Tf32];
@@ -275,12 +400,13 @@ const fn vectors(source: &'static str) -> Basis {
 }
 
 /// Every chip that is modelled, oldest first.
-pub static CHIPS: [Chip; 7] = [
+pub static CHIPS: [Chip; 10] = [
     Chip {
         name: ChipName::Volta,
         products: &["V100"],
         capabilities: &[(7, 0)],
         tf32_ties: Ties::AwayFromZero,
+        block_units: &[],
         units: &[ChipUnit {
             formats: &[Format::F16],
             unit: tensor_core(4, 1, 23, 23, -133),
@@ -294,6 +420,7 @@ pub static CHIPS: [Chip; 7] = [
         products: &["T4", "RTX 2080"],
         capabilities: &[(7, 5)],
         tf32_ties: Ties::AwayFromZero,
+        block_units: &[],
         units: &[ChipUnit {
             formats: &[Format::F16],
             unit: tensor_core(8, 1, 24, 23, -133),
@@ -307,6 +434,7 @@ pub static CHIPS: [Chip; 7] = [
         products: &["A100", "A2"],
         capabilities: &[(8, 0), (8, 6)],
         tf32_ties: Ties::AwayFromZero,
+        block_units: &[],
         units: &[
             ChipUnit {
                 formats: HALVES,
@@ -332,6 +460,7 @@ pub static CHIPS: [Chip; 7] = [
         products: &["RTX 4090", "L40S"],
         capabilities: &[(8, 9)],
         tf32_ties: Ties::AwayFromZero,
+        block_units: &[],
         units: &[
             ChipUnit {
                 formats: FP8,
@@ -361,6 +490,7 @@ pub static CHIPS: [Chip; 7] = [
         products: &["H100", "H200"],
         capabilities: &[(9, 0)],
         tf32_ties: Ties::ToEven,
+        block_units: &[],
         units: &[
             ChipUnit {
                 formats: FP8,
@@ -390,6 +520,7 @@ pub static CHIPS: [Chip; 7] = [
         products: &["B200"],
         capabilities: &[(10, 0)],
         tf32_ties: Ties::ToEven,
+        block_units: &BLOCKS_OF_BLACKWELL,
         units: &[
             ChipUnit {
                 formats: FP8,
@@ -422,15 +553,77 @@ pub static CHIPS: [Chip; 7] = [
         products: &["RTX 5090"],
         capabilities: &[(12, 0)],
         tf32_ties: Ties::ToEven,
-        units: &[ChipUnit {
-            formats: FP8,
-            unit: tensor_core(32, 1, 25, 23, -133),
-            instructions: &[("mma.sync", MMA_SIM)],
-            chained: NO_PRODUCT,
-            promoted: Some(NO_PROMOTION),
-        }],
+        block_units: &BLOCKS_OF_RTX_BLACKWELL,
+        units: &[
+            ChipUnit {
+                formats: FP8,
+                unit: tensor_core(32, 1, 25, 23, -133),
+                instructions: &[("mma.sync", MMA_SIM)],
+                chained: NO_PRODUCT,
+                promoted: Some(NO_PROMOTION),
+            },
+            ChipUnit {
+                formats: HALVES,
+                unit: tensor_core(16, 1, 25, 23, -133),
+                instructions: &[("mma.sync", MMA_SIM)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
+            ChipUnit {
+                formats: TF32,
+                unit: tensor_core(8, 1, 25, 23, -133),
+                instructions: &[("mma.sync", MMA_SIM)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
+        ],
+    },
+    Chip {
+        name: ChipName::Cdna1,
+        products: &["MI100"],
+        capabilities: &[],
+        tf32_ties: Ties::Cut,
+        block_units: &[],
+        units: &[
+            matrix_core(&[Format::F16], MatrixCore::Exact { products: 4 }),
+            matrix_core(&[Format::Bf16], MatrixCore::Exact { products: 2 }),
+        ],
+    },
+    Chip {
+        name: ChipName::Cdna2,
+        products: &["MI210", "MI250X"],
+        capabilities: &[],
+        tf32_ties: Ties::Cut,
+        block_units: &[],
+        units: &[matrix_core(HALVES, MatrixCore::Pairwise { products: 4 })],
+    },
+    Chip {
+        name: ChipName::Cdna3,
+        products: &["MI300X"],
+        capabilities: &[],
+        tf32_ties: Ties::Cut,
+        block_units: &[],
+        units: &[matrix_core(HALVES, two_stages(8)), matrix_core(TF32, two_stages(4))],
     },
 ];
+
+const fn two_stages(products: usize) -> MatrixCore {
+    MatrixCore::TwoStages { products, alignment_bits: 24, sum_bits: 31 }
+}
+
+/// AMD's units, by MMA-Sim's models of `v_mfma`.
+const fn matrix_core(formats: &'static [Format], core: MatrixCore) -> ChipUnit {
+    ChipUnit {
+        formats,
+        unit: Unit::MatrixCore(core),
+        instructions: BY_MFMA,
+        chained: NO_PRODUCT,
+        promoted: None,
+    }
+}
+
+static MFMA: [(&str, Basis); 1] = [("v_mfma", MMA_SIM)];
+const BY_MFMA: &[(&str, Basis)] = &MFMA;
 
 const OF_AMPERE: Basis = vectors("vectors of an A100 and an A2, arXiv 2512.07004");
 const OF_ADA: Basis = vectors("vectors of an RTX 4090 and an L40S, arXiv 2512.07004");

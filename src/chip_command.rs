@@ -10,19 +10,22 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use crate::chip::Basis;
+use crate::block_format::{BlockFormat, OperandFormat};
+use crate::chip::{Basis, MatrixCore, TensorCore};
 use crate::compute::emulated::captures::{self, Capture, CaptureError};
 use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
 use crate::compute::emulated::identify::identify;
-use crate::compute::emulated::quantize::{Codes, CodesError, absmax, scale_for};
+use crate::compute::emulated::quantize::{
+    BlockScales, CodeData, Codes, CodesError, absmax, quantize_blocks, quantize_row, scale_for,
+};
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{
     self, VectorAccumulator, VectorCheck, VectorError, verify_folder,
 };
-use crate::compute::{ComputeError, product};
+use crate::compute::{ComputeError, cuda, product};
 use crate::dtype::Format;
-use crate::op::{ChipName, FileTensor};
+use crate::op::{Accumulate, ChipName, FileTensor};
 use crate::tensor::Tensor;
 use crate::tensor_file::{self, TensorFileError};
 use crate::text::Shown;
@@ -60,9 +63,11 @@ pub struct MultiplyOperand {
     pub source: TensorRef,
     /// The format to multiply in; none is the tensor's own. An f32 tensor is
     /// converted, a tensor of bytes holds FP8 codes.
-    pub format: Option<Format>,
+    pub format: Option<OperandFormat>,
+    /// The codes of the blocks' scales, where the tensor holds the codes of a block-scaled format.
+    pub scales: Option<TensorRef>,
     /// The scale; none is 1, or absmax over the largest finite value where f32
-    /// is converted to FP8.
+    /// is converted to FP8; of a block-scaled format that of the whole operand.
     pub scale: Option<f32>,
 }
 
@@ -79,6 +84,8 @@ pub struct Multiply {
     pub schedule: Schedule,
     /// Type of the outputs: f32, bf16 or f16.
     pub output: Format,
+    /// Whether this machine's GPU computes it, whatever chip it is of; the bits are the same.
+    pub on_gpu: bool,
     /// Where to write `y`, `[N, M]` in f32.
     pub save: Option<PathBuf>,
 }
@@ -138,10 +145,13 @@ pub enum ChipCommandError {
         /// The chip.
         chip: ChipName,
         /// Format of x.
-        x: Format,
+        x: String,
         /// Format of w.
-        w: Format,
+        w: String,
     },
+    /// Codes of a block-scaled format that cannot be had from a file.
+    #[error("{0}")]
+    Blocks(String),
     /// The report cannot be written.
     #[error("cannot write the report: {0}")]
     Report(#[from] std::io::Error),
@@ -167,7 +177,7 @@ pub fn run(command: &ChipCommand, out: &mut dyn Write) -> Result<ChipOutcome, Ch
 fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
     writeln!(
         out,
-        "{:<14} {:<16} {:<11} {:>9} {:>3} {:>3} {:>5}  {:<20} {:<9} {:<9}",
+        "{:<14} {:<16} {:<13} {:>9} {:>3} {:>5} {:>5}  {:<20} {:<9} {:<9}",
         "chip",
         "products",
         "formats",
@@ -182,45 +192,25 @@ fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
     let mut sources: Vec<&Basis> = Vec::new();
     for row in &CHIPS {
         for unit in row.units {
-            let Unit::TensorCore(core) = unit.unit else { continue };
             let formats: Vec<&str> = unit.formats.iter().map(|format| format.name()).collect();
-            let block = if core.blocks > 1 {
-                format!("{} x {}", core.blocks, core.products)
-            } else {
-                core.products.to_string()
-            };
-            for (place, (instruction, basis)) in unit.instructions.iter().enumerate() {
-                let first = place == 0;
-                let one = |text: String| if first { text } else { String::new() };
-                let of_products = |basis: Option<&Basis>| {
-                    one(basis.map_or("-".to_owned(), |basis| basis.evidence.to_string()))
-                };
-                let line = format!(
-                    "{:<14} {:<16} {:<11} {:>9} {:>3} {:>3} {:>5}  {:<20} {:<9} {:<9}",
-                    one(row.name.to_string()),
-                    one(row.products.join(", ")),
-                    one(formats.join(", ")),
-                    one(block.clone()),
-                    one(core.alignment_bits.to_string()),
-                    one(core.result_bits.to_string()),
-                    one(core.exponent_floor.to_string()),
-                    format!("{instruction} {}", basis.evidence),
-                    of_products(Some(&unit.chained)),
-                    of_products(unit.promoted.as_ref()),
-                );
-                writeln!(out, "{}", line.trim_end())?;
-                for basis in [Some(basis), Some(&unit.chained), unit.promoted.as_ref()] {
-                    let new = basis.filter(|basis| !sources.contains(basis));
-                    sources.extend(new);
-                }
-            }
+            let formats = formats.join(", ");
+            let figures = figures_of(&unit.unit);
+            let row = ListRow { chip: row, formats, figures, chained: &unit.chained };
+            list_unit(&row, unit.instructions, unit.promoted.as_ref(), &mut sources, out)?;
+        }
+        for unit in row.block_units {
+            let (formats, figures) = (families(unit.formats), figures_of(&unit.unit));
+            let row = ListRow { chip: row, formats, figures, chained: &unit.chained };
+            list_unit(&row, unit.instructions, None, &mut sources, out)?;
         }
     }
     for line in [
         "",
-        "per block: products that are added at once, after the blocks of an instruction",
-        "F: fraction bits of an aligned addend; R: fraction bits of the sum; floor: the least exponent",
-        "   to which addends are aligned",
+        "per block: products that are added at once, after the blocks of an instruction; 4 of 16: four sums of",
+        "   16 products each, which are exact",
+        "   pairs: sums of pairs in f32",
+        "F: fraction bits of an aligned addend; all: the sum is exact; R: fraction bits of the sum; 31,23: rounded",
+        "   down to 31, then to nearest; floor: the least exponent to which addends are aligned",
         "chained, promoted: products of which each instruction goes on with the sum of the last, and FP8",
         "   products whose sums are promoted to f32 every 128 elements of K",
         "f32: every chip, sequential fused multiply-adds on the CUDA cores; replayed on Hopper, else assumed",
@@ -234,6 +224,95 @@ fn list(out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
         writeln!(out, "  {:<9}  {source}", evidence.name())?;
     }
     Ok(ChipOutcome::Pass)
+}
+
+/// What a row of the list is of.
+struct ListRow<'a> {
+    chip: &'a Chip,
+    formats: String,
+    /// Products per block, F, R, and the exponent's floor.
+    figures: [String; 4],
+    chained: &'a Basis,
+}
+
+/// A unit in figures: products per block, F, R, and the exponent's floor.
+fn figures_of(unit: &Unit) -> [String; 4] {
+    let of_core = |core: &TensorCore, block: String| {
+        let TensorCore { alignment_bits, result_bits, exponent_floor, .. } = core;
+        [block, alignment_bits.to_string(), result_bits.to_string(), exponent_floor.to_string()]
+    };
+    let none = || "-".to_owned();
+    match unit {
+        Unit::TensorCore(core) if core.blocks > 1 => {
+            of_core(core, format!("{} x {}", core.blocks, core.products))
+        }
+        Unit::TensorCore(core) => of_core(core, core.products.to_string()),
+        Unit::BlockScaled(scaled) if scaled.group > 1 => {
+            let groups = scaled.core.products / scaled.group;
+            of_core(&scaled.core, format!("{groups} of {}", scaled.group))
+        }
+        Unit::BlockScaled(scaled) => of_core(&scaled.core, scaled.core.products.to_string()),
+        Unit::SequentialFma => ["1".to_owned(), none(), "23".to_owned(), none()],
+        Unit::MatrixCore(MatrixCore::Exact { products }) => {
+            [products.to_string(), "all".to_owned(), "23".to_owned(), none()]
+        }
+        Unit::MatrixCore(MatrixCore::Pairwise { products }) => {
+            [format!("{products} pairs"), "f32".to_owned(), "23".to_owned(), none()]
+        }
+        Unit::MatrixCore(MatrixCore::TwoStages { products, alignment_bits, sum_bits }) => {
+            let sum = format!("{sum_bits},23");
+            [products.to_string(), alignment_bits.to_string(), sum, none()]
+        }
+    }
+}
+
+/// The names of block-scaled formats; those that differ in the element alone have one.
+fn families(formats: &[BlockFormat]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for format in formats {
+        let name = format.name().split('-').next().unwrap_or_default();
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.join(", ")
+}
+
+/// Writes a line for each instruction of a unit, and keeps the sources that are new.
+fn list_unit<'a>(
+    row: &ListRow<'a>,
+    instructions: &'a [(&'static str, Basis)],
+    promoted: Option<&'a Basis>,
+    sources: &mut Vec<&'a Basis>,
+    out: &mut dyn Write,
+) -> Result<(), ChipCommandError> {
+    let ListRow { chip, formats, figures: [block, alignment, result, floor], chained } = row;
+    for (place, (instruction, basis)) in instructions.iter().enumerate() {
+        let first = place == 0;
+        let one = |text: String| if first { text } else { String::new() };
+        let of_products = |basis: Option<&Basis>| {
+            one(basis.map_or("-".to_owned(), |basis| basis.evidence.to_string()))
+        };
+        let line = format!(
+            "{:<14} {:<16} {:<13} {:>9} {:>3} {:>5} {:>5}  {:<20} {:<9} {:<9}",
+            one(chip.name.to_string()),
+            one(chip.products.join(", ")),
+            one(formats.clone()),
+            one(block.clone()),
+            one(alignment.clone()),
+            one(result.clone()),
+            one(floor.clone()),
+            format!("{instruction} {}", basis.evidence),
+            of_products(Some(chained)),
+            of_products(promoted),
+        );
+        writeln!(out, "{}", line.trim_end())?;
+        for basis in [Some(basis), Some(*chained), promoted] {
+            let new = basis.filter(|basis| !sources.contains(basis));
+            sources.extend(new);
+        }
+    }
+    Ok(())
 }
 
 fn chip_name(chip: &Chip) -> String {
@@ -298,8 +377,8 @@ fn report_captures(captures: &[Capture], out: &mut dyn Write) -> Result<usize, C
         let (x_format, w_format) = (capture.x.format(), capture.w.format());
         let unit = capture.chip.unit(x_format, w_format).ok_or(ChipCommandError::Unsupported {
             chip: capture.chip.name,
-            x: x_format,
-            w: w_format,
+            x: x_format.to_string(),
+            w: w_format.to_string(),
         })?;
         for output in &capture.outputs {
             let (x, w) = capture.operands(output);
@@ -318,23 +397,40 @@ fn report_captures(captures: &[Capture], out: &mut dyn Write) -> Result<usize, C
 }
 
 fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
-    let (x_codes, x_scale) = read_operand(&options.x)?;
-    let (w_codes, w_scale) = read_operand(&options.w)?;
-    let (x_format, w_format) = (x_codes.format(), w_codes.format());
+    let (x_codes, x_scales) = read_operand("x", &options.x)?;
+    let (w_codes, w_scales) = read_operand("w", &options.w)?;
+    let [x_name, w_name] = [(&x_codes, &x_scales), (&w_codes, &w_scales)].map(named);
     let chip = chip(options.chip);
-    let unit = chip.unit(x_format, w_format).ok_or(ChipCommandError::Unsupported {
+    let unit = match (&x_scales, &w_scales) {
+        (Scales::Blocks(x), Scales::Blocks(w)) if x.format == w.format => {
+            chip.block_unit(x.format).map(|row| &row.unit)
+        }
+        (Scales::Blocks(_), _) | (_, Scales::Blocks(_)) => None,
+        _ => chip.unit(x_codes.format(), w_codes.format()),
+    };
+    let unit = unit.ok_or_else(|| ChipCommandError::Unsupported {
         chip: chip.name,
-        x: x_format,
-        w: w_format,
+        x: x_name.clone(),
+        w: w_name.clone(),
     })?;
-    let x = Operand { codes: &x_codes, scales: Scales::Tensor(x_scale) };
-    let w = Operand { codes: &w_codes, scales: Scales::Tensor(w_scale) };
-    let (schedule, output) = (options.schedule, options.output);
-    let y = gemm(unit, &schedule, &x, &w, output)?;
+    let x_said = scale_in_words(&x_scales);
+    let w_said = scale_in_words(&w_scales);
+    // The accumulator of block-scaled operands carries all along K, whatever is asked for.
+    let schedule = match unit {
+        Unit::BlockScaled(_) => Schedule { accumulate: Accumulate::Fast, ..options.schedule },
+        _ => options.schedule,
+    };
+    let x = Operand { codes: &x_codes, scales: x_scales };
+    let w = Operand { codes: &w_codes, scales: w_scales };
+    let output = options.output;
+    let y = match options.on_gpu {
+        true => cuda::emulated_product(unit, &schedule, &x, &w, output)?,
+        false => gemm(unit, &schedule, &x, &w, output)?,
+    };
     writeln!(
         out,
-        "y [{}, {}] = x [{2}, {3}] {x_format}, scale {x_scale}, times w [{1}, {3}] {w_format}, \
-         scale {w_scale}, as {4} does",
+        "y [{}, {}] = x [{2}, {3}] {x_name}, {x_said}, times w [{1}, {3}] {w_name}, {w_said}, \
+         as {4} does",
         x_codes.rows(),
         w_codes.rows(),
         x_codes.rows(),
@@ -358,21 +454,173 @@ fn wanted(source: &TensorRef, format: Option<Format>) -> FileTensor {
     FileTensor { file, tensor, format, shape: None, scale: None }
 }
 
-fn read_operand(operand: &MultiplyOperand) -> Result<(Codes, f32), ChipCommandError> {
+/// What an operand is made of.
+fn named((codes, scales): (&Codes, &Scales)) -> String {
+    match scales {
+        Scales::Blocks(scales) => scales.format.to_string(),
+        _ => codes.format().to_string(),
+    }
+}
+
+/// An operand's scale, for the report.
+fn scale_in_words(scales: &Scales) -> String {
+    match scales {
+        Scales::Blocks(scales) if scales.whole == 1.0 => "scales of blocks".to_owned(),
+        Scales::Blocks(scales) => format!("scales of blocks and {} of all", scales.whole),
+        Scales::Row(_) => "a scale for each row".to_owned(),
+        scales => format!("scale {}", scales.at(0, 0, 1)),
+    }
+}
+
+fn read_operand(
+    name: &'static str,
+    operand: &MultiplyOperand,
+) -> Result<(Codes, Scales), ChipCommandError> {
+    let format = match operand.format {
+        Some(OperandFormat::Blocks(format)) => return read_blocks(name, operand, format),
+        Some(OperandFormat::Single(format)) => Some(format),
+        None => None,
+    };
+    let of_rows = operand.scales.as_ref().map(|scales| row_scales(name, operand, scales));
+    let of_rows = of_rows.transpose()?;
     let own = tensor_file::read(&wanted(&operand.source, None));
-    let stored = match (own, operand.format) {
+    let stored = match (own, format) {
         // What is stored as f32 is converted.
         (Ok(stored), Some(format)) if stored.format == Format::F32 && format != Format::F32 => {
             let values = stored.values();
+            if let Some(scales) = of_rows {
+                return converted_rows(name, format, &values, scales);
+            }
             let scale = operand.scale.unwrap_or_else(|| scale_for(format, absmax(values.data())));
-            return Ok((Codes::quantize(format, stored.width, values.data(), scale)?, scale));
+            let codes = Codes::quantize(format, stored.width, values.data(), scale)?;
+            return Ok((codes, Scales::Tensor(scale)));
         }
         (Ok(stored), None) => stored,
         // Plain words, which are codes of the format that is asked for.
         (_, Some(format)) => tensor_file::read(&wanted(&operand.source, Some(format)))?,
         (Err(error), None) => return Err(unnamed(error)),
     };
-    Ok((product::codes(&stored)?, operand.scale.unwrap_or(1.0)))
+    let scales = of_rows.map_or(Scales::Tensor(operand.scale.unwrap_or(1.0)), Scales::Row);
+    Ok((product::codes(&stored)?, scales))
+}
+
+/// A scale for each row of an operand.
+fn row_scales(
+    name: &'static str,
+    operand: &MultiplyOperand,
+    scales: &TensorRef,
+) -> Result<Vec<f32>, ChipCommandError> {
+    if operand.scale.is_some() {
+        return Err(ChipCommandError::Blocks(format!(
+            "{name} has `--{name}-scale` and `--{name}-scales`; it has one scale or one for each row"
+        )));
+    }
+    let stored = tensor_file::read(&wanted(scales, None)).map_err(|error| {
+        ChipCommandError::Blocks(format!(
+            "{error}; scales of rows are f32 [rows], and codes of blocks' scales need \
+             `--{name}-format` to say of which format"
+        ))
+    })?;
+    Ok(stored.values().data().to_vec())
+}
+
+/// Values converted with a scale for each row.
+fn converted_rows(
+    name: &'static str,
+    format: Format,
+    values: &Tensor,
+    scales: Vec<f32>,
+) -> Result<(Codes, Scales), ChipCommandError> {
+    let (rows, given) = (values.rows(), scales.len());
+    if rows != given {
+        return Err(ChipCommandError::Gemm(GemmError::ScaleCount {
+            operand: name,
+            expected: rows,
+            given,
+        }));
+    }
+    let mut codes = Codes::zeros(format, rows, values.width());
+    for (row, (mut codes, scale)) in codes.rows_mut().into_iter().zip(&scales).enumerate() {
+        quantize_row(format, values.row(row), *scale, &mut codes);
+    }
+    Ok((codes, Scales::Row(scales)))
+}
+
+/// An operand of a block-scaled format: values that are converted, or codes beside those of the
+/// blocks' scales.
+fn read_blocks(
+    name: &'static str,
+    operand: &MultiplyOperand,
+    format: BlockFormat,
+) -> Result<(Codes, Scales), ChipCommandError> {
+    if let Some(scale) = operand.scale.filter(|scale| !(scale.is_finite() && *scale > 0.0)) {
+        return Err(ChipCommandError::Blocks(format!(
+            "`--{name}-scale` is {scale}; a scale is a positive finite number"
+        )));
+    }
+    let Some(scales) = &operand.scales else {
+        let stored = tensor_file::read(&wanted(&operand.source, None)).map_err(|error| {
+            ChipCommandError::Blocks(format!(
+                "{error}; codes of {format} need their scales too: `--{name}-scales FILE:TENSOR`"
+            ))
+        })?;
+        if stored.format.is_fp8() {
+            return Err(ChipCommandError::Blocks(format!(
+                "{name} is stored as {}: codes of {format} need their scales too, \
+                 `--{name}-scales FILE:TENSOR`",
+                stored.format
+            )));
+        }
+        let values = stored.values();
+        let whole = operand.scale.unwrap_or_else(|| format.whole_scale(absmax(values.data())));
+        let (codes, scales) = quantize_blocks(format, stored.width, values.data(), whole)?;
+        return Ok((codes, Scales::Blocks(scales)));
+    };
+    let element = format.element();
+    let bytes_of = if element.is_fp8() { element } else { Format::E4m3 };
+    let stored = tensor_file::read(&wanted(&operand.source, Some(bytes_of)))?;
+    let (rows, width, codes) = match element {
+        // Two in a byte, the first in the lower half.
+        Format::E2m1 => {
+            let codes = stored.bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect();
+            (stored.rows, 2 * stored.width, codes)
+        }
+        _ => (stored.rows, stored.width, stored.bytes.clone()),
+    };
+    if let Some(at) = codes.iter().position(|code: &u8| u32::from(*code) >> element.bits() != 0) {
+        return Err(ChipCommandError::Blocks(format!(
+            "{name} holds {:#04x} at row {}, value {}, which is no code of {} bits; {element} codes \
+             stand in the low bits of a byte each",
+            codes[at],
+            at / width,
+            at % width,
+            element.bits()
+        )));
+    }
+    let of_blocks = tensor_file::read(&wanted(scales, Some(Format::E4m3)))?;
+    let blocks = width.div_ceil(format.block());
+    if (of_blocks.rows, of_blocks.width) != (rows, blocks) {
+        return Err(ChipCommandError::Blocks(format!(
+            "the scales of {name} are [{}, {}], and {format} codes of [{rows}, {width}] need \
+             [{rows}, {blocks}]: one for each {} elements, in the order of the rows; undo a layout \
+             that is made for tensor cores first",
+            of_blocks.rows,
+            of_blocks.width,
+            format.block()
+        )));
+    }
+    let codec = format.scales();
+    if let Some(at) = of_blocks.bytes.iter().position(|code| !codec.is_number(*code)) {
+        return Err(ChipCommandError::Blocks(format!(
+            "the scale of {name} at row {}, block {} is NaN ({:#04x}); nothing but NaN would come of it",
+            at / blocks,
+            at % blocks,
+            of_blocks.bytes[at]
+        )));
+    }
+    let codes = Codes::new(element, rows, width, CodeData::Bits8(codes))?;
+    let whole = operand.scale.unwrap_or(1.0);
+    Ok((codes, Scales::Blocks(BlockScales { format, codes: of_blocks.bytes, blocks, whole })))
 }
 
 /// A file's keyword for a format is an option here.
@@ -428,7 +676,8 @@ mod tests {
 
         let operand = |tensor: &str| MultiplyOperand {
             source: TensorRef { file: file.clone(), tensor: Some(tensor.to_owned()) },
-            format: Some(Format::E4m3),
+            format: Some(OperandFormat::Single(Format::E4m3)),
+            scales: None,
             scale: None,
         };
         let y = folder.path().join("y.safetensors");
@@ -438,6 +687,7 @@ mod tests {
             chip: ChipName::Auto,
             schedule: Schedule::PROMOTED,
             output: Format::F32,
+            on_gpu: false,
             save: Some(y.clone()),
         };
         let (_, report) = text(&ChipCommand::Multiply(Box::new(options.clone())));
@@ -446,6 +696,24 @@ mod tests {
         let wanted = FileTensor { file: y, tensor: None, format: None, shape: None, scale: None };
         let saved = tensor_file::read(&wanted).expect("what was written");
         assert_eq!((saved.rows, saved.width, saved.format), (2, 4, Format::F32));
+
+        let blocks = |name: &str| name.parse().ok();
+        let told = |options: &Multiply| -> String {
+            let mut out = Vec::new();
+            match run(&ChipCommand::Multiply(Box::new(options.clone())), &mut out) {
+                Ok(_) => String::from_utf8(out).expect("text"),
+                Err(error) => error.to_string(),
+            }
+        };
+        (options.x.format, options.w.format) = (blocks("nvfp4"), blocks("nvfp4"));
+        let on_hopper = told(&options);
+        assert!(on_hopper.contains("does not multiply nvfp4 by nvfp4"), "{on_hopper}");
+        options.chip = ChipName::Blackwell;
+        let report = told(&options);
+        assert!(report.contains("of all, as blackwell does\nfast, split-K 1"), "{report}");
+        options.w.format = blocks("mxfp4");
+        assert!(told(&options).contains("does not multiply nvfp4 by mxfp4"));
+        (options.x.format, options.w.format) = (blocks("e4m3"), blocks("e4m3"));
 
         options.w.source.tensor = Some("v".to_owned());
         let error = run(&ChipCommand::Multiply(Box::new(options)), &mut Vec::new())

@@ -23,6 +23,12 @@ pub enum Format {
     E4m3,
     /// OCP FP8 E5M2 (IEEE-like, largest finite 57344).
     E5m2,
+    /// OCP MX FP6 E2M3 (no infinities, no NaN, largest 7.5): an element of blocks with a scale.
+    E2m3,
+    /// OCP MX FP6 E3M2 (no infinities, no NaN, largest 28): likewise.
+    E3m2,
+    /// OCP MX FP4 E2M1 (no infinities, no NaN, largest 6): likewise.
+    E2m1,
 }
 
 /// A code taken apart: what a tensor core sees of an operand.
@@ -49,12 +55,15 @@ pub enum Parts {
 const TF32_MASK: u32 = 0xffff_e000;
 
 impl Format {
-    /// All formats, widest first.
+    /// All formats of single values, widest first; [`Format::ELEMENTS`] are none.
     pub const ALL: [Format; 6] =
         [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
 
+    /// The formats that mean nothing without the scale of their block, widest first.
+    pub const ELEMENTS: [Format; 3] = [Format::E2m3, Format::E3m2, Format::E2m1];
+
     /// The name that manifests and reports use.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Format::F32 => "f32",
             Format::Tf32 => "tf32",
@@ -62,15 +71,27 @@ impl Format {
             Format::F16 => "f16",
             Format::E4m3 => "e4m3",
             Format::E5m2 => "e5m2",
+            Format::E2m3 => "e2m3",
+            Format::E3m2 => "e3m2",
+            Format::E2m1 => "e2m1",
         }
     }
 
-    /// Bytes that one element takes in memory.
+    /// Bytes that one code takes in memory; one of 4 or 6 bits has a byte of its own here.
     pub fn bytes(self) -> usize {
         match self {
             Format::F32 | Format::Tf32 => 4,
             Format::Bf16 | Format::F16 => 2,
-            Format::E4m3 | Format::E5m2 => 1,
+            Format::E4m3 | Format::E5m2 | Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
+        }
+    }
+
+    /// Bits of a code.
+    pub fn bits(self) -> u32 {
+        match self {
+            Format::E2m3 | Format::E3m2 => 6,
+            Format::E2m1 => 4,
+            other => 8 * other.bytes() as u32,
         }
     }
 
@@ -85,8 +106,9 @@ impl Format {
             Format::F32 => 23,
             Format::Tf32 | Format::F16 => 10,
             Format::Bf16 => 7,
-            Format::E4m3 => 3,
-            Format::E5m2 => 2,
+            Format::E4m3 | Format::E2m3 => 3,
+            Format::E5m2 | Format::E3m2 => 2,
+            Format::E2m1 => 1,
         }
     }
 
@@ -96,6 +118,8 @@ impl Format {
             Format::F32 | Format::Tf32 | Format::Bf16 => -126,
             Format::F16 | Format::E5m2 => -14,
             Format::E4m3 => -6,
+            Format::E3m2 => -2,
+            Format::E2m3 | Format::E2m1 => 0,
         }
     }
 
@@ -108,6 +132,9 @@ impl Format {
             Format::F16 => 65504.0,
             Format::E4m3 => 448.0,
             Format::E5m2 => 57344.0,
+            Format::E2m3 => 7.5,
+            Format::E3m2 => 28.0,
+            Format::E2m1 => 6.0,
         }
     }
 
@@ -121,6 +148,9 @@ impl Format {
             Format::F16 => half::f16::from_bits(code as u16).to_f32(),
             Format::E4m3 => fp8_to_f32(code as u8, 3, 7, false),
             Format::E5m2 => fp8_to_f32(code as u8, 2, 15, true),
+            Format::E2m3 => element_to_f32(code, 3, 1, 5),
+            Format::E3m2 => element_to_f32(code, 2, 3, 5),
+            Format::E2m1 => element_to_f32(code, 1, 1, 3),
         }
     }
 
@@ -128,7 +158,8 @@ impl Format {
     ///
     /// FP8 is `cvt.rn.satfinite`: nearest, ties to even; whatever is too large,
     /// infinities included, becomes the largest finite value of its sign; NaN
-    /// becomes 0x7f. bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
+    /// becomes 0x7f. FP6 and FP4 likewise, but for NaN, which becomes the largest value (PTX
+    /// ISA, `cvt`). bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
     /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rn.tf32` of Hopper and
     /// later: nearest, ties to even, NaN becomes 0x7fffe000; see
     /// [`tf32_ties_away`] for older chips. f32 keeps its bits.
@@ -144,6 +175,9 @@ impl Format {
             Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
             Format::E4m3 => u32::from(e4m3_from_f32(value)),
             Format::E5m2 => u32::from(e5m2_from_f32(value)),
+            Format::E2m3 => u32::from(e2m3_from_f32(value)),
+            Format::E3m2 => u32::from(e3m2_from_f32(value)),
+            Format::E2m1 => u32::from(e2m1_from_f32(value)),
         }
     }
 
@@ -220,14 +254,32 @@ fn tf32_from_f32(value: f32, increment: u32) -> u32 {
 /// so that loops over it vectorise.
 #[inline(always)]
 pub fn e4m3_from_f32(value: f32) -> u8 {
-    fp8_from_f32::<3, -6>(value, 448.0)
+    fp8_from_f32::<3, -6>(value, 448.0, 0x7f, 24)
 }
 
 /// The E5M2 code nearest to a value; see [`Format::encode`]. Free of branches,
 /// so that loops over it vectorise.
 #[inline(always)]
 pub fn e5m2_from_f32(value: f32) -> u8 {
-    fp8_from_f32::<2, -14>(value, 57344.0)
+    fp8_from_f32::<2, -14>(value, 57344.0, 0x7f, 24)
+}
+
+/// The E2M3 code nearest to a value; see [`Format::encode`]. Free of branches.
+#[inline(always)]
+pub fn e2m3_from_f32(value: f32) -> u8 {
+    fp8_from_f32::<3, 0>(value, 7.5, 0x1f, 26)
+}
+
+/// The E3M2 code nearest to a value; see [`Format::encode`]. Free of branches.
+#[inline(always)]
+pub fn e3m2_from_f32(value: f32) -> u8 {
+    fp8_from_f32::<2, -2>(value, 28.0, 0x1f, 26)
+}
+
+/// The E2M1 code nearest to a value; see [`Format::encode`]. Free of branches.
+#[inline(always)]
+pub fn e2m1_from_f32(value: f32) -> u8 {
+    fp8_from_f32::<1, 0>(value, 6.0, 0x7, 28)
 }
 
 /// The bf16 code nearest to a value; see [`Format::encode`]. Free of branches,
@@ -245,10 +297,12 @@ pub fn bf16_from_f32(value: f32) -> u16 {
 fn fp8_from_f32<const FRACTION_BITS: u32, const MIN_EXPONENT: i32>(
     value: f32,
     max_finite: f32,
+    nan: u32,
+    sign_shift: u32,
 ) -> u8 {
     let bits = value.to_bits();
     let magnitude = bits & 0x7fff_ffff;
-    let sign = bits >> 24 & 0x80;
+    let sign = bits >> 31 << (31 - sign_shift);
     // Positive floats order like their bits, and clamping cannot change what
     // rounding would give: all that lies above rounds to the largest value.
     let clamped = magnitude.min(max_finite.to_bits());
@@ -264,7 +318,7 @@ fn fp8_from_f32<const FRACTION_BITS: u32, const MIN_EXPONENT: i32>(
     let subnormal = (f32::from_bits(clamped) + anchor).to_bits().wrapping_sub(anchor.to_bits());
     let smallest_normal = ((MIN_EXPONENT + 127) as u32) << 23;
     let finite = if clamped < smallest_normal { subnormal } else { normal };
-    let code = if magnitude > 0x7f80_0000 { 0x7f } else { finite | sign };
+    let code = if magnitude > 0x7f80_0000 { nan } else { finite | sign };
     code as u8
 }
 
@@ -282,6 +336,15 @@ fn fp8_to_f32(code: u8, fraction_bits: u32, bias: i32, has_infinity: bool) -> f3
         (shifted * f32::from_bits(((127 - bias + 127) as u32) << 23)).to_bits()
     };
     f32::from_bits(bits | sign)
+}
+
+/// The value of a code without NaN and infinities, whose sign is bit `sign`.
+fn element_to_f32(code: u32, fraction_bits: u32, bias: i32, sign: u32) -> f32 {
+    let magnitude = code & ((1 << sign) - 1);
+    // As in `fp8_to_f32`.
+    let shifted = f32::from_bits(magnitude << (23 - fraction_bits));
+    let value = shifted * f32::from_bits(((127 - bias + 127) as u32) << 23);
+    f32::from_bits(value.to_bits() | (code >> sign & 1) << 31)
 }
 
 #[cfg(test)]
@@ -390,6 +453,37 @@ mod tests {
         for (bits, even, away) in cases {
             assert_eq!(Format::Tf32.encode(f32::from_bits(bits)), even, "{bits:#x}");
             assert_eq!(tf32_ties_away(f32::from_bits(bits)), away, "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn elements_of_blocks_have_the_values_of_the_mx_specification_and_round_to_the_nearest() {
+        let of_e2m1: Vec<f32> = (0..8).map(|code| Format::E2m1.decode(code)).collect();
+        assert_eq!(of_e2m1, [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]);
+        assert_eq!((Format::E2m3.decode(1), Format::E2m3.decode(0x1f)), (0.125, 7.5));
+        assert_eq!((Format::E3m2.decode(1), Format::E3m2.decode(0x1f)), (0.0625, 28.0));
+        for (format, codes) in [(Format::E2m3, 64), (Format::E3m2, 64), (Format::E2m1, 16u32)] {
+            let sign = codes / 2;
+            for code in 0..sign {
+                let value = format.decode(code);
+                assert_eq!((format.encode(value), format.encode(-value)), (code, code | sign));
+                assert_eq!(format.decode(code | sign), -value);
+                let Parts::Finite { significand, exponent } = format.parts(code) else {
+                    panic!("{format} {code:#x} is no number");
+                };
+                let unit = f64::powi(2.0, exponent - format.fraction_bits() as i32);
+                assert_eq!(f64::from(significand) * unit, f64::from(value));
+                if code + 1 < sign {
+                    let middle = (value + format.decode(code + 1)) / 2.0;
+                    let even = code + (code & 1);
+                    assert_eq!(format.encode(middle), even, "{format} {middle}");
+                    assert_eq!(format.encode(f32::from_bits(middle.to_bits() - 1)), code);
+                    assert_eq!(format.encode(f32::from_bits(middle.to_bits() + 1)), code + 1);
+                }
+            }
+            assert_eq!(format.encode(f32::INFINITY), sign - 1);
+            assert_eq!(format.encode(-1e9), codes - 1);
+            assert_eq!(format.encode(f32::NAN), sign - 1);
         }
     }
 

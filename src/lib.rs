@@ -5,6 +5,7 @@
 
 // Vocabulary: chips, formats and their codecs, host tensors, what a stage computes, what is measured,
 // seeded numbers.
+pub mod block_format;
 pub mod chip;
 pub mod dtype;
 pub mod engine;

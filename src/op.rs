@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::block_format::BlockFormat;
 pub use crate::chip::ChipName;
 use crate::dtype::Format;
 use crate::engine::{Choices, EngineKernels, LinearKernel};
@@ -42,6 +43,10 @@ pub enum WeightScale {
     Channel,
     /// One scale per 128 x 128 block.
     Block128,
+    /// A power of two per 32 elements of a row: MXFP8, MXFP6, MXFP4.
+    Mx,
+    /// An E4M3 value per 16 elements of a row, and one f32 for the whole weight: NVFP4.
+    Nv,
 }
 
 /// The granularity of an activation's scale.
@@ -54,6 +59,10 @@ pub enum ActivationScale {
     Token,
     /// One scale per 1 x 128 block of a row.
     Block128,
+    /// A power of two per 32 elements of a row: MXFP8, MXFP6, MXFP4.
+    Mx,
+    /// An E4M3 value per 16 elements of a row, and one f32 for the whole batch: NVFP4.
+    Nv,
 }
 
 /// Scales of both GEMM operands.
@@ -134,6 +143,10 @@ pub struct Recipe {
     /// where nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<Format>,
+    /// GPUs that compute one pass together, where these are several: see
+    /// [`parallel`](crate::compute::parallel).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<NonZeroU32>,
 }
 
 impl Default for Recipe {
@@ -151,6 +164,7 @@ impl Default for Recipe {
             emulate: None,
             pin: Pin::NONE,
             kv_cache: None,
+            tensor_parallel: None,
         }
     }
 }
@@ -202,11 +216,17 @@ impl Recipe {
             emulate: None,
             pin: Pin::NONE,
             kv_cache: None,
+            tensor_parallel: None,
         }
     }
 }
 
 impl Recipe {
+    /// GPUs that compute one pass together.
+    pub fn ranks(&self) -> usize {
+        self.tensor_parallel.map_or(1, |ranks| ranks.get() as usize)
+    }
+
     /// The recipe with scales of another granularity; of an engine by that kernel of the same
     /// engine which makes such scales. Nothing where it has none.
     pub fn with_scale(&self, scale: Scale) -> Option<Recipe> {
@@ -221,7 +241,36 @@ impl Recipe {
     }
 }
 
+impl Recipe {
+    /// The block-scaled format of both operands, where that is what is multiplied.
+    pub fn blocks(&self) -> Option<BlockFormat> {
+        BlockFormat::ALL
+            .into_iter()
+            .find(|format| format.element() == self.gemm && Scale::of_blocks(*format) == self.scale)
+    }
+
+    /// What is multiplied, as manifests and reports name it.
+    pub fn operands(&self) -> &'static str {
+        self.blocks().map_or(self.gemm.name(), BlockFormat::name)
+    }
+
+    /// Whether operands carry scales.
+    pub fn is_scaled(&self) -> bool {
+        self.gemm.is_fp8() || self.blocks().is_some()
+    }
+}
+
 impl Scale {
+    /// The scales of a block-scaled format.
+    pub const fn of_blocks(format: BlockFormat) -> Scale {
+        match format {
+            BlockFormat::Nvfp4 => {
+                Scale { weight: WeightScale::Nv, activation: ActivationScale::Nv }
+            }
+            _ => Scale { weight: WeightScale::Mx, activation: ActivationScale::Mx },
+        }
+    }
+
     /// What a pipeline has that says nothing of it.
     fn usual() -> Scale {
         Recipe::default().scale

@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use crate::block_format::BlockFormat;
 use crate::chip::Evidence;
 use crate::dtype::Format;
 use crate::manifest::names::presets;
@@ -295,8 +296,9 @@ fn recipe() -> Value {
             &[],
             json!({
                 "gemm": says(
-                    "the operands' format in every GEMM; `checkpoint`: FP8 codes and scales as the model's file \
-                     holds them, other weights in their own type",
+                    "the operands' format in every GEMM; `mxfp8` to `nvfp4`: elements with a scale for each block \
+                     of 32 or 16; `checkpoint`: FP8 and block-scaled codes and scales as the model's file holds \
+                     them, other weights in their own type",
                     gemms(),
                 ),
                 "scale": says("how operands are scaled before they are rounded", scale),
@@ -324,6 +326,10 @@ fn recipe() -> Value {
                 "kv_cache": says(
                     "the type in which attention keeps keys and values; FP8 with the checkpoint's scales, or 1",
                     json!({ "enum": ["none", "bf16", "f16", "e4m3", "e5m2"] }),
+                ),
+                "tensor_parallel": says(
+                    "GPUs that compute one pass together, each a part of K of `attn_output` and `ffn_down`",
+                    whole(1),
                 ),
                 "chip": says("whose tensor cores; `auto` is the device's, where there is one", json!({ "enum": chips })),
                 "pin": says("the library's algorithm, instead of the one that the rule picks", pin),
@@ -627,7 +633,9 @@ fn formats() -> Value {
 }
 
 fn gemms() -> Value {
-    let names = Format::ALL.iter().map(|format| format.name()).chain(["checkpoint"]);
+    let names = Format::ALL.iter().map(|format| format.name());
+    let names = names.chain(BlockFormat::ALL.iter().map(|format| format.name()));
+    let names = names.chain(["checkpoint"]);
     json!({ "enum": names.collect::<Vec<_>>() })
 }
 

@@ -10,7 +10,7 @@
 
 `capture` writes what a model computes, site by site; `judge` says which sites hold the bits that
 the engine's kernels must return, and of the first one that does not what is wrong there;
-`compare` answers for one product, one norm, or two tensors.
+`compare` answers for one product, one norm, or two tensors; `matmul` computes a product as a chip does.
 """
 
 from importlib import metadata as _metadata
@@ -19,6 +19,7 @@ from ._capture import capture
 from ._compare import Comparison, Operation, compare, operations
 from ._errors import CaptureError, RunnerError
 from ._judge import Site, Verdict, judge
+from ._matmul import matmul
 
 try:
     __version__ = _metadata.version("runner")
@@ -37,5 +38,6 @@ __all__ = [
     "capture",
     "compare",
     "judge",
+    "matmul",
     "operations",
 ]

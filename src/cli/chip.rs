@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::measure::{MeasureArgs, measure_chip};
+use super::sweep::{SweepArgs, sweep_chip};
 use super::{FALSIFIED, PASS};
+use crate::block_format::OperandFormat;
 use crate::chip_command::{self, ChipCommand, ChipOutcome, Multiply, MultiplyOperand, TensorRef};
 use crate::compute::emulated::schedule::Schedule;
 use crate::dtype::Format;
@@ -28,6 +30,8 @@ pub(super) enum ChipCli {
     Multiply(MultiplyArgs),
     /// Hold this machine's GPU to its chip's arithmetic, algorithm by algorithm.
     Measure(MeasureArgs),
+    /// Hold the library's own choices to their plans, over thousands of shapes on this machine's GPU.
+    Sweep(SweepArgs),
 }
 
 #[derive(Args)]
@@ -38,13 +42,21 @@ pub(super) struct MultiplyArgs {
     /// w as FILE or FILE:TENSOR.
     #[arg(value_parser = tensor_ref)]
     w: TensorRef,
-    /// The format of x; its own by default.
+    /// The format of x; its own by default. Values are converted to it. Block-scaled: mxfp8, mxfp8-e5m2,
+    /// mxfp6-e2m3, mxfp6-e3m2, mxfp4, nvfp4.
     #[arg(long)]
-    x_format: Option<Format>,
+    x_format: Option<OperandFormat>,
     /// The format of w; its own by default.
     #[arg(long)]
-    w_format: Option<Format>,
-    /// The scale of x.
+    w_format: Option<OperandFormat>,
+    /// A scale for each row of x, in f32. Where x holds codes of a block-scaled format: the codes of the scales of
+    /// its blocks, [rows, blocks], a byte each; x's own of 4 bits stand two in a byte, the first in the lower half.
+    #[arg(long, value_parser = tensor_ref)]
+    x_scales: Option<TensorRef>,
+    /// The scales of w's rows or blocks, likewise.
+    #[arg(long, value_parser = tensor_ref)]
+    w_scales: Option<TensorRef>,
+    /// The scale of x; of a block-scaled format that of all of x, beside those of its blocks.
     #[arg(long)]
     x_scale: Option<f32>,
     /// The scale of w.
@@ -62,12 +74,23 @@ pub(super) struct MultiplyArgs {
     /// The type of y: f32, bf16, f16.
     #[arg(long, default_value = "f32")]
     output: Format,
+    /// Where it is computed. Any GPU gives the chip's bits, and a sample of them is held to the CPU's.
+    #[arg(long, value_enum, default_value_t = MultiplyPlace::Cpu)]
+    on: MultiplyPlace,
     /// Gone: `runner judge` says which schedule outputs have.
     #[arg(long, hide = true)]
     observed: Option<String>,
     /// The file to write y to.
     #[arg(long)]
     save: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MultiplyPlace {
+    /// On all cores.
+    Cpu,
+    /// On this machine's first GPU, which need not be the chip.
+    Gpu,
 }
 
 fn tensor_ref(text: &str) -> Result<TensorRef, String> {
@@ -86,6 +109,7 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
     let command = match command {
         ChipCli::List => ChipCommand::List,
         ChipCli::Measure(args) => return measure_chip(&args),
+        ChipCli::Sweep(args) => return sweep_chip(&args),
         ChipCli::Verify { folder } => ChipCommand::Verify { folder },
         ChipCli::Licence => ChipCommand::Licence,
         ChipCli::Multiply(args) => {
@@ -97,13 +121,15 @@ pub(super) fn chip(command: ChipCli) -> Result<u8, String> {
             }
             let accumulate = if args.fast { Accumulate::Fast } else { Accumulate::Promoted };
             let schedule = Schedule { accumulate, split_k: args.split_k, ..Schedule::PROMOTED };
-            let operand = |source, format, scale| MultiplyOperand { source, format, scale };
+            let operand =
+                |source, format, scales, scale| MultiplyOperand { source, format, scales, scale };
             ChipCommand::Multiply(Box::new(Multiply {
-                x: operand(args.x, args.x_format, args.x_scale),
-                w: operand(args.w, args.w_format, args.w_scale),
+                x: operand(args.x, args.x_format, args.x_scales, args.x_scale),
+                w: operand(args.w, args.w_format, args.w_scales, args.w_scale),
                 chip: args.chip,
                 schedule,
                 output: args.output,
+                on_gpu: args.on == MultiplyPlace::Gpu,
                 save: args.save,
             }))
         }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::{FALSIFIED, PASS, graph_of, print};
+use crate::block_format::BlockFormat;
 use crate::cache::{Stamps, Store};
 use crate::dtype::Format;
 use crate::falsify::catalogue::Bug;
@@ -18,7 +19,7 @@ use crate::falsify::{
 };
 use crate::graph::{Graph, select};
 use crate::manifest::{Overrides, Pipeline};
-use crate::op::{Arm, Recipe};
+use crate::op::{Accumulate, Arm, ChipName, Recipe, Scale};
 use crate::plan::open_model;
 use crate::terminal::tell_line;
 use crate::verdict::Verdict;
@@ -88,15 +89,30 @@ enum Gemm {
     E5m2,
     Bf16,
     F16,
+    Mxfp8,
+    Mxfp4,
+    Nvfp4,
 }
 
 impl Gemm {
-    fn format(self) -> Format {
+    /// The recipe with these operands; block-scaled ones are Blackwell's.
+    fn of(self, base: &Recipe) -> Recipe {
+        let single = |gemm| Recipe { gemm, ..*base };
+        let blocks = |format: BlockFormat| Recipe {
+            gemm: format.element(),
+            scale: Scale::of_blocks(format),
+            accumulate: Accumulate::Fast,
+            chip: ChipName::Blackwell,
+            ..*base
+        };
         match self {
-            Gemm::E4m3 => Format::E4m3,
-            Gemm::E5m2 => Format::E5m2,
-            Gemm::Bf16 => Format::Bf16,
-            Gemm::F16 => Format::F16,
+            Gemm::E4m3 => single(Format::E4m3),
+            Gemm::E5m2 => single(Format::E5m2),
+            Gemm::Bf16 => single(Format::Bf16),
+            Gemm::F16 => single(Format::F16),
+            Gemm::Mxfp8 => blocks(BlockFormat::Mxfp8),
+            Gemm::Mxfp4 => blocks(BlockFormat::Mxfp4),
+            Gemm::Nvfp4 => blocks(BlockFormat::Nvfp4),
         }
     }
 }
@@ -135,9 +151,9 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
             let base = pipeline.stages.first().ok_or("the folder has no stage")?;
             let open = open_model(&base.model, base.seed, &store, &stamps)?;
             for gemm in &args.recipes {
-                let recipe = Recipe { gemm: gemm.format(), ..base.recipe };
+                let recipe = gemm.of(&base.recipe);
                 for (number, bug) in wanted.iter().enumerate() {
-                    if bug.fp8 && !recipe.gemm.is_fp8() {
+                    if !bug.may_be_in(&recipe) {
                         continue;
                     }
                     let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);
@@ -157,11 +173,11 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                         let pipeline = with_recipe(&pipeline, recipe);
                         let setting = Setting {
                             name: match noise {
-                                Noise::None => format!("{} {}", short(model), recipe.gemm),
+                                Noise::None => format!("{} {}", short(model), recipe.operands()),
                                 noise => format!(
                                     "{} {}, {}",
                                     short(model),
-                                    recipe.gemm,
+                                    recipe.operands(),
                                     noise.in_words()
                                 ),
                             },
@@ -252,7 +268,7 @@ fn into_recordings(
         for (number, bug) in wanted.iter().enumerate() {
             // Repeats and batches of an engine are not at hand.
             let of_passes = bug.plant == Plant::Flicker || bug.in_batch;
-            if of_passes || bug.fp8 && !base.recipe.gemm.is_fp8() {
+            if of_passes || !bug.may_be_in(&base.recipe) {
                 continue;
             }
             let seed = args.seed.wrapping_mul(1009).wrapping_add(number as u64);

@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use super::chip::chip_name;
 use super::{FALSIFIED, PASS, print, print_bytes};
+use crate::block_format::OperandFormat;
 use crate::compute::ComputeError;
-use crate::compute::emulated::chip::CHIPS;
+use crate::compute::emulated::chip::{CHIPS, Chip};
 use crate::dtype::Format;
 use crate::judge::heads::{Known, Sequences, WANTED};
 use crate::judge::operands::{
@@ -79,12 +80,14 @@ pub(super) struct JudgeArgs {
     /// The scale of w, likewise.
     #[arg(long, allow_hyphen_values = true)]
     scale_w: Option<String>,
-    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2.
+    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2. Of a product also the
+    /// block-scaled mxfp8, mxfp8-e5m2, mxfp6-e2m3, mxfp6-e3m2, mxfp4 and nvfp4: codes of a byte each, those of 4 bits two in a
+    /// byte, with `--scale-x` naming the codes of the blocks' scales, and `--alpha` the scales of the whole tensors.
     #[arg(long, visible_aliases = ["dtype-q", "dtype-gate", "dtype-a"])]
-    dtype_x: Option<Format>,
-    /// The format of the second tensor.
+    dtype_x: Option<OperandFormat>,
+    /// The format of the second tensor, likewise.
     #[arg(long, visible_aliases = ["dtype-k", "dtype-up", "dtype-weight"])]
-    dtype_w: Option<Format>,
+    dtype_w: Option<OperandFormat>,
     /// The format of the third of four tensors.
     #[arg(long)]
     dtype_v: Option<Format>,
@@ -106,7 +109,7 @@ pub(super) struct JudgeArgs {
     /// The type in which the kernel returned y; by default the one that y's values have.
     #[arg(long)]
     output: Option<Format>,
-    /// Whose tensor cores are tried: a chip of `runner chip list`; auto is all of them.
+    /// Whose tensor cores are tried: a chip of `runner chip list`; auto is all of NVIDIA's.
     #[arg(long, default_value = "auto", value_parser = chip_name)]
     chip: ChipName,
     /// Confirm a schedule on all values of a large product, however long that takes.
@@ -425,11 +428,23 @@ fn answer(args: &JudgeArgs) -> Result<Told, JudgeError> {
     let names = args.op.tensors();
     let Found { mut sources, whole } = find(args)?;
     let last = sources.len() - 1;
-    let formats = [args.dtype_x, args.dtype_w, args.dtype_v];
+    let formats = [args.dtype_x, args.dtype_w, args.dtype_v.map(OperandFormat::Single)];
     let shapes = [&args.shape_x, &args.shape_w, &args.shape_v];
     for (place, source) in sources.iter_mut().enumerate() {
         let is_y = place == last;
-        source.format = if is_y { args.dtype_y } else { formats[place] };
+        let format = if is_y { args.dtype_y.map(OperandFormat::Single) } else { formats[place] };
+        match format {
+            Some(OperandFormat::Single(format)) => source.format = Some(format),
+            Some(OperandFormat::Blocks(format)) if matches!(args.op, JudgedOp::Matmul) => {
+                source.blocks = Some(format);
+            }
+            Some(OperandFormat::Blocks(format)) => {
+                return Err(usage(format!(
+                    "`{format}` is the format of a product's operands; give the values of other ops"
+                )));
+            }
+            None => {}
+        }
         source.shape = if is_y { args.shape_y.clone() } else { shapes[place].clone() };
     }
     let operands = names.iter().zip(&sources);
@@ -496,7 +511,8 @@ fn products(
 ) -> Result<(Vec<Judgement>, Vec<Operand>), JudgeError> {
     let [mut x, mut w, y]: [Operand; 3] =
         operands.try_into().map_err(|_| usage("a product has three tensors"))?;
-    let is_fp8 = x.codes.format.is_fp8() || w.codes.format.is_fp8();
+    let is_scaled = |operand: &Operand| operand.codes.format.is_fp8() || operand.blocks.is_some();
+    let is_fp8 = is_scaled(&x) || is_scaled(&w);
     let scale_of = |given: &Option<String>, what: &[&str], remarks: &mut Vec<String>| {
         if is_fp8 { beside.find(given, what, remarks) } else { given.clone() }
     };
@@ -506,9 +522,14 @@ fn products(
     if let Some(scale) = scale_of(&args.scale_w, &["scale_w", "weight_scale"], remarks) {
         w.scale_by(&scale, remarks)?;
     }
-    for operand in [&x, &w].into_iter().filter(|o| o.codes.format.is_fp8()) {
+    for operand in [&x, &w].into_iter().filter(|operand| is_scaled(operand)) {
         if operand.codes.scales.is_none() {
             let name = operand.name;
+            if let Some(format) = operand.blocks {
+                return Err(usage(format!(
+                    "{name} is {format}, and its blocks' scales are missing: `--scale-{name} FILE:TENSOR`"
+                )));
+            }
             remarks.push(format!(
                 "{name} has no scale: its codes are taken as they stand, and no cause is named by \
                  a scale; `--scale-{name}` gives one"
@@ -520,7 +541,11 @@ fn products(
     let bias = bias.map(|source| read("bias", &source)).transpose()?;
     let bias = bias.map(|bias| bias.codes.values().into_data());
     let chips: Vec<ChipName> = match args.chip {
-        ChipName::Auto => CHIPS.iter().map(|chip| chip.name).collect(),
+        // Of AMD's chips only one that is named: their plain code takes its time.
+        ChipName::Auto => {
+            let is_nvidias = |chip: &&Chip| !chip.capabilities.is_empty();
+            CHIPS.iter().filter(is_nvidias).map(|chip| chip.name).collect()
+        }
         chip => vec![chip],
     };
     let told = Axes { x: args.transposed_x, w: args.transposed_w, y: false };

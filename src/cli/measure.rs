@@ -6,7 +6,8 @@ use clap::Args;
 
 use super::{FALSIFIED, PASS, print, store_of};
 use crate::compute::cuda::{
-    Measured, MeasuredFunction, Trial, measure, measure_functions, measure_reference,
+    Measured, MeasuredFunction, Trial, measure, measure_emulation, measure_functions,
+    measure_reference,
 };
 use crate::dtype::Format;
 use crate::op::Accumulate;
@@ -33,6 +34,10 @@ pub(super) struct MeasureArgs {
     /// them: every output held to the CPU's bits.
     #[arg(long, conflicts_with_all = ["formats", "output", "shapes", "chosen", "functions"])]
     reference: bool,
+    /// Not the library's products, but the emulated arm's, as `--emulated-on gpu` computes them: the
+    /// arithmetic of every chip, held to the CPU's bits.
+    #[arg(long, conflicts_with_all = ["formats", "output", "shapes", "chosen", "functions", "reference"])]
+    emulation: bool,
     /// With --functions: compare at every so many of the 2^32 floats; 1 for all of them, and an
     /// odd number else: an even one leaves out every float that ends in a bit of 1.
     #[arg(long, default_value_t = 251, value_parser = clap::value_parser!(u32).range(1..), requires = "functions")]
@@ -59,6 +64,9 @@ pub(super) fn measure_chip(args: &MeasureArgs) -> Result<u8, String> {
     }
     if args.reference {
         return measure_references(&programs);
+    }
+    if args.emulation {
+        return measure_emulations(&programs);
     }
     print(
         "N,M,K                format  accumulate  output  differ of sampled  TFLOP/s  schedule; algorithm\n",
@@ -135,6 +143,32 @@ fn measure_references(programs: &Path) -> Result<u8, String> {
         ))?;
     }
     Ok(outcome)
+}
+
+/// Measures and prints a line per unit; falsified if an output differs.
+fn measure_emulations(programs: &Path) -> Result<u8, String> {
+    print("chip            x     w     per block   differ of compared   G multiply-adds/s\n")?;
+    let (mut outcome, mut printed) = (PASS, Ok(()));
+    measure_emulation(Some(programs), |found| {
+        if found.differing > 0 {
+            outcome = FALSIFIED;
+        }
+        if printed.is_ok() {
+            printed = print(&format!(
+                "{:14}  {:4}  {:4}  {:>9}  {:>7} of {:<9}  {:>17.1}\n",
+                found.chip.to_string(),
+                found.formats[0].name(),
+                found.formats[1].name(),
+                found.products,
+                grouped(found.differing),
+                grouped(found.compared),
+                found.multiply_adds / found.seconds / 1e9
+            ))
+            .map(|_| ());
+        }
+    })
+    .map_err(|error| error.to_string())?;
+    printed.map(|()| outcome)
 }
 
 fn line_of(found: &MeasuredFunction) -> String {

@@ -35,6 +35,7 @@ mod report;
 mod run;
 mod schema;
 mod slurm;
+mod sweep;
 mod unchanged;
 mod watch;
 

@@ -182,7 +182,13 @@ fn text() -> String {
          the file holds, in the emulated and the device arm, without converting them anew, and every \
          other weight in its own type (BF16, F16, F32). Activations have the scale that the file \
          holds for them (`input_scale`), one per token and 128 values beside blocks of 128 x 128, \
-         and one per token elsewhere. Other codes (integers, 4 bits, GGUF's blocks) and blocks of \
+         and one per token elsewhere. NVFP4, MXFP4 and MXFP8 weights are \
+         multiplied by their elements and scales as Blackwell does, by the emulated arm alone \
+         ([chips.md](chips.md#block-scaled-formats)), where the config says that activations are \
+         converted too (`input_activations`; ModelOpt's NVFP4 and MXFP8): these become blocks of \
+         the same format, NVFP4's with the scale that the file holds for all of them \
+         (`input_scale`, or 1 / `input_global_scale`), or their own. Other codes (integers, GGUF's \
+         blocks), 4-bit weights beside plain activations, and blocks of \
          another size are refused by name. A folder whose config says static scales of activations \
          while a weight lacks its own, or dynamic ones while a weight has one, is not opened.\n\n\
          Refused by name: AWQ's `gemv`, GPTQ's `dynamic` and `marlin`, scales of AWQ on the inputs \

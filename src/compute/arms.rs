@@ -143,7 +143,7 @@ impl Workshop for Shipped {
                 let chip = chip(self.on_this_machine(recipe).chip).name;
                 vec![("chip".to_owned(), chip.to_string())]
             }
-            Arm::Device => cuda::facts(self.kept.as_deref()),
+            Arm::Device => cuda::facts(recipe, self.kept.as_deref()),
             // Nobody else knows what of its machine a program's answer depends on.
             Arm::External => vec![("machine".to_owned(), crate::machine::name().to_owned())],
             _ => Vec::new(),

@@ -1,13 +1,13 @@
 //! A recipe that takes the checkpoint's own codes: what it says of one weight.
 //!
 //! It knows which forms the project's own kernels multiply as they stand in a file. A weight of
-//! FP8 codes is an operand with its scales; one of a plain float type is multiplied in that type;
+//! FP8 codes or of a block-scaled format is an operand with its scales; one of a plain float type is multiplied in that type;
 //! every other form would have to be converted, and is refused by name.
 
 use super::ComputeError;
 use super::departure::BLOCK;
 use crate::dtype::Format;
-use crate::model::{HeldCodes, Weight, WeightType};
+use crate::model::{HeldBlocks, HeldCodes, Weight, WeightType};
 use crate::op::{Accumulate, ActivationScale, Codes, Recipe, Scale, WeightScale};
 
 /// What the recipe says of a product with one weight.
@@ -16,12 +16,15 @@ pub struct OfWeight<'a> {
     pub recipe: Recipe,
     /// The codes, where the file holds them.
     pub(crate) held: Option<HeldCodes<'a>>,
+    /// The elements and scales of a block-scaled weight, where the file holds such.
+    pub(crate) blocks: Option<HeldBlocks<'a>>,
 }
 
 /// What a recipe of the checkpoint's codes says of this weight; nothing of another recipe.
 ///
 /// Activations have one scale where the file holds it, one per token and 128 values where the
-/// weight has blocks, and one per token elsewhere.
+/// weight has blocks of 128 by 128, and one per token elsewhere; beside a block-scaled weight they are of
+/// its format.
 ///
 /// # Errors
 /// If the weight has a form that the project's kernels do not multiply, or blocks of another size.
@@ -47,13 +50,22 @@ pub fn of_weight<'a>(
             WeightType::F32 | WeightType::F64 => Format::F32,
             kind => return refuse(format!("is {kind}, which no tensor core takes as it is")),
         };
-        return Ok(Some(OfWeight { recipe: Recipe { gemm, ..recipe }, held: None }));
+        return Ok(Some(OfWeight { recipe: Recipe { gemm, ..recipe }, held: None, blocks: None }));
+    }
+    if let Some(blocks) = weight.held_blocks() {
+        let recipe = Recipe {
+            gemm: blocks.format.element(),
+            scale: Scale::of_blocks(blocks.format),
+            accumulate: Accumulate::Fast,
+            ..recipe
+        };
+        return Ok(Some(OfWeight { recipe, held: None, blocks: Some(blocks) }));
     }
     let e4m3 = weight.held_codes(WeightType::E4m3).map(|held| (Format::E4m3, held));
     let codes = e4m3.or_else(|| Some((Format::E5m2, weight.held_codes(WeightType::E5m2)?)));
     let Some((gemm, held)) = codes else {
         return refuse(format!(
-            "holds {} codes, and the project's kernels take FP8 codes alone",
+            "holds {} codes, and the project's kernels take FP8 codes and block-scaled formats alone",
             weight.kind()
         ));
     };
@@ -85,5 +97,6 @@ pub fn of_weight<'a>(
         )));
     }
     let scale = Scale { weight: of_weight, activation };
-    Ok(Some(OfWeight { recipe: Recipe { gemm, scale, ..recipe }, held: Some(held) }))
+    let recipe = Recipe { gemm, scale, ..recipe };
+    Ok(Some(OfWeight { recipe, held: Some(held), blocks: None }))
 }

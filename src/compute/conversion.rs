@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::{Codes, CodesRow};
 use crate::dtype::Format;
+use crate::tensor::Tensor;
 use crate::vector::{Kernel, dispatch};
 
 /// Columns that are looked at together, all of one scale.
@@ -89,10 +90,15 @@ impl Kernel for RoundingErrors<'_> {
 fn errors_of_span(rows: &Rows<'_>, row: usize, span: usize, values: &[f32], errors: &mut [f32]) {
     let (first, row) = (span * SPAN, rows.before + row);
     let range = first..first + values.len();
-    let scale = rows.scales.of(row, span, rows.codes.width());
     decode(rows.codes.format(), rows.codes.row(row), range, errors);
-    for (error, &value) in errors.iter_mut().zip(values) {
-        *error = *error * scale - value;
+    // Blocks of 16 or 32 have scales of their own within the span.
+    let (width, shared) = (rows.codes.width(), rows.scales.shared_columns().min(SPAN));
+    let parts = errors.chunks_mut(shared).zip(values.chunks(shared));
+    for (part, (errors, values)) in parts.enumerate() {
+        let scale = rows.scales.at(row, first + part * shared, width);
+        for (error, &value) in errors.iter_mut().zip(values) {
+            *error = *error * scale - value;
+        }
     }
 }
 
@@ -103,6 +109,11 @@ fn decode(format: Format, codes: CodesRow<'_>, range: Range<usize>, values: &mut
         (CodesRow::Bits8(codes), Format::E4m3) => {
             for (value, &code) in values.iter_mut().zip(&codes[range]) {
                 *value = e4m3(code);
+            }
+        }
+        (CodesRow::Bits8(codes), Format::E2m3 | Format::E3m2 | Format::E2m1) => {
+            for (value, &code) in values.iter_mut().zip(&codes[range]) {
+                *value = format.decode(u32::from(code));
             }
         }
         (CodesRow::Bits8(codes), _) => {
@@ -156,6 +167,23 @@ fn finite<const FRACTION: u32, const BIAS: u32>(magnitude: u32) -> f32 {
     if magnitude < 1 << FRACTION { magnitude as i32 as f32 * unit } else { normal }
 }
 
+/// The rounding errors of an activation whose parts of K are converted each on its own.
+pub(super) fn errors_by_part(
+    x: &Tensor,
+    parts: &[Range<usize>],
+    convert: impl Fn(&Tensor) -> (Codes, Scales),
+) -> Vec<f32> {
+    let mut whole = Tensor::zeros(x.rows(), x.width());
+    for inner in parts {
+        let part = x.columns(inner.clone());
+        let (codes, scales) = convert(&part);
+        let mut errors = Vec::new();
+        rounding_errors(Rows::all(part.data(), &codes, &scales), &mut errors);
+        whole.set_columns(inner.start, &Tensor::new(inner.len(), errors));
+    }
+    whole.into_data()
+}
+
 /// An operand's rows, each divided by a power of two so that its largest magnitude lies between 1
 /// and 2: the square of a value near 2^-70 is no f32.
 ///
@@ -183,6 +211,22 @@ impl Lifted {
         };
         dispatch(Lift { rows, lifted: &mut lifted });
         lifted
+    }
+
+    /// The rows of an activation whose errors are known.
+    pub fn with_errors(values: &[f32], errors: &[f32], width: usize) -> Lifted {
+        let powers: Vec<f64> = values.chunks_exact(width).map(power_below).collect();
+        let lift = |values: &[f32]| -> Vec<f32> {
+            let rows = values.chunks_exact(width).zip(&powers);
+            let lifted = rows.flat_map(|(row, power)| {
+                row.iter().map(move |&value| (f64::from(value) * (1.0 / power)) as f32)
+            });
+            lifted.collect()
+        };
+        let squared = |values: &[f32]| values.iter().map(|value| value * value).collect();
+        let lifted = lift(values);
+        let (squares, error_squares) = (squared(&lifted), squared(&lift(errors)));
+        Lifted { values: lifted, squares, error_squares, powers }
     }
 }
 
@@ -361,7 +405,7 @@ mod tests {
         let plainly = |at: usize| {
             let (row, column) = (first + at / width, at % width);
             let code = codes.decode_row(row)[column];
-            code * scales.of(row, column / SPAN, width) - values[first * width + at]
+            code * scales.at(row, column, width) - values[first * width + at]
         };
         assert!((0..part.len()).all(|at| errors[at] == plainly(at)));
     }

@@ -10,10 +10,11 @@ use rayon::prelude::*;
 use super::emulated::arm::Emulated;
 use super::emulated::chip::chip;
 use super::emulated::gemm::{Operand, Scales, gemm_prepared, prepare};
-use super::emulated::quantize::{CodeData, Codes};
+use super::emulated::quantize::{BlockScales, CodeData, Codes};
+use super::emulated::ranks;
 use super::emulated::schedule::Schedule;
 pub use super::emulated::steps::{Converted, Edit, Steps, Whole, keep};
-use super::{ComputeError, check_matmul};
+use super::{ComputeError, check_matmul, parallel};
 use crate::dtype::Format;
 use crate::model::Weight;
 use crate::op::Recipe;
@@ -68,36 +69,71 @@ pub fn matmul_rows(
     }
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let whole = arm.absmax_of(weight)?;
-    let (codes, scales) = arm.quantise_activation(x);
-    let edited = (steps.x)(Converted { values: x.data(), codes, scales, first_row: 0 });
     let width = weight.width();
-    let output = arm.before_bias(steps.output, bias.is_some());
+    // A product that one GPU computes alone is of one part.
+    let dealt = parallel::parts(recipe, &weight)?;
+    let parts = dealt.clone().unwrap_or_else(|| parallel::alone(width));
+    let of_x: Vec<Tensor> = match &dealt {
+        Some(parts) => parts.iter().map(|inner| x.columns(inner.clone())).collect(),
+        None => vec![x.clone()],
+    };
+    let edited: Vec<Converted<'_>> = parts
+        .iter()
+        .zip(&of_x)
+        .map(|(inner, x)| {
+            let (codes, scales) = arm.quantise_activation(x);
+            let (first_row, first_inner) = (0, inner.start);
+            (steps.x)(Converted { values: x.data(), codes, scales, first_row, first_inner })
+        })
+        .collect();
     let starts: Vec<usize> = rows.clone().step_by(CHUNK_ROWS).collect();
-    let chunks: Vec<(usize, Tensor)> = starts
+    let chunks: Vec<(usize, Vec<Tensor>)> = starts
         .into_par_iter()
         .map(|start| {
             let range = start..(start + CHUNK_ROWS).min(rows.end);
             let mut values = vec![0.0; range.len() * width];
             weight.decode_rows(range, &mut values)?;
             let (codes, scales) = arm.quantise_weight_rows(weight, start, &values, whole);
-            let w = (steps.w)(Converted { values: &values, codes, scales, first_row: start });
-            let (x_format, w_format) = (edited.codes.format(), w.codes.format());
-            let unit = chip(recipe.chip).unit(x_format, w_format).ok_or_else(|| {
-                ComputeError::Recipe(format!("no unit multiplies {x_format} by {w_format}"))
-            })?;
-            let x =
-                prepare(unit, &Operand { codes: &edited.codes, scales: edited.scales.clone() })?;
-            let w = Operand { codes: &w.codes, scales: w.scales };
-            Ok((start, gemm_prepared(&steps.schedule, &x, &w, output)?))
+            let (first_row, first_inner) = (start, 0);
+            let w = Converted { values: &values, codes, scales, first_row, first_inner };
+            let w = (steps.w)(w);
+            let of_parts = edited.iter().zip(&parts).enumerate().map(|(part, (x, inner))| {
+                let (x_format, w_format) = (x.codes.format(), w.codes.format());
+                let chip = chip(recipe.chip);
+                let unit = match &w.scales {
+                    Scales::Blocks(scales) => chip.block_unit(scales.format).map(|row| &row.unit),
+                    _ => chip.unit(x_format, w_format),
+                };
+                let unit = unit.ok_or_else(|| {
+                    ComputeError::Recipe(format!("no unit multiplies {x_format} by {w_format}"))
+                })?;
+                let x = prepare(unit, &Operand { codes: &x.codes, scales: x.scales.clone() })?;
+                let output = arm.before_bias(steps.output, part == 0 && bias.is_some());
+                if dealt.is_none() {
+                    let w = Operand { codes: &w.codes, scales: w.scales.clone() };
+                    return Ok(gemm_prepared(&steps.schedule, &x, &w, output)?);
+                }
+                let codes = w.codes.some_columns(inner.clone());
+                let scales = ranks::scales_of_part(&w.scales, inner, width);
+                let w = Operand { codes: &codes, scales };
+                Ok(gemm_prepared(&steps.schedule, &x, &w, output)?)
+            });
+            Ok((start, of_parts.collect::<Result<_, ComputeError>>()?))
         })
         .collect::<Result<_, ComputeError>>()?;
-    let mut y = Tensor::zeros(x.rows(), rows.len());
-    for (start, chunk) in chunks {
-        y.set_columns(start - rows.start, &chunk);
+    let mut of_parts = vec![Tensor::zeros(x.rows(), rows.len()); parts.len()];
+    for (start, chunks) in chunks {
+        for (y, chunk) in of_parts.iter_mut().zip(&chunks) {
+            y.set_columns(start - rows.start, chunk);
+        }
     }
-    if let Some(bias) = bias {
+    if let (Some(bias), Some(y)) = (bias, of_parts.first_mut()) {
         y.add_to_rows(&bias[rows]);
     }
+    let y = match of_parts.as_mut_slice() {
+        [y] => std::mem::replace(y, Tensor::zeros(0, 1)),
+        _ => ranks::sum_by_rank(of_parts, steps.output),
+    };
     // Another output than the recipe's is rounded to the stream's type by the caller.
     Ok(if steps.output == recipe.output { arm.streamed(y) } else { y })
 }
@@ -124,8 +160,7 @@ pub fn recoded(codes: &Codes, format: Format, change: impl Fn(usize, usize, u32)
 pub fn truncated(operand: Converted<'_>) -> Converted<'_> {
     let (format, width) = (operand.codes.format(), operand.codes.width());
     let codes = recoded(&operand.codes, format, |row, column, code| {
-        let exact =
-            operand.values[row * width + column] / operand.scales.of(row, column / BLOCK, width);
+        let exact = operand.values[row * width + column] / operand.scales.at(row, column, width);
         if format.decode(code).abs() > exact.abs() { code - 1 } else { code }
     });
     Converted { codes, ..operand }
@@ -134,7 +169,7 @@ pub fn truncated(operand: Converted<'_>) -> Converted<'_> {
 /// Codes below the normal range replaced by zero.
 pub fn flushed(operand: Converted<'_>) -> Converted<'_> {
     let format = operand.codes.format();
-    let magnitude = u32::MAX >> (33 - 8 * format.bytes() as u32);
+    let magnitude = u32::MAX >> (33 - format.bits());
     let codes = recoded(&operand.codes, format, |_, _, code| {
         if code & magnitude < 1 << format.fraction_bits() { code & !magnitude } else { code }
     });
@@ -150,8 +185,14 @@ pub fn read_as(operand: Converted<'_>, format: Format) -> Converted<'_> {
 /// Codes outside `kept` (elements of K) replaced by zero.
 pub fn only_inner<'v>(operand: Converted<'v>, kept: impl Fn(usize) -> bool) -> Converted<'v> {
     let format = operand.codes.format();
-    let codes =
-        recoded(&operand.codes, format, |_, column, code| if kept(column) { code } else { 0 });
+    let first = operand.first_inner;
+    let codes = recoded(
+        &operand.codes,
+        format,
+        |_, column, code| {
+            if kept(first + column) { code } else { 0 }
+        },
+    );
     Converted { codes, ..operand }
 }
 
@@ -200,7 +241,7 @@ pub fn requantised(operand: Converted<'_>, factor: f32) -> Converted<'_> {
     let (format, width) = (operand.codes.format(), operand.codes.width());
     let scales = changed_scales(&operand.scales, |scale| scale * factor);
     let codes = recoded(&operand.codes, format, |row, column, _| {
-        format.encode(operand.values[row * width + column] / scales.of(row, column / BLOCK, width))
+        format.encode(operand.values[row * width + column] / scales.at(row, column, width))
     });
     Converted { codes, scales, ..operand }
 }
@@ -222,6 +263,15 @@ pub fn with_scales_of<'v>(operand: Converted<'v>, whole: &Scales) -> Converted<'
             let (rows_per_block, scales) = (*rows_per_block, scales.clone());
             Scales::Block128 { rows_per_block, first_row, scales }
         }
+        Scales::Blocks(whole) => {
+            let of_rows = first_row * whole.blocks..(first_row + rows) * whole.blocks;
+            match whole.codes.get(of_rows) {
+                Some(codes) => {
+                    Scales::Blocks(BlockScales { codes: codes.to_vec(), ..whole.clone() })
+                }
+                None => return operand,
+            }
+        }
     };
     Converted { scales, ..operand }
 }
@@ -235,6 +285,8 @@ pub fn unsaturated(operand: Converted<'_>, factor: f32) -> Converted<'_> {
     let step = most - format.decode(format.encode(most) - 1);
     let largest = match &operand.scales {
         Scales::Tensor(scale) => *scale,
+        // Nothing of a block-scaled format is set beforehand but its scale of the whole.
+        Scales::Blocks(_) => return operand,
         Scales::Row(scales) | Scales::Block128 { scales, .. } => {
             scales.iter().copied().fold(0.0, f32::max)
         }
@@ -243,7 +295,7 @@ pub fn unsaturated(operand: Converted<'_>, factor: f32) -> Converted<'_> {
     let cut = requantised(set, 1.0);
     let (width, nan) = (cut.codes.width(), format.encode(f32::NAN));
     let codes = recoded(&cut.codes, format, |row, column, code| {
-        let value = cut.values[row * width + column] / cut.scales.of(row, column / BLOCK, width);
+        let value = cut.values[row * width + column] / cut.scales.at(row, column, width);
         if value.abs() > most + 0.5 * step { nan } else { code }
     });
     Converted { codes, ..cut }
@@ -308,6 +360,11 @@ pub fn matmul_by_factor(
     check_matmul(x, &weight, bias.as_ref())?;
     let [(x, x_scales, _), (w, w_scales, before)] = operands(arm, x, weight)?;
     let (width, outputs) = (x.width(), weight.rows());
+    if matches!(w_scales, Scales::Blocks(_)) {
+        return Err(ComputeError::Recipe(
+            "the unit applies the scales of blocks itself".to_owned(),
+        ));
+    }
     let by_block = [&x_scales, &w_scales].iter().any(|s| matches!(s, Scales::Block128 { .. }));
     let schedule = if by_block { Schedule::FAST } else { Schedule::of(recipe) };
     let length = if by_block { BLOCK } else { width };
@@ -322,10 +379,10 @@ pub fn matmul_by_factor(
         let x_part = prepare(unit, &bare(&x_part))?;
         let sums = gemm_prepared(&schedule, &x_part, &bare(&w_part), Format::F32)?;
         for row in 0..y.rows() {
-            let of_x = x_scales.of(row, block, width);
+            let of_x = x_scales.at(row, block * BLOCK, width);
             for (column, y) in y.row_mut(row).iter_mut().enumerate() {
                 let own = before + column;
-                *y += sums.row(row)[own] * factor(of_x * w_scales.of(own, block, width));
+                *y += sums.row(row)[own] * factor(of_x * w_scales.at(own, block * BLOCK, width));
             }
         }
     }
@@ -346,6 +403,11 @@ fn changed_scales(scales: &Scales, change: impl Fn(f32) -> f32) -> Scales {
             first_row: *first_row,
             scales: scales.iter().map(|&scale| change(scale)).collect(),
         },
+        // The scales of blocks are codes: what is changed is the scale of the whole.
+        Scales::Blocks(scales) => {
+            let whole = change(scales.whole);
+            Scales::Blocks(BlockScales { whole, ..scales.clone() })
+        }
     }
 }
 
@@ -368,6 +430,7 @@ mod tests {
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
         kv_cache: None,
+        tensor_parallel: None,
     };
 
     fn values(count: usize, seed: u32) -> Vec<f32> {
@@ -443,6 +506,7 @@ mod tests {
                 codes: codes.clone(),
                 scales: Scales::Tensor(scale),
                 first_row: 0,
+                first_inner: 0,
             };
             let cut = truncated(of(&codes));
             let all = |codes: &Codes| -> Vec<f32> {

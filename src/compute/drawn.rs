@@ -15,13 +15,13 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::call::Call;
-use super::conversion::{Rows, rounding_errors};
+use super::conversion::{Rows, errors_by_part, rounding_errors};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
-use super::floor::{Floor, set_columns};
+use super::floor::{Floor, Ranks, set_columns};
 use super::kv_cache::Cached;
 use super::reference::{Reference, Widened, dot_rows};
-use super::{ComputeError, Ops, check_matmul};
+use super::{ComputeError, Ops, check_matmul, parallel};
 use crate::model::Weight;
 use crate::op::Recipe;
 use crate::random::Random;
@@ -169,6 +169,8 @@ struct DrawnOperand {
     values: Vec<f32>,
     energies: Vec<f64>,
     wide: Widened,
+    /// Its slices, where ranks share K.
+    of_ranks: Option<Ranks>,
 }
 
 /// What a draw makes of a chunk of a weight's rows.
@@ -179,6 +181,8 @@ struct DrawnChunk {
     energies: Vec<f64>,
     /// `[x rows, w rows]`, and so are the accumulations' variances, where they are followed.
     dots: Vec<f64>,
+    /// The same of each rank, where ranks share K.
+    of_ranks: Vec<Vec<f64>>,
     chains: Option<Vec<f64>>,
 }
 
@@ -203,19 +207,30 @@ fn matmul(
     let bias = bias.map(|bias| bias.to_vec()).transpose()?;
     let width = weight.width();
     let emulated = floor.emulated();
+    let dealt = parallel::parts(emulated.recipe(), &weight)?;
     let operands = draws
         .iter()
         .map(|&(number, x)| {
-            let (codes, scales) = emulated.converted_activation(x, weight)?;
             let (mut errors, mut values) = (Vec::new(), Vec::new());
-            rounding_errors(Rows::all(x.data(), &codes, &scales), &mut errors);
+            match &dealt {
+                None => {
+                    let (codes, scales) = emulated.converted_activation(x, weight)?;
+                    rounding_errors(Rows::all(x.data(), &codes, &scales), &mut errors);
+                }
+                Some(parts) => {
+                    errors = errors_by_part(x, parts, |x| emulated.quantise_activation(x));
+                }
+            }
             let mut signs = Signs::of(stream_of(number, x.data()));
             redraw(&mut signs, x.data(), &errors, &mut values);
             let wide = Widened::of(&values, width);
-            Ok(DrawnOperand { number, energies: wide.energies(), values, wide })
+            let of_ranks =
+                dealt.clone().map(|parts| Ranks::of(&Tensor::new(width, values.clone()), parts));
+            Ok(DrawnOperand { number, energies: wide.energies(), values, wide, of_ranks })
         })
         .collect::<Result<Vec<DrawnOperand>, ComputeError>>()?;
-    let accumulation = floor.accumulation(width);
+    let inner = dealt.as_ref().and_then(|parts| parts.first()).map_or(width, Range::len);
+    let accumulation = floor.accumulation(inner);
     let chunks = emulated.by_converted_chunk(weight, |first, rows, before, converted| {
         let (codes, scales) = converted;
         let count = rows.len() / width;
@@ -229,6 +244,7 @@ fn matmul(
                 signs: Signs::of(stream),
                 energies: Vec::with_capacity(count),
                 dots: vec![0.0; x.energies.len() * count],
+                of_ranks: Vec::new(),
                 chains: None,
             }
         };
@@ -242,7 +258,19 @@ fn matmul(
                 wide.refill(&w, width);
                 made.energies.extend(wide.energies());
                 set_columns(&mut made.dots, count, place, &dot_rows(&x.wide, &wide));
-                if let Some(chains) = floor.chains(&x.values, &w, width) {
+                let chains = match &x.of_ranks {
+                    None => floor.chains(&x.values, &w, width),
+                    Some(ranks) => {
+                        let (dots, chains) = ranks.meet(floor, &w, width);
+                        let empty = vec![0.0; x.energies.len() * count];
+                        made.of_ranks.resize(dots.len(), empty);
+                        for (all, dots) in made.of_ranks.iter_mut().zip(&dots) {
+                            set_columns(all, count, place, dots);
+                        }
+                        chains
+                    }
+                };
+                if let Some(chains) = chains {
                     let all =
                         made.chains.get_or_insert_with(|| vec![0.0; x.energies.len() * count]);
                     set_columns(all, count, place, &chains);
@@ -260,9 +288,14 @@ fn matmul(
                 // sum (x w)^2, as if it did not matter which x meets which w.
                 let terms = energies / width as f64;
                 let chain = made.chains.as_ref().map(|chains| chains[index]);
-                let moved = floor.after_operands(accumulation, dot, terms, chain).sqrt();
-                let bias = bias.as_ref().map_or(0.0, |b| f64::from(b[first + index % count]));
-                y.push((dot + f64::from(sign) * moved + bias) as f32);
+                let bias = bias.as_ref().map(|b| f64::from(b[first + index % count]));
+                let moved = if made.of_ranks.is_empty() {
+                    floor.after_operands(accumulation, dot, terms, chain)
+                } else {
+                    let dots: Vec<f64> = made.of_ranks.iter().map(|dots| dots[index]).collect();
+                    floor.after_ranks(accumulation, &dots, terms, chain, bias)
+                };
+                y.push((dot + f64::from(sign) * moved.sqrt() + bias.unwrap_or(0.0)) as f32);
             }
             Tensor::new(count, y)
         };

@@ -10,16 +10,17 @@
 //! truth beside them; what an arm made is not known here.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use super::call::Call;
-use super::conversion::{Lifted, Rows, WeightSquares};
+use super::conversion::{Lifted, Rows, WeightSquares, errors_by_part};
 use super::delta::{Convolution, DeltaRule};
 use super::dots::dots;
 use super::emulated::arm::Emulated;
-use super::emulated::chip::{Unit, chip};
+use super::emulated::chip::{BlockScaled, MatrixCore, Unit, chip};
 use super::emulated::kernels::WARP_LANES;
 use super::emulated::schedule::{Schedule, Step};
 use super::experts::{self, Products};
@@ -28,8 +29,9 @@ use super::reference::{CLAMP, Reference, Widened, activated, dot_rows, routed, s
 use super::rope;
 use super::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_tokens,
-    gain_and_bias,
+    gain_and_bias, parallel,
 };
+use crate::block_format::BlockFormat;
 use crate::dtype::Format;
 use crate::engine::RopeKernel;
 use crate::model::{Activation, Rope, Routing, Weight};
@@ -149,13 +151,59 @@ impl Floor {
     /// K the large terms stand: a sum that an outlier channel raises early rounds coarsely
     /// all the way, however small the result is. So they are followed one by one.
     pub fn chains(&self, x: &[f32], w: &[f32], width: usize) -> Option<Vec<f64>> {
-        match chip(self.recipe.chip).unit(self.recipe.gemm, self.recipe.gemm) {
-            Some(Unit::TensorCore(_)) => None,
-            _ => {
+        match self.unit() {
+            Some(Unit::TensorCore(_) | Unit::BlockScaled(_) | Unit::MatrixCore(_)) => None,
+            Some(Unit::SequentialFma) | None => {
                 let steps = Schedule::of(&self.recipe).steps(width, Format::F32);
                 Some(dispatch(Chains { x, w, width, steps: &steps }))
             }
         }
+    }
+
+    /// The unit that multiplies.
+    fn unit(&self) -> Option<&'static Unit> {
+        let chip = chip(self.recipe.chip);
+        match self.recipe.blocks() {
+            Some(format) => chip.block_unit(format).map(|row| &row.unit),
+            None => chip.unit(self.recipe.gemm, self.recipe.gemm),
+        }
+    }
+
+    /// The same of a product whose K is dealt out: of each rank's product, and of their sum.
+    pub(super) fn after_ranks(
+        &self,
+        (of_terms, of_sum): (f64, f64),
+        dots: &[f64],
+        terms: f64,
+        chain: Option<f64>,
+        bias: Option<f64>,
+    ) -> f64 {
+        let squares: f64 = dots.iter().map(|dot| dot * dot).sum();
+        let accumulation = chain.unwrap_or(of_terms * terms + of_sum * squares);
+        let whole = dots.iter().sum::<f64>();
+        accumulation + self.of_sums(dots, 0.0, bias) + rounding(Format::F32, whole.abs())
+    }
+
+    /// The variance of rounding each rank's product to the output type, and of the sums of them;
+    /// `noise` is the variance of what came before.
+    fn of_sums(&self, dots: &[f64], noise: f64, bias: Option<f64>) -> f64 {
+        let output = self.recipe.output;
+        let noise = (noise / dots.len().max(1) as f64).sqrt();
+        let at_least = |size: f64| if size.abs() > noise { size.abs() } else { noise };
+        let mut variance = 0.0;
+        let mut sum: Option<f64> = None;
+        for &dot in dots {
+            variance += self.output(at_least(dot));
+            let Some(before) = sum else {
+                // The first rank's has the bias, and is rounded again.
+                variance += bias.map_or(0.0, |bias| rounding(output, at_least(dot + bias)));
+                sum = Some(dot + bias.unwrap_or(0.0));
+                continue;
+            };
+            variance += rounding_of_sum(output, at_least(before), at_least(dot), before + dot);
+            sum = Some(before + dot);
+        }
+        variance
     }
 
     fn note(&self, each: Tensor) {
@@ -182,15 +230,37 @@ impl Floor {
     /// the same direction, `(steps 2^-(R+1))^2` of its square.
     pub fn accumulation(&self, inner: usize) -> (f64, f64) {
         let inner = inner as f64;
-        match chip(self.recipe.chip).unit(self.recipe.gemm, self.recipe.gemm) {
-            Some(Unit::TensorCore(core)) => {
-                let promoted =
-                    self.recipe.gemm.is_fp8() && self.recipe.accumulate == Accumulate::Promoted;
+        let blocks = self.recipe.blocks();
+        match self.unit() {
+            Some(Unit::TensorCore(core) | Unit::BlockScaled(BlockScaled { core, .. })) => {
+                let promoted = blocks.is_none()
+                    && self.recipe.gemm.is_fp8()
+                    && self.recipe.accumulate == Accumulate::Promoted;
                 let chain = if promoted { inner.min(PROMOTION_INTERVAL) } else { inner };
                 let steps = (chain / core.products as f64).ceil();
                 let bits = core.alignment_bits.min(core.result_bits);
                 let unit = 0.5f64.powi(bits as i32);
                 (steps * unit * unit, (steps * unit / 2.0).powi(2))
+            }
+            Some(Unit::MatrixCore(core)) => {
+                let steps = (inner / core.products() as f64).ceil();
+                match core {
+                    MatrixCore::TwoStages { alignment_bits, .. } => {
+                        let unit = 0.5f64.powi(*alignment_bits as i32);
+                        (steps * unit * unit, (steps * unit / 2.0).powi(2))
+                    }
+                    // Each block rounds the sum so far, which is as large as a random walk to y; in
+                    // pairs each product is rounded besides.
+                    MatrixCore::Exact { .. } | MatrixCore::Pairwise { .. } => {
+                        let ulp = f64::from(f32::EPSILON).powi(2);
+                        let step = ulp / (8.0 * std::f64::consts::LN_2);
+                        let of_product = match core {
+                            MatrixCore::Pairwise { .. } => ulp / 3.0,
+                            _ => 0.0,
+                        };
+                        (steps / 6.0 * step + of_product, steps / 3.0 * step)
+                    }
+                }
             }
             _ => (0.0, 0.0),
         }
@@ -222,9 +292,57 @@ impl Floor {
     /// product with the scales. What f32 additions end with is an f32 already.
     fn output(&self, size: f64) -> f64 {
         let Recipe { gemm, output, .. } = self.recipe;
-        let scaled = if gemm.is_fp8() { rounding(Format::F32, size) } else { 0.0 };
+        let is_scaled = match self.recipe.blocks() {
+            // The unit applies powers of two exactly, and no other scale follows.
+            Some(format) => format == BlockFormat::Nvfp4,
+            None => gemm.is_fp8(),
+        };
+        let scaled = if is_scaled { rounding(Format::F32, size) } else { 0.0 };
         let rounded = if output == Format::F32 { 0.0 } else { rounding(output, size) };
         scaled + rounded
+    }
+}
+
+/// The activation of a product whose K is dealt out to ranks.
+pub(super) struct Ranks {
+    parts: Vec<Range<usize>>,
+    values: Vec<Tensor>,
+    wide: Vec<Widened>,
+}
+
+impl Ranks {
+    /// The slices of an activation.
+    pub fn of(x: &Tensor, parts: Vec<Range<usize>>) -> Ranks {
+        let values: Vec<Tensor> = parts.iter().map(|inner| x.columns(inner.clone())).collect();
+        let wide = values.iter().map(|x| Widened::of(x.data(), x.width())).collect();
+        Ranks { parts, values, wide }
+    }
+
+    /// Elements of K that a rank has.
+    pub fn inner(&self) -> usize {
+        self.parts.first().map_or(0, Range::len)
+    }
+
+    /// Each rank's products with some rows of a weight, and the variance of all ranks' chains,
+    /// where [`Floor::chains`] gives them.
+    pub fn meet(
+        &self,
+        floor: &Floor,
+        rows: &[f32],
+        width: usize,
+    ) -> (Vec<Vec<f64>>, Option<Vec<f64>>) {
+        let whole = Tensor::new(width, rows.to_vec());
+        let mut sums: Option<Vec<f64>> = None;
+        let mut dots = Vec::with_capacity(self.parts.len());
+        for ((inner, x), wide) in self.parts.iter().zip(&self.values).zip(&self.wide) {
+            let w = whole.columns(inner.clone());
+            dots.push(dot_rows(wide, &Widened::of(w.data(), inner.len())));
+            if let Some(chains) = floor.chains(x.data(), w.data(), inner.len()) {
+                let sums = sums.get_or_insert_with(|| vec![0.0; chains.len()]);
+                sums.iter_mut().zip(chains).for_each(|(sum, chain)| *sum += chain);
+            }
+        }
+        (dots, sums)
     }
 }
 
@@ -295,6 +413,16 @@ fn power_of_two(exponent: i32) -> f64 {
     f64::from_bits(((exponent + 1023) as u64) << 52)
 }
 
+/// The variance of rounding the sum of two values of a type to it: a sum lies on the finer grid of
+/// both, so that few places of it are lost, and half of all ties go either way.
+fn rounding_of_sum(format: Format, a: f64, b: f64, sum: f64) -> f64 {
+    let of_sum = rounding(format, sum.abs());
+    let of_addends = rounding(format, if a < b { a } else { b });
+    // Of m places of the finer grid in one of the sum's.
+    let square = of_sum / of_addends;
+    if square > 1.0 { of_sum * (1.0 + 2.0 / square) } else { 0.0 }
+}
+
 /// The variance of rounding a value of about `size`: `ulp^2 / 12`.
 fn rounding(format: Format, size: f64) -> f64 {
     // Below f64's normal range the exponent's bits say less than any format's least one.
@@ -336,6 +464,8 @@ struct Chunk {
 struct OfChunk {
     /// Row-major, `[x rows, columns]`.
     dots: Vec<f64>,
+    /// The same of each rank, where ranks share K.
+    of_ranks: Vec<Vec<f64>>,
     /// Variances: of lifted rows, but for `from_x`.
     from_x: Vec<f64>,
     from_dx: Vec<f32>,
@@ -350,6 +480,7 @@ impl OfChunk {
     fn new(x_rows: usize, columns: usize, pairs: usize, repeated: bool) -> OfChunk {
         OfChunk {
             dots: vec![0.0; x_rows * columns],
+            of_ranks: Vec::new(),
             from_x: vec![0.0; x_rows * columns],
             from_dx: vec![0.0; x_rows * columns],
             of_dw: vec![0.0; pairs * columns],
@@ -719,11 +850,22 @@ impl Floor {
         }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let width = x.width();
-        let (codes, scales) = self.emulated.converted_activation(x, weight)?;
-        let lifted = Lifted::of(Rows::all(x.data(), &codes, &scales));
+        let dealt = parallel::parts(&self.recipe, &weight)?;
+        let lifted = match &dealt {
+            None => {
+                let (codes, scales) = self.emulated.converted_activation(x, weight)?;
+                let rows = Rows::all(x.data(), &codes, &scales);
+                Lifted::of(rows)
+            }
+            Some(parts) => {
+                let convert = |x: &Tensor| self.emulated.quantise_activation(x);
+                Lifted::with_errors(x.data(), &errors_by_part(x, parts, convert), width)
+            }
+        };
+        let of_ranks = dealt.map(|parts| Ranks::of(x, parts));
         let (x_square, dx_square) = (&lifted.squares, &lifted.error_squares);
         let x_wide = Widened::of(x.data(), width);
-        let (of_terms, of_sum) = self.accumulation(width);
+        let (of_terms, of_sum) = self.accumulation(of_ranks.as_ref().map_or(width, Ranks::inner));
         let pairs = pairs_of(x.rows(), ROW_PAIRS);
         let products = RowPairs::of(&lifted, width, &pairs);
         let of_x = &lifted.powers;
@@ -738,7 +880,18 @@ impl Floor {
                     squares.refill(part, of_terms as f32);
                     let place = (part.first, part.count());
                     set_columns(&mut all.dots, count, place, &dot_rows(&x_wide, &wide));
-                    let from_x = match self.chains(x.data(), part.values, width) {
+                    let chains = match &of_ranks {
+                        None => self.chains(x.data(), part.values, width),
+                        Some(ranks) => {
+                            let (dots, chains) = ranks.meet(self, part.values, width);
+                            all.of_ranks.resize(dots.len(), vec![0.0; x.rows() * count]);
+                            for (all, dots) in all.of_ranks.iter_mut().zip(&dots) {
+                                set_columns(all, count, place, dots);
+                            }
+                            chains
+                        }
+                    };
+                    let from_x = match chains {
                         Some(chains) => chains,
                         None => {
                             let lifted = positive_dots(x_square, &squares.with_x, width);
@@ -761,7 +914,7 @@ impl Floor {
                     all.powers.extend_from_slice(&squares.powers);
                     SCRATCH.set((wide, squares));
                 }
-                let OfChunk { dots, from_x, from_dx, of_dw, of_both, powers: of_w } = all;
+                let OfChunk { dots, of_ranks, from_x, from_dx, of_dw, of_both, powers: of_w } = all;
                 // Variances of lifted rows, as they are.
                 let lowered = |variance: f32, row: usize, column: usize| {
                     f64::from(variance) * (of_x[row] * of_w[column]).powi(2)
@@ -771,14 +924,23 @@ impl Floor {
                 let mut sigma = Vec::with_capacity(dots.len());
                 for (index, &dot) in dots.iter().enumerate() {
                     let of_dx = lowered(from_dx[index], index / count, index % count);
-                    let inner = from_x[index] + of_dx + of_sum * dot * dot;
+                    let parts: Vec<f64> = of_ranks.iter().map(|dots| dots[index]).collect();
+                    let cut = match parts.as_slice() {
+                        [] => dot * dot,
+                        parts => parts.iter().map(|dot| dot * dot).sum(),
+                    };
+                    let inner = from_x[index] + of_dx + of_sum * cut;
                     let size = if dot.abs() > inner.sqrt() { dot.abs() } else { inner.sqrt() };
                     let bias = bias.as_ref().map(|bias| f64::from(bias[first + index % count]));
                     let whole = dot + bias.unwrap_or(0.0);
                     // The reference rounds to f32, and so does the sum with a bias.
                     let ends = if bias.is_some() { 2.0 } else { 1.0 };
                     // Zero is rounded to itself.
-                    let before = if size > 0.0 { inner + self.output(size) } else { 0.0 };
+                    let output = match parts.as_slice() {
+                        [] => self.output(size),
+                        parts => self.of_sums(parts, inner, bias),
+                    };
+                    let before = if size > 0.0 { inner + output } else { 0.0 };
                     let mut variance = before + ends * rounding(Format::F32, whole.abs());
                     // The product may be rounded to the stream's type before its bias is added.
                     variance += self.passed(whole);

@@ -5,6 +5,7 @@
 //! stages, contracts or caches.
 
 pub mod arms;
+pub mod block_departure;
 pub mod call;
 pub mod checkpoint;
 mod conversion;
@@ -23,11 +24,13 @@ pub mod flow;
 pub mod forward;
 pub mod generate;
 pub mod kv_cache;
+pub mod parallel;
 pub mod product;
 pub mod recorded;
 pub mod reference;
 pub mod rope;
 pub mod shares;
+pub mod sweep;
 
 use std::ops::Range;
 

@@ -8,14 +8,15 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::emulated::chip::chip;
+use super::emulated::chip::{Unit, chip};
 use super::emulated::gemm::{Operand, Scales, gemm};
 use super::emulated::identify::identify;
-use super::emulated::quantize::{CodeData, Codes};
+use super::emulated::quantize::{BlockScales, CodeData, Codes};
 use super::emulated::schedule::Schedule;
 use super::floor::positive_dots;
 use super::reference::{Widened, dot_rows};
 use super::{ComputeError, check_interrupt};
+use crate::block_format::BlockFormat;
 use crate::dtype::Format;
 use crate::op::Recipe;
 use crate::tensor::Tensor;
@@ -191,7 +192,14 @@ pub fn emulated(
 ) -> Result<Made, ComputeError> {
     check_inner(x, w)?;
     let chip = chip(recipe.chip);
-    let unit = chip.unit(x.format, w.format).ok_or_else(|| {
+    let unit = match (block_format(x), block_format(w)) {
+        (Some(format), Some(other)) if format == other => {
+            chip.block_unit(format).map(|row| &row.unit)
+        }
+        (None, None) => chip.unit(x.format, w.format),
+        _ => None,
+    };
+    let unit = unit.ok_or_else(|| {
         ComputeError::Recipe(format!(
             "the chip `{}` does not multiply {} by {}; choose another `chip`",
             chip.name, x.format, w.format
@@ -201,7 +209,10 @@ pub fn emulated(
     let x = Operand { codes: &x_codes, scales: known_scales(x)? };
     let w = Operand { codes: &w_codes, scales: known_scales(w)? };
     let Some(observed) = observed else {
-        let schedule = Schedule::of(&Recipe { gemm: x_codes.format(), ..*recipe });
+        let schedule = match unit {
+            Unit::BlockScaled(_) => Schedule::FAST.with_split_k(recipe.pin.parts()),
+            _ => Schedule::of(&Recipe { gemm: x_codes.format(), ..*recipe }),
+        };
         let y = gemm(unit, &schedule, &x, &w, recipe.output)?;
         let formats = in_words(x_codes.format(), w_codes.format());
         let words = format!("{} {formats}, {schedule}", chip.name);
@@ -265,6 +276,19 @@ pub fn codes(operand: &CodedTensor) -> Result<Codes, ComputeError> {
         .map_err(|error| ComputeError::Recipe(error.to_string()))
 }
 
+/// The block-scaled format that an operand's codes and scales make, where a tensor core multiplies such.
+pub fn block_format(operand: &CodedTensor) -> Option<BlockFormat> {
+    let scales = operand.scales.as_ref().filter(|scales| scales.rows_per_block == 1)?;
+    let fits = |format: &BlockFormat| {
+        let codec = format.scales();
+        format.element() == operand.format
+            && format.block() == scales.width_per_block
+            && operand.width.is_multiple_of(format.block())
+            && scales.values.iter().all(|value| codec.code_of(*value).is_some())
+    };
+    BlockFormat::ALL.into_iter().find(fits)
+}
+
 /// The operand's scales as a chip's epilogue applies them; none where no known
 /// schedule has such blocks.
 pub fn scales(operand: &CodedTensor) -> Option<Scales> {
@@ -274,6 +298,15 @@ pub fn scales(operand: &CodedTensor) -> Option<Scales> {
     }
     if scales.is_by_row() {
         return Some(Scales::Row((0..operand.rows).map(|row| scales.at(row, 0)).collect()));
+    }
+    if let Some(format) = block_format(operand) {
+        let codec = format.scales();
+        return Some(Scales::Blocks(BlockScales {
+            format,
+            codes: scales.values.iter().filter_map(|value| codec.code_of(*value)).collect(),
+            blocks: scales.blocks_per_row,
+            whole: 1.0,
+        }));
     }
     (scales.width_per_block == PROMOTED_BLOCK).then(|| Scales::Block128 {
         rows_per_block: scales.rows_per_block,

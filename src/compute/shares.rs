@@ -15,13 +15,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::ComputeError;
 use super::call::Call;
 use super::departure::{Steps, matmul_rows};
 use super::emulated::arm::Emulated;
 use super::emulated::gemm::Scales;
 use super::emulated::quantize::Codes;
+use super::floor::set_columns;
 use super::reference::{Widened, dot_rows};
+use super::{ComputeError, parallel};
 use crate::dtype::Format;
 use crate::op::{Recipe, WeightScale};
 use crate::tensor::Tensor;
@@ -118,10 +119,16 @@ pub fn energies(
     let mut rows = vec![0.0; count * width];
     weight.decode_rows(0..count, &mut rows)?;
     let (w_codes, w_scales) = arm.quantise_weight_rows(weight, 0, &rows, arm.absmax_of(weight)?);
-    let (x_codes, x_scales) = arm.quantise_activation(x);
     let x_wide = Widened::of(x.data(), width);
     let w_rounded = Widened::of_f64(&dequantised(&w_codes, &w_scales), width);
-    let x_rounded = Widened::of_f64(&dequantised(&x_codes, &x_scales), width);
+    let parts = parallel::parts(recipe, &weight)?.unwrap_or_else(|| parallel::alone(width));
+    let mut x_rounded = vec![0.0; x.data().len()];
+    for inner in parts {
+        let (codes, scales) = arm.quantise_activation(&x.columns(inner.clone()));
+        let place = (inner.start, inner.len());
+        set_columns(&mut x_rounded, width, place, &dequantised(&codes, &scales));
+    }
+    let x_rounded = Widened::of_f64(&x_rounded, width);
     let exact = dot_rows(&x_wide, &Widened::of(&rows, width));
     let of_weight = dot_rows(&x_wide, &w_rounded);
     let of_both = dot_rows(&x_rounded, &w_rounded);
@@ -160,7 +167,7 @@ fn dequantised(codes: &Codes, scales: &Scales) -> Vec<f64> {
     let mut values = Vec::with_capacity(codes.rows() * width);
     for row in 0..codes.rows() {
         for (column, value) in codes.decode_row(row).into_iter().enumerate() {
-            values.push(f64::from(value) * f64::from(scales.of(row, column / BLOCK, width)));
+            values.push(f64::from(value) * f64::from(scales.at(row, column, width)));
         }
     }
     values

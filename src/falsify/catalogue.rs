@@ -6,6 +6,7 @@
 
 use super::plant::Plant;
 use crate::dtype::Format;
+use crate::op::Recipe;
 
 /// One bug.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +21,8 @@ pub struct Bug {
     pub plant: Plant,
     /// Whether it exists with FP8 operands only.
     pub fp8: bool,
+    /// Whether it exists with block-scaled operands only.
+    pub blocks: bool,
     /// Whether it needs an earlier layer.
     pub after_layer_0: bool,
     /// Whether it shows only where the prompt stands in a longer batch.
@@ -40,6 +43,7 @@ const fn bug(
         at,
         plant,
         fp8: false,
+        blocks: false,
         after_layer_0: false,
         in_batch: false,
         public: false,
@@ -49,6 +53,16 @@ const fn bug(
 impl Bug {
     const fn fp8(self) -> Bug {
         Bug { fp8: true, ..self }
+    }
+
+    const fn blocks(self) -> Bug {
+        Bug { blocks: true, ..self }
+    }
+
+    /// Whether operands of this recipe can have it.
+    pub fn may_be_in(&self, recipe: &Recipe) -> bool {
+        let of_blocks = recipe.blocks().is_some();
+        (!self.fp8 || recipe.gemm.is_fp8() && !of_blocks) && (!self.blocks || of_blocks)
     }
 
     const fn after_layer_0(self) -> Bug {
@@ -83,6 +97,7 @@ const GAINS: &[&str] = &[
 const SCALED: &[&str] = &["embed_scaled", "attn_scaled", "ffn_scaled", "logits_scaled", "logits"];
 const CACHES: &[&str] = &["k_cache", "v_cache", "kv_a_cache"];
 const BIASED: &[&str] = &["q", "k", "v"];
+const DEALT_OUT: &[&str] = &["attn_out", "ffn_down"];
 
 /// All bugs.
 pub const CATALOGUE: &[Bug] = &[
@@ -143,6 +158,41 @@ pub const CATALOGUE: &[Bug] = &[
     )
     .fp8()
     .public(),
+    bug(
+        "the two 4-bit codes of each byte of a weight exchanged",
+        &["nibble-order"],
+        GEMMS,
+        Plant::NibblesExchanged,
+    )
+    .blocks(),
+    bug(
+        "weight blocks with the scale of the next block",
+        &["scale-order"],
+        GEMMS,
+        Plant::NextBlocksScale,
+    )
+    .blocks(),
+    bug(
+        "scale of the whole NVFP4 weight left out",
+        &["scale-missing", "scale-wrong"],
+        GEMMS,
+        Plant::WholeScaleMissing,
+    )
+    .blocks(),
+    bug(
+        "activation's powers of two rounded up",
+        &["block-scale-rounding"],
+        GEMMS,
+        Plant::PowersRoundedUp,
+    )
+    .blocks(),
+    bug(
+        "weight scales of blocks with another bias",
+        &["scale-wrong"],
+        GEMMS,
+        Plant::ExponentsOneLarger,
+    )
+    .blocks(),
     bug("weight codes read as e4m3fnuz", &["fp8-fnuz", "scale-wrong"], GEMMS, Plant::WReadAsFnuz)
         .fp8(),
     bug("activation codes clip at 240, as e4m3fnuz", &["fp8-fnuz"], GEMMS, Plant::XClippedAsFnuz)
@@ -330,6 +380,15 @@ pub const CATALOGUE: &[Bug] = &[
     bug("bias added twice", &["bias-twice"], BIASED, Plant::BiasTwice),
     bug("the previous layer's bias", &["bias-swapped"], BIASED, Plant::PreviousLayersBias)
         .after_layer_0(),
+    // Sums of what several GPUs made.
+    bug("a GPU left out of the sum", &["rank-missing"], DEALT_OUT, Plant::RankMissing),
+    bug("a GPU added twice", &["rank-twice"], DEALT_OUT, Plant::RankTwice),
+    bug(
+        "the bias added on every GPU",
+        &["bias-on-every-rank", "bias-twice"],
+        DEALT_OUT,
+        Plant::BiasOnEveryRank,
+    ),
     // NaN and infinity.
     bug("one output is NaN", &["non-finite-output"], GEMMS, Plant::Single(f32::NAN)),
     bug(

@@ -190,6 +190,7 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
         kv_cache: None,
+        tensor_parallel: None,
     }
 }
 

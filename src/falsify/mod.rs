@@ -223,6 +223,9 @@ pub fn load(folder: &Path, model: &str, tokens: Option<Vec<u32>>) -> Result<Pipe
 
 /// The sites at which a bug can be planted in a model under a recipe, in the order of the flow.
 pub fn sites_of(bug: &Bug, model: &Model, recipe: &Recipe) -> Vec<Site> {
+    if bug.plant.is_of_ranks() && recipe.ranks() < 2 {
+        return Vec::new();
+    }
     let first = u32::from(bug.after_layer_0);
     let made: Vec<Site> = flow::sites(model, recipe.kv_cache).collect();
     let of = |kind: &&'static str| {

@@ -6,9 +6,14 @@
 use std::collections::BTreeMap;
 
 use super::chosen;
+use crate::block_format::{BlockFormat, ScaleCodec};
 use crate::compare::fingerprints::scale_order::{sisters_of, with_tail_of_before};
 use crate::compare::fingerprints::{
     cache_format, head_permutation, layer_norm, rope_angles, zero_point,
+};
+use crate::compute::block_departure::{
+    exponents_one_larger, nibbles_exchanged, powers_rounded_up, scales_in_order,
+    whole_scale_missing,
 };
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::delta::DeltaRule;
@@ -19,12 +24,13 @@ use crate::compute::departure::{
 };
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
+use crate::compute::emulated::ranks::sum_by_rank;
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
 use crate::compute::kv_cache::Cached;
 use crate::compute::reference::{Reference, activated, gated as of_pair};
-use crate::compute::{AttentionShape, ComputeError, Ops, rope};
+use crate::compute::{AttentionShape, ComputeError, Ops, parallel, rope};
 use crate::dtype::Format;
 use crate::model::{Activation, Model, Rope, RopeLayout, RouterScores, Routing, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
@@ -48,6 +54,11 @@ pub enum Plant {
     XPowerOfTwo,
     XUnsaturated(f32),
     WReadAsFnuz,
+    NibblesExchanged,
+    NextBlocksScale,
+    WholeScaleMissing,
+    PowersRoundedUp,
+    ExponentsOneLarger,
     XClippedAsFnuz,
     ScaleTail,
     ScaleSlice,
@@ -155,6 +166,16 @@ pub enum Plant {
     OtherExpert,
     StateKept,
     StateUncorrected,
+    RankMissing,
+    RankTwice,
+    BiasOnEveryRank,
+}
+
+impl Plant {
+    /// Whether several GPUs must compute the pass together.
+    pub fn is_of_ranks(self) -> bool {
+        matches!(self, Plant::RankMissing | Plant::RankTwice | Plant::BiasOnEveryRank)
+    }
 }
 
 /// What a bug has at hand.
@@ -383,6 +404,11 @@ struct Gemm<'a> {
     ground: &'a Ground<'a>,
 }
 
+/// Whether the scales of a recipe's blocks are powers of two.
+fn has_powers(recipe: &Recipe) -> bool {
+    recipe.blocks().is_some_and(|format| format.scales() == ScaleCodec::Ue8m0)
+}
+
 fn as_e5m2(operand: Converted<'_>) -> Converted<'_> {
     let other = if operand.codes.format() == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
     read_as(operand, other)
@@ -429,6 +455,20 @@ impl Gemm<'_> {
             Plant::WPowerOfTwo => self.with(&keep, &rounded_up_beside_codes),
             Plant::XUnsaturated(factor) if is_e4m3 => self.with(&|o| unsaturated(o, factor), &keep),
             Plant::WReadAsFnuz => self.with(&keep, &read_as_fnuz),
+            Plant::NibblesExchanged if recipe.gemm == Format::E2m1 => {
+                self.with(&keep, &nibbles_exchanged)
+            }
+            Plant::NextBlocksScale if recipe.blocks().is_some() => {
+                let order = |row, block, _, blocks| (row, (block + 1) % blocks);
+                self.with(&keep, &|operand| scales_in_order(operand, order))
+            }
+            Plant::WholeScaleMissing if recipe.blocks() == Some(BlockFormat::Nvfp4) => {
+                self.with(&keep, &whole_scale_missing)
+            }
+            Plant::PowersRoundedUp if has_powers(recipe) => self.with(&powers_rounded_up, &keep),
+            Plant::ExponentsOneLarger if has_powers(recipe) => {
+                self.with(&keep, &exponents_one_larger)
+            }
             Plant::XClippedAsFnuz if is_e4m3 => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
             Plant::ScaleTail => {
                 let [_, (codes, scales, _)] = operands(self.ground.arm, self.x, self.weight)?;
@@ -515,8 +555,27 @@ impl Gemm<'_> {
                 }))
             }
             Plant::F16Overflow(clipped) => self.f16_overflow(clipped),
+            Plant::RankMissing | Plant::RankTwice | Plant::BiasOnEveryRank => self.of_ranks(plant),
             _ => Ok(None),
         }
+    }
+
+    /// Bugs of the sum of what several GPUs made.
+    fn of_ranks(&self, plant: Plant) -> Made {
+        let Ground { arm, recipe, seed, .. } = self.ground;
+        let Some(parts) = parallel::parts(recipe, &self.weight)? else { return Ok(None) };
+        let mut made = arm.products_of_ranks(&parts, self.x, self.weight, self.bias)?;
+        let rank = chosen(*seed, made.len());
+        match (plant, self.bias) {
+            (Plant::RankMissing, _) => drop(made.remove(rank)),
+            (Plant::RankTwice, _) => made.push(made[rank].clone()),
+            (Plant::BiasOnEveryRank, Some(bias)) => {
+                let values = bias.to_vec()?;
+                made.iter_mut().skip(1).for_each(|part| part.add_to_rows(&values));
+            }
+            _ => return Ok(None),
+        }
+        Ok(Some(arm.streamed(sum_by_rank(made, recipe.output))))
     }
 
     /// The accumulator is written as f16, and both scales are applied afterwards.

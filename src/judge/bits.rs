@@ -12,7 +12,7 @@ use crate::compute::emulated::chip::{CHIPS, Unit};
 use crate::compute::emulated::gemm::{Operand, Scales, gemm_prepared, prepare};
 use crate::compute::emulated::identify::{family, spread};
 use crate::compute::emulated::schedule::Schedule;
-use crate::compute::product::{codes, scales};
+use crate::compute::product::{block_format, codes, scales};
 use crate::dtype::Format;
 use crate::op::ChipName;
 use crate::tensor::Tensor;
@@ -138,8 +138,16 @@ fn candidates(
     bits: &mut Bits,
 ) -> Result<Vec<Candidate>, ComputeError> {
     let mut units: Vec<(Unit, Vec<&str>)> = Vec::new();
+    let blocks = block_format(x);
     for chip in CHIPS.iter().filter(|chip| chips.contains(&chip.name)) {
-        let Some(unit) = chip.unit(x.format, w.format) else { continue };
+        let unit = match blocks {
+            Some(format) if block_format(w) == Some(format) => {
+                chip.block_unit(format).map(|row| &row.unit)
+            }
+            Some(_) => None,
+            None => chip.unit(x.format, w.format),
+        };
+        let Some(unit) = unit else { continue };
         match units.iter_mut().find(|(known, _)| same_sums(known, unit)) {
             Some((_, names)) => names.push(chip.name.name()),
             None => units.push((*unit, vec![chip.name.name()])),
@@ -155,7 +163,11 @@ fn candidates(
         );
         for (unit, names) in units.iter().filter(|(unit, _)| *unit != Unit::SequentialFma) {
             // Block scales fix the order of additions.
-            let schedules = if by_block { vec![Schedule::PROMOTED] } else { family(&x, &w) };
+            let schedules = match (by_block, unit) {
+                (true, _) => vec![Schedule::PROMOTED],
+                (_, Unit::BlockScaled(_)) => vec![Schedule::FAST],
+                _ => family(&x, &w),
+            };
             let names = names.join(", ");
             bits.tried.push(format!("{} of the tensor cores of {names}", schedules.len()));
             candidates.extend(schedules.into_iter().map(|schedule| Candidate {

@@ -88,6 +88,7 @@ pub(super) fn of_product(
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
         kv_cache: None,
+        tensor_parallel: None,
     };
     let arm = Emulated::new(&recipe)?;
     let made = MadeWeight::new("w".to_owned(), some_columns.len(), w.data());

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::block_format::BlockFormat;
 use crate::compute::ComputeError;
 use crate::dtype::Format;
 use crate::op::FileTensor;
@@ -36,6 +37,8 @@ pub struct Source {
     pub tensor: Option<String>,
     /// The format of its elements, where the file does not say.
     pub format: Option<Format>,
+    /// The block-scaled format of its elements, where they are of one.
+    pub blocks: Option<BlockFormat>,
     /// Its shape, where the file does not say.
     pub shape: Option<Vec<usize>>,
 }
@@ -50,6 +53,7 @@ impl Source {
             file: PathBuf::from(file),
             tensor: tensor.map(str::to_owned),
             format: None,
+            blocks: None,
             shape: None,
         };
         if Path::new(text).exists() {
@@ -81,6 +85,8 @@ pub struct Operand {
     pub codes: CodedTensor,
     /// The shape that the file has.
     pub shape: Vec<usize>,
+    /// The block-scaled format that its elements are of.
+    pub blocks: Option<BlockFormat>,
     /// The format that was recognised in f32 values.
     pub recognised: Option<Format>,
     /// The narrower format of nearly all of y's f32 values.
@@ -107,7 +113,7 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     let wanted = FileTensor {
         file: source.file.clone(),
         tensor: source.tensor.clone(),
-        format: source.format,
+        format: source.blocks.map_or(source.format, |format| Some(bytes_of(format.element()))),
         shape: source.shape.clone(),
         scale: None,
     };
@@ -142,12 +148,70 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
         Some(shape) => shape.clone(),
         None => file.shape(source.tensor.as_deref())?.to_vec(),
     };
-    let (codes, narrow) = match source.format {
-        None => recognised(codes),
-        Some(_) => (codes, None),
+    let mut shape = shape;
+    let (codes, narrow) = match (source.blocks, source.format) {
+        (Some(format), _) => (elements(name, format, codes, &mut shape)?, None),
+        (None, None) => recognised(codes),
+        (None, Some(_)) => (codes, None),
     };
     let mostly = if name == "y" { mostly(&codes) } else { None };
-    Ok(Operand { name, codes, shape, recognised: narrow, mostly })
+    Ok(Operand { name, codes, shape, blocks: source.blocks, recognised: narrow, mostly })
+}
+
+/// The format in which a file's bytes are read that hold elements.
+fn bytes_of(element: Format) -> Format {
+    if element.is_fp8() { element } else { Format::E4m3 }
+}
+
+/// The codes of a block-scaled operand's elements, a byte each, out of a file's bytes: those of 4
+/// bits stand two in a byte, the first in the lower half, and the shape becomes that of the elements.
+fn elements(
+    name: &str,
+    format: BlockFormat,
+    stored: CodedTensor,
+    shape: &mut [usize],
+) -> Result<CodedTensor, JudgeError> {
+    let element = format.element();
+    let (width, bytes) = match element {
+        Format::E2m1 => {
+            if let Some(last) = shape.last_mut() {
+                *last *= 2;
+            }
+            let codes = stored.bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect();
+            (2 * stored.width, codes)
+        }
+        _ => (stored.width, stored.bytes),
+    };
+    let codes: &Vec<u8> = &bytes;
+    if let Some(at) = codes.iter().position(|code| u32::from(*code) >> element.bits() != 0) {
+        return Err(JudgeError::Usage(format!(
+            "{name} holds {:#04x} at row {}, value {}, which is no code of {} bits; {element} codes stand in \
+             the low bits of a byte each",
+            codes[at],
+            at / width,
+            at % width,
+            element.bits()
+        )));
+    }
+    Ok(CodedTensor { format: element, width, bytes, ..stored })
+}
+
+/// The scales of blocks: codes of a byte each, or their values as f32.
+fn block_scales(name: &str, format: BlockFormat, source: &Source) -> Result<Operand, JudgeError> {
+    let as_bytes = Source { format: Some(Format::E4m3), ..source.clone() };
+    let Ok(stored) = read("scale", &as_bytes) else { return read("scale", source) };
+    let codec = format.scales();
+    let codes = &stored.codes.bytes;
+    if let Some(at) = codes.iter().position(|code| !codec.is_number(*code)) {
+        let (row, block) = (at / stored.codes.width, at % stored.codes.width);
+        return Err(JudgeError::Usage(format!(
+            "the scale of {name} at row {row}, block {block} is NaN ({:#04x}); nothing but NaN would come of it",
+            codes[at]
+        )));
+    }
+    let bytes = codes.iter().flat_map(|code| codec.decode(*code).to_le_bytes()).collect();
+    let codes = CodedTensor { format: Format::F32, bytes, ..stored.codes };
+    Ok(Operand { codes, ..stored })
 }
 
 /// The share of y's values that give it their type.
@@ -232,7 +296,10 @@ impl Operand {
             Ok(scale) => BlockScales::one(scale, rows, width),
             Err(_) => {
                 let source = Source::parse(text)?;
-                let read = read("scale", &source)?;
+                let read = match self.blocks {
+                    Some(format) => block_scales(self.name, format, &source)?,
+                    None => read("scale", &source)?,
+                };
                 let operand = match self.shape.as_slice() {
                     [.., last] if *last == width => self.shape.clone(),
                     _ => vec![rows, width],
@@ -241,9 +308,11 @@ impl Operand {
                     .map_err(|problem| JudgeError::Usage(format!("{} {problem}", self.name)))?
             }
         };
-        if let Some(wrong) =
-            scales.values.iter().find(|scale| !(scale.is_finite() && **scale > 0.0))
-        {
+        if let Some(wrong) = scales.values.iter().find(|scale| {
+            // A block of zeros may have the scale zero.
+            let zero = self.blocks.is_some() && **scale == 0.0;
+            !(scale.is_finite() && (**scale > 0.0 || zero))
+        }) {
             return Err(JudgeError::Usage(format!(
                 "a scale of {} is {wrong}; a scale is a positive finite number",
                 self.name

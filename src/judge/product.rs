@@ -12,9 +12,9 @@ use super::{
     scale_bugs, verdict,
 };
 use crate::compute::ComputeError;
-use crate::compute::emulated::chip::{CHIPS, Unit};
+use crate::compute::emulated::chip::{BlockScaled, CHIPS, Unit};
 use crate::compute::emulated::identify::spread;
-use crate::compute::product::{Exact, exact, signed_sums};
+use crate::compute::product::{Exact, block_format, exact, signed_sums};
 use crate::dtype::Format;
 use crate::op::ChipName;
 use crate::random::Random;
@@ -190,7 +190,12 @@ impl Product<'_> {
         }];
         let mut chains: Vec<Adding> = Vec::new();
         for chip in CHIPS.iter().filter(|chip| self.chips.contains(&chip.name)) {
-            let Some(Unit::TensorCore(core)) = chip.unit(self.x.format, self.w.format) else {
+            let unit = match block_format(self.x) {
+                Some(format) => chip.block_unit(format).map(|row| &row.unit),
+                None => chip.unit(self.x.format, self.w.format),
+            };
+            let Some(Unit::TensorCore(core) | Unit::BlockScaled(BlockScaled { core, .. })) = unit
+            else {
                 continue;
             };
             let bits = core.alignment_bits.min(core.result_bits);

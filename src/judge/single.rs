@@ -316,6 +316,7 @@ pub(super) fn recipe(output: Format) -> Recipe {
         codes: crate::op::Codes::Made,
         pin: Pin::NONE,
         kv_cache: None,
+        tensor_parallel: None,
     }
 }
 

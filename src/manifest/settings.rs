@@ -10,7 +10,8 @@ use super::executor::{Executor, RawExecutor};
 use super::fields::{Fields, Put, choose};
 use super::problem::{At, Findings, Problem, quoted_list};
 use super::{Overrides, Prompt, Resources};
-use crate::chip::chip;
+use crate::block_format::BlockFormat;
+use crate::chip::chip as chip_of;
 use crate::dtype::Format;
 use crate::engine::{Activations, EngineFile, EngineKernels};
 use crate::op::{
@@ -60,6 +61,7 @@ struct RawRecipe {
     stages: Option<Put<u32>>,
     split_k: Option<Put<NonZeroU32>>,
     kv_cache: Option<Put<Option<Format>>>,
+    tensor_parallel: Option<Put<NonZeroU32>>,
 }
 
 /// The settings that hold for one stage.
@@ -81,18 +83,20 @@ const KV_CACHES: [(&str, Option<Format>); 5] = [
     ("e5m2", Some(Format::E5m2)),
 ];
 
-const FORMATS: [(&str, Format); 6] = [
-    ("f32", Format::F32),
-    ("tf32", Format::Tf32),
-    ("bf16", Format::Bf16),
-    ("f16", Format::F16),
-    ("e4m3", Format::E4m3),
-    ("e5m2", Format::E5m2),
-];
+const FORMATS: [(&str, Format); Format::ALL.len()] = {
+    let mut named = [("", Format::F32); Format::ALL.len()];
+    let mut place = 0;
+    while place < named.len() {
+        named[place] = (Format::ALL[place].name(), Format::ALL[place]);
+        place += 1;
+    }
+    named
+};
 /// What the products of a recipe are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Gemm {
     Format(Format),
+    Blocks(BlockFormat),
     Checkpoint,
 }
 
@@ -101,20 +105,28 @@ impl Gemm {
     fn format(self) -> Format {
         match self {
             Gemm::Format(format) => format,
+            Gemm::Blocks(format) => format.element(),
             Gemm::Checkpoint => Format::E4m3,
         }
     }
 }
 
-const GEMMS: [(&str, Gemm); 7] = [
-    ("f32", Gemm::Format(Format::F32)),
-    ("tf32", Gemm::Format(Format::Tf32)),
-    ("bf16", Gemm::Format(Format::Bf16)),
-    ("f16", Gemm::Format(Format::F16)),
-    ("e4m3", Gemm::Format(Format::E4m3)),
-    ("e5m2", Gemm::Format(Format::E5m2)),
-    ("checkpoint", Gemm::Checkpoint),
-];
+const BLOCK_FORMATS: usize = BlockFormat::ALL.len();
+const GEMMS: [(&str, Gemm); FORMATS.len() + BLOCK_FORMATS + 1] = {
+    let mut named = [("checkpoint", Gemm::Checkpoint); FORMATS.len() + BLOCK_FORMATS + 1];
+    let mut place = 0;
+    while place < FORMATS.len() {
+        named[place] = (FORMATS[place].0, Gemm::Format(FORMATS[place].1));
+        place += 1;
+    }
+    let mut block = 0;
+    while block < BLOCK_FORMATS {
+        let format = BlockFormat::ALL[block];
+        named[place + block] = (format.name(), Gemm::Blocks(format));
+        block += 1;
+    }
+    named
+};
 const WEIGHT_SCALES: [(&str, WeightScale); 3] = [
     ("tensor", WeightScale::Tensor),
     ("channel", WeightScale::Channel),
@@ -278,6 +290,7 @@ impl RawSettings {
         let prompt = self.check_prompt(findings);
         let arms = check_arms(self.arms.as_ref(), findings);
         let recipe = self.recipe.check(findings);
+        self.refuse_too_few_gpus(findings);
         Some(Settings {
             model: model?,
             prompt: prompt?,
@@ -287,6 +300,26 @@ impl RawSettings {
             resources: self.resources.check(findings)?,
             executor: self.executor.check(findings)?,
         })
+    }
+
+    /// A stage that has some GPUs to itself must have those that compute it together.
+    fn refuse_too_few_gpus(&self, findings: &mut Findings) {
+        let (Some(ranks), Some(gpus)) = (&self.recipe.tensor_parallel, &self.resources.gpus) else {
+            return;
+        };
+        if (1..ranks.value.get() as usize).contains(&gpus.value) {
+            findings.push(
+                Problem::new(
+                    format!(
+                        "`tensor_parallel = {}` takes more GPUs than `gpus = {}`",
+                        ranks.value, gpus.value
+                    ),
+                    format!("write `gpus = {}`", ranks.value),
+                )
+                .at_if(ranks.at.as_ref(), "GPUs that compute together")
+                .at_if(gpus.at.as_ref(), "GPUs that the stage has to itself"),
+            );
+        }
     }
 
     fn check_prompt(&self, findings: &mut Findings) -> Option<Prompt> {
@@ -470,6 +503,7 @@ impl RawRecipe {
             batch: table.take("batch", findings),
             chip: table.choice("chip", &CHIPS, findings),
             kv_cache: table.choice("kv_cache", &KV_CACHES, findings),
+            tensor_parallel: table.take("tensor_parallel", findings),
             ..RawRecipe::default()
         };
         if let Some(mut scale) = table.table("scale", findings) {
@@ -561,6 +595,7 @@ impl RawRecipe {
             stages: self.stages.or_else(|| inherited.stages.clone()),
             split_k: self.split_k.or_else(|| inherited.split_k.clone()),
             kv_cache: self.kv_cache.or_else(|| inherited.kv_cache.clone()),
+            tensor_parallel: self.tensor_parallel.or_else(|| inherited.tensor_parallel.clone()),
         }
     }
 
@@ -582,12 +617,19 @@ impl RawRecipe {
             (None, _) => or_default(&self.gemm, Gemm::Format(default.gemm)),
         };
         let of_checkpoint = gemm.value == Gemm::Checkpoint;
+        let of_blocks = match gemm.value {
+            Gemm::Blocks(format) => Some(format),
+            _ => None,
+        };
         let of_engine = scaled.unwrap_or(default.scale);
         let weight = or_default(&self.weight, of_engine.weight);
         let activation = or_default(&self.activation, of_engine.activation);
         let blocks = activation.value == ActivationScale::Block128;
         let accumulate = match scaled {
             Some(_) if !blocks => Put::unwritten(Accumulate::Fast),
+            None if of_blocks.is_some() && self.accumulate.is_none() => {
+                Put::unwritten(Accumulate::Fast)
+            }
             _ => or_default(&self.accumulate, default.accumulate),
         };
         let output = match of_products {
@@ -610,13 +652,18 @@ impl RawRecipe {
                 .at_if(gemm.at.as_ref(), "the checkpoint's scales"),
             );
         }
+        if let Some(format) = of_blocks {
+            problems.extend(self.beside_blocks(format, &gemm, &accumulate));
+        }
         let fp8 = matches!(gemm.value.format(), Format::E4m3 | Format::E5m2);
         let gemm_name = name_of(gemm.value, &GEMMS);
         let block_weight = weight.value == WeightScale::Block128;
         let block_activation = activation.value == ActivationScale::Block128;
         let block_at = if block_weight { &weight.at } else { &activation.at };
 
-        if !fp8 && (block_weight || block_activation) {
+        if of_blocks.is_some() {
+            // What stands beside such a format was said already.
+        } else if !fp8 && (block_weight || block_activation) {
             problems.push(
                 Problem::new(
                     format!("`block128` scales do not go with `gemm = \"{gemm_name}\"`"),
@@ -749,6 +796,22 @@ impl RawRecipe {
                 .at_if(put.at.as_ref(), "the project's own kernels take it"),
             );
         }
+        // One GPU is what no key means.
+        let ranks = value_of(&self.tensor_parallel).filter(|ranks| ranks.get() > 1);
+        if let (Some(engine), Some(put)) = (&self.engine, &self.tensor_parallel)
+            && engine.value.stream.is_some()
+            && ranks.is_some()
+        {
+            problems.push(
+                Problem::new(
+                    format!("`tensor_parallel` is not known of the engine `{}`", engine.value.name),
+                    "leave `tensor_parallel` out, or write the recipe without `engine`: `gemm`, \
+                     `scale` and `stream` say what its products are, and give its sums a floor. \
+                     How an engine adds what its GPUs made was not looked at",
+                )
+                .at_if(put.at.as_ref(), "several GPUs"),
+            );
+        }
         let missing = formats_missing_on(chip.value);
         if of_checkpoint && missing.contains(&gemm.value.format()) {
             let (has, lacks): (Vec<_>, Vec<_>) = CHIPS
@@ -773,6 +836,23 @@ impl RawRecipe {
                 .at_if(gemm.at.as_ref(), "FP8 codes")
                 .at_if(chip.at.as_ref(), "this chip"),
             );
+        } else if let Some(format) = of_blocks {
+            if chip_of(chip.value).block_unit(format).is_none() {
+                let has = CHIPS.iter().filter(|(_, name)| {
+                    *name != ChipName::Auto && chip_of(*name).block_unit(format).is_some()
+                });
+                problems.push(
+                    Problem::new(
+                        format!("the chip `{}` has no `{format}`", name_of(chip.value, &CHIPS)),
+                        format!(
+                            "write `chip` as one of those that have it: {}",
+                            quoted_list(has.map(|(name, _)| *name))
+                        ),
+                    )
+                    .at_if(gemm.at.as_ref(), "this format")
+                    .at_if(chip.at.as_ref(), "this chip"),
+                );
+            }
         } else if missing.contains(&gemm.value.format()) {
             let named = FORMATS.iter().filter(|(_, format)| !missing.contains(format));
             problems.push(
@@ -790,7 +870,10 @@ impl RawRecipe {
         sound.then_some(Recipe {
             gemm: gemm.value.format(),
             codes: if of_checkpoint { Codes::Checkpoint } else { Codes::Made },
-            scale: Scale { weight: weight.value, activation: activation.value },
+            scale: match of_blocks {
+                Some(format) => Scale::of_blocks(format),
+                None => Scale { weight: weight.value, activation: activation.value },
+            },
             accumulate: accumulate.value,
             output: output.value,
             chip: chip.value,
@@ -812,7 +895,50 @@ impl RawRecipe {
                 split_k: value_of(&self.split_k),
             },
             kv_cache,
+            tensor_parallel: ranks,
         })
+    }
+}
+
+impl RawRecipe {
+    /// What does not go with operands of a block-scaled format.
+    fn beside_blocks(
+        &self,
+        format: BlockFormat,
+        gemm: &Put<Gemm>,
+        accumulate: &Put<Accumulate>,
+    ) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let given = [
+            (self.weight.as_ref().map(|put| &put.at), "the weight's scale"),
+            (self.activation.as_ref().map(|put| &put.at), "the activation's scale"),
+        ];
+        if let Some((at, what)) = given.into_iter().find_map(|(at, what)| Some((at?, what))) {
+            let block = format.block();
+            problems.push(
+                Problem::new(
+                    format!("`scale` has no use beside `gemm = \"{format}\"`"),
+                    format!(
+                        "remove `scale`, also where it is inherited from: the format has a scale \
+                         for each {block} elements"
+                    ),
+                )
+                .at_if(at.as_ref(), what)
+                .at_if(gemm.at.as_ref(), "it has scales of its own"),
+            );
+        }
+        if accumulate.value == Accumulate::Promoted {
+            problems.push(
+                Problem::new(
+                    format!("`accumulate = \"promoted\"` does not go with `gemm = \"{format}\"`"),
+                    "leave `accumulate` out, also where it is inherited from: the scales are the \
+                     tensor core's own, and its accumulator carries all along K",
+                )
+                .at_if(accumulate.at.as_ref(), "promoted")
+                .at_if(gemm.at.as_ref(), "a block-scaled format"),
+            );
+        }
+        problems
     }
 }
 
@@ -849,6 +975,6 @@ fn name_of<T: PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static st
 
 /// The formats that a chip cannot multiply.
 fn formats_missing_on(name: ChipName) -> Vec<Format> {
-    let missing = |format: &Format| chip(name).unit(*format, *format).is_none();
+    let missing = |format: &Format| chip_of(name).unit(*format, *format).is_none();
     Format::ALL.into_iter().filter(missing).collect()
 }

@@ -48,8 +48,8 @@ pub use config::{
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};
 use gathered::{Gathered, Gathering};
-pub(crate) use quantised::HeldCodes;
 use quantised::{Activations, Assembled, Coded, Coding, Part, Piece, Pieces, Quantised};
+pub(crate) use quantised::{HeldBlocks, HeldCodes};
 use safetensors::Held;
 use tokenizer::{Tokenizer, TokenizerFault};
 use tokenizer_config::TokenizerConfig;

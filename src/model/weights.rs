@@ -16,7 +16,7 @@ use super::Model;
 use super::blocks;
 use super::error::{ModelError, shown};
 use super::gathered::Gathering;
-use super::quantised::{Coding, HeldCodes};
+use super::quantised::{Coding, HeldBlocks, HeldCodes};
 
 /// How a tensor's values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -494,6 +494,11 @@ impl<'a> Weight<'a> {
     /// The codes and scales of its file, where the file holds such codes.
     pub(crate) fn held_codes(&self, codes: WeightType) -> Option<HeldCodes<'a>> {
         self.coding?.held_codes(codes)
+    }
+
+    /// The elements and scales of its file, where they make a block-scaled format.
+    pub(crate) fn held_blocks(&self) -> Option<HeldBlocks<'a>> {
+        self.coding?.held_blocks()
     }
 
     /// The scale of the activations that it is multiplied with, where the file has one.

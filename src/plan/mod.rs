@@ -16,6 +16,7 @@ use crate::compute::arms::{Workshop, input_width, reads_kernels, tensors_read, w
 use crate::compute::checkpoint;
 use crate::compute::forward::{Greedy, attention_of};
 use crate::compute::kv_cache::{self, Which};
+use crate::compute::parallel;
 use crate::executor::command::{self, CommandRecord};
 use crate::graph::Graph;
 use crate::manifest::{Pipeline, Prompt, Stage};
@@ -776,6 +777,9 @@ fn check_against_model(stage: &Stage, model: &Model) -> Result<(), String> {
         model.tensor(&format!("{weight}.weight")).map_err(|error| error.to_string())?;
     }
     check_kv_cache(stage, model)?;
+    if matches!(stage.op, Op::Forward { .. } | Op::Matmul { .. }) {
+        parallel::check(&stage.recipe, model)?;
+    }
     check_codes(stage, model)
 }
 

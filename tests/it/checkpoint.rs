@@ -81,6 +81,7 @@ fn scales_first(scales: &runner::compute::emulated::gemm::Scales) -> f32 {
     match scales {
         Scales::Tensor(scale) => *scale,
         Scales::Row(scales) | Scales::Block128 { scales, .. } => scales[0],
+        Scales::Blocks(scales) => scales.at(0, 0),
     }
 }
 
@@ -125,7 +126,8 @@ fn a_form_that_no_tensor_core_takes_is_refused_by_name() {
                  holds I8 codes";
     assert!(int8.contains(named), "{int8}");
     let nvfp4 = said("tests/fixtures/quantised/modelopt-nvfp4", &recipe());
-    assert!(nvfp4.contains("take FP8 codes alone"), "{nvfp4}");
+    assert!(nvfp4.contains("q_proj.weight` (here `blk.0.attn_q.weight`) is nvfp4"), "{nvfp4}");
+    assert!(nvfp4.contains("the chip `hopper` does not multiply"), "{nvfp4}");
     let fast = Recipe { accumulate: Accumulate::Fast, ..recipe() };
     let blocks = said("examples/vllm-checkpoints/block", &fast);
     assert!(blocks.contains("`accumulate = \"fast\"` cannot apply"), "{blocks}");

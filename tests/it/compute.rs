@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use runner::block_format::BlockFormat;
 use runner::compute::arms::{self, Output, Task};
 use runner::compute::call::Call;
 use runner::compute::drawn::{Drawn, Draws};
@@ -50,6 +51,7 @@ const E4M3: Recipe = Recipe {
     codes: runner::op::Codes::Made,
     pin: runner::op::Pin::NONE,
     kv_cache: None,
+    tensor_parallel: None,
 };
 
 fn model(preset: Preset) -> Model {
@@ -465,7 +467,14 @@ fn assert_floors(name: &str, zs: &[(Site, Z)], (low, high): (f64, f64)) {
 }
 
 /// Recipes of every kind, by name.
-fn recipes() -> [(&'static str, Recipe); 9] {
+fn recipes() -> [(&'static str, Recipe); 12] {
+    let blocks = |format: BlockFormat| Recipe {
+        gemm: format.element(),
+        scale: Scale::of_blocks(format),
+        accumulate: Accumulate::Fast,
+        chip: ChipName::Blackwell,
+        ..E4M3
+    };
     [
         ("e4m3 promoted", E4M3),
         ("e4m3 fast", Recipe { accumulate: Accumulate::Fast, ..E4M3 }),
@@ -476,6 +485,9 @@ fn recipes() -> [(&'static str, Recipe); 9] {
         ("f16", Recipe { gemm: Format::F16, ..E4M3 }),
         ("tf32", Recipe { gemm: Format::Tf32, ..E4M3 }),
         ("f32", Recipe { gemm: Format::F32, ..E4M3 }),
+        ("mxfp8", blocks(BlockFormat::Mxfp8)),
+        ("mxfp4", blocks(BlockFormat::Mxfp4)),
+        ("nvfp4", blocks(BlockFormat::Nvfp4)),
     ]
 }
 
@@ -490,6 +502,25 @@ fn every_recipe_deviates_by_its_predicted_floor() {
                 let zs = measure_floors(&model, &recipe, 32, &mut kernels);
                 let name = format!("{} {name}, {output} out", preset.name());
                 assert_floors(&name, &zs, (0.9, 1.1));
+            }
+        }
+    }
+    assert_kernels(&kernels);
+}
+
+/// Partial sums of several GPUs are rounded, and their sum again: the floor knows of both.
+#[test]
+fn products_over_several_gpus_deviate_by_their_predicted_floor() {
+    let model = model(Preset::Qwen2Tiny);
+    let mut kernels = BTreeMap::new();
+    for (name, recipe) in recipes() {
+        let by_block = recipe.scale.weight == WeightScale::Block128;
+        for ranks in [2, 4].into_iter().filter(|ranks| !by_block || *ranks == 2) {
+            for output in [Format::F32, Format::Bf16] {
+                let tensor_parallel = std::num::NonZeroU32::new(ranks);
+                let recipe = Recipe { output, tensor_parallel, ..recipe };
+                let zs = measure_floors(&model, &recipe, 32, &mut kernels);
+                assert_floors(&format!("{name}, {output} out, {ranks} GPUs"), &zs, (0.9, 1.1));
             }
         }
     }

@@ -2,8 +2,8 @@
 
 #![cfg(feature = "cuda")]
 
-use runner::compute::cuda::functions;
-use runner::compute::cuda::program::{KERNELS, compile, compile_usual};
+use runner::compute::cuda::program::{KERNELS, compile, compile_kept, compile_usual};
+use runner::compute::cuda::{emulation, functions, sweep};
 
 #[test]
 #[ignore = "needs libnvrtc, which .ci/run installs; run with --include-ignored"]
@@ -36,6 +36,18 @@ fn every_kernel_compiles_for_every_chip_and_nothing_is_contracted() {
             program_of_functions.unwrap_or_else(|e| panic!("{capability:?}: {e}"));
         for own in [".entry functions(", "lg2.approx.ftz.f32", "cos.approx.ftz.f32"] {
             assert!(program_of_functions.contains(own), "{capability:?}: `{own}`");
+        }
+        let swept = compile_kept(sweep::SOURCE, &sweep::KERNELS, capability, None);
+        let emulated = compile_kept(emulation::SOURCE, &emulation::KERNELS, capability, None);
+        let own = [(swept, &sweep::KERNELS[..]), (emulated, &emulation::KERNELS[..])];
+        for (program, kernels) in own {
+            let program = program.unwrap_or_else(|e| panic!("{capability:?}: {e}"));
+            for kernel in kernels {
+                assert!(program.contains(&format!(".entry {kernel}(")), "{capability:?}: {kernel}");
+            }
+            for loose in ["mul.f32", "add.f32", "sub.f32", "mul.f64", "add.f64", ".ftz"] {
+                assert!(!program.contains(loose), "{capability:?}: `{loose}`");
+            }
         }
         let hardware = program.contains("cvt.rn.satfinite.e4m3x2.f32");
         assert_eq!(hardware, capability >= (8, 9), "{capability:?}");

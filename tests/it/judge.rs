@@ -167,7 +167,11 @@ fn the_bits_of_a_chip_are_named() {
     project.runner(&[&multiply[..], &save[..]].concat()).expect(0, "split-K 2");
     let judge = ["judge", "d.safetensors:x", "d.safetensors:w", "y.safetensors"];
     let said = project.runner(&judge).expect(0, "To the bit");
-    assert!(said.out.contains("tensor core (hopper, blackwell), fast, split-K 2"), "{}", said.out);
+    assert!(
+        said.out.contains("tensor core (hopper, blackwell, rtx-blackwell), fast, split-K 2"),
+        "{}",
+        said.out
+    );
     // Of an older chip they are not, and still within rounding.
     let other = project.runner(&[&judge[..], &["--chip", "ampere"]].concat());
     other.expect(0, "Within rounding");

@@ -2,6 +2,7 @@
 //! project to things that nobody here wrote.
 
 mod architectures;
+mod block_scaled;
 mod cache;
 mod checkpoint;
 mod campaign;
@@ -43,5 +44,6 @@ mod remote;
 mod single;
 mod stages;
 mod tensor_cores;
+mod tensor_parallel;
 mod tidy;
 mod vocabulary;

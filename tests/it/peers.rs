@@ -34,6 +34,7 @@ const RECIPE: Recipe = Recipe {
     codes: runner::op::Codes::Made,
     pin: Pin::NONE,
     kv_cache: None,
+    tensor_parallel: None,
 };
 
 fn normal(count: usize, seed: u64) -> Vec<f32> {

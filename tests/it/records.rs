@@ -87,8 +87,9 @@ fn damaged_newer_and_unknown_runs_are_refused_with_the_reason() {
     assert!(refusal(runs.path(), &id).contains("is not a whole run.json"));
 
     let newer = whole.replacen("\"schema\": 1", "\"schema\": 2", 1);
-    std::fs::write(&path, newer.replacen("\"runner\": \"0.1.0\"", "\"runner\": \"9.1.0\"", 1))
-        .expect("a newer file");
+    let own = format!("\"runner\": \"{}\"", env!("CARGO_PKG_VERSION"));
+    assert!(newer.contains(&own));
+    std::fs::write(&path, newer.replacen(&own, "\"runner\": \"9.1.0\"", 1)).expect("a newer file");
     let text = refusal(runs.path(), &id);
     assert!(text.contains("written by runner 9.1.0 with schema 2"), "{text}");
     assert!(text.contains("read it with runner 9.1.0"), "{text}");

@@ -37,6 +37,7 @@ impl Default for Bench {
             codes: crate::op::Codes::Made,
             pin: Pin::NONE,
             kv_cache: None,
+            tensor_parallel: None,
         };
         let mut file = Vec::new();
         write(Preset::Qwen2Tiny, 1, &mut file).expect("a synthetic model");

@@ -8,6 +8,7 @@
 
 mod activation_function;
 mod bias;
+mod block_scales;
 pub mod cache_format;
 mod cast;
 mod causal_mask;
@@ -34,6 +35,7 @@ mod other_schedule;
 pub mod permuted_outputs;
 mod permuted_weight;
 mod quantised_activations;
+mod ranks;
 mod residual;
 pub mod rope_angles;
 mod rope_geometry;
@@ -104,11 +106,12 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 52] = [
+pub const ALL: [&Fingerprint; 54] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
     &fnuz::FINGERPRINT,
+    &block_scales::FINGERPRINT,
     &non_finite::FINGERPRINT,
     &other_format::FINGERPRINT,
     &wrong_row::FINGERPRINT,
@@ -125,6 +128,7 @@ pub const ALL: [&Fingerprint; 52] = [
     &stale_rows::FINGERPRINT,
     &head_permutation::FINGERPRINT,
     &permuted_outputs::FINGERPRINT,
+    &ranks::FINGERPRINT,
     &bias::FINGERPRINT,
     &zero_point::FINGERPRINT,
     &other_schedule::FINGERPRINT,

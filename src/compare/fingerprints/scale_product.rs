@@ -57,8 +57,9 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let width = x_codes.width();
     let blocks = if matches!(of_x, Scales::Block128 { .. }) { width.div_ceil(BLOCK) } else { 1 };
     let underflow = |block: usize| -> usize {
-        let of_w: Vec<f32> = (0..w_codes.rows()).map(|row| of_w.of(row, block, width)).collect();
-        let of_x = (0..x_codes.rows()).map(|row| of_x.of(row, block, width));
+        let of_w: Vec<f32> =
+            (0..w_codes.rows()).map(|row| of_w.at(row, block * BLOCK, width)).collect();
+        let of_x = (0..x_codes.rows()).map(|row| of_x.at(row, block * BLOCK, width));
         of_x.map(|x| of_w.iter().filter(|w| in_f16(x * *w) == 0.0).count()).sum()
     };
     let lost = (0..blocks).map(underflow).sum();

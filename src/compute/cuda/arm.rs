@@ -6,6 +6,7 @@
 //! which are the library's own.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::CudaSlice;
@@ -13,6 +14,7 @@ use cudarc::driver::CudaSlice;
 use super::cublaslt::{Operands, Spec};
 use super::gpu::{DeviceError, Lease, State};
 use super::kernels::{AttentionCall, Granularity, Product, Scales};
+use super::nccl::Sums;
 use super::weights::{
     ALIGNMENT, Digests, Entry, Form, Operand, fill_scales, group_of, held_as, scales_of,
 };
@@ -22,7 +24,7 @@ use crate::compute::experts::{self, Products};
 use crate::compute::kv_cache::Cached;
 use crate::compute::{
     AttentionShape, ComputeError, GemmRecord, Ops, check_gain, check_interrupt, check_matmul,
-    check_same_shape, check_tokens, checkpoint, gain_and_bias, rope,
+    check_same_shape, check_tokens, checkpoint, gain_and_bias, parallel, rope,
 };
 use crate::dtype::Format;
 use crate::model::{Activation, Rope, RopeLayout, Routing, Weight};
@@ -42,6 +44,10 @@ type Gemms = BTreeMap<([usize; 3], String), Vec<String>>;
 /// The device arm of one recipe on one GPU.
 pub struct Device {
     gpu: Lease,
+    /// The other GPUs, where several compute a pass together.
+    others: Vec<Lease>,
+    /// What adds their results, once there were any.
+    sums: Mutex<Option<Sums>>,
     recipe: Recipe,
     digests: Digests,
     /// What each product was computed with, and for which weights.
@@ -49,10 +55,11 @@ pub struct Device {
 }
 
 impl Device {
-    /// The arm that computes as `recipe` prescribes, on that GPU.
-    pub fn new(gpu: Lease, recipe: &Recipe) -> Device {
-        let (digests, gemms) = (Digests::default(), Mutex::default());
-        Device { gpu, recipe: *recipe, digests, gemms }
+    /// The arm that computes as `recipe` prescribes, on that GPU, and where the recipe deals
+    /// products out on the others too.
+    pub fn new(gpu: Lease, others: Vec<Lease>, recipe: &Recipe) -> Device {
+        let (digests, gemms, sums) = (Digests::default(), Mutex::default(), Mutex::default());
+        Device { gpu, others, sums, recipe: *recipe, digests, gemms }
     }
 
     fn entry(
@@ -81,7 +88,7 @@ impl Device {
     fn weight_granularity(recipe: &Recipe) -> Granularity {
         match recipe.scale.weight {
             _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
-            WeightScale::Tensor => Granularity::Tensor,
+            WeightScale::Tensor | WeightScale::Mx | WeightScale::Nv => Granularity::Tensor,
             WeightScale::Channel => Granularity::Row,
             WeightScale::Block128 => Granularity::Block(BLOCK as u64),
         }
@@ -90,7 +97,9 @@ impl Device {
     fn activation_granularity(recipe: &Recipe) -> Granularity {
         match recipe.scale.activation {
             _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
-            ActivationScale::Tensor => Granularity::Tensor,
+            ActivationScale::Tensor | ActivationScale::Mx | ActivationScale::Nv => {
+                Granularity::Tensor
+            }
             ActivationScale::Token => Granularity::Row,
             ActivationScale::Block128 => Granularity::Block(1),
         }
@@ -144,17 +153,19 @@ impl Device {
             Format::E4m3 | Format::E5m2 => scaled,
             Format::Bf16 => recipe.output == Format::Bf16,
             Format::F16 => recipe.output == Format::F16,
-            Format::Tf32 | Format::F32 => false,
+            Format::Tf32 | Format::F32 | Format::E2m3 | Format::E3m2 | Format::E2m1 => false,
         };
         if writes { recipe.output } else { Format::F32 }
     }
 
+    /// A product, or of a weight whose K is dealt out that of the elements `inner`, which x has.
     fn multiply(
         &self,
         state: &mut State,
         x: &Tensor,
         weight: Weight<'_>,
         bias: Option<Weight<'_>>,
+        inner: Option<&Range<usize>>,
     ) -> Result<Tensor, DeviceError> {
         let bias = bias.map(|bias| self.values(state, bias)).transpose()?;
         let bias = match bias.as_deref() {
@@ -163,6 +174,13 @@ impl Device {
         };
         let of_weight = checkpoint::of_weight(&self.recipe, &weight);
         let of_weight = of_weight.map_err(|error| DeviceError::Refused(error.to_string()))?;
+        if let Some(blocks) = of_weight.as_ref().and_then(|of_weight| of_weight.blocks) {
+            return Err(DeviceError::Refused(format!(
+                "the weight {} is {}, which the device arm does not multiply yet",
+                weight.in_words(),
+                blocks.format
+            )));
+        }
         let held = of_weight.as_ref().and_then(|of_weight| of_weight.held);
         let recipe = &of_weight.map_or(self.recipe, |of_weight| of_weight.recipe);
         let granularity = Self::weight_granularity(recipe);
@@ -178,26 +196,12 @@ impl Device {
         let activation = self.quantise(state, x, recipe, input_scale)?;
         let (tokens, outputs) = (x.rows(), weight.rows());
         let mut y = state.stream.alloc_zeros::<f32>(tokens * outputs)?;
+        let shape = (tokens, outputs, inner);
+        let operands = (&activation, w);
         if matches!(w.granularity, Granularity::Block(_)) {
-            self.multiply_by_block(
-                state,
-                recipe,
-                weight,
-                (&activation, w),
-                (tokens, outputs),
-                bias,
-                &mut y,
-            )?;
+            self.multiply_by_block(state, recipe, weight, operands, shape, bias, &mut y)?;
         } else {
-            self.multiply_whole(
-                state,
-                recipe,
-                weight,
-                (&activation, w),
-                (tokens, outputs),
-                bias,
-                &mut y,
-            )?;
+            self.multiply_whole(state, recipe, weight, operands, shape, bias, &mut y)?;
         }
         download(state, &y, outputs)
     }
@@ -211,7 +215,7 @@ impl Device {
         recipe: &Recipe,
         weight: Weight<'_>,
         (x, w): (&Operand, &Operand),
-        (tokens, outputs): (usize, usize),
+        (tokens, outputs, part): (usize, usize, Option<&Range<usize>>),
         bias: Option<&CudaSlice<f32>>,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DeviceError> {
@@ -222,13 +226,15 @@ impl Device {
             output: Self::library_output(recipe, by_library),
             tokens: x.padded_rows,
             outputs: w.padded_rows,
-            inner: w.padded_width,
+            inner: x.padded_width,
             stride: w.padded_width,
+            x_stride: x.padded_width,
             fast: recipe.accumulate == Accumulate::Fast,
             scaled: by_library,
         };
         let scales = by_library.then_some((&w.scales, &x.scales));
-        let operands = Operands { w: &w.codes, x: &x.codes, skip: 0, scales };
+        let skip = part.map_or(0, |part| part.start * recipe.gemm.bytes());
+        let operands = Operands { w: &w.codes, x: &x.codes, skip, x_skip: 0, scales };
         let product = self.product(state, &spec, &operands, weight)?;
         let product = Product {
             values: &product,
@@ -250,15 +256,30 @@ impl Device {
         recipe: &Recipe,
         weight: Weight<'_>,
         (x, w): (&Operand, &Operand),
-        (tokens, outputs): (usize, usize),
+        (tokens, outputs, part): (usize, usize, Option<&Range<usize>>),
         bias: Option<&CudaSlice<f32>>,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DeviceError> {
-        let inner = weight.width();
-        let blocks = inner.div_ceil(BLOCK);
+        let whole = weight.width().div_ceil(BLOCK);
+        let of_part = part.map_or(0..whole, |part| part.start / BLOCK..part.end.div_ceil(BLOCK));
+        // The kernel finds both scales of a block by its number within the part.
+        let w_scales = match part {
+            None => None,
+            Some(_) => {
+                let scales = state.stream.clone_dtoh(&w.scales)?;
+                let rows = scales.chunks_exact(whole);
+                let of_rows = rows.flat_map(|row| row[of_part.clone()].iter().copied());
+                Some(state.stream.clone_htod(&of_rows.collect::<Vec<f32>>())?)
+            }
+        };
+        let w_scales = match &w_scales {
+            Some(values) => Scales { values, granularity: w.granularity },
+            None => w.scales(),
+        };
+        let blocks = of_part.len();
         let mut main = state.stream.alloc_zeros::<u8>(tokens * outputs * 4)?;
         for block in 0..blocks {
-            let width = BLOCK.min(w.padded_width - block * BLOCK);
+            let width = BLOCK.min(x.padded_width - block * BLOCK);
             let spec = Spec {
                 operands: recipe.gemm,
                 output: Format::F32,
@@ -266,11 +287,13 @@ impl Device {
                 outputs: w.padded_rows,
                 inner: width,
                 stride: w.padded_width,
+                x_stride: x.padded_width,
                 fast: true,
                 scaled: false,
             };
-            let skip = block * BLOCK * recipe.gemm.bytes();
-            let operands = Operands { w: &w.codes, x: &x.codes, skip, scales: None };
+            let skip = |block: usize| block * BLOCK * recipe.gemm.bytes();
+            let (skip, x_skip) = (skip(of_part.start + block), skip(block));
+            let operands = Operands { w: &w.codes, x: &x.codes, skip, x_skip, scales: None };
             let partial = self.product(state, &spec, &operands, weight)?;
             let partial = Product {
                 values: &partial,
@@ -281,7 +304,7 @@ impl Device {
             };
             let place = (block as u64, blocks as u64);
             let State { stream, kernels, .. } = state;
-            kernels.add_block(stream, &partial, place, x.scales(), w.scales(), &mut main)?;
+            kernels.add_block(stream, &partial, place, x.scales(), w_scales, &mut main)?;
         }
         let sum = Product {
             values: &main,
@@ -354,6 +377,23 @@ pub(super) fn download(
     let host = state.stream.clone_dtoh(values)?;
     state.stream.synchronize()?;
     Ok(Tensor::new(width, host))
+}
+
+/// Values as the type of a sum holds them.
+fn as_bytes(values: &Tensor, format: Format) -> Vec<u8> {
+    let size = format.bytes();
+    let codes = values.data().iter().map(|value| format.encode(*value).to_le_bytes());
+    codes.flat_map(|code| code.into_iter().take(size)).collect()
+}
+
+/// The values of such bytes.
+fn of_bytes(bytes: &[u8], format: Format) -> Vec<f32> {
+    let decode = |bytes: &[u8]| {
+        let mut code = [0; 4];
+        code[..bytes.len()].copy_from_slice(bytes);
+        format.decode(u32::from_le_bytes(code))
+    };
+    bytes.chunks_exact(format.bytes()).map(decode).collect()
 }
 
 impl Ops for Device {
@@ -558,7 +598,51 @@ impl Device {
         check_matmul(x, &weight, bias.as_ref())?;
         check_interrupt()?;
         let what = format!("the product with `{}`", weight.name());
-        self.gpu.with(&what, |state| self.multiply(state, x, weight, bias))
+        let of_weight = checkpoint::of_weight(&self.recipe, &weight)?;
+        let recipe = of_weight.map_or(self.recipe, |of_weight| of_weight.recipe);
+        if let Some(parts) = parallel::parts(&recipe, &weight)? {
+            return self.multiply_by_rank(&what, &parts, x, weight, bias);
+        }
+        self.gpu.with(&what, |state| self.multiply(state, x, weight, bias, None))
+    }
+
+    /// A product whose K is dealt out: each GPU's part of it, and the library's sum of them.
+    fn multiply_by_rank(
+        &self,
+        what: &str,
+        parts: &[Range<usize>],
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Tensor, ComputeError> {
+        let gpus: Vec<&Lease> = std::iter::once(&self.gpu).chain(&self.others).collect();
+        if gpus.len() != parts.len() {
+            return Err(ComputeError::Recipe(format!(
+                "{} GPUs were taken for a product of {} parts",
+                gpus.len(),
+                parts.len()
+            )));
+        }
+        let output = self.recipe.output;
+        let mut made = Vec::with_capacity(parts.len());
+        for (rank, (gpu, inner)) in gpus.iter().zip(parts).enumerate() {
+            let x = x.columns(inner.clone());
+            let bias = bias.filter(|_| rank == 0);
+            let part =
+                gpu.with(what, |state| self.multiply(state, &x, weight, bias, Some(inner)))?;
+            made.push(as_bytes(&part, output));
+        }
+        let context = |gpu: &&Lease| gpu.with(what, |state| Ok(Arc::clone(&state.context)));
+        let mut sums = self.sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if sums.is_none() {
+            let contexts = gpus.iter().map(context).collect::<Result<Vec<_>, _>>()?;
+            *sums = Some(self.gpu.with(what, |_| Sums::new(&contexts))?);
+        }
+        let Some(sums) = sums.as_mut() else {
+            return Err(ComputeError::Recipe("no sums over several GPUs".to_owned()));
+        };
+        let sum = self.gpu.with(what, |_| sums.add(&made, output))?;
+        Ok(Tensor::new(weight.rows(), of_bytes(&sum, output)))
     }
 
     fn rope(

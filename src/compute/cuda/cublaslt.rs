@@ -12,6 +12,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 
 use super::gpu::DeviceError;
+use crate::compute::emulated::plan::Record;
 use crate::dtype::Format;
 use crate::op::Pin;
 
@@ -20,8 +21,7 @@ const WORKSPACE: usize = 32 << 20;
 /// Algorithms that are asked for.
 const MOST_ALGORITHMS: usize = 64;
 
-/// What cuBLASLt reports as split-K where it deals tiles of K out in stream-K fashion.
-pub const STREAM_K: u32 = u32::MAX;
+pub use crate::compute::emulated::plan::STREAM_K;
 
 /// One product's types and shapes; algorithms are looked up by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,8 +36,10 @@ pub struct Spec {
     pub outputs: usize,
     /// K.
     pub inner: usize,
-    /// Elements from one row of an operand to the next.
+    /// Elements from one row of w to the next.
     pub stride: usize,
+    /// The same of x.
+    pub x_stride: usize,
     /// Whether the tensor core's accumulator carries all along K; FP8 only.
     pub fast: bool,
     /// Whether the library multiplies the result with a scale of each operand.
@@ -48,10 +50,12 @@ pub struct Spec {
 pub struct Operands<'a> {
     /// w, `[outputs, stride]`.
     pub w: &'a CudaSlice<u8>,
-    /// x, `[tokens, stride]`.
+    /// x, `[tokens, x_stride]`.
     pub x: &'a CudaSlice<u8>,
-    /// Bytes to skip at the start of both.
+    /// Bytes to skip at the start of w.
     pub skip: usize,
+    /// The same of x.
+    pub x_skip: usize,
     /// One scale each, where the product is scaled: of w and of x.
     pub scales: Option<(&'a CudaSlice<f32>, &'a CudaSlice<f32>)>,
 }
@@ -80,25 +84,28 @@ pub struct Algorithm {
     pub workspace: usize,
 }
 
+impl Algorithm {
+    /// The numbers without the library's own bytes.
+    pub fn record(&self) -> Record {
+        let Algorithm { id, tile, stages, split_k, reduction, custom, .. } = *self;
+        let Algorithm { inner_shape, cluster_shape, workspace, .. } = *self;
+        Record {
+            id,
+            tile,
+            stages,
+            split_k,
+            reduction,
+            custom,
+            inner_shape,
+            cluster_shape,
+            workspace,
+        }
+    }
+}
+
 impl std::fmt::Display for Algorithm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "algorithm {} tile {} stages {} {} reduction {} custom {} inner {} cluster {} \
-             workspace {}",
-            self.id,
-            self.tile,
-            self.stages,
-            match self.split_k {
-                STREAM_K => "stream-K".to_owned(),
-                parts => format!("split-K {parts}"),
-            },
-            self.reduction,
-            self.custom,
-            self.inner_shape,
-            self.cluster_shape,
-            self.workspace
-        )
+        self.record().fmt(f)
     }
 }
 
@@ -292,7 +299,7 @@ impl Library {
         let (x, _x_read) = operands.x.device_ptr(stream);
         let (y, _y_written) = y.device_ptr_mut(stream);
         let (workspace, _workspace_used) = self.workspace.device_ptr_mut(stream);
-        let skip = operands.skip as u64;
+        let (skip, x_skip) = (operands.skip as u64, operands.x_skip as u64);
         // SAFETY: the descriptors live until the end of this function; `Call::new` checked
         // that the operands hold what they describe, the assertion above that the result does;
         // the workspace is as large as the algorithms were told.
@@ -304,7 +311,7 @@ impl Library {
                 (&raw const beta).cast(),
                 (w + skip) as *const c_void,
                 call.w.0,
-                (x + skip) as *const c_void,
+                (x + x_skip) as *const c_void,
                 call.x.0,
                 y as *const c_void,
                 call.y.0,
@@ -380,8 +387,11 @@ impl Call {
     ) -> Result<Call, DeviceError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let bytes = spec.operands.bytes();
-        for (operand, rows) in [(operands.w, spec.outputs), (operands.x, spec.tokens)] {
-            let needed = operands.skip + ((rows - 1) * spec.stride + spec.inner) * bytes;
+        for (operand, skip, rows, stride) in [
+            (operands.w, operands.skip, spec.outputs, spec.stride),
+            (operands.x, operands.x_skip, spec.tokens, spec.x_stride),
+        ] {
+            let needed = skip + ((rows - 1) * stride + spec.inner) * bytes;
             assert!(
                 operand.len() >= needed,
                 "an operand holds {} bytes of {needed}",
@@ -409,7 +419,7 @@ impl Call {
         Ok(Call {
             description,
             w: Layout::new(operand, spec.inner, spec.outputs, spec.stride)?,
-            x: Layout::new(operand, spec.inner, spec.tokens, spec.stride)?,
+            x: Layout::new(operand, spec.inner, spec.tokens, spec.x_stride)?,
             y: Layout::new(data_type(spec.output), spec.outputs, spec.tokens, spec.outputs)?,
         })
     }
@@ -422,6 +432,9 @@ fn data_type(format: Format) -> sys::cudaDataType {
         Format::F16 => sys::cudaDataType::CUDA_R_16F,
         Format::E4m3 => sys::cudaDataType::CUDA_R_8F_E4M3,
         Format::E5m2 => sys::cudaDataType::CUDA_R_8F_E5M2,
+        Format::E2m3 => sys::cudaDataType::CUDA_R_6F_E2M3,
+        Format::E3m2 => sys::cudaDataType::CUDA_R_6F_E3M2,
+        Format::E2m1 => sys::cudaDataType::CUDA_R_4F_E2M1,
     }
 }
 

@@ -3,9 +3,17 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::{Measured, MeasuredFunction, MeasuredReference, Piece, Survey, Trial};
+use super::{
+    Measured, MeasuredEmulation, MeasuredFunction, MeasuredReference, Piece, Survey, Trial,
+};
+use crate::compute::emulated::chip::Unit;
+use crate::compute::emulated::gemm::Operand;
+use crate::compute::emulated::schedule::Schedule;
+use crate::compute::sweep::{Answer, Library, OrderTable, Question};
 use crate::compute::{ComputeError, Pass};
+use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
+use crate::tensor::Tensor;
 
 const WHY: &str = "built without the feature `cuda`";
 
@@ -46,13 +54,84 @@ pub fn measure_reference(
     Err(ComputeError::Recipe(WHY.to_owned()))
 }
 
+/// This machine's GPU and its library: there is none.
+pub enum SweptLibrary {}
+
+impl SweptLibrary {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open(_: Option<&Path>) -> Result<SweptLibrary, ComputeError> {
+        Err(ComputeError::Recipe(WHY.to_owned()))
+    }
+
+    /// The GPU's name.
+    pub fn gpu(&self) -> String {
+        match *self {}
+    }
+
+    /// The library's version.
+    pub fn version(&self) -> String {
+        match *self {}
+    }
+
+    /// The orders of all algorithms on offer.
+    ///
+    /// # Errors
+    /// Never: there is no such library.
+    pub fn tables(&self, _: Format) -> Result<Vec<OrderTable>, ComputeError> {
+        match *self {}
+    }
+}
+
+impl Library for SweptLibrary {
+    fn answer(
+        &mut self,
+        _: &Question,
+        _: &[usize],
+        _: &[usize],
+    ) -> Result<Option<Answer>, ComputeError> {
+        match *self {}
+    }
+
+    fn unit(&self, _: Format) -> Result<Unit, ComputeError> {
+        match *self {}
+    }
+}
+
+/// A product as a chip computes it, by this machine's GPU.
+///
+/// # Errors
+/// Always.
+pub fn emulated_product(
+    _: &Unit,
+    _: &Schedule,
+    _: &Operand,
+    _: &Operand,
+    _: Format,
+) -> Result<Tensor, ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// Holds the emulation on a GPU to the CPU's bits.
+///
+/// # Errors
+/// Always.
+pub fn measure_emulation(
+    _: Option<&Path>,
+    _: impl FnMut(MeasuredEmulation),
+) -> Result<(), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
 /// The chip of this machine's first GPU.
 pub fn chip_here(_: Option<&Path>) -> Option<ChipName> {
     None
 }
 
 /// What the device arm's results depend on.
-pub fn facts(_: Option<&Path>) -> Vec<(String, String)> {
+pub fn facts(_: &Recipe, _: Option<&Path>) -> Vec<(String, String)> {
     Vec::new()
 }
 

@@ -16,10 +16,10 @@ use super::arm::Device;
 use super::gpu::Gpu;
 use super::reference::ReferenceOnGpu;
 use super::remembered::{self, Machine};
-use super::{GpuFacts, Piece, Survey, program};
+use super::{GpuFacts, Piece, Survey, nccl, program};
 use crate::compute::emulated::chip::{Unit, chip};
 use crate::compute::emulated::schedule::Schedule;
-use crate::compute::{ComputeError, Pass};
+use crate::compute::{ComputeError, Pass, parallel};
 use crate::dtype::Format;
 use crate::op::{ChipName, Recipe};
 
@@ -34,8 +34,26 @@ fn missing(survey: &Survey, recipe: &Recipe) -> Option<String> {
         return Some(why);
     }
     let gpu = survey.gpus.first()?;
-    if !survey.gpus.iter().any(|gpu| may_compute(gpu, recipe).is_ok()) {
+    let able = survey.gpus.iter().filter(|gpu| may_compute(gpu, recipe).is_ok()).count();
+    if able == 0 {
         return may_compute(gpu, recipe).err();
+    }
+    let ranks = recipe.ranks();
+    if able < ranks {
+        let seen = match survey.gpus.len() {
+            1 => "one GPU is seen".to_owned(),
+            seen => format!("of {seen} GPUs that are seen {able} can compute it"),
+        };
+        return Some(format!(
+            "`tensor_parallel = {ranks}` takes {ranks} GPUs of this machine, and {seen}"
+        ));
+    }
+    if ranks > 1
+        && let Err(why) = nccl::version()
+    {
+        return Some(format!(
+            "`tensor_parallel = {ranks}` adds what GPUs made through NCCL: {why}"
+        ));
     }
     None
 }
@@ -102,6 +120,11 @@ fn may_compute(gpu: &GpuFacts, recipe: &Recipe) -> Result<(), String> {
             recipe.chip
         ));
     }
+    if let Some(format) = recipe.blocks() {
+        return Err(format!(
+            "{name}: the device arm does not multiply {format} operands yet; the emulated arm does"
+        ));
+    }
     if chip(here).unit(recipe.gemm, recipe.gemm).is_none() {
         return Err(format!("{name} has no {} tensor core; choose another `gemm`", recipe.gemm));
     }
@@ -137,18 +160,30 @@ pub fn ops(recipe: &Recipe, kept: Option<&Path>) -> Result<(Box<dyn Pass>, Strin
     may_begin(known(kept), survey(), recipe)?;
     let able = |gpu: &&Arc<Gpu>| may_compute(&gpu.facts, recipe).is_ok();
     let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
-    let gpu = gpus.iter().filter(able).min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
-    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no GPU has the arithmetic".to_owned()))?;
-    let arithmetic = format!(
-        "{} {}, {}; {}, GPU {}, cuBLASLt {}",
+    let mut able: Vec<&Arc<Gpu>> = gpus.iter().filter(able).collect();
+    able.sort_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
+    able.truncate(recipe.ranks());
+    // Whoever takes several takes them in one order.
+    able.sort_by_key(|gpu| gpu.facts.ordinal);
+    let (Some((gpu, others)), true) = (able.split_first(), able.len() == recipe.ranks()) else {
+        return Err(ComputeError::Recipe("too few GPUs have the arithmetic".to_owned()));
+    };
+    let beside: String = others.iter().map(|gpu| format!(" and {}", gpu.facts.ordinal)).collect();
+    let mut arithmetic = format!(
+        "{} {}, {}{}; {}, GPU {}{beside}, cuBLASLt {}",
         gpu.facts.chip.unwrap_or(ChipName::Auto),
         recipe.gemm,
         Schedule::of(recipe),
+        parallel::in_words(recipe),
         gpu.facts.name,
         gpu.facts.ordinal,
         library_version(gpu.library_version())
     );
-    Ok((Box::new(Device::new(gpu.lease(), recipe)), arithmetic))
+    if !others.is_empty() {
+        arithmetic += &format!(", NCCL {}", nccl::version().unwrap_or_default());
+    }
+    let others = others.iter().map(|gpu| gpu.lease()).collect();
+    Ok((Box::new(Device::new(gpu.lease(), others, recipe)), arithmetic))
 }
 
 /// Whether an arm may compute on what the driver sees now, its key being made of what was
@@ -178,7 +213,7 @@ pub(super) fn gpus(kept: Option<&Path>) -> Result<&'static [Arc<Gpu>], &'static 
 }
 
 /// What the device arm's results depend on.
-pub fn facts(kept: Option<&Path>) -> Vec<(String, String)> {
+pub fn facts(recipe: &Recipe, kept: Option<&Path>) -> Vec<(String, String)> {
     let survey = known(kept);
     let gpus = survey.gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>();
     let which = survey.gpus.iter().map(|gpu| gpu.uuid.as_str()).collect::<Vec<_>>();
@@ -190,6 +225,9 @@ pub fn facts(kept: Option<&Path>) -> Vec<(String, String)> {
             let version = state.split(',').next().unwrap_or(state);
             facts.push((piece.name.clone(), version.to_owned()));
         }
+    }
+    if let (true, Ok(version)) = (recipe.ranks() > 1, nccl::version()) {
+        facts.push(("NCCL".to_owned(), version));
     }
     facts
 }
@@ -274,7 +312,7 @@ fn cublaslt() -> Result<String, String> {
 }
 
 /// cuBLASLt's own count in words: 130100 is 13.1.0.
-fn library_version(version: usize) -> String {
+pub(super) fn library_version(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
@@ -334,6 +372,25 @@ mod tests {
             uuid: "GPU-1".to_owned(),
         };
         Survey { pieces: vec![Piece { name: "driver".to_owned(), state }], gpus: vec![gpu] }
+    }
+
+    #[test]
+    fn what_several_gpus_lack_to_compute_together_is_said() {
+        let tensor_parallel = std::num::NonZeroU32::new(2);
+        let recipe = Recipe { tensor_parallel, ..Recipe::default() };
+        let mut survey = survey(Ok("580.65"));
+        let why = missing(&survey, &recipe).expect("a reason");
+        assert!(why.contains("takes 2 GPUs of this machine, and one GPU is seen"), "{why}");
+        let unknown = GpuFacts { chip: None, ordinal: 1, ..survey.gpus[0].clone() };
+        survey.gpus.push(unknown);
+        let why = missing(&survey, &recipe).expect("a reason");
+        assert!(why.contains("of 2 GPUs that are seen 1 can compute it"), "{why}");
+        survey.gpus[1].chip = survey.gpus[0].chip;
+        match (missing(&survey, &recipe), nccl::version()) {
+            (None, Ok(_)) => {}
+            (Some(why), Err(lacks)) => assert!(why.ends_with(&lacks), "{why}"),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

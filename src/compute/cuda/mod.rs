@@ -15,11 +15,15 @@ mod arm;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
+pub mod emulation;
+#[cfg(feature = "cuda")]
 pub mod functions;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
 mod kernels;
+#[cfg(feature = "cuda")]
+mod nccl;
 #[cfg(feature = "cuda")]
 mod probe;
 #[cfg(feature = "cuda")]
@@ -31,6 +35,8 @@ mod remembered;
 #[cfg(feature = "cuda")]
 mod staging;
 #[cfg(feature = "cuda")]
+pub mod sweep;
+#[cfg(feature = "cuda")]
 mod weights;
 
 #[cfg(not(feature = "cuda"))]
@@ -40,9 +46,12 @@ mod enabled;
 
 #[cfg(not(feature = "cuda"))]
 pub use disabled::{
-    chip_here, facts, measure, measure_functions, measure_reference, ops, reference_ops, survey,
-    why_no_reference, why_unavailable,
+    SweptLibrary, chip_here, emulated_product, facts, measure, measure_emulation,
+    measure_functions, measure_reference, ops, reference_ops, survey, why_no_reference,
+    why_unavailable,
 };
+#[cfg(feature = "cuda")]
+pub use emulation::{emulated_product, measure_emulation};
 #[cfg(feature = "cuda")]
 pub use enabled::{
     chip_here, facts, ops, reference_ops, survey, why_no_reference, why_unavailable,
@@ -53,6 +62,8 @@ pub use functions::measure_functions;
 pub use probe::measure;
 #[cfg(feature = "cuda")]
 pub use reference::measure_reference;
+#[cfg(feature = "cuda")]
+pub use sweep::SweptLibrary;
 
 /// What this machine has for a device arm, and what each missing piece switches off.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -130,6 +141,25 @@ pub struct MeasuredReference {
     pub differing: usize,
     /// The time of a product, in seconds.
     pub seconds: f64,
+}
+
+/// The emulation of one unit on this machine's GPU, held to the CPU's.
+#[derive(Clone, Copy, Debug)]
+pub struct MeasuredEmulation {
+    /// The first chip that has the unit.
+    pub chip: ChipName,
+    /// Formats of x and of w.
+    pub formats: [Format; 2],
+    /// Products that are added at once.
+    pub products: usize,
+    /// Outputs that were compared.
+    pub compared: usize,
+    /// Those whose bits differ.
+    pub differing: usize,
+    /// Time of the large product, in seconds, without what is brought to the GPU and back.
+    pub seconds: f64,
+    /// Multiply-adds of the large product.
+    pub multiply_adds: f64,
 }
 
 /// A function of one number, as this machine's GPU computes it.

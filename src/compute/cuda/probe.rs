@@ -92,6 +92,7 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
         outputs,
         inner,
         stride: inner,
+        x_stride: inner,
         fast: trial.accumulate == Accumulate::Fast,
         scaled,
     };
@@ -100,7 +101,7 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
         let x_scale = state.stream.clone_htod(&[x.scale])?;
         let w_scale = state.stream.clone_htod(&[w.scale])?;
         let scales = scaled.then_some((&w_scale, &x_scale));
-        let operands = Operands { w: &w_codes, x: &x_codes, skip: 0, scales };
+        let operands = Operands { w: &w_codes, x: &x_codes, skip: 0, x_skip: 0, scales };
         let stream = state.stream.clone();
         let chosen = state.library.choose(&stream, &spec, &operands, &Pin::NONE)?;
         let mut algorithms = vec![chosen];
@@ -184,15 +185,20 @@ impl Seeded {
 }
 
 fn upload(state: &State, codes: &Codes) -> Result<CudaSlice<u8>, DeviceError> {
-    let bytes: Vec<u8> = match codes.data() {
-        CodeData::Bits8(codes) => return Ok(state.stream.clone_htod(codes)?),
-        CodeData::Bits16(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
-        CodeData::Bits32(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
-    };
-    Ok(state.stream.clone_htod(&bytes)?)
+    Ok(state.stream.clone_htod(&bytes_of(codes))?)
 }
 
-fn decode(format: Format, bytes: &[u8]) -> Vec<f32> {
+/// Codes as a GPU holds them.
+pub(super) fn bytes_of(codes: &Codes) -> Vec<u8> {
+    match codes.data() {
+        CodeData::Bits8(codes) => codes.clone(),
+        CodeData::Bits16(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+        CodeData::Bits32(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+    }
+}
+
+/// Values of a format from their bytes.
+pub(super) fn decode(format: Format, bytes: &[u8]) -> Vec<f32> {
     let code = |bytes: &[u8]| bytes.iter().rev().fold(0, |code, &byte| code << 8 | u32::from(byte));
     bytes.chunks_exact(format.bytes()).map(|bytes| format.decode(code(bytes))).collect()
 }

@@ -60,20 +60,34 @@ pub fn version() -> Option<(i32, i32)> {
 /// # Errors
 /// In words, if NVRTC is missing or refuses the source.
 pub fn compile(capability: (i32, i32), folder: Option<&Path>) -> Result<String, String> {
+    compile_kept(SOURCE, &KERNELS, capability, folder)
+}
+
+/// Another source with the same options, which begins with the kernels' common part; `kernels` are
+/// the names of those that it has.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_kept(
+    source: &str,
+    kernels: &[&str],
+    capability: (i32, i32),
+    folder: Option<&Path>,
+) -> Result<String, String> {
     let version = version().ok_or("NVRTC is not installed (libnvrtc)")?;
     let options = options(capability);
     let mut hasher = blake3::Hasher::new();
-    for part in [SOURCE, &options.join(" "), &format!("{version:?}")] {
+    for part in [source, &options.join(" "), &format!("{version:?}")] {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part.as_bytes());
     }
     let kept = folder.map(|folder| folder.join(format!("{}.ptx", hasher.finalize().to_hex())));
     if let Some(text) = kept.as_ref().and_then(|path| std::fs::read_to_string(path).ok())
-        && KERNELS.iter().all(|kernel| text.contains(kernel))
+        && kernels.iter().all(|kernel| text.contains(kernel))
     {
         return Ok(text);
     }
-    let text = compile_now(SOURCE, options)?;
+    let text = compile_now(source, options)?;
     if let Some(path) = kept
         && let Err(error) = crate::cache::write_whole(&path, text.as_bytes())
     {

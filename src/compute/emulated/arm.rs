@@ -14,19 +14,25 @@ use rayon::prelude::*;
 use super::chip::{Chip, Unit, chip};
 use super::engine::EngineArm;
 use super::gemm::{Operand, Scales, gemm_prepared, prepare};
-use super::quantize::{Codes, CodesRow, CodesRowMut, absmax, quantize_row, scale_for};
+use super::quantize::{
+    BlockScales, CodeData, Codes, CodesRow, CodesRowMut, absmax, quantize_blocks, quantize_row,
+    scale_for,
+};
 use super::schedule::Schedule;
-use super::{dequant, kernels};
+use super::{dequant, kernels, ranks};
+use crate::block_format::BlockFormat;
 use crate::chip::{Basis, Evidence};
 use crate::compute::call::{Call, Held};
 use crate::compute::delta::{Convolution, DeltaRule};
 use crate::compute::experts::{self, Products};
 use crate::compute::{
     AttentionShape, ComputeError, Ops, check_gain, check_interrupt, check_matmul, check_same_shape,
-    check_tokens, checkpoint, gain_and_bias, rope,
+    check_tokens, checkpoint, gain_and_bias, parallel, rope,
 };
 use crate::dtype::Format;
-use crate::model::{Activation, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType};
+use crate::model::{
+    Activation, HeldBlocks, HeldCodes, Rope, RouterScores, Routing, Weight, WeightType,
+};
 use crate::op::{Accumulate, ActivationScale, ChipName, Codes as CodesOf, Recipe, WeightScale};
 use crate::tensor::Tensor;
 use crate::vector::{Kernel, dispatch};
@@ -60,14 +66,19 @@ impl Emulated {
     /// If the chip does not have the format.
     pub fn new(recipe: &Recipe) -> Result<Emulated, ComputeError> {
         let chip = chip(recipe.chip);
-        let unit = *chip.unit(recipe.gemm, recipe.gemm).ok_or_else(|| {
+        let unit = match recipe.blocks() {
+            Some(format) => chip.block_unit(format).map(|row| &row.unit),
+            None => chip.unit(recipe.gemm, recipe.gemm),
+        };
+        let unit = *unit.ok_or_else(|| {
             let of = match recipe.codes {
                 CodesOf::Made => "",
                 CodesOf::Checkpoint => ", whose codes `gemm = \"checkpoint\"` multiplies",
             };
             ComputeError::Recipe(format!(
                 "the chip `{}` has no {} tensor core{of}; choose another `chip` or `gemm`",
-                chip.name, recipe.gemm
+                chip.name,
+                recipe.operands()
             ))
         })?;
         let schedule = Schedule::of(recipe);
@@ -97,9 +108,22 @@ impl Emulated {
         let Some(of_weight) = checkpoint::of_weight(&self.recipe, weight)? else {
             return Ok(None);
         };
-        let input_scale = of_weight.held.and_then(|held| held.input_scale);
+        if let Some(blocks) = of_weight.blocks
+            && self.chip.block_unit(blocks.format).is_none()
+        {
+            return Err(ComputeError::Recipe(format!(
+                "`gemm = \"checkpoint\"`: the weight {} is {}, which the chip `{}` does not multiply; \
+                 choose another `chip`, or a `gemm` that converts its values",
+                weight.in_words(),
+                blocks.format,
+                self.chip.name
+            )));
+        }
+        let of_blocks = of_weight.blocks.and_then(|blocks| blocks.input_scale);
+        let input_scale = of_weight.held.and_then(|held| held.input_scale).or(of_blocks);
         let arm = Emulated::new(&of_weight.recipe)?;
-        Ok(Some(Emulated { input_scale, takes_codes: of_weight.held.is_some(), ..arm }))
+        let takes_codes = of_weight.held.is_some() || of_weight.blocks.is_some();
+        Ok(Some(Emulated { input_scale, takes_codes, ..arm }))
     }
 
     /// The recipe that it computes.
@@ -117,10 +141,11 @@ impl Emulated {
         let stream = self.recipe.stream.map(|stream| format!(", {stream} between ops"));
         let stream = stream.unwrap_or_default();
         let gemm = match self.recipe.codes {
-            CodesOf::Made => self.recipe.gemm.to_string(),
+            CodesOf::Made => self.recipe.operands().to_owned(),
             CodesOf::Checkpoint => "the checkpoint's codes".to_owned(),
         };
-        format!("{} {gemm}, {}{stream}", self.chip.name, self.schedule)
+        let ranks = parallel::in_words(&self.recipe);
+        format!("{} {gemm}, {}{stream}{ranks}", self.chip.name, self.schedule)
     }
 
     /// What the products of a recipe on a chip rest on. Nothing where an engine's kernels are named
@@ -135,13 +160,16 @@ impl Emulated {
             let basis = Basis { evidence: Evidence::Assumed, source: seen.into() };
             return (chip.name != ChipName::Hopper).then_some(basis);
         }
+        if let Some(format) = recipe.blocks() {
+            return chip.block_unit(format).map(|row| row.chained.clone());
+        }
         let promoted = recipe.accumulate == Accumulate::Promoted;
         let formats: &[Format] = match recipe.codes {
             CodesOf::Made => &[recipe.gemm],
             CodesOf::Checkpoint => &[Format::E4m3, Format::Bf16],
         };
-        let of = formats.iter().filter_map(|format| chip.basis(*format, promoted));
-        of.max_by_key(|basis| basis.evidence).cloned()
+        let of = formats.iter().filter_map(|format| chip.basis(*format, promoted)).cloned();
+        of.chain(parallel::basis(recipe)).max_by_key(|basis| basis.evidence)
     }
 
     /// A result as the next op reads it: rounded to the stream's type.
@@ -160,11 +188,15 @@ impl Emulated {
 
     /// Whether operands carry scales.
     fn scaled(&self) -> bool {
-        self.recipe.gemm.is_fp8()
+        self.recipe.is_scaled()
     }
 
     /// An activation's codes and scales.
     pub fn quantise_activation(&self, x: &Tensor) -> (Codes, Scales) {
+        if let Some(format) = self.recipe.blocks() {
+            let whole = self.input_scale.unwrap_or_else(|| format.whole_scale(absmax(x.data())));
+            return in_blocks(format, x.data(), x.width(), whole);
+        }
         let format = self.recipe.gemm;
         let scales = match self.recipe.scale.activation {
             _ if !self.scaled() => Scales::Tensor(1.0),
@@ -175,6 +207,8 @@ impl Emulated {
                 let rows = (0..x.rows()).map(|row| scale_for(format, absmax(x.row(row))));
                 Scales::Row(rows.collect())
             }
+            // Of block-scaled formats alone, which are done with.
+            ActivationScale::Mx | ActivationScale::Nv => Scales::Tensor(1.0),
             ActivationScale::Block128 => Scales::Block128 {
                 rows_per_block: 1,
                 first_row: 0,
@@ -194,6 +228,13 @@ impl Emulated {
         whole: f32,
     ) -> (Codes, Scales) {
         let (format, width) = (self.recipe.gemm, weight.width());
+        if let Some(format) = self.recipe.blocks() {
+            if let Some(held) = self.held_blocks(&weight) {
+                let (codes, scales) = held.rows(first..first + rows.len() / width);
+                return of_blocks(format, width, codes, scales, held.whole);
+            }
+            return in_blocks(format, rows, width, format.whole_scale(whole));
+        }
         if let Some(held) = self.held(&weight) {
             return as_held(format, &held, first..first + rows.len() / width, width);
         }
@@ -203,6 +244,7 @@ impl Emulated {
             WeightScale::Channel => {
                 Scales::Row(rows.chunks(width).map(|row| scale_for(format, absmax(row))).collect())
             }
+            WeightScale::Mx | WeightScale::Nv => Scales::Tensor(1.0),
             WeightScale::Block128 => Scales::Block128 {
                 rows_per_block: BLOCK,
                 first_row: 0,
@@ -222,6 +264,7 @@ impl Emulated {
                 let scales = scales.into_iter().map(change).collect();
                 Scales::Block128 { rows_per_block, first_row, scales }
             }
+            blocks @ Scales::Blocks(_) => blocks,
         };
         let scales = each(scales, |scale| if scale.is_finite() { scale } else { f32::NAN });
         let codes = self.convert(values, width, &scales);
@@ -233,8 +276,9 @@ impl Emulated {
     /// # Errors
     /// If the weight's file does not give its rows.
     pub fn absmax_of(&self, weight: Weight<'_>) -> Result<f32, ComputeError> {
-        let made = self.held(&weight).is_none();
-        if !self.scaled() || self.recipe.scale.weight != WeightScale::Tensor || !made {
+        let made = self.held(&weight).is_none() && self.held_blocks(&weight).is_none();
+        let of_whole = matches!(self.recipe.scale.weight, WeightScale::Tensor | WeightScale::Nv);
+        if !self.scaled() || !of_whole || !made {
             return Ok(1.0);
         }
         let known = |arm: &Emulated| {
@@ -304,6 +348,12 @@ impl Emulated {
         })
     }
 
+    /// The weight's elements and scales, where the arm takes what the checkpoint holds.
+    fn held_blocks<'a>(&self, weight: &Weight<'a>) -> Option<HeldBlocks<'a>> {
+        let held = weight.held_blocks().filter(|_| self.takes_codes)?;
+        (self.recipe.blocks() == Some(held.format)).then_some(held)
+    }
+
     /// The weight's codes, where the arm takes what the checkpoint holds.
     fn held<'a>(&self, weight: &Weight<'a>) -> Option<HeldCodes<'a>> {
         let codes = match self.recipe.gemm {
@@ -323,6 +373,7 @@ impl Emulated {
                 _ if format == Format::Tf32 => self.convert_tf32(values, &mut codes),
                 Scales::Tensor(scale) => quantize_row(format, values, *scale, &mut codes),
                 Scales::Row(scales) => quantize_row(format, values, scales[row], &mut codes),
+                Scales::Blocks(blocks) => quantize_row(format, values, blocks.whole, &mut codes),
                 Scales::Block128 { rows_per_block, scales, .. } => {
                     let blocks = width.div_ceil(BLOCK);
                     let scales = &scales[row / rows_per_block * blocks..][..blocks];
@@ -344,6 +395,33 @@ impl Emulated {
             }
         }
     }
+}
+
+/// Values in a block-scaled format.
+fn in_blocks(format: BlockFormat, values: &[f32], width: usize, whole: f32) -> (Codes, Scales) {
+    // Rows are whole: their number is that of the values.
+    match quantize_blocks(format, width, values, whole) {
+        Ok((codes, scales)) => (codes, Scales::Blocks(scales)),
+        Err(_) => (Codes::zeros(format.element(), 0, width), Scales::Tensor(1.0)),
+    }
+}
+
+/// Codes and scales of a block-scaled format that are there already.
+fn of_blocks(
+    format: BlockFormat,
+    width: usize,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    whole: f32,
+) -> (Codes, Scales) {
+    let rows = codes.len() / width.max(1);
+    let blocks = width.div_ceil(format.block());
+    let scales = BlockScales { format, codes: scales, blocks, whole };
+    // Rows are whole, and the elements have a byte each.
+    let element = format.element();
+    let codes = Codes::new(element, rows, width, CodeData::Bits8(codes))
+        .unwrap_or_else(|_| Codes::zeros(element, rows, width));
+    (codes, Scales::Blocks(scales))
 }
 
 /// Rows of a weight as the checkpoint holds them.
@@ -585,6 +663,10 @@ impl Emulated {
         if let Some(arm) = self.of_weight(&weight)? {
             return arm.matmul(x, weight, bias);
         }
+        if let Some(parts) = parallel::parts(&self.recipe, &weight)? {
+            let of_ranks = self.products_of_ranks(&parts, x, weight, bias)?;
+            return Ok(self.streamed(ranks::sum_by_rank(of_ranks, self.recipe.output)));
+        }
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let (codes, scales) = self.quantise_activation(x);
         let prepared = prepare(&self.unit, &Operand { codes: &codes, scales })?;
@@ -602,6 +684,51 @@ impl Emulated {
             y.add_to_rows(&bias);
         }
         Ok(self.streamed(y))
+    }
+
+    /// What each rank makes of a product whose K is dealt out, before it is rounded for the sum. The
+    /// bias is the first rank's, as it is added once.
+    ///
+    /// # Errors
+    /// If the weight cannot be read.
+    pub(crate) fn products_of_ranks(
+        &self,
+        parts: &[Range<usize>],
+        x: &Tensor,
+        weight: Weight<'_>,
+        bias: Option<Weight<'_>>,
+    ) -> Result<Vec<Tensor>, ComputeError> {
+        if let Some(arm) = self.of_weight(&weight)? {
+            return arm.products_of_ranks(parts, x, weight, bias);
+        }
+        let bias = bias.map(|bias| bias.to_vec()).transpose()?;
+        let (width, output) = (weight.width(), self.recipe.output);
+        let prepared = parts
+            .iter()
+            .map(|inner| {
+                let (codes, scales) = self.quantise_activation(&x.columns(inner.clone()));
+                Ok(prepare(&self.unit, &Operand { codes: &codes, scales })?)
+            })
+            .collect::<Result<Vec<_>, ComputeError>>()?;
+        let chunks = self.by_quantised_chunk(weight, |first, _, codes, scales| {
+            let of_ranks = parts.iter().zip(&prepared).enumerate().map(|(rank, (inner, x))| {
+                let codes = codes.some_columns(inner.clone());
+                let scales = ranks::scales_of_part(&scales, inner, width);
+                let output = self.before_bias(output, rank == 0 && bias.is_some());
+                gemm_prepared(&self.schedule, x, &Operand { codes: &codes, scales }, output)
+            });
+            Ok((first, of_ranks.collect::<Result<Vec<_>, _>>()?))
+        })?;
+        let mut of_ranks = vec![Tensor::zeros(x.rows(), weight.rows()); parts.len()];
+        for (first, chunks) in chunks {
+            for (y, chunk) in of_ranks.iter_mut().zip(&chunks) {
+                y.set_columns(first, chunk);
+            }
+        }
+        if let (Some(bias), Some(y)) = (bias, of_ranks.first_mut()) {
+            y.add_to_rows(&bias);
+        }
+        Ok(of_ranks)
     }
 
     pub(crate) fn rope(

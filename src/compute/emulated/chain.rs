@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use super::chip::Unit;
+use super::matrix_core;
 use super::quantize::{Codes, CodesRow};
 use super::simd::{self, GROUP, Kernel, Layout, Words};
 use super::tensor_core;
@@ -61,7 +62,7 @@ impl Chain {
             .map(|index| {
                 let mut words = Words::default();
                 if let Some(layout) = self.layout {
-                    simd::pack_x(layout, self.format, row(index), &mut words);
+                    simd::pack_x(layout, self.format, row(index), &[], &mut words);
                 }
                 (words, is_special(self.format, row(index)))
             })
@@ -97,7 +98,15 @@ impl Chain {
                 (first..first + count).map(|row| w.codes.row(w.rows.start + row)).collect();
             let special =
                 panel.iter().any(|row| is_special(self.format, row.slice(w.inner.clone())));
-            simd::pack_w(self.kernel, layout, self.format, &panel, w.inner.clone(), &mut words);
+            simd::pack_w(
+                self.kernel,
+                layout,
+                self.format,
+                &panel,
+                &[],
+                w.inner.clone(),
+                &mut words,
+            );
             for group in (0..rows).step_by(GROUP) {
                 let at_once = GROUP.min(rows - group);
                 let mut left: [&[u32]; GROUP] = [&[]; GROUP];
@@ -146,7 +155,22 @@ impl Chain {
                 let fraction_bits = 2 * self.format.fraction_bits();
                 *c = tensor_core::chain(&core, fraction_bits, &parts(x_row), &parts(w_row), *c);
             }
-            Unit::SequentialFma => {
+            Unit::MatrixCore(core) => {
+                let parts = |row: CodesRow| -> Vec<Parts> {
+                    row.iter().map(|code| self.format.parts(code)).collect()
+                };
+                let values = |row: CodesRow| -> Vec<f32> {
+                    row.iter().map(|code| self.format.decode(code)).collect()
+                };
+                let (x_parts, w_parts) = (parts(x_row), parts(w_row));
+                let (x_values, w_values) = (values(x_row), values(w_row));
+                let format = self.format;
+                let x = matrix_core::Stretch { parts: &x_parts, values: &x_values, format };
+                let w = matrix_core::Stretch { parts: &w_parts, values: &w_values, format };
+                *c = matrix_core::chain(&core, x, w, *c);
+            }
+            // A chain's operands have no scales of blocks, so no unit for them makes one.
+            Unit::BlockScaled(_) | Unit::SequentialFma => {
                 *c = x_row
                     .iter()
                     .zip(w_row.iter())

@@ -102,13 +102,16 @@ impl Fp8Product<'_> {
         otherwise: &Otherwise<'_>,
     ) -> Result<Tensor, ComputeError> {
         let (codes, scales) = self.activation(x)?;
-        let x = (otherwise.x)(Converted { values: x.data(), codes, scales, first_row: 0 });
+        let (first_row, first_inner) = (0, 0);
+        let values = x.data();
+        let x = (otherwise.x)(Converted { values, codes, scales, first_row, first_inner });
         let weight = self.weight_rows(rows.clone())?;
         let w = Converted {
             values: weight.values.data(),
             codes: weight.codes,
             scales: weight.scales,
             first_row: weight.first_row,
+            first_inner: 0,
         };
         let w = (otherwise.w)(w);
         let x = Operand { codes: &x.codes, scales: x.scales };

@@ -14,11 +14,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::chip::Unit;
-use super::quantize::{Codes, CodesRow};
+use super::chip::{BlockScaled, Unit};
+use super::grouped;
+use super::matrix_core;
+use super::quantize::{BlockScales, Codes, CodesRow};
 use super::schedule::{Epilogue, Schedule, Step, Then};
 use super::simd::{self, Kernel, Layout, Words};
-use super::tensor_core;
+use super::tensor_core::{self, ScaledRow};
+use crate::block_format::BlockFormat;
 use crate::dtype::{Format, Parts};
 use crate::tensor::Tensor;
 
@@ -48,6 +51,8 @@ pub enum Scales {
         /// Row-major `[blocks of rows, ceil(K / 128)]`, from the matrix's first block on.
         scales: Vec<f32>,
     },
+    /// The scales of a block-scaled format, which the unit itself applies, and one of the whole operand.
+    Blocks(BlockScales),
 }
 
 /// A GEMM that cannot be computed.
@@ -99,6 +104,33 @@ pub enum GemmError {
         /// Its value.
         scale: f32,
     },
+    /// Of a block-scaled operand a row does not hold whole blocks.
+    #[error(
+        "{operand} has rows of {width} elements, and {format} has a scale for each {block}; rows hold \
+         whole blocks"
+    )]
+    PartBlock {
+        /// `x` or `w`.
+        operand: &'static str,
+        /// Elements of a row.
+        width: usize,
+        /// The format.
+        format: BlockFormat,
+        /// Elements of a block.
+        block: usize,
+    },
+    /// A unit for block-scaled operands was given others, or the reverse.
+    #[error(
+        "this unit multiplies {unit}, and {operand} has {given}; both operands have scales of one kind"
+    )]
+    BlockScales {
+        /// `x` or `w`.
+        operand: &'static str,
+        /// What the unit multiplies.
+        unit: &'static str,
+        /// What the operand's scales are.
+        given: String,
+    },
     /// Observed outputs of another shape than the product's.
     #[error("the observed outputs are [{rows}, {width}], the product is [{n}, {m}]")]
     Observed {
@@ -111,6 +143,9 @@ pub enum GemmError {
         /// Rows of w.
         m: usize,
     },
+    /// Block-scaled products with promoted accumulation.
+    #[error("block-scaled products are not promoted: their accumulator carries all along K")]
+    Promoted,
     /// The output cannot be written in that format.
     #[error("a GEMM writes f32, bf16 or f16, not {0}")]
     Output(Format),
@@ -139,6 +174,8 @@ pub struct PreparedOperand {
     scales: Scales,
     /// Rows in vector order.
     rows: Vec<Words>,
+    /// Rows in the order of grouped products, where the unit has such.
+    grouped: Vec<grouped::Rows>,
     /// Rows with a NaN or an infinity: those are computed by plain code.
     special: Vec<bool>,
 }
@@ -180,17 +217,29 @@ pub fn prepare_for(
 ) -> Result<PreparedOperand, GemmError> {
     let codes = operand.codes;
     check_scales("x", codes, &operand.scales)?;
+    check_kind("x", unit, codes, &operand.scales)?;
     let layout = Layout::of(unit, kernel, codes.format());
     let (rows, special) = (0..codes.rows())
         .into_par_iter()
         .map(|row| {
             let mut words = Words::default();
             if let Some(layout) = layout {
-                simd::pack_x(layout, codes.format(), codes.row(row), &mut words);
+                let raised = raised_by(unit, &operand.scales, row);
+                simd::pack_x(layout, codes.format(), codes.row(row), &raised, &mut words);
             }
-            (words, is_special(codes, row))
+            (words, is_special(codes, row) || has_no_scale(&operand.scales, row))
         })
         .unzip();
+    let grouped = match (grouped_unit(unit, kernel), &operand.scales) {
+        (Some(_), Scales::Blocks(scales)) => (0..codes.rows())
+            .into_par_iter()
+            .map(|row| {
+                let of_row = [(codes.row(row), row)];
+                grouped::Rows::pack(1, codes.format(), &of_row, scales, 0..codes.width())
+            })
+            .collect(),
+        _ => Vec::new(),
+    };
     Ok(PreparedOperand {
         unit: *unit,
         kernel,
@@ -198,6 +247,7 @@ pub fn prepare_for(
         codes: codes.clone(),
         scales: operand.scales.clone(),
         rows,
+        grouped,
         special,
     })
 }
@@ -237,6 +287,7 @@ pub fn gemm_prepared(
     check_formats(&x.unit, x.codes.format(), w.codes.format())?;
     check_schedule(&x.unit, schedule, x.codes.format())?;
     check_scales("w", w.codes, &w.scales)?;
+    check_kind("w", &x.unit, w.codes, &w.scales)?;
     if !matches!(output, Format::F32 | Format::Bf16 | Format::F16) {
         return Err(GemmError::Output(output));
     }
@@ -291,7 +342,16 @@ struct Job<'a> {
 impl Job<'_> {
     /// Rows of w in a tile.
     fn panel(&self) -> usize {
-        if self.x.layout.is_some() { self.x.kernel.lanes() } else { PLAIN_PANEL }
+        match (self.x.layout, self.grouped()) {
+            (Some(_), _) => self.x.kernel.lanes(),
+            (None, Some(_)) => grouped::LANES,
+            (None, None) => PLAIN_PANEL,
+        }
+    }
+
+    /// The unit of grouped products, where vectors compute it: all of K is one chain.
+    fn grouped(&self) -> Option<&BlockScaled> {
+        grouped_unit(&self.x.unit, self.x.kernel).filter(|_| self.steps.len() == 1)
     }
 
     /// The outputs of some rows of x and some panels of rows of w: for each panel
@@ -301,9 +361,12 @@ impl Job<'_> {
             let w_rows = first..(first + self.panel()).min(w_rows.end);
             Panel::new(self, x_rows.clone(), w_rows)
         });
-        match self.x.layout {
-            Some(layout) => self.vector_tile(layout, panels.collect()),
-            None => panels
+        match (self.x.layout, self.grouped(), &self.w.scales) {
+            (Some(layout), ..) => self.vector_tile(layout, panels.collect()),
+            (None, Some(unit), Scales::Blocks(scales)) => {
+                panels.map(|panel| self.grouped_panel(unit, scales, &panel)).collect()
+            }
+            _ => panels
                 .map(|panel| {
                     let mut outputs = vec![0.0; x_rows.len() * self.panel()];
                     self.plain_tile(x_rows.clone(), panel.w_rows, |_, _| true, &mut outputs);
@@ -330,6 +393,37 @@ impl Job<'_> {
         panels.into_iter().map(|panel| panel.finish(self, layout)).collect()
     }
 
+    /// A panel of grouped products by vector code, and again by plain code where that is not enough.
+    fn grouped_panel(
+        &self,
+        unit: &BlockScaled,
+        scales: &BlockScales,
+        panel: &Panel<'_>,
+    ) -> Vec<f32> {
+        let (x_rows, w_rows) = (panel.x_rows.clone(), panel.w_rows.clone());
+        let rows: Vec<(CodesRow<'_>, usize)> =
+            panel.w_codes.iter().copied().zip(w_rows.clone()).collect();
+        let whole = 0..self.w.codes.width();
+        let w = grouped::Rows::pack(grouped::LANES, self.w.codes.format(), &rows, scales, whole);
+        let mut outputs = vec![0.0; x_rows.len() * grouped::LANES];
+        let mut usable = vec![true; x_rows.len()];
+        let lines = outputs.as_chunks_mut::<{ grouped::LANES }>().0.iter_mut();
+        for ((row, line), usable) in x_rows.clone().zip(lines).zip(&mut usable) {
+            *usable = grouped::chain(unit, &self.x.grouped[row], &w, line);
+            for (w_row, output) in w_rows.clone().zip(line) {
+                *output = self.finish(*output, row, w_row);
+            }
+        }
+        let special: Vec<bool> =
+            w_rows.clone().map(|row| has_no_scale(&self.w.scales, row)).collect();
+        let (first_x, first_w) = (x_rows.start, w_rows.start);
+        let again = |x_row: usize, w_row: usize| {
+            !usable[x_row - first_x] || self.x.special[x_row] || special[w_row - first_w]
+        };
+        self.plain_tile(x_rows, w_rows, again, &mut outputs);
+        outputs
+    }
+
     /// The chosen outputs of a tile by the definition.
     fn plain_tile(
         &self,
@@ -344,9 +438,12 @@ impl Job<'_> {
             let mut x = None;
             for (w_row, output) in w_rows.clone().zip(outputs) {
                 if chosen(x_row, w_row) {
-                    let x = x.get_or_insert_with(|| PlainRow::new(&self.x.codes, x_row));
-                    let w = decoded[w_row - first_w]
-                        .get_or_insert_with(|| PlainRow::new(self.w.codes, w_row));
+                    let x = x.get_or_insert_with(|| {
+                        PlainRow::new(&self.x.unit, &self.x.codes, &self.x.scales, x_row)
+                    });
+                    let w = decoded[w_row - first_w].get_or_insert_with(|| {
+                        PlainRow::new(&self.x.unit, self.w.codes, &self.w.scales, w_row)
+                    });
                     *output = self.plain_output(x_row, x, w_row, w);
                 }
             }
@@ -359,9 +456,9 @@ impl Job<'_> {
         for step in &self.steps {
             let mut partial = x.chain(&self.x.unit, w, step.inner.clone());
             if self.by_block {
-                let block = step.inner.start / SCALE_BLOCK;
-                partial *= self.x.scales.of(x_row, block, self.x.codes.width())
-                    * self.w.scales.of(w_row, block, self.w.codes.width());
+                let column = step.inner.start;
+                partial *= self.x.scales.at(x_row, column, self.x.codes.width())
+                    * self.w.scales.at(w_row, column, self.w.codes.width());
             }
             let promoted = main.map_or(partial, |main| main + partial);
             match step.then {
@@ -379,8 +476,7 @@ impl Job<'_> {
         let scaled = if self.by_block {
             accumulator
         } else {
-            let x = self.x.scales.of(x_row, 0, self.x.codes.width());
-            let w = self.w.scales.of(w_row, 0, self.w.codes.width());
+            let (x, w) = (self.x.scales.of_output(x_row), self.w.scales.of_output(w_row));
             match self.epilogue {
                 Epilogue::ScalesFirst => (x * w) * accumulator,
                 Epilogue::ActivationThenWeight => (accumulator * x) * w,
@@ -396,6 +492,8 @@ struct Panel<'a> {
     x_rows: Range<usize>,
     w_rows: Range<usize>,
     w_codes: Vec<CodesRow<'a>>,
+    /// What the scales of its blocks add to the exponents of each row of w.
+    raised: Vec<Vec<i16>>,
     /// For each row of x, whether vectors have handled all so far.
     usable: Vec<bool>,
     sums: Sums,
@@ -405,6 +503,7 @@ impl<'a> Panel<'a> {
     fn new(job: &Job<'a>, x_rows: Range<usize>, w_rows: Range<usize>) -> Panel<'a> {
         Panel {
             w_codes: w_rows.clone().map(|row| job.w.codes.row(row)).collect(),
+            raised: w_rows.clone().map(|row| raised_by(&job.x.unit, &job.w.scales, row)).collect(),
             usable: vec![true; x_rows.len()],
             sums: Sums::new(x_rows.len() * job.panel()),
             x_rows,
@@ -416,7 +515,9 @@ impl<'a> Panel<'a> {
     fn chain(&mut self, job: &Job, layout: Layout, inner: Range<usize>, words: &mut Words) {
         let kernel = job.x.kernel;
         let x_words = layout.words(inner.start)..layout.words(inner.end);
-        simd::pack_w(kernel, layout, job.w.codes.format(), &self.w_codes, inner, words);
+        let raised: Vec<&[i16]> = self.raised.iter().map(Vec::as_slice).collect();
+        let format = job.w.codes.format();
+        simd::pack_w(kernel, layout, format, &self.w_codes, &raised, inner, words);
         let partials = self.sums.partial.chunks_mut(simd::GROUP * job.panel());
         let groups = partials.zip(self.usable.chunks_mut(simd::GROUP));
         for ((partial, usable), first) in groups.zip(self.x_rows.clone().step_by(simd::GROUP)) {
@@ -436,12 +537,12 @@ impl<'a> Panel<'a> {
     fn fold(&mut self, job: &Job, step: &Step) {
         let sums = &mut self.sums;
         if job.by_block {
-            let block = step.inner.start / SCALE_BLOCK;
+            let column = step.inner.start;
             let partials = sums.partial.chunks_exact_mut(job.panel());
             for (row, partial) in self.x_rows.clone().zip(partials) {
-                let x = job.x.scales.of(row, block, job.x.codes.width());
+                let x = job.x.scales.at(row, column, job.x.codes.width());
                 for (w_row, partial) in self.w_rows.clone().zip(partial) {
-                    *partial *= x * job.w.scales.of(w_row, block, job.w.codes.width());
+                    *partial *= x * job.w.scales.at(w_row, column, job.w.codes.width());
                 }
             }
         }
@@ -463,8 +564,10 @@ impl<'a> Panel<'a> {
             }
         }
         if layout != Layout::Fma {
-            let w_special: Vec<bool> =
-                w_rows.clone().map(|row| is_special(job.w.codes, row)).collect();
+            let w_special: Vec<bool> = w_rows
+                .clone()
+                .map(|row| is_special(job.w.codes, row) || has_no_scale(&job.w.scales, row))
+                .collect();
             let (first_x, first_w) = (x_rows.start, w_rows.start);
             let again = |x_row: usize, w_row: usize| {
                 !usable[x_row - first_x] || job.x.special[x_row] || w_special[w_row - first_w]
@@ -516,18 +619,46 @@ struct PlainRow {
     format: Format,
     parts: Vec<Parts>,
     values: Vec<f32>,
+    /// The scales of its blocks, and their format.
+    blocks: Option<(Vec<u8>, BlockFormat)>,
 }
 
 impl PlainRow {
-    fn new(codes: &Codes, row: usize) -> PlainRow {
+    fn new(unit: &Unit, codes: &Codes, scales: &Scales, row: usize) -> PlainRow {
         let format = codes.format();
         let (mut parts, mut values) = (Vec::new(), Vec::new());
-        if format == Format::F32 {
+        if format == Format::F32 || matches!(unit, Unit::MatrixCore(_)) {
             values = codes.decode_row(row);
-        } else {
+        }
+        if format != Format::F32 {
             parts = codes.row(row).iter().map(|code| format.parts(code)).collect();
         }
-        PlainRow { format, parts, values }
+        let blocks = match scales {
+            Scales::Blocks(scales) => Some((scales.of_row(row).to_vec(), scales.format)),
+            _ => None,
+        };
+        PlainRow { format, parts, values, blocks }
+    }
+
+    /// A stretch of K.
+    fn stretch(&self, inner: Range<usize>) -> matrix_core::Stretch<'_> {
+        matrix_core::Stretch {
+            parts: &self.parts[inner.clone()],
+            values: &self.values[inner],
+            format: self.format,
+        }
+    }
+
+    /// A stretch of K of a block-scaled row, which begins at a whole block.
+    fn scaled(&self, inner: Range<usize>) -> Option<ScaledRow<'_>> {
+        let (scales, format) = self.blocks.as_ref()?;
+        Some(ScaledRow {
+            scales: &scales[inner.start / format.block()..],
+            elements: &self.parts[inner],
+            fraction_bits: self.format.fraction_bits(),
+            codec: format.scales(),
+            block: format.block(),
+        })
     }
 
     fn chain(&self, unit: &Unit, w: &PlainRow, inner: Range<usize>) -> f32 {
@@ -536,6 +667,15 @@ impl PlainRow {
                 let fraction_bits = self.format.fraction_bits() + w.format.fraction_bits();
                 let (x, w) = (&self.parts[inner.clone()], &w.parts[inner]);
                 tensor_core::chain(core, fraction_bits, x, w, 0.0)
+            }
+            Unit::MatrixCore(core) => {
+                let (x, w) = (self.stretch(inner.clone()), w.stretch(inner));
+                matrix_core::chain(core, x, w, 0.0)
+            }
+            Unit::BlockScaled(unit) => {
+                // That there are scales was checked.
+                let (x, w) = (self.scaled(inner.clone()), w.scaled(inner));
+                x.zip(w).map_or(f32::NAN, |(x, w)| tensor_core::chain_scaled(unit, &x, &w, 0.0))
             }
             Unit::SequentialFma => self.values[inner.clone()]
                 .iter()
@@ -546,16 +686,100 @@ impl PlainRow {
 }
 
 impl Scales {
-    /// The scale of a row's block of K.
-    pub fn of(&self, row: usize, block: usize, width: usize) -> f32 {
+    /// What an element of a row of `width` is multiplied with.
+    pub fn at(&self, row: usize, column: usize, width: usize) -> f32 {
         match self {
+            Scales::Blocks(scales) => scales.at(row, column),
             Scales::Tensor(scale) => *scale,
             Scales::Row(scales) => scales[row],
             Scales::Block128 { rows_per_block, first_row, scales } => {
                 let blocks = width.div_ceil(SCALE_BLOCK);
-                scales[(first_row + row) / rows_per_block * blocks + block]
+                scales[(first_row + row) / rows_per_block * blocks + column / SCALE_BLOCK]
             }
         }
+    }
+
+    /// How many columns, from a multiple of their number on, share one scale at least.
+    pub fn shared_columns(&self) -> usize {
+        match self {
+            Scales::Tensor(_) | Scales::Row(_) => usize::MAX,
+            Scales::Block128 { .. } => SCALE_BLOCK,
+            Scales::Blocks(scales) => scales.format.block(),
+        }
+    }
+
+    /// What an output of a row is multiplied with: the scales that no block of K has to itself.
+    fn of_output(&self, row: usize) -> f32 {
+        match self {
+            Scales::Blocks(scales) => scales.whole,
+            other => other.at(row, 0, 1),
+        }
+    }
+}
+
+/// The unit of grouped products, where vectors are wanted and there is code for it.
+fn grouped_unit(unit: &Unit, kernel: Kernel) -> Option<&BlockScaled> {
+    match unit {
+        Unit::BlockScaled(unit) => {
+            Some(unit).filter(|unit| kernel != Kernel::PLAIN && grouped::computes(unit))
+        }
+        _ => None,
+    }
+}
+
+/// What the scales of a row's blocks add to the exponents of its elements, block by block; nothing
+/// where the unit adds exact sums of several products.
+fn raised_by(unit: &Unit, scales: &Scales, row: usize) -> Vec<i16> {
+    match (unit, scales) {
+        (Unit::BlockScaled(BlockScaled { group: 1, .. }), Scales::Blocks(scales)) => {
+            let codec = scales.format.scales();
+            scales.of_row(row).iter().map(|code| codec.parts(*code).1 as i16).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Whether the scale of some block of a row is NaN.
+fn has_no_scale(scales: &Scales, row: usize) -> bool {
+    match scales {
+        Scales::Blocks(scales) => {
+            let codec = scales.format.scales();
+            scales.of_row(row).iter().any(|code| !codec.is_number(*code))
+        }
+        _ => false,
+    }
+}
+
+/// Whether an operand's scales are of the kind that the unit takes.
+fn check_kind(
+    operand: &'static str,
+    unit: &Unit,
+    codes: &Codes,
+    scales: &Scales,
+) -> Result<(), GemmError> {
+    let of_blocks = "block-scaled operands";
+    match (unit, scales) {
+        (Unit::BlockScaled(_), Scales::Blocks(scales)) => {
+            let (format, width) = (scales.format, codes.width());
+            let block = format.block();
+            if !width.is_multiple_of(block) {
+                return Err(GemmError::PartBlock { operand, width, format, block });
+            }
+            if format.element() != codes.format() {
+                let given = format!("{} elements with scales of {format}", codes.format());
+                return Err(GemmError::BlockScales { operand, unit: of_blocks, given });
+            }
+            Ok(())
+        }
+        (Unit::BlockScaled(_), _) => {
+            let given = "scales of rows or of the whole".to_owned();
+            Err(GemmError::BlockScales { operand, unit: of_blocks, given })
+        }
+        (_, Scales::Blocks(scales)) => {
+            let (unit, given) = ("single values", format!("scales of {}", scales.format));
+            Err(GemmError::BlockScales { operand, unit, given })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -565,6 +789,8 @@ fn is_special(codes: &Codes, row: usize) -> bool {
         codes.iter().fold(false, |any, code| any | (code & 0x7fff >= from))
     };
     match (codes.format(), codes.row(row)) {
+        // Elements of blocks have no other codes than numbers.
+        (Format::E2m3 | Format::E3m2 | Format::E2m1, _) => false,
         (Format::E4m3, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f == 0x7f))
         }
@@ -599,6 +825,10 @@ fn check_scales(operand: &'static str, codes: &Codes, scales: &Scales) -> Result
             single = [*scale];
             &single[..]
         }
+        Scales::Blocks(scales) => {
+            single = [scales.whole];
+            &single[..]
+        }
         Scales::Row(scales) | Scales::Block128 { scales, .. } => scales,
     };
     match given.iter().position(|scale| !(scale.is_finite() && *scale > 0.0)) {
@@ -625,6 +855,14 @@ pub fn check_scale_count(
             // A chunk of rows may come with the scales of the whole matrix.
             (scales.len(), needed..=usize::MAX)
         }
+        Scales::Blocks(scales) => {
+            let needed = codes.rows() * codes.width().div_ceil(scales.format.block());
+            if scales.blocks != codes.width().div_ceil(scales.format.block()) {
+                let given = codes.rows() * scales.blocks;
+                return Err(GemmError::ScaleCount { operand, expected: needed, given });
+            }
+            (scales.codes.len(), needed..=needed)
+        }
     };
     if !expected.contains(&given) {
         return Err(GemmError::ScaleCount { operand, expected: *expected.start(), given });
@@ -639,6 +877,8 @@ fn check_formats(unit: &Unit, x: Format, w: Format) -> Result<(), GemmError> {
     let fits = match unit {
         Unit::TensorCore(_) => (x == w && x != Format::F32) || (x.is_fp8() && w.is_fp8()),
         Unit::SequentialFma => x == Format::F32 && w == Format::F32,
+        Unit::BlockScaled(_) => x == w,
+        Unit::MatrixCore(_) => x == w && x != Format::F32,
     };
     if fits { Ok(()) } else { Err(GemmError::Formats { x, w }) }
 }
@@ -652,6 +892,9 @@ fn check_schedule(unit: &Unit, schedule: &Schedule, format: Format) -> Result<()
         Ok(())
     };
     if schedule.accumulate == crate::op::Accumulate::Promoted {
+        if matches!(unit, Unit::BlockScaled(_)) {
+            return Err(GemmError::Promoted);
+        }
         check("the promotion interval", schedule.promotion_interval as usize)?;
     }
     if schedule.split_k > 1 {

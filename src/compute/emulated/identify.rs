@@ -5,7 +5,7 @@
 
 use super::chip::Unit;
 use super::gemm::{GemmError, Operand, Scales, gemm, gemm_prepared, prepare};
-use super::quantize::Codes;
+use super::quantize::{BlockScales, Codes};
 use super::schedule::{Epilogue, Schedule, Step};
 use crate::dtype::Format;
 use crate::tensor::Tensor;
@@ -63,9 +63,16 @@ impl std::fmt::Display for Identification {
 pub fn family(x: &Operand, w: &Operand) -> Vec<Schedule> {
     let inner = x.codes.width();
     let format = x.codes.format();
-    let bases: &[Schedule] =
-        if format.is_fp8() { &[Schedule::FAST, Schedule::PROMOTED] } else { &[Schedule::FAST] };
-    let unscaled = |scales: &Scales| *scales == Scales::Tensor(1.0);
+    let of_blocks = matches!(x.scales, Scales::Blocks(_));
+    let bases: &[Schedule] = match format.is_fp8() && !of_blocks {
+        true => &[Schedule::FAST, Schedule::PROMOTED],
+        false => &[Schedule::FAST],
+    };
+    let unscaled = |scales: &Scales| match scales {
+        Scales::Tensor(scale) => *scale == 1.0,
+        Scales::Blocks(scales) => scales.whole == 1.0,
+        Scales::Row(_) | Scales::Block128 { .. } => false,
+    };
     let epilogues: &[Epilogue] = if unscaled(&x.scales) || unscaled(&w.scales) {
         &[Epilogue::ScalesFirst]
     } else {
@@ -182,6 +189,10 @@ fn select(scales: &Scales, rows: &[usize]) -> Scales {
     match scales {
         Scales::Row(scales) => {
             Scales::Row(rows.iter().filter_map(|&row| scales.get(row).copied()).collect())
+        }
+        Scales::Blocks(scales) => {
+            let codes = rows.iter().flat_map(|&row| scales.of_row(row)).copied().collect();
+            Scales::Blocks(BlockScales { codes, ..scales.clone() })
         }
         other => other.clone(),
     }

@@ -10,11 +10,15 @@ pub mod kernels;
 pub mod schedule;
 pub mod steps;
 pub mod quantize;
+pub mod ranks;
 pub mod tensor_core;
 pub mod simd;
+mod grouped;
+pub mod matrix_core;
 pub mod gemm;
 pub mod chain;
 pub mod identify;
+pub mod plan;
 pub mod vectors;
 pub mod captures;
 

@@ -5,6 +5,7 @@
 //! division, a code is the saturating nearest-even conversion of one IEEE
 //! quotient.
 
+use crate::block_format::BlockFormat;
 use crate::dtype::{Format, bf16_from_f32, e4m3_from_f32, e5m2_from_f32};
 use crate::vector::{Kernel, dispatch};
 
@@ -20,7 +21,7 @@ pub struct Codes {
 /// Raw codes in the format's own width.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CodeData {
-    /// E4M3 and E5M2.
+    /// E4M3 and E5M2, and elements of blocks.
     Bits8(Vec<u8>),
     /// bf16 and f16.
     Bits16(Vec<u16>),
@@ -31,7 +32,7 @@ pub enum CodeData {
 /// One row of [`Codes`], to be read.
 #[derive(Clone, Copy, Debug)]
 pub enum CodesRow<'a> {
-    /// E4M3 and E5M2.
+    /// E4M3 and E5M2, and elements of blocks.
     Bits8(&'a [u8]),
     /// bf16 and f16.
     Bits16(&'a [u16]),
@@ -42,7 +43,7 @@ pub enum CodesRow<'a> {
 /// One row of [`Codes`], to be written.
 #[derive(Debug)]
 pub enum CodesRowMut<'a> {
-    /// E4M3 and E5M2.
+    /// E4M3 and E5M2, and elements of blocks.
     Bits8(&'a mut [u8]),
     /// bf16 and f16.
     Bits16(&'a mut [u16]),
@@ -292,6 +293,94 @@ impl CodesRowMut<'_> {
     }
 }
 
+/// The scales of a block-scaled operand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockScales {
+    /// The format, which says how many elements share a scale.
+    pub format: BlockFormat,
+    /// Codes of the blocks' scales, row-major `[rows, blocks]`.
+    pub codes: Vec<u8>,
+    /// Blocks of a row.
+    pub blocks: usize,
+    /// The scale of the whole operand; 1 but for NVFP4.
+    pub whole: f32,
+}
+
+impl BlockScales {
+    /// The codes of a row's scales.
+    pub fn of_row(&self, row: usize) -> &[u8] {
+        &self.codes[row * self.blocks..][..self.blocks]
+    }
+
+    /// What an element of a row is multiplied with.
+    pub fn at(&self, row: usize, column: usize) -> f32 {
+        let code = self.of_row(row)[column / self.format.block()];
+        self.format.scales().decode(code) * self.whole
+    }
+}
+
+/// Converts `values`, row-major in rows of `width`, to a block-scaled format: codes and scales. `whole`
+/// is the scale of the whole operand, [`BlockFormat::whole_scale`] of its absmax. A row's last block may be
+/// shorter.
+///
+/// # Errors
+/// If the values do not fill whole rows.
+pub fn quantize_blocks(
+    format: BlockFormat,
+    width: usize,
+    values: &[f32],
+    whole: f32,
+) -> Result<(Codes, BlockScales), CodesError> {
+    let rows = values.len().checked_div(width).unwrap_or(0);
+    if rows * width != values.len() {
+        return Err(CodesError::Shape { given: values.len(), rows, width });
+    }
+    let blocks = width.div_ceil(format.block());
+    let mut codes = vec![0; values.len()];
+    let mut scales = vec![0; rows * blocks];
+    dispatch(QuantiseBlocks {
+        format,
+        whole,
+        width,
+        values,
+        codes: &mut codes,
+        scales: &mut scales,
+    });
+    let codes = Codes { format: format.element(), rows, width, data: CodeData::Bits8(codes) };
+    Ok((codes, BlockScales { format, codes: scales, blocks, whole }))
+}
+
+struct QuantiseBlocks<'a> {
+    format: BlockFormat,
+    whole: f32,
+    width: usize,
+    values: &'a [f32],
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+}
+
+impl Kernel for QuantiseBlocks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let QuantiseBlocks { format, whole, width, values, codes, scales } = self;
+        let block = format.block();
+        let rows = values.chunks_exact(width.max(1)).zip(codes.chunks_exact_mut(width.max(1)));
+        for ((values, codes), scales) in rows.zip(scales.chunks_mut(width.div_ceil(block).max(1))) {
+            let blocks = values.chunks(block).zip(codes.chunks_mut(block));
+            for ((values, codes), scale) in blocks.zip(scales) {
+                let mut most = 0;
+                for value in values {
+                    most = most.max(value.to_bits() & 0x7fff_ffff);
+                }
+                *scale = format.scale_code(f32::from_bits(most), whole);
+                format.encode_block(values, *scale, whole, codes);
+            }
+        }
+    }
+}
+
 /// The largest magnitude; 0 of nothing. A NaN anywhere gives NaN.
 pub fn absmax(values: &[f32]) -> f32 {
     dispatch(Absmax(values))
@@ -353,6 +442,11 @@ impl Kernel for Quantise<'_, '_> {
             (Format::E5m2, CodesRowMut::Bits8(codes)) => {
                 for (code, value) in codes.iter_mut().zip(values) {
                     *code = e5m2_from_f32(value / scale);
+                }
+            }
+            (Format::E2m3 | Format::E3m2 | Format::E2m1, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = format.encode(value / scale) as u8;
                 }
             }
             (Format::Bf16, CodesRowMut::Bits16(codes)) => {

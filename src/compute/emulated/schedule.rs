@@ -83,7 +83,9 @@ impl Schedule {
     /// where the recipe pins it.
     pub fn of(recipe: &Recipe) -> Schedule {
         let base = match recipe.accumulate {
-            Accumulate::Promoted if recipe.gemm.is_fp8() => Schedule::PROMOTED,
+            Accumulate::Promoted if recipe.gemm.is_fp8() && recipe.blocks().is_none() => {
+                Schedule::PROMOTED
+            }
             _ => Schedule::FAST,
         };
         base.with_split_k(recipe.pin.parts())

@@ -37,7 +37,7 @@
     )
 )]
 
-use super::chip::{TensorCore, Unit};
+use super::chip::{BlockScaled, TensorCore, Unit};
 use super::quantize::CodesRow;
 use crate::dtype::Format;
 
@@ -138,6 +138,9 @@ impl Layout {
         }
         match unit {
             Unit::SequentialFma => Some(Layout::Fma),
+            Unit::BlockScaled(BlockScaled { core, group: 1 }) => Some(Layout::Wide { core: *core }),
+            // `grouped.rs` has vectors of its own.
+            Unit::BlockScaled(_) | Unit::MatrixCore(_) => None,
             Unit::TensorCore(TensorCore {
                 products: products @ (16 | 32),
                 alignment_bits: 13,
@@ -217,8 +220,18 @@ impl Words {
     }
 }
 
+/// What the scales of a row's blocks add to the exponents of its elements, one for each block of the
+/// unit, from the row's first on; empty where there are none.
+pub(super) type Raised<'a> = &'a [i16];
+
 /// A row of x in vector order: what is broadcast to all lanes.
-pub(super) fn pack_x(layout: Layout, format: Format, row: CodesRow, words: &mut Words) {
+pub(super) fn pack_x(
+    layout: Layout,
+    format: Format,
+    row: CodesRow,
+    raised: Raised<'_>,
+    words: &mut Words,
+) {
     words.resize(layout.words(row.len()));
     match layout {
         Layout::Narrow { products } => {
@@ -231,7 +244,8 @@ pub(super) fn pack_x(layout: Layout, format: Format, row: CodesRow, words: &mut 
             }
         }
         Layout::Wide { core } => {
-            pack_wide::<1>(format, &[row], 0..row.len(), &core, Side::X, words.as_mut_slice());
+            let words = words.as_mut_slice();
+            pack_wide::<1>(format, &[row], &[raised], 0..row.len(), &core, Side::X, words);
         }
         Layout::Fma => {
             for (word, code) in words.as_mut_slice().iter_mut().zip(row.iter()) {
@@ -247,6 +261,7 @@ pub(super) fn pack_w(
     layout: Layout,
     format: Format,
     rows: &[CodesRow],
+    raised: &[Raised<'_>],
     inner: std::ops::Range<usize>,
     words: &mut Words,
 ) {
@@ -255,10 +270,10 @@ pub(super) fn pack_w(
         Level::Plain => {}
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a kernel of this level exists only where the features were detected.
-        Level::Avx2 => unsafe { x86::pack_w_avx2(layout, format, rows, inner, words) },
+        Level::Avx2 => unsafe { x86::pack_w_avx2(layout, format, rows, raised, inner, words) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Level::Avx512 => unsafe { x86::pack_w_avx512(layout, format, rows, inner, words) },
+        Level::Avx512 => unsafe { x86::pack_w_avx512(layout, format, rows, raised, inner, words) },
     }
 }
 
@@ -267,6 +282,7 @@ fn pack_w_lanes<const LANES: usize>(
     layout: Layout,
     format: Format,
     rows: &[CodesRow],
+    raised: &[Raised<'_>],
     inner: std::ops::Range<usize>,
     words: &mut Words,
 ) {
@@ -275,7 +291,9 @@ fn pack_w_lanes<const LANES: usize>(
         Layout::Narrow { products } => {
             pack_narrow::<LANES>(format, rows, inner, products, words);
         }
-        Layout::Wide { core } => pack_wide::<LANES>(format, rows, inner, &core, Side::W, words),
+        Layout::Wide { core } => {
+            pack_wide::<LANES>(format, rows, raised, inner, &core, Side::W, words);
+        }
         Layout::Fma => {
             for (words, k) in words.as_chunks_mut::<LANES>().0.iter_mut().zip(inner) {
                 *words = column::<LANES>(rows, |row| row.get(k));
@@ -452,17 +470,23 @@ const WIDE_ZERO_EXPONENT: i32 = -8000;
 fn pack_wide<const LANES: usize>(
     format: Format,
     rows: &[CodesRow],
+    raised: &[Raised<'_>],
     inner: std::ops::Range<usize>,
     core: &TensorCore,
     side: Side,
     words: &mut [u32],
 ) {
     match format {
-        Format::Bf16 => pack_wide_as::<LANES, 8, 7>(format, rows, inner, core, side, words),
-        Format::F16 => pack_wide_as::<LANES, 5, 10>(format, rows, inner, core, side, words),
-        Format::Tf32 => pack_wide_as::<LANES, 8, 10>(format, rows, inner, core, side, words),
-        Format::E4m3 => pack_wide_as::<LANES, 4, 3>(format, rows, inner, core, side, words),
-        Format::E5m2 => pack_wide_as::<LANES, 5, 2>(format, rows, inner, core, side, words),
+        Format::Bf16 => pack_wide_as::<LANES, 8, 7>(format, rows, raised, inner, core, side, words),
+        Format::F16 => pack_wide_as::<LANES, 5, 10>(format, rows, raised, inner, core, side, words),
+        Format::Tf32 => {
+            pack_wide_as::<LANES, 8, 10>(format, rows, raised, inner, core, side, words)
+        }
+        Format::E4m3 => pack_wide_as::<LANES, 4, 3>(format, rows, raised, inner, core, side, words),
+        Format::E5m2 => pack_wide_as::<LANES, 5, 2>(format, rows, raised, inner, core, side, words),
+        Format::E2m3 => pack_wide_as::<LANES, 2, 3>(format, rows, raised, inner, core, side, words),
+        Format::E3m2 => pack_wide_as::<LANES, 3, 2>(format, rows, raised, inner, core, side, words),
+        Format::E2m1 => pack_wide_as::<LANES, 2, 1>(format, rows, raised, inner, core, side, words),
         Format::F32 => {}
     }
 }
@@ -471,6 +495,7 @@ fn pack_wide<const LANES: usize>(
 fn pack_wide_as<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32>(
     format: Format,
     rows: &[CodesRow],
+    raised: &[Raised<'_>],
     inner: std::ops::Range<usize>,
     core: &TensorCore,
     side: Side,
@@ -488,6 +513,9 @@ fn pack_wide_as<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BIT
         shift,
         is_tf32: format == Format::Tf32,
         pairs_per_block,
+        raised,
+        first_block: inner.start / core.products,
+        by: [0; LANES],
         words,
     };
     match rows.first() {
@@ -533,6 +561,11 @@ struct WidePacker<'a, const LANES: usize, const EXPONENT_BITS: u32, const FRACTI
     shift: u32,
     is_tf32: bool,
     pairs_per_block: usize,
+    raised: &'a [Raised<'a>],
+    /// The block of the row at which the stretch begins.
+    first_block: usize,
+    /// What the exponents of the block at hand are raised by.
+    by: [u32; LANES],
     words: &'a mut [u32],
 }
 
@@ -548,6 +581,9 @@ impl<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32>
         let (pairs, sign_bits) = vectors.split_at_mut((block_words - 1) * LANES);
         if pair == 0 {
             sign_bits.fill(0);
+            for (by, raised) in self.by.iter_mut().zip(self.raised) {
+                *by = raised.get(self.first_block + block).map_or(0, |by| *by as u32);
+            }
         }
         let vectors = &mut pairs[pair * 3 * LANES..][..3 * LANES];
         let (exponents, rest) = vectors.split_at_mut(LANES);
@@ -559,7 +595,8 @@ impl<const LANES: usize, const EXPONENT_BITS: u32, const FRACTION_BITS: u32>
                 take_apart::<EXPONENT_BITS, FRACTION_BITS>(odd[lane], self.is_tf32, self.shift);
             even_words[lane] = even_word;
             odd_words[lane] = odd_word;
-            exponents[lane] = even_exponent | odd_exponent << 16;
+            let even_exponent = even_exponent.wrapping_add(self.by[lane]) & 0xffff;
+            exponents[lane] = even_exponent | odd_exponent.wrapping_add(self.by[lane]) << 16;
             sign_bits[lane] |= (even_negative | odd_negative << 1) << (2 * pair);
         }
     }
@@ -641,7 +678,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::chip::TensorCore;
-    use super::{CodesRow, Format, Layout, NARROW_BIAS, Words, pack_w_lanes};
+    use super::{CodesRow, Format, Layout, NARROW_BIAS, Raised, Words, pack_w_lanes};
 
     /// A loop whose body is written out for each value of its index, up to 16, so
     /// that arrays of vectors stay in registers; the compiler gives up on loops of
@@ -673,10 +710,11 @@ mod x86 {
         layout: Layout,
         format: Format,
         rows: &[CodesRow],
+        raised: &[Raised<'_>],
         inner: std::ops::Range<usize>,
         words: &mut Words,
     ) {
-        pack_w_lanes::<8>(layout, format, rows, inner, words);
+        pack_w_lanes::<8>(layout, format, rows, raised, inner, words);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
@@ -684,10 +722,11 @@ mod x86 {
         layout: Layout,
         format: Format,
         rows: &[CodesRow],
+        raised: &[Raised<'_>],
         inner: std::ops::Range<usize>,
         words: &mut Words,
     ) {
-        pack_w_lanes::<16>(layout, format, rows, inner, words);
+        pack_w_lanes::<16>(layout, format, rows, raised, inner, words);
     }
 
     /// # Safety

@@ -18,6 +18,8 @@ pub struct Converted<'v> {
     pub scales: Scales,
     /// The first of these rows within the matrix that the scales are of.
     pub first_row: usize,
+    /// The first of its elements of K within the whole operand's.
+    pub first_inner: usize,
 }
 
 /// A whole operand after its conversion: codes, scales, and how many rows stand before its own

@@ -13,13 +13,20 @@
 //! 4. The cut addends are added exactly.
 //! 5. The sum's magnitude is cut to `R` fraction bits.
 //!
+//! Block-scaled operands (MMA-Sim) differ in what an addend is. In groups of one product, a product's
+//! exponent is raised by those of the scales of its block, which are powers of two. In larger groups, the products of a
+//! group are added exactly, and the sum times the two significands of the scales is one addend, whose
+//! exponent is that of the scales alone: it is not normalised, however large or small the sum. A group takes
+//! no part where each of its products is zero, or a scale is; a sum that cancels does.
+//!
 //! Known from the papers and not seen in hardware vectors: NaN comes out as
 //! 0x7fffffff; an infinity wins over all finite addends, and opposite
 //! infinities, or an infinity times zero, give NaN; `M` is never below -133.
 //! Assumed by this project: a sum too large for f32 is an infinity, and an
 //! exact zero is +0.
 
-use super::chip::TensorCore;
+use super::chip::{BlockScaled, TensorCore};
+use crate::block_format::ScaleCodec;
 use crate::dtype::{Format, Parts};
 
 /// The NaN that a tensor core writes.
@@ -79,6 +86,114 @@ pub fn chain(core: &TensorCore, fraction_bits: u32, x: &[Parts], w: &[Parts], c:
         .fold(c, |c, (x, w)| multiply_add(core, fraction_bits, x, w, c))
 }
 
+/// A row of a block-scaled operand, taken apart.
+#[derive(Clone, Copy, Debug)]
+pub struct ScaledRow<'a> {
+    /// Elements along K.
+    pub elements: &'a [Parts],
+    /// Fraction bits of an element.
+    pub fraction_bits: u32,
+    /// The codes of the blocks' scales.
+    pub scales: &'a [u8],
+    /// Their codec.
+    pub codec: ScaleCodec,
+    /// Elements of a block.
+    pub block: usize,
+}
+
+impl ScaledRow<'_> {
+    /// Whether the scale of an element is a number.
+    fn has_scale(&self, index: usize) -> bool {
+        self.codec.is_number(self.scales[index / self.block])
+    }
+
+    /// The scale of an element taken apart.
+    fn scale(&self, index: usize) -> (i32, i32) {
+        let code = self.scales[index / self.block];
+        self.codec.parts(if self.codec == ScaleCodec::Ue4m3 { code & 0x7f } else { code })
+    }
+}
+
+/// Chains the blocks of a whole row of K of block-scaled operands, from `c` on.
+pub fn chain_scaled(unit: &BlockScaled, x: &ScaledRow<'_>, w: &ScaledRow<'_>, c: f32) -> f32 {
+    let width = x.elements.len().min(w.elements.len());
+    (0..width).step_by(unit.core.products).fold(c, |c, first| {
+        let inner = first..(first + unit.core.products).min(width);
+        if inner.clone().any(|index| !x.has_scale(index) || !w.has_scale(index)) {
+            return NAN;
+        }
+        if unit.group == 1 { raised(unit, x, w, inner, c) } else { grouped(unit, x, w, inner, c) }
+    })
+}
+
+/// One instruction whose addends are products with raised exponents.
+fn raised(
+    unit: &BlockScaled,
+    x: &ScaledRow<'_>,
+    w: &ScaledRow<'_>,
+    inner: std::ops::Range<usize>,
+    c: f32,
+) -> f32 {
+    let raise = |row: &ScaledRow<'_>, index: usize| match row.elements[index] {
+        Parts::Finite { significand, exponent } => {
+            Parts::Finite { significand, exponent: exponent + row.scale(index).1 }
+        }
+        other => other,
+    };
+    let of_x: Vec<Parts> = inner.clone().map(|index| raise(x, index)).collect();
+    let of_w: Vec<Parts> = inner.map(|index| raise(w, index)).collect();
+    multiply_add(&unit.core, x.fraction_bits + w.fraction_bits, &of_x, &of_w, c)
+}
+
+/// One instruction whose addends are exact sums of a group of products, times their scales.
+fn grouped(
+    unit: &BlockScaled,
+    x: &ScaledRow<'_>,
+    w: &ScaledRow<'_>,
+    inner: std::ops::Range<usize>,
+    c: f32,
+) -> f32 {
+    let significand = |parts: Parts| match parts {
+        // A subnormal has the exponent of the smallest normal number.
+        Parts::Finite { significand, exponent } => i64::from(significand) << exponent,
+        // These elements have no other codes.
+        _ => 0,
+    };
+    let fraction_bits =
+        x.fraction_bits + w.fraction_bits + x.codec.fraction_bits() + w.codec.fraction_bits();
+    let mut addends = Vec::new();
+    let mut start = inner.start;
+    while start < inner.end {
+        let group = start..(start + unit.group).min(inner.end);
+        let products: Vec<i64> =
+            group.map(|at| significand(x.elements[at]) * significand(w.elements[at])).collect();
+        let ((x_significand, x_exponent), (w_significand, w_exponent)) =
+            (x.scale(start), w.scale(start));
+        let scale = i64::from(x_significand) * i64::from(w_significand);
+        if scale != 0 && products.iter().any(|product| *product != 0) {
+            let sum = products.iter().sum::<i64>() * scale;
+            addends.push((sum, x_exponent + w_exponent, fraction_bits));
+        }
+        start += unit.group;
+    }
+    match Format::F32.parts(c.to_bits()) {
+        Parts::Finite { significand: 0, .. } => {}
+        Parts::Finite { significand, exponent } => {
+            addends.push((i64::from(significand), exponent, Format::F32.fraction_bits()));
+        }
+        Parts::Infinite { negative: true } => return f32::NEG_INFINITY,
+        Parts::Infinite { negative: false } => return f32::INFINITY,
+        Parts::Nan => return NAN,
+    }
+    let exponents = addends.iter().map(|(_, exponent, _)| *exponent);
+    let largest = exponents.fold(unit.core.exponent_floor, i32::max);
+    let bits = unit.core.alignment_bits;
+    let sum = addends.iter().map(|&(significand, exponent, fraction_bits)| {
+        cut_at(significand, exponent, fraction_bits, largest, bits)
+    });
+    normalise(sum.sum(), largest - bits as i32, unit.core.result_bits)
+}
+
 fn product(x: Parts, w: Parts) -> Parts {
     let negative = |parts: Parts| match parts {
         Parts::Finite { significand, .. } => significand < 0,
@@ -100,7 +215,18 @@ fn product(x: Parts, w: Parts) -> Parts {
 /// The addend in units of `2^(largest_exponent - alignment_bits)`, cut toward zero.
 fn aligned(addend: Parts, fraction_bits: u32, largest_exponent: i32, alignment_bits: u32) -> i64 {
     let Parts::Finite { significand, exponent } = addend else { return 0 };
-    let magnitude = i64::from(significand.unsigned_abs());
+    cut_at(significand.into(), exponent, fraction_bits, largest_exponent, alignment_bits)
+}
+
+/// `significand * 2^(exponent - fraction_bits)` in units of `2^(largest_exponent - alignment_bits)`.
+fn cut_at(
+    significand: i64,
+    exponent: i32,
+    fraction_bits: u32,
+    largest_exponent: i32,
+    alignment_bits: u32,
+) -> i64 {
+    let magnitude = significand.abs();
     let shift = alignment_bits as i32 - fraction_bits as i32 - (largest_exponent - exponent);
     let cut = match shift {
         0.. => magnitude << shift.min(40),

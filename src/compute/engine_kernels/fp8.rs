@@ -275,9 +275,9 @@ pub fn cutlass_scaled_mm(
     let width = y.width().max(1);
     y.data_mut().par_chunks_mut(width).enumerate().for_each(|(row, sums)| {
         let swapped = tokens(row) <= SWAPPED;
-        let of_x = x.scales.of(row, 0, x.codes.width());
+        let of_x = x.scales.at(row, 0, x.codes.width());
         for (column, sum) in sums.iter_mut().enumerate() {
-            let of_weight = w.scales.of(column, 0, w.codes.width());
+            let of_weight = w.scales.at(column, 0, w.codes.width());
             let (last, first) = if swapped { (of_weight, of_x) } else { (of_x, of_weight) };
             let scaled = first * *sum;
             let scaled = match bias {
@@ -319,10 +319,10 @@ pub fn block_scaled_mm(
         let (x_part, w_part) = (x.codes.some_columns(inner.clone()), w.codes.some_columns(inner));
         let partial = gemm(unit, schedule, &bare(&x_part), &bare(&w_part), Format::F32)?;
         let of_w: Vec<f32> =
-            (0..w.codes.rows()).map(|row| w.scales.of(row, block, width)).collect();
+            (0..w.codes.rows()).map(|row| w.scales.at(row, block * GROUP, width)).collect();
         let outputs = y.width().max(1);
         y.data_mut().par_chunks_mut(outputs).enumerate().for_each(|(row, sums)| {
-            let of_x = x.scales.of(row, block, width);
+            let of_x = x.scales.at(row, block * GROUP, width);
             for ((sum, &partial), of_w) in sums.iter_mut().zip(partial.row(row)).zip(&of_w) {
                 *sum = partial.mul_add(of_x * of_w, *sum);
             }

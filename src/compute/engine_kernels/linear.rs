@@ -161,8 +161,15 @@ impl Linear {
 /// # Errors
 /// If the operands' K differ.
 pub fn by_lanes(x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
+    by_lanes_in_turns(x, w, 256)
+}
+
+/// [`by_lanes`] with another number of elements of K in a turn.
+///
+/// # Errors
+/// As [`by_lanes`].
+pub fn by_lanes_in_turns(x: &Codes, w: &Codes, turn: usize) -> Result<Tensor, GemmError> {
     const LANES: usize = 16;
-    const TURN: usize = 256;
     if x.width() != w.width() {
         return Err(GemmError::Inner { x: x.width(), w: w.width() });
     }
@@ -171,14 +178,14 @@ pub fn by_lanes(x: &Codes, w: &Codes) -> Result<Tensor, GemmError> {
     }
     let one = |x: &[f32], w: &[f32]| {
         let mut lanes = [0.0f32; LANES];
-        for (x, w) in x.chunks(TURN).zip(w.chunks(TURN)) {
-            let mut turn = [0.0f32; LANES];
+        for (x, w) in x.chunks(turn).zip(w.chunks(turn)) {
+            let mut sums = [0.0f32; LANES];
             for (x, w) in x.chunks(LANES).zip(w.chunks(LANES)) {
-                for ((sum, x), w) in turn.iter_mut().zip(x).zip(w) {
+                for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
                     *sum = x.mul_add(*w, *sum);
                 }
             }
-            lanes.iter_mut().zip(turn).for_each(|(lane, turn)| *lane += turn);
+            lanes.iter_mut().zip(sums).for_each(|(lane, sum)| *lane += sum);
         }
         lanes.iter().fold(0.0, |sum, lane| sum + lane)
     };
@@ -215,7 +222,7 @@ pub fn codes(format: Format, values: &Tensor) -> Codes {
 
 /// The rows with what tiles of K leave over first, filled up with zeros to whole
 /// instructions.
-fn residue_first(codes: &Codes, tile: usize) -> Codes {
+pub fn residue_first(codes: &Codes, tile: usize) -> Codes {
     let rest = codes.width() % tile.max(1);
     let padding = rest.next_multiple_of(16) - rest;
     let mut padded = Codes::zeros(codes.format(), codes.rows(), codes.width() + padding);

@@ -153,12 +153,12 @@ fn fp8(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         // scales tell. Null is one scale for all.
         None if !keys.names().any(|key| key == "weight_block_size") => {
             let (strategy, names) = (Strategy::Block([128, 128]), Names::Either);
-            return Ok(Quantised::Scaled { codes, strategy, names });
+            return Ok(Quantised::Scaled { codes, strategy, names, converts: true });
         }
         None => Strategy::Tensor,
         Some(list) => Strategy::Block(block(list, "weight_block_size")?),
     };
-    Ok(Quantised::Scaled { codes, strategy, names: Names::Inverse })
+    Ok(Quantised::Scaled { codes, strategy, names: Names::Inverse, converts: true })
 }
 
 /// gpt-oss: the experts' matrices alone. Which layers are not converted their tensors say.
@@ -168,7 +168,7 @@ fn mxfp4(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         return Err(unknown("its `dequantize` is true".to_owned()));
     }
     let (codes, strategy) = (WeightType::E2m1, Strategy::Group(32));
-    Ok(Quantised::Scaled { codes, strategy, names: Names::Mixture })
+    Ok(Quantised::Scaled { codes, strategy, names: Names::Mixture, converts: false })
 }
 
 /// How wide a group is; -1 is a whole row.
@@ -319,6 +319,7 @@ fn bitsandbytes(keys: &Keys<'_>) -> Result<Quantised, Fault> {
             codes: WeightType::I8,
             strategy: Strategy::Channel,
             names: Names::BitsAndBytes,
+            converts: false,
         }),
         (four, eight) => Err(unknown(format!(
             "its `load_in_4bit` is {}, and its `load_in_8bit` is {}",
@@ -348,8 +349,11 @@ fn modelopt(keys: &Keys<'_>) -> Result<Quantised, Fault> {
     must_be_off(keys, "pre_quant_scale")?;
     let algorithm = keys.text("quant_algo")?;
     let group = group_size(keys, None)?;
-    let scaled = |codes, strategy, names| Ok(Quantised::Scaled { codes, strategy, names });
-    match algorithm.map(str::to_ascii_uppercase).as_deref() {
+    let algorithm = algorithm.map(str::to_ascii_uppercase);
+    let converts = algorithm.as_deref() != Some("W4A16_NVFP4");
+    let scaled =
+        |codes, strategy, names| Ok(Quantised::Scaled { codes, strategy, names, converts });
+    match algorithm.as_deref() {
         Some("FP8") => scaled(WeightType::E4m3, Strategy::Tensor, Names::Plain),
         Some("FP8_PER_CHANNEL_PER_TOKEN") => {
             scaled(WeightType::E4m3, Strategy::Channel, Names::Plain)
@@ -360,9 +364,10 @@ fn modelopt(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         Some("NVFP4" | "W4A16_NVFP4") => {
             scaled(WeightType::E2m1, even(group.unwrap_or(16))?, Names::ModelOptNvfp4)
         }
-        Some(_) | None => {
-            Err(unknown(format!("its `quant_algo` is `{}`", shown(algorithm.unwrap_or("none")))))
-        }
+        Some(_) | None => Err(unknown(format!(
+            "its `quant_algo` is `{}`",
+            shown(algorithm.as_deref().unwrap_or("none"))
+        ))),
     }
 }
 
@@ -421,7 +426,8 @@ fn compressed_tensors(keys: &Keys<'_>) -> Result<Quantised, Fault> {
         let format = group.text("format")?.unwrap_or(format);
         let weights = group.object("weights")?;
         let weights = weights.ok_or_else(|| unknown(format!("its `{name}` has no `weights`")))?;
-        let of_group = group_of(&weights, format)?;
+        let converts = group.get("input_activations").is_some_and(Value::is_object);
+        let of_group = group_of(&weights, format, converts)?;
         group.refuse_unread()?;
         if found.is_some_and(|found| found != of_group) {
             return Err(unknown("its groups quantise weights in several ways".to_owned()));
@@ -432,7 +438,7 @@ fn compressed_tensors(keys: &Keys<'_>) -> Result<Quantised, Fault> {
     found.ok_or_else(|| unknown("its `config_groups` are empty".to_owned()))
 }
 
-fn group_of(weights: &Keys<'_>, format: &str) -> Result<Quantised, Fault> {
+fn group_of(weights: &Keys<'_>, format: &str, converts: bool) -> Result<Quantised, Fault> {
     pass_over(weights, &["observer", "observer_kwargs", "scale_dtype", "zp_dtype", "symmetric"]);
     let bits = weights.required("num_bits")?;
     let kind = weights.text("type")?.unwrap_or("int");
@@ -475,7 +481,7 @@ fn group_of(weights: &Keys<'_>, format: &str) -> Result<Quantised, Fault> {
         other => return Err(unknown(format!("its `strategy` is `{}`", shown(other)))),
     };
     weights.refuse_unread()?;
-    let scaled = |codes, names| Ok(Quantised::Scaled { codes, strategy, names });
+    let scaled = |codes, names| Ok(Quantised::Scaled { codes, strategy, names, converts });
     match (format, kind, bits) {
         ("float-quantized" | "naive-quantized" | "mxfp8-quantized", "float", 8) => {
             scaled(WeightType::E4m3, Names::Plain)
@@ -485,11 +491,11 @@ fn group_of(weights: &Keys<'_>, format: &str) -> Result<Quantised, Fault> {
         }
         ("nvfp4-pack-quantized", "float", 4) => {
             let (codes, names) = (WeightType::E2m1, Names::PackedNvfp4);
-            Ok(Quantised::Scaled { codes, strategy: even(group.unwrap_or(16))?, names })
+            Ok(Quantised::Scaled { codes, strategy: even(group.unwrap_or(16))?, names, converts })
         }
         ("mxfp4-pack-quantized", "float", 4) => {
             let (codes, names) = (WeightType::E2m1, Names::PackedMxfp4);
-            Ok(Quantised::Scaled { codes, strategy: even(group.unwrap_or(32))?, names })
+            Ok(Quantised::Scaled { codes, strategy: even(group.unwrap_or(32))?, names, converts })
         }
         ("pack-quantized", "int", 1..=8) => {
             let (group, one_scale) = match strategy {
@@ -573,7 +579,8 @@ mod tests {
     fn what_files_of_today_say_is_read() {
         let deepseek = serde_json::json!({ "activation_scheme": "dynamic", "fmt": "e4m3",
             "quant_method": "fp8", "weight_block_size": [128, 128] });
-        let scaled = |codes, strategy, names| Quantised::Scaled { codes, strategy, names };
+        let scaled =
+            |codes, strategy, names| Quantised::Scaled { codes, strategy, names, converts: true };
         let block = Strategy::Block([128, 128]);
         let wanted = scaled(WeightType::E4m3, block, Names::Inverse);
         assert_eq!(of(deepseek).expect("read"), wanted);

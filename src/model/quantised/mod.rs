@@ -20,6 +20,8 @@ use safetensors::tensor::Dtype;
 use super::MappedFile;
 use super::error::{FETCH_AGAIN, Fault, shown};
 use super::weights::{Steps, WeightType};
+use crate::block_format::BlockFormat;
+use crate::dtype::Format;
 pub(super) use config::{Activations, activations, read, read_sidecar};
 use packed::{Order, Packed, Packing};
 use scaled::{Scaled, Scales, Whole};
@@ -34,6 +36,8 @@ pub(super) enum Quantised {
         strategy: Strategy,
         /// Which tensors hold them.
         names: Names,
+        /// Whether the activations of its products are converted likewise.
+        converts: bool,
     },
     /// Integers of few bits in words.
     Packed {
@@ -198,6 +202,8 @@ pub(super) struct Coded {
     pieces: Pieces,
     /// Rows of the tensors that stand before its own, where several weights share them.
     first: usize,
+    /// Whether the activations of its products are converted likewise.
+    converts: bool,
 }
 
 impl Coded {
@@ -354,13 +360,16 @@ impl Quantised {
                     (".weight_zero_point", Part::Zeros),
                     (".input_scale", Part::InputScale),
                 ],
-                Names::ModelOptNvfp4 => {
-                    &[(".weight_scale", Part::Scales), (".weight_scale_2", Part::WholeScale)]
-                }
+                Names::ModelOptNvfp4 => &[
+                    (".weight_scale", Part::Scales),
+                    (".weight_scale_2", Part::WholeScale),
+                    (".input_scale", Part::InputScale),
+                ],
                 Names::PackedNvfp4 => &[
                     (".weight_packed", Part::Codes),
                     (".weight_scale", Part::Scales),
                     (".weight_global_scale", Part::WholeScale),
+                    (".input_global_scale", Part::InputScale),
                 ],
                 Names::PackedMxfp4 => {
                     &[(".weight_packed", Part::Codes), (".weight_scale", Part::Scales)]
@@ -442,13 +451,14 @@ impl Quantised {
     pub fn assemble(&self, pieces: Pieces, files: &[MappedFile]) -> Result<Assembled, Fault> {
         let found = Found { pieces: &pieces, files };
         let (kind, [rows, width], layout) = match *self {
-            Quantised::Scaled { codes, strategy, names } => {
+            Quantised::Scaled { codes, strategy, names, .. } => {
                 assemble_scaled(&found, codes, strategy, names)?
             }
             Quantised::Packed { bits, group, of } => assemble_packed(&found, bits, group, of)?,
             Quantised::Table => assemble_table(&found)?,
         };
-        let coded = Coded { layout, pieces, first: 0 };
+        let converts = matches!(*self, Quantised::Scaled { converts: true, .. });
+        let coded = Coded { layout, pieces, first: 0, converts };
         Coding { coded: &coded, files }.check(rows)?;
         Ok(Assembled { kind, rows, width, coded })
     }
@@ -733,6 +743,37 @@ impl<'a> HeldCodes<'a> {
     }
 }
 
+/// The elements and scales of a block-scaled weight, as its file holds them.
+#[derive(Clone, Copy)]
+pub(crate) struct HeldBlocks<'a> {
+    scaled: Scaled<'a>,
+    /// Rows of the tensor before its own.
+    first: usize,
+    /// What they are.
+    pub format: BlockFormat,
+    /// The scale of the whole weight; 1 where there is none.
+    pub whole: f32,
+    /// The scale of all activations that it is multiplied with, where the file has one.
+    pub input_scale: Option<f32>,
+}
+
+impl HeldBlocks<'_> {
+    /// The elements' codes of rows, a byte each, and the codes of their scales.
+    pub fn rows(&self, rows: Range<usize>) -> (Vec<u8>, Vec<u8>) {
+        let rows = self.first + rows.start..self.first + rows.end;
+        let (width, block) = (self.scaled.width, self.format.block());
+        let halves = self.format.element() == Format::E2m1;
+        let length = if halves { width / 2 } else { width };
+        let bytes = &self.scaled.bytes[rows.start * length..rows.end * length];
+        let codes = match halves {
+            true => bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect(),
+            false => bytes.to_vec(),
+        };
+        let blocks = width / block;
+        (codes, self.scaled.scales.bytes[rows.start * blocks..rows.end * blocks].to_vec())
+    }
+}
+
 /// A weight of codes, by how it is decoded.
 enum Decoder<'a> {
     Scaled(Scaled<'a>),
@@ -772,6 +813,37 @@ impl<'a> Coding<'a> {
             first: self.coded.first,
             input_scale,
         })
+    }
+
+    /// The elements and scales as they are, where they make a block-scaled format that tensor cores
+    /// multiply, and activations are converted to it too: elsewhere engines multiply by its values.
+    pub fn held_blocks(&self) -> Option<HeldBlocks<'a>> {
+        if !self.coded.converts {
+            return None;
+        }
+        let Decoder::Scaled(scaled) = self.decoder() else { return None };
+        let Scales { kind, block, step, whole, .. } = scaled.scales;
+        if scaled.step.is_some() || step.is_some() || scaled.zeros.is_some() {
+            return None;
+        }
+        let format = match (scaled.codes, kind, block) {
+            (WeightType::E4m3, WeightType::E8m0, [1, 32]) => BlockFormat::Mxfp8,
+            (WeightType::E5m2, WeightType::E8m0, [1, 32]) => BlockFormat::Mxfp8E5m2,
+            (WeightType::E2m1, WeightType::E8m0, [1, 32]) => BlockFormat::Mxfp4,
+            (WeightType::E2m1, WeightType::E4m3, [1, 16]) => BlockFormat::Nvfp4,
+            _ => return None,
+        };
+        // A scale that divides that of the weight divides that of the activations too.
+        let (whole, inverse) = match whole {
+            Whole::None => (1.0, false),
+            Whole::Multiplies(whole) => (whole, false),
+            Whole::Divides(whole) => (1.0 / whole, true),
+            Whole::Follows(_) => return None,
+        };
+        let whole_blocks = scaled.width.is_multiple_of(format.block());
+        let input_scale = self.input_scale().map(|scale| if inverse { 1.0 / scale } else { scale });
+        let first = self.coded.first;
+        whole_blocks.then_some(HeldBlocks { scaled, first, format, whole, input_scale })
     }
 
     /// The scale of the activations that it is multiplied with, where the file has one.
@@ -835,8 +907,11 @@ impl<'a> Coding<'a> {
 
     /// Adds what makes the values of the weight to a digest.
     pub fn digest(&self, hasher: &mut blake3::Hasher) {
-        let Coded { layout, first, pieces } = self.coded;
+        let Coded { layout, first, pieces, converts } = self.coded;
         hasher.update(format!("{layout:?} from row {first}").as_bytes());
+        if !converts {
+            hasher.update(b" beside plain activations");
+        }
         for (part, piece) in pieces {
             hasher.update(format!("{part:?} {:?} {:?}", piece.shape, piece.steps).as_bytes());
             hasher.update_rayon(self.bytes(*part));
@@ -852,9 +927,9 @@ impl<'a> Coding<'a> {
 
     /// Where the parts stand and how they are decoded, as a line for a key.
     pub fn layout(&self) -> String {
-        let Coded { layout, first, pieces } = self.coded;
+        let Coded { layout, first, pieces, converts } = self.coded;
         let places = pieces.iter().map(|(part, piece)| format!("{part:?}@{:?}", piece.bytes));
-        format!(" {layout:?} {first} {}", places.collect::<Vec<_>>().join(" "))
+        format!(" {layout:?} {first} {converts} {}", places.collect::<Vec<_>>().join(" "))
     }
 
     /// Refuses scales that are no positive numbers, and groups and zeros that are none.
