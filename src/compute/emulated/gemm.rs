@@ -503,7 +503,13 @@ impl<'a> Panel<'a> {
     fn new(job: &Job<'a>, x_rows: Range<usize>, w_rows: Range<usize>) -> Panel<'a> {
         Panel {
             w_codes: w_rows.clone().map(|row| job.w.codes.row(row)).collect(),
-            raised: w_rows.clone().map(|row| raised_by(&job.x.unit, &job.w.scales, row)).collect(),
+            raised: match &job.w.scales {
+                Scales::Blocks(_) => {
+                    let of = |row| raised_by(&job.x.unit, &job.w.scales, row);
+                    w_rows.clone().map(of).collect()
+                }
+                _ => Vec::new(),
+            },
             usable: vec![true; x_rows.len()],
             sums: Sums::new(x_rows.len() * job.panel()),
             x_rows,
@@ -515,6 +521,7 @@ impl<'a> Panel<'a> {
     fn chain(&mut self, job: &Job, layout: Layout, inner: Range<usize>, words: &mut Words) {
         let kernel = job.x.kernel;
         let x_words = layout.words(inner.start)..layout.words(inner.end);
+        // Empty, and then nothing is allocated, but for block-scaled operands.
         let raised: Vec<&[i16]> = self.raised.iter().map(Vec::as_slice).collect();
         let format = job.w.codes.format();
         simd::pack_w(kernel, layout, format, &self.w_codes, &raised, inner, words);
