@@ -17,7 +17,7 @@ use crate::compute::emulated::chip::{CHIPS, Chip, Unit, chip};
 use crate::compute::emulated::gemm::{GemmError, Operand, Scales, gemm};
 use crate::compute::emulated::identify::identify;
 use crate::compute::emulated::quantize::{
-    BlockScales, CodeData, Codes, CodesError, absmax, quantize_blocks, quantize_row, scale_for,
+    BlockScales, Codes, CodesError, absmax, quantize_blocks, quantize_row, scale_for,
 };
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::emulated::vectors::{
@@ -27,7 +27,7 @@ use crate::compute::{ComputeError, cuda, product};
 use crate::dtype::Format;
 use crate::op::{Accumulate, ChipName, FileTensor};
 use crate::tensor::Tensor;
-use crate::tensor_file::{self, TensorFileError};
+use crate::tensor_file::{self, TensorFileError, blocks};
 use crate::text::Shown;
 use crate::text::grouped;
 
@@ -140,7 +140,9 @@ pub enum ChipCommandError {
         problem: String,
     },
     /// The chip has no unit for these formats.
-    #[error("{chip:?} does not multiply {x} by {w}; `runner chip list` shows what it does")]
+    #[error(
+        "the chip `{chip}` does not multiply {x} by {w}; `runner chip list` shows what it does"
+    )]
     Unsupported {
         /// The chip.
         chip: ChipName,
@@ -149,9 +151,9 @@ pub enum ChipCommandError {
         /// Format of w.
         w: String,
     },
-    /// Codes of a block-scaled format that cannot be had from a file.
+    /// An operand whose codes or scales cannot be had from a file as they are asked for.
     #[error("{0}")]
-    Blocks(String),
+    Operand(String),
     /// The report cannot be written.
     #[error("cannot write the report: {0}")]
     Report(#[from] std::io::Error),
@@ -315,10 +317,6 @@ fn list_unit<'a>(
     Ok(())
 }
 
-fn chip_name(chip: &Chip) -> String {
-    format!("{:?}", chip.name).to_lowercase()
-}
-
 fn verify(folder: &Path, out: &mut dyn Write) -> Result<ChipOutcome, ChipCommandError> {
     let captures = captures::read_folder(folder)?;
     let checks = match verify_folder(folder, |core| core) {
@@ -435,7 +433,7 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
         w_codes.rows(),
         x_codes.rows(),
         x_codes.width(),
-        chip_name(chip)
+        chip.name
     )?;
     writeln!(out, "{schedule}, output {output}")?;
     writeln!(out, "blake3 of y's f32 values: {}", blake3::hash(&y.to_le_bytes()))?;
@@ -511,16 +509,19 @@ fn row_scales(
     scales: &TensorRef,
 ) -> Result<Vec<f32>, ChipCommandError> {
     if operand.scale.is_some() {
-        return Err(ChipCommandError::Blocks(format!(
+        return Err(ChipCommandError::Operand(format!(
             "{name} has `--{name}-scale` and `--{name}-scales`; it has one scale or one for each row"
         )));
     }
-    let stored = tensor_file::read(&wanted(scales, None)).map_err(|error| {
-        ChipCommandError::Blocks(format!(
-            "{error}; scales of rows are f32 [rows], and codes of blocks' scales need \
-             `--{name}-format` to say of which format"
-        ))
-    })?;
+    let stored = match tensor_file::read(&wanted(scales, None)) {
+        Err(error) if error.to_string().contains("by `dtype`") => {
+            return Err(ChipCommandError::Operand(format!(
+                "`--{name}-scales` holds codes: scales of rows are f32, and of codes of blocks' \
+                 scales `--{name}-format` says the block-scaled format, as `nvfp4`"
+            )));
+        }
+        stored => stored?,
+    };
     Ok(stored.values().data().to_vec())
 }
 
@@ -554,73 +555,47 @@ fn read_blocks(
     format: BlockFormat,
 ) -> Result<(Codes, Scales), ChipCommandError> {
     if let Some(scale) = operand.scale.filter(|scale| !(scale.is_finite() && *scale > 0.0)) {
-        return Err(ChipCommandError::Blocks(format!(
+        return Err(ChipCommandError::Operand(format!(
             "`--{name}-scale` is {scale}; a scale is a positive finite number"
         )));
     }
     let Some(scales) = &operand.scales else {
-        let stored = tensor_file::read(&wanted(&operand.source, None)).map_err(|error| {
-            ChipCommandError::Blocks(format!(
-                "{error}; codes of {format} need their scales too: `--{name}-scales FILE:TENSOR`"
-            ))
-        })?;
-        if stored.format.is_fp8() {
-            return Err(ChipCommandError::Blocks(format!(
-                "{name} is stored as {}: codes of {format} need their scales too, \
-                 `--{name}-scales FILE:TENSOR`",
-                stored.format
+        let stored = tensor_file::read(&wanted(&operand.source, None));
+        let is_words = matches!(&stored, Err(error) if error.to_string().contains("by `dtype`"));
+        if is_words || stored.as_ref().is_ok_and(|stored| stored.format.is_fp8()) {
+            return Err(ChipCommandError::Operand(format!(
+                "{name} holds codes, and codes of {format} need the scales of their blocks: write \
+                 `--{name}-scales FILE:TENSOR` too, or give values, which are converted"
             )));
         }
+        let stored = stored?;
         let values = stored.values();
         let whole = operand.scale.unwrap_or_else(|| format.whole_scale(absmax(values.data())));
         let (codes, scales) = quantize_blocks(format, stored.width, values.data(), whole)?;
         return Ok((codes, Scales::Blocks(scales)));
     };
-    let element = format.element();
-    let bytes_of = if element.is_fp8() { element } else { Format::E4m3 };
-    let stored = tensor_file::read(&wanted(&operand.source, Some(bytes_of)))?;
-    let (rows, width, codes) = match element {
-        // Two in a byte, the first in the lower half.
-        Format::E2m1 => {
-            let codes = stored.bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect();
-            (stored.rows, 2 * stored.width, codes)
-        }
-        _ => (stored.rows, stored.width, stored.bytes.clone()),
-    };
-    if let Some(at) = codes.iter().position(|code: &u8| u32::from(*code) >> element.bits() != 0) {
-        return Err(ChipCommandError::Blocks(format!(
-            "{name} holds {:#04x} at row {}, value {}, which is no code of {} bits; {element} codes \
-             stand in the low bits of a byte each",
-            codes[at],
-            at / width,
-            at % width,
-            element.bits()
-        )));
-    }
+    let stored = tensor_file::read(&wanted(&operand.source, Some(blocks::bytes_of(format))))?;
+    let elements = blocks::elements(name, format, stored).map_err(ChipCommandError::Operand)?;
+    let (rows, width) = (elements.rows, elements.width);
     let of_blocks = tensor_file::read(&wanted(scales, Some(Format::E4m3)))?;
-    let blocks = width.div_ceil(format.block());
-    if (of_blocks.rows, of_blocks.width) != (rows, blocks) {
-        return Err(ChipCommandError::Blocks(format!(
+    let count = width.div_ceil(format.block());
+    if (of_blocks.rows, of_blocks.width) != (rows, count) {
+        return Err(ChipCommandError::Operand(format!(
             "the scales of {name} are [{}, {}], and {format} codes of [{rows}, {width}] need \
-             [{rows}, {blocks}]: one for each {} elements, in the order of the rows; undo a layout \
+             [{rows}, {count}]: one for each {} elements, in the order of the rows; undo a layout \
              that is made for tensor cores first",
             of_blocks.rows,
             of_blocks.width,
             format.block()
         )));
     }
-    let codec = format.scales();
-    if let Some(at) = of_blocks.bytes.iter().position(|code| !codec.is_number(*code)) {
-        return Err(ChipCommandError::Blocks(format!(
-            "the scale of {name} at row {}, block {} is NaN ({:#04x}); nothing but NaN would come of it",
-            at / blocks,
-            at % blocks,
-            of_blocks.bytes[at]
-        )));
-    }
-    let codes = Codes::new(element, rows, width, CodeData::Bits8(codes))?;
+    blocks::check_scales(name, format, &of_blocks).map_err(ChipCommandError::Operand)?;
+    let codes = product::codes(&elements)?;
     let whole = operand.scale.unwrap_or(1.0);
-    Ok((codes, Scales::Blocks(BlockScales { format, codes: of_blocks.bytes, blocks, whole })))
+    Ok((
+        codes,
+        Scales::Blocks(BlockScales { format, codes: of_blocks.bytes, blocks: count, whole }),
+    ))
 }
 
 /// A file's keyword for a format is an option here.
@@ -671,7 +646,9 @@ mod tests {
         let view = |rows: usize| {
             TensorView::new(Dtype::F32, vec![rows, 256], &values[..rows * 256 * 4]).expect("a view")
         };
-        let bytes = safetensors::serialize([("x", view(2)), ("w", view(4))], None).expect("a file");
+        let words = TensorView::new(Dtype::U8, vec![2, 128], &values[..256]).expect("a view");
+        let tensors = [("x", view(2)), ("w", view(4)), ("codes", words)];
+        let bytes = safetensors::serialize(tensors, None).expect("a file");
         std::fs::write(&file, bytes).expect("a file in the temporary folder");
 
         let operand = |tensor: &str| MultiplyOperand {
@@ -712,7 +689,17 @@ mod tests {
         let report = told(&options);
         assert!(report.contains("of all, as blackwell does\nfast, split-K 1"), "{report}");
         options.w.format = blocks("mxfp4");
-        assert!(told(&options).contains("does not multiply nvfp4 by mxfp4"));
+        assert!(told(&options).contains("the chip `blackwell` does not multiply nvfp4 by mxfp4"));
+        let of_codes = TensorRef { file: file.clone(), tensor: Some("codes".to_owned()) };
+        options.x.source.clone_from(&of_codes);
+        let told_scales = told(&options);
+        assert!(told_scales.starts_with("x holds codes, and codes of nvfp4"), "{told_scales}");
+        options.x.source.tensor = Some("x".to_owned());
+        options.x.format = blocks("e4m3");
+        options.x.scales = Some(of_codes);
+        let told_rows = told(&options);
+        assert!(told_rows.starts_with("`--x-scales` holds codes"), "{told_rows}");
+        options.x.scales = None;
         (options.x.format, options.w.format) = (blocks("e4m3"), blocks("e4m3"));
 
         options.w.source.tensor = Some("v".to_owned());

@@ -11,7 +11,7 @@ use crate::compute::ComputeError;
 use crate::dtype::Format;
 use crate::op::FileTensor;
 use crate::tensor::Tensor;
-use crate::tensor_file::{BlockScales, CodedTensor, TensorFile, TensorFileError};
+use crate::tensor_file::{BlockScales, CodedTensor, TensorFile, TensorFileError, blocks};
 use crate::text::Shown;
 
 /// Why a dump cannot be judged.
@@ -113,7 +113,7 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     let wanted = FileTensor {
         file: source.file.clone(),
         tensor: source.tensor.clone(),
-        format: source.blocks.map_or(source.format, |format| Some(bytes_of(format.element()))),
+        format: source.blocks.map_or(source.format, |format| Some(blocks::bytes_of(format))),
         shape: source.shape.clone(),
         scale: None,
     };
@@ -150,7 +150,14 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     };
     let mut shape = shape;
     let (codes, narrow) = match (source.blocks, source.format) {
-        (Some(format), _) => (elements(name, format, codes, &mut shape)?, None),
+        (Some(format), _) => {
+            let stored = codes.width;
+            let codes = blocks::elements(name, format, codes).map_err(JudgeError::Usage)?;
+            if let Some(last) = shape.last_mut() {
+                *last = *last * codes.width / stored;
+            }
+            (codes, None)
+        }
         (None, None) => recognised(codes),
         (None, Some(_)) => (codes, None),
     };
@@ -158,57 +165,13 @@ pub fn read(name: &'static str, source: &Source) -> Result<Operand, JudgeError> 
     Ok(Operand { name, codes, shape, blocks: source.blocks, recognised: narrow, mostly })
 }
 
-/// The format in which a file's bytes are read that hold elements.
-fn bytes_of(element: Format) -> Format {
-    if element.is_fp8() { element } else { Format::E4m3 }
-}
-
-/// The codes of a block-scaled operand's elements, a byte each, out of a file's bytes: those of 4
-/// bits stand two in a byte, the first in the lower half, and the shape becomes that of the elements.
-fn elements(
-    name: &str,
-    format: BlockFormat,
-    stored: CodedTensor,
-    shape: &mut [usize],
-) -> Result<CodedTensor, JudgeError> {
-    let element = format.element();
-    let (width, bytes) = match element {
-        Format::E2m1 => {
-            if let Some(last) = shape.last_mut() {
-                *last *= 2;
-            }
-            let codes = stored.bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect();
-            (2 * stored.width, codes)
-        }
-        _ => (stored.width, stored.bytes),
-    };
-    let codes: &Vec<u8> = &bytes;
-    if let Some(at) = codes.iter().position(|code| u32::from(*code) >> element.bits() != 0) {
-        return Err(JudgeError::Usage(format!(
-            "{name} holds {:#04x} at row {}, value {}, which is no code of {} bits; {element} codes stand in \
-             the low bits of a byte each",
-            codes[at],
-            at / width,
-            at % width,
-            element.bits()
-        )));
-    }
-    Ok(CodedTensor { format: element, width, bytes, ..stored })
-}
-
 /// The scales of blocks: codes of a byte each, or their values as f32.
 fn block_scales(name: &str, format: BlockFormat, source: &Source) -> Result<Operand, JudgeError> {
     let as_bytes = Source { format: Some(Format::E4m3), ..source.clone() };
     let Ok(stored) = read("scale", &as_bytes) else { return read("scale", source) };
     let codec = format.scales();
+    blocks::check_scales(name, format, &stored.codes).map_err(JudgeError::Usage)?;
     let codes = &stored.codes.bytes;
-    if let Some(at) = codes.iter().position(|code| !codec.is_number(*code)) {
-        let (row, block) = (at / stored.codes.width, at % stored.codes.width);
-        return Err(JudgeError::Usage(format!(
-            "the scale of {name} at row {row}, block {block} is NaN ({:#04x}); nothing but NaN would come of it",
-            codes[at]
-        )));
-    }
     let bytes = codes.iter().flat_map(|code| codec.decode(*code).to_le_bytes()).collect();
     let codes = CodedTensor { format: Format::F32, bytes, ..stored.codes };
     Ok(Operand { codes, ..stored })

@@ -5,6 +5,7 @@
 //! A name is looked up whole, never by a part of it or by its place. It knows
 //! bytes and shapes; what a tensor means, and to whom, is not its concern.
 
+pub mod blocks;
 mod flashinfer;
 mod folders;
 mod llama_debug;

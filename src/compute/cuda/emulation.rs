@@ -23,7 +23,7 @@ use crate::compute::ComputeError;
 use crate::compute::emulated::chip::{CHIPS, Unit};
 use crate::compute::emulated::gemm::{Operand, Scales, check_scale_count, gemm};
 use crate::compute::emulated::identify::{mismatches, spread};
-use crate::compute::emulated::quantize::{BlockScales, Codes, CodesRowMut};
+use crate::compute::emulated::quantize::{Codes, CodesRowMut};
 use crate::compute::emulated::schedule::{Epilogue, Schedule, Then};
 use crate::compute::sweep::{Values, codes_of};
 use crate::dtype::Format;
@@ -389,10 +389,7 @@ fn selected(operand: &Operand, rows: &[usize]) -> Scales {
             let scales = rows.iter().flat_map(of).collect();
             Scales::Block128 { rows_per_block: 1, first_row: 0, scales }
         }
-        Scales::Blocks(scales) => {
-            let codes = rows.iter().flat_map(|&row| scales.of_row(row)).copied().collect();
-            Scales::Blocks(BlockScales { codes, ..scales.clone() })
-        }
+        Scales::Blocks(scales) => Scales::Blocks(scales.select_rows(rows)),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use super::chip::Unit;
 use super::gemm::{GemmError, Operand, Scales, gemm, gemm_prepared, prepare};
-use super::quantize::{BlockScales, Codes};
+use super::quantize::Codes;
 use super::schedule::{Epilogue, Schedule, Step};
 use crate::dtype::Format;
 use crate::tensor::Tensor;
@@ -190,10 +190,7 @@ fn select(scales: &Scales, rows: &[usize]) -> Scales {
         Scales::Row(scales) => {
             Scales::Row(rows.iter().filter_map(|&row| scales.get(row).copied()).collect())
         }
-        Scales::Blocks(scales) => {
-            let codes = rows.iter().flat_map(|&row| scales.of_row(row)).copied().collect();
-            Scales::Blocks(BlockScales { codes, ..scales.clone() })
-        }
+        Scales::Blocks(scales) => Scales::Blocks(scales.select_rows(rows)),
         other => other.clone(),
     }
 }

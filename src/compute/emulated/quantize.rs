@@ -312,6 +312,12 @@ impl BlockScales {
         &self.codes[row * self.blocks..][..self.blocks]
     }
 
+    /// The scales of some rows, in the given order.
+    pub fn select_rows(&self, rows: &[usize]) -> BlockScales {
+        let codes = rows.iter().flat_map(|&row| self.of_row(row)).copied().collect();
+        BlockScales { codes, ..*self }
+    }
+
     /// What an element of a row is multiplied with.
     pub fn at(&self, row: usize, column: usize) -> f32 {
         let code = self.of_row(row)[column / self.format.block()];
