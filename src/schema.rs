@@ -257,6 +257,11 @@ fn executor() -> Value {
                     "the runner's absolute path on the nodes; this very file where none is written",
                     json!({ "type": "string", "pattern": "^/" }),
                 ),
+                "shared_folder": says(
+                    "false where the nodes do not see the folder of runs: the shared cache \
+                     (`--cache`) then carries what jobs are told and what they make",
+                    json!({ "type": "boolean" }),
+                ),
                 "options": says(
                     "other options of `sbatch`, a word each",
                     list(json!({ "type": "string", "pattern": "^-" }), 0),
@@ -354,6 +359,10 @@ fn shared_cache() -> Value {
                 ),
                 "commands": says(
                     "send commands' results too, with what the programs printed",
+                    json!({ "type": "boolean" }),
+                ),
+                "runs": says(
+                    "put the run.json of each run there too, for `runner fleet report URL`",
                     json!({ "type": "boolean" }),
                 ),
             }),

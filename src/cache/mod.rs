@@ -14,6 +14,7 @@ mod upkeep;
 pub use key::{Key, KeyWalk};
 pub use remote::{
     LARGEST_SENT, Remote, RemoteBudget, RemoteCleared, RemoteError, RemoteOptions, RemoteReport,
+    bring_runs, is_url,
 };
 pub use stamps::{Facts, Stamp, Stamps, is_written, now};
 pub(crate) use store::write_whole;

@@ -210,6 +210,7 @@ fn shared(url: &str, read_only: bool, commands: bool) -> Result<Remote, String> 
         anonymous: false,
         largest: LARGEST_SENT,
         commands,
+        runs: false,
     };
     Remote::reached(&options).map_err(|error| error.to_string())
 }

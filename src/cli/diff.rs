@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::past::{record_of, relative};
-use super::{FALSIFIED, PASS, print};
+use super::{FALSIFIED, PASS, PastFormat, print};
 use crate::record::RunRecord;
-use crate::report::{diff, diff_page, diff_text};
+use crate::report::{diff, diff_json, diff_page, diff_text};
 use crate::text::shown;
 
 #[derive(Args)]
@@ -21,6 +21,7 @@ Examples:
   runner diff                                  what changed since the run before
   runner diff baseline
   runner diff 20261123T021500Z-5f4fa13b latest --html changes.html
+  runner diff --format json | jq '.changes[] | select(.topic == \"verdict\")'
   runner diff /net/node07/runs/RUN /net/node08/runs/RUN --all"
 )]
 pub(super) struct DiffArgs {
@@ -29,9 +30,12 @@ pub(super) struct DiffArgs {
     before: String,
     /// The later run; the latest by default.
     after: Option<String>,
-    /// List every number, those too that follow from a known cause.
+    /// List every number, those too that follow from a known cause; JSON always has all.
     #[arg(long)]
     all: bool,
+    /// What is printed.
+    #[arg(long, value_enum, default_value_t = PastFormat::Text)]
+    format: PastFormat,
     /// A page to write beside the lines.
     #[arg(long)]
     html: Option<PathBuf>,
@@ -47,7 +51,10 @@ pub(super) fn changes(args: &DiffArgs) -> Result<u8, String> {
         let page = diff_page(&before, &after, &changes);
         crate::cache::write_whole(out, page.as_bytes()).map_err(|error| error.to_string())?;
     }
-    print(&diff_text(&before, &after, &changes, args.all))?;
+    print(&match args.format {
+        PastFormat::Text => diff_text(&before, &after, &changes, args.all),
+        PastFormat::Json => diff_json(&before, &after, &changes),
+    })?;
     Ok(if changes.is_empty() { PASS } else { FALSIFIED })
 }
 

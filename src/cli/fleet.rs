@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use jiff::Timestamp;
 
-use super::{Failed, print};
+use super::{Failed, SYSTEM, USAGE, print};
+use crate::cache::{RemoteError, bring_runs, is_url};
 use crate::executor::hook;
 use crate::fleet::read::{Window, find, gather};
 use crate::fleet::{Notice, Report, Shift, metrics, page, report, text};
@@ -25,6 +26,7 @@ pub(super) enum FleetCli {
 
 Examples:
   runner fleet report /shared/inference/runs
+  runner fleet report s3://BUCKET/team --html fleet.html
   runner fleet report nodes/*/runs --html fleet.html --metrics fleet.prom
   runner fleet report runs --expect node01,node02 --notify 'mail -s \"$RUNNER_SUMMARY\" me'
   runner fleet report runs --format json | jq '.findings[].causes[0]'"
@@ -34,7 +36,8 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct ReportArgs {
-    /// Folders with runs anywhere below them, runs, or run.json files.
+    /// Folders with runs anywhere below them, runs, run.json files, or stores such as
+    /// s3://BUCKET/PATH with run.json files below.
     #[arg(default_value = "runs")]
     runs: Vec<PathBuf>,
     /// What to print.
@@ -105,6 +108,27 @@ pub(super) fn fleet(command: &FleetCli) -> Result<u8, Failed> {
     result
 }
 
+/// The runs that lie in a store, as files of this machine.
+fn brought(url: &str, window: &Window) -> Result<Vec<PathBuf>, Failed> {
+    // One folder for each URL, beside what else is known on this machine.
+    let name = blake3::hash(url.as_bytes()).to_hex();
+    let folder = super::own_folder().unwrap_or_else(|| std::env::temp_dir().join("runner"));
+    let folder = folder.join("fleet").join(&name.as_str()[..16]);
+    let paths = bring_runs(url, &folder, |run| window.may_hold(run)).map_err(|error| {
+        let code = if matches!(error, RemoteError::Down { .. }) { SYSTEM } else { USAGE };
+        Failed { text: format!("error: {error}"), code }
+    })?;
+    if paths.is_empty() {
+        return Err(Failed::from(format!(
+            "error: `{}` holds no run of the last {} nights: no run.json lies below it whose folder \
+             is named as a run's",
+            shown(url),
+            window.nights
+        )));
+    }
+    Ok(paths)
+}
+
 fn make(args: &ReportArgs) -> Result<Report, Failed> {
     let at = args.at.unwrap_or_else(Timestamp::now).as_second();
     let window = Window {
@@ -113,7 +137,12 @@ fn make(args: &ReportArgs) -> Result<Report, Failed> {
         shift: Shift(args.day_begins),
         without: args.without.clone(),
     };
-    let found = find(&args.runs)?;
+    let (urls, folders): (Vec<PathBuf>, Vec<PathBuf>) =
+        args.runs.iter().cloned().partition(|place| is_url(place));
+    let mut found = find(&folders)?;
+    for url in &urls {
+        found.files.extend(brought(&url.to_string_lossy(), &window)?);
+    }
     let gathered = gather(&found, &window);
     if gathered.runs.is_empty() {
         let why = match gathered.left_out.first() {

@@ -5,8 +5,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
+use serde::Serialize;
 
-use super::{PASS, print};
+use super::{PASS, PastFormat, print};
 use crate::manifest::problem::plural;
 use crate::nightly::past::finished_in;
 use crate::op::{Arm, Site, StageId};
@@ -35,6 +36,9 @@ pub(super) struct HistoryArgs {
     /// Hold the machines against each other: the last run of each, and whose bits differ.
     #[arg(long, conflicts_with_all = ["last", "machine", "all"])]
     machines: bool,
+    /// What is printed.
+    #[arg(long, value_enum, default_value_t = PastFormat::Text)]
+    format: PastFormat,
     /// The folder of runs; several times for those of several machines. Of a folder that holds no
     /// run those below it are taken.
     #[arg(long, default_value = "runs")]
@@ -70,11 +74,64 @@ pub(super) fn history(args: &HistoryArgs) -> Result<u8, String> {
         let unknown = shown(unknown);
         return Err(format!("no run has the stage {unknown}; they have: {}", known.join(", ")));
     }
-    let mut text = heads(&records);
-    text.push('\n');
-    text += &if args.machines { machines(args, &records) } else { stages(args, &records) };
-    print(&text)?;
+    let told = match args.machines {
+        true => Told::Machines { arms: machines(args, &records) },
+        false => Told::Runs { stages: stages(args, &records) },
+    };
+    print(&match args.format {
+        PastFormat::Json => json(&records, &told),
+        PastFormat::Text => {
+            let told = match &told {
+                Told::Machines { arms } => of_machines(arms),
+                Told::Runs { stages } => stages.iter().map(Line::text_in(stages)).collect(),
+            };
+            format!("{}\n{told}", heads(&records))
+        }
+    })?;
     Ok(PASS)
+}
+
+/// What is told of past runs.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Told<'r> {
+    Runs { stages: Vec<Line<'r>> },
+    Machines { arms: Vec<ArmOfMachines<'r>> },
+}
+
+/// The same for programs.
+fn json(records: &[RunRecord], told: &Told<'_>) -> String {
+    #[derive(Serialize)]
+    struct Head<'r> {
+        run: &'r str,
+        started: &'r str,
+        machine: Option<&'r str>,
+        verdict: &'r str,
+        stages: usize,
+        seconds: f64,
+        interrupted: bool,
+    }
+    #[derive(Serialize)]
+    struct Whole<'r> {
+        schema: u32,
+        runs: Vec<Head<'r>>,
+        #[serde(flatten)]
+        told: &'r Told<'r>,
+    }
+    fn head(run: &RunRecord) -> Head<'_> {
+        Head {
+            run: &run.id,
+            started: &run.started,
+            machine: run.provenance.machine.as_deref(),
+            verdict: run.verdict.name(),
+            stages: run.stages.len(),
+            seconds: run.seconds,
+            interrupted: run.interrupted,
+        }
+    }
+    let whole = Whole { schema: 1, runs: records.iter().map(head).collect(), told };
+    // Texts, numbers and truth values are always encoded; what is not finite is null.
+    serde_json::to_string_pretty(&whole).unwrap_or_default() + "\n"
 }
 
 /// Whether runs are of the same folder of stages and the same models; those of earlier runners do
@@ -153,42 +210,69 @@ fn heads(records: &[RunRecord]) -> String {
     records.iter().map(line).collect()
 }
 
-/// A stage over the runs: its verdicts, and the values of what decides it, each with its run.
-#[derive(Default)]
+/// A stage over the runs, the oldest first.
+#[derive(Serialize)]
 struct Line<'r> {
-    verdicts: Vec<String>,
-    values: Vec<(f64, &'r str)>,
-    what: String,
+    stage: &'r StageId,
+    runs: Vec<Point<'r>>,
 }
 
-/// One line per stage: its verdicts, oldest first, and how the decisive value moved.
-fn stages(args: &HistoryArgs, records: &[RunRecord]) -> String {
-    let asked_for = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
-    let mut lines: BTreeMap<&StageId, Line<'_>> = BTreeMap::new();
-    for (index, record) in records.iter().enumerate() {
-        for stage in record.stages.iter().filter(|stage| asked_for(&stage.id)) {
-            let line = lines.entry(&stage.id).or_default();
-            line.verdicts.resize(index, "-".to_owned());
-            line.verdicts.push(stage.verdict.to_string());
-            let tightest = stage
-                .judgements
-                .iter()
-                .filter(|judgement| judgement.value.is_some())
-                .max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)));
-            if let Some(judgement) = tightest {
-                line.values.extend(judgement.value.map(|value| (value, record.id.as_str())));
-                line.what = format!("{} of {}", judgement.metric, judgement.falsifier);
-            }
+/// A stage in one run.
+#[derive(Serialize)]
+struct Point<'r> {
+    run: &'r str,
+    /// None where the run has no such stage.
+    verdict: Option<&'r str>,
+    /// What decides it: the value that comes nearest to its bound.
+    falsifier: Option<&'r str>,
+    metric: Option<&'r str>,
+    value: Option<f64>,
+}
+
+impl Line<'_> {
+    /// As a line of text, below others.
+    fn text_in(lines: &[Line<'_>]) -> impl Fn(&Line<'_>) -> String {
+        let width = lines.iter().map(|line| line.stage.0.chars().count()).max().unwrap_or(0);
+        move |line| {
+            let last = line.runs.iter().rposition(|point| point.verdict.is_some());
+            let seen = &line.runs[..last.map_or(0, |last| last + 1)];
+            let verdicts: Vec<String> =
+                seen.iter().map(|point| point.verdict.unwrap_or("-").to_owned()).collect();
+            let values: Vec<(f64, &str)> =
+                seen.iter().filter_map(|point| Some((point.value?, point.run))).collect();
+            let named = seen.iter().rev().find_map(|p| Some((p.metric?, p.falsifier?)));
+            let what = named.map_or(String::new(), |(metric, by)| format!("{metric} of {by}"));
+            let trend = trend(&values).map_or(String::new(), |trend| format!("{what}: {trend}"));
+            let text = format!("{:width$}  {}  {trend}", line.stage.0, runs_of(&verdicts));
+            one_line(text.trim_end()) + "\n"
         }
     }
-    let width = lines.keys().map(|id| id.0.chars().count()).max().unwrap_or(0);
-    let line = |(id, line): (&&StageId, &Line<'_>)| {
-        let trend =
-            trend(&line.values).map_or(String::new(), |trend| format!("{}: {trend}", line.what));
-        let text = format!("{:width$}  {}  {trend}", id.0, runs_of(&line.verdicts));
-        one_line(text.trim_end()) + "\n"
+}
+
+/// For each stage its verdicts, oldest first, and how the decisive value moved.
+fn stages<'r>(args: &HistoryArgs, records: &'r [RunRecord]) -> Vec<Line<'r>> {
+    let asked_for = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
+    let ids: BTreeSet<&StageId> =
+        records.iter().flat_map(|run| &run.stages).map(|stage| &stage.id).collect();
+    let point = |record: &'r RunRecord, id: &StageId| {
+        let stage = record.stages.iter().find(|stage| stage.id == *id);
+        let tightest = stage.and_then(|stage| {
+            let valued = stage.judgements.iter().filter(|judgement| judgement.value.is_some());
+            valued.max_by(|a, b| a.used.unwrap_or(0.0).total_cmp(&b.used.unwrap_or(0.0)))
+        });
+        Point {
+            run: &record.id,
+            verdict: stage.map(|stage| stage.verdict.name()),
+            falsifier: tightest.map(|judgement| judgement.falsifier.as_str()),
+            metric: tightest.map(|judgement| judgement.metric.name()),
+            value: tightest.and_then(|judgement| judgement.value),
+        }
     };
-    lines.iter().map(line).collect()
+    let of = |stage: &'r StageId| Line {
+        stage,
+        runs: records.iter().map(|record| point(record, stage)).collect(),
+    };
+    ids.into_iter().filter(|id| asked_for(id)).map(of).collect()
 }
 
 /// The first value and the last, and the run in which it became what it is.
@@ -219,11 +303,30 @@ fn runs_of(verdicts: &[String]) -> String {
     parts.iter().map(part).collect::<Vec<_>>().join(", ")
 }
 
-/// For each stage and arm whether all machines have the same bits, and who has others.
-fn machines(args: &HistoryArgs, records: &[RunRecord]) -> String {
+/// An arm of a stage over the machines that computed it themselves.
+#[derive(Serialize)]
+struct ArmOfMachines<'r> {
+    stage: &'r StageId,
+    arm: Arm,
+    /// A list for each question that was asked: machines that were asked another one (recipe,
+    /// prompt, model or GPU) are not held against each other.
+    asked: Vec<Vec<Group<'r>>>,
+}
+
+/// Machines with the same bits; the largest group comes first.
+#[derive(Serialize)]
+struct Group<'r> {
+    machines: Vec<&'r str>,
+    /// The first site that is another one than the first group's; none in that group itself, or
+    /// where the lists of sites differ.
+    first: Option<&'r Site>,
+}
+
+/// For each stage and arm who has which bits.
+fn machines<'r>(args: &HistoryArgs, records: &'r [RunRecord]) -> Vec<ArmOfMachines<'r>> {
     let asked_for = |id: &StageId| args.stages.is_empty() || args.stages.contains(&id.0);
     // What was asked, and what came of it: other questions have other answers.
-    let mut arms: BTreeMap<(&StageId, Arm), BTreeMap<String, Vec<Bits<'_>>>> = BTreeMap::new();
+    let mut arms: BTreeMap<(&StageId, Arm), BTreeMap<String, Vec<Bits<'r>>>> = BTreeMap::new();
     for run in records {
         for stage in run.stages.iter().filter(|stage| asked_for(&stage.id)) {
             for arm in stage.arms.keys() {
@@ -234,21 +337,39 @@ fn machines(args: &HistoryArgs, records: &[RunRecord]) -> String {
             }
         }
     }
+    let told = arms.into_iter().map(|((stage, arm), asked)| ArmOfMachines {
+        stage,
+        arm,
+        asked: asked.values().map(|bits| groups(bits)).collect(),
+    });
+    told.collect()
+}
+
+/// The same as lines.
+fn of_machines(arms: &[ArmOfMachines<'_>]) -> String {
     let mut lines = String::new();
     let (mut same, mut compared) = (0, 0);
-    for ((stage, arm), asked) in &arms {
+    for ArmOfMachines { stage, arm, asked } in arms {
         let mut line =
             |words: String| lines += &(one_line(&format!("{stage} {arm}: {words}")) + "\n");
-        for bits in asked.values() {
-            compared += usize::from(bits.len() > 1);
-            match differing(bits) {
-                None => same += usize::from(bits.len() > 1),
+        for groups in asked {
+            compared +=
+                usize::from(groups.iter().map(|group| group.machines.len()).sum::<usize>() > 1);
+            match differing(groups) {
+                None => same += usize::from(groups.iter().any(|group| group.machines.len() > 1)),
                 Some(words) => line(words),
             }
         }
         if asked.len() > 1 {
-            let names = |bits: &Vec<Bits<'_>>| names(&bits.iter().collect::<Vec<_>>());
-            let groups: Vec<String> = asked.values().map(names).collect();
+            let names = |groups: &Vec<Group<'_>>| {
+                groups
+                    .iter()
+                    .flat_map(|group| &group.machines)
+                    .copied()
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            };
+            let groups: Vec<String> = asked.iter().map(names).collect();
             line(format!(
                 "not held against each other, since recipe, prompt, model or GPU differ: {}",
                 groups.join(" | ")
@@ -287,35 +408,38 @@ impl<'r> Bits<'r> {
     }
 }
 
-/// The machines of some answers.
-fn names(group: &[&Bits<'_>]) -> String {
-    group.iter().map(|bits| bits.machine).collect::<Vec<_>>().join(", ")
-}
-
-/// Who differs from most, and where first; nothing where all agree.
-fn differing(bits: &[Bits<'_>]) -> Option<String> {
-    let mut groups: Vec<Vec<&Bits<'_>>> = Vec::new();
+/// The answers by their bits: the largest group first, of equal ones the one that came first.
+fn groups<'r>(bits: &[Bits<'r>]) -> Vec<Group<'r>> {
+    let mut groups: Vec<Vec<&Bits<'r>>> = Vec::new();
     for one in bits {
         match groups.iter_mut().find(|group| group[0].sites == one.sites) {
             Some(group) => group.push(one),
             None => groups.push(vec![one]),
         }
     }
-    // The largest group; of equal ones the first.
-    let largest = groups.iter().map(Vec::len).max()?;
-    let most = groups.iter().position(|group| group.len() == largest)?;
-    let others = groups.iter().enumerate().filter(|(at, _)| *at != most);
+    // Stable: equal ones stay in their order.
+    groups.sort_by_key(|group| std::cmp::Reverse(group.len()));
+    let most: Vec<(&Site, &str)> =
+        groups.first().map_or(Vec::new(), |group| group[0].sites.clone());
+    let told = groups.iter().map(|group| Group {
+        machines: group.iter().map(|bits| bits.machine).collect(),
+        first: most.iter().zip(&group[0].sites).find(|(a, b)| a != b).map(|(_, (site, _))| *site),
+    });
+    told.collect()
+}
+
+/// Who differs from most, and where first; nothing where all agree.
+fn differing(groups: &[Group<'_>]) -> Option<String> {
+    let (most, others) = groups.split_first()?;
     let words: Vec<String> = others
-        .map(|(_, group)| {
-            let first = groups[most][0]
-                .sites
-                .iter()
-                .zip(&group[0].sites)
-                .find(|(a, b)| a != b)
-                .map_or("another list of sites".to_owned(), |(_, (site, _))| {
-                    format!("first {site}")
-                });
-            format!("{} differs from {}, {first}", names(group), names(&groups[most]))
+        .iter()
+        .map(|group| {
+            let first = match group.first {
+                Some(site) => format!("first {site}"),
+                None => "another list of sites".to_owned(),
+            };
+            let [those, these] = [group, most].map(|group| group.machines.join(", "));
+            format!("{those} differs from {these}, {first}")
         })
         .collect();
     (!words.is_empty()).then(|| words.join("; "))
@@ -332,8 +456,8 @@ mod tests {
             machine,
             sites: vec![(&sites[0], "a"), (&sites[1], last)],
         };
-        assert_eq!(differing(&[of("a", "b"), of("b", "b"), of("c", "b")]), None);
-        let words = differing(&[of("a", "x"), of("b", "b"), of("c", "b")]);
+        assert_eq!(differing(&groups(&[of("a", "b"), of("b", "b"), of("c", "b")])), None);
+        let words = differing(&groups(&[of("a", "x"), of("b", "b"), of("c", "b")]));
         assert_eq!(words.as_deref(), Some("a differs from b, c, first logits"));
     }
 

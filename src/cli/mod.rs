@@ -328,46 +328,54 @@ struct Selection {
 
 /// Where the reference computes.
 #[derive(Args)]
-struct ReferenceArgs {
+struct PlaceArgs {
     /// Where the reference's products are computed. A GPU gives the same bits, and a sample of each
     /// product is held to the CPU's; results are reused whichever it was.
-    #[arg(long, value_enum, default_value_t = ReferencePlace::Cpu)]
-    reference_on: ReferencePlace,
+    #[arg(long, value_enum, default_value_t = ProductsOn::Cpu)]
+    reference_on: ProductsOn,
+    /// Where the emulated arm's products are computed, whichever chip it emulates. A GPU gives the same
+    /// bits, and a sample of each product is held to the CPU's; results are reused whichever it was.
+    #[arg(long, value_enum, default_value_t = ProductsOn::Cpu)]
+    emulated_on: ProductsOn,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum ReferencePlace {
+enum ProductsOn {
     /// On all cores.
     Cpu,
-    /// In f64 on the GPU; all other ops of the reference stay on the CPU.
+    /// On the GPU; all other ops of the arm stay on the CPU.
     Gpu,
 }
 
-impl ReferenceArgs {
+impl PlaceArgs {
+    /// What is to be computed on a GPU: the option, and whose products they are.
+    fn on_gpu(&self) -> Option<(&'static str, &'static str)> {
+        match (self.reference_on, self.emulated_on) {
+            (ProductsOn::Gpu, _) => Some(("--reference-on gpu", "the reference")),
+            (_, ProductsOn::Gpu) => Some(("--emulated-on gpu", "the emulated arm")),
+            _ => None,
+        }
+    }
+
     /// Refuses a GPU that is not there, before anything runs.
     fn check(&self, runs: &Path) -> Result<(), String> {
-        if self.reference_on == ReferencePlace::Cpu {
-            return Ok(());
-        }
+        let Some((option, arm)) = self.on_gpu() else { return Ok(()) };
         match cuda::why_no_reference(Some(&store_of(runs).programs())) {
             None => Ok(()),
             Some(why) => Err(format!(
-                "error: `--reference-on gpu` cannot be done here: {why}; leave it out: the \
-                 reference has the same bits on the CPU, and `runner doctor` says what is missing"
+                "error: `{option}` cannot be done here: {why}; leave it out: {arm} has the same \
+                 bits on the CPU, and `runner doctor` says what is missing"
             )),
         }
     }
-}
 
-impl ReferenceArgs {
     /// Refuses this machine's GPU for stages that other machines do.
     fn check_place(&self, plan: &Plan<'_>) -> Result<(), String> {
-        match self.reference_on {
-            ReferencePlace::Gpu if slurm::is_wanted(plan) => {
-                Err("error: `--reference-on gpu` is of this machine, and stages are to be done by \
-                 Slurm; leave it out: the reference has the same bits on the CPU of a node"
-                    .to_owned())
-            }
+        match self.on_gpu() {
+            Some((option, arm)) if slurm::is_wanted(plan) => Err(format!(
+                "error: `{option}` is of this machine, and stages are to be done by Slurm; leave \
+                 it out: {arm} has the same bits on the CPU of a node"
+            )),
             _ => Ok(()),
         }
     }
@@ -392,6 +400,15 @@ struct ChatArgs {
     /// What the system says before it.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
+}
+
+/// How past runs are told of.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PastFormat {
+    /// For reading.
+    Text,
+    /// Everything, for programs (docs/formats.md).
+    Json,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -495,7 +512,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
         _ => ready_threads()?,
     }
     match command {
-        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.reference())),
+        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.places())),
         Command::SlurmTask { batch } => slurm::task(&batch),
         Command::Fleet { command } => fleet::fleet(&command),
         command => Ok(carry_out(command)?),
@@ -505,7 +522,7 @@ fn begin(command: Command) -> Result<u8, Failed> {
 /// Carries out a command; an error is a text for the user, and bad usage.
 fn carry_out(command: Command) -> Result<u8, String> {
     match command {
-        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.reference()))
+        Command::Run(args) => run::run_stages(&args, &shipped_on(args.runs(), args.places()))
             .map_err(|failed| failed.text),
         Command::Plan(args) => plan::plan_stages(&args),
         Command::Check { folder } => check::check(&folder),
@@ -654,28 +671,32 @@ fn store_of(runs: &Path) -> Store {
 /// The digests of files. They are the machine's, not a project's: the same model
 /// is hashed once for all. Without a home they lie in the cache.
 fn stamps_of(runs: &Path, rehash: bool) -> Stamps {
+    let folder = own_folder().unwrap_or_else(|| runs.join("cache").join("v1"));
+    Stamps::new(&folder, rehash)
+}
+
+/// Where what is this machine's and no project's is kept, if its user has a home.
+fn own_folder() -> Option<PathBuf> {
     let from = |name: &str| {
         let path = std::env::var_os(name).map(PathBuf::from);
         path.filter(|path| path.is_absolute())
     };
     let home = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
-    let folder = match home {
-        Some(home) => home.join("runner").join("v1"),
-        None => runs.join("cache").join("v1"),
-    };
-    Stamps::new(&folder, rehash)
+    home.map(|home| home.join("runner").join("v1"))
 }
 
 /// The arms as they ship; compiled GPU programs and what this machine has are kept beside the
 /// results.
 fn shipped(runs: &Path) -> Shipped {
-    Shipped { kept: Some(store_of(runs).programs()), reference_on_gpu: false }
+    let kept = Some(store_of(runs).programs());
+    Shipped { kept, reference_on_gpu: false, emulated_on_gpu: false }
 }
 
-/// The arms as they ship, the reference where it is wanted.
-fn shipped_on(runs: &Path, reference: &ReferenceArgs) -> Shipped {
-    let reference_on_gpu = reference.reference_on == ReferencePlace::Gpu;
-    Shipped { reference_on_gpu, ..shipped(runs) }
+/// The arms as they ship, each where it is wanted.
+fn shipped_on(runs: &Path, places: &PlaceArgs) -> Shipped {
+    let reference_on_gpu = places.reference_on == ProductsOn::Gpu;
+    let emulated_on_gpu = places.emulated_on == ProductsOn::Gpu;
+    Shipped { reference_on_gpu, emulated_on_gpu, ..shipped(runs) }
 }
 
 /// Keeps the digests that were made; without them the next run makes them again.

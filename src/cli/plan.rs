@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{
-    ReferenceArgs, Selection, keep, make_plan, print, selected, shipped_on, stamps_of, store_of,
+    PlaceArgs, Selection, keep, make_plan, print, selected, shipped_on, stamps_of, store_of,
 };
 use crate::cache::Store;
 use crate::compute::arms::Workshop;
@@ -15,22 +15,22 @@ pub(super) struct PlanArgs {
     #[command(flatten)]
     selection: Selection,
     #[command(flatten)]
-    reference: ReferenceArgs,
+    places: PlaceArgs,
     /// Print every field of every key, and which of them changed.
     #[arg(long)]
     explain: bool,
 }
 
 pub(super) fn plan_stages(args: &PlanArgs) -> Result<u8, String> {
-    let PlanArgs { selection, reference, explain } = args;
-    reference.check(&selection.runs)?;
+    let PlanArgs { selection, places, explain } = args;
+    places.check(&selection.runs)?;
     let (pipeline, graph, stages) = selected(selection)?;
     let store = store_of(&selection.runs);
     let stamps = stamps_of(&selection.runs, selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = selection.force;
-    reference.check_place(&plan)?;
-    let text = lines(&plan, &store, &shipped_on(&selection.runs, reference), *explain);
+    places.check_place(&plan)?;
+    let text = lines(&plan, &store, &shipped_on(&selection.runs, places), *explain);
     keep(&stamps);
     print(&text)
 }

@@ -58,6 +58,7 @@ impl RemoteArgs {
             anonymous: written.is_some_and(|written| written.anonymous),
             largest: written.and_then(|written| written.largest).unwrap_or(LARGEST_SENT),
             commands: written.is_some_and(|written| written.commands),
+            runs: written.is_some_and(|written| written.runs),
         }))
     }
 }

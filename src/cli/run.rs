@@ -17,8 +17,8 @@ use super::remote::RemoteArgs;
 use super::slurm;
 use super::unchanged::{self, SHOWN_ONE_BY_ONE, Unchanged};
 use super::{
-    BUG, Failed, INTERRUPTED, ReferenceArgs, Selection, journal, keep, load_pipeline, make_plan,
-    print, print_bytes, selected, stamps_of, store_of,
+    BUG, Failed, INTERRUPTED, PlaceArgs, Selection, journal, keep, load_pipeline, make_plan, print,
+    print_bytes, selected, stamps_of, store_of,
 };
 use crate::cache::{Remote, Store};
 use crate::compute::arms::Workshop;
@@ -42,7 +42,7 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     selection: Selection,
     #[command(flatten)]
-    reference: ReferenceArgs,
+    places: PlaceArgs,
     /// An arm without which a stage is an error.
     #[arg(long)]
     require: Vec<Arm>,
@@ -102,9 +102,9 @@ impl RunArgs {
         self.attach
     }
 
-    /// Where the reference computes.
-    pub(super) fn reference(&self) -> &ReferenceArgs {
-        &self.reference
+    /// Where arms compute.
+    pub(super) fn places(&self) -> &PlaceArgs {
+        &self.places
     }
 }
 
@@ -142,7 +142,7 @@ pub(super) fn run_stages(args: &RunArgs, workshop: &dyn Workshop) -> Result<u8, 
 fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> Result<u8, Failed> {
     let began = crate::cache::now();
     let runs = &args.selection.runs;
-    args.reference.check(runs)?;
+    args.places.check(runs)?;
     ctrlc::set_handler(on_signal).map_err(|error| {
         Failed::system(format!("cannot watch for Ctrl-C: {}", no_threads(1, &error)))
     })?;
@@ -175,17 +175,18 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         stages = super::select_stages(&graph, &pipeline, expression)?;
     }
     let selection = args.selection.select.as_ref().or(of_profile);
-    let store = match args.remote.options(pipeline.cache.as_ref())?.filter(|_| !args.dry_run) {
+    let shared = args.remote.options(pipeline.cache.as_ref())?.filter(|_| !args.dry_run);
+    let store = match &shared {
         None => store,
         Some(options) => {
-            let remote = Remote::open(&options).map_err(|error| error.to_string())?;
+            let remote = Remote::open(options).map_err(|error| error.to_string())?;
             store.behind(Arc::new(remote))
         }
     };
     let stamps = stamps_of(runs, args.selection.rehash);
     let mut plan = make_plan(&pipeline, &graph, &stages, &store, &stamps)?;
     plan.force = args.selection.force;
-    args.reference.check_place(&plan)?;
+    args.places.check_place(&plan)?;
     let fresh = profile.iter().flat_map(|profile| &profile.fresh).chain(&args.nightly.fresh);
     plan.fresh = fresh.copied().collect();
     if let Some(most) = args.memory {
@@ -210,10 +211,14 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let (id, folder) = make_run_folder(runs, &started, &plan.id)?;
     let series = nightly::series_of(&pipeline, runs, selection.map(String::as_str));
     let mut slurm = match slurm::is_wanted(&plan) {
-        true => Some(slurm::open(args, &plan, &id, &seconds_only(&started)).inspect_err(|_| {
-            // Nothing stands in it.
-            let _ = std::fs::remove_dir(&folder);
-        })?),
+        true => {
+            let created = seconds_only(&started);
+            let opened = slurm::open(args, &plan, &id, &created, shared.as_ref(), &store);
+            Some(opened.inspect_err(|_| {
+                // Nothing stands in it.
+                let _ = std::fs::remove_dir(&folder);
+            })?)
+        }
         false if args.attach => {
             let _ = std::fs::remove_dir(&folder);
             let text = "error: `--attach` takes up jobs of Slurm, and no stage is to be run there: \
@@ -287,11 +292,13 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
     let head = record.clone();
     record.stages = finished.stages;
     // Written beside each other: all of it is wanted soon after the last verdict.
+    let sends_runs = shared.as_ref().is_some_and(|options| options.runs && !options.read_only);
     let write_down = || {
         let stages = encoded(&record.stages)?;
         let note = || match finished.bug {
             // The next run tries again what was not sent.
-            None if cache_problems.is_empty() => {
+            // Nor is a run called unchanged whose record others wait for.
+            None if cache_problems.is_empty() && !sends_runs => {
                 unchanged::note(&store, &plan, &record, &stages, &finished.made, workshop, began)
             }
             _ => None,
@@ -307,6 +314,12 @@ fn run_to_an_end(args: &RunArgs, workshop: &dyn Workshop, night: &Night<'_>) -> 
         tell_line(&format!("a bug of ours, please report it: {bug}"));
     }
     // Also where a file found no room: what was computed is told.
+    if let (true, Ok(json), Some(remote)) = (sends_runs, &json, store.remote()) {
+        let machine = record.provenance.machine.as_deref().unwrap_or("unknown");
+        if let Err(error) = remote.put_run(machine, &record.id, json.as_bytes()) {
+            tell_line(&format!("warning: the record of this run was not sent: {error}"));
+        }
+    }
     let shown = json.and_then(|json| show(args, &record, record.stages.len(), json, &folder));
     for problem in &cache_problems {
         tell_line(&format!("warning: {problem}"));

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::to_raw_value;
@@ -12,9 +13,10 @@ use super::{
     Failed, INTERRUPTED, PASS, SYSTEM, USAGE, graph_of, keep, load_pipeline, nightly, overrides,
     scale_models, shipped, stamps_of, store_of, told_once,
 };
+use crate::cache::{Remote, RemoteOptions, Store};
 use crate::executor::slurm::{
-    Head, MOST_SKEW, Orders, Said, Slurm, SlurmError, Teller, build, duration, heard, now,
-    orders_of, read, results_of,
+    Head, LOG_VARIABLE, Letters, MOST_SKEW, NO_STORE, Orders, STORE_VARIABLE, Said, Slurm,
+    SlurmError, Teller, build, duration, heard, now, orders_of, read, results_of,
 };
 use crate::executor::{Attempts, Processes, Slots};
 use crate::interrupt;
@@ -23,7 +25,7 @@ use crate::op::{Arm, StageId};
 use crate::plan::Plan;
 use crate::run::{Errand, Options, carry_out, is_on_gpu};
 use crate::terminal::tell_line;
-use crate::text::{Shown, no_threads};
+use crate::text::{Shown, no_threads, shown};
 
 /// What every task of a run is told.
 #[derive(Serialize, Deserialize)]
@@ -41,10 +43,27 @@ struct Common {
     created: String,
 }
 
+/// What a node is told of the shared cache, where it sees no folder. Who it is there, variables
+/// and the node itself say.
+#[derive(Serialize, Deserialize)]
+struct StoreOf {
+    url: String,
+    anonymous: bool,
+    commands: bool,
+}
+
+impl StoreOf {
+    /// Everything that a node has made is sent: nobody else has it.
+    fn options(self) -> RemoteOptions {
+        let StoreOf { url, anonymous, commands } = self;
+        RemoteOptions { url, read_only: false, anonymous, largest: u64::MAX, commands, runs: false }
+    }
+}
+
 impl From<SlurmError> for Failed {
     fn from(error: SlurmError) -> Failed {
         let code = match error {
-            SlurmError::Silent { .. } | SlurmError::Folder(_) => SYSTEM,
+            SlurmError::Silent { .. } | SlurmError::Folder(_) | SlurmError::Post(_) => SYSTEM,
             _ => USAGE,
         };
         Failed { text: format!("error: {error}"), code }
@@ -63,6 +82,8 @@ pub(super) fn open(
     plan: &Plan<'_>,
     run: &str,
     created: &str,
+    remote: Option<&RemoteOptions>,
+    store: &Store,
 ) -> Result<Slurm, Failed> {
     let selection = args.selection();
     let working = std::env::current_dir().map_err(|error| {
@@ -82,7 +103,8 @@ pub(super) fn open(
     };
     let common = to_raw_value(&common).map_err(|error| error.to_string())?;
     let folder = store_of(&selection.runs).root().join("slurm");
-    let slurm = Slurm::open(&folder, run, common, args.attach())?;
+    let shared = for_nodes_without_folder(run, plan, remote, store)?;
+    let slurm = Slurm::open(&folder, run, common, shared, args.attach())?;
     let mut checked: Vec<(&Resources, bool, &Executor)> = Vec::new();
     for prepared in plan.stages.iter().filter(|prepared| prepared.stage.executor.slurm) {
         let stage = prepared.stage;
@@ -114,7 +136,67 @@ pub(super) fn open(
     Ok(slurm)
 }
 
-/// Does a task of an array: the items that its orders list, into the shared cache.
+/// The shared cache, where some stage's nodes see no folder of this machine, with what nodes are
+/// told of it. What could never go through it is an error.
+fn for_nodes_without_folder(
+    run: &str,
+    plan: &Plan<'_>,
+    remote: Option<&RemoteOptions>,
+    store: &Store,
+) -> Result<Option<(String, Arc<Remote>)>, Failed> {
+    let of_slurm = plan.stages.iter().filter(|prepared| prepared.stage.executor.slurm);
+    let wanting: Vec<_> =
+        of_slurm.filter(|prepared| prepared.stage.executor.without_folder).collect();
+    let Some(first) = wanting.first() else {
+        return Ok(remote.zip(store.remote()).map(|(options, remote)| (told_of(options), remote)));
+    };
+    let needs = format!(
+        "stage `{}` (`{}`) is done by nodes without a shared folder (`shared_folder = false` of \
+         `[executor]`), so",
+        first.stage.id,
+        first.stage.file.shown()
+    );
+    let Some((options, reached)) = remote.zip(store.remote()) else {
+        return Err(Failed::from(format!(
+            "error: {needs} a shared cache must carry what they are told and what they make: name \
+             one with `--cache s3://BUCKET/PATH`, or `url` of `[cache]` (docs/slurm.md)"
+        )));
+    };
+    if options.read_only {
+        return Err(Failed::from(format!(
+            "error: {needs} this run must write to the shared cache `{}`; leave out `--cache-mode \
+             read-only`",
+            shown(&options.url)
+        )));
+    }
+    if options.url.starts_with("http") {
+        return Err(Failed::from(format!(
+            "error: {needs} the shared cache must be able to list what it holds, and a plain HTTP \
+             server such as `{}` cannot; name a bucket or a folder",
+            shown(&options.url)
+        )));
+    }
+    if let Some(command) = wanting.iter().find(|prepared| prepared.stage.op.command().is_some()) {
+        return Err(Failed::from(format!(
+            "error: stage `{}` (`{}`) runs a program on files of the project's folder, which nodes \
+             without a shared folder do not see of each other; give it `on = \"here\"`, or nodes \
+             that share the folder",
+            command.stage.id,
+            command.stage.file.shown()
+        )));
+    }
+    // A store that is down is left alone by a run that can do without it; this one cannot.
+    reached.letters_in(run).map_err(SlurmError::from)?;
+    Ok(Some((told_of(options), reached)))
+}
+
+fn told_of(options: &RemoteOptions) -> String {
+    let RemoteOptions { url, anonymous, commands, .. } = options.clone();
+    // Texts and truth values are always encoded.
+    serde_json::to_string(&StoreOf { url, anonymous, commands }).unwrap_or_default()
+}
+
+/// Does a task of an array: the items that its orders list, into the cache that its runner reads.
 pub(super) fn task(batch: &Path) -> Result<u8, Failed> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let task: usize = number("SLURM_ARRAY_TASK_ID").ok_or_else(|| {
@@ -123,14 +205,59 @@ pub(super) fn task(batch: &Path) -> Result<u8, Failed> {
     let start: usize = number("SLURM_RESTART_COUNT").unwrap_or(0);
     let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
     let node = variable("SLURMD_NODENAME").unwrap_or_else(|| crate::machine::name().to_owned());
-    let cannot = |error: std::io::Error| {
-        Failed::of_io(format!("error: cannot write to `{}`: {error}", batch.shown()), &error)
+    let Some(told) = variable(STORE_VARIABLE) else {
+        let teller =
+            Teller::open(batch, task, start).map_err(|error| cannot_write(batch, &error))?;
+        return tell_all(batch, task, start, node, teller, None);
     };
-    let mut teller = Teller::open(batch, task, start).map_err(cannot)?;
-    match carry(batch, task, start, &node, &mut teller) {
-        Ok(code) => Ok(code),
+    // Nothing of the runner's machine is here: what is to be done comes from the shared cache.
+    let not_reached =
+        |problem: String| Failed { text: format!("error: {problem}"), code: NO_STORE };
+    let told: StoreOf = serde_json::from_str(&told).map_err(|error| {
+        not_reached(format!("`{STORE_VARIABLE}` says nothing of a shared cache: {error}"))
+    })?;
+    let remote =
+        Remote::reached(&told.options()).map_err(|error| not_reached(error.to_string()))?;
+    let remote = Arc::new(remote);
+    let folder = tempfile::Builder::new().prefix("runner-task-").tempdir().map_err(|error| {
+        Failed::of_io(format!("error: cannot make a temporary folder: {error}"), &error)
+    })?;
+    let place = batch.to_string_lossy();
+    let letters =
+        Letters::bring(&remote, &place, task, start, folder.path()).map_err(not_reached)?;
+    let teller = Teller::open(folder.path(), task, start)
+        .map_err(|error| cannot_write(folder.path(), &error))?
+        .by_letters(letters);
+    let ended = tell_all(folder.path(), task, start, node, teller, Some(&remote));
+    if let (Ok(PASS), Some(log)) = (&ended, std::env::var_os(LOG_VARIABLE)) {
+        // All of it was sent; what is left on the node is of no use to anybody.
+        let _ = std::fs::remove_file(log);
+    }
+    ended
+}
+
+fn cannot_write(batch: &Path, error: &std::io::Error) -> Failed {
+    Failed::of_io(format!("error: cannot write to `{}`: {error}", batch.shown()), error)
+}
+
+/// Does the task, and says what became of it.
+fn tell_all(
+    batch: &Path,
+    task: usize,
+    start: usize,
+    node: String,
+    mut teller: Teller,
+    remote: Option<&Arc<Remote>>,
+) -> Result<u8, Failed> {
+    let cannot = |error: std::io::Error| cannot_write(batch, &error);
+    match carry(batch, task, start, &node, &mut teller, remote) {
+        Ok(code) => {
+            teller.finish().map_err(cannot)?;
+            Ok(code)
+        }
         Err(Stopped::Refused(problem)) => {
             teller.say(&Said::Refused { node, problem: problem.clone() }).map_err(cannot)?;
+            teller.finish().map_err(cannot)?;
             Err(Failed { text: format!("error: {problem}"), code: PASS })
         }
         Err(Stopped::Silent(error)) => Err(cannot(error)),
@@ -157,13 +284,19 @@ fn carry(
     start: usize,
     node: &str,
     teller: &mut Teller,
+    remote: Option<&Arc<Remote>>,
 ) -> Result<u8, Stopped> {
     let head: Head = read(&batch.join("head.json"))?;
     same_build(&head.build, &build())?;
-    let written = std::fs::metadata(results_of(batch, task, start));
-    let written = written.and_then(|facts| facts.modified()).map_err(Stopped::Silent)?;
-    let written = written.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
-    same_clock(now(), head.submitted, written as i64)?;
+    let written = match teller.letters() {
+        Some(letters) => letters.clock()?,
+        None => {
+            let written = std::fs::metadata(results_of(batch, task, start));
+            let written = written.and_then(|facts| facts.modified()).map_err(Stopped::Silent)?;
+            written.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs() as i64
+        }
+    };
+    same_clock(now(), head.submitted, written)?;
     let common: Common =
         serde_json::from_str(head.common.get()).map_err(|error| error.to_string())?;
     std::env::set_current_dir(&common.working).map_err(|error| {
@@ -215,6 +348,10 @@ fn carry(
         nightly::repeat(&mut pipeline, profile);
     }
     let store = store_of(&common.runs);
+    let store = match remote {
+        Some(remote) => store.behind(Arc::clone(remote)),
+        None => store,
+    };
     let _in_use = store.in_use().map_err(|error| error.to_string())?;
     let stamps = stamps_of(&common.runs, common.rehash);
     let mut plan = Plan::new(&pipeline, &graph, &stages, &store, &stamps)

@@ -111,6 +111,8 @@ pub struct Shipped {
     pub kept: Option<PathBuf>,
     /// Whether the reference's products are computed on a GPU; no bit depends on it.
     pub reference_on_gpu: bool,
+    /// Whether the emulated arm's products are computed on a GPU; no bit depends on it.
+    pub emulated_on_gpu: bool,
 }
 
 impl Workshop for Shipped {
@@ -126,6 +128,9 @@ impl Workshop for Shipped {
             }
             Arm::Emulated => {
                 let emulated = Emulated::new(&self.on_this_machine(recipe))?;
+                if self.emulated_on_gpu {
+                    return cuda::emulated_ops(emulated, self.kept.as_deref());
+                }
                 let arithmetic = emulated.describe();
                 Ok((Box::new(emulated), arithmetic))
             }
@@ -165,7 +170,8 @@ impl Workshop for Shipped {
     fn takes_gpu(&self, arm: Arm) -> bool {
         match arm {
             Arm::Reference => self.reference_on_gpu,
-            arm => arm != Arm::Emulated,
+            Arm::Emulated => self.emulated_on_gpu,
+            _ => true,
         }
     }
 }

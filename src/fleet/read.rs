@@ -258,9 +258,20 @@ impl Window {
     }
 }
 
+impl Window {
+    /// Whether a run of this name may be one of these nights; of what is named otherwise, no.
+    pub fn may_hold(&self, run: &str) -> bool {
+        night_in(run).is_some_and(|night| night.0 + 1 >= self.oldest().0)
+    }
+}
+
 /// The day in the name of a run's folder.
 fn named_night(path: &Path) -> Option<Night> {
-    let name = path.parent()?.file_name()?.to_str()?;
+    night_in(path.parent()?.file_name()?.to_str()?)
+}
+
+/// The day in the name of a run.
+fn night_in(name: &str) -> Option<Night> {
     let day = is_run(name).then(|| name.get(..8))??;
     let date = format!("{}-{}-{}", &day[..4], &day[4..6], &day[6..8]);
     Night::of_date(&date)

@@ -45,6 +45,9 @@ pub struct Executor {
     pub retries: usize,
     /// The runner on the nodes; this very file where none is named.
     pub program: Option<String>,
+    /// Whether the nodes do not see the folder of runs: then the shared cache carries all that
+    /// the runner and its jobs tell each other.
+    pub without_folder: bool,
     /// Other options of `sbatch`, as they are.
     pub options: Vec<String>,
 }
@@ -83,6 +86,7 @@ pub(super) struct RawExecutor {
     time: Option<Put<NonZeroUsize>>,
     retries: Option<Put<usize>>,
     program: Option<Put<String>>,
+    shared_folder: Option<Put<bool>>,
     options: Option<Put<Vec<Put<String>>>>,
 }
 
@@ -101,6 +105,7 @@ impl RawExecutor {
             time: table.take("time", findings),
             retries: table.take("retries", findings),
             program: table.take("program", findings),
+            shared_folder: table.take("shared_folder", findings),
             options: table.list("options", findings),
         };
         table.finish(findings);
@@ -123,6 +128,7 @@ impl RawExecutor {
             time: self.time.or_else(|| inherited.time.clone()),
             retries: self.retries.or_else(|| inherited.retries.clone()),
             program: self.program.or_else(|| inherited.program.clone()),
+            shared_folder: self.shared_folder.or_else(|| inherited.shared_folder.clone()),
             options: self.options.or_else(|| inherited.options.clone()),
         }
     }
@@ -192,6 +198,7 @@ impl RawExecutor {
             time: self.time.as_ref().map(|time| time.value.get()),
             retries: self.retries.as_ref().map_or(DEFAULT_RETRIES, |retries| retries.value),
             program: program.map(|program| program.value.clone()),
+            without_folder: self.shared_folder.as_ref().is_some_and(|put| !put.value),
             options: options.iter().map(|option| option.value.clone()).collect(),
         })
     }

@@ -18,6 +18,8 @@ pub struct SharedCache {
     pub largest: Option<u64>,
     /// Whether commands' results are sent too, with what the programs printed.
     pub commands: bool,
+    /// Whether the run.json of each run is put there.
+    pub runs: bool,
 }
 
 pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<SharedCache> {
@@ -27,6 +29,7 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<S
     let anonymous = table.take::<bool>("anonymous", findings);
     let largest = table.take::<u64>("largest", findings);
     let commands = table.take::<bool>("commands", findings);
+    let runs = table.take::<bool>("runs", findings);
     table.finish(findings);
     Some(SharedCache {
         url: url?.value,
@@ -34,5 +37,6 @@ pub(super) fn read(fields: &mut Fields<'_>, findings: &mut Findings) -> Option<S
         anonymous: anonymous.is_some_and(|anonymous| anonymous.value),
         largest: largest.map(|largest| largest.value),
         commands: commands.is_some_and(|commands| commands.value),
+        runs: runs.is_some_and(|runs| runs.value),
     })
 }

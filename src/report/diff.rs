@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use maud::{Markup, html};
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::manifest::problem::plural;
@@ -556,6 +557,70 @@ pub fn diff_text(before: &RunRecord, after: &RunRecord, changes: &[Change], all:
         text.push_str("`--all` lists every number\n");
     }
     text
+}
+
+/// What is told to programs of two runs.
+#[derive(Serialize)]
+struct Told<'c> {
+    schema: u32,
+    before: Head<'c>,
+    after: Head<'c>,
+    changes: Vec<ToldChange<'c>>,
+}
+
+/// What is told of a run itself.
+#[derive(Serialize)]
+struct Head<'c> {
+    run: &'c str,
+    started: &'c str,
+    machine: Option<&'c str>,
+    gpu: Option<&'c str>,
+    verdict: &'c str,
+}
+
+/// A change, and whether a known cause explains it.
+#[derive(Serialize)]
+struct ToldChange<'c> {
+    stage: Option<&'c str>,
+    topic: &'c str,
+    what: &'c str,
+    before: &'c str,
+    after: &'c str,
+    /// Of a number: whether something that decides numbers changed with it. Else nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    explained: Option<bool>,
+}
+
+/// The changes as JSON, each by itself.
+pub fn diff_json(before: &RunRecord, after: &RunRecord, changes: &[Change]) -> String {
+    fn head(run: &RunRecord) -> Head<'_> {
+        Head {
+            run: &run.id,
+            started: &run.started,
+            machine: run.provenance.machine.as_deref(),
+            gpu: card(run),
+            verdict: run.verdict.name(),
+        }
+    }
+    let explained: BTreeMap<Option<&str>, bool> =
+        effects(changes).iter().map(|effects| (effects.stage, effects.explained)).collect();
+    let mut sorted: Vec<&Change> = changes.iter().collect();
+    sorted.sort_by_key(|change| change.topic);
+    let told = sorted.into_iter().map(|change| {
+        let stage = change.stage.as_deref();
+        ToldChange {
+            stage,
+            topic: change.topic.name(),
+            what: &change.what,
+            before: &change.before,
+            after: &change.after,
+            explained: explained.get(&stage).copied().filter(|_| change.topic.follows()),
+        }
+    });
+    let told =
+        Told { schema: 1, before: head(before), after: head(after), changes: told.collect() };
+    // Texts, numbers and truth values are always encoded.
+    serde_json::to_string_pretty(&told).unwrap_or_default() + "\n"
 }
 
 /// The changes side by side, for the page.

@@ -22,7 +22,8 @@ mod table;
 pub use arrow::arrow;
 pub use csv::csv;
 pub use diff::{
-    CODE, Change, IDENTITIES, diff, diff_text, of_definition, of_environment, other_sites,
+    CODE, Change, IDENTITIES, diff, diff_json, diff_text, of_definition, of_environment,
+    other_sites,
 };
 pub use github::{annotations, markdown};
 pub use html::{diff_page, document, page, symbol, verdict};

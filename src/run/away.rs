@@ -169,6 +169,20 @@ pub(super) fn item(
     })
 }
 
+/// Makes sure that what an order reads is in the shared cache.
+pub(super) fn bring_along(store: &Store, order: &Order) -> Result<(), Failure> {
+    let actions = order.reads();
+    for action in actions {
+        store.send_now(&action.key).map_err(|problem| {
+            Failure::Refused(format!(
+                "its nodes see no folder of this machine, and what it reads cannot be brought to \
+                 them: {problem}"
+            ))
+        })?;
+    }
+    Ok(())
+}
+
 /// The fields of what an order makes, as far as they are known on any machine.
 fn known(bench: &Bench<'_>, order: &Order) -> Result<KeyWalk, Failure> {
     match order {
@@ -287,8 +301,33 @@ fn answer(
             Order::Measure { inputs, results }
         }
     };
-    let bench = Bench { plan, store, options, prepared, computes: true, returned: false };
-    Ok(match attempt(&bench, order, &mut |_| {})? {
+    // Where this node sees no folder of the runner's, it has nothing of it yet.
+    let alone = store.remote().is_some();
+    if alone {
+        for action in order.reads() {
+            if store.find(&action.key).is_none() {
+                return Err(Failure::Refused(format!(
+                    "the shared cache does not hold what it reads, the result under {}; was it \
+                     cleared meanwhile? Run again",
+                    action.key.0
+                )));
+            }
+        }
+    }
+    // What this node's cache has, and the shared one not, is sent too.
+    let bench = Bench { plan, store, options, prepared, computes: true, returned: alone };
+    let outcome = attempt(&bench, order, &mut |_| {})?;
+    if alone {
+        // Its runner can read it nowhere else.
+        let sent = store.settled();
+        if let Outcome::Arm { stored, .. } = &outcome {
+            store.send_now(&stored.action.key).map_err(Failure::Refused)?;
+        }
+        if let Some(sent) = sent.filter(|sent| sent.unsent > 0) {
+            return Err(Failure::Refused(sent.problems.join("; ")));
+        }
+    }
+    Ok(match outcome {
         Outcome::Arm { stored, mut state, mut why } => {
             let action = Box::new(stored.action);
             if state == ArmState::Reused && action.run == options.run {

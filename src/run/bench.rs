@@ -50,6 +50,19 @@ pub(super) enum Order {
     Measure { inputs: Supplies, results: BTreeMap<Arm, Stored> },
 }
 
+impl Order {
+    /// The results that it reads.
+    pub fn reads(&self) -> Vec<&Action> {
+        let (Order::Arm { inputs, .. } | Order::Measure { inputs, .. }) = self;
+        let of_arms = match self {
+            Order::Arm { .. } => None,
+            Order::Measure { results, .. } => Some(results.values()),
+        };
+        let stored = inputs.iter().map(|(_, stored)| stored).chain(of_arms.into_iter().flatten());
+        stored.map(|stored| &stored.action).collect()
+    }
+}
+
 /// The sites of other stages that an op reads, in the order in which it names them.
 pub(super) type Supplies = Vec<(InputRef, Stored)>;
 

@@ -425,7 +425,16 @@ impl<'a> Engine<'a> {
             self.settle(job, Err(lost), 0.0, sink);
             return;
         }
-        match away::item(&self.bench(job), job, self.jobs[job].work, &self.order(job)) {
+        let order = self.order(job);
+        let item =
+            away::item(&self.bench(job), job, self.jobs[job].work, &order).and_then(|item| {
+                // Nodes that see no folder of this machine read there what they need.
+                match item.executor.without_folder {
+                    true => away::bring_along(self.store, &order).map(|()| item),
+                    false => Ok(item),
+                }
+            });
+        match item {
             Err(failure) => self.settle(job, Err(failure), 0.0, sink),
             Ok(item) => {
                 if let Some(slurm) = &mut self.slurm {
@@ -461,6 +470,10 @@ impl<'a> Engine<'a> {
             }
             slurm::News::Done { ticket, answer, seconds, shared } => {
                 self.away.remove(&ticket);
+                let stage = self.plan.stages[self.jobs[ticket].stage].stage;
+                if stage.executor.without_folder {
+                    self.store.ask_again();
+                }
                 match self.answered(ticket, answer.get(), shared) {
                     Some(outcome) => self.settle(ticket, outcome, seconds, sink),
                     // Its measures are in the cache, where this machine finds them.

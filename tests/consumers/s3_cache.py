@@ -1,6 +1,11 @@
-"""Holds the shared cache to a real S3 server (moto), with a proxy between both that fails on purpose.
+"""Holds the shared cache to a real S3 server (moto), with a proxy between both that fails on purpose, and to
+Azure's own emulator of its blobs (Azurite).
 
+    npm ci --prefix tests/consumers
     python tests/consumers/s3_cache.py target/release/runner
+
+Google hands out no server of its store for tests. `gs://` is tried on the S3 server: both speak the XML of S3
+there, and a proxy signs the requests for that server.
 
 It starts the servers and ends them. Every line that it prints is one thing that held; it ends with an
 error at the first that does not. What such a run costs benches/shared_cache.py measures.
@@ -41,6 +46,8 @@ class Proxy(http.server.BaseHTTPRequestHandler):
     fault = staticmethod(lambda method, path, times: None)
     seen = {}
     upstream = ""
+    # What signs a request on its way, instead of what the client signed it with; the server believes all.
+    signs = None
 
     def log_message(self, *_):
         pass
@@ -61,6 +68,9 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(0.5)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection",)}
+        if Proxy.signs:
+            headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+            headers["Authorization"] = Proxy.signs
         # Else urllib says that it is a form, and the server reads it as one.
         headers.setdefault("Content-Type", "application/octet-stream")
         asked = urllib.request.Request(
@@ -109,12 +119,14 @@ class Threads(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 # No key that somebody has here is used.
 SECRET = "not-for-anybody"
-ENV = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RUNNER_"))}
+ENV = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "AZURE_", "GOOGLE_", "RUNNER_"))}
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
 
 
 def run(folder, endpoint, *more, expect=0, keys=KEYS, wait=True, path="team"):
-    env = dict(ENV, **keys, AWS_ENDPOINT_URL=endpoint, XDG_CACHE_HOME=folder + "/home")
+    env = dict(ENV, **keys, XDG_CACHE_HOME=folder + "/home")
+    if endpoint:
+        env["AWS_ENDPOINT_URL"] = endpoint
     url = path if "://" in path or path == "off" else f"s3://{BUCKET}/{path}"
     argv = [RUNNER, "run", STAGES, "--arms", "reference,emulated", "--runs", folder + "/runs"]
     process = subprocess.Popen(
@@ -185,12 +197,110 @@ class Server:
         self.process.wait()
 
 
+class Azurite:
+    """Azure's own emulator of its blobs, with an empty container."""
+
+    # As Azure publishes them for its emulator.
+    ACCOUNT = "devstoreaccount1"
+    KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+    def __init__(self):
+        port = free_port()
+        program = os.path.join(os.path.dirname(__file__), "node_modules/.bin/azurite-blob")
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [program, "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--blobPort", str(port)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+
+    def __enter__(self):
+        from azure.storage.blob import BlobServiceClient
+
+        client = BlobServiceClient(f"{self.url}/{self.ACCOUNT}", credential=self.KEY)
+        for tries in range(300):
+            try:
+                client.create_container(BUCKET)
+                break
+            except OSError:
+                time.sleep(0.1)
+            except Exception as error:
+                if tries == 299 or "Connection refused" not in str(error):
+                    raise
+                time.sleep(0.1)
+        self.container = client.get_container_client(BUCKET)
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def azure(base):
+    """What holds on S3 holds on Azure: shared results, wrong credentials, clearing."""
+    new = iter(f"{base}/azure-{number}" for number in range(100))
+    with Azurite() as server:
+        keys = {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": server.url}
+        path = f"az://{BUCKET}/team"
+        shared(new, keys, path)
+        held("results of one machine are another one's through az://")
+
+        _, err = run(next(new), None, keys=keys, path="az://nobody/x", expect=2)
+        assert "ContainerNotFound" in err and "refuses" in err, err
+        wrong = dict(keys, AZURE_STORAGE_ACCOUNT_KEY="bm90LXRoZS1rZXk=")
+        folder = next(new)
+        _, err = run(folder, None, keys=wrong, path=path, expect=2)
+        assert "refuses" in err and not glob.glob(folder + "/runs/2*"), err
+        held("on az:// a container that is not there and a wrong key are errors before anything is computed")
+
+        clear(base, keys, path)
+        left = [blob.name for blob in server.container.list_blobs() if "actions" in blob.name]
+        assert left == [], left
+        held("gc clears az://")
+
+
+def google(base, client, proxy):
+    """The same with Google's client, on the XML that its store shares with S3."""
+    new = iter(f"{base}/google-{number}" for number in range(100))
+    account = {"gcs_base_url": proxy, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    signed = {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account), "GOOGLE_BASE_URL": proxy}
+    path = f"gs://{BUCKET}/google"
+    Proxy.signs = (
+        "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+    )
+    shared(new, signed, path)
+    held("results of one machine are another one's through gs://")
+    _, err = run(next(new), None, keys=signed, path="gs://nobody/x", expect=2)
+    assert "NoSuchBucket" in err and "refuses" in err, err
+    held("on gs:// a bucket that is not there is an error before anything is computed")
+    clear(base, signed, path)
+    left = [entry["Key"] for entry in keys(client, "google") if "actions" in entry["Key"]]
+    assert left == [], left
+    held("gc clears gs://")
+    Proxy.signs = None
+
+
+def shared(new, keys, path):
+    first, second = next(new), next(new)
+    run(first, None, keys=keys, path=path)
+    assert record(first)["cache"]["problems"] == [] and record(first)["cache"]["sent"] > 0, record(first)["cache"]
+    run(second, None, keys=keys, path=path)
+    assert states(second) == ["reused"] and verdicts(second) == verdicts(first), record(second)["cache"]
+
+
+def clear(base, keys, path):
+    command = [RUNNER, "cache", "gc", "--cache", path, "--budget", "0", "--runs", base + "/none"]
+    subprocess.run(command, env=dict(ENV, **keys), check=True, capture_output=True)
+
+
 def main(base):
+    azure(base)
     with Server() as server:
         Proxy.upstream = server.url
         proxy = Threads(("127.0.0.1", 0), Proxy)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        checks(base, server.client, server.url, f"http://127.0.0.1:{proxy.server_address[1]}")
+        address = f"http://127.0.0.1:{proxy.server_address[1]}"
+        google(base, server.client, address)
+        checks(base, server.client, server.url, address)
 
 
 def keys(client, path="team"):

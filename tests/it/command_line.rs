@@ -325,6 +325,11 @@ fn one_token_is_enough_for_every_claim() {
 fn a_reference_on_a_gpu_that_is_not_there_is_refused_before_anything_runs() {
     let place = Place::new();
     for command in ["run", "plan"] {
+        let (code, _, stderr) = place.run(&[command, "stages", "--emulated-on", "gpu"]);
+        assert_eq!(code, 2, "{stderr}");
+        for part in ["`--emulated-on gpu`", "the emulated arm has the same bits", "runner doctor"] {
+            assert!(stderr.contains(part), "{stderr}");
+        }
         let (code, stdout, stderr) = place.run(&[command, "stages", "--reference-on", "gpu"]);
         assert_eq!((code, stdout.as_str()), (2, ""), "{command}: {stderr}");
         for part in ["`--reference-on gpu`", "leave it out", "runner doctor"] {

@@ -623,6 +623,19 @@ fn a_diff_of_two_machines_names_the_facts_that_differ() {
         assert!(told.out.contains(line), "no `{line}` in {}", told.out);
     }
     assert!(!told.out.contains("which gpu"), "{}", told.out);
+    let told = project.runner(&["diff", &a, &b, "--format", "json"]).expect(1, "");
+    let told: Value = serde_json::from_str(&told.out).expect("JSON");
+    assert_eq!(told["before"]["machine"], "node01");
+    assert_eq!(told["after"]["verdict"], "structural");
+    let changes = told["changes"].as_array().expect("changes");
+    let of = |topic: &'static str| changes.iter().filter(move |change| change["topic"] == topic);
+    let cublas = of("environment").find(|c| c["what"] == "device cuBLASLt" && c["stage"] == "S01");
+    let cublas = cublas.expect("the library of each stage");
+    assert_eq!((&cublas["before"], &cublas["after"]), (&"13.0.2".into(), &"13.1.0".into()));
+    assert!(cublas.get("explained").is_none(), "a cause is explained by nothing");
+    let mut numbers = of("claim").chain(of("measure")).peekable();
+    assert!(numbers.peek().is_some());
+    assert!(numbers.all(|change| change["explained"] == true), "another library explains them");
 }
 
 #[test]
@@ -637,4 +650,43 @@ fn history_takes_the_folders_of_many_machines() {
     let two = ["history", "--runs", "fleet/node01/runs", "--runs", "fleet/node02/runs"];
     project.runner(&two).expect(0, "S00 pass x 8");
     project.runner(&["history", "--machines", "--runs", "fleet"]).expect(0, "has the same bits");
+    let json = |arguments: &[&str]| -> Value {
+        let told = project.runner(&[arguments, &["--format", "json", "--runs", "fleet"]].concat());
+        serde_json::from_str(&told.expect(0, "").out).expect("JSON")
+    };
+    let told = json(&["history", "--last", "5"]);
+    let runs = told["runs"].as_array().expect("runs");
+    assert_eq!((told["schema"].as_u64(), runs.len()), (Some(1), 5));
+    let points = told["stages"][0]["runs"].as_array().expect("a stage's runs");
+    for (run, point) in runs.iter().zip(points) {
+        assert_eq!(run["run"], point["run"]);
+        assert_eq!(point["verdict"], "pass");
+        assert!(point["value"].is_number() && point["metric"].is_string(), "{point}");
+    }
+    let told = json(&["history", "--machines"]);
+    for arm in told["arms"].as_array().expect("arms") {
+        let asked = arm["asked"].as_array().expect("questions");
+        let groups = asked.iter().flat_map(|groups| groups.as_array().expect("groups"));
+        assert!(groups.clone().all(|group| group["first"].is_null()), "all have the same bits");
+    }
+}
+
+#[cfg(feature = "remote")]
+#[test]
+fn a_report_of_a_store_is_that_of_a_folder_with_the_same_runs() {
+    let project = fleet(&hosts(4), 3, 2, &|_, _| None);
+    let whole = |report: Outcome| -> Value {
+        serde_json::from_str(&report.expect(0, "").out).expect("JSON")
+    };
+    let at = moment(2, 10 * 3600);
+    let report =
+        |place: &str| project.runner(&["fleet", "report", place, "--at", &at, "--format", "json"]);
+    let url = format!("file://{}", project.path("fleet").display());
+    let (of_folder, of_store) = (whole(report("fleet")), whole(report(&url)));
+    assert_eq!(of_store["machines"], of_folder["machines"]);
+    assert_eq!(of_store["findings"], of_folder["findings"]);
+    report("file:///nonexistent/fleet").expect(2, "is no folder");
+    fs::create_dir(project.path("empty")).expect("made");
+    let empty = format!("file://{}", project.path("empty").display());
+    report(&empty).expect(2, "holds no run of the last");
 }

@@ -31,6 +31,35 @@ fn run(machine: &Project, cache: &str, more: &[&str]) -> Outcome {
     machine.runner(&[&arguments, &["--cache", cache][..], more].concat())
 }
 
+#[test]
+fn each_run_puts_its_record_where_the_report_of_all_machines_reads_it() {
+    let shared = tempfile::tempdir().expect("a folder");
+    let keys = format!("[cache]\nurl = \"{}\"\nruns = true\n", url(&shared));
+    let machines = ["node1", "node2"].map(|name| {
+        let machine = machine();
+        for file in fs::read_dir(STAGES).expect("stages").flatten() {
+            let text = fs::read_to_string(file.path()).expect("a manifest");
+            let name = file.file_name().to_string_lossy().into_owned();
+            let more = if name == "pipeline.toml" { keys.as_str() } else { "" };
+            machine.write(&format!("stages/{name}"), &format!("{text}\n{more}"));
+        }
+        let arguments = ["run", "stages", "--select", "C", "--arms", "reference"];
+        let run = || {
+            let mut command = machine.command(&arguments);
+            Outcome::of(command.env("RUNNER_MACHINE", name).output().expect("the runner starts"))
+        };
+        run().expect(3, "C");
+        // One that finds nothing to do is waited for all the same.
+        run().expect(3, "reused");
+        machine
+    });
+    let told = machines[0].runner(&["fleet", "report", &url(&shared), "--format", "json"]);
+    let told: serde_json::Value = serde_json::from_str(&told.expect(3, "").out).expect("JSON");
+    let names: Vec<_> = told["machines"].as_array().expect("machines").iter().collect();
+    assert_eq!(names.len(), 2, "{told}");
+    assert_eq!(told["runs"], 4, "{told}");
+}
+
 /// The run's own words of the cache.
 fn report(machine: &Project) -> serde_json::Value {
     let mut runs: Vec<PathBuf> = fs::read_dir(machine.path("runs"))

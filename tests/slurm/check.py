@@ -162,7 +162,9 @@ outputs = ["sum"]
         process.err.seek(process.from_here)
         said = process.err.read()
         process.err.close()
-        record = json.loads(out) if out.strip().startswith("{") else None
+        # One that was killed while it printed has printed a part.
+        whole = out.strip().startswith("{") and process.returncode >= 0
+        record = json.loads(out) if whole else None
         return process.returncode, record, said
 
     def run(self, *arguments, **settings):
@@ -264,6 +266,120 @@ def shared_cache(runner, folder, cluster):
             fail(f"again {mode}: {code}: {states}, {again['cache']}, {said}")
         if mode == "here" and again["cache"]["fetched"] != there["cache"]["sent"]:
             fail(f"again {mode}: {again['cache']}, {there['cache']}")
+
+
+# On a node of its own the folder of runs is the node's: what the runner has there is covered by an empty
+# file system, for this task alone.
+APART = """#!/bin/sh
+# What the runner says of its node's folder comes through the shared cache alone.
+exec unshare --mount sh -c 'mount -t tmpfs none "$1" && shift && exec "$@"' sh {runs} {runner} "$@"
+"""
+
+
+def apart(project, runner, more=""):
+    """Has each task see a folder of runs that nobody else has."""
+    runs = project.folder / "runs"
+    runs.mkdir(exist_ok=True)
+    program = project.folder / "apart.sh"
+    program.write_text(APART.format(runs=runs, runner=runner))
+    program.chmod(0o755)
+    pipeline = project.folder / "stages/pipeline.toml"
+    before = pipeline.read_text() if pipeline.exists() else ""
+    pipeline.write_text(
+        f'{before}\n[executor]\non = "slurm"\nshared_folder = false\nprogram = "{program}"\n{more}'
+    )
+    return project
+
+
+def letters_left(shared):
+    """What runners and jobs have told each other and nobody has removed."""
+    return [str(path) for path in pathlib.Path(shared).glob("v1/slurm/**/*") if path.is_file()]
+
+
+def no_shared_folder(runner, folder, cluster):
+    """Nodes that see no folder of the runner's: the shared cache carries all, and the verdicts are a local run's."""
+    can = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"])
+    if can.returncode != 0:
+        print("NOT TRIED: nodes without a shared folder, since this machine lets nobody mount")
+        return
+    shared = folder / "letters"
+    shared.mkdir()
+    cache = ("--cache", f"file://{shared}")
+    project = Project(runner, folder / "apart").shipped()
+    code, here, said = project.run(runs="here")
+    if code != 0:
+        fail(f"the local run: {code}: {said}")
+    apart(project, runner)
+    code, there, said = project.run(*cache)
+    if code != 0 or "submitted" not in said:
+        fail(f"nodes without a shared folder: {code}: {said}")
+    same(here, there, "here and on nodes without a shared folder")
+    if there["cache"]["problems"] or not there["cache"]["fetched"]:
+        fail(f"what was fetched: {there['cache']}")
+    nothing_left(project)
+    if letters_left(shared):
+        fail(f"letters are left: {letters_left(shared)}")
+    # What this machine has is brought to the nodes; nothing is done twice.
+    code, again, said = project.run(*cache)
+    states = {arm["state"] for stage in again["stages"] for arm in stage["arms"].values()}
+    same(here, again, "here and again on nodes without a shared folder")
+    if code != 0 or "ran" in states:
+        fail(f"a second run: {code}: {states}: {said}")
+    # Where the runner has what its shared cache has not.
+    emptied = folder / "letters-empty"
+    emptied.mkdir()
+    shutil.rmtree(project.folder / "runs/cache/v1/actions")
+    local = Project(runner, folder / "apart-local").shipped()
+    code, _, said = local.run("--arms", "reference")
+    apart(local, runner)
+    code, mixed, said = local.run("--cache", f"file://{emptied}")
+    if code != 0:
+        fail(f"a reference of this machine: {code}: {said}")
+    same(here, mixed, "here, and with a reference that only the runner had")
+
+    # What cannot be is known before anything is submitted.
+    def refused(words, *arguments, code=2):
+        found, record, said = project.run(*arguments)
+        for word in words:
+            if word not in said:
+                fail(f"{words}: {said}")
+        if found != code or record is not None or queue():
+            fail(f"{words}: status {found}, {queue()}: {said}")
+
+    refused(["shared_folder = false", "--cache s3://"])
+    refused(["must write"], *cache, "--cache-mode", "read-only")
+    refused(["plain HTTP"], "--cache", "http://127.0.0.1:1/x")
+    command = apart(Project(runner, folder / "apart-command").counted(2), runner)
+    code, record, said = command.run(*cache)
+    if code != 2 or 'on = "here"' not in said:
+        fail(f"a command without a shared folder: {code}: {said}")
+
+    # A runner that dies is taken up, and nodes that cannot reach the cache are told apart.
+    project = apart(Project(runner, folder / "apart-attach").shipped(), runner)
+    process = project.start(*cache, "--force")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not queue():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    project.end(process)
+    code, record, said = project.run("--attach")
+    if code != 2 or "--cache" not in said:
+        fail(f"--attach without --cache: {code}: {said}")
+    code, record, said = project.run(*cache, "--attach")
+    if code != 0:
+        fail(f"--attach: {code}: {said}")
+    same(here, record, "here and after --attach")
+    nothing_left(project)
+    if letters_left(shared):
+        fail(f"letters are left: {letters_left(shared)}")
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    program = project.folder / "apart.sh"
+    program.write_text(program.read_text().replace('"$1" &&', f'"$1" && mount -t tmpfs none {hidden} &&'))
+    code, record, said = project.run("--cache", f"file://{hidden}", "--select", "C", "--force")
+    whys = [stage["why"] for stage in record["stages"]]
+    if code != 4 or not all("shared cache has no" in why or "use the shared cache" in why for why in whys):
+        fail(f"a node that does not reach the shared cache: {code}: {whys} {said}")
 
 
 def bad_input(runner, folder, cluster):
@@ -632,7 +748,7 @@ class other_cluster(Cluster):
 
 
 CHECKS = {
-    "five_stages": five_stages, "shared_cache": shared_cache, "bad_input": bad_input,
+    "five_stages": five_stages, "shared_cache": shared_cache, "no_shared_folder": no_shared_folder, "bad_input": bad_input,
     "families": families, "attach": attach, "stopped": stopped, "endings": endings, "small_arrays": small_arrays,
 }
 # Each takes a minute or two, of which most is Slurm's own patience.

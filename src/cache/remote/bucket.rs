@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::sync::mpsc::{channel, sync_channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime};
 
 use futures_util::TryStreamExt;
@@ -355,51 +356,80 @@ fn url_before_path(url: &Url) -> usize {
     url.as_str().len() - url.path().len() - query - fragment
 }
 
-/// Copies a file of a folder, and hashes beside that what is written.
+/// Copies a file of a folder, and hashes beside that what was written: the kernel moves the bytes,
+/// and what is hashed is read back while the caches still hold it.
 fn copy_hashed(from: &mut File, to: &mut File, hasher: &mut blake3::Hasher) -> Result<(), Trouble> {
-    // As much as a second-level cache holds.
-    const CHUNK: usize = 256 << 10;
-    // Chunks that the thread that hashes may be behind.
-    const BEHIND: usize = 8;
+    // What the kernel moves at a time.
+    const CHUNK: u64 = 2 << 20;
     let here = |error: std::io::Error| Trouble::Here(error.to_string());
     let cut = |error: std::io::Error| Trouble::Cut(error.to_string());
     let size = from.metadata().map_err(cut)?.len();
-    // `next` gives a buffer, `take` has it when it is full and written.
-    let mut copy = |next: &dyn Fn() -> Vec<u8>, take: &mut dyn FnMut(Vec<u8>)| loop {
-        let mut chunk = next();
-        chunk.clear();
-        Read::by_ref(from).take(CHUNK as u64).read_to_end(&mut chunk).map_err(cut)?;
-        if chunk.is_empty() {
-            return Ok(());
+    let written = to.try_clone().map_err(here)?;
+    let mut copy = |tell: &mut dyn FnMut(u64) -> Result<(), Trouble>| {
+        let mut end = 0;
+        loop {
+            let moved = std::io::copy(&mut Read::by_ref(from).take(CHUNK), to);
+            // Of the two files the reader's failures are those of the store.
+            match moved
+                .map_err(|error| if is_of_disk(&error) { here(error) } else { cut(error) })?
+            {
+                0 => return Ok(()),
+                moved => end += moved,
+            }
+            if interrupt::requested() {
+                return Err(Trouble::Stopped);
+            }
+            tell(end)?;
         }
-        if interrupt::requested() {
-            return Err(Trouble::Stopped);
-        }
-        to.write_all(&chunk).map_err(here)?;
-        take(chunk);
     };
-    let (back, free) = channel::<Vec<u8>>();
-    let next = || free.try_recv().unwrap_or_else(|_| Vec::with_capacity(CHUNK));
-    if size <= 8 * CHUNK as u64 {
-        return copy(&next, &mut |chunk| {
-            hasher.update(&chunk);
-            let _ = back.send(chunk);
-        });
+    let mut reader = Hashed { file: &written, buffer: vec![0; 256 << 10], at: 0, hasher };
+    if size <= 2 * CHUNK {
+        return copy(&mut |end| reader.up_to(end).map_err(here));
     }
     std::thread::scope(|scope| {
-        let (give, chunks) = sync_channel::<Vec<u8>>(BEHIND);
-        let hashing = std::thread::Builder::new().spawn_scoped(scope, move || {
-            for chunk in chunks {
-                hasher.update(&chunk);
-                let _ = back.send(chunk);
-            }
-        });
-        hashing.map_err(|error| Trouble::Here(crate::text::no_threads(1, &error)))?;
+        let (give, ends) = channel::<u64>();
+        let hashing = std::thread::Builder::new()
+            .spawn_scoped(scope, move || ends.iter().try_for_each(|end| reader.up_to(end)))
+            .map_err(|error| Trouble::Here(crate::text::no_threads(1, &error)))?;
         // It goes on until this end is dropped.
-        copy(&next, &mut |chunk| {
-            let _ = give.send(chunk);
-        })
+        copy(&mut move |end| {
+            // Where it has ended early, its error is told below.
+            let _ = give.send(end);
+            Ok(())
+        })?;
+        match hashing.join() {
+            Ok(hashed) => hashed.map_err(here),
+            Err(bug) => std::panic::resume_unwind(bug),
+        }
     })
+}
+
+/// Whether a failure is of this machine's disk, which is written.
+fn is_of_disk(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+}
+
+/// What of a file is hashed while it is written.
+struct Hashed<'a> {
+    file: &'a File,
+    buffer: Vec<u8>,
+    at: u64,
+    hasher: &'a mut blake3::Hasher,
+}
+
+impl Hashed<'_> {
+    /// Hashes what has been written up to here.
+    fn up_to(&mut self, end: u64) -> std::io::Result<()> {
+        while self.at < end {
+            let want = usize::try_from(end - self.at).unwrap_or(usize::MAX).min(self.buffer.len());
+            let part = &mut self.buffer[..want];
+            self.file.read_exact_at(part, self.at)?;
+            self.hasher.update(part);
+            self.at += want as u64;
+        }
+        Ok(())
+    }
 }
 
 /// Whether the same may well be done a moment later.

@@ -5,6 +5,8 @@
 //! PREFIX/v1/cache.json                what it is; written when a machine first may
 //! PREFIX/v1/actions/ab/<key>.json     records, as in the local cache
 //! PREFIX/v1/objects/ab/<hash>...      what they name, as in the local cache
+//! PREFIX/v1/runs/<machine>/<run>/...  records of runs, where they are wanted there
+//! PREFIX/v1/slurm/...                 what runners and jobs without a folder tell each other
 //! ```
 //! An object is put there before the record that names it, each whole or not at all, so a runner
 //! that is killed leaves at most an object that nothing names. What arrives is held to its name
@@ -15,6 +17,8 @@
 mod absent;
 #[cfg(feature = "remote")]
 mod bucket;
+mod letters;
+mod runs;
 mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +44,7 @@ use crate::text::shown;
 use absent::Bucket;
 #[cfg(feature = "remote")]
 use bucket::Bucket;
+pub use runs::{bring_runs, is_url};
 pub use upkeep::{RemoteBudget, RemoteCleared};
 
 /// What says that a store is such a cache.
@@ -74,6 +79,8 @@ pub struct RemoteOptions {
     pub largest: u64,
     /// Whether commands' results are sent, with what the programs printed.
     pub commands: bool,
+    /// Whether the run.json of each run is put there, for a report of all machines.
+    pub runs: bool,
 }
 
 /// What a run had of the cache of many machines; it stands in run.json.
@@ -186,6 +193,17 @@ pub enum RemoteError {
     },
 }
 
+impl RemoteError {
+    /// What a store that did not do `what` means for whoever asked.
+    fn of(url: &str, what: &'static str, trouble: Trouble) -> RemoteError {
+        let url = url.to_owned();
+        match trouble {
+            Trouble::Refused(problem) => RemoteError::Refused { url, what, problem },
+            trouble => RemoteError::Down { url, problem: trouble.text().to_owned() },
+        }
+    }
+}
+
 /// A cache of many machines.
 #[derive(Debug)]
 pub struct Remote {
@@ -207,6 +225,8 @@ struct State {
     given_up: BTreeSet<Key>,
     /// Keys whose record came from there.
     fetched: BTreeSet<Key>,
+    /// Keys whose result this run has sent, or found there.
+    sent: BTreeSet<Key>,
     /// Problems that are not told one by one.
     untold: usize,
     /// Whether it is left alone for the rest of the run.
@@ -218,6 +238,19 @@ struct State {
 struct Sending {
     give: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// What became of a result that was to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    /// It is there.
+    There,
+    /// It is no result any more.
+    Gone,
+    /// What programs made is not sent.
+    OfCommand,
+    /// It has so many bytes.
+    TooLarge(u64),
 }
 
 /// What a thread that sends has to do.
@@ -580,7 +613,7 @@ impl Remote {
             let sent = match self.is_down() || interrupt::requested() {
                 true => Err((String::new(), Trouble::Stopped)),
                 false if touch => self.touched(store, &key),
-                false => self.sent(store, &key),
+                false => self.sent(store, &key).map(drop),
             };
             if let Err((name, trouble)) = sent {
                 self.heed(&name, &trouble);
@@ -598,18 +631,18 @@ impl Remote {
     }
 
     /// Sends one result: first what it names, then its record.
-    fn sent(&self, store: &Store, key: &Key) -> Result<(), (String, Trouble)> {
+    fn sent(&self, store: &Store, key: &Key) -> Result<Sent, (String, Trouble)> {
         // Cleared away meanwhile: then it is no result any more.
-        let Some((bytes, action)) = store.sealed_record(key) else { return Ok(()) };
+        let Some((bytes, action)) = store.sealed_record(key) else { return Ok(Sent::Gone) };
         let objects = store.named_by(&action);
         if objects.iter().any(|object| object.of_command) && !self.options.commands {
-            return Ok(());
+            return Ok(Sent::OfCommand);
         }
         let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |facts| facts.len());
         let whole: u64 = objects.iter().map(|object| size(&object.path)).sum();
         if whole > self.options.largest {
             self.state().report.too_large += 1;
-            return Ok(());
+            return Ok(Sent::TooLarge(whole));
         }
         let name = name_of_record(key);
         let of_record = |trouble| (name.clone(), trouble);
@@ -622,7 +655,9 @@ impl Remote {
             if let Some((other, _)) = there {
                 self.compare(key, &action, &other);
                 // Its objects may have been cleared away before it.
-                return self.send_objects(&objects, false).map(|bytes| self.was_sent(bytes));
+                let bytes = self.send_objects(&objects, false)?;
+                self.was_sent(key, bytes);
+                return Ok(Sent::There);
             }
         }
         let mut sent = self.send_objects(&objects, missing)?;
@@ -638,12 +673,19 @@ impl Remote {
         if replaces {
             self.state().poisoned.remove(&name);
         }
-        self.was_sent(sent);
-        Ok(())
+        self.was_sent(key, sent);
+        Ok(Sent::There)
     }
 
-    fn was_sent(&self, bytes: u64) {
+    /// Whether a result came from there, or was sent in this run.
+    fn is_known_there(&self, key: &Key) -> bool {
+        let state = self.state();
+        state.fetched.contains(key) || state.sent.contains(key)
+    }
+
+    fn was_sent(&self, key: &Key, bytes: u64) {
         let mut state = self.state();
+        state.sent.insert(key.clone());
         state.report.sent += 1;
         state.report.sent_bytes += bytes;
     }
@@ -841,6 +883,7 @@ mod tests {
             anonymous: false,
             largest: LARGEST_SENT,
             commands: false,
+            runs: false,
         };
         let remote = Remote::open(&options).expect("opened");
         let store = Store::new(own.path()).behind(Arc::new(remote));

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
+use super::letters::{LETTERS, LETTERS_LAST};
 use super::{LARGEST_RECORD, Listed, Remote, RemoteError, Trouble, is_hash};
 use crate::cache::key::Key;
 use crate::cache::store::Store;
@@ -45,14 +46,7 @@ impl Remote {
         store: &Store,
         budget: &RemoteBudget,
     ) -> Result<RemoteCleared, RemoteError> {
-        let failed = |trouble: Trouble| match trouble {
-            Trouble::Refused(problem) => {
-                RemoteError::Refused { url: self.shown.clone(), what: "to be cleared", problem }
-            }
-            trouble => {
-                RemoteError::Down { url: self.shown.clone(), problem: trouble.text().to_owned() }
-            }
-        };
+        let failed = |trouble| RemoteError::of(&self.shown, "to be cleared", trouble);
         let now = SystemTime::now();
         let age = |listed: &Listed| now.duration_since(listed.written).unwrap_or_default();
         let listed = self.bucket.list("v1/actions");
@@ -106,6 +100,16 @@ impl Remote {
             cleared.freed += object.size;
             going.push(&object.name);
         }
+        let letters = self.bucket.list(LETTERS).map_err(failed)?;
+        for letter in &letters {
+            if age(letter) < LETTERS_LAST {
+                cleared.left += letter.size;
+                continue;
+            }
+            cleared.objects += 1;
+            cleared.freed += letter.size;
+            going.push(&letter.name);
+        }
         if !budget.dry_run {
             // Records first: none may name an object that is gone, as long as that can be helped.
             let (records, objects) = going.split_at(records_going);
@@ -134,7 +138,7 @@ impl Remote {
 
 /// Asks for each of them, several at once: a store far away answers many in the time of one.
 /// The answers are in the order of what was asked.
-fn asked_together<T: Sync, R: Send>(all: &[T], ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub(super) fn asked_together<T: Sync, R: Send>(all: &[T], ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
     const AT_ONCE: usize = 16;
     let share = all.len().div_ceil(AT_ONCE).max(1);
     let ask = &ask;

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use super::{
     Measured, MeasuredEmulation, MeasuredFunction, MeasuredReference, Piece, Survey, Trial,
 };
+use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::chip::Unit;
 use crate::compute::emulated::gemm::Operand;
 use crate::compute::emulated::schedule::Schedule;
@@ -40,6 +41,17 @@ pub fn why_no_reference(_: Option<&Path>) -> Option<String> {
 /// # Errors
 /// Always.
 pub fn reference_ops(_: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    Err(ComputeError::Recipe(WHY.to_owned()))
+}
+
+/// The emulated arm with its products on a GPU.
+///
+/// # Errors
+/// Always.
+pub fn emulated_ops(
+    _: Emulated,
+    _: Option<&Path>,
+) -> Result<(Box<dyn Pass>, String), ComputeError> {
     Err(ComputeError::Recipe(WHY.to_owned()))
 }
 

@@ -108,6 +108,11 @@ fn kernel_of(unit: &Unit, x: Format, w: Format) -> Option<Choice> {
     Some(Choice { kernel, tile_outputs: TILE_OUTPUTS[usize::from(!f32_sums)] })
 }
 
+/// Whether a kernel multiplies as a unit does.
+pub fn multiplies(unit: &Unit, x: Format, w: Format) -> bool {
+    kernel_of(unit, x, w).is_some()
+}
+
 /// The emulation's kernels on one GPU.
 pub struct Emulation {
     gpu: Arc<Gpu>,

@@ -13,10 +13,13 @@ use std::sync::{Arc, Once, OnceLock};
 use cudarc::driver::{result, sys};
 
 use super::arm::Device;
+use super::emulated::EmulatedOnGpu;
+use super::emulation::Emulation;
 use super::gpu::Gpu;
 use super::reference::ReferenceOnGpu;
 use super::remembered::{self, Machine};
 use super::{GpuFacts, Piece, Survey, nccl, program};
+use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::chip::{Unit, chip};
 use crate::compute::emulated::schedule::Schedule;
 use crate::compute::{ComputeError, Pass, parallel};
@@ -105,6 +108,31 @@ pub fn reference_ops(kept: Option<&Path>) -> Result<(Box<dyn Pass>, String), Com
         gpu.facts.name, gpu.facts.ordinal
     );
     Ok((Box::new(ReferenceOnGpu::new(gpu.lease())), arithmetic))
+}
+
+/// The emulated arm with its products on the GPU with the fewest users, and its arithmetic in words:
+/// the chip that is emulated need not be that GPU's.
+///
+/// # Errors
+/// If no GPU can be opened.
+pub fn emulated_ops(
+    arm: Emulated,
+    kept: Option<&Path>,
+) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    if let Some(why) = no_reference_on(survey()) {
+        return Err(ComputeError::Recipe(why));
+    }
+    let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
+    let gpu = gpus.iter().min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
+    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))?;
+    let arithmetic = format!(
+        "{}; products on {}, GPU {}, sampled outputs of each held to the CPU's bits",
+        arm.describe(),
+        gpu.facts.name,
+        gpu.facts.ordinal
+    );
+    let emulation = Emulation::open(gpu, kept)?;
+    Ok((Box::new(EmulatedOnGpu::new(arm, emulation, gpu.lease())), arithmetic))
 }
 
 /// Whether a GPU has the recipe's arithmetic, and why not.

@@ -15,6 +15,8 @@ mod arm;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
+mod emulated;
+#[cfg(feature = "cuda")]
 pub mod emulation;
 #[cfg(feature = "cuda")]
 pub mod functions;
@@ -46,7 +48,7 @@ mod enabled;
 
 #[cfg(not(feature = "cuda"))]
 pub use disabled::{
-    SweptLibrary, chip_here, emulated_product, facts, measure, measure_emulation,
+    SweptLibrary, chip_here, emulated_ops, emulated_product, facts, measure, measure_emulation,
     measure_functions, measure_reference, ops, reference_ops, survey, why_no_reference,
     why_unavailable,
 };
@@ -54,7 +56,7 @@ pub use disabled::{
 pub use emulation::{emulated_product, measure_emulation};
 #[cfg(feature = "cuda")]
 pub use enabled::{
-    chip_here, facts, ops, reference_ops, survey, why_no_reference, why_unavailable,
+    chip_here, emulated_ops, facts, ops, reference_ops, survey, why_no_reference, why_unavailable,
 };
 #[cfg(feature = "cuda")]
 pub use functions::measure_functions;

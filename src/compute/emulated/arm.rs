@@ -126,6 +126,16 @@ impl Emulated {
         Ok(Some(Emulated { input_scale, takes_codes, ..arm }))
     }
 
+    /// What multiplies.
+    pub fn unit(&self) -> &Unit {
+        &self.unit
+    }
+
+    /// The order in which products are added.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
     /// The recipe that it computes.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe

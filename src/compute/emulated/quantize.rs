@@ -200,6 +200,35 @@ impl Codes {
         }
     }
 
+    /// The rows of several matrices of one format and width as one; nothing of none, or where they
+    /// do not fit.
+    pub fn joined(parts: &[&Codes]) -> Option<Codes> {
+        let first = parts.first()?;
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let mut all = Codes::zeros(first.format, rows, first.width);
+        let mut at = 0;
+        for part in parts {
+            if (part.format, part.width) != (first.format, first.width) {
+                return None;
+            }
+            let places = at..at + part.data.len();
+            match (&mut all.data, &part.data) {
+                (CodeData::Bits8(all), CodeData::Bits8(codes)) => {
+                    all[places].copy_from_slice(codes);
+                }
+                (CodeData::Bits16(all), CodeData::Bits16(codes)) => {
+                    all[places].copy_from_slice(codes);
+                }
+                (CodeData::Bits32(all), CodeData::Bits32(codes)) => {
+                    all[places].copy_from_slice(codes);
+                }
+                _ => return None,
+            }
+            at += part.data.len();
+        }
+        Some(all)
+    }
+
     /// Some columns of every row.
     pub fn some_columns(&self, columns: std::ops::Range<usize>) -> Codes {
         let mut some = Codes::zeros(self.format, self.rows, columns.len());

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::post::{LOG_VARIABLE, STORE_VARIABLE};
 use crate::manifest::Executor;
 
 /// What one class of items asks for.
@@ -42,25 +43,49 @@ pub(super) fn options(class: &Class, each: usize) -> Vec<String> {
     options
 }
 
+/// How a task of an array learns what it is to do.
+pub(super) enum Source<'a> {
+    /// A folder that its node sees.
+    Folder(&'a Path),
+    /// Letters in the shared cache: what the runner on the node is told of it, in JSON, the
+    /// submission's place there, and where Slurm writes on the node what a task prints.
+    Letters { store: &'a str, batch: &'a str, log: &'a str },
+}
+
 /// What a task of the array starts.
-pub(super) fn script(class: &Class, folder: &Path) -> String {
+pub(super) fn script(class: &Class, source: &Source<'_>) -> String {
     let own = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("runner"));
     let program = class.executor.program.clone();
     let program = program.unwrap_or_else(|| own.display().to_string());
     // An upgrade of the file under a running process.
-    let program = program.trim_end_matches(" (deleted)");
-    let (program, folder) = (quoted(program), quoted(&folder.display().to_string()));
+    let program = quoted(program.trim_end_matches(" (deleted)"));
     let cpus = class.cpus;
     let gpus = match class.gpus {
         // What is not asked for is not looked at.
         0 => "export CUDA_VISIBLE_DEVICES=\n",
         _ => "",
     };
+    let (before, batch) = match source {
+        Source::Folder(folder) => {
+            let folder = quoted(&folder.display().to_string());
+            let before = format!(
+                "test -r {folder}/head.json || {{ echo \"this node does not see\" {folder}; exit 66; }}\n"
+            );
+            (before, folder)
+        }
+        Source::Letters { store, batch, log } => {
+            let (store, log) = (quoted(store), quoted(log));
+            let before = format!(
+                "export {STORE_VARIABLE}={store} {LOG_VARIABLE}={log}\"$SLURM_ARRAY_TASK_ID.log\"\n"
+            );
+            (before, quoted(batch))
+        }
+    };
     format!(
         "#!/bin/sh\n\
-         test -r {folder}/head.json || {{ echo \"this node does not see\" {folder}; exit 66; }}\n\
+         {before}\
          {gpus}export RAYON_NUM_THREADS={cpus} RUNNER_MACHINE=\"$SLURMD_NODENAME\"\n\
-         exec {program} {TASK_ARGUMENT} {folder}\n"
+         exec {program} {TASK_ARGUMENT} {batch}\n"
     )
 }
 
@@ -105,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_folder_with_a_quote_is_one_word_of_the_script() {
-        let text = script(&class(Executor::default()), Path::new("/a b/it's"));
+        let text = script(&class(Executor::default()), &Source::Folder(Path::new("/a b/it's")));
         assert!(text.contains("slurm-task '/a b/it'\\''s'\n"), "{text}");
     }
 }

@@ -5,6 +5,8 @@ use crate::text::shown;
 
 /// The status of a task that does not see the shared folder.
 const NO_FOLDER: &str = "66:0";
+/// The status of a task that cannot use the shared cache.
+pub const NO_STORE: u8 = 69;
 
 /// What the controller no longer knows.
 pub(super) const GONE: &str = "GONE";
@@ -60,6 +62,13 @@ impl Ending {
                 "put it, and the project, where every node has it under the same path",
                 false,
                 false,
+            ),
+            "FAILED" if exit == format!("{NO_STORE}:0") => end(
+                "its node cannot use the shared cache",
+                "do the nodes reach it, and have they the variables with its credentials? \
+                 (docs/slurm.md says what they need)",
+                true,
+                true,
             ),
             "FAILED" if exit == "126:0" || exit == "127:0" => end(
                 "its node cannot start the runner",

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::SlurmError;
+use super::post::Letters;
 use crate::cache::{self, CacheError};
 
 /// The file that is locked.
@@ -40,6 +41,9 @@ pub struct Head {
     pub name: String,
     /// The keys of each task's items.
     pub keys: Vec<Vec<String>>,
+    /// Whether its tasks speak through letters in the shared cache.
+    #[serde(default)]
+    pub by_letters: bool,
     /// What every task needs to know; whoever submits knows what it is.
     pub common: Box<RawValue>,
 }
@@ -129,6 +133,8 @@ pub fn log_of(batch: &Path, task: usize) -> PathBuf {
 pub struct Teller {
     file: File,
     synced: Instant,
+    /// Where nobody else sees the file.
+    letters: Option<Letters>,
 }
 
 /// How often what is said is made sure to be seen on other machines.
@@ -149,7 +155,29 @@ impl Teller {
         let mut file = File::options().create(true).append(true).open(path)?;
         // What a killed one began is a line of its own, and no part of the next.
         file.write_all(b"\n")?;
-        Ok(Teller { file, synced: Instant::now() })
+        Ok(Teller { file, synced: Instant::now(), letters: None })
+    }
+
+    /// The same where the runner does not see the file: what is said is also left as letters.
+    #[must_use]
+    pub fn by_letters(self, letters: Letters) -> Teller {
+        Teller { letters: Some(letters), ..self }
+    }
+
+    /// The letters, where there are any.
+    pub fn letters(&self) -> Option<&Letters> {
+        self.letters.as_ref()
+    }
+
+    /// Makes sure that all that was said can be read elsewhere.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn finish(mut self) -> std::io::Result<()> {
+        match &mut self.letters {
+            Some(letters) => letters.finish(),
+            None => Ok(()),
+        }
     }
 
     /// Says it, in one line and one piece.
@@ -160,6 +188,9 @@ impl Teller {
         let text = serde_json::to_string(said)?;
         let line = format!("{} {text}\n", check_of(text.as_bytes()));
         self.file.write_all(line.as_bytes())?;
+        if let Some(letters) = &mut self.letters {
+            return letters.say(line.as_bytes());
+        }
         // A shared file system shows it elsewhere then, or when the file is closed.
         if self.synced.elapsed() > SYNC {
             self.synced = Instant::now();
@@ -213,6 +244,11 @@ impl Root {
         std::fs::create_dir_all(folder).map_err(|error| io(folder, &error))?;
         // Jobs work elsewhere.
         Ok(Root(folder.canonicalize().map_err(|error| io(folder, &error))?))
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.0
     }
 
     /// The right to decide what is submitted, which no other runner has at the same time.

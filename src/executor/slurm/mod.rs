@@ -13,25 +13,31 @@ mod cluster;
 mod commands;
 mod ending;
 mod folder;
+mod post;
 
 pub use class::TASK_ARGUMENT;
+pub use ending::NO_STORE;
 pub use folder::{Head, Orders, Said, Teller, build, heard, log_of, orders_of, read, results_of};
+pub use post::{LOG_VARIABLE, Letters, STORE_VARIABLE};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::value::RawValue;
 
+use crate::cache::Remote;
 use crate::manifest::{Executor, Resources};
 use crate::text::{Shown, grouped, shown};
-use class::{Class, options, script};
+use class::{Class, Source, options, script};
 use cluster::Cluster;
 use commands::Row;
 use ending::{Ending, GONE, has_ended, is_for_now, is_of_quota, never_starts};
 use folder::Root;
+use post::PostBox;
 
 /// Between two questions to the queue.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
@@ -73,6 +79,9 @@ pub enum SlurmError {
     /// The shared folder cannot be used.
     #[error("{0}")]
     Folder(String),
+    /// The shared cache, which carries what is told, cannot be used.
+    #[error("{0}")]
+    Post(String),
     /// Clocks differ.
     #[error(
         "the clock of this machine and that of Slurm's controller are {0} apart; set them by NTP, \
@@ -191,6 +200,8 @@ struct Batch {
     name: String,
     job: Option<u64>,
     keys: Vec<Vec<String>>,
+    /// Whether its tasks speak through letters.
+    by_letters: bool,
     tasks: Vec<Task>,
     /// Whether this runner cancels it: it is its own, or that of a dead one.
     own: bool,
@@ -208,6 +219,8 @@ pub struct Slurm {
     folder: PathBuf,
     _locks: Vec<File>,
     common: Box<RawValue>,
+    /// The shared cache as nodes are told of it, and the letters in it.
+    post: Option<(String, PostBox)>,
     cluster: Cluster,
     flights: BTreeMap<usize, Flight>,
     last_flight: usize,
@@ -225,6 +238,8 @@ pub struct Slurm {
     /// The question that is asked, and when that was.
     answer: Option<(Instant, Receiver<Rows>)>,
     silent: bool,
+    /// Whether it was told that the shared cache does not answer.
+    unreached: bool,
     full: bool,
     looked: Instant,
     counted: (usize, usize, usize),
@@ -237,7 +252,8 @@ pub struct Slurm {
 
 impl Slurm {
     /// Asks what the cluster is, and finds what other runners have in the queue. `common` is
-    /// what every task is told.
+    /// what every task is told; `store` is the shared cache where a node may see no folder,
+    /// with what nodes are told of it.
     ///
     /// # Errors
     /// If there is no Slurm, or jobs of a dead runner are there and are not to be taken up.
@@ -245,6 +261,7 @@ impl Slurm {
         folder: &Path,
         run: &str,
         common: Box<RawValue>,
+        store: Option<(String, Arc<Remote>)>,
         attach: bool,
     ) -> Result<Slurm, SlurmError> {
         let cluster = Cluster::ask()?;
@@ -257,6 +274,14 @@ impl Slurm {
         let root = Root::open(folder)?;
         let alone = root.alone()?;
         let (own, lock) = root.make(run)?;
+        let post = match store {
+            None => None,
+            Some((told, remote)) => {
+                let post = PostBox::open(remote, root.path())?;
+                post.watch(run);
+                Some((told, post))
+            }
+        };
         let now = Instant::now();
         let mut slurm = Slurm {
             root,
@@ -264,6 +289,7 @@ impl Slurm {
             folder: own,
             _locks: vec![lock],
             common,
+            post,
             cluster,
             flights: BTreeMap::new(),
             last_flight: 0,
@@ -277,6 +303,7 @@ impl Slurm {
             asked: now.checked_sub(ASK_AGAIN).unwrap_or(now),
             answer: None,
             silent: false,
+            unreached: false,
             full: false,
             looked: now,
             counted: (0, 0, 0),
@@ -317,12 +344,26 @@ impl Slurm {
             let lives =
                 |job: &u64| rows.iter().any(|row| row.job == *job && !has_ended(&row.state));
             let living: Vec<u64> = jobs.iter().copied().filter(lives).collect();
+            let run = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if living.is_empty() {
+                if let Some((_, post)) = &self.post {
+                    post.clear(&run);
+                }
                 drop(lock);
                 remove(&folder);
                 continue;
             }
+            if attach && self.post.is_none() && batches.iter().any(|batch| batch.by_letters) {
+                return Err(SlurmError::Post(format!(
+                    "jobs of run {} speak through a shared cache; name it with `--cache`, as that \
+                     run did",
+                    shown(&run)
+                )));
+            }
             if attach {
+                if let Some((_, post)) = &self.post {
+                    post.watch(&run);
+                }
                 // Whoever looks at it now finds a living runner.
                 self._locks.push(lock);
                 self.adopted.push(folder);
@@ -370,6 +411,7 @@ impl Slurm {
                 name: head.name,
                 job,
                 keys: head.keys,
+                by_letters: head.by_letters,
                 own: dead,
                 seen: Instant::now(),
             });
@@ -379,6 +421,9 @@ impl Slurm {
 
     /// Leaves everything as it was found: jobs that were taken up are in the queue as before.
     pub fn leave(self) {
+        if let Some((_, post)) = &self.post {
+            post.clear(&self.run);
+        }
         remove(&self.folder);
     }
 
@@ -423,6 +468,7 @@ impl Slurm {
         if self.looked.elapsed() >= LOOK {
             self.looked = Instant::now();
             self.listen(&mut news);
+            self.tell_of_letters(&mut news);
             self.ask(&mut news);
             self.bury(&mut news);
             self.count(&mut news);
@@ -625,6 +671,7 @@ impl Slurm {
             .iter()
             .map(|chunk| chunk.iter().map(|(item, _)| item.key.clone()).collect())
             .collect();
+        let post = self.post.as_ref().filter(|_| class.executor.without_folder);
         let written = std::fs::create_dir_all(&folder)
             .map_err(|error| folder::io(&folder, &error))
             .and_then(|()| {
@@ -641,12 +688,28 @@ impl Slurm {
                     submitted: now(),
                     name: name.clone(),
                     keys: keys.clone(),
+                    by_letters: post.is_some(),
                     common: self.common.clone(),
                 };
                 // With it the submission counts as made.
                 folder::write(&folder.join("head.json"), &head)
+            })
+            .and_then(|()| match post {
+                Some((_, post)) => post.send(&self.run, &folder, self.last_batch, tasks),
+                None => Ok(()),
             });
-        let script = script(class, &folder);
+        let letters = format!("{}/{}", self.run, self.last_batch);
+        // On the node: a name that no other task has there.
+        let log = format!("/tmp/{name}-");
+        let source = match post {
+            Some((store, _)) => Source::Letters { store, batch: &letters, log: &log },
+            None => Source::Folder(&folder),
+        };
+        let script = script(class, &source);
+        let output = match post {
+            Some(_) => format!("{log}%a.log"),
+            None => format!("{}/%a.log", folder.display()),
+        };
         let path = folder.join("job.sh");
         let written = written.and_then(|()| {
             std::fs::write(&path, script).map_err(|error| folder::io(&path, &error))
@@ -660,7 +723,7 @@ impl Slurm {
             "--parsable".to_owned(),
             format!("--job-name={name}"),
             format!("--array=0-{}", tasks - 1),
-            format!("--output={}/%a.log", folder.display()),
+            format!("--output={output}"),
             "--open-mode=append".to_owned(),
             path.display().to_string(),
         ]);
@@ -693,6 +756,7 @@ impl Slurm {
             name,
             job: Some(job),
             keys,
+            by_letters: post.is_some(),
             tasks: Vec::new(),
             own: true,
             seen: Instant::now(),
@@ -796,6 +860,26 @@ impl Slurm {
                     news.push(News::Job { job, state: "said", node, why });
                 }
                 task.over = task.finished.len() == task.flights.len();
+            }
+        }
+    }
+
+    /// Tells once that letters cannot be read, and once that they can be again.
+    fn tell_of_letters(&mut self, news: &mut Vec<News>) {
+        let Some((_, post)) = &self.post else { return };
+        let (job, node) = (String::new(), None);
+        match (post.trouble(), std::mem::take(&mut self.unreached)) {
+            (None, false) => {}
+            (None, true) => {
+                let why = "the shared cache answers again".to_owned();
+                news.push(News::Job { job, state: "answers", node, why });
+            }
+            (Some(problem), told) => {
+                self.unreached = true;
+                if !told {
+                    let why = format!("{problem} Jobs go on, and it is asked again.");
+                    news.push(News::Job { job, state: "silent", node, why });
+                }
             }
         }
     }
@@ -909,11 +993,18 @@ impl Slurm {
     /// Decides what becomes of items whose task has ended without a word of them, or never starts.
     fn bury(&mut self, news: &mut Vec<News>) {
         let mut hopeless = Vec::new();
+        // A letter may come as late as the store is reached again.
+        let post = self.post.as_ref().map(|(_, post)| post);
+        let all_read = |by_letters: bool, ended: Instant| {
+            !by_letters || post.is_none_or(|post| post.has_looked_since(ended + LAST_WORDS / 2))
+        };
         for place in 0..self.batches.len() {
             for number in 0..self.batches[place].tasks.len() {
                 let batch = &mut self.batches[place];
+                let by_letters = batch.by_letters;
                 let task = &mut batch.tasks[number];
-                let ended = task.ended.is_some_and(|ended| ended.elapsed() > LAST_WORDS);
+                let ended = task.ended.filter(|ended| ended.elapsed() > LAST_WORDS);
+                let ended = ended.is_some_and(|ended| all_read(by_letters, ended));
                 let never = never_starts(&task.state, &task.reason);
                 if task.over || !(ended || never.is_some()) {
                     continue;
@@ -1050,11 +1141,13 @@ impl Slurm {
     /// Ends: what is left in the queue is of no use to this run and is cancelled.
     pub fn finish(mut self) {
         self.cancel();
-        if self.keep_folder {
-            return;
-        }
         for folder in self.adopted.iter().chain([&self.folder]) {
-            remove(folder);
+            if let Some((_, post)) = &self.post {
+                post.clear(&folder.file_name().unwrap_or_default().to_string_lossy());
+            }
+            if !self.keep_folder {
+                remove(folder);
+            }
         }
     }
 }
