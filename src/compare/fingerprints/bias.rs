@@ -7,6 +7,7 @@ use crate::compute::call::Call;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the bias is missing, added twice, or another projection's",
     causes: &["bias-missing", "bias-twice", "bias-swapped"],
+    bugs: &[],
     test,
 };
 

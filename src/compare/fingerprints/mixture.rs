@@ -17,6 +17,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "expert-choice",
         "expert-swapped",
     ],
+    bugs: &[],
     test,
 };
 

@@ -34,6 +34,7 @@ mod other_format;
 mod other_schedule;
 pub mod permuted_outputs;
 mod permuted_weight;
+pub mod planted;
 mod quantised_activations;
 mod ranks;
 mod residual;
@@ -79,6 +80,7 @@ use crate::tensor::Tensor;
 
 use null::{CLEARLY, Score};
 pub use null::{Null, describe};
+use planted::Bug;
 
 /// The share of the difference above which a hypothesis gives the bug its name.
 pub const NAMED: f64 = 0.9;
@@ -99,6 +101,8 @@ pub struct Fingerprint {
     pub what: &'static str,
     /// The causes that it can name.
     pub causes: &'static [&'static str],
+    /// The bugs that it alone recognises.
+    pub bugs: &'static [Bug],
     /// Tests it.
     test: Test,
 }

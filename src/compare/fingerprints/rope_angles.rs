@@ -11,6 +11,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "RoPE's frequencies, or its positions too, are rounded to a narrow type before the angle",
     causes: &["rope-precision"],
+    bugs: &[],
     test,
 };
 

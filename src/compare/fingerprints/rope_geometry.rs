@@ -18,6 +18,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "rope-factors",
         "rope-width",
     ],
+    bugs: &[],
     test,
 };
 

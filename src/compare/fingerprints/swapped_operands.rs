@@ -7,6 +7,7 @@ use crate::compute::call::Call;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "gate and up, or keys and values, are exchanged",
     causes: &["swapped-operands"],
+    bugs: &[],
     test,
 };
 
