@@ -199,6 +199,32 @@ impl Call<'_> {
         }
     }
 
+    /// What the op is called where it is refused because a recipe names an engine, of which no kernel
+    /// for it is known; nothing of an op of which some are.
+    pub fn without_engine_kernels(&self) -> Option<&'static str> {
+        match self {
+            Call::Embed { .. }
+            | Call::RmsNorm { .. }
+            | Call::Matmul { .. }
+            | Call::Rope { .. }
+            | Call::Attention { .. }
+            | Call::Gated { .. }
+            | Call::Add { .. }
+            | Call::Scale { .. }
+            | Call::SoftCap { .. } => None,
+            Call::LayerNorm { .. } => Some("a LayerNorm"),
+            Call::Cached(_) => Some("a cache of keys and values in a type of its own"),
+            Call::Activated { .. } => Some("an activation without a gate"),
+            Call::Route { .. } => Some("a router of experts"),
+            Call::Experts(_) => Some("the products of a mixture of experts"),
+            Call::Mix { .. } => Some("the sum of a mixture of experts"),
+            Call::SigmoidGate { .. } => Some("the gate of a shared expert"),
+            Call::Convolve(_) => Some("a convolution before a delta net"),
+            Call::Gates(_) => Some("the gates of a delta net"),
+            Call::Delta(_) => Some("the gated delta rule"),
+        }
+    }
+
     /// Rows and width of the result.
     pub fn shape(&self) -> [usize; 2] {
         match *self {
