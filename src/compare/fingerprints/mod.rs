@@ -10,6 +10,7 @@ mod activation_function;
 mod bias;
 mod block_scales;
 pub mod cache_format;
+mod cache_position;
 mod cast;
 mod causal_mask;
 mod delta;
@@ -110,7 +111,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 54] = [
+pub const ALL: [&Fingerprint; 55] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -127,6 +128,7 @@ pub const ALL: [&Fingerprint; 54] = [
     &residual::FINGERPRINT,
     &factor::FINGERPRINT,
     &scores::FINGERPRINT,
+    &cache_position::FINGERPRINT,
     &scale_product::FINGERPRINT,
     &unwritten::FINGERPRINT,
     &stale_rows::FINGERPRINT,
