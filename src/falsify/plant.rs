@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::block_format::{BlockFormat, ScaleCodec};
 use crate::compare::fingerprints::planted::{Ground, Made, Plant, chosen};
 use crate::compare::fingerprints::scale_order::{sisters_of, with_tail_of_before};
-use crate::compare::fingerprints::{cache_format, head_permutation, rope_angles, zero_point};
+use crate::compare::fingerprints::{cache_format, head_permutation, zero_point};
 use crate::compute::block_departure::{
     exponents_one_larger, nibbles_exchanged, powers_rounded_up, scales_in_order,
     whole_scale_missing,
@@ -22,19 +22,18 @@ use crate::compute::departure::{
 use crate::compute::emulated::arm::Emulated;
 use crate::compute::emulated::gemm::Scales;
 use crate::compute::emulated::schedule::Schedule;
-use crate::compute::experts::{self, Products};
 use crate::compute::forward::top_1;
 use crate::compute::kv_cache::Cached;
 use crate::compute::reference::{Reference, activated, gated as of_pair};
-use crate::compute::{AttentionShape, Ops, rope};
+use crate::compute::{AttentionShape, Ops};
 use crate::dtype::Format;
-use crate::model::{Activation, Rope, RopeLayout, RouterScores, Routing, Weight};
+use crate::model::{Activation, Weight};
 use crate::op::{Accumulate, ActivationScale, Recipe, Scale, Site, WeightScale, in_layer};
 use crate::tensor::Tensor;
 
 /// What is done to a call.
 #[derive(Clone, Copy)]
-pub enum Spoilt {
+pub enum Defect {
     XScale(f32),
     WScale(f32),
     Times(f32),
@@ -98,24 +97,11 @@ pub enum Spoilt {
     Layer0sInput,
     PreviousLayersInput,
     PreviousLayersOutput,
-    BiasMissing,
-    BiasTwice,
-    PreviousLayersBias,
     Single(f32),
     TopSwapped,
     Flicker,
     Rounded(Format),
-    RopeLayout,
-    RopeBase(f64),
-    RopeBack,
-    RopeOffset(usize),
-    RopeFirst,
-    RopeMissing,
-    RopeFactorsIgnored,
-    RopeAngles(Format),
-    KeysForValues,
     CacheKept(Format, bool),
-    GateForUp,
     Gelu,
     Relu,
     UpIgnored,
@@ -126,49 +112,43 @@ pub enum Spoilt {
     CacheTruncated,
     CacheScaleOfTensor,
     CacheScaleMissing,
-    RopeWhole,
-    NextExpert,
-    RoutingScores,
-    RoutingFactor,
-    RoutingBias,
-    OtherExpert,
 }
 
-impl Plant for Spoilt {
+impl Plant for Defect {
     fn planted(&self, call: &Call<'_>, ground: &Ground<'_>) -> Made {
         planted(*self, call, ground)
     }
 }
 
-fn planted(plant: Spoilt, call: &Call<'_>, ground: &Ground<'_>) -> Made {
+fn planted(plant: Defect, call: &Call<'_>, ground: &Ground<'_>) -> Made {
     let Ground { site, clean, .. } = *ground;
     match plant {
-        Spoilt::Times(factor) => return Ok(Some(mapped(clean, |y| y * factor))),
-        Spoilt::TimesRootHidden => {
+        Defect::Times(factor) => return Ok(Some(mapped(clean, |y| y * factor))),
+        Defect::TimesRootHidden => {
             let factor = (clean.width() as f32).sqrt();
             return Ok(Some(mapped(clean, |y| y * factor)));
         }
-        Spoilt::Rounded(format) => return Ok(Some(mapped(clean, |y| format.round(y)))),
-        Spoilt::Single(value) => {
+        Defect::Rounded(format) => return Ok(Some(mapped(clean, |y| format.round(y)))),
+        Defect::Single(value) => {
             let mut y = clean.clone();
             let row = chosen(ground.seed, y.rows());
             let column = chosen(ground.seed + 1, y.width());
             y.row_mut(row)[column] = value;
             return Ok(Some(y));
         }
-        Spoilt::Flicker => {
+        Defect::Flicker => {
             let mut y = clean.clone();
             let column = chosen(ground.seed, y.width());
             y.row_mut(0)[column] += ground.call_number as f32;
             return Ok(Some(y));
         }
-        Spoilt::ShiftedInBatch if !ground.in_batch => return Ok(None),
-        Spoilt::ShiftedInBatch => {
+        Defect::ShiftedInBatch if !ground.in_batch => return Ok(None),
+        Defect::ShiftedInBatch => {
             let mut y = clean.clone();
             y.data_mut().rotate_left(clean.width());
             return Ok(Some(y));
         }
-        Spoilt::PreviousLayersOutput => return Ok(earlier(ground.made, site, 1, clean)),
+        Defect::PreviousLayersOutput => return Ok(earlier(ground.made, site, 1, clean)),
         _ => {}
     }
     match *call {
@@ -183,33 +163,15 @@ fn planted(plant: Spoilt, call: &Call<'_>, ground: &Ground<'_>) -> Made {
             }
         }
         Call::Activated { x, activation } => match plant {
-            Spoilt::Gelu | Spoilt::Relu => {
+            Defect::Gelu | Defect::Relu => {
                 let ones = Tensor::new(x.width(), vec![1.0; x.data().len()]);
-                gated(plant, (x, &ones, activation), ground)
+                gated(plant, (x, &ones, activation))
             }
             _ => Ok(None),
         },
-        Call::Route { scores, bias, routing } => router(plant, (scores, bias, routing), ground),
-        Call::Experts(products) => match plant {
-            Spoilt::OtherExpert if products.weights.len() > 1 => {
-                let taken = experts::taken(products.routes, products.used);
-                let Some(&first) = taken.get(chosen(ground.seed, taken.len())) else {
-                    return Ok(None);
-                };
-                let count = products.weights.len();
-                let mut weights = products.weights.to_vec();
-                weights[first] = products.weights[(first + 1) % count];
-                let spoilt = Products { weights: &weights, ..products };
-                Ok(Some(ground.arm.experts(&spoilt)?))
-            }
-            _ => Ok(None),
-        },
-        Call::Rope { x, rope, head_dim, first_position } => {
-            rotation(plant, (x, rope, head_dim, first_position), ground)
-        }
         Call::Cached(cached) => Ok(of_cache(plant, cached)),
         Call::Attention { q, k, v, shape } => attention(plant, (q, k, v, shape), ground),
-        Call::Gated { gate, up, activation } => gated(plant, (gate, up, activation), ground),
+        Call::Gated { gate, up, activation } => gated(plant, (gate, up, activation)),
         Call::Embed { weight, tokens } => embedding(plant, weight, tokens, clean, ground),
         // What is planted into the others stands in the fingerprints' files.
         _ => Ok(None),
@@ -217,66 +179,24 @@ fn planted(plant: Spoilt, call: &Call<'_>, ground: &Ground<'_>) -> Made {
 }
 
 /// Bugs of what a cache of keys or values gives back; only FP8 has scales.
-fn of_cache(plant: Spoilt, cached: Cached<'_>) -> Option<Tensor> {
+fn of_cache(plant: Defect, cached: Cached<'_>) -> Option<Tensor> {
     let Cached { x, format, scale } = cached;
     if !format.is_fp8() {
         return None;
     }
     match plant {
-        Spoilt::CacheFormat => {
+        Defect::CacheFormat => {
             let other = if format == Format::E4m3 { Format::E5m2 } else { Format::E4m3 };
             Some(Cached { format: other, ..cached }.read_back())
         }
-        Spoilt::CacheTruncated => {
+        Defect::CacheTruncated => {
             Some(mapped(x, |x| cache_format::towards_zero(format, x / scale) * scale))
         }
-        Spoilt::CacheScaleOfTensor => Some(cache_format::kept(x, format, false)),
-        Spoilt::CacheScaleMissing if scale != 1.0 => {
+        Defect::CacheScaleOfTensor => Some(cache_format::kept(x, format, false)),
+        Defect::CacheScaleMissing if scale != 1.0 => {
             Some(mapped(&cached.read_back(), |x| x / scale))
         }
         _ => None,
-    }
-}
-
-/// Bugs of the choice of experts and of their weights.
-fn router(
-    plant: Spoilt,
-    (scores, bias, routing): (&Tensor, Option<Weight<'_>>, &Routing),
-    ground: &Ground<'_>,
-) -> Made {
-    let by = |scores: &Tensor, bias, routing: Routing| {
-        Ok(Some(ground.arm.route(scores, bias, &routing)?))
-    };
-    match plant {
-        // The best expert of one token is passed over, and the best of the others takes its place.
-        Spoilt::NextExpert if scores.width() > routing.used => {
-            let used = routing.used;
-            let clean = ground.arm.route(scores, bias, routing)?;
-            let mut taken = experts::taken(&clean, used);
-            let row = chosen(ground.seed, scores.rows());
-            let best = top_1(clean.row(row)).0 as usize;
-            let own = &mut taken[row * used..(row + 1) * used];
-            let mut rest: Vec<f32> = scores.row(row).to_vec();
-            own.iter().for_each(|&expert| rest[expert] = f32::NEG_INFINITY);
-            let next = top_1(&rest).0 as usize;
-            own.iter_mut().filter(|expert| **expert == best).for_each(|expert| *expert = next);
-            own.sort_unstable();
-            Ok(Some(ground.arm.route_to(scores, routing, &taken)))
-        }
-        Spoilt::RoutingScores => {
-            let scores_of = match routing.scores {
-                RouterScores::Softmax => RouterScores::SoftmaxOfTaken,
-                RouterScores::SoftmaxOfTaken => RouterScores::Softmax,
-                RouterScores::Sigmoid => RouterScores::SigmoidNormalised,
-                RouterScores::SigmoidNormalised => RouterScores::Sigmoid,
-            };
-            by(scores, bias, Routing { scores: scores_of, ..*routing })
-        }
-        Spoilt::RoutingFactor if routing.factor != 1.0 => {
-            by(scores, bias, Routing { factor: 1.0, ..*routing })
-        }
-        Spoilt::RoutingBias if bias.is_some() => by(scores, None, *routing),
-        _ => Ok(None),
     }
 }
 
@@ -337,7 +257,7 @@ impl Gemm<'_> {
     }
 
     /// Bugs of the conversion, the accumulation and the epilogue.
-    fn by_steps(&self, plant: Spoilt) -> Made {
+    fn by_steps(&self, plant: Defect) -> Made {
         let engine = self.ground.arm.engine();
         if engine.is_some_and(|engine| !engine.takes_steps(self.weight.name())) {
             return Ok(None);
@@ -347,40 +267,40 @@ impl Gemm<'_> {
         let scheduled = Schedule::of(recipe);
         let is_e4m3 = recipe.gemm == Format::E4m3;
         match plant {
-            Spoilt::XScale(factor) => self.with(&|o| scaled(o, |scale| scale * factor), &keep),
-            Spoilt::WScale(factor) => self.with(&keep, &|o| scaled(o, |scale| scale * factor)),
-            Spoilt::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
-            Spoilt::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
-            Spoilt::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
-            Spoilt::XPowerOfTwo => self.with(&rounded_up_beside_codes, &keep),
-            Spoilt::WPowerOfTwo => self.with(&keep, &rounded_up_beside_codes),
-            Spoilt::XUnsaturated(factor) if is_e4m3 => {
+            Defect::XScale(factor) => self.with(&|o| scaled(o, |scale| scale * factor), &keep),
+            Defect::WScale(factor) => self.with(&keep, &|o| scaled(o, |scale| scale * factor)),
+            Defect::XScaleMissing => self.with(&|o| scaled(o, |_| 1.0), &keep),
+            Defect::WScaleMissing => self.with(&keep, &|o| scaled(o, |_| 1.0)),
+            Defect::XScaleTwice => self.with(&|o| scaled(o, |scale| scale * scale), &keep),
+            Defect::XPowerOfTwo => self.with(&rounded_up_beside_codes, &keep),
+            Defect::WPowerOfTwo => self.with(&keep, &rounded_up_beside_codes),
+            Defect::XUnsaturated(factor) if is_e4m3 => {
                 self.with(&|o| unsaturated(o, factor), &keep)
             }
-            Spoilt::WReadAsFnuz => self.with(&keep, &read_as_fnuz),
-            Spoilt::NibblesExchanged if recipe.gemm == Format::E2m1 => {
+            Defect::WReadAsFnuz => self.with(&keep, &read_as_fnuz),
+            Defect::NibblesExchanged if recipe.gemm == Format::E2m1 => {
                 self.with(&keep, &nibbles_exchanged)
             }
-            Spoilt::NextBlocksScale if recipe.blocks().is_some() => {
+            Defect::NextBlocksScale if recipe.blocks().is_some() => {
                 let order = |row, block, _, blocks| (row, (block + 1) % blocks);
                 self.with(&keep, &|operand| scales_in_order(operand, order))
             }
-            Spoilt::WholeScaleMissing if recipe.blocks() == Some(BlockFormat::Nvfp4) => {
+            Defect::WholeScaleMissing if recipe.blocks() == Some(BlockFormat::Nvfp4) => {
                 self.with(&keep, &whole_scale_missing)
             }
-            Spoilt::PowersRoundedUp if has_powers(recipe) => self.with(&powers_rounded_up, &keep),
-            Spoilt::ExponentsOneLarger if has_powers(recipe) => {
+            Defect::PowersRoundedUp if has_powers(recipe) => self.with(&powers_rounded_up, &keep),
+            Defect::ExponentsOneLarger if has_powers(recipe) => {
                 self.with(&keep, &exponents_one_larger)
             }
-            Spoilt::XClippedAsFnuz if is_e4m3 => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
-            Spoilt::ScaleTail => {
+            Defect::XClippedAsFnuz if is_e4m3 => self.with(&|o| clipped(o, MOST_E4M3FNUZ), &keep),
+            Defect::ScaleTail => {
                 let [_, (codes, scales, _)] = operands(self.ground.arm, self.x, self.weight)?;
                 match with_tail_of_before(&scales, codes.width()) {
                     Some(taken) => self.with(&keep, &|o| with_scales_of(o, &taken)),
                     None => Ok(None),
                 }
             }
-            Spoilt::ScaleSlice => {
+            Defect::ScaleSlice => {
                 let Some(sister) =
                     sisters_of(self.weight.name(), self.ground.model).into_iter().next()
                 else {
@@ -396,28 +316,28 @@ impl Gemm<'_> {
                 }
                 self.with(&keep, &|o| with_scales_of(o, &scales))
             }
-            Spoilt::ScaleProduct => {
+            Defect::ScaleProduct => {
                 let factor = |scale| Format::F16.round(scale);
                 let operands = (self.x, self.weight, self.bias);
                 Ok(Some(matmul_by_factor(self.ground.arm, recipe, operands, factor)?))
             }
-            Spoilt::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
-            Spoilt::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
-            Spoilt::TruncateX => self.with(&truncated, &keep),
-            Spoilt::TruncateW => self.with(&keep, &truncated),
-            Spoilt::TruncateBoth => self.with(&truncated, &truncated),
-            Spoilt::FlushX => self.with(&flushed, &keep),
-            Spoilt::FlushW => self.with(&keep, &flushed),
-            Spoilt::ReadX => self.with(&as_e5m2, &keep),
-            Spoilt::ReadW => self.with(&keep, &as_e5m2),
-            Spoilt::Tail(tail) if tail < inner => {
+            Defect::XSaturated(factor) => self.with(&|o| requantised(o, factor), &keep),
+            Defect::WSaturated(factor) => self.with(&keep, &|o| requantised(o, factor)),
+            Defect::TruncateX => self.with(&truncated, &keep),
+            Defect::TruncateW => self.with(&keep, &truncated),
+            Defect::TruncateBoth => self.with(&truncated, &truncated),
+            Defect::FlushX => self.with(&flushed, &keep),
+            Defect::FlushW => self.with(&keep, &flushed),
+            Defect::ReadX => self.with(&as_e5m2, &keep),
+            Defect::ReadW => self.with(&keep, &as_e5m2),
+            Defect::Tail(tail) if tail < inner => {
                 self.with(&|o| only_inner(o, |k| k < inner - tail), &keep)
             }
-            Spoilt::BlockLost(width) if width < inner => {
+            Defect::BlockLost(width) if width < inner => {
                 let block = chosen(self.ground.seed, inner / width);
                 self.with(&|o| only_inner(o, |k| k / width != block), &keep)
             }
-            Spoilt::BlockTwice(width) if width < inner => {
+            Defect::BlockTwice(width) if width < inner => {
                 let block = chosen(self.ground.seed, inner / width);
                 let Ground { arm, recipe, .. } = self.ground;
                 let x: &Edit = &|o| only_inner(o, |k| k / width == block);
@@ -432,20 +352,20 @@ impl Gemm<'_> {
                 }
                 self.biased(y)
             }
-            Spoilt::OtherAccumulation => {
+            Defect::OtherAccumulation => {
                 let other = match scheduled.accumulate {
                     Accumulate::Fast => Schedule::PROMOTED,
                     Accumulate::Promoted => Schedule::FAST,
                 };
                 self.with_schedule(other)
             }
-            Spoilt::SplitK(parts) => self.with_schedule(scheduled.with_split_k(parts)),
-            Spoilt::Alternating if self.ground.call_number.is_multiple_of(2) => Ok(None),
-            Spoilt::Alternating => self.with_schedule(scheduled.with_split_k(2)),
-            Spoilt::Output(format) if format != recipe.output => {
+            Defect::SplitK(parts) => self.with_schedule(scheduled.with_split_k(parts)),
+            Defect::Alternating if self.ground.call_number.is_multiple_of(2) => Ok(None),
+            Defect::Alternating => self.with_schedule(scheduled.with_split_k(2)),
+            Defect::Output(format) if format != recipe.output => {
                 self.run(&Steps { output: format, ..Steps::of(recipe) })
             }
-            Spoilt::OutputTruncated => {
+            Defect::OutputTruncated => {
                 let Ground { arm, .. } = self.ground;
                 let steps = Steps { output: Format::F32, ..Steps::of(recipe) };
                 let rows = 0..self.weight.rows();
@@ -457,7 +377,7 @@ impl Gemm<'_> {
                     if rounded.abs() > y.abs() { format.decode(code - 1) } else { rounded }
                 }))
             }
-            Spoilt::F16Overflow(clipped) => self.f16_overflow(clipped),
+            Defect::F16Overflow(clipped) => self.f16_overflow(clipped),
             _ => Ok(None),
         }
     }
@@ -506,7 +426,7 @@ impl Gemm<'_> {
     }
 
     /// Bugs that multiply other tensors, or in another arithmetic.
-    fn by_operands(&self, plant: Spoilt, site: &Site) -> Made {
+    fn by_operands(&self, plant: Defect, site: &Site) -> Made {
         let Ground { arm, recipe, model, inputs, .. } = self.ground;
         let (x, weight, bias) = (self.x, self.weight, self.bias);
         let width = weight.width();
@@ -519,18 +439,18 @@ impl Gemm<'_> {
             Some(format!("blk.{}.{inner}", layer.checked_sub(back)?))
         };
         match plant {
-            Spoilt::PerChannel => {
+            Defect::PerChannel => {
                 other_scale(Scale { weight: WeightScale::Channel, ..recipe.scale })
             }
-            Spoilt::PerToken if x.rows() > 1 => {
+            Defect::PerToken if x.rows() > 1 => {
                 other_scale(Scale { activation: ActivationScale::Token, ..recipe.scale })
             }
-            Spoilt::Computed(format) if format != recipe.gemm => {
+            Defect::Computed(format) if format != recipe.gemm => {
                 let arm = Emulated::new(&Recipe { gemm: format, ..**recipe })?;
                 self.on(&arm, x, weight, bias)
             }
-            Spoilt::NotEngaged => self.on(&Reference, x, weight, bias),
-            Spoilt::Q8(block) => {
+            Defect::NotEngaged => self.on(&Reference, x, weight, bias),
+            Defect::Q8(block) => {
                 let mut rounded = x.clone();
                 for row in 0..rounded.rows() {
                     for block in rounded.row_mut(row).chunks_mut(block) {
@@ -541,25 +461,25 @@ impl Gemm<'_> {
                 }
                 self.on(&Reference, &rounded, weight, bias)
             }
-            Spoilt::Transposed => {
+            Defect::Transposed => {
                 let (rows, values) = (weight.rows(), weight.to_vec()?);
                 let at = |index: usize| values[index % width * rows + index / width];
                 let moved: Vec<f32> = (0..rows * width).map(at).collect();
                 let made = MadeWeight::new(format!("{} transposed", weight.name()), rows, &moved);
                 self.on(*arm, x, made.weight()?, bias)
             }
-            Spoilt::HalvesSwapped => self.rearranged(|k| (k + width / 2) % width),
-            Spoilt::NeighboursSwapped => self.rearranged(|k| k ^ 1),
-            Spoilt::Interleaved if width.is_multiple_of(32) => {
+            Defect::HalvesSwapped => self.rearranged(|k| (k + width / 2) % width),
+            Defect::NeighboursSwapped => self.rearranged(|k| k ^ 1),
+            Defect::Interleaved if width.is_multiple_of(32) => {
                 self.rearranged(|k| k / 32 * 32 + k % 2 * 16 + k % 32 / 2)
             }
-            Spoilt::ZeroPoint(group) => {
+            Defect::ZeroPoint(group) => {
                 let moved = zero_point::shifted(&weight.to_vec()?, width, group);
                 let name = format!("{} shifted", weight.name());
                 let made = MadeWeight::new(name, weight.rows(), &moved);
                 self.on(*arm, x, made.weight()?, bias)
             }
-            Spoilt::OtherHeads => {
+            Defect::OtherHeads => {
                 let (heads, kv_heads) = (model.config().heads, model.config().kv_heads);
                 let rows = weight.rows();
                 if heads == kv_heads || !rows.is_multiple_of(2 * heads) {
@@ -572,11 +492,11 @@ impl Gemm<'_> {
                 let made = MadeWeight::new(format!("{} moved", weight.name()), rows, &moved);
                 self.on(*arm, x, made.weight()?, bias)
             }
-            Spoilt::PreviousLayersWeight => match layers_name(weight.name(), 1) {
+            Defect::PreviousLayersWeight => match layers_name(weight.name(), 1) {
                 Some(name) if model.has(&name) => self.on(*arm, x, model.tensor(&name)?, bias),
                 _ => Ok(None),
             },
-            Spoilt::SistersWeight => {
+            Defect::SistersWeight => {
                 let name = weight.name().replace("attn_v", "attn_k").replace("ffn_gate", "ffn_up");
                 if !model.has(&name) {
                     return Ok(None);
@@ -585,64 +505,57 @@ impl Gemm<'_> {
                 // K and V may be stored alike, never be alike.
                 self.on(*arm, x, sister, bias)
             }
-            Spoilt::Layer0sInput => {
+            Defect::Layer0sInput => {
                 let back = in_layer(&site.0).map_or(0, |(layer, _)| layer);
                 match earlier(inputs, site, back, x) {
                     Some(stale) => self.on(*arm, &stale, weight, bias),
                     None => Ok(None),
                 }
             }
-            Spoilt::PreviousLayersInput => match earlier(inputs, site, 1, x) {
+            Defect::PreviousLayersInput => match earlier(inputs, site, 1, x) {
                 Some(stale) => self.on(*arm, &stale, weight, bias),
                 None => Ok(None),
-            },
-            Spoilt::BiasMissing if bias.is_some() => self.on(*arm, x, weight, None),
-            Spoilt::PreviousLayersBias => match bias.and_then(|bias| layers_name(bias.name(), 1)) {
-                Some(name) if model.has(&name) => {
-                    self.on(*arm, x, weight, Some(model.tensor(&name)?))
-                }
-                _ => Ok(None),
             },
             _ => Ok(None),
         }
     }
 
     /// Bugs of what is done with the result.
-    fn by_result(&self, plant: Spoilt, site: &Site, clean: &Tensor) -> Made {
+    fn by_result(&self, plant: Defect, site: &Site, clean: &Tensor) -> Made {
         let seed = self.ground.seed;
         let (rows, width) = (clean.rows(), clean.width());
         let mut y = clean.clone();
         match plant {
-            Spoilt::Column(factor) => {
+            Defect::Column(factor) => {
                 let column = chosen(seed, width);
                 (0..rows).for_each(|row| y.row_mut(row)[column] *= factor);
             }
-            Spoilt::Row(factor) => {
+            Defect::Row(factor) => {
                 y.row_mut(chosen(seed, rows)).iter_mut().for_each(|y| *y *= factor);
             }
-            Spoilt::ColumnsSwapped => {
+            Defect::ColumnsSwapped => {
                 let first = chosen(seed, width);
                 let second = (first + 1 + chosen(seed + 1, width - 1)) % width;
                 (0..rows).for_each(|row| y.row_mut(row).swap(first, second));
             }
-            Spoilt::RowsShifted if rows > 1 => {
+            Defect::RowsShifted if rows > 1 => {
                 (1..rows).for_each(|row| y.row_mut(row).copy_from_slice(clean.row(row - 1)));
             }
-            Spoilt::RowsSwapped if rows > 1 => {
+            Defect::RowsSwapped if rows > 1 => {
                 y.row_mut(0).copy_from_slice(clean.row(rows - 1));
                 y.row_mut(rows - 1).copy_from_slice(clean.row(0));
             }
-            Spoilt::StaleRows if rows > 1 => {
+            Defect::StaleRows if rows > 1 => {
                 let Some(stale) = earlier(self.ground.made, site, 1, clean) else {
                     return Ok(None);
                 };
                 (1..rows).for_each(|row| y.row_mut(row).copy_from_slice(stale.row(row)));
             }
-            Spoilt::TileUnwritten if width >= 32 => {
+            Defect::TileUnwritten if width >= 32 => {
                 let first = chosen(seed, width / 32) * 32;
                 (0..rows).for_each(|row| y.row_mut(row)[first..first + 32].fill(0.0));
             }
-            Spoilt::LaneSpoilt(tile) => {
+            Defect::LaneSpoilt(tile) => {
                 let lane = chosen(seed, tile);
                 for row in 0..rows {
                     for column in (lane..width).step_by(tile) {
@@ -650,7 +563,7 @@ impl Gemm<'_> {
                     }
                 }
             }
-            Spoilt::TileSpoilt(tile) if 2 * tile <= width => {
+            Defect::TileSpoilt(tile) if 2 * tile <= width => {
                 let first = chosen(seed, width / tile) * tile;
                 for row in 0..rows {
                     for column in first..first + tile {
@@ -658,11 +571,7 @@ impl Gemm<'_> {
                     }
                 }
             }
-            Spoilt::BiasTwice => {
-                let Some(bias) = self.bias else { return Ok(None) };
-                y.add_to_rows(&bias.to_vec()?);
-            }
-            Spoilt::TopSwapped => {
+            Defect::TopSwapped => {
                 let (top, _) = top_1(clean.row(0));
                 let other = (top as usize + 1 + chosen(seed, width - 1)) % width;
                 (0..rows).for_each(|row| y.row_mut(row).swap(top as usize, other));
@@ -680,93 +589,32 @@ fn noise(seed: u64, index: usize, like: &Tensor) -> f32 {
     if pick.is_multiple_of(2) { values[pick] } else { -values[pick] }
 }
 
-fn rotation(
-    plant: Spoilt,
-    (x, geometry, head_dim, first): (&Tensor, &Rope, usize, usize),
-    ground: &Ground<'_>,
-) -> Made {
-    let turned = |geometry: &Rope, first| Ok(Some(ground.arm.rope(x, geometry, head_dim, first)?));
-    match plant {
-        Spoilt::RopeLayout => {
-            let layout = match geometry.layout {
-                RopeLayout::Halves => RopeLayout::Interleaved,
-                RopeLayout::Interleaved => RopeLayout::Halves,
-            };
-            turned(&Rope { layout, ..geometry.clone() }, first)
-        }
-        Spoilt::RopeBase(theta) if theta != geometry.theta => {
-            turned(&Rope { theta, ..geometry.clone() }, first)
-        }
-        Spoilt::RopeOffset(offset) => turned(geometry, first + offset),
-        Spoilt::RopeFirst if x.rows() > 1 => {
-            let mut data = Vec::with_capacity(x.data().len());
-            for row in 0..x.rows() {
-                let one = Tensor::new(x.width(), x.row(row).to_vec());
-                data.extend(ground.arm.rope(&one, geometry, head_dim, first)?.into_data());
-            }
-            Ok(Some(Tensor::new(x.width(), data)))
-        }
-        Spoilt::RopeMissing => Ok(Some(x.clone())),
-        Spoilt::RopeAngles(format) => {
-            let angles = (format, true);
-            Ok(Some(ground.arm.streamed(rope_angles::turned(x, geometry, head_dim, first, angles))))
-        }
-        Spoilt::RopeFactorsIgnored if geometry.factors.is_some() => {
-            turned(&Rope { factors: None, scaling: None, ..geometry.clone() }, first)
-        }
-        Spoilt::RopeWhole if geometry.dimensions < head_dim && geometry.factors.is_none() => {
-            turned(&Rope { dimensions: head_dim, ..geometry.clone() }, first)
-        }
-        Spoilt::RopeBack => {
-            let mirrored = |x: &Tensor| {
-                let mut y = x.clone();
-                for head in y.data_mut().chunks_exact_mut(head_dim) {
-                    for pair in 0..geometry.dimensions / 2 {
-                        let (_, second) = rope::pair(geometry, head_dim, pair);
-                        head[second] = -head[second];
-                    }
-                }
-                y
-            };
-            let back = ground.arm.rope(&mirrored(x), geometry, head_dim, first)?;
-            Ok(Some(mirrored(&back)))
-        }
-        _ => Ok(None),
-    }
-}
-
 fn attention(
-    plant: Spoilt,
+    plant: Defect,
     (q, k, v, shape): (&Tensor, &Tensor, &Tensor, AttentionShape<'_>),
     ground: &Ground<'_>,
 ) -> Made {
     let arm = ground.arm;
     match plant {
-        Spoilt::CacheKept(format, unscaled) => {
+        Defect::CacheKept(format, unscaled) => {
             let kept = |x: &Tensor| cache_format::kept(x, format, unscaled);
             Ok(Some(arm.attention(q, &kept(k), &kept(v), shape)?))
         }
-        Spoilt::KeysForValues if k.width() == v.width() => Ok(Some(arm.attention(q, v, k, shape)?)),
         _ => Ok(None),
     }
 }
 
-fn gated(
-    plant: Spoilt,
-    (gate, up, activation): (&Tensor, &Tensor, Activation),
-    ground: &Ground<'_>,
-) -> Made {
+fn gated(plant: Defect, (gate, up, activation): (&Tensor, &Tensor, Activation)) -> Made {
     let each = |function: &dyn Fn(f64, f64) -> f64| {
         let pairs = gate.data().iter().zip(up.data());
         let values = pairs.map(|(&g, &u)| function(f64::from(g), f64::from(u)) as f32);
         Ok(Some(Tensor::new(gate.width(), values.collect())))
     };
     match plant {
-        Spoilt::GateForUp => Ok(Some(ground.arm.gated(up, gate, activation)?)),
-        Spoilt::Gelu => each(&|g, u| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2)) * u),
-        Spoilt::Relu => each(&|g, u| if g > 0.0 { g * u } else { 0.0 }),
+        Defect::Gelu => each(&|g, u| 0.5 * g * (1.0 + libm::erf(g / std::f64::consts::SQRT_2)) * u),
+        Defect::Relu => each(&|g, u| if g > 0.0 { g * u } else { 0.0 }),
         // gpt-oss's other value counts as one where it is zero.
-        Spoilt::UpIgnored => each(&|g, _| match activation {
+        Defect::UpIgnored => each(&|g, _| match activation {
             Activation::ClampedSwiglu => of_pair(activation, g, 0.0),
             _ => activated(activation, g),
         }),
@@ -775,19 +623,19 @@ fn gated(
 }
 
 fn embedding(
-    plant: Spoilt,
+    plant: Defect,
     weight: Weight<'_>,
     tokens: &[u32],
     clean: &Tensor,
     ground: &Ground<'_>,
 ) -> Made {
     match plant {
-        Spoilt::RowOffByOne => {
+        Defect::RowOffByOne => {
             let rows = weight.rows() as u32;
             let next: Vec<u32> = tokens.iter().map(|&token| (token + 1) % rows).collect();
             Ok(Some(ground.arm.embed(weight, &next)?))
         }
-        Spoilt::EmbedInterleaved if clean.width().is_multiple_of(32) => {
+        Defect::EmbedInterleaved if clean.width().is_multiple_of(32) => {
             let width = clean.width();
             let order = |k: usize| k / 32 * 32 + k % 2 * 16 + k % 32 / 2;
             let rows = (0..clean.rows()).map(|row| clean.row(row));

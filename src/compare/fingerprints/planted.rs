@@ -1,8 +1,8 @@
 //! Bugs as data: what each is, where it lives, which causes name it rightly, and what it does to a
 //! call.
 //!
-//! A fingerprint's own bugs stand in its file, so that a new one is there, where it is recognised;
-//! those that belong to no single fingerprint stand in `falsify`. It runs nothing.
+//! A fingerprint's own bugs stand in its file, so that a new one is where it is recognised; older ones,
+//! and those that several fingerprints name, stand in `falsify`. It runs nothing.
 
 use std::collections::BTreeMap;
 
