@@ -174,6 +174,46 @@ impl Call<'_> {
         ops.compute(self)
     }
 
+    /// The same call of other activations: `of` is asked for each, in their order.
+    pub fn with_operands<'b>(&'b self, mut of: impl FnMut(&'b Tensor) -> &'b Tensor) -> Call<'b> {
+        match *self {
+            Call::Embed { .. } => *self,
+            Call::RmsNorm { x, gain, eps } => Call::RmsNorm { x: of(x), gain, eps },
+            Call::LayerNorm { x, gain, bias, eps } => Call::LayerNorm { x: of(x), gain, bias, eps },
+            Call::Matmul { x, weight, bias } => Call::Matmul { x: of(x), weight, bias },
+            Call::Rope { x, rope, head_dim, first_position } => {
+                Call::Rope { x: of(x), rope, head_dim, first_position }
+            }
+            Call::Cached(cached) => Call::Cached(Cached { x: of(cached.x), ..cached }),
+            Call::Attention { q, k, v, shape } => {
+                Call::Attention { q: of(q), k: of(k), v: of(v), shape }
+            }
+            Call::Gated { gate, up, activation } => {
+                Call::Gated { gate: of(gate), up: of(up), activation }
+            }
+            Call::Activated { x, activation } => Call::Activated { x: of(x), activation },
+            Call::Route { scores, bias, routing } => {
+                Call::Route { scores: of(scores), bias, routing }
+            }
+            Call::Experts(products) => {
+                let (x, routes) = (of(products.x), of(products.routes));
+                Call::Experts(Products { x, routes, ..products })
+            }
+            Call::Mix { x, routes, used } => Call::Mix { x: of(x), routes: of(routes), used },
+            Call::SigmoidGate { x, gate } => Call::SigmoidGate { x: of(x), gate: of(gate) },
+            Call::Convolve(convolution) => {
+                Call::Convolve(Convolution { x: of(convolution.x), ..convolution })
+            }
+            Call::Gates(gates) => Call::Gates(Gates { x: of(gates.x), ..gates }),
+            Call::Delta(rule) => {
+                Call::Delta(DeltaRule { x: of(rule.x), gates: of(rule.gates), ..rule })
+            }
+            Call::Add { a, b } => Call::Add { a: of(a), b: of(b) },
+            Call::Scale { x, factor, held } => Call::Scale { x: of(x), factor, held },
+            Call::SoftCap { x, cap } => Call::SoftCap { x: of(x), cap },
+        }
+    }
+
     /// The op's name.
     pub fn op(&self) -> &'static str {
         match self {
