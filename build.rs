@@ -10,6 +10,7 @@ fn main() {
         "src/chip.rs",
         "src/dtype.rs",
         "src/engine.rs",
+        "src/layer_sites.rs",
         "src/op.rs",
         "src/random.rs",
         "src/tensor.rs",

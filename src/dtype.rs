@@ -77,6 +77,11 @@ impl Format {
         }
     }
 
+    /// The number by which kernels know it.
+    pub const fn number(self) -> i32 {
+        self as i32
+    }
+
     /// Bytes that one code takes in memory; one of 4 or 6 bits has a byte of its own here.
     pub fn bytes(self) -> usize {
         match self {

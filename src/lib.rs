@@ -9,6 +9,7 @@ pub mod block_format;
 pub mod chip;
 pub mod dtype;
 pub mod engine;
+pub mod layer_sites;
 pub mod metric;
 pub mod op;
 pub mod random;

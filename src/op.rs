@@ -14,6 +14,7 @@ use crate::block_format::BlockFormat;
 pub use crate::chip::ChipName;
 use crate::dtype::Format;
 use crate::engine::{Choices, EngineKernels, LinearKernel};
+use crate::layer_sites::LAYER_SITES;
 
 /// One way to compute a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -883,59 +884,6 @@ impl TryFrom<String> for Stream {
 
 /// The site of the prompt's logits where more tokens follow it in the same pass.
 pub const LOGITS_IN_BATCH: &str = "logits_in_batch";
-
-/// The sites of one layer, in the order in which a forward pass makes them.
-/// Which of them a model has, [`sites`](crate::compute::flow::sites) says.
-pub const LAYER_SITES: [&str; 48] = [
-    "attn_norm",
-    "lin_qkvz",
-    "lin_ba",
-    "lin_conv",
-    "lin_gates",
-    "lin_delta",
-    "lin_norm",
-    "lin_gated",
-    "q_a",
-    "q_a_norm",
-    "q",
-    "kv_a",
-    "kv_a_norm",
-    "kv_a_cache",
-    "kv",
-    "k",
-    "v",
-    "q_norm",
-    "k_norm",
-    "q_rope",
-    "k_rope",
-    "k_cache",
-    "v_cache",
-    "attn",
-    "attn_gated",
-    "attn_out",
-    "attn_post_norm",
-    "attn_scaled",
-    "attn_residual",
-    "ffn_norm",
-    "ffn_router",
-    "ffn_route",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_swiglu",
-    "ffn_act",
-    "ffn_down",
-    "ffn_mix",
-    "ffn_shared_gate",
-    "ffn_shared_up",
-    "ffn_shared_swiglu",
-    "ffn_shared_down",
-    "ffn_shared_router",
-    "ffn_shared_gated",
-    "ffn_out",
-    "ffn_post_norm",
-    "ffn_scaled",
-    "ffn_residual",
-];
 
 /// Where a site stands in the flow of a forward pass: a number per layer, and one within
 /// it. Sites that no forward pass makes stand at its beginning.

@@ -11,9 +11,8 @@ use super::{FALSIFIED, PASS, graph_of, print};
 use crate::block_format::BlockFormat;
 use crate::cache::{Stamps, Store};
 use crate::dtype::Format;
-use crate::falsify::catalogue::Bug;
 use crate::falsify::{
-    Alarm, Beside, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plant, Plot, Setting, Trial, bugs,
+    Alarm, Beside, Bug, CLEAN_MODELS, CleanRuns, CleanTally, Noise, Plot, Setting, Trial, bugs,
     chosen, clean_runs, load, not_clean, recordings, sites_of, try_bug, try_recording, vacuous,
     with_noise, with_recipe,
 };
@@ -164,10 +163,10 @@ pub(super) fn falsify(args: &FalsifyArgs) -> Result<u8, String> {
                     };
                     // An engine of somebody else's stands for the device, and repeats and batches of
                     // it are not at hand.
-                    if noise != Noise::None && (bug.plant == Plant::Flicker || bug.in_batch) {
+                    if noise != Noise::None && (bug.of_repeats || bug.in_batch) {
                         continue;
                     }
-                    let reference = (bug.plant == Plant::Flicker).then_some(Arm::Reference);
+                    let reference = bug.of_repeats.then_some(Arm::Reference);
                     let roles = if noise == Noise::None { &*args.roles } else { &[Arm::Device] };
                     for &role in roles.iter().chain(&reference) {
                         let pipeline = with_recipe(&pipeline, recipe);
@@ -267,7 +266,7 @@ fn into_recordings(
         let open = open_model(&base.model, base.seed, store, &beside.stamps)?;
         for (number, bug) in wanted.iter().enumerate() {
             // Repeats and batches of an engine are not at hand.
-            let of_passes = bug.plant == Plant::Flicker || bug.in_batch;
+            let of_passes = bug.of_repeats || bug.in_batch;
             if of_passes || !bug.may_be_in(&base.recipe) {
                 continue;
             }

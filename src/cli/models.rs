@@ -12,76 +12,6 @@ pub(super) fn models() -> Result<u8, String> {
     print(&text())
 }
 
-/// Where the receipts of an architecture's passes on a GPU lie.
-fn receipts(architecture: Architecture) -> &'static str {
-    match architecture {
-        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => "runs/receipts",
-        Architecture::Mistral
-        | Architecture::Phi3
-        | Architecture::Gemma2
-        | Architecture::Gemma3
-        | Architecture::Olmo2
-        | Architecture::Granite
-        | Architecture::SmolLm3
-        | Architecture::Glm4 => "runs/receipts/architectures",
-        Architecture::StableLm
-        | Architecture::Starcoder2
-        | Architecture::Mixtral
-        | Architecture::Qwen2Moe
-        | Architecture::Qwen3Moe
-        | Architecture::GptOss
-        | Architecture::DeepSeekV3
-        | Architecture::Qwen3Next => "runs/receipts/small-models",
-    }
-}
-
-/// The engines whose kernels for it are known to the bit.
-fn engines(architecture: Architecture) -> &'static str {
-    match architecture {
-        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
-            "transformers, vLLM, SGLang, torchao, llama.cpp"
-        }
-        _ if receipts(architecture).ends_with("architectures") => "transformers",
-        _ => "none: `stream` alone",
-    }
-}
-
-/// What it has of its own.
-fn about(architecture: Architecture) -> &'static str {
-    match architecture {
-        Architecture::Llama => "biases where the file says so",
-        Architecture::Qwen2 => "biases of Q, K and V, windows from `max_window_layers` on",
-        Architecture::Qwen3 => "norms of heads, windows",
-        Architecture::Mistral => "a window in every block",
-        Architecture::Phi3 => "fused projections, RoPE on a part of each head",
-        Architecture::Gemma2 => {
-            "norms on both sides with gains of 1 + w, GELU, windows in every other block, soft caps"
-        }
-        Architecture::Gemma3 => "the same with norms of heads and two RoPEs (its text part)",
-        Architecture::Olmo2 => {
-            "norms after attention and feed-forward alone, norms of whole Q and K"
-        }
-        Architecture::Granite => "four factors",
-        Architecture::SmolLm3 => "blocks without RoPE",
-        Architecture::Glm4 => "norms on both sides, RoPE on neighbours in a part of each head",
-        Architecture::StableLm => {
-            "LayerNorm, RoPE on a part of each head; norms of each head's own and parallel residuals \
-             where the file says so"
-        }
-        Architecture::Starcoder2 => "LayerNorm, biases, a feed-forward network without a gate",
-        Architecture::Mixtral => "experts in every block",
-        Architecture::Qwen2Moe => "experts, and a gated one that all tokens share",
-        Architecture::Qwen3Moe => "experts, norms of heads",
-        Architecture::GptOss => {
-            "experts in MXFP4 or BF16 with biases, clamped SwiGLU, attention with sinks and windows"
-        }
-        Architecture::DeepSeekV3 => {
-            "latent attention (MLA), experts in groups by sigmoids, a shared one"
-        }
-        Architecture::Qwen3Next => "gated delta nets, gated attention, experts and a shared one",
-    }
-}
-
 /// Models that need no weights.
 fn synthetic(text: &mut String) {
     text.push_str(
@@ -118,9 +48,9 @@ fn text() -> String {
             text,
             "| `{}` | {} | {gguf} | `{}` | {} |",
             architecture.name(),
-            about(architecture),
-            receipts(architecture),
-            engines(architecture)
+            architecture.about(),
+            architecture.receipts(),
+            architecture.engines()
         );
     }
     text.push_str(
@@ -228,7 +158,7 @@ mod tests {
     fn every_architecture_has_receipts_where_the_table_says() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         for architecture in Architecture::ALL {
-            let folder = root.join(receipts(architecture));
+            let folder = root.join(architecture.receipts());
             let name = architecture.name().replace("_text", "").replace('_', "-");
             let files = std::fs::read_dir(&folder).expect("a folder of receipts");
             let found = files.flatten().any(|file| {

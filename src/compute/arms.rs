@@ -14,8 +14,8 @@ use super::emulated::chip::chip;
 use super::emulated::engine::Chosen;
 use super::floor::{Deviations, Floor};
 use super::forward::{
-    Discard, Greedy, KvCache, Sites, attention_of, bias_of, decode_greedily, forward, forward_to,
-    norm_of, output_weight, sinks_of,
+    Discard, Greedy, KvCache, Sites, after_output, attention_of, bias_of, decode_greedily, forward,
+    forward_to, norm_of, output_weight, sinks_of,
 };
 use super::reference::Reference;
 use super::shares::{Energies, energies};
@@ -692,7 +692,7 @@ fn single(task: &Task<'_>, ops: &dyn Pass, unit: &UnitOp) -> Result<Tensor, Comp
             norm_of(model, &weight_of(&unit.weight, model), input(0)?, config.rms_norm_eps)?
         }
         Op::Matmul { .. } => {
-            if unit.weight == "output" && flow::after_output(model).len() > 1 {
+            if unit.weight == "output" && after_output(model).len() > 1 {
                 return Err(ComputeError::Recipe(
                     "this model scales or caps its logits, so that a product with the output \
                      matrix is not yet `logits`; look at `logits_raw` of a `[forward]` stage"

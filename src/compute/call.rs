@@ -174,6 +174,46 @@ impl Call<'_> {
         ops.compute(self)
     }
 
+    /// The same call of other activations: `of` is asked for each, in their order.
+    pub fn with_operands<'b>(&'b self, mut of: impl FnMut(&'b Tensor) -> &'b Tensor) -> Call<'b> {
+        match *self {
+            Call::Embed { .. } => *self,
+            Call::RmsNorm { x, gain, eps } => Call::RmsNorm { x: of(x), gain, eps },
+            Call::LayerNorm { x, gain, bias, eps } => Call::LayerNorm { x: of(x), gain, bias, eps },
+            Call::Matmul { x, weight, bias } => Call::Matmul { x: of(x), weight, bias },
+            Call::Rope { x, rope, head_dim, first_position } => {
+                Call::Rope { x: of(x), rope, head_dim, first_position }
+            }
+            Call::Cached(cached) => Call::Cached(Cached { x: of(cached.x), ..cached }),
+            Call::Attention { q, k, v, shape } => {
+                Call::Attention { q: of(q), k: of(k), v: of(v), shape }
+            }
+            Call::Gated { gate, up, activation } => {
+                Call::Gated { gate: of(gate), up: of(up), activation }
+            }
+            Call::Activated { x, activation } => Call::Activated { x: of(x), activation },
+            Call::Route { scores, bias, routing } => {
+                Call::Route { scores: of(scores), bias, routing }
+            }
+            Call::Experts(products) => {
+                let (x, routes) = (of(products.x), of(products.routes));
+                Call::Experts(Products { x, routes, ..products })
+            }
+            Call::Mix { x, routes, used } => Call::Mix { x: of(x), routes: of(routes), used },
+            Call::SigmoidGate { x, gate } => Call::SigmoidGate { x: of(x), gate: of(gate) },
+            Call::Convolve(convolution) => {
+                Call::Convolve(Convolution { x: of(convolution.x), ..convolution })
+            }
+            Call::Gates(gates) => Call::Gates(Gates { x: of(gates.x), ..gates }),
+            Call::Delta(rule) => {
+                Call::Delta(DeltaRule { x: of(rule.x), gates: of(rule.gates), ..rule })
+            }
+            Call::Add { a, b } => Call::Add { a: of(a), b: of(b) },
+            Call::Scale { x, factor, held } => Call::Scale { x: of(x), factor, held },
+            Call::SoftCap { x, cap } => Call::SoftCap { x: of(x), cap },
+        }
+    }
+
     /// The op's name.
     pub fn op(&self) -> &'static str {
         match self {
@@ -196,6 +236,32 @@ impl Call<'_> {
             Call::Add { .. } => "add",
             Call::Scale { .. } => "scale",
             Call::SoftCap { .. } => "soft_cap",
+        }
+    }
+
+    /// What the op is called where it is refused because a recipe names an engine, of which no kernel
+    /// for it is known; nothing of an op of which some are.
+    pub fn without_engine_kernels(&self) -> Option<&'static str> {
+        match self {
+            Call::Embed { .. }
+            | Call::RmsNorm { .. }
+            | Call::Matmul { .. }
+            | Call::Rope { .. }
+            | Call::Attention { .. }
+            | Call::Gated { .. }
+            | Call::Add { .. }
+            | Call::Scale { .. }
+            | Call::SoftCap { .. } => None,
+            Call::LayerNorm { .. } => Some("a LayerNorm"),
+            Call::Cached(_) => Some("a cache of keys and values in a type of its own"),
+            Call::Activated { .. } => Some("an activation without a gate"),
+            Call::Route { .. } => Some("a router of experts"),
+            Call::Experts(_) => Some("the products of a mixture of experts"),
+            Call::Mix { .. } => Some("the sum of a mixture of experts"),
+            Call::SigmoidGate { .. } => Some("the gate of a shared expert"),
+            Call::Convolve(_) => Some("a convolution before a delta net"),
+            Call::Gates(_) => Some("the gates of a delta net"),
+            Call::Delta(_) => Some("the gated delta rule"),
         }
     }
 

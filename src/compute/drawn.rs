@@ -16,10 +16,7 @@ use std::ops::Range;
 
 use super::call::Call;
 use super::conversion::{Rows, errors_by_part, rounding_errors};
-use super::delta::{Convolution, DeltaRule, Gates};
-use super::experts::Products;
 use super::floor::{Floor, Ranks, set_columns};
-use super::kv_cache::Cached;
 use super::reference::{Reference, Widened, dot_rows};
 use super::{ComputeError, Ops, check_matmul, parallel};
 use crate::model::Weight;
@@ -346,18 +343,6 @@ fn together(parts: &[Tensor]) -> Tensor {
 
 impl Ops for Draws {
     fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
-        // The call of each draw, with its own rows of these tensors.
-        macro_rules! each {
-            ([$($x:ident),*], $call:expr) => {{
-                $(let $x = self.apart($x);)*
-                let mut made = Vec::with_capacity(self.draws.len());
-                for (place, draw) in self.draws.iter().enumerate() {
-                    $(let $x = &$x[place];)*
-                    made.push(draw.compute(&$call)?);
-                }
-                Ok(together(&made))
-            }};
-        }
         match *call {
             Call::Embed { .. } => {
                 let rows = call.on(&Reference)?;
@@ -370,47 +355,67 @@ impl Ops for Draws {
                 let of_draws: Vec<(u64, &Tensor)> = numbers.zip(&parts).collect();
                 Ok(together(&matmul(&first.floor, &of_draws, weight, bias)?))
             }
-            Call::RmsNorm { x, gain, eps } => each!([x], Call::RmsNorm { x, gain, eps }),
-            Call::LayerNorm { x, gain, bias, eps } => {
-                each!([x], Call::LayerNorm { x, gain, bias, eps })
+            // Each draw's own call, with its own rows of every tensor.
+            _ => {
+                let mut operands = Vec::new();
+                call.with_operands(|x| {
+                    operands.push(self.apart(x));
+                    x
+                });
+                let made = self.draws.iter().enumerate().map(|(place, draw)| {
+                    let mut parts = operands.iter();
+                    let own = |x| parts.next().map_or(x, |parts| &parts[place]);
+                    draw.compute(&call.with_operands(own))
+                });
+                Ok(together(&made.collect::<Result<Vec<_>, _>>()?))
             }
-            Call::Rope { x, rope, head_dim, first_position } => {
-                each!([x], Call::Rope { x, rope, head_dim, first_position })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::AttentionShape;
+    use crate::compute::call::MadeWeight;
+    use crate::model::Activation;
+
+    const RECIPE: &str = r#"{ "gemm": "e4m3", "scale": { "weight": "tensor", "activation": "tensor" },
+        "accumulate": "promoted", "output": "bf16", "chip": "hopper" }"#;
+
+    #[test]
+    fn draws_together_are_each_draw_alone() {
+        let recipe: Recipe = serde_json::from_str(RECIPE).expect("a recipe");
+        let draws = Draws::new(&recipe, 3..6).expect("draws");
+        let tensor = |rows: usize, width: usize, seed: u64| {
+            let value = |index: usize| {
+                let mut bits = Random::at(seed << 32 | index as u64);
+                bits.below(2000) as f32 / 1000.0 - 1.0
+            };
+            Tensor::new(width, (0..rows * width).map(value).collect())
+        };
+        let of = |width: usize, seed: u64| -> Vec<Tensor> {
+            (0..3u64).map(|draw| tensor(4, width, 10 * seed + draw)).collect()
+        };
+        let (a, b, c) = (of(32, 1), of(32, 2), of(32, 3));
+        let made = MadeWeight::new("gain".to_owned(), 1, tensor(1, 32, 99).data());
+        let gain = made.weight().expect("a gain");
+        let shape = AttentionShape::causal(2, 2, 16, 0);
+        let [all_a, all_b, all_c] = [&a, &b, &c].map(|parts| together(parts));
+        let call = |kind: usize, a, b, c| match kind {
+            0 => Call::RmsNorm { x: a, gain, eps: 1e-6 },
+            1 => Call::Attention { q: a, k: b, v: c, shape },
+            2 => Call::Gated { gate: a, up: b, activation: Activation::Silu },
+            3 => Call::SigmoidGate { x: a, gate: b },
+            _ => Call::Add { a, b },
+        };
+        for kind in 0..5 {
+            let whole = draws.compute(&call(kind, &all_a, &all_b, &all_c)).expect("a call");
+            let parts = draws.apart(&whole);
+            for (place, draw) in draws.draws.iter().enumerate() {
+                let own = draw.compute(&call(kind, &a[place], &b[place], &c[place]));
+                assert_eq!(parts[place], own.expect("a call"), "{kind} of draw {place}");
             }
-            Call::Cached(Cached { x, format, scale }) => {
-                each!([x], Call::Cached(Cached { x, format, scale }))
-            }
-            Call::Attention { q, k, v, shape } => {
-                each!([q, k, v], Call::Attention { q, k, v, shape })
-            }
-            Call::Gated { gate, up, activation } => {
-                each!([gate, up], Call::Gated { gate, up, activation })
-            }
-            Call::Activated { x, activation } => each!([x], Call::Activated { x, activation }),
-            Call::Route { scores, bias, routing } => {
-                each!([scores], Call::Route { scores, bias, routing })
-            }
-            Call::Experts(products) => {
-                let Products { x, routes, .. } = products;
-                each!([x, routes], Call::Experts(Products { x, routes, ..products }))
-            }
-            Call::Mix { x, routes, used } => each!([x, routes], Call::Mix { x, routes, used }),
-            Call::SigmoidGate { x, gate } => each!([x, gate], Call::SigmoidGate { x, gate }),
-            Call::Convolve(convolution) => {
-                let x = convolution.x;
-                each!([x], Call::Convolve(Convolution { x, ..convolution }))
-            }
-            Call::Gates(gates) => {
-                let x = gates.x;
-                each!([x], Call::Gates(Gates { x, ..gates }))
-            }
-            Call::Delta(rule) => {
-                let DeltaRule { x, gates, .. } = rule;
-                each!([x, gates], Call::Delta(DeltaRule { x, gates, ..rule }))
-            }
-            Call::Add { a, b } => each!([a, b], Call::Add { a, b }),
-            Call::Scale { x, factor, held } => each!([x], Call::Scale { x, factor, held }),
-            Call::SoftCap { x, cap } => each!([x], Call::SoftCap { x, cap }),
         }
     }
 }

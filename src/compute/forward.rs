@@ -10,13 +10,55 @@ use std::ops::Range;
 use super::call::{Call, Held};
 use super::delta::{Convolution, DeltaRule, Gates};
 use super::experts::Products;
-use super::flow::is_parallel;
 use super::kv_cache::{self, Cached, Which};
 use super::{AttentionShape, ComputeError, Pass, check_interrupt};
 use crate::dtype::Format;
-use crate::model::{Activation, Config, DeltaNet, Experts, Latent, Model, Weight};
+use crate::layer_sites::Has;
+use crate::model::{Activation, Architecture, Config, DeltaNet, Experts, Latent, Model, Weight};
 use crate::op::Site;
 use crate::tensor::Tensor;
+
+/// Whether a block has that; its attention keeps keys and values in `kv_cache` where one is given.
+pub(super) fn has(model: &Model, kv_cache: Option<Format>, layer: usize, what: Has) -> bool {
+    let config = model.config();
+    let (delta, experts) = (config.delta_of(layer), config.experts_of(layer));
+    match what {
+        Has::Weight(name) => model.has(&format!("blk.{layer}.{name}.weight")),
+        Has::Attention => delta.is_none(),
+        Has::DeltaNet => delta.is_some(),
+        Has::Latent => config.latent.is_some(),
+        Has::NoLatent => config.latent.is_none(),
+        Has::QueryLatent => config.latent.is_some_and(|latent| latent.queries.is_some()),
+        Has::Turns => config.rope_of(layer).is_some(),
+        Has::GatesAttention => config.architecture.gates_attention(),
+        Has::NarrowCache => kv_cache.is_some(),
+        Has::ScalesResidual => config.factors.residual.is_some(),
+        Has::Parallel => is_parallel(model, layer),
+        Has::OneBranch => !is_parallel(model, layer),
+        Has::Gate => config.architecture.is_gated(),
+        Has::NoGate => !config.architecture.is_gated(),
+        Has::Experts => experts.is_some(),
+        Has::Shared => experts.is_some_and(|experts| experts.shared.is_some()),
+        Has::GatesShared => experts.is_some_and(|experts| experts.gates_shared),
+    }
+}
+
+/// Whether a block's feed-forward network reads what its attention reads, and is added beside it:
+/// in a StableLM that gives it no norm of its own.
+fn is_parallel(model: &Model, layer: usize) -> bool {
+    let normed = || model.has(&format!("blk.{layer}.ffn_norm.weight"));
+    model.config().architecture == Architecture::StableLm && !normed()
+}
+
+/// The sites from the output matrix's product to the logits, in their order.
+pub fn after_output(model: &Model) -> &'static [&'static str] {
+    let config = model.config();
+    match (config.factors.logits_divisor.is_some(), config.caps.logits.is_some()) {
+        (false, false) => &["logits"],
+        (true, true) => &["logits_raw", "logits_scaled", "logits"],
+        _ => &["logits_raw", "logits"],
+    }
+}
 
 /// Receives every site's tensor, and says with which tensor the pass goes on.
 pub trait Sites {
@@ -170,7 +212,7 @@ pub fn forward_to(
     let call = norm_of(model, "output_norm", &stream, config.rms_norm_eps)?;
     let normed = flow.make(Site("output_norm".to_owned()), &call)?;
     let weight = model.tensor(output_weight(model))?;
-    let mut names = super::flow::after_output(model).iter();
+    let mut names = after_output(model).iter();
     let mut next = || Site(names.next().unwrap_or(&"logits").to_string());
     let mut logits = flow.make(next(), &Call::Matmul { x: &normed, weight, bias: None })?;
     if let Some(divisor) = config.factors.logits_divisor {

@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 
 use super::ComputeError;
 use super::arms::{Output, site_names};
+use crate::layer_sites::LAYER_SITES;
 use crate::model::Model;
-use crate::op::{Capture, FileTensor, LAYER_SITES, Op, Recorded, Site, in_layer};
+use crate::op::{Capture, FileTensor, Op, Recorded, Site, in_layer};
 use crate::tensor::Tensor;
 use crate::tensor_file::{CodedTensor, TensorFile, TensorFileError};
 use crate::text::Shown;

@@ -6,7 +6,7 @@
 //! against the predicted floor, and bit by bit. Clean runs under other prompts,
 //! models and recipes show false alarms. It prints nothing.
 
-pub mod catalogue;
+mod catalogue;
 mod clean;
 mod noise;
 mod plant;
@@ -20,6 +20,8 @@ use serde::Serialize;
 
 use crate::cache::{Stamps, Store};
 use crate::compare::Diagnosis;
+use crate::compare::fingerprints::planted::Ground;
+pub use crate::compare::fingerprints::planted::{Bug, chosen};
 use crate::compute::arms::{Shipped, Workshop};
 use crate::compute::call::{Call, Watched};
 use crate::compute::emulated::arm::Emulated;
@@ -33,16 +35,13 @@ use crate::manifest::{Overrides, Pipeline};
 use crate::model::Model;
 use crate::op::{Arm, LOGITS_IN_BATCH, Op, Recipe, Site, StageId, Stream, in_layer};
 use crate::plan::{OpenModel, Plan, PreparedStage};
-use crate::random::Random;
 use crate::record::StageRecord;
 use crate::run::{Options, run};
 use crate::tensor::Tensor;
 use crate::verdict::{Outcome, Verdict};
-use catalogue::{Bug, CATALOGUE};
+use catalogue::catalogue;
 pub use clean::{CleanRuns, CleanTally, MODELS as CLEAN_MODELS, clean_runs};
 pub use noise::Noise;
-pub use plant::Plant;
-use plant::{Ground, planted};
 pub use recording::{not_clean, recordings, try_recording};
 
 /// What is planted where.
@@ -223,7 +222,7 @@ pub fn load(folder: &Path, model: &str, tokens: Option<Vec<u32>>) -> Result<Pipe
 
 /// The sites at which a bug can be planted in a model under a recipe, in the order of the flow.
 pub fn sites_of(bug: &Bug, model: &Model, recipe: &Recipe) -> Vec<Site> {
-    if bug.plant.is_of_ranks() && recipe.ranks() < 2 {
+    if bug.of_ranks && recipe.ranks() < 2 {
         return Vec::new();
     }
     let first = u32::from(bug.after_layer_0);
@@ -510,6 +509,8 @@ impl Workshop for Planted {
                 let of_weight = of_weight.as_ref().map(|arm| (arm, arm.recipe()));
                 let (arm, recipe) = of_weight.unwrap_or((&emulated, &recipe));
                 let ground = Ground {
+                    site,
+                    clean: &clean,
                     arm,
                     recipe,
                     model: &secret.model.model,
@@ -519,7 +520,7 @@ impl Workshop for Planted {
                     made: &made,
                     inputs: &inputs,
                 };
-                let spoilt = planted(secret.plot.bug.plant, site, call, &clean, &ground)?;
+                let spoilt = secret.plot.bug.plant.planted(call, &ground)?;
                 // An engine passes on what its stream holds.
                 let held = |y| if emulated.engine().is_some() { emulated.streamed(y) } else { y };
                 spoilt.map(held)
@@ -584,13 +585,8 @@ impl Secret {
     }
 }
 
-/// A seeded choice below `count`.
-pub fn chosen(seed: u64, count: usize) -> usize {
-    (Random::at(seed).bits() % count.max(1) as u64) as usize
-}
-
 /// The bugs whose names contain a text; all for none.
 pub fn bugs(filter: Option<&str>) -> Vec<&'static Bug> {
     let wanted = |bug: &&Bug| filter.is_none_or(|text| bug.name.contains(text));
-    CATALOGUE.iter().filter(wanted).collect()
+    catalogue().into_iter().filter(wanted).collect()
 }

@@ -82,11 +82,12 @@ pub struct Worst {
 /// Steps by which two ways to compute the same may differ in a type: what is left of sums
 /// in another order, of one more rounding on the way.
 pub fn usual_steps(format: Format) -> u64 {
-    match format {
-        Format::F32 => 256,
-        Format::Tf32 | Format::F16 => 8,
-        Format::Bf16 | Format::E4m3 | Format::E5m2 => 2,
-        Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
+    match (format.bits(), format.fraction_bits()) {
+        // Elements of blocks.
+        (..8, _) => 1,
+        (_, ..10) => 2,
+        (_, ..23) => 8,
+        _ => 256,
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! It knows names only: how many layers a model has is unknown here.
 
-use crate::op::{Command, LAYER_PROJECTIONS, LAYER_SITES, LOGITS_IN_BATCH, Op, Site, in_layer};
+use crate::layer_sites::LAYER_SITES;
+use crate::op::{Command, LAYER_PROJECTIONS, LOGITS_IN_BATCH, Op, Site, in_layer};
 use crate::op::{site_of_norm, site_of_projection};
 
 /// A site that an op makes.

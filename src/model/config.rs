@@ -4,6 +4,9 @@
 //! checked [`Config`]. A setting that the forward pass would silently ignore is refused
 //! here, because a wrong result is worse than none. It knows no bytes of tensors.
 
+use super::architecture::{
+    Activation, Architecture, Biases, Gguf, Norms, Presence, QkNorms, RopeLayout,
+};
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::gguf::{Header, Value};
 use super::hf_config::Yarn;
@@ -15,289 +18,6 @@ pub(super) const LARGEST_SIZE: u64 = 1 << 24;
 const LARGEST_LIST: usize = 1 << 16;
 /// The largest RoPE width; real heads have 64 to 256 values.
 pub(super) const LARGEST_HEAD: u64 = 1 << 13;
-
-/// The family of a model: which tensors it has and how they are combined.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Architecture {
-    /// Llama, SmolLM2 and relatives.
-    Llama,
-    /// Qwen2 and Qwen2.5: biases on Q, K and V.
-    Qwen2,
-    /// Qwen3: RMS norms on every head's Q and K.
-    Qwen3,
-    /// Mistral: a window in every block.
-    Mistral,
-    /// Phi 3: fused projections, RoPE on a part of each head.
-    Phi3,
-    /// Gemma 2: norms before and after, soft caps, a window in every other block.
-    Gemma2,
-    /// Gemma 3, its text part: norms of Q and K, two RoPEs.
-    Gemma3,
-    /// OLMo 2: norms after attention and feed-forward alone, norms of whole Q and K.
-    Olmo2,
-    /// Granite: four factors.
-    Granite,
-    /// SmolLM3: blocks without RoPE.
-    SmolLm3,
-    /// GLM 4: norms before and after, RoPE on neighbours in a part of each head.
-    Glm4,
-    /// StableLM: norms of mean and variance, RoPE on a part of each head.
-    StableLm,
-    /// StarCoder 2: norms of mean and variance, a feed-forward network without a gate.
-    Starcoder2,
-    /// Mixtral: a mixture of experts in every block.
-    Mixtral,
-    /// Qwen2 with experts, and one that all tokens share behind a gate.
-    Qwen2Moe,
-    /// Qwen3 with experts.
-    Qwen3Moe,
-    /// gpt-oss: experts with a clamped SwiGLU, attention with sinks.
-    GptOss,
-    /// DeepSeek-V3: latent attention, experts in groups beside a shared one.
-    DeepSeekV3,
-    /// Qwen3-Next: a gated delta net in most blocks, gated attention in the others, experts.
-    Qwen3Next,
-}
-
-/// Where a block has norms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Norms {
-    /// Before attention and feed-forward.
-    Before,
-    /// After them.
-    After,
-    /// Both.
-    Both,
-}
-
-/// Which norms queries and keys have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum QkNorms {
-    /// None.
-    None,
-    /// Over each head.
-    Heads,
-    /// Over all heads together.
-    Rows,
-}
-
-impl Architecture {
-    /// The name that GGUF and `config.json` use.
-    pub fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "llama",
-            Architecture::Qwen2 => "qwen2",
-            Architecture::Qwen3 => "qwen3",
-            Architecture::Mistral => "mistral",
-            Architecture::Phi3 => "phi3",
-            Architecture::Gemma2 => "gemma2",
-            Architecture::Gemma3 => "gemma3_text",
-            Architecture::Olmo2 => "olmo2",
-            Architecture::Granite => "granite",
-            Architecture::SmolLm3 => "smollm3",
-            Architecture::Glm4 => "glm4",
-            Architecture::StableLm => "stablelm",
-            Architecture::Starcoder2 => "starcoder2",
-            Architecture::Mixtral => "mixtral",
-            Architecture::Qwen2Moe => "qwen2_moe",
-            Architecture::Qwen3Moe => "qwen3_moe",
-            Architecture::GptOss => "gpt_oss",
-            Architecture::DeepSeekV3 => "deepseek_v3",
-            Architecture::Qwen3Next => "qwen3_next",
-        }
-    }
-
-    /// All that a Hugging Face folder may hold.
-    pub const ALL: [Architecture; 19] = [
-        Architecture::Llama,
-        Architecture::Qwen2,
-        Architecture::Qwen3,
-        Architecture::Mistral,
-        Architecture::Phi3,
-        Architecture::Gemma2,
-        Architecture::Gemma3,
-        Architecture::Olmo2,
-        Architecture::Granite,
-        Architecture::SmolLm3,
-        Architecture::Glm4,
-        Architecture::StableLm,
-        Architecture::Starcoder2,
-        Architecture::Mixtral,
-        Architecture::Qwen2Moe,
-        Architecture::Qwen3Moe,
-        Architecture::GptOss,
-        Architecture::DeepSeekV3,
-        Architecture::Qwen3Next,
-    ];
-    /// Those that a GGUF file may hold, by the names that it uses. A `llama` with experts is a
-    /// Mixtral.
-    pub(super) const OF_GGUF: [(&str, Architecture); 17] = [
-        ("llama", Architecture::Llama),
-        ("qwen2", Architecture::Qwen2),
-        ("qwen3", Architecture::Qwen3),
-        ("phi3", Architecture::Phi3),
-        ("gemma2", Architecture::Gemma2),
-        ("gemma3", Architecture::Gemma3),
-        ("olmo2", Architecture::Olmo2),
-        ("granite", Architecture::Granite),
-        ("smollm3", Architecture::SmolLm3),
-        ("glm4", Architecture::Glm4),
-        ("stablelm", Architecture::StableLm),
-        ("starcoder2", Architecture::Starcoder2),
-        ("qwen2moe", Architecture::Qwen2Moe),
-        ("qwen3moe", Architecture::Qwen3Moe),
-        ("gpt-oss", Architecture::GptOss),
-        ("deepseek2", Architecture::DeepSeekV3),
-        ("qwen3next", Architecture::Qwen3Next),
-    ];
-
-    /// The name that GGUF files use.
-    pub(super) fn gguf_name(self) -> &'static str {
-        let found = Architecture::OF_GGUF.iter().find(|(_, architecture)| *architecture == self);
-        match found {
-            Some((name, _)) => name,
-            // A llama with experts.
-            None if self == Architecture::Mixtral => Architecture::Llama.name(),
-            None => self.name(),
-        }
-    }
-
-    /// Whether GGUF files of it are read.
-    pub fn is_of_gguf(self) -> bool {
-        let found = |(_, architecture): &(&str, Architecture)| *architecture == self;
-        self == Architecture::Mixtral || Architecture::OF_GGUF.iter().any(found)
-    }
-
-    pub(super) fn from_name(name: &str, known: &[Architecture]) -> Result<Architecture, Fault> {
-        known.iter().copied().find(|architecture| architecture.name() == name).ok_or_else(|| {
-            let names: Vec<&str> = known.iter().map(|architecture| architecture.name()).collect();
-            Fault::unsupported(
-                format!("the architecture `{}` is unknown", shown(name)),
-                format!("choose a model of one of these: {}", names.join(", ")),
-            )
-        })
-    }
-
-    pub(super) fn norms(self) -> Norms {
-        match self {
-            Architecture::Olmo2 => Norms::After,
-            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Glm4 => Norms::Both,
-            _ => Norms::Before,
-        }
-    }
-
-    pub(super) fn qk_norms(self) -> QkNorms {
-        match self {
-            Architecture::Qwen3
-            | Architecture::Qwen3Moe
-            | Architecture::Qwen3Next
-            | Architecture::Gemma3 => QkNorms::Heads,
-            Architecture::Olmo2 => QkNorms::Rows,
-            _ => QkNorms::None,
-        }
-    }
-
-    /// Whether transformers' norms round once, after the gain.
-    pub fn rounds_norms_late(self) -> bool {
-        matches!(self, Architecture::Olmo2) || self.gains_less_one()
-    }
-
-    /// Whether norms take the mean off, and have a bias: LayerNorm.
-    pub fn takes_means_off(self) -> bool {
-        matches!(self, Architecture::StableLm | Architecture::Starcoder2)
-    }
-
-    /// Whether the feed-forward network has a gate beside the other projection.
-    pub fn is_gated(self) -> bool {
-        self != Architecture::Starcoder2
-    }
-
-    /// Whether each head of queries has a sink: a score that takes its share and has no value.
-    pub fn has_sinks(self) -> bool {
-        self == Architecture::GptOss
-    }
-
-    /// Whether a Hugging Face folder holds the gains of norms less one.
-    pub(super) fn gains_less_one(self) -> bool {
-        matches!(self, Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Qwen3Next)
-    }
-
-    /// Whether the projection of queries gives a gate for each value of attention besides.
-    pub fn gates_attention(self) -> bool {
-        self == Architecture::Qwen3Next
-    }
-}
-
-/// The function before the product of a gated feed-forward network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Activation {
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// GELU by the hyperbolic tangent.
-    GeluTanh,
-    /// gpt-oss: `g / (1 + e^(-1.702 g))` of a gate of at most 7, times the other value, within 7
-    /// of 0, plus one.
-    ClampedSwiglu,
-}
-
-impl Activation {
-    /// The name that requests to programs use.
-    pub fn name(self) -> &'static str {
-        match self {
-            Activation::Silu => "silu",
-            Activation::GeluTanh => "gelu_tanh",
-            Activation::ClampedSwiglu => "clamped_swiglu",
-        }
-    }
-}
-
-/// Whether projections have biases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Presence {
-    /// They must not.
-    Never,
-    /// The tensors tell.
-    Open,
-    /// They must.
-    Always,
-}
-
-impl Presence {
-    /// What a setting says.
-    pub(super) fn of(flag: bool) -> Presence {
-        if flag { Presence::Always } else { Presence::Never }
-    }
-}
-
-/// Which projections have biases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Biases {
-    /// Those of queries, keys and values.
-    pub qkv: Presence,
-    /// That of attention's output.
-    pub output: Presence,
-    /// Those of the feed-forward network.
-    pub ffn: Presence,
-}
-
-/// Which two values of a head RoPE turns together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RopeLayout {
-    /// Values `2i` and `2i + 1`: GGUF files whose converter permutes (llama, granite, smollm3), glm4.
-    Interleaved,
-    /// Values `i` and `i + dimensions / 2`: qwen2, qwen3 and Hugging Face folders but glm4.
-    Halves,
-}
-
-impl RopeLayout {
-    /// The name that requests to programs use.
-    pub fn name(self) -> &'static str {
-        match self {
-            RopeLayout::Interleaved => "interleaved",
-            RopeLayout::Halves => "halves",
-        }
-    }
-}
 
 /// Rotary position embedding: the angle of pair `i` at position `p` is
 /// `p / linear_scale * theta^(-2i / dimensions) / factors[i]`, and sine and cosine are
@@ -1085,17 +805,13 @@ pub(super) fn positive(what: &str, value: f64) -> Result<(), Fault> {
 /// The projection of queries of the first block.
 pub(super) const FIRST_QUERIES: &str = "blk.0.attn_q.weight";
 
-/// The architecture of a GGUF file, and the name that its keys begin with.
-pub(super) fn architecture_of(
-    header: &Header,
-    file: &[u8],
-) -> Result<(&'static str, Architecture), Fault> {
+/// The architecture of a GGUF file, and what the file leaves unsaid.
+pub(super) fn architecture_of(header: &Header, file: &[u8]) -> Result<(Gguf, Architecture), Fault> {
     let name = header
         .text(file, "general.architecture")?
         .ok_or_else(|| missing_key("general.architecture"))?;
-    let known = Architecture::OF_GGUF.iter().find(|(known, _)| *known == name);
-    known.copied().ok_or_else(|| {
-        let names: Vec<&str> = Architecture::OF_GGUF.iter().map(|(name, _)| *name).collect();
+    Architecture::of_gguf().find(|(known, _)| known.name == name).ok_or_else(|| {
+        let names: Vec<&str> = Architecture::of_gguf().map(|(known, _)| known.name).collect();
         Fault::unsupported(
             format!("the architecture `{}` is unknown", shown(name)),
             format!("choose a GGUF file of one of these: {}", names.join(", ")),
@@ -1113,8 +829,8 @@ pub(super) fn from_gguf(
     tied: bool,
     queries: Option<[usize; 2]>,
 ) -> Result<Config, Fault> {
-    let (prefix, architecture) = architecture_of(header, file)?;
-    let keys = Keys { header, file, prefix, architecture };
+    let (gguf, architecture) = architecture_of(header, file)?;
+    let keys = Keys { header, file, gguf, architecture };
     keys.refuse_unknown(file)?;
     let layers = keys.required("block_count")?;
     keys.refuse_untold_width(queries)?;
@@ -1141,21 +857,13 @@ pub(super) fn from_gguf(
             OTHER_MODEL,
         ));
     }
-    let turns_parts = matches!(
-        architecture,
-        Architecture::Qwen3Next
-            | Architecture::StableLm
-            | Architecture::Glm4
-            | Architecture::Phi3
-            | Architecture::DeepSeekV3
-    );
     let magnitude = match architecture {
         Architecture::Phi3 => keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
         _ => 1.0,
     };
     let rope = |theta: f64, stretch: Stretch| -> Result<RawRope, Fault> {
         let dimensions = keys.optional("rope.dimension_count")?;
-        let dimensions = match turns_parts {
+        let dimensions = match keys.gguf.turns_parts {
             true => dimensions.unwrap_or(head_dim),
             false => whole_head(dimensions, head_dim)?,
         };
@@ -1179,16 +887,7 @@ pub(super) fn from_gguf(
             dimensions,
             at_end: latent.is_some(),
             theta,
-            // What llama.cpp turns: neighbours where its converter permutes queries and keys.
-            layout: match architecture {
-                Architecture::Llama
-                | Architecture::Mixtral
-                | Architecture::Granite
-                | Architecture::SmolLm3
-                | Architecture::Glm4
-                | Architecture::DeepSeekV3 => RopeLayout::Interleaved,
-                _ => RopeLayout::Halves,
-            },
+            layout: keys.gguf.layout,
             factors,
             linear_scale,
             magnitude,
@@ -1206,14 +905,7 @@ pub(super) fn from_gguf(
         return Err(Fault::malformed(format!("`{key}` is 0"), FETCH_AGAIN));
     }
     // What llama.cpp demands, or has no use for.
-    let needs_output = matches!(
-        architecture,
-        Architecture::Olmo2
-            | Architecture::StableLm
-            | Architecture::Qwen2Moe
-            | Architecture::GptOss
-    );
-    if needs_output && tied {
+    if keys.gguf.needs_output && tied {
         return Err(Fault::malformed("`output.weight` is missing", FETCH_AGAIN));
     }
     if architecture == Architecture::Gemma2 && !tied {
@@ -1275,57 +967,17 @@ pub(super) fn from_gguf(
         context_length,
         rms_norm_eps: keys.float(eps_key)?.ok_or_else(|| missing_key(&keys.full(eps_key)))?,
         tied_embeddings: tied,
-        activation: match architecture {
-            Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Starcoder2 => {
-                Activation::GeluTanh
+        activation: keys.gguf.activation,
+        biases: match keys.gguf.biases {
+            // Experts have none but where it is said.
+            open @ Biases { ffn: Presence::Open, .. } if experts.is_some() => {
+                Biases { ffn: Presence::Never, ..open }
             }
-            Architecture::GptOss => Activation::ClampedSwiglu,
-            _ => Activation::Silu,
+            told => told,
         },
-        biases: Biases {
-            qkv: match architecture {
-                Architecture::Qwen2 | Architecture::Qwen2Moe | Architecture::Starcoder2 => {
-                    Presence::Always
-                }
-                Architecture::Gemma2
-                | Architecture::SmolLm3
-                | Architecture::Olmo2
-                | Architecture::Phi3
-                | Architecture::Qwen3
-                | Architecture::Qwen3Moe
-                | Architecture::DeepSeekV3
-                | Architecture::Qwen3Next => Presence::Never,
-                _ => Presence::Open,
-            },
-            output: match architecture {
-                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                // llama.cpp ends where a file has more tensors than it reads.
-                Architecture::Phi3
-                | Architecture::Qwen2
-                | Architecture::Qwen2Moe
-                | Architecture::Qwen3
-                | Architecture::Qwen3Moe
-                | Architecture::Qwen3Next
-                | Architecture::DeepSeekV3 => Presence::Never,
-                _ => Presence::Open,
-            },
-            ffn: match architecture {
-                Architecture::Starcoder2 | Architecture::GptOss => Presence::Always,
-                Architecture::Phi3 | Architecture::Qwen2 | Architecture::Qwen3 => Presence::Never,
-                // Other mixtures have none.
-                _ if experts.is_some() => Presence::Never,
-                _ => Presence::Open,
-            },
-        },
-        // llama.cpp goes by the tensors.
-        ffn_norm: match architecture {
-            Architecture::StableLm => Presence::Open,
-            _ => Presence::Always,
-        },
-        head_norms: match architecture {
-            Architecture::StableLm => Presence::Open,
-            _ => Presence::Never,
-        },
+        // llama.cpp goes by the tensors in some.
+        ffn_norm: if keys.gguf.has_norms_by_tensors { Presence::Open } else { Presence::Always },
+        head_norms: if keys.gguf.has_norms_by_tensors { Presence::Open } else { Presence::Never },
         window,
         sliding,
         sliding_rope,
@@ -1397,7 +1049,7 @@ pub(super) fn exact_share(hidden: u64, heads: u64) -> Result<u64, Fault> {
 struct Keys<'a> {
     header: &'a Header,
     file: &'a [u8],
-    prefix: &'static str,
+    gguf: Gguf,
     architecture: Architecture,
 }
 
@@ -1436,68 +1088,6 @@ impl Keys<'_> {
         "rope.scaling.yarn_ext_factor",
         "rope.scaling.yarn_log_multiplier",
     ];
-
-    /// Keys that are read, or must say what is computed, in this architecture alone.
-    fn own(&self) -> &'static [&'static str] {
-        match self.architecture {
-            Architecture::Qwen2Moe => {
-                &["expert_feed_forward_length", "expert_shared_feed_forward_length"]
-            }
-            Architecture::Qwen3Moe => &[
-                "expert_feed_forward_length",
-                "expert_shared_feed_forward_length",
-                "expert_group_count",
-                "expert_group_used_count",
-                "expert_gating_func",
-            ],
-            Architecture::GptOss => &[
-                "expert_feed_forward_length",
-                "attention.sliding_window_pattern",
-                "rope.scaling.yarn_ext_factor",
-                "rope.scaling.yarn_attn_factor",
-                "rope.scaling.yarn_beta_fast",
-                "rope.scaling.yarn_beta_slow",
-            ],
-            Architecture::DeepSeekV3 => &[
-                "attention.key_length_mla",
-                "attention.kv_lora_rank",
-                "attention.q_lora_rank",
-                "attention.value_length_mla",
-                "expert_feed_forward_length",
-                "expert_gating_func",
-                "expert_group_count",
-                "expert_group_used_count",
-                "expert_shared_count",
-                "expert_weights_norm",
-                "expert_weights_scale",
-                "leading_dense_block_count",
-                "rope.scaling.yarn_attn_factor",
-                "rope.scaling.yarn_beta_fast",
-                "rope.scaling.yarn_beta_slow",
-                "rope.scaling.yarn_ext_factor",
-                "rope.scaling.yarn_log_multiplier",
-            ],
-            Architecture::Qwen3Next => &[
-                "expert_feed_forward_length",
-                "expert_shared_feed_forward_length",
-                "full_attention_interval",
-                "ssm.conv_kernel",
-                "ssm.group_count",
-                "ssm.inner_size",
-                "ssm.state_size",
-                "ssm.time_step_rank",
-            ],
-            Architecture::StableLm => &["attention.layer_norm_epsilon", "use_parallel_residual"],
-            Architecture::Starcoder2 => &["attention.layer_norm_epsilon"],
-            Architecture::Phi3 => &["rope.scaling.attn_factor"],
-            Architecture::Gemma2 => &["attn_logit_softcapping", "final_logit_softcapping"],
-            Architecture::Gemma3 => &["rope.freq_base_swa"],
-            Architecture::Granite => {
-                &["attention.scale", "embedding_scale", "residual_scale", "logit_scale"]
-            }
-            _ => &[],
-        }
-    }
 
     /// The mixture of experts, as llama.cpp computes it: of a llama and a qwen3moe the weights are
     /// divided by their sum, of a qwen2moe they are not.
@@ -1794,7 +1384,7 @@ impl Keys<'_> {
     }
 
     fn full(&self, key: &str) -> String {
-        format!("{}.{key}", self.prefix)
+        format!("{}.{key}", self.gguf.name)
     }
 
     fn optional(&self, key: &str) -> Result<Option<u64>, Fault> {
@@ -1874,10 +1464,9 @@ impl Keys<'_> {
 
     /// A key that nobody reads may be a feature that nobody computes.
     fn refuse_unknown(&self, file: &[u8]) -> Result<(), Fault> {
-        let own = self
-            .header
-            .keys()
-            .filter_map(|key| key.strip_prefix(self.prefix).and_then(|key| key.strip_prefix('.')));
+        let own = self.header.keys().filter_map(|key| {
+            key.strip_prefix(self.gguf.name).and_then(|key| key.strip_prefix('.'))
+        });
         // YaRN and its relatives: their other keys follow from the type.
         self.stretch(file)?;
         for key in own {
@@ -1888,7 +1477,7 @@ impl Keys<'_> {
                 ));
             }
             let known = Self::UNDERSTOOD.contains(&key) || WITHOUT_EFFECT.contains(&key);
-            if !known && !self.own().contains(&key) {
+            if !known && !self.gguf.keys.contains(&key) {
                 return Err(Fault::unsupported(
                     format!("what `{}` asks for is not computed", shown(&self.full(key))),
                     OTHER_MODEL,
@@ -1933,13 +1522,9 @@ impl Keys<'_> {
         // The specification's word for no order of its own, and, of what converters permute, theirs for
         // rows of queries and keys whose neighbours turn together.
         let key = self.full("tensor_data_layout");
-        let permuted = matches!(
-            self.architecture,
-            Architecture::Llama | Architecture::Granite | Architecture::SmolLm3
-        );
         match self.header.text(file, &key)? {
             None | Some("reference") => {}
-            Some("Meta AI original pth") if permuted => {}
+            Some("Meta AI original pth") if self.gguf.permutes => {}
             Some(other) => {
                 return Err(Fault::unsupported(
                     format!("`{key}` is `{}`, an order of rows that is not known", shown(other)),
@@ -1984,7 +1569,7 @@ impl Keys<'_> {
         let factor = factor.filter(|&factor| factor != 0.0).unwrap_or(1.0);
         let kind = self.header.text(file, &self.full("rope.scaling.type"))?;
         let given = |key: &&str| self.header.get(&self.full(key)).is_some();
-        let of_yarn = Self::OF_YARN.iter().find(|key| given(key) && self.own().contains(key));
+        let of_yarn = Self::OF_YARN.iter().find(|key| given(key) && self.gguf.keys.contains(key));
         if let Some(key) = of_yarn.filter(|_| kind != Some("yarn")) {
             return Err(Fault::unsupported(
                 format!("it has `{}`, and its `rope.scaling.type` is not `yarn`", self.full(key)),

@@ -9,7 +9,8 @@
 use std::collections::BTreeMap;
 
 use super::Place;
-use super::config::{Architecture, Config, Presence};
+use super::architecture::{Architecture, Presence};
+use super::config::Config;
 use super::error::{FETCH_AGAIN, Fault};
 use super::gguf::TensorInfo;
 

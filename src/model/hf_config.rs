@@ -12,10 +12,10 @@ use std::f64::consts::PI;
 
 use serde_json::{Map, Value};
 
+use super::architecture::{Activation, Architecture, Biases, Presence, RopeLayout};
 use super::config::{
-    Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, LARGEST_HEAD,
-    LARGEST_SIZE, Latent, Presence, Raw, RawRope, RopeLayout, RouterScores, Routing, Scaling,
-    exact_share, positive,
+    Caps, Config, DeltaNet, Experts, Factors, LARGEST_HEAD, LARGEST_SIZE, Latent, Raw, RawRope,
+    RouterScores, Routing, Scaling, exact_share, positive,
 };
 use super::error::{FETCH_AGAIN, Fault, OTHER_MODEL, shown};
 use super::json;
@@ -192,7 +192,7 @@ pub(super) fn from_hf(
     };
     let keys = Keys::new(&map, String::new());
     let name = keys.text("model_type")?.ok_or_else(|| missing_key("model_type"))?;
-    let architecture = Architecture::from_name(name, &Architecture::ALL)?;
+    let architecture = Architecture::from_name(name)?;
     let quantised = keys.object("quantization_config")?;
     let quantised = quantised.as_ref().map(quantised::read).transpose()?;
     let quantised = match beside {

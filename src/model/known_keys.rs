@@ -6,7 +6,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::config::{self, Architecture, Config};
+use super::architecture::Architecture;
+use super::config::{self, Config};
 use super::error::Fault;
 use super::gguf::Header;
 use super::gguf_writer::HeaderWriter;
@@ -196,7 +197,8 @@ enum Written {
 fn every_key_of_gguf_has_an_answer() {
     let lists = lists();
     let mut found = Vec::new();
-    for (name, _) in Architecture::OF_GGUF {
+    for (gguf, _) in Architecture::of_gguf() {
+        let name = gguf.name;
         // Of latent attention all heads have keys.
         let heads = if name == "deepseek2" { 2 } else { 1 };
         let read = |extra: Option<(&str, Written)>| -> Result<Config, Fault> {

@@ -7,7 +7,8 @@
 
 use safetensors::tensor::{Dtype, TensorInfo as Entry};
 
-use super::config::{Architecture, Config};
+use super::architecture::Architecture;
+use super::config::Config;
 use super::error::{FETCH_AGAIN, Fault};
 use super::quantised::{Part, Piece, Quantised};
 use super::safetensors::{Held, TensorInfo};

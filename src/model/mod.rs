@@ -5,6 +5,7 @@
 //! checked on opening, so that it cannot fail later for want of a tensor or a
 //! shape. It knows nothing of arms, recipes or stages.
 
+mod architecture;
 mod blocks;
 mod chat;
 mod chat_python;
@@ -39,11 +40,11 @@ use std::sync::OnceLock;
 
 use crate::files::{self, Mapped};
 use crate::text::Shown;
+pub use architecture::{Activation, Architecture, Biases, Presence, RopeLayout};
 pub use chat::Chat;
 use chat::ChatTemplate;
 pub use config::{
-    Activation, Architecture, Biases, Caps, Config, DeltaNet, Experts, Factors, Latent, Presence,
-    Rope, RopeLayout, RouterScores, Routing, Scaling, Sliding,
+    Caps, Config, DeltaNet, Experts, Factors, Latent, Rope, RouterScores, Routing, Scaling, Sliding,
 };
 pub use error::ModelError;
 use error::{FETCH_AGAIN, Fault, OTHER_MODEL};

@@ -16,7 +16,8 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::config::{Architecture, Config, Norms, Presence};
+use super::architecture::{Architecture, Norms, Presence};
+use super::config::Config;
 use super::error::{FETCH_AGAIN, Fault, ModelError, shown};
 use super::json;
 use super::mixture::Mixture;

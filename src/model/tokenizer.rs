@@ -30,8 +30,8 @@ use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
 };
 
+use super::architecture::Architecture;
 use super::chat::{Chat, ChatTemplate};
-use super::config::Architecture;
 use super::error::{Fault, ModelError, shown};
 use super::gguf::Header;
 use super::tokenizer_class::QWEN2_CUT;

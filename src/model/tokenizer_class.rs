@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::config::Architecture;
+use super::architecture::Architecture;
 use super::error::shown;
 
 /// How texts are cut by Qwen2's class.
@@ -37,28 +37,6 @@ pub(super) enum Class {
 /// The classes that take the file as it is, with `Fast` cut off.
 const PLAIN: [&str; 3] = ["PreTrainedTokenizer", "PythonBackend", "TokenizersBackend"];
 
-/// The class that transformers keeps for an architecture, where it does.
-fn kept_for(architecture: Architecture) -> Option<&'static str> {
-    match architecture {
-        Architecture::Llama | Architecture::SmolLm3 | Architecture::GptOss => None,
-        Architecture::Qwen2
-        | Architecture::Qwen3
-        | Architecture::Qwen2Moe
-        | Architecture::Qwen3Moe
-        | Architecture::Qwen3Next => Some("Qwen2Tokenizer"),
-        Architecture::Gemma2 | Architecture::Gemma3 => Some("GemmaTokenizer"),
-        Architecture::Starcoder2 => Some("GPT2Tokenizer"),
-        Architecture::Mistral
-        | Architecture::Phi3
-        | Architecture::Olmo2
-        | Architecture::Granite
-        | Architecture::Glm4
-        | Architecture::StableLm
-        | Architecture::Mixtral
-        | Architecture::DeepSeekV3 => Some("TokenizersBackend"),
-    }
-}
-
 impl Class {
     /// The class by `tokenizer_config.json`, `config.json` and the architecture.
     ///
@@ -73,7 +51,7 @@ impl Class {
             let name = map.get("tokenizer_class").and_then(Value::as_str);
             name.map(|name| name.strip_suffix("Fast").unwrap_or(name).to_owned())
         };
-        let name = match (named(config).or_else(|| named(of_model)), kept_for(architecture)) {
+        let name = match (named(config).or_else(|| named(of_model)), architecture.tokenizer()) {
             (None, None) => return Ok(Class::File),
             (None, Some(kept)) => kept.to_owned(),
             (Some(name), Some(kept)) if name != kept => match kept {

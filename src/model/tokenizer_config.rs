@@ -11,8 +11,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
+use super::architecture::Architecture;
 use super::chat::ChatTemplate;
-use super::config::Architecture;
 use super::error::shown;
 use super::tokenizer_class::Class;
 

@@ -5,8 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::compare::Measure;
+use crate::layer_sites::LAYER_SITES;
 use crate::metric::Metric;
-use crate::op::{LAYER_SITES, Stream, in_layer};
+use crate::op::{Stream, in_layer};
 
 /// Sites before the layers; all other sites outside of them come after.
 const BEFORE: [&str; 2] = ["embed", "embed_scaled"];

@@ -17,11 +17,12 @@ use runner::compute::reference::Reference;
 use runner::compute::{ComputeError, Pass};
 use runner::dtype::Format;
 use runner::engine::EngineFile;
+use runner::layer_sites::LAYER_SITES;
 use runner::model::synthetic::{Preset, ensure};
 use runner::model::{Model, Weight, WeightType};
 use runner::op::{
-    Accumulate, ActivationScale, Capture, ChipName, LAYER_SITES, Op, Recipe, Recorded, Scale, Site,
-    WeightScale, in_layer,
+    Accumulate, ActivationScale, Capture, ChipName, Op, Recipe, Recorded, Scale, Site, WeightScale,
+    in_layer,
 };
 use runner::tensor::Tensor;
 use safetensors::SafeTensors;

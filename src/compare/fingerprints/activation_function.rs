@@ -10,6 +10,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the gated activation applies another function than the model's, or leaves a factor out",
     causes: &["activation-function"],
+    bugs: &[],
     test,
 };
 

@@ -1,12 +1,15 @@
 //! A bias that is missing, added twice, or another projection's.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
+use crate::op::in_layer;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the bias is missing, added twice, or another projection's",
     causes: &["bias-missing", "bias-twice", "bias-swapped"],
+    bugs: BUGS,
     test,
 };
 
@@ -39,6 +42,42 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         }
     }
     Ok(fits)
+}
+
+const BUGS: &[Bug] = &[
+    bug("bias missing", &["bias-missing"], BIASED, &missing),
+    bug("bias added twice", &["bias-twice"], BIASED, &twice),
+    bug("the previous layer's bias", &["bias-swapped"], BIASED, &previous_layers).after_layer_0(),
+];
+
+const BIASED: &[&str] = &["q", "k", "v"];
+
+fn missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Matmul { x, weight, bias: Some(_) } => {
+            Ok(Some(Call::Matmul { x, weight, bias: None }.on(ground.arm)?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn twice(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Matmul { bias: Some(bias), .. } = *call else { return Ok(None) };
+    let mut y = ground.clean.clone();
+    y.add_to_rows(&bias.to_vec()?);
+    Ok(Some(y))
+}
+
+fn previous_layers(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Matmul { x, weight, bias: Some(bias) } = *call else { return Ok(None) };
+    let Some((layer, inner)) = in_layer(bias.name()) else { return Ok(None) };
+    let Some(before) = layer.checked_sub(1) else { return Ok(None) };
+    let name = format!("blk.{before}.{inner}");
+    if !ground.model.has(&name) {
+        return Ok(None);
+    }
+    let bias = Some(ground.model.tensor(&name)?);
+    Ok(Some(Call::Matmul { x, weight, bias }.on(ground.arm)?))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crate::dtype::Format;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "elements or scales of block-scaled operands are read wrongly",
     causes: &["nibble-order", "scale-order", "scale-missing", "block-scale-rounding"],
+    bugs: &[],
     test,
 };
 

@@ -11,6 +11,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "keys and values are kept in another type before attention, or with another scale",
     causes: &["kv-cache-format", "kv-cache-scale", "truncating-cast"],
+    bugs: &[],
     test,
 };
 

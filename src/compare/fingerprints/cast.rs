@@ -10,6 +10,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a cast to FP8 makes NaN of values beyond the largest, where it must saturate",
     causes: &["cast-without-saturation"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! A causal mask that lets a row see too many or too few positions.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::call::Call;
 use crate::compute::emulated::arm::Emulated;
@@ -9,6 +10,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the causal mask is missing or shifted, or its window is another one",
     causes: &["causal-mask"],
+    bugs: BUGS,
     test,
 };
 
@@ -74,6 +76,67 @@ fn attend(
         data.extend(arm.attention(&query, &some(k), &some(v), shape)?.into_data());
     }
     Ok(Tensor::new(shape.heads * shape.value_dim, data))
+}
+
+const BUGS: &[Bug] = &[
+    bug("causal mask missing", &["causal-mask"], &["attn"], &missing),
+    bug("a row does not see itself", &["causal-mask"], &["attn"], &strict),
+    bug("a window of 2 positions", &["causal-mask"], &["attn"], &window_of_2),
+    bug("window ignored", &["causal-mask"], &["attn"], &window_ignored),
+    bug("window one position wider", &["causal-mask"], &["attn"], &window_wider),
+];
+
+fn missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    masked(call, ground, |_, positions| match positions {
+        0 | 1 => None,
+        _ => Some(Box::new(move |_| 0..positions)),
+    })
+}
+
+fn strict(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    masked(call, ground, |shape, positions| {
+        let first = move |own: usize| shape.seen(own - shape.first_position).start;
+        let seen = move |own: usize| first(own).min(own.max(1) - 1)..own.max(1);
+        if positions > 1 { Some(Box::new(seen)) } else { None }
+    })
+}
+
+fn window_of_2(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    masked(call, ground, |shape, positions| match shape.window {
+        Some(0..=2) => None,
+        _ if positions > 2 => Some(Box::new(|own| (own + 1).saturating_sub(2)..own + 1)),
+        _ => None,
+    })
+}
+
+fn window_ignored(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    masked(call, ground, |shape, _| {
+        shape.window?;
+        Some(Box::new(|own| 0..own + 1))
+    })
+}
+
+fn window_wider(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    masked(call, ground, |shape, positions| {
+        let window = shape.window.filter(|&window| window < positions)?;
+        Some(Box::new(move |own| (own + 1).saturating_sub(window + 1)..own + 1))
+    })
+}
+
+/// Which positions a position sees.
+type Seen<'a> = Box<dyn Fn(usize) -> std::ops::Range<usize> + 'a>;
+
+/// Attention with another mask: what it is for that many positions, nothing where the bug does not
+/// apply.
+fn masked(
+    call: &Call<'_>,
+    ground: &Ground<'_>,
+    mask: for<'s> fn(AttentionShape<'s>, usize) -> Option<Seen<'s>>,
+) -> Made {
+    let Call::Attention { q, k, v, shape } = *call else { return Ok(None) };
+    let Some(seen) = mask(shape, k.rows()) else { return Ok(None) };
+    let seen = |row: usize| seen(shape.first_position + row);
+    attend(ground.arm, q, k, v, shape, &seen).map(Some)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! A gated delta rule whose state does not decay, or is corrected whole or not at all.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
@@ -9,6 +10,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a delta net's state does not decay, or is corrected by another share",
     causes: &["delta-gate"],
+    bugs: BUGS,
     test,
 };
 
@@ -40,6 +42,30 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         fits.extend(case.fit_call("delta-gate", (*detail).to_owned(), &call)?);
     }
     Ok(fits)
+}
+
+const BUGS: &[Bug] = &[
+    bug("a state that does not decay", &["delta-gate"], &["lin_delta"], &kept),
+    bug("a state corrected whole", &["delta-gate"], &["lin_delta"], &uncorrected),
+];
+
+fn kept(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Delta(rule) = *call else { return Ok(None) };
+    with_ones(rule, 0..rule.net.value_heads, ground)
+}
+
+fn uncorrected(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Delta(rule) = *call else { return Ok(None) };
+    let heads = rule.net.value_heads;
+    with_ones(rule, heads..2 * heads, ground)
+}
+
+fn with_ones(rule: DeltaRule<'_>, range: std::ops::Range<usize>, ground: &Ground<'_>) -> Made {
+    let mut gates = rule.gates.clone();
+    for row in 0..gates.rows() {
+        gates.row_mut(row)[range.clone()].fill(1.0);
+    }
+    Ok(Some(Call::Delta(DeltaRule { gates: &gates, ..rule }).on(ground.arm)?))
 }
 
 #[cfg(test)]

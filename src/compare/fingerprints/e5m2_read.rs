@@ -8,6 +8,7 @@ use crate::dtype::Format;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "FP8 codes are read as the other FP8 format",
     causes: &["wrong-fp8-format"],
+    bugs: &[],
     test,
 };
 

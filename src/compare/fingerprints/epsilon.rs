@@ -1,5 +1,6 @@
 //! An RMSNorm with another epsilon.
 
+use super::planted::{Bug, Ground, Made, NORMS, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
@@ -8,6 +9,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "RMSNorm adds another epsilon, or adds it elsewhere",
     causes: &["epsilon"],
+    bugs: BUGS,
     test,
 };
 
@@ -53,6 +55,37 @@ fn fitted(case: &Case<'_>, width: usize) -> Option<f32> {
     let found = (mean + f64::from(eps)) / (ratio * ratio) - mean;
     let found = found as f32;
     (found > 0.0 && found <= MOST).then_some(found)
+}
+
+const BUGS: &[Bug] = &[
+    bug("epsilon 1e-5 for 1e-6 and back", &["epsilon"], NORMS, &other).public(),
+    bug("epsilon 1e-3", &["epsilon"], NORMS, &large),
+    bug("epsilon 1e-3 in the first norm", &["epsilon"], &["blk.0.attn_norm"], &large),
+    bug("epsilon left out", &["epsilon"], NORMS, &left_out),
+];
+
+fn other(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::RmsNorm { eps, .. } = *call else { return Ok(None) };
+    with_epsilon(call, ground, if eps == 1e-6 { 1e-5 } else { 1e-6 })
+}
+
+fn large(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    with_epsilon(call, ground, 1e-3)
+}
+
+fn left_out(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    with_epsilon(call, ground, 0.0)
+}
+
+fn with_epsilon(call: &Call<'_>, ground: &Ground<'_>, other: f32) -> Made {
+    let spoilt = match *call {
+        Call::RmsNorm { x, gain, eps } if other != eps => Call::RmsNorm { x, gain, eps: other },
+        Call::LayerNorm { x, gain, bias, eps } if other != eps => {
+            Call::LayerNorm { x, gain, bias, eps: other }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(spoilt.on(ground.arm)?))
 }
 
 #[cfg(test)]

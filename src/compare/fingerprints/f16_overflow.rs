@@ -10,6 +10,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "outputs pass through f16 before a scale is applied, and overflow",
     causes: &["f16-overflow", "f16-intermediate"],
+    bugs: &[],
     test,
 };
 

@@ -1,13 +1,15 @@
 //! A factor of the model that is left out, applied twice or the wrong way round, and a soft cap
 //! that is left out.
 
-use super::{Case, Fingerprint, Fit};
+use super::planted::{Bug, Ground, Made, bug};
+use super::{Case, Fingerprint, Fit, mapped};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a factor or soft cap of the model is left out, applied twice or inverted",
     causes: &["factor-missing", "factor-twice", "factor-inverted", "soft-cap-missing"],
+    bugs: BUGS,
     test,
 };
 
@@ -34,10 +36,32 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     Ok(fits)
 }
 
+const BUGS: &[Bug] = &[
+    bug("logits without their soft cap", &["soft-cap-missing"], &["logits"], &cap_missing),
+    bug("a factor left out", &["factor-missing"], SCALED, &left_out),
+    bug("a factor applied twice", &["factor-twice"], SCALED, &twice),
+];
+
+const SCALED: &[&str] = &["embed_scaled", "attn_scaled", "ffn_scaled", "logits_scaled", "logits"];
+
+fn cap_missing(call: &Call<'_>, _: &Ground<'_>) -> Made {
+    let Call::SoftCap { x, .. } = *call else { return Ok(None) };
+    Ok(Some(x.clone()))
+}
+
+fn left_out(call: &Call<'_>, _: &Ground<'_>) -> Made {
+    let Call::Scale { x, .. } = *call else { return Ok(None) };
+    Ok(Some(x.clone()))
+}
+
+fn twice(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Scale { factor, .. } = *call else { return Ok(None) };
+    Ok(Some(mapped(ground.clean, |y| y * factor as f32)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::bench::Bench;
-    use super::super::mapped;
     use super::*;
     use crate::compute::call::Held;
 

@@ -9,6 +9,7 @@ use crate::dtype::Format;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "FP8 codes are read, or clipped, as those of the fnuz kind",
     causes: &["fp8-fnuz"],
+    bugs: &[],
     test,
 };
 

@@ -10,6 +10,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "every output carries one factor: a scale is wrong, missing or applied twice",
     causes: &["scale-wrong", "scale-missing", "scale-twice"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! Query heads that read another key and value head than their group's.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::call::Call;
 use crate::compute::{AttentionShape, ComputeError};
@@ -8,6 +9,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "query heads are mapped to the wrong key and value heads",
     causes: &["gqa-head-map"],
+    bugs: BUGS,
     test,
 };
 
@@ -39,6 +41,40 @@ fn expanded(x: &Tensor, map: &[usize], head_dim: usize) -> Tensor {
         map.iter().flat_map(move |kv| row[kv * head_dim..(kv + 1) * head_dim].iter().copied())
     });
     Tensor::new(map.len() * head_dim, rows.collect())
+}
+
+const BUGS: &[Bug] = &[
+    bug("GQA heads taken modulo", &["gqa-head-map"], &["attn"], &modulo),
+    bug("GQA: every head reads the first", &["gqa-head-map"], &["attn"], &first),
+];
+
+fn modulo(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Attention { shape, .. } = *call else { return Ok(None) };
+    let applies = shape.kv_heads > 1 && shape.kv_heads < shape.heads;
+    if applies { by_map(call, ground, &|head| head % shape.kv_heads) } else { Ok(None) }
+}
+
+fn first(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Attention { shape, .. } = *call else { return Ok(None) };
+    if shape.kv_heads > 1 { by_map(call, ground, &|_| 0) } else { Ok(None) }
+}
+
+/// Attention in which each head of queries reads that head of keys and values.
+fn by_map(call: &Call<'_>, ground: &Ground<'_>, kv_of: &dyn Fn(usize) -> usize) -> Made {
+    let Call::Attention { q, k, v, shape } = *call else { return Ok(None) };
+    let wide = |x: &Tensor, width: usize| {
+        let rows = (0..x.rows()).flat_map(|row| {
+            let row = x.row(row);
+            (0..shape.heads).flat_map(move |head| {
+                let kv = kv_of(head);
+                row[kv * width..(kv + 1) * width].iter().copied()
+            })
+        });
+        Tensor::new(shape.heads * width, rows.collect())
+    };
+    let every = AttentionShape { kv_heads: shape.heads, ..shape };
+    let (k, v) = (wide(k, shape.head_dim), wide(v, shape.value_dim));
+    Ok(Some(ground.arm.attention(q, &k, &v, every)?))
 }
 
 #[cfg(test)]

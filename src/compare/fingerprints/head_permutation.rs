@@ -13,6 +13,7 @@ use crate::model::RopeLayout;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "rows of a query's or key's weight are interleaved for another number of heads",
     causes: &["head-permutation"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::dtype::Format;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a part of K is left out or counted twice",
     causes: &["k-tail-dropped", "k-block-lost", "k-block-twice"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! A LayerNorm that keeps the mean, lacks its gain or bias, or has another epsilon.
 
+use super::planted::{Bug, Ground, Made, NORMS, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::call::{Call, MadeWeight};
 use crate::compute::{ComputeError, gain_and_bias};
@@ -8,6 +9,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "LayerNorm keeps the mean, lacks its gain or bias, or has another epsilon",
     causes: &["mean-kept", "norm-bias-missing", "gain-ignored", "epsilon"],
+    bugs: BUGS,
     test,
 };
 
@@ -39,7 +41,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 
 /// What an RMSNorm makes in a LayerNorm's place, its bias added; nothing where each head has a gain
 /// of its own, which no RMSNorm has.
-pub(crate) fn with_mean(
+fn with_mean(
     arm: &crate::compute::emulated::arm::Emulated,
     call: &Call<'_>,
 ) -> Result<Option<Tensor>, ComputeError> {
@@ -53,6 +55,24 @@ pub(crate) fn with_mean(
         group.iter_mut().zip(&shift).for_each(|(y, bias)| *y += bias);
     }
     Ok(Some(y))
+}
+
+const BUGS: &[Bug] = &[
+    bug("mean not subtracted", &["mean-kept"], NORMS, &kept),
+    bug("norm without its bias", &["norm-bias-missing"], NORMS, &bias_missing),
+];
+
+fn kept(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    with_mean(ground.arm, call)
+}
+
+fn bias_missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::LayerNorm { x, gain, bias: Some(_), eps } => {
+            Ok(Some(Call::LayerNorm { x, gain, bias: None, eps }.on(ground.arm)?))
+        }
+        _ => Ok(None),
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! A mixture of experts: other weights of experts, other experts, and what is wrong within one.
 
+use super::planted::{Bug, Ground, Made, bug, chosen};
 use super::{Case, Fingerprint, Fit, Null, rank};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::experts::{self, Products};
+use crate::compute::forward::top_1;
 use crate::compute::reference::routed;
 use crate::model::{RouterScores, Routing, Weight};
 use crate::tensor::Tensor;
@@ -17,6 +19,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "expert-choice",
         "expert-swapped",
     ],
+    bugs: BUGS,
     test,
 };
 
@@ -295,6 +298,91 @@ fn put(all: &mut Tensor, rows: &Tensor, places: &[usize], used: usize) {
         let first = place % used * width;
         all.row_mut(place / used)[first..first + width].copy_from_slice(rows.row(row));
     }
+}
+
+const BUGS: &[Bug] = &[
+    bug("a token's best expert passed over", &["expert-choice"], &["ffn_route"], &passed_over),
+    bug(
+        "weights of experts (not) divided by their sum",
+        &["routing-normalisation"],
+        &["ffn_route"],
+        &other_scores,
+    ),
+    bug("factor of routing left out", &["routing-factor"], &["ffn_route"], &factor_left_out),
+    bug(
+        "experts chosen without the bias",
+        &["routing-bias", "expert-choice"],
+        &["ffn_route"],
+        &bias_left_out,
+    ),
+    bug(
+        "an expert's matrix for another's",
+        &["expert-swapped", "swapped-weight"],
+        &["ffn_gate", "ffn_down"],
+        &other_matrix,
+    ),
+];
+
+/// The best expert of one token is passed over, and the best of the others takes its place.
+fn passed_over(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Route { scores, bias, routing } = *call else { return Ok(None) };
+    let used = routing.used;
+    if scores.width() <= used {
+        return Ok(None);
+    }
+    let clean = ground.arm.route(scores, bias, routing)?;
+    let mut taken = experts::taken(&clean, used);
+    let row = chosen(ground.seed, scores.rows());
+    let best = top_1(clean.row(row)).0 as usize;
+    let own = &mut taken[row * used..(row + 1) * used];
+    let mut rest: Vec<f32> = scores.row(row).to_vec();
+    own.iter().for_each(|&expert| rest[expert] = f32::NEG_INFINITY);
+    let next = top_1(&rest).0 as usize;
+    own.iter_mut().filter(|expert| **expert == best).for_each(|expert| *expert = next);
+    own.sort_unstable();
+    Ok(Some(ground.arm.route_to(scores, routing, &taken)))
+}
+
+fn other_scores(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Route { scores, bias, routing } = *call else { return Ok(None) };
+    let other = match routing.scores {
+        RouterScores::Softmax => RouterScores::SoftmaxOfTaken,
+        RouterScores::SoftmaxOfTaken => RouterScores::Softmax,
+        RouterScores::Sigmoid => RouterScores::SigmoidNormalised,
+        RouterScores::SigmoidNormalised => RouterScores::Sigmoid,
+    };
+    Ok(Some(ground.arm.route(scores, bias, &Routing { scores: other, ..*routing })?))
+}
+
+fn factor_left_out(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Route { scores, bias, routing } if routing.factor != 1.0 => {
+            Ok(Some(ground.arm.route(scores, bias, &Routing { factor: 1.0, ..*routing })?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn bias_left_out(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Route { scores, bias: Some(_), routing } => {
+            Ok(Some(ground.arm.route(scores, None, routing)?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn other_matrix(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Experts(products) = *call else { return Ok(None) };
+    let count = products.weights.len();
+    let taken = experts::taken(products.routes, products.used);
+    let Some(&first) = taken.get(chosen(ground.seed, taken.len())) else { return Ok(None) };
+    if count < 2 {
+        return Ok(None);
+    }
+    let mut weights = products.weights.to_vec();
+    weights[first] = products.weights[(first + 1) % count];
+    Ok(Some(ground.arm.experts(&Products { weights: &weights, ..products })?))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod activation_function;
 mod bias;
 mod block_scales;
 pub mod cache_format;
+mod cache_position;
 mod cast;
 mod causal_mask;
 mod delta;
@@ -22,7 +23,7 @@ pub mod gain;
 mod gqa_map;
 pub mod head_permutation;
 mod k_range;
-pub mod layer_norm;
+mod layer_norm;
 mod mixture;
 mod narrow_accumulation;
 mod narrow_operand;
@@ -34,10 +35,11 @@ mod other_format;
 mod other_schedule;
 pub mod permuted_outputs;
 mod permuted_weight;
+pub mod planted;
 mod quantised_activations;
 mod ranks;
 mod residual;
-pub mod rope_angles;
+mod rope_angles;
 mod rope_geometry;
 mod rounded_output;
 mod row_or_column_gain;
@@ -79,6 +81,7 @@ use crate::tensor::Tensor;
 
 use null::{CLEARLY, Score};
 pub use null::{Null, describe};
+use planted::Bug;
 
 /// The share of the difference above which a hypothesis gives the bug its name.
 pub const NAMED: f64 = 0.9;
@@ -99,6 +102,8 @@ pub struct Fingerprint {
     pub what: &'static str,
     /// The causes that it can name.
     pub causes: &'static [&'static str],
+    /// The bugs that it alone recognises.
+    pub bugs: &'static [Bug],
     /// Tests it.
     test: Test,
 }
@@ -106,7 +111,7 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 54] = [
+pub const ALL: [&Fingerprint; 55] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
@@ -123,6 +128,7 @@ pub const ALL: [&Fingerprint; 54] = [
     &residual::FINGERPRINT,
     &factor::FINGERPRINT,
     &scores::FINGERPRINT,
+    &cache_position::FINGERPRINT,
     &scale_product::FINGERPRINT,
     &unwritten::FINGERPRINT,
     &stale_rows::FINGERPRINT,

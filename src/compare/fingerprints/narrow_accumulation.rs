@@ -10,6 +10,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "sums are kept in a narrow type: partial sums of a split K, or the accumulator",
     causes: &["narrow-partials", "narrow-accumulator"],
+    bugs: &[],
     test,
 };
 

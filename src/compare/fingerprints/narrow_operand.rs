@@ -10,6 +10,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a value above 65504 went through f16: a product's activation, or a norm's sum of squares",
     causes: &["f16-operand", "f16-squares"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::text::values_are;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "NaN or infinity appears where finite operands came in",
     causes: &["non-finite-weight", "non-finite-output"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! An RMSNorm whose gain is offset by one, ignored, or another norm's.
 
+use super::planted::{Bug, Ground, Made, NORMS, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::{Call, MadeWeight};
@@ -7,6 +8,7 @@ use crate::compute::call::{Call, MadeWeight};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "RMSNorm's gain is offset by one, ignored, or another norm's",
     causes: &["weight-offset", "gain-ignored", "gain-swapped"],
+    bugs: BUGS,
     test,
 };
 
@@ -45,6 +47,59 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         }
     }
     Ok(fits)
+}
+
+const BUGS: &[Bug] = &[
+    bug("gain offset by one", &["weight-offset"], NORMS, &offset),
+    bug("gain not applied", &["gain-ignored"], NORMS, &ignored),
+    bug("the other norm's gain", &["gain-swapped"], &["attn_norm", "ffn_norm"], &swapped),
+    bug("gain without its 1", &["weight-offset"], GAINS, &offset_missing),
+];
+
+const GAINS: &[&str] = &[
+    "attn_norm",
+    "ffn_norm",
+    "attn_post_norm",
+    "ffn_post_norm",
+    "q_norm",
+    "k_norm",
+    "output_norm",
+];
+
+fn offset(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    with_gain(call, ground, |g| 1.0 + g)
+}
+
+fn ignored(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    with_gain(call, ground, |_| 1.0)
+}
+
+fn offset_missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::RmsNorm { gain, .. } if gain.is_less_one() => with_gain(call, ground, |g| g - 1.0),
+        _ => Ok(None),
+    }
+}
+
+fn with_gain(call: &Call<'_>, ground: &Ground<'_>, change: Change) -> Made {
+    let Call::RmsNorm { x, gain, eps } = *call else { return Ok(None) };
+    let changed: Vec<f32> = gain.to_vec()?.iter().map(|&g| change(g)).collect();
+    let made = MadeWeight::new(format!("{} changed", gain.name()), 1, &changed);
+    Ok(Some(ground.arm.rms_norm(x, made.weight()?, eps)?))
+}
+
+fn swapped(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::RmsNorm { x, gain, eps } = *call else { return Ok(None) };
+    let name = gain.name();
+    let other = if name.contains("attn_norm") {
+        name.replace("attn_norm", "ffn_norm")
+    } else {
+        name.replace("ffn_norm", "attn_norm")
+    };
+    if !ground.model.has(&other) {
+        return Ok(None);
+    }
+    Ok(Some(ground.arm.rms_norm(x, ground.model.tensor(&other)?, eps)?))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A LayerNorm, or a sum instead of a mean, where an RMSNorm belongs.
 
-use super::{Case, Fingerprint, Fit};
+use super::planted::{Bug, Ground, Made, NORMS, bug};
+use super::{Case, Fingerprint, Fit, mapped};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::tensor::Tensor;
@@ -8,6 +9,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "RMSNorm subtracts the mean, or divides by a sum instead of a mean",
     causes: &["mean-subtracted", "sum-for-mean"],
+    bugs: BUGS,
     test,
 };
 
@@ -35,6 +37,28 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         case.fit_if_any(cause, (*detail).to_owned(), 0, predicted)
     });
     Ok(fits.collect())
+}
+
+const BUGS: &[Bug] = &[
+    bug("mean subtracted", &["mean-subtracted"], NORMS, &subtracted),
+    bug("sum for mean", &["sum-for-mean", "scale-wrong"], NORMS, &sum_for_mean),
+];
+
+fn subtracted(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::RmsNorm { x, gain, eps } = *call else { return Ok(None) };
+    let mut centred = x.clone();
+    for group in centred.data_mut().chunks_exact_mut(gain.width()) {
+        let mean = group.iter().sum::<f32>() / group.len() as f32;
+        group.iter_mut().for_each(|x| *x -= mean);
+    }
+    Ok(Some(ground.arm.rms_norm(&centred, gain, eps)?))
+}
+
+fn sum_for_mean(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::RmsNorm { x, gain, eps } = *call else { return Ok(None) };
+    let count = gain.width() as f32;
+    let root = count.sqrt();
+    Ok(Some(mapped(&ground.arm.rms_norm(x, gain, eps / count)?, |y| y / root)))
 }
 
 #[cfg(test)]

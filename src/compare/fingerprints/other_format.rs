@@ -9,6 +9,7 @@ use crate::op::Recipe;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the arm did not engage the recipe's format",
     causes: &["not-engaged", "other-format"],
+    bugs: &[],
     test,
 };
 

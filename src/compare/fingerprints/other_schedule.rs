@@ -8,6 +8,7 @@ use crate::compute::emulated::schedule::{Epilogue, Schedule};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the products are accumulated by another schedule",
     causes: &["other-schedule"],
+    bugs: &[],
     test,
 };
 

@@ -19,6 +19,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "columns-permuted",
         "output-transposed",
     ],
+    bugs: &[],
     test,
 };
 

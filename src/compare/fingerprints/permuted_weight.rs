@@ -7,6 +7,7 @@ use crate::compute::call::{Call, MadeWeight};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the inner index of a weight is permuted, reversed or shifted",
     causes: &["weight-permuted"],
+    bugs: &[],
     test,
 };
 

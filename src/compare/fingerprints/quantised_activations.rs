@@ -9,6 +9,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "activations were rounded to 8-bit integers in blocks, as llama.cpp's CPU path does",
     causes: &["quantised-activations"],
+    bugs: &[],
     test,
 };
 

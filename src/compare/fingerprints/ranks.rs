@@ -1,7 +1,9 @@
 //! A product over several GPUs whose sum lacks one, or has one's result or the bias too often.
 
+use super::planted::{Bug, Ground, Made, bug, chosen};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
+use crate::compute::call::Call;
 use crate::compute::emulated::ranks::sum_by_rank;
 use crate::compute::parallel;
 use crate::tensor::Tensor;
@@ -9,6 +11,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a GPU's part of a product is missing or added twice, or each adds the bias",
     causes: &["rank-missing", "rank-twice", "bias-on-every-rank"],
+    bugs: BUGS,
     test,
 };
 
@@ -42,13 +45,58 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     Ok(fits)
 }
 
+const BUGS: &[Bug] = &[
+    bug("a GPU left out of the sum", &["rank-missing"], DEALT_OUT, &missing).of_ranks(),
+    bug("a GPU added twice", &["rank-twice"], DEALT_OUT, &twice).of_ranks(),
+    bug("the bias added on every GPU", &["bias-on-every-rank", "bias-twice"], DEALT_OUT, &biased)
+        .of_ranks(),
+];
+
+const DEALT_OUT: &[&str] = &["attn_out", "ffn_down"];
+
+fn missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    summed(call, ground, |made, rank, _| drop(made.remove(rank)))
+}
+
+fn twice(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    summed(call, ground, |made, rank, _| made.push(made[rank].clone()))
+}
+
+fn biased(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    if matches!(call, Call::Matmul { bias: None, .. }) {
+        return Ok(None);
+    }
+    summed(call, ground, |made, _, bias| {
+        made.iter_mut().skip(1).for_each(|part| part.add_to_rows(bias));
+    })
+}
+
+/// The sum of what GPUs made, after a change of what one of them made, or by the bias.
+fn summed(
+    call: &Call<'_>,
+    ground: &Ground<'_>,
+    change: fn(&mut Vec<Tensor>, usize, &[f32]),
+) -> Made {
+    let Call::Matmul { x, weight, bias } = *call else { return Ok(None) };
+    let Ground { arm, recipe, seed, .. } = *ground;
+    if arm.engine().is_some_and(|engine| !engine.takes_steps(weight.name())) {
+        return Ok(None);
+    }
+    let Some(parts) = parallel::parts(recipe, &weight)? else { return Ok(None) };
+    let mut made = arm.products_of_ranks(&parts, x, weight, bias)?;
+    let rank = chosen(seed, made.len());
+    let values = bias.map(|bias| bias.to_vec()).transpose()?.unwrap_or_default();
+    change(&mut made, rank, &values);
+    Ok(Some(arm.streamed(sum_by_rank(made, recipe.output))))
+}
+
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroU32;
 
     use super::super::bench::Bench;
     use super::*;
-    use crate::compute::call::{Call, MadeWeight};
+    use crate::compute::call::MadeWeight;
     use crate::compute::emulated::arm::Emulated;
     use crate::op::Recipe;
 

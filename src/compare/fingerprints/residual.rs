@@ -1,8 +1,10 @@
 //! A residual addition with a term missing, doubled, or of the wrong sign.
 
-use super::{Case, Fingerprint, Fit};
+use super::planted::{ADDS, Bug, Ground, Made, bug};
+use super::{Case, Fingerprint, Fit, mapped};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
+use crate::op::Site;
 use crate::tensor::Tensor;
 use crate::text::number;
 
@@ -15,6 +17,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "shared-expert-missing",
         "routed-experts-missing",
     ],
+    bugs: BUGS,
     test,
 };
 
@@ -75,6 +78,45 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         }
     }
     Ok(fits)
+}
+
+const BUGS: &[Bug] = &[
+    bug("shared expert left out", &["shared-expert-missing"], &["ffn_out"], &block_missing),
+    bug("routed experts left out", &["routed-experts-missing"], &["ffn_out"], &stream_missing),
+    bug("residual stream not added", &["residual-missing", "stale-output"], ADDS, &stream_missing),
+    bug("block's output not added", &["residual-missing", "stale-output"], ADDS, &block_missing),
+    bug("block's output added twice", &["residual-weighted"], ADDS, &block_twice),
+    bug("block's output subtracted", &["residual-weighted"], ADDS, &block_subtracted),
+    bug("the embedding added for the stream", &["residual-swapped"], ADDS, &embedding_added)
+        .after_layer_0(),
+];
+
+fn stream_missing(call: &Call<'_>, _: &Ground<'_>) -> Made {
+    let Call::Add { b, .. } = *call else { return Ok(None) };
+    Ok(Some(b.clone()))
+}
+
+fn block_missing(call: &Call<'_>, _: &Ground<'_>) -> Made {
+    let Call::Add { a, .. } = *call else { return Ok(None) };
+    Ok(Some(a.clone()))
+}
+
+fn block_twice(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Add { a, b } = *call else { return Ok(None) };
+    Ok(Some(ground.arm.add(&ground.arm.add(a, b)?, b)?))
+}
+
+fn block_subtracted(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Add { a, b } = *call else { return Ok(None) };
+    Ok(Some(ground.arm.add(a, &mapped(b, |b| -b))?))
+}
+
+fn embedding_added(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Add { b, .. } = *call else { return Ok(None) };
+    match ground.made.get(&Site("embed".to_owned())) {
+        Some(embedded) if embedded.rows() == b.rows() => Ok(Some(ground.arm.add(embedded, b)?)),
+        _ => Ok(None),
+    }
 }
 
 #[cfg(test)]

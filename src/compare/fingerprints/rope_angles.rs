@@ -1,5 +1,6 @@
 //! RoPE whose positions or frequencies went through a narrow type before the cosine and sine.
 
+use super::planted::{Bug, Ground, Made, ROPES, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
@@ -11,6 +12,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "RoPE's frequencies, or its positions too, are rounded to a narrow type before the angle",
     causes: &["rope-precision"],
+    bugs: BUGS,
     test,
 };
 
@@ -33,7 +35,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
 
 /// The rotation by angles of frequencies in that type, and where asked of positions and products
 /// in it.
-pub fn turned(
+fn turned(
     x: &Tensor,
     geometry: &Rope,
     head_dim: usize,
@@ -61,6 +63,16 @@ pub fn turned(
         }
     }
     y
+}
+
+const BUGS: &[Bug] =
+    &[bug("RoPE positions, frequencies and angles in bf16", &["rope-precision"], ROPES, &in_bf16)
+        .public()];
+
+fn in_bf16(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { x, rope, head_dim, first_position } = *call else { return Ok(None) };
+    let y = turned(x, rope, head_dim, first_position, (Format::Bf16, true));
+    Ok(Some(ground.arm.streamed(y)))
 }
 
 #[cfg(test)]

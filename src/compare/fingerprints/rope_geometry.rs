@@ -1,5 +1,6 @@
 //! RoPE with another layout, base, direction, position or width.
 
+use super::planted::{Bug, Ground, Made, ROPES, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
@@ -18,6 +19,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
         "rope-factors",
         "rope-width",
     ],
+    bugs: BUGS,
     test,
 };
 
@@ -141,6 +143,94 @@ fn turned_back(
         y
     };
     Ok(negated(&arm.rope(&negated(x), rope, head_dim, first_position)?))
+}
+
+const BUGS: &[Bug] = &[
+    bug("RoPE in the other layout", &["rope-layout"], ROPES, &other_layout),
+    bug("RoPE base 10000", &["rope-base"], ROPES, &base_10000),
+    bug("RoPE turns the other way", &["rope-direction"], ROPES, &other_way),
+    bug("RoPE one position late", &["rope-position"], ROPES, &one_late),
+    bug(
+        "RoPE at the first position only",
+        &["rope-position", "rope-missing"],
+        &["q_rope"],
+        &first_only,
+    ),
+    bug("RoPE left out", &["rope-missing", "stale-output"], ROPES, &left_out),
+    bug("RoPE factors ignored", &["rope-factors"], ROPES, &factors_ignored),
+    bug("whole heads turned for a part", &["rope-width"], ROPES, &whole_heads),
+];
+
+fn other_layout(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { rope, .. } = *call else { return Ok(None) };
+    let layout = match rope.layout {
+        RopeLayout::Halves => RopeLayout::Interleaved,
+        RopeLayout::Interleaved => RopeLayout::Halves,
+    };
+    with_geometry(call, ground, &Rope { layout, ..rope.clone() })
+}
+
+fn base_10000(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { rope, .. } = *call else { return Ok(None) };
+    let theta = 1e4;
+    if theta == rope.theta {
+        return Ok(None);
+    }
+    with_geometry(call, ground, &Rope { theta, ..rope.clone() })
+}
+
+fn factors_ignored(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Rope { rope, .. } if rope.factors.is_some() => {
+            let plain = Rope { factors: None, scaling: None, ..rope.clone() };
+            with_geometry(call, ground, &plain)
+        }
+        _ => Ok(None),
+    }
+}
+
+fn whole_heads(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Rope { rope, head_dim, .. }
+            if rope.dimensions < head_dim && rope.factors.is_none() =>
+        {
+            with_geometry(call, ground, &Rope { dimensions: head_dim, ..rope.clone() })
+        }
+        _ => Ok(None),
+    }
+}
+
+fn with_geometry(call: &Call<'_>, ground: &Ground<'_>, other: &Rope) -> Made {
+    let Call::Rope { x, head_dim, first_position, .. } = *call else { return Ok(None) };
+    Ok(Some(ground.arm.rope(x, other, head_dim, first_position)?))
+}
+
+fn one_late(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { x, rope, head_dim, first_position } = *call else { return Ok(None) };
+    Ok(Some(ground.arm.rope(x, rope, head_dim, first_position + 1)?))
+}
+
+fn first_only(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { x, rope, head_dim, first_position } = *call else { return Ok(None) };
+    if x.rows() < 2 {
+        return Ok(None);
+    }
+    let mut data = Vec::with_capacity(x.data().len());
+    for row in 0..x.rows() {
+        let one = Tensor::new(x.width(), x.row(row).to_vec());
+        data.extend(ground.arm.rope(&one, rope, head_dim, first_position)?.into_data());
+    }
+    Ok(Some(Tensor::new(x.width(), data)))
+}
+
+fn left_out(call: &Call<'_>, _: &Ground<'_>) -> Made {
+    let Call::Rope { x, .. } = *call else { return Ok(None) };
+    Ok(Some(x.clone()))
+}
+
+fn other_way(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let Call::Rope { x, rope, head_dim, first_position } = *call else { return Ok(None) };
+    turned_back(ground.arm, x, rope, head_dim, first_position).map(Some)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the result is rounded to another type, or truncated to its own",
     causes: &["output-rounded", "output-truncated"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "single rows or columns carry a factor: one scale of many is wrong",
     causes: &["column-scale", "row-scale"],
+    bugs: &[],
     test,
 };
 

@@ -7,6 +7,7 @@ use crate::compute::departure::{Edit, Steps, keep, requantised};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "an operand is converted with another scale: large values clip, or small ones vanish",
     causes: &["saturated", "scale-too-large"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::compute::departure::{Edit, Steps, keep, scaled};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "an operand's scales are not applied, or applied twice",
     causes: &["scale-missing", "scale-twice"],
+    bugs: &[],
     test,
 };
 

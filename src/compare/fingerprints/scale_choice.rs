@@ -12,6 +12,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "scales are rounded to powers of two with the codes left as they were, or are those of a group of weights",
     causes: &["scale-power-of-two", "scale-of-the-group"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::op::{ActivationScale, Scale, WeightScale};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the scales have another granularity than the recipe's",
     causes: &["scale-granularity"],
+    bugs: &[],
     test,
 };
 

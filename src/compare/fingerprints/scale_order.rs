@@ -13,6 +13,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "scales are applied to other blocks or rows than theirs",
     causes: &["scale-order", "scale-tail", "scale-slice"],
+    bugs: &[],
     test,
 };
 

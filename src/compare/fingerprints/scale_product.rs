@@ -13,6 +13,7 @@ use crate::text::grouped;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the product of the operands' scales is formed in f16",
     causes: &["scale-product"],
+    bugs: &[],
     test,
 };
 

@@ -11,6 +11,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "attention's scores are kept in f16, or its mask is a finite number",
     causes: &["f16-scores", "finite-mask"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! Attention scores with another scale than the model's, or without its soft cap or its sinks.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit, mapped};
 use crate::compute::call::Call;
 use crate::compute::{AttentionShape, ComputeError};
@@ -7,6 +8,7 @@ use crate::compute::{AttentionShape, ComputeError};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "attention scores carry another scale, no soft cap or no sinks",
     causes: &["softmax-scale", "soft-cap-missing", "sinks-ignored"],
+    bugs: BUGS,
     test,
 };
 
@@ -53,6 +55,51 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         fits.extend(case.fit_call("sinks-ignored", detail, &call)?);
     }
     Ok(fits)
+}
+
+const BUGS: &[Bug] = &[
+    bug("softmax scale not applied", &["softmax-scale"], &["attn"], &unscaled),
+    bug("softmax scale applied twice", &["softmax-scale"], &["attn"], &scaled_twice),
+    bug("softmax with base 2", &["softmax-scale"], &["attn"], &with_base_2),
+    bug("scores without their soft cap", &["soft-cap-missing"], &["attn"], &cap_missing),
+    bug("sinks ignored", &["sinks-ignored"], &["attn"], &sinks_ignored),
+];
+
+fn unscaled(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    by_factor(call, ground, |root| root)
+}
+
+fn scaled_twice(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    by_factor(call, ground, |root| 1.0 / root)
+}
+
+fn with_base_2(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    by_factor(call, ground, |_| std::f32::consts::LN_2)
+}
+
+/// Attention with scores times a factor, which may depend on what undoes the scale.
+fn by_factor(call: &Call<'_>, ground: &Ground<'_>, factor: fn(f32) -> f32) -> Made {
+    let Call::Attention { q, k, v, shape } = *call else { return Ok(None) };
+    let factor = factor(1.0 / shape.f32_scale());
+    Ok(Some(ground.arm.attention(&mapped(q, |q| q * factor), k, v, shape)?))
+}
+
+fn cap_missing(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Attention { q, k, v, shape } if shape.cap.is_some() => {
+            Ok(Some(ground.arm.attention(q, k, v, AttentionShape { cap: None, ..shape })?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn sinks_ignored(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    match *call {
+        Call::Attention { q, k, v, shape } if shape.sinks.is_some() => {
+            Ok(Some(ground.arm.attention(q, k, v, AttentionShape { sinks: None, ..shape })?))
+        }
+        _ => Ok(None),
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the op read a stale or another site's tensor",
     causes: &["stale-input", "stale-output"],
+    bugs: &[],
     test,
 };
 

@@ -6,6 +6,7 @@ use crate::compute::ComputeError;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "some rows hold another site's rows: the buffer was not written whole",
     causes: &["stale-rows"],
+    bugs: &[],
     test,
 };
 

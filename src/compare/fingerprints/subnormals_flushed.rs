@@ -7,6 +7,7 @@ use crate::compute::departure::{Edit, Steps, flushed, keep};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "subnormal codes are flushed to zero",
     causes: &["subnormals-flushed"],
+    bugs: &[],
     test,
 };
 

@@ -1,5 +1,6 @@
 //! Two operands of one op exchanged: gate and up, keys and values.
 
+use super::planted::{Bug, Ground, Made, bug};
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
@@ -7,6 +8,7 @@ use crate::compute::call::Call;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "gate and up, or keys and values, are exchanged",
     causes: &["swapped-operands"],
+    bugs: BUGS,
     test,
 };
 
@@ -23,6 +25,22 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         _ => None,
     };
     Ok(fit.into_iter().collect())
+}
+
+const BUGS: &[Bug] = &[
+    bug("keys and values exchanged", &["swapped-operands"], &["attn"], &exchanged),
+    bug("gate and up exchanged", &["swapped-operands"], &["ffn_swiglu"], &exchanged),
+];
+
+fn exchanged(call: &Call<'_>, ground: &Ground<'_>) -> Made {
+    let spoilt = match *call {
+        Call::Gated { gate, up, activation } => Call::Gated { gate: up, up: gate, activation },
+        Call::Attention { q, k, v, shape } if k.width() == v.width() => {
+            Call::Attention { q, k: v, v: k, shape }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(spoilt.on(ground.arm)?))
 }
 
 #[cfg(test)]

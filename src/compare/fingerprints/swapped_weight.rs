@@ -7,6 +7,7 @@ use crate::compute::call::Call;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "another tensor of the model stands in the weight's place",
     causes: &["swapped-weight"],
+    bugs: &[],
     test,
 };
 

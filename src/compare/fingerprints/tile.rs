@@ -8,6 +8,7 @@ use crate::compute::ComputeError;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the difference keeps to one tile of outputs, or to one place of every tile",
     causes: &["tile-periodic", "one-tile"],
+    bugs: &[],
     test,
 };
 

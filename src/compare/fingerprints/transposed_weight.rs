@@ -7,6 +7,7 @@ use crate::compute::call::{Call, MadeWeight};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the weight is read along the wrong axis",
     causes: &["transposed-weight"],
+    bugs: &[],
     test,
 };
 

@@ -7,6 +7,7 @@ use crate::compute::departure::{Edit, Steps, keep, truncated};
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "operands are truncated to their format instead of rounded",
     causes: &["truncating-cast"],
+    bugs: &[],
     test,
 };
 

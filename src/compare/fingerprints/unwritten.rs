@@ -8,6 +8,7 @@ use crate::text::values_are;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "a part of the result is zero: it was never written",
     causes: &["unwritten"],
+    bugs: &[],
     test,
 };
 

@@ -8,6 +8,7 @@ use crate::tensor::Tensor;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "the embedding looked other rows up, or read their blocks in another order",
     causes: &["wrong-row", "block-order"],
+    bugs: &[],
     test,
 };
 

@@ -7,6 +7,7 @@ use crate::op::ActivationScale;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "NaN where an operand holds a block of zeros, whose scale is 0",
     causes: &["zero-block"],
+    bugs: &[],
     test,
 };
 

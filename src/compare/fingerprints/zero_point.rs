@@ -12,6 +12,7 @@ use crate::text::number;
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "each group of a weight is shifted by a constant",
     causes: &["zero-point"],
+    bugs: &[],
     test,
 };
 

@@ -149,11 +149,10 @@ impl Device {
 
     /// The format that the library is to write.
     fn library_output(recipe: &Recipe, scaled: bool) -> Format {
+        // Of FP8 any, of a format of 16 bits its own, of others f32.
         let writes = match recipe.gemm {
-            Format::E4m3 | Format::E5m2 => scaled,
-            Format::Bf16 => recipe.output == Format::Bf16,
-            Format::F16 => recipe.output == Format::F16,
-            Format::Tf32 | Format::F32 | Format::E2m3 | Format::E3m2 | Format::E2m1 => false,
+            format if format.is_fp8() => scaled,
+            format => format.bits() == 16 && recipe.output == format,
         };
         if writes { recipe.output } else { Format::F32 }
     }

@@ -16,7 +16,6 @@ use rayon::prelude::*;
 use super::MeasuredEmulation;
 use super::enabled::gpus;
 use super::gpu::{DeviceError, Gpu};
-use super::kernels::format_code;
 use super::probe::bytes_of;
 use super::program;
 use crate::compute::ComputeError;
@@ -237,7 +236,7 @@ impl Emulation {
         }
         let granularity = |operand: &Operand| i32::from(matches!(operand.scales, Scales::Row(_)));
         let (x_granularity, w_granularity) = (granularity(x), granularity(w));
-        let (scaled, output) = (i32::from(!by_block), format_code(job.output));
+        let (scaled, output) = (i32::from(!by_block), job.output.number());
         let epilogue = match job.schedule.epilogue {
             Epilogue::ScalesFirst => 0i32,
             Epilogue::ActivationThenWeight => 1,
@@ -264,7 +263,7 @@ impl Emulation {
         let codes = stream.clone_htod(&bytes_of(operand.codes))?;
         let count = (operand.codes.rows() * operand.codes.width()) as u64;
         let mut values = stream.alloc_zeros::<f32>(count as usize)?;
-        let format = format_code(operand.codes.format());
+        let format = operand.codes.format().number();
         let mut launch = stream.launch_builder(self.function("decode_operand")?);
         launch.arg(&codes).arg(&format).arg(&count).arg(&mut values);
         // SAFETY: the arguments are those of the kernel, in its order and of its types; `codes`

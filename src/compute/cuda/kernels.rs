@@ -55,20 +55,6 @@ impl Granularity {
     }
 }
 
-/// As the kernels know it.
-pub fn format_code(format: Format) -> i32 {
-    match format {
-        Format::F32 => 0,
-        Format::Tf32 => 1,
-        Format::Bf16 => 2,
-        Format::F16 => 3,
-        Format::E4m3 => 4,
-        Format::E5m2 => 5,
-        // No kernel converts to elements of blocks: the device arm refuses such recipes.
-        Format::E2m3 | Format::E3m2 | Format::E2m1 => -1,
-    }
-}
-
 /// A library's product that is to be finished.
 pub struct Product<'a> {
     /// Its bytes, rows of `stride` values.
@@ -345,7 +331,7 @@ impl Kernels {
             Granularity::Block(group) => rows.div_ceil(group) * width.div_ceil(128),
         };
         must_hold("the scales", scales.values.len(), needed);
-        let (format, granularity) = (format_code(format), scales.granularity.code());
+        let (format, granularity) = (format.number(), scales.granularity.code());
         let group_rows = scales.granularity.group_rows();
         launch!(
             stream,
@@ -387,7 +373,7 @@ impl Kernels {
         if let Some(bias) = bias {
             must_hold("the bias", bias.len(), *outputs);
         }
-        let (format, output) = (format_code(*format), format_code(output));
+        let (format, output) = (format.number(), output.number());
         let scaled = i32::from(unscaled.is_none());
         let config = striding(tokens * outputs);
         let mut builder = stream.launch_builder(&self.finish);
@@ -739,7 +725,7 @@ impl Kernels {
         (format, scale): (Format, f32),
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
-        let (count, format) = (y.len() as u64, format_code(format));
+        let (count, format) = (y.len() as u64, format.number());
         must_hold("what is kept", x.len(), count);
         launch!(stream, self.cached, striding(count), x, &format, &scale, &count, y)
     }

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use cudarc::nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts, sys};
 
+use crate::dtype::Format;
+
 /// The source of every kernel.
 pub const SOURCE: &str = concat!(
     include_str!("kernels/common.cu"),
@@ -36,11 +38,15 @@ pub const KERNELS: [&str; 13] = [
     "reference_product",
 ];
 
-/// The options for a chip of that compute capability.
+/// The options for a chip of that compute capability, and the numbers of the formats.
 fn options(capability: (i32, i32)) -> Vec<String> {
     let architecture = format!("--gpu-architecture=sm_{}{}", capability.0, capability.1);
     let fixed = ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"];
-    fixed.into_iter().map(str::to_owned).chain([architecture]).collect()
+    let number = |format: Format| {
+        format!("--define-macro=FORMAT_{}={}", format.name().to_uppercase(), format.number())
+    };
+    let all = fixed.into_iter().map(str::to_owned).chain([architecture]);
+    all.chain(Format::ALL.map(number)).collect()
 }
 
 /// NVRTC's version, if the library is there.

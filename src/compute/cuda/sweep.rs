@@ -12,7 +12,6 @@ use cudarc::nvrtc::Ptx;
 use super::cublaslt::{Algorithm, Operands, Spec};
 use super::enabled::{gpus, library_version, unit_here};
 use super::gpu::{DeviceError, Gpu};
-use super::kernels::format_code;
 use super::probe::{bytes_of, decode};
 use super::program;
 use crate::compute::emulated::chip::Unit;
@@ -117,7 +116,7 @@ impl SweptLibrary {
         let rows = [tokens, outputs][place];
         let format = question.types.operands;
         let mut codes = stream.alloc_zeros::<u8>(rows * inner * format.bytes())?;
-        let (format, values) = (format_code(format), question.values[place].code());
+        let (format, values) = (format.number(), question.values[place].code());
         let (seed, rows, width) = (question.seeds[place], rows as u64, inner as u64);
         let blocks = (rows * width).div_ceil(256).clamp(1, 1 << 16) as u32;
         let config =

@@ -465,6 +465,9 @@ fn as_held(
 
 impl Ops for Emulated {
     fn compute(&self, call: &Call<'_>) -> Result<Tensor, ComputeError> {
+        if let (Some(_), Some(what)) = (&self.engine, call.without_engine_kernels()) {
+            return Err(super::engine::unknown(what));
+        }
         match *call {
             Call::Embed { weight, tokens } => self.embed(weight, tokens),
             Call::RmsNorm { x, gain, eps } => self.rms_norm(x, gain, eps),
@@ -473,10 +476,7 @@ impl Ops for Emulated {
             Call::Rope { x, rope, head_dim, first_position } => {
                 self.rope(x, rope, head_dim, first_position)
             }
-            Call::Cached(cached) => {
-                self.own_kernel("a cache of keys and values in a type of its own")?;
-                Ok(self.streamed(cached.read_back()))
-            }
+            Call::Cached(cached) => Ok(self.streamed(cached.read_back())),
             Call::Attention { q, k, v, shape } => self.attention(q, k, v, shape),
             Call::Gated { gate, up, activation } => self.gated(gate, up, activation),
             Call::Activated { x, activation } => self.activated(x, activation),
@@ -485,10 +485,7 @@ impl Ops for Emulated {
             Call::Mix { x, routes, used } => self.mix(x, routes, used),
             Call::SigmoidGate { x, gate } => self.sigmoid_gate(x, gate),
             Call::Convolve(convolution) => self.convolve(&convolution),
-            Call::Gates(gates) => {
-                self.own_kernel("the gates of a delta net")?;
-                Ok(self.streamed(gates.made()?))
-            }
+            Call::Gates(gates) => Ok(self.streamed(gates.made()?)),
             Call::Delta(rule) => self.delta(&rule),
             Call::Add { a, b } => self.add(a, b),
             Call::Scale { x, factor, held } => self.scale(x, factor, held),
@@ -542,7 +539,6 @@ impl Emulated {
     ) -> Result<Tensor, ComputeError> {
         let (rows, width) = (gain.rows(), gain.width());
         let (gain, bias) = gain_and_bias(x, gain, bias)?;
-        self.own_kernel("a LayerNorm")?;
         let mut y = Tensor::zeros(x.rows(), x.width());
         y.data_mut()
             .par_chunks_exact_mut(width)
@@ -556,16 +552,7 @@ impl Emulated {
         Ok(self.streamed(y))
     }
 
-    /// Refuses an op whose kernel in the recipe's engine is not known.
-    fn own_kernel(&self, what: &str) -> Result<(), ComputeError> {
-        match self.engine {
-            None => Ok(()),
-            Some(_) => Err(super::engine::unknown(what)),
-        }
-    }
-
     fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor, ComputeError> {
-        self.own_kernel("an activation without a gate")?;
         let ones = Tensor::new(x.width(), vec![1.0; x.data().len()]);
         self.gated(x, &ones, activation)
     }
@@ -577,7 +564,6 @@ impl Emulated {
         routing: &Routing,
     ) -> Result<Tensor, ComputeError> {
         experts::check_route(scores, bias.as_ref(), routing)?;
-        self.own_kernel("a router of experts")?;
         let bias = bias.map(|bias| bias.to_vec()).transpose()?;
         let mut y = Tensor::zeros(scores.rows(), scores.width());
         for row in 0..scores.rows() {
@@ -599,7 +585,6 @@ impl Emulated {
     }
 
     pub(crate) fn experts(&self, products: &Products<'_>) -> Result<Tensor, ComputeError> {
-        self.own_kernel("the products of a mixture of experts")?;
         let made = products.by_expert(|x, weight, bias| Ok([self.matmul(x, weight, bias)?]));
         made.map(|[y]| y)
     }
@@ -610,14 +595,12 @@ impl Emulated {
         routes: &Tensor,
         used: usize,
     ) -> Result<Tensor, ComputeError> {
-        self.own_kernel("the sum of a mixture of experts")?;
         let add = |sum: f32, weight: f32, value| weight.mul_add(value, sum);
         Ok(self.streamed(experts::mixed(x, routes, used, add, |sum| sum)?))
     }
 
     pub(crate) fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor, ComputeError> {
         experts::check_gate(x, gate)?;
-        self.own_kernel("the gate of a shared expert")?;
         let mut y = x.clone();
         for row in 0..x.rows() {
             let gates = gate.row(row);
@@ -627,7 +610,6 @@ impl Emulated {
     }
 
     fn convolve(&self, convolution: &Convolution<'_>) -> Result<Tensor, ComputeError> {
-        self.own_kernel("a convolution before a delta net")?;
         let taps = convolution.checked()?;
         let [rows, channels] = convolution.shape();
         let mut y = Tensor::zeros(rows, channels);
@@ -639,7 +621,6 @@ impl Emulated {
     }
 
     fn delta(&self, rule: &DeltaRule<'_>) -> Result<Tensor, ComputeError> {
-        self.own_kernel("the gated delta rule")?;
         rule.check()?;
         let [rows, width] = rule.shape();
         let mut y = Tensor::zeros(rows, width);

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::config::Architecture;
+use super::architecture::Architecture;
 use super::gguf_writer::{ALIGNMENT, HeaderWriter};
 use super::weights::WeightType;
 use super::{ModelError, io as io_error};

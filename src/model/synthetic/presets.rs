@@ -5,7 +5,7 @@
 use std::fmt;
 
 use super::{Shape, random};
-use crate::model::config::Architecture;
+use crate::model::architecture::Architecture;
 use crate::text::shown;
 
 /// The largest factor of a preset's widths: a hidden width of 8,192, as models of 70 billion

@@ -5,7 +5,7 @@
 
 use super::Shape;
 use super::blocks::stream;
-use crate::model::config::Architecture;
+use crate::model::architecture::Architecture;
 use crate::model::weights::WeightType;
 use crate::random::Random;
 

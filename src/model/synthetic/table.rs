@@ -5,7 +5,8 @@
 
 use super::blocks::Columns;
 use super::{ADDED, EMBEDDING, LOGITS, Planned, Rows, Shape, Values, planned, reader};
-use crate::model::config::{self, Config, Expected, Norms};
+use crate::model::architecture::Norms;
+use crate::model::config::{self, Config, Expected};
 use crate::model::gguf::Header;
 use crate::model::gguf_fused::{self, Fused};
 use crate::model::gguf_writer::HeaderWriter;

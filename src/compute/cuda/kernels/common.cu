@@ -9,8 +9,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Codes of number formats, as the host passes them.
-enum Format { FORMAT_F32 = 0, FORMAT_TF32 = 1, FORMAT_BF16 = 2, FORMAT_F16 = 3, FORMAT_E4M3 = 4, FORMAT_E5M2 = 5 };
+// FORMAT_F32, FORMAT_BF16 and the like are the numbers of `src/dtype.rs`; `program.rs` defines them.
 
 // Which values share a scale, as the host passes it.
 enum Granularity { SCALE_TENSOR = 0, SCALE_ROW = 1, SCALE_BLOCK = 2 };
@@ -84,6 +83,28 @@ __device__ __forceinline__ float fp8_to_float(u8 code, int fraction_bits, int mi
     // As a subnormal of f32 with the same digits, and the difference of the biases.
     float digits = __uint_as_float(sign | magnitude << (23 - fraction_bits));
     return __fmul_rn(digits, __uint_as_float((u32)(127 + min_exponent + 126) << 23));
+}
+
+// The code of a value, as a format rounds it, at its place among others.
+__device__ __forceinline__ void store_code(int format, float value, void* codes, u64 index) {
+    switch (format) {
+    case FORMAT_E4M3: ((u8*)codes)[index] = float_to_e4m3(value); break;
+    case FORMAT_E5M2: ((u8*)codes)[index] = float_to_e5m2(value); break;
+    case FORMAT_BF16: ((u16*)codes)[index] = float_to_bf16(value); break;
+    case FORMAT_F16: ((u16*)codes)[index] = float_to_half(value); break;
+    default: ((float*)codes)[index] = value; break;
+    }
+}
+
+// And the value of such a code.
+__device__ __forceinline__ float load_code(int format, const void* codes, u64 index) {
+    switch (format) {
+    case FORMAT_E4M3: return fp8_to_float(((const u8*)codes)[index], 3, -6);
+    case FORMAT_E5M2: return fp8_to_float(((const u8*)codes)[index], 2, -14);
+    case FORMAT_BF16: return bf16_to_float(((const u16*)codes)[index]);
+    case FORMAT_F16: return half_to_float(((const u16*)codes)[index]);
+    default: return ((const float*)codes)[index];
+    }
 }
 
 // A value after a trip through an output format.

@@ -56,12 +56,6 @@ extern "C" __global__ void convert(
                                                     : row / group_rows * across + column / BLOCK_WIDTH;
             value = __fdiv_rn(x[row * width + column], scale[place]);
         }
-        switch (format) {
-        case FORMAT_E4M3: ((u8*)codes)[index] = float_to_e4m3(value); break;
-        case FORMAT_E5M2: ((u8*)codes)[index] = float_to_e5m2(value); break;
-        case FORMAT_BF16: ((u16*)codes)[index] = float_to_bf16(value); break;
-        case FORMAT_F16: ((u16*)codes)[index] = float_to_half(value); break;
-        default: ((float*)codes)[index] = value; break;
-        }
+        store_code(format, value, codes, index);
     }
 }

@@ -36,19 +36,9 @@ struct Emulated {
 
 enum Epilogue { SCALES_FIRST = 0, ACTIVATION_THEN_WEIGHT = 1, WEIGHT_THEN_ACTIVATION = 2 };
 
-__device__ __forceinline__ float value_of(int format, const void* codes, u64 index) {
-    switch (format) {
-        case FORMAT_E4M3: return fp8_to_float(((const u8*)codes)[index], 3, -6);
-        case FORMAT_E5M2: return fp8_to_float(((const u8*)codes)[index], 2, -14);
-        case FORMAT_BF16: return bf16_to_float(((const u16*)codes)[index]);
-        case FORMAT_F16: return half_to_float(((const u16*)codes)[index]);
-        default: return ((const float*)codes)[index];
-    }
-}
-
 // The values of codes.
 extern "C" __global__ void decode_operand(const void* codes, int format, u64 count, float* values) {
-    for (u64 index = first_index(); index < count; index += all_threads()) values[index] = value_of(format, codes, index);
+    for (u64 index = first_index(); index < count; index += all_threads()) values[index] = load_code(format, codes, index);
 }
 
 // A subnormal has its format's least exponent, without a hidden one.
