@@ -23,6 +23,8 @@ pub enum Format {
     E4m3,
     /// OCP FP8 E5M2 (IEEE-like, largest finite 57344).
     E5m2,
+    /// 8-bit integers, two's complement: no fraction, no infinities, no NaN. Conversions saturate.
+    Int8,
     /// OCP MX FP6 E2M3 (no infinities, no NaN, largest 7.5): an element of blocks with a scale.
     E2m3,
     /// OCP MX FP6 E3M2 (no infinities, no NaN, largest 28): likewise.
@@ -56,7 +58,18 @@ const TF32_MASK: u32 = 0xffff_e000;
 
 impl Format {
     /// All formats of single values, widest first; [`Format::ELEMENTS`] are none.
-    pub const ALL: [Format; 6] =
+    pub const ALL: [Format; 7] = [
+        Format::F32,
+        Format::Tf32,
+        Format::Bf16,
+        Format::F16,
+        Format::E4m3,
+        Format::E5m2,
+        Format::Int8,
+    ];
+
+    /// Those of them with an exponent of their own, widest first.
+    pub const FLOATS: [Format; 6] =
         [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
 
     /// The formats that mean nothing without the scale of their block, widest first.
@@ -71,6 +84,7 @@ impl Format {
             Format::F16 => "f16",
             Format::E4m3 => "e4m3",
             Format::E5m2 => "e5m2",
+            Format::Int8 => "int8",
             Format::E2m3 => "e2m3",
             Format::E3m2 => "e3m2",
             Format::E2m1 => "e2m1",
@@ -82,7 +96,12 @@ impl Format {
         match self {
             Format::F32 | Format::Tf32 => 4,
             Format::Bf16 | Format::F16 => 2,
-            Format::E4m3 | Format::E5m2 | Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
+            Format::E4m3
+            | Format::E5m2
+            | Format::Int8
+            | Format::E2m3
+            | Format::E3m2
+            | Format::E2m1 => 1,
         }
     }
 
@@ -95,14 +114,21 @@ impl Format {
         }
     }
 
-    /// Whether it is one of the two 8-bit formats, the ones that carry a scale.
+    /// Whether it is one of the two 8-bit floats.
     pub fn is_fp8(self) -> bool {
         matches!(self, Format::E4m3 | Format::E5m2)
     }
 
-    /// Stored bits of the fraction.
+    /// Whether it is one of the formats of 8 bits, the ones that carry a scale.
+    pub fn is_scaled(self) -> bool {
+        self.is_fp8() || self == Format::Int8
+    }
+
+    /// Stored bits of the fraction. Integers are numbers below the normal range of a format whose
+    /// last place is 1: 7 bits at the exponent 7.
     pub fn fraction_bits(self) -> u32 {
         match self {
+            Format::Int8 => 7,
             Format::F32 => 23,
             Format::Tf32 | Format::F16 => 10,
             Format::Bf16 => 7,
@@ -118,12 +144,13 @@ impl Format {
             Format::F32 | Format::Tf32 | Format::Bf16 => -126,
             Format::F16 | Format::E5m2 => -14,
             Format::E4m3 => -6,
+            Format::Int8 => 7,
             Format::E3m2 => -2,
             Format::E2m3 | Format::E2m1 => 0,
         }
     }
 
-    /// The largest finite value.
+    /// The largest finite value; of integers the one whose negative is a code too.
     pub fn max_finite(self) -> f32 {
         match self {
             Format::F32 => f32::MAX,
@@ -132,6 +159,7 @@ impl Format {
             Format::F16 => 65504.0,
             Format::E4m3 => 448.0,
             Format::E5m2 => 57344.0,
+            Format::Int8 => 127.0,
             Format::E2m3 => 7.5,
             Format::E3m2 => 28.0,
             Format::E2m1 => 6.0,
@@ -148,6 +176,7 @@ impl Format {
             Format::F16 => half::f16::from_bits(code as u16).to_f32(),
             Format::E4m3 => fp8_to_f32(code as u8, 3, 7, false),
             Format::E5m2 => fp8_to_f32(code as u8, 2, 15, true),
+            Format::Int8 => f32::from(code as u8 as i8),
             Format::E2m3 => element_to_f32(code, 3, 1, 5),
             Format::E3m2 => element_to_f32(code, 2, 3, 5),
             Format::E2m1 => element_to_f32(code, 1, 1, 3),
@@ -159,7 +188,8 @@ impl Format {
     /// FP8 is `cvt.rn.satfinite`: nearest, ties to even; whatever is too large,
     /// infinities included, becomes the largest finite value of its sign; NaN
     /// becomes 0x7f. FP6 and FP4 likewise, but for NaN, which becomes the largest value (PTX
-    /// ISA, `cvt`). bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
+    /// ISA, `cvt`). Integers are `cvt.rni.sat.s8.f32`: nearest, ties to even, -128 to 127, NaN is 0.
+    /// bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
     /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rn.tf32` of Hopper and
     /// later: nearest, ties to even, NaN becomes 0x7fffe000; see
     /// [`tf32_ties_away`] for older chips. f32 keeps its bits.
@@ -175,6 +205,7 @@ impl Format {
             Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
             Format::E4m3 => u32::from(e4m3_from_f32(value)),
             Format::E5m2 => u32::from(e5m2_from_f32(value)),
+            Format::Int8 => u32::from(int8_from_f32(value)),
             Format::E2m3 => u32::from(e2m3_from_f32(value)),
             Format::E3m2 => u32::from(e3m2_from_f32(value)),
             Format::E2m1 => u32::from(e2m1_from_f32(value)),
@@ -218,7 +249,7 @@ impl std::fmt::Display for Format {
 
 /// A name that is no format's.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is no number format; known are f32, tf32, bf16, f16, e4m3 and e5m2")]
+#[error("`{0}` is no number format; known are f32, tf32, bf16, f16, e4m3, e5m2 and int8")]
 pub struct UnknownFormat(pub String);
 
 impl std::str::FromStr for Format {
@@ -262,6 +293,19 @@ pub fn e4m3_from_f32(value: f32) -> u8 {
 #[inline(always)]
 pub fn e5m2_from_f32(value: f32) -> u8 {
     fp8_from_f32::<2, -14>(value, 57344.0, 0x7f, 24)
+}
+
+/// The 8-bit integer nearest to a value, as a byte; see [`Format::encode`]. Free of branches, so that
+/// loops over it vectorise.
+#[inline(always)]
+pub fn int8_from_f32(value: f32) -> u8 {
+    // The last place of 1.5 * 2^23 is 1, so the f32 adder rounds to nearest even. A NaN passes both
+    // comparisons by, and is 0.
+    const ANCHOR: f32 = 12_582_912.0;
+    let value = if value > 127.0 { 127.0 } else { value };
+    let value = if value < -128.0 { -128.0 } else { value };
+    let value = if value.is_nan() { 0.0 } else { value };
+    (value + ANCHOR).to_bits() as u8
 }
 
 /// The E2M3 code nearest to a value; see [`Format::encode`]. Free of branches.

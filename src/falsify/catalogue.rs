@@ -21,6 +21,11 @@ pub struct Bug {
     pub plant: Plant,
     /// Whether it exists with FP8 operands only.
     pub fp8: bool,
+    /// Whether it exists with operands of 8 bits only, FP8 or integers, whose scales are values beside
+    /// the codes.
+    pub scaled: bool,
+    /// Whether it exists with integers only.
+    pub int8: bool,
     /// Whether it exists with block-scaled operands only.
     pub blocks: bool,
     /// Whether it needs an earlier layer.
@@ -43,6 +48,8 @@ const fn bug(
         at,
         plant,
         fp8: false,
+        scaled: false,
+        int8: false,
         blocks: false,
         after_layer_0: false,
         in_batch: false,
@@ -55,6 +62,14 @@ impl Bug {
         Bug { fp8: true, ..self }
     }
 
+    const fn scaled(self) -> Bug {
+        Bug { scaled: true, ..self }
+    }
+
+    const fn int8(self) -> Bug {
+        Bug { int8: true, ..self }
+    }
+
     const fn blocks(self) -> Bug {
         Bug { blocks: true, ..self }
     }
@@ -62,7 +77,10 @@ impl Bug {
     /// Whether operands of this recipe can have it.
     pub fn may_be_in(&self, recipe: &Recipe) -> bool {
         let of_blocks = recipe.blocks().is_some();
-        (!self.fp8 || recipe.gemm.is_fp8() && !of_blocks) && (!self.blocks || of_blocks)
+        (!self.fp8 || recipe.gemm.is_fp8() && !of_blocks)
+            && (!self.scaled || recipe.gemm.is_scaled() && !of_blocks)
+            && (!self.int8 || recipe.gemm == Format::Int8)
+            && (!self.blocks || of_blocks)
     }
 
     const fn after_layer_0(self) -> Bug {
@@ -102,45 +120,45 @@ const DEALT_OUT: &[&str] = &["attn_out", "ffn_down"];
 /// All bugs.
 pub const CATALOGUE: &[Bug] = &[
     // Scales.
-    bug("activation scale 2 % too large", &["scale-wrong"], GEMMS, Plant::XScale(1.02)).fp8(),
-    bug("weight scale 10 % too small", &["scale-wrong"], GEMMS, Plant::WScale(0.9)).fp8(),
+    bug("activation scale 2 % too large", &["scale-wrong"], GEMMS, Plant::XScale(1.02)).scaled(),
+    bug("weight scale 10 % too small", &["scale-wrong"], GEMMS, Plant::WScale(0.9)).scaled(),
     bug("output times 0.72", &["scale-wrong"], ANY_GEMM, Plant::Times(0.72)).public(),
     bug("output with the wrong sign", &["scale-wrong"], ANY_GEMM, Plant::Times(-1.0)).public(),
-    bug("activation scale not applied", &["scale-missing"], GEMMS, Plant::XScaleMissing).fp8(),
-    bug("weight scale not applied", &["scale-missing"], GEMMS, Plant::WScaleMissing).fp8(),
-    bug("activation scale applied twice", &["scale-twice"], GEMMS, Plant::XScaleTwice).fp8(),
+    bug("activation scale not applied", &["scale-missing"], GEMMS, Plant::XScaleMissing).scaled(),
+    bug("weight scale not applied", &["scale-missing"], GEMMS, Plant::WScaleMissing).scaled(),
+    bug("activation scale applied twice", &["scale-twice"], GEMMS, Plant::XScaleTwice).scaled(),
     bug("activation scale halved: codes saturate", &["saturated"], GEMMS, Plant::XSaturated(0.5))
-        .fp8(),
+        .scaled(),
     bug("weight scale quartered: codes saturate", &["saturated"], GEMMS, Plant::WSaturated(0.25))
-        .fp8(),
+        .scaled(),
     bug(
         "activation scale 16 times too large",
         &["scale-too-large"],
         GEMMS,
         Plant::XSaturated(16.0),
     )
-    .fp8(),
+    .scaled(),
     bug(
         "weight scaled per channel, declared per tensor",
         &["scale-granularity"],
         GEMMS,
         Plant::PerChannel,
     )
-    .fp8(),
+    .scaled(),
     bug(
         "activation scaled per token, declared per tensor",
         &["scale-granularity"],
         GEMMS,
         Plant::PerToken,
     )
-    .fp8(),
+    .scaled(),
     bug(
         "weight scale rounded up to a power of two, codes kept",
         &["scale-power-of-two", "scale-wrong"],
         GEMMS,
         Plant::WPowerOfTwo,
     )
-    .fp8()
+    .scaled()
     .public(),
     bug(
         "activation scale rounded up to a power of two, codes kept",
@@ -148,7 +166,7 @@ pub const CATALOGUE: &[Bug] = &[
         GEMMS,
         Plant::XPowerOfTwo,
     )
-    .fp8()
+    .scaled()
     .public(),
     bug(
         "activation cast without saturation by a scale that is set beforehand",
@@ -157,6 +175,29 @@ pub const CATALOGUE: &[Bug] = &[
         Plant::XUnsaturated(0.5),
     )
     .fp8()
+    .public(),
+    bug(
+        "integers wrap by a scale that is set beforehand",
+        &["int8-wrapped"],
+        GEMMS,
+        Plant::XWrapped(0.5),
+    )
+    .int8()
+    .public(),
+    bug(
+        "weight scaled to 128 steps: -128 is used",
+        &["int8-range"],
+        GEMMS,
+        Plant::WSaturated(127.0 / 128.0),
+    )
+    .int8(),
+    bug(
+        "zero point of the activation not taken away",
+        &["zero-point-ignored"],
+        GEMMS,
+        Plant::XZeroPointIgnored,
+    )
+    .int8()
     .public(),
     bug(
         "the two 4-bit codes of each byte of a weight exchanged",
@@ -210,9 +251,9 @@ pub const CATALOGUE: &[Bug] = &[
         &["k", "v", "ffn_up"],
         Plant::ScaleSlice,
     )
-    .fp8(),
+    .scaled(),
     bug("product of the scales formed in f16", &["scale-product"], GEMMS, Plant::ScaleProduct)
-        .fp8()
+        .scaled()
         .public(),
     bug("zero point of groups of 128 off by one", &["zero-point"], GEMMS, Plant::ZeroPoint(128))
         .public(),
@@ -297,7 +338,7 @@ pub const CATALOGUE: &[Bug] = &[
         LONG,
         Plant::F16Overflow(false),
     )
-    .fp8()
+    .scaled()
     .public(),
     bug(
         "f16 output clips at 65504",
@@ -305,7 +346,7 @@ pub const CATALOGUE: &[Bug] = &[
         LONG,
         Plant::F16Overflow(true),
     )
-    .fp8()
+    .scaled()
     .public(),
     // Shapes and indices of GEMMs.
     bug("last 8 of K dropped", &["k-tail-dropped"], GEMMS, Plant::Tail(8)),

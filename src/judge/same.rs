@@ -86,7 +86,7 @@ pub fn usual_steps(format: Format) -> u64 {
         Format::F32 => 256,
         Format::Tf32 | Format::F16 => 8,
         Format::Bf16 | Format::E4m3 | Format::E5m2 => 2,
-        Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
+        Format::Int8 | Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
     }
 }
 
@@ -259,7 +259,7 @@ fn relation(a: &Tensor, b: &Tensor, [of_a, of_b]: [Format; 2]) -> Option<(Answer
     }
     let sides = [("b", "a", a, b), ("a", "b", b, a)];
     // Of two types that hold the values the one with fewer bits says more.
-    let formats = Format::ALL.into_iter().rev().filter(|format| *format != Format::F32);
+    let formats = Format::FLOATS.into_iter().rev().filter(|format| *format != Format::F32);
     let formats: Vec<Format> = formats.collect();
     for (to, from, fine, coarse) in sides {
         for &format in &formats {

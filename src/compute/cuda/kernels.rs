@@ -64,6 +64,7 @@ pub fn format_code(format: Format) -> i32 {
         Format::F16 => 3,
         Format::E4m3 => 4,
         Format::E5m2 => 5,
+        Format::Int8 => 6,
         // No kernel converts to elements of blocks: the device arm refuses such recipes.
         Format::E2m3 | Format::E3m2 | Format::E2m1 => -1,
     }
@@ -73,7 +74,7 @@ pub fn format_code(format: Format) -> i32 {
 pub struct Product<'a> {
     /// Its bytes, rows of `stride` values.
     pub values: &'a CudaSlice<u8>,
-    /// Their format.
+    /// Their format; of int8 operands that, and then the values are sums in 32 bits.
     pub format: Format,
     /// Values from one row to the next.
     pub stride: u64,
@@ -374,7 +375,8 @@ impl Kernels {
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
         let Product { values, format, stride, tokens, outputs } = product;
-        must_hold("the product", values.len(), tokens * stride * format.bytes() as u64);
+        let bytes = if *format == Format::Int8 { 4 } else { format.bytes() as u64 };
+        must_hold("the product", values.len(), tokens * stride * bytes);
         must_hold("the result", y.len(), tokens * outputs);
         if let Some((x, w)) = unscaled {
             let needed = |scales: Scales<'_>, rows| match scales.granularity {

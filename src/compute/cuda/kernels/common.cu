@@ -10,7 +10,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // Codes of number formats, as the host passes them.
-enum Format { FORMAT_F32 = 0, FORMAT_TF32 = 1, FORMAT_BF16 = 2, FORMAT_F16 = 3, FORMAT_E4M3 = 4, FORMAT_E5M2 = 5 };
+enum Format { FORMAT_F32 = 0, FORMAT_TF32 = 1, FORMAT_BF16 = 2, FORMAT_F16 = 3, FORMAT_E4M3 = 4, FORMAT_E5M2 = 5, FORMAT_INT8 = 6 };
 
 // Which values share a scale, as the host passes it.
 enum Granularity { SCALE_TENSOR = 0, SCALE_ROW = 1, SCALE_BLOCK = 2 };
@@ -39,6 +39,13 @@ __device__ __forceinline__ u16 float_to_bf16(float value) {
     u16 code;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(code) : "f"(value));
     return code;
+}
+
+// Nearest, ties to even, -128 to 127; NaN is 0.
+__device__ __forceinline__ u8 float_to_int8(float value) {
+    int code;
+    asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(code) : "f"(value));
+    return (u8)code;
 }
 
 #if __CUDA_ARCH__ >= 890

@@ -59,6 +59,7 @@ extern "C" __global__ void convert(
         switch (format) {
         case FORMAT_E4M3: ((u8*)codes)[index] = float_to_e4m3(value); break;
         case FORMAT_E5M2: ((u8*)codes)[index] = float_to_e5m2(value); break;
+        case FORMAT_INT8: ((u8*)codes)[index] = float_to_int8(value); break;
         case FORMAT_BF16: ((u16*)codes)[index] = float_to_bf16(value); break;
         case FORMAT_F16: ((u16*)codes)[index] = float_to_half(value); break;
         default: ((float*)codes)[index] = value; break;
