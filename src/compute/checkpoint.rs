@@ -35,7 +35,8 @@ pub fn of_weight<'a>(
     weight: &Weight<'a>,
 ) -> Result<Option<OfWeight<'a>>, ComputeError> {
     if recipe.codes.are_made() {
-        let held = weight.held_codes(WeightType::I8).filter(|_| recipe.gemm == Format::Int8);
+        let of_integers = recipe.gemm == Format::Int8;
+        let held = of_integers.then(|| weight.held_codes(WeightType::I8)).flatten();
         let of_weight = held.and_then(|held| Some((held, of_rows(&held, weight)?)));
         return Ok(of_weight.map(|(held, of_weight)| {
             let activation = match held.input_scale {

@@ -255,7 +255,7 @@ fn a_chip_without_fp8_is_refused_for_a_checkpoint_s_codes_before_anything_runs()
         for part in [
             "the chip `ampere` has no FP8, and `gemm = \"checkpoint\"` multiplies the FP8 codes",
             "`ada`, `hopper`, `blackwell` and `rtx-blackwell`",
-            "`f32`, `tf32`, `bf16` and `f16`",
+            "`f32`, `tf32`, `bf16`, `f16` and `int8`",
         ] {
             assert!(said.contains(part), "{part}: {said}");
         }
