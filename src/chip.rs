@@ -121,7 +121,7 @@ pub enum Ties {
 /// The operand formats that share one unit of a chip.
 #[derive(Debug)]
 pub struct ChipUnit {
-    /// Formats that either operand may have; FP8 formats may be mixed.
+    /// Formats that either operand may have; FP8 formats of one kind may be mixed.
     pub formats: &'static [Format],
     /// Their arithmetic.
     pub unit: Unit,
@@ -238,6 +238,15 @@ pub enum MatrixCore {
         /// Fraction bits of the sum before it is rounded to nearest (F2).
         sum_bits: u32,
     },
+    /// The same, but that products at even and at odd places are cut and added for themselves first.
+    EvenOdd {
+        /// Products that are added at once.
+        products: usize,
+        /// Fraction bits that a product, and the accumulator, keeps when it is aligned (F).
+        alignment_bits: u32,
+        /// Fraction bits of the sum before it is rounded to nearest (F2).
+        sum_bits: u32,
+    },
 }
 
 impl MatrixCore {
@@ -246,7 +255,8 @@ impl MatrixCore {
         match self {
             MatrixCore::Exact { products }
             | MatrixCore::Pairwise { products }
-            | MatrixCore::TwoStages { products, .. } => *products,
+            | MatrixCore::TwoStages { products, .. }
+            | MatrixCore::EvenOdd { products, .. } => *products,
         }
     }
 }
@@ -308,7 +318,8 @@ impl Chip {
         self.units
             .iter()
             .find(|row| {
-                row.formats.contains(&x) && row.formats.contains(&w) && (x == w || x.is_fp8())
+                let mixes = x.is_fp8() || x.is_fnuz();
+                row.formats.contains(&x) && row.formats.contains(&w) && (x == w || mixes)
             })
             .map(|row| &row.unit)
     }
@@ -385,6 +396,7 @@ static BLOCKS_OF_RTX_BLACKWELL: [BlockUnit; 2] = block_units(&BY_MMA_SYNC);
 const FP8: &[Format] = &[Format::E4m3, Format::E5m2];
 const HALVES: &[Format] = &[Format::Bf16, Format::F16];
 const TF32: &[Format] = &[Format::Tf32];
+const FNUZ: &[Format] = &[Format::E4m3fnuz, Format::E5m2fnuz];
 const INT8: &[Format] = &[Format::Int8];
 
 const MMA_SIM: Basis = Basis::of(Evidence::Published, "MMA-Sim, arXiv 2511.10909");
@@ -405,7 +417,7 @@ const OF_AMDS_ISA: Basis = Basis::of(
 );
 const PASSES_IN_INT8: Basis = Basis::of(
     Evidence::Replayed,
-    "passes of vLLM in int8 on an H200, examples/vllm-checkpoints and runs/receipts/checkpoints",
+    "passes in int8 on an H200: vLLM's, examples/vllm-checkpoints, and cuBLASLt's, runs/receipts",
 );
 const PRODUCTS_OF_H200: Basis =
     Basis::of(Evidence::Replayed, "products and passes of an H200, runs/receipts");
@@ -633,10 +645,13 @@ pub static CHIPS: [Chip; 10] = [
         units: &[
             matrix_core(HALVES, two_stages(8)),
             matrix_core(TF32, two_stages(4)),
+            matrix_core(FNUZ, EVEN_ODD),
             integers(BY_MFMA_ISA, OF_AMDS_ISA),
         ],
     },
 ];
+
+const EVEN_ODD: MatrixCore = MatrixCore::EvenOdd { products: 16, alignment_bits: 24, sum_bits: 31 };
 
 const fn two_stages(products: usize) -> MatrixCore {
     MatrixCore::TwoStages { products, alignment_bits: 24, sum_bits: 31 }

@@ -266,6 +266,10 @@ fn figures_of(unit: &Unit) -> [String; 4] {
             let sum = format!("{sum_bits},23");
             [products.to_string(), alignment_bits.to_string(), sum, none()]
         }
+        Unit::MatrixCore(MatrixCore::EvenOdd { products, alignment_bits, sum_bits }) => {
+            let sum = format!("{sum_bits},23");
+            [format!("2 of {}", products / 2), alignment_bits.to_string(), sum, none()]
+        }
     }
 }
 

@@ -80,7 +80,7 @@ pub(super) struct JudgeArgs {
     /// The scale of w, likewise.
     #[arg(long, allow_hyphen_values = true)]
     scale_w: Option<String>,
-    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2, int8. Of a product also the
+    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2, e4m3fnuz, e5m2fnuz, int8. Of a product also the
     /// block-scaled mxfp8, mxfp8-e5m2, mxfp6-e2m3, mxfp6-e3m2, mxfp4 and nvfp4: codes of a byte each, those of 4 bits two in a
     /// byte, with `--scale-x` naming the codes of the blocks' scales, and `--alpha` the scales of the whole tensors.
     #[arg(long, visible_aliases = ["dtype-q", "dtype-gate", "dtype-a"])]

@@ -164,6 +164,8 @@ pub fn truncated(operand: Converted<'_>) -> Converted<'_> {
         match format.decode(code).abs() > exact.abs() {
             // Of two's complement the next code towards zero.
             true if format == Format::Int8 && code & 0x80 != 0 => (code + 1) & 0xff,
+            // Of the kind without a negative zero.
+            true if format.is_fnuz() && code == 0x81 => 0,
             true => code - 1,
             false => code,
         }
@@ -179,7 +181,9 @@ pub fn flushed(operand: Converted<'_>) -> Converted<'_> {
     }
     let magnitude = u32::MAX >> (33 - format.bits());
     let codes = recoded(&operand.codes, format, |_, _, code| {
-        if code & magnitude < 1 << format.fraction_bits() { code & !magnitude } else { code }
+        let zero = if format.is_fnuz() { 0 } else { code & !magnitude };
+        let is_small = code != zero && code & magnitude < 1 << format.fraction_bits();
+        if is_small && !(format.is_fnuz() && code == 0x80) { zero } else { code }
     });
     Converted { codes, ..operand }
 }

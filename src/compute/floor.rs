@@ -247,7 +247,8 @@ impl Floor {
             Some(Unit::MatrixCore(core)) => {
                 let steps = (inner / core.products() as f64).ceil();
                 match core {
-                    MatrixCore::TwoStages { alignment_bits, .. } => {
+                    MatrixCore::TwoStages { alignment_bits, .. }
+                    | MatrixCore::EvenOdd { alignment_bits, .. } => {
                         let unit = 0.5f64.powi(*alignment_bits as i32);
                         (steps * unit * unit, (steps * unit / 2.0).powi(2))
                     }

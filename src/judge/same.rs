@@ -85,7 +85,7 @@ pub fn usual_steps(format: Format) -> u64 {
     match format {
         Format::F32 => 256,
         Format::Tf32 | Format::F16 => 8,
-        Format::Bf16 | Format::E4m3 | Format::E5m2 => 2,
+        Format::Bf16 | Format::E4m3 | Format::E5m2 | Format::E4m3fnuz | Format::E5m2fnuz => 2,
         Format::Int8 | Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
     }
 }

@@ -467,7 +467,7 @@ fn assert_floors(name: &str, zs: &[(Site, Z)], (low, high): (f64, f64)) {
 }
 
 /// Recipes of every kind, by name.
-fn recipes() -> [(&'static str, Recipe); 14] {
+fn recipes() -> [(&'static str, Recipe); 15] {
     let blocks = |format: BlockFormat| Recipe {
         gemm: format.element(),
         scale: Scale::of_blocks(format),
@@ -487,6 +487,10 @@ fn recipes() -> [(&'static str, Recipe); 14] {
         ("f32", Recipe { gemm: Format::F32, ..E4M3 }),
         ("int8", Recipe { gemm: Format::Int8, ..E4M3 }),
         ("int8 channel, token", Recipe { gemm: Format::Int8, scale: PER_ROW, ..E4M3 }),
+        (
+            "e4m3fnuz channel, token",
+            Recipe { gemm: Format::E4m3fnuz, scale: PER_ROW, chip: ChipName::Cdna3, ..E4M3 },
+        ),
         ("mxfp8", blocks(BlockFormat::Mxfp8)),
         ("mxfp4", blocks(BlockFormat::Mxfp4)),
         ("nvfp4", blocks(BlockFormat::Nvfp4)),

@@ -156,7 +156,13 @@ impl Device {
             Format::E4m3 | Format::E5m2 => scaled,
             Format::Bf16 => recipe.output == Format::Bf16,
             Format::F16 => recipe.output == Format::F16,
-            Format::Tf32 | Format::F32 | Format::E2m3 | Format::E3m2 | Format::E2m1 => false,
+            Format::Tf32
+            | Format::F32
+            | Format::E4m3fnuz
+            | Format::E5m2fnuz
+            | Format::E2m3
+            | Format::E3m2
+            | Format::E2m1 => false,
         };
         if writes { recipe.output } else { Format::F32 }
     }

@@ -457,7 +457,8 @@ fn data_type(format: Format) -> sys::cudaDataType {
         Format::F16 => sys::cudaDataType::CUDA_R_16F,
         Format::E4m3 => sys::cudaDataType::CUDA_R_8F_E4M3,
         Format::E5m2 => sys::cudaDataType::CUDA_R_8F_E5M2,
-        Format::Int8 => sys::cudaDataType::CUDA_R_8I,
+        // The library has no type of the fnuz kind, and no chip that it runs on multiplies one.
+        Format::Int8 | Format::E4m3fnuz | Format::E5m2fnuz => sys::cudaDataType::CUDA_R_8I,
         Format::E2m3 => sys::cudaDataType::CUDA_R_6F_E2M3,
         Format::E3m2 => sys::cudaDataType::CUDA_R_6F_E3M2,
         Format::E2m1 => sys::cudaDataType::CUDA_R_4F_E2M1,

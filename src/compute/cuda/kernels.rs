@@ -65,8 +65,9 @@ pub fn format_code(format: Format) -> i32 {
         Format::E4m3 => 4,
         Format::E5m2 => 5,
         Format::Int8 => 6,
-        // No kernel converts to elements of blocks: the device arm refuses such recipes.
-        Format::E2m3 | Format::E3m2 | Format::E2m1 => -1,
+        // No kernel converts to elements of blocks, nor to what only AMD's chips multiply: the device
+        // arm refuses such recipes.
+        Format::E4m3fnuz | Format::E5m2fnuz | Format::E2m3 | Format::E3m2 | Format::E2m1 => -1,
     }
 }
 

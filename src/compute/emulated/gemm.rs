@@ -863,6 +863,7 @@ fn is_special(codes: &Codes, row: usize) -> bool {
         (Format::E4m3, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f == 0x7f))
         }
+        (Format::E4m3fnuz | Format::E5m2fnuz, CodesRow::Bits8(codes)) => codes.contains(&0x80),
         (_, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f >= 0x7c))
         }
@@ -953,7 +954,10 @@ fn check_formats(unit: &Unit, x: Format, w: Format) -> Result<(), GemmError> {
         }
         Unit::SequentialFma => x == Format::F32 && w == Format::F32,
         Unit::BlockScaled(_) => x == w,
-        Unit::MatrixCore(_) => x == w && x != Format::F32 && x != Format::Int8,
+        Unit::MatrixCore(_) => {
+            let mixes = x.is_fnuz() && w.is_fnuz();
+            mixes || x == w && x != Format::F32 && x != Format::Int8
+        }
         Unit::Integers => x == Format::Int8 && w == Format::Int8,
     };
     if fits { Ok(()) } else { Err(GemmError::Formats { x, w }) }

@@ -6,7 +6,10 @@
 //! quotient.
 
 use crate::block_format::BlockFormat;
-use crate::dtype::{Format, bf16_from_f32, e4m3_from_f32, e5m2_from_f32, int8_from_f32};
+use crate::dtype::{
+    Format, bf16_from_f32, e4m3_from_f32, e4m3fnuz_from_f32, e5m2_from_f32, e5m2fnuz_from_f32,
+    int8_from_f32,
+};
 use crate::vector::{Kernel, dispatch};
 
 /// Codes of a matrix, row-major `[rows, width]`.
@@ -448,6 +451,16 @@ impl Kernel for Quantise<'_, '_> {
             (Format::E5m2, CodesRowMut::Bits8(codes)) => {
                 for (code, value) in codes.iter_mut().zip(values) {
                     *code = e5m2_from_f32(value / scale);
+                }
+            }
+            (Format::E4m3fnuz, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e4m3fnuz_from_f32(value / scale);
+                }
+            }
+            (Format::E5m2fnuz, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e5m2fnuz_from_f32(value / scale);
                 }
             }
             (Format::Int8, CodesRowMut::Bits8(codes)) => {

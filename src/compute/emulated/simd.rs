@@ -493,7 +493,8 @@ fn pack_wide<const LANES: usize>(
         Format::E2m3 => pack_wide_as::<LANES, 2, 3>(format, rows, raised, inner, core, side, words),
         Format::E3m2 => pack_wide_as::<LANES, 3, 2>(format, rows, raised, inner, core, side, words),
         Format::E2m1 => pack_wide_as::<LANES, 2, 1>(format, rows, raised, inner, core, side, words),
-        Format::F32 | Format::Int8 => {}
+        // No vector code multiplies them as floats.
+        Format::F32 | Format::Int8 | Format::E4m3fnuz | Format::E5m2fnuz => {}
     }
 }
 
