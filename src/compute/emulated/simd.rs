@@ -1180,7 +1180,7 @@ mod x86 {
     }
 
     /// # Safety
-    /// The rows of x, at most [`INTEGER_ROWS`], have one length; there are as many sums, and `w` has 16
+    /// The rows of x, at most [`super::INTEGER_ROWS`], have one length; there are as many sums, and `w` has 16
     /// words for each word of a row.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) unsafe fn integers_avx512(
