@@ -247,7 +247,7 @@ fn a_dumped_product_of_integers_is_judged_to_the_bit_and_its_bugs_are_seen() {
     };
     let (code, said) = judge(&y);
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("to the bit") && said.contains("scaled by w, then by x"), "{said}");
+    assert!(said.contains("To the bit") && said.contains("scaled by w, then by x"), "{said}");
     let wrong = Tensor::new(m, y.data().iter().map(|y| y * 1.02).collect());
     let (code, said) = judge(&wrong);
     assert_eq!(code, Some(1), "{said}");
