@@ -50,7 +50,11 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 }
 
 fn codes(format: Format, rows: usize, seed: u64) -> Codes {
-    let scale = if format.is_fp8() { 1.0 / 256.0 } else { 1.0 };
+    let scale = match format {
+        Format::E4m3 | Format::E5m2 => 1.0 / 256.0,
+        Format::Int8 => 1.0 / 64.0,
+        _ => 1.0,
+    };
     Codes::quantize(format, K, &values(rows * K, seed), scale).expect("whole rows")
 }
 
@@ -95,6 +99,16 @@ fn bf16_best_rows(bencher: Bencher, n: usize) {
 #[divan::bench(args = KERNELS)]
 fn bf16(bencher: Bencher, name: &str) {
     bench_gemm(bencher, name, Format::Bf16, Schedule::FAST, 64);
+}
+
+#[divan::bench(args = KERNELS)]
+fn int8(bencher: Bencher, name: &str) {
+    bench_gemm(bencher, name, Format::Int8, Schedule::INTEGERS, 64);
+}
+
+#[divan::bench(args = KERNELS)]
+fn int8_one_row(bencher: Bencher, name: &str) {
+    bench_gemm(bencher, name, Format::Int8, Schedule::INTEGERS, 1);
 }
 
 #[divan::bench(args = KERNELS)]
@@ -149,7 +163,7 @@ fn quantize_in_blocks(bencher: Bencher, format: BlockFormat) {
 }
 
 /// Values per second, one scale for all.
-#[divan::bench(args = [Format::E4m3, Format::E5m2, Format::Bf16, Format::F16])]
+#[divan::bench(args = [Format::E4m3, Format::E5m2, Format::Int8, Format::Bf16, Format::F16])]
 fn quantize(bencher: Bencher, format: Format) {
     let values = values(64 * K, 3);
     let mut codes = Codes::zeros(format, 64, K);

@@ -11,7 +11,12 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-TYPES = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}
+TYPES = {
+    "e4m3": (ml_dtypes.float8_e4m3fn, 448.0),
+    "e5m2": (ml_dtypes.float8_e5m2, 57344.0),
+    "e4m3fnuz": (ml_dtypes.float8_e4m3fnuz, 240.0),
+    "e5m2fnuz": (ml_dtypes.float8_e5m2fnuz, 57344.0),
+}
 
 fixture = {}
 for name, (dtype, largest) in TYPES.items():

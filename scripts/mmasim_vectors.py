@@ -7,6 +7,7 @@
 mmasim-blocks.safetensors holds for each format: FORMAT.a and FORMAT.b, codes of elements, a byte each, [N, K]; FORMAT.a_scale and
 FORMAT.b_scale, codes of the blocks' scales; FORMAT.c and FORMAT.d, f32: row i of d is one instruction's result
 for row i of the others. mmasim-amd.safetensors: CHIP.FORMAT.a to .d likewise, a and b being values.
+mmasim-fnuz.safetensors: FORMAT_FORMAT.a to .d of CDNA3's FP8, a and b being codes.
 """
 
 import pathlib
@@ -97,6 +98,36 @@ def amd(generator):
     return tensors
 
 
+def fnuz(generator):
+    """CDNA3's FP8 instructions, all pairs of its two formats: any codes, near each other and few that are not zero."""
+    types = {"e4m3fnuz": (torch.float8_e4m3fnuz, "fp8"), "e5m2fnuz": (torch.float8_e5m2fnuz, "bf8")}
+    tensors = {}
+    for of_a, (a_type, a_name) in types.items():
+        for of_b, (b_type, b_name) in types.items():
+
+            def codes(dtype):
+                any_code = torch.randint(0, 256, (ROWS, 32), generator=generator)
+                any_code[any_code == 0x80] = 0x81
+                near = torch.randn((ROWS, 32), generator=generator).to(dtype).view(torch.uint8).long()
+                near[near == 0x80] = 0
+                made = torch.where((torch.arange(ROWS) % 3 == 0)[:, None], near, any_code)
+                zeros = torch.rand((ROWS, 32), generator=generator)
+                share = torch.where(torch.arange(ROWS) % 5 == 0, 0.9, 0.1)[:, None]
+                made[zeros < share] = 0
+                return made.to(torch.uint8)
+
+            a, b = codes(a_type), codes(b_type)
+            c = torch.randn(ROWS, generator=generator)
+            c *= torch.exp2((torch.rand(ROWS, generator=generator) - 0.5) * 60)
+            c[torch.arange(ROWS) % 7 == 0] = 0.0
+            instruction = f"f32_16x16x32_{a_name}_{b_name}"
+            d = MFMA("CDNA3", instruction).dpa(a.view(a_type), b.view(b_type), c.clone())
+            parts = {"a": a, "b": b, "c": c, "d": d}
+            tensors |= {f"{of_a}_{of_b}.{name}": part.contiguous() for name, part in parts.items()}
+            print(instruction, ROWS, "instructions,", int(d.isfinite().sum()), "finite results")
+    return tensors
+
+
 def blocks(generator):
     """Instructions with block-scaled operands."""
     tensors = {}
@@ -127,7 +158,7 @@ def blocks(generator):
 
 def main(folder):
     made_by = {"made_by": "scripts/mmasim_vectors.py, mmasim 2.1.1, torch " + torch.__version__}
-    for name, make, seed in (("blocks", blocks, 20261130), ("amd", amd, 20261201)):
+    for name, make, seed in (("blocks", blocks, 20261130), ("amd", amd, 20261201), ("fnuz", fnuz, 20261202)):
         tensors = make(torch.Generator().manual_seed(seed))
         save_file(tensors, pathlib.Path(folder) / f"mmasim-{name}.safetensors", made_by)
 

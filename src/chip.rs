@@ -121,7 +121,7 @@ pub enum Ties {
 /// The operand formats that share one unit of a chip.
 #[derive(Debug)]
 pub struct ChipUnit {
-    /// Formats that either operand may have; FP8 formats may be mixed.
+    /// Formats that either operand may have; FP8 formats of one kind may be mixed.
     pub formats: &'static [Format],
     /// Their arithmetic.
     pub unit: Unit,
@@ -210,6 +210,9 @@ pub enum Unit {
     BlockScaled(BlockScaled),
     /// A matrix core of AMD's.
     MatrixCore(MatrixCore),
+    /// Products of 8-bit integers, added exactly in 32 bits, so in any order; where a sum leaves those,
+    /// instructions wrap unless they are told to saturate (PTX ISA, `mma`, `.satfinite`).
+    Integers,
 }
 
 /// How a matrix core of AMD's adds (MMA-Sim, arXiv 2511.10909); `compute/emulated/matrix_core.rs` says
@@ -235,6 +238,15 @@ pub enum MatrixCore {
         /// Fraction bits of the sum before it is rounded to nearest (F2).
         sum_bits: u32,
     },
+    /// The same, but that products at even and at odd places are cut and added for themselves first.
+    EvenOdd {
+        /// Products that are added at once.
+        products: usize,
+        /// Fraction bits that a product, and the accumulator, keeps when it is aligned (F).
+        alignment_bits: u32,
+        /// Fraction bits of the sum before it is rounded to nearest (F2).
+        sum_bits: u32,
+    },
 }
 
 impl MatrixCore {
@@ -243,7 +255,8 @@ impl MatrixCore {
         match self {
             MatrixCore::Exact { products }
             | MatrixCore::Pairwise { products }
-            | MatrixCore::TwoStages { products, .. } => *products,
+            | MatrixCore::TwoStages { products, .. }
+            | MatrixCore::EvenOdd { products, .. } => *products,
         }
     }
 }
@@ -280,7 +293,7 @@ impl Unit {
     pub fn products(&self) -> usize {
         match self {
             Unit::TensorCore(core) => core.products,
-            Unit::SequentialFma => 1,
+            Unit::SequentialFma | Unit::Integers => 1,
             Unit::BlockScaled(scaled) => scaled.core.products,
             Unit::MatrixCore(core) => core.products(),
         }
@@ -305,7 +318,8 @@ impl Chip {
         self.units
             .iter()
             .find(|row| {
-                row.formats.contains(&x) && row.formats.contains(&w) && (x == w || x.is_fp8())
+                let mixes = x.is_fp8() || x.is_fnuz();
+                row.formats.contains(&x) && row.formats.contains(&w) && (x == w || mixes)
             })
             .map(|row| &row.unit)
     }
@@ -382,6 +396,8 @@ static BLOCKS_OF_RTX_BLACKWELL: [BlockUnit; 2] = block_units(&BY_MMA_SYNC);
 const FP8: &[Format] = &[Format::E4m3, Format::E5m2];
 const HALVES: &[Format] = &[Format::Bf16, Format::F16];
 const TF32: &[Format] = &[Format::Tf32];
+const FNUZ: &[Format] = &[Format::E4m3fnuz, Format::E5m2fnuz];
+const INT8: &[Format] = &[Format::Int8];
 
 const MMA_SIM: Basis = Basis::of(Evidence::Published, "MMA-Sim, arXiv 2511.10909");
 const NO_PRODUCT: Basis = Basis::of(
@@ -391,6 +407,17 @@ const NO_PRODUCT: Basis = Basis::of(
 const NO_PROMOTION: Basis = Basis::of(
     Evidence::Assumed,
     "that sums are promoted every 128 elements of K was seen on Hopper; no product of this chip was",
+);
+const PTX: Basis = Basis::of(Evidence::Published, "PTX ISA: exact sums in 32-bit integers");
+const ANY_ORDER: Basis =
+    Basis::of(Evidence::Published, "PTX ISA: sums in 32-bit integers are exact in any order");
+const OF_AMDS_ISA: Basis = Basis::of(
+    Evidence::Published,
+    "AMD's ISA documents (v_mfma_i32_*_i8): sums in 32-bit integers are exact in any order",
+);
+const PASSES_IN_INT8: Basis = Basis::of(
+    Evidence::Replayed,
+    "passes in int8 on an H200: vLLM's, examples/vllm-checkpoints, and cuBLASLt's, runs/receipts",
 );
 const PRODUCTS_OF_H200: Basis =
     Basis::of(Evidence::Replayed, "products and passes of an H200, runs/receipts");
@@ -421,13 +448,16 @@ pub static CHIPS: [Chip; 10] = [
         capabilities: &[(7, 5)],
         tf32_ties: Ties::AwayFromZero,
         block_units: &[],
-        units: &[ChipUnit {
-            formats: &[Format::F16],
-            unit: tensor_core(8, 1, 24, 23, -133),
-            instructions: &[("mma.sync", MMA_SIM)],
-            chained: NO_PRODUCT,
-            promoted: None,
-        }],
+        units: &[
+            ChipUnit {
+                formats: &[Format::F16],
+                unit: tensor_core(8, 1, 24, 23, -133),
+                instructions: &[("mma.sync", MMA_SIM)],
+                chained: NO_PRODUCT,
+                promoted: None,
+            },
+            integers(BY_MMA_SYNC_PTX, ANY_ORDER),
+        ],
     },
     Chip {
         name: ChipName::Ampere,
@@ -453,6 +483,7 @@ pub static CHIPS: [Chip; 10] = [
                 chained: NO_PRODUCT,
                 promoted: None,
             },
+            integers(BY_MMA_SYNC_PTX, ANY_ORDER),
         ],
     },
     Chip {
@@ -483,6 +514,7 @@ pub static CHIPS: [Chip; 10] = [
                 chained: NO_PRODUCT,
                 promoted: None,
             },
+            integers(BY_MMA_SYNC_PTX, ANY_ORDER),
         ],
     },
     Chip {
@@ -513,6 +545,7 @@ pub static CHIPS: [Chip; 10] = [
                 chained: PRODUCTS_OF_H200,
                 promoted: None,
             },
+            integers(BY_WGMMA, PASSES_IN_INT8),
         ],
     },
     Chip {
@@ -546,6 +579,7 @@ pub static CHIPS: [Chip; 10] = [
                 chained: NO_PRODUCT,
                 promoted: None,
             },
+            integers(BY_TCGEN05_PTX, ANY_ORDER),
         ],
     },
     Chip {
@@ -576,6 +610,7 @@ pub static CHIPS: [Chip; 10] = [
                 chained: NO_PRODUCT,
                 promoted: None,
             },
+            integers(BY_MMA_SYNC_PTX, ANY_ORDER),
         ],
     },
     Chip {
@@ -587,6 +622,7 @@ pub static CHIPS: [Chip; 10] = [
         units: &[
             matrix_core(&[Format::F16], MatrixCore::Exact { products: 4 }),
             matrix_core(&[Format::Bf16], MatrixCore::Exact { products: 2 }),
+            integers(BY_MFMA_ISA, OF_AMDS_ISA),
         ],
     },
     Chip {
@@ -595,7 +631,10 @@ pub static CHIPS: [Chip; 10] = [
         capabilities: &[],
         tf32_ties: Ties::Cut,
         block_units: &[],
-        units: &[matrix_core(HALVES, MatrixCore::Pairwise { products: 4 })],
+        units: &[
+            matrix_core(HALVES, MatrixCore::Pairwise { products: 4 }),
+            integers(BY_MFMA_ISA, OF_AMDS_ISA),
+        ],
     },
     Chip {
         name: ChipName::Cdna3,
@@ -603,9 +642,16 @@ pub static CHIPS: [Chip; 10] = [
         capabilities: &[],
         tf32_ties: Ties::Cut,
         block_units: &[],
-        units: &[matrix_core(HALVES, two_stages(8)), matrix_core(TF32, two_stages(4))],
+        units: &[
+            matrix_core(HALVES, two_stages(8)),
+            matrix_core(TF32, two_stages(4)),
+            matrix_core(FNUZ, EVEN_ODD),
+            integers(BY_MFMA_ISA, OF_AMDS_ISA),
+        ],
     },
 ];
+
+const EVEN_ODD: MatrixCore = MatrixCore::EvenOdd { products: 16, alignment_bits: 24, sum_bits: 31 };
 
 const fn two_stages(products: usize) -> MatrixCore {
     MatrixCore::TwoStages { products, alignment_bits: 24, sum_bits: 31 }
@@ -621,6 +667,20 @@ const fn matrix_core(formats: &'static [Format], core: MatrixCore) -> ChipUnit {
         promoted: None,
     }
 }
+
+/// Integers, which all units add alike.
+const fn integers(instructions: &'static [(&'static str, Basis)], chained: Basis) -> ChipUnit {
+    ChipUnit { formats: INT8, unit: Unit::Integers, instructions, chained, promoted: None }
+}
+
+static MMA_SYNC_PTX: [(&str, Basis); 1] = [("mma.sync", PTX)];
+const BY_MMA_SYNC_PTX: &[(&str, Basis)] = &MMA_SYNC_PTX;
+static TCGEN05_PTX: [(&str, Basis); 1] = [("tcgen05", PTX)];
+const BY_TCGEN05_PTX: &[(&str, Basis)] = &TCGEN05_PTX;
+static WGMMA: [(&str, Basis); 1] = [("wgmma", PASSES_IN_INT8)];
+const BY_WGMMA: &[(&str, Basis)] = &WGMMA;
+static MFMA_ISA: [(&str, Basis); 1] = [("v_mfma", OF_AMDS_ISA)];
+const BY_MFMA_ISA: &[(&str, Basis)] = &MFMA_ISA;
 
 static MFMA: [(&str, Basis); 1] = [("v_mfma", MMA_SIM)];
 const BY_MFMA: &[(&str, Basis)] = &MFMA;

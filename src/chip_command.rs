@@ -255,6 +255,7 @@ fn figures_of(unit: &Unit) -> [String; 4] {
         }
         Unit::BlockScaled(scaled) => of_core(&scaled.core, scaled.core.products.to_string()),
         Unit::SequentialFma => ["1".to_owned(), none(), "23".to_owned(), none()],
+        Unit::Integers => ["any".to_owned(), "all".to_owned(), "int32".to_owned(), none()],
         Unit::MatrixCore(MatrixCore::Exact { products }) => {
             [products.to_string(), "all".to_owned(), "23".to_owned(), none()]
         }
@@ -264,6 +265,10 @@ fn figures_of(unit: &Unit) -> [String; 4] {
         Unit::MatrixCore(MatrixCore::TwoStages { products, alignment_bits, sum_bits }) => {
             let sum = format!("{sum_bits},23");
             [products.to_string(), alignment_bits.to_string(), sum, none()]
+        }
+        Unit::MatrixCore(MatrixCore::EvenOdd { products, alignment_bits, sum_bits }) => {
+            let sum = format!("{sum_bits},23");
+            [format!("2 of {}", products / 2), alignment_bits.to_string(), sum, none()]
         }
     }
 }
@@ -413,9 +418,11 @@ fn multiply(options: &Multiply, out: &mut dyn Write) -> Result<ChipOutcome, Chip
     })?;
     let x_said = scale_in_words(&x_scales);
     let w_said = scale_in_words(&w_scales);
-    // The accumulator of block-scaled operands carries all along K, whatever is asked for.
+    // The accumulator of block-scaled operands carries all along K, and sums of integers are exact, whatever is
+    // asked for.
     let schedule = match unit {
         Unit::BlockScaled(_) => Schedule { accumulate: Accumulate::Fast, ..options.schedule },
+        Unit::Integers => Schedule::INTEGERS,
         _ => options.schedule,
     };
     let x = Operand { codes: &x_codes, scales: x_scales };

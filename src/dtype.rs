@@ -23,6 +23,13 @@ pub enum Format {
     E4m3,
     /// OCP FP8 E5M2 (IEEE-like, largest finite 57344).
     E5m2,
+    /// FP8 E4M3 of the kind "finite, no infinity, unsigned zero": exponent bias 8, largest finite 240, NaN is
+    /// 0x80 alone, where a negative zero would be (AMD's before MI350).
+    E4m3fnuz,
+    /// FP8 E5M2 of that kind: exponent bias 16, largest finite 57344.
+    E5m2fnuz,
+    /// 8-bit integers, two's complement: no fraction, no infinities, no NaN. Conversions saturate.
+    Int8,
     /// OCP MX FP6 E2M3 (no infinities, no NaN, largest 7.5): an element of blocks with a scale.
     E2m3,
     /// OCP MX FP6 E3M2 (no infinities, no NaN, largest 28): likewise.
@@ -56,7 +63,20 @@ const TF32_MASK: u32 = 0xffff_e000;
 
 impl Format {
     /// All formats of single values, widest first; [`Format::ELEMENTS`] are none.
-    pub const ALL: [Format; 6] =
+    pub const ALL: [Format; 9] = [
+        Format::F32,
+        Format::Tf32,
+        Format::Bf16,
+        Format::F16,
+        Format::E4m3,
+        Format::E5m2,
+        Format::E4m3fnuz,
+        Format::E5m2fnuz,
+        Format::Int8,
+    ];
+
+    /// Those of them that are floats of more than one maker's chips, widest first.
+    pub const FLOATS: [Format; 6] =
         [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
 
     /// The formats that mean nothing without the scale of their block, widest first.
@@ -71,6 +91,9 @@ impl Format {
             Format::F16 => "f16",
             Format::E4m3 => "e4m3",
             Format::E5m2 => "e5m2",
+            Format::E4m3fnuz => "e4m3fnuz",
+            Format::E5m2fnuz => "e5m2fnuz",
+            Format::Int8 => "int8",
             Format::E2m3 => "e2m3",
             Format::E3m2 => "e3m2",
             Format::E2m1 => "e2m1",
@@ -87,7 +110,14 @@ impl Format {
         match self {
             Format::F32 | Format::Tf32 => 4,
             Format::Bf16 | Format::F16 => 2,
-            Format::E4m3 | Format::E5m2 | Format::E2m3 | Format::E3m2 | Format::E2m1 => 1,
+            Format::E4m3
+            | Format::E5m2
+            | Format::E4m3fnuz
+            | Format::E5m2fnuz
+            | Format::Int8
+            | Format::E2m3
+            | Format::E3m2
+            | Format::E2m1 => 1,
         }
     }
 
@@ -100,19 +130,31 @@ impl Format {
         }
     }
 
-    /// Whether it is one of the two 8-bit formats, the ones that carry a scale.
+    /// Whether it is one of the two 8-bit floats of the OCP, whose sums may be promoted.
     pub fn is_fp8(self) -> bool {
         matches!(self, Format::E4m3 | Format::E5m2)
     }
 
-    /// Stored bits of the fraction.
+    /// Whether it is one of the two 8-bit floats without infinities and negative zero.
+    pub fn is_fnuz(self) -> bool {
+        matches!(self, Format::E4m3fnuz | Format::E5m2fnuz)
+    }
+
+    /// Whether it is one of the formats of 8 bits, the ones that carry a scale.
+    pub fn is_scaled(self) -> bool {
+        self.is_fp8() || self.is_fnuz() || self == Format::Int8
+    }
+
+    /// Stored bits of the fraction. Integers are numbers below the normal range of a format whose
+    /// last place is 1: 7 bits at the exponent 7.
     pub fn fraction_bits(self) -> u32 {
         match self {
+            Format::Int8 => 7,
             Format::F32 => 23,
             Format::Tf32 | Format::F16 => 10,
             Format::Bf16 => 7,
-            Format::E4m3 | Format::E2m3 => 3,
-            Format::E5m2 | Format::E3m2 => 2,
+            Format::E4m3 | Format::E4m3fnuz | Format::E2m3 => 3,
+            Format::E5m2 | Format::E5m2fnuz | Format::E3m2 => 2,
             Format::E2m1 => 1,
         }
     }
@@ -123,12 +165,15 @@ impl Format {
             Format::F32 | Format::Tf32 | Format::Bf16 => -126,
             Format::F16 | Format::E5m2 => -14,
             Format::E4m3 => -6,
+            Format::E4m3fnuz => -7,
+            Format::E5m2fnuz => -15,
+            Format::Int8 => 7,
             Format::E3m2 => -2,
             Format::E2m3 | Format::E2m1 => 0,
         }
     }
 
-    /// The largest finite value.
+    /// The largest finite value; of integers the one whose negative is a code too.
     pub fn max_finite(self) -> f32 {
         match self {
             Format::F32 => f32::MAX,
@@ -136,7 +181,9 @@ impl Format {
             Format::Bf16 => f32::from_bits(0x7f7f_0000),
             Format::F16 => 65504.0,
             Format::E4m3 => 448.0,
-            Format::E5m2 => 57344.0,
+            Format::E5m2 | Format::E5m2fnuz => 57344.0,
+            Format::E4m3fnuz => 240.0,
+            Format::Int8 => 127.0,
             Format::E2m3 => 7.5,
             Format::E3m2 => 28.0,
             Format::E2m1 => 6.0,
@@ -153,6 +200,9 @@ impl Format {
             Format::F16 => half::f16::from_bits(code as u16).to_f32(),
             Format::E4m3 => fp8_to_f32(code as u8, 3, 7, false),
             Format::E5m2 => fp8_to_f32(code as u8, 2, 15, true),
+            Format::E4m3fnuz => fnuz_to_f32(code as u8, 3, 8),
+            Format::E5m2fnuz => fnuz_to_f32(code as u8, 2, 16),
+            Format::Int8 => f32::from(code as u8 as i8),
             Format::E2m3 => element_to_f32(code, 3, 1, 5),
             Format::E3m2 => element_to_f32(code, 2, 3, 5),
             Format::E2m1 => element_to_f32(code, 1, 1, 3),
@@ -164,7 +214,8 @@ impl Format {
     /// FP8 is `cvt.rn.satfinite`: nearest, ties to even; whatever is too large,
     /// infinities included, becomes the largest finite value of its sign; NaN
     /// becomes 0x7f. FP6 and FP4 likewise, but for NaN, which becomes the largest value (PTX
-    /// ISA, `cvt`). bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
+    /// ISA, `cvt`), and fnuz, but NaN is 0x80 and what rounds to zero has no sign. Integers are `cvt.rni.sat.s8.f32`: nearest, ties to even, -128 to 127, NaN is 0.
+    /// bf16 and f16 are `cvt.rn`: nearest, ties to even, overflow
     /// to infinity, NaN becomes 0x7fff. tf32 is `cvt.rn.tf32` of Hopper and
     /// later: nearest, ties to even, NaN becomes 0x7fffe000; see
     /// [`tf32_ties_away`] for older chips. f32 keeps its bits.
@@ -180,6 +231,9 @@ impl Format {
             Format::F16 => u32::from(half::f16::from_f32(value).to_bits()),
             Format::E4m3 => u32::from(e4m3_from_f32(value)),
             Format::E5m2 => u32::from(e5m2_from_f32(value)),
+            Format::E4m3fnuz => u32::from(e4m3fnuz_from_f32(value)),
+            Format::E5m2fnuz => u32::from(e5m2fnuz_from_f32(value)),
+            Format::Int8 => u32::from(int8_from_f32(value)),
             Format::E2m3 => u32::from(e2m3_from_f32(value)),
             Format::E3m2 => u32::from(e3m2_from_f32(value)),
             Format::E2m1 => u32::from(e2m1_from_f32(value)),
@@ -223,7 +277,9 @@ impl std::fmt::Display for Format {
 
 /// A name that is no format's.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is no number format; known are f32, tf32, bf16, f16, e4m3 and e5m2")]
+#[error(
+    "`{0}` is no number format; known are f32, tf32, bf16, f16, e4m3, e5m2, e4m3fnuz, e5m2fnuz and int8"
+)]
 pub struct UnknownFormat(pub String);
 
 impl std::str::FromStr for Format {
@@ -267,6 +323,37 @@ pub fn e4m3_from_f32(value: f32) -> u8 {
 #[inline(always)]
 pub fn e5m2_from_f32(value: f32) -> u8 {
     fp8_from_f32::<2, -14>(value, 57344.0, 0x7f, 24)
+}
+
+/// The E4M3 code of the kind without infinities and negative zero; see [`Format::encode`].
+#[inline(always)]
+pub fn e4m3fnuz_from_f32(value: f32) -> u8 {
+    without_negative_zero(value, fp8_from_f32::<3, -7>(value, 240.0, 0x80, 24))
+}
+
+/// The E5M2 code of that kind; see [`Format::encode`].
+#[inline(always)]
+pub fn e5m2fnuz_from_f32(value: f32) -> u8 {
+    without_negative_zero(value, fp8_from_f32::<2, -15>(value, 57344.0, 0x80, 24))
+}
+
+/// The code of negative zero is NaN's.
+#[inline(always)]
+fn without_negative_zero(value: f32, code: u8) -> u8 {
+    if code == 0x80 && !value.is_nan() { 0 } else { code }
+}
+
+/// The 8-bit integer nearest to a value, as a byte; see [`Format::encode`]. Free of branches, so that
+/// loops over it vectorise.
+#[inline(always)]
+pub fn int8_from_f32(value: f32) -> u8 {
+    // The last place of 1.5 * 2^23 is 1, so the f32 adder rounds to nearest even. A NaN passes both
+    // comparisons by, and is 0.
+    const ANCHOR: f32 = 12_582_912.0;
+    let value = if value > 127.0 { 127.0 } else { value };
+    let value = if value < -128.0 { -128.0 } else { value };
+    let value = if value.is_nan() { 0.0 } else { value };
+    (value + ANCHOR).to_bits() as u8
 }
 
 /// The E2M3 code nearest to a value; see [`Format::encode`]. Free of branches.
@@ -341,6 +428,11 @@ fn fp8_to_f32(code: u8, fraction_bits: u32, bias: i32, has_infinity: bool) -> f3
         (shifted * f32::from_bits(((127 - bias + 127) as u32) << 23)).to_bits()
     };
     f32::from_bits(bits | sign)
+}
+
+/// The value of a code of the kind without infinities and negative zero.
+fn fnuz_to_f32(code: u8, fraction_bits: u32, bias: i32) -> f32 {
+    if code == 0x80 { f32::NAN } else { element_to_f32(code.into(), fraction_bits, bias, 7) }
 }
 
 /// The value of a code without NaN and infinities, whose sign is bit `sign`.

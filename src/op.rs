@@ -115,7 +115,7 @@ pub struct Recipe {
     /// what a weight's own form says.
     #[serde(default, skip_serializing_if = "Codes::are_made")]
     pub codes: Codes,
-    /// Granularity of the operands' scales; FP8 only. Not written where the codes are the
+    /// Granularity of the operands' scales; of FP8 and int8 only. Not written where the codes are the
     /// checkpoint's, whose scales they come with.
     #[serde(default = "Scale::usual")]
     pub scale: Scale,
@@ -257,7 +257,7 @@ impl Recipe {
 
     /// Whether operands carry scales.
     pub fn is_scaled(&self) -> bool {
-        self.gemm.is_fp8() || self.blocks().is_some()
+        self.gemm.is_scaled() || self.blocks().is_some()
     }
 }
 

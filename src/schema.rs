@@ -301,9 +301,9 @@ fn recipe() -> Value {
             &[],
             json!({
                 "gemm": says(
-                    "the operands' format in every GEMM; `mxfp8` to `nvfp4`: elements with a scale for each block \
-                     of 32 or 16; `checkpoint`: FP8 and block-scaled codes and scales as the model's file holds \
-                     them, other weights in their own type",
+                    "the operands' format in every GEMM; `int8`: integers with exact sums; `mxfp8` to `nvfp4`: elements \
+                     with a scale for each block of 32 or 16; `checkpoint`: FP8, integer and block-scaled codes and \
+                     scales as the model's file holds them, other weights in their own type",
                     gemms(),
                 ),
                 "scale": says("how operands are scaled before they are rounded", scale),

@@ -43,12 +43,13 @@ def matmul(
         w: [M, K], likewise.
         chip: whose arithmetic; ``runner chip list`` says what it rests on.
         format: what both are multiplied in: ``f32``, ``tf32``, ``bf16``, ``f16``, ``e4m3``, ``e5m2``,
+            ``e4m3fnuz``, ``e5m2fnuz``, ``int8``,
             ``mxfp8``, ``mxfp8-e5m2``, ``mxfp6-e2m3``, ``mxfp6-e3m2``, ``mxfp4`` or ``nvfp4``; f32
             values are converted, and `uint8` holds codes. By default the tensors' own.
-        scale_x, scale_w: the scale of a whole operand, a number. Of values that are converted to FP8 it is
+        scale_x, scale_w: the scale of a whole operand, a number. Of values that are converted to FP8 or int8 it is
             absmax / largest by default, of codes 1.
-        scales_x, scales_w: FP8: a scale for each row, f32 [rows]. Block-scaled codes: the codes of the blocks' scales,
-            `uint8` [rows, K / block]; codes of 4 bits stand two in a byte, the first in the lower half.
+        scales_x, scales_w: FP8 and int8: a scale for each row, f32 [rows]. Block-scaled codes: the codes of the
+            blocks' scales, `uint8` [rows, K / block]; codes of 4 bits stand two in a byte, the first in the lower half.
         accumulate: ``promoted``: FP8 sums go to f32 every 128 elements of K; ``fast``: the tensor core's
             accumulator carries all along K, as it does for every other format.
         split_k: parts that K is cut into, as cuBLASLt deals them out.

@@ -18,7 +18,7 @@ use crate::falsify::{
 };
 use crate::graph::{Graph, select};
 use crate::manifest::{Overrides, Pipeline};
-use crate::op::{Accumulate, Arm, ChipName, Recipe, Scale};
+use crate::op::{Accumulate, ActivationScale, Arm, ChipName, Recipe, Scale, WeightScale};
 use crate::plan::open_model;
 use crate::terminal::tell_line;
 use crate::verdict::Verdict;
@@ -88,6 +88,7 @@ enum Gemm {
     E5m2,
     Bf16,
     F16,
+    Int8,
     Mxfp8,
     Mxfp4,
     Nvfp4,
@@ -109,6 +110,11 @@ impl Gemm {
             Gemm::E5m2 => single(Format::E5m2),
             Gemm::Bf16 => single(Format::Bf16),
             Gemm::F16 => single(Format::F16),
+            // Per tensor, as the folder's recipe, or as every engine of this format has it.
+            Gemm::Int8 => Recipe {
+                scale: Scale { weight: WeightScale::Channel, activation: ActivationScale::Token },
+                ..single(Format::Int8)
+            },
             Gemm::Mxfp8 => blocks(BlockFormat::Mxfp8),
             Gemm::Mxfp4 => blocks(BlockFormat::Mxfp4),
             Gemm::Nvfp4 => blocks(BlockFormat::Nvfp4),

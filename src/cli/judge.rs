@@ -80,7 +80,7 @@ pub(super) struct JudgeArgs {
     /// The scale of w, likewise.
     #[arg(long, allow_hyphen_values = true)]
     scale_w: Option<String>,
-    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2. Of a product also the
+    /// The format of the first tensor, where its file does not say: f32, bf16, f16, e4m3, e5m2, e4m3fnuz, e5m2fnuz, int8. Of a product also the
     /// block-scaled mxfp8, mxfp8-e5m2, mxfp6-e2m3, mxfp6-e3m2, mxfp4 and nvfp4: codes of a byte each, those of 4 bits two in a
     /// byte, with `--scale-x` naming the codes of the blocks' scales, and `--alpha` the scales of the whole tensors.
     #[arg(long, visible_aliases = ["dtype-q", "dtype-gate", "dtype-a"])]
@@ -511,7 +511,8 @@ fn products(
 ) -> Result<(Vec<Judgement>, Vec<Operand>), JudgeError> {
     let [mut x, mut w, y]: [Operand; 3] =
         operands.try_into().map_err(|_| usage("a product has three tensors"))?;
-    let is_scaled = |operand: &Operand| operand.codes.format.is_fp8() || operand.blocks.is_some();
+    let is_scaled =
+        |operand: &Operand| operand.codes.format.is_scaled() || operand.blocks.is_some();
     let is_fp8 = is_scaled(&x) || is_scaled(&w);
     let scale_of = |given: &Option<String>, what: &[&str], remarks: &mut Vec<String>| {
         if is_fp8 { beside.find(given, what, remarks) } else { given.clone() }
@@ -627,7 +628,7 @@ fn single(
     remarks: &mut Vec<String>,
 ) -> Result<Vec<Judgement>, JudgeError> {
     let (y, inputs) = operands.split_last().ok_or_else(|| usage("there is no tensor"))?;
-    for operand in inputs.iter().filter(|operand| operand.codes.format.is_fp8()) {
+    for operand in inputs.iter().filter(|operand| operand.codes.format.is_scaled()) {
         let name = operand.name;
         remarks.push(format!("{name} has no scale: its codes are taken as they stand"));
     }

@@ -15,7 +15,7 @@ use crate::text::grouped;
 
 #[derive(Args)]
 pub(super) struct MeasureArgs {
-    /// The formats: e4m3, bf16, f16, tf32, f32.
+    /// The formats: e4m3, bf16, f16, tf32, f32; int8, whose sums are compared before any scale.
     #[arg(long, value_delimiter = ',', default_value = "e4m3,bf16,f16")]
     formats: Vec<Format>,
     /// The type of y: f32, bf16, f16.
@@ -80,7 +80,8 @@ pub(super) fn measure_chip(args: &MeasureArgs) -> Result<u8, String> {
                 &[Accumulate::Fast]
             };
             for &accumulate in kinds {
-                let trial = Trial { operands, output: args.output, accumulate, shape };
+                let output = if operands == Format::Int8 { Format::F32 } else { args.output };
+                let trial = Trial { operands, output, accumulate, shape };
                 let all = measure(&trial, Some(&programs)).map_err(|error| error.to_string())?;
                 for one in all.iter().filter(|one| one.chosen || !args.chosen) {
                     if one.chosen && one.mismatches > 0 {

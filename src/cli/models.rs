@@ -108,7 +108,8 @@ fn text() -> String {
          values before that. Codes and scales of activations and \
          scales of a KV cache change no weight: `gemm = \"checkpoint\"` and `kv_cache` take them, and \
          other recipes read past them.\n\n\
-         A recipe with `gemm = \"checkpoint\"` multiplies FP8 weights by the codes and scales that \
+         A recipe with `gemm = \"checkpoint\"` multiplies FP8 weights and 8-bit integers without zero points \
+         (a scale for each row or for the whole) by the codes and scales that \
          the file holds, in the emulated and the device arm, without converting them anew, and every \
          other weight in its own type (BF16, F16, F32). Activations have the scale that the file \
          holds for them (`input_scale`), one per token and 128 values beside blocks of 128 x 128, \
@@ -117,7 +118,7 @@ fn text() -> String {
          ([chips.md](chips.md#block-scaled-formats)), where the config says that activations are \
          converted too (`input_activations`; ModelOpt's NVFP4 and MXFP8): these become blocks of \
          the same format, NVFP4's with the scale that the file holds for all of them \
-         (`input_scale`, or 1 / `input_global_scale`), or their own. Other codes (integers, GGUF's \
+         (`input_scale`, or 1 / `input_global_scale`), or their own. Other codes (integers with zero points, GGUF's \
          blocks), 4-bit weights beside plain activations, and blocks of \
          another size are refused by name. A folder whose config says static scales of activations \
          while a weight lacks its own, or dynamic ones while a weight has one, is not opened.\n\n\

@@ -82,6 +82,11 @@ const SHOWN: usize = 20;
 
 /// Sweeps and prints a table; falsified if an output of a known plan differs.
 pub(super) fn sweep_chip(args: &SweepArgs) -> Result<u8, String> {
+    if args.format.contains(&Format::Int8) {
+        return Err("sums of 8-bit integers are the same in any order, so that no plan decides \
+                    anything; `runner chip measure --formats int8` holds a GPU's to the CPU's"
+            .to_owned());
+    }
     let programs = store_of(&args.runs).programs();
     let mut library = SweptLibrary::open(Some(&programs)).map_err(|error| error.to_string())?;
     if let Some(file) = &args.orders {

@@ -1,7 +1,7 @@
 //! A recipe that takes the checkpoint's own codes: what it says of one weight.
 //!
 //! It knows which forms the project's own kernels multiply as they stand in a file. A weight of
-//! FP8 codes or of a block-scaled format is an operand with its scales; one of a plain float type is multiplied in that type;
+//! FP8 codes, of 8-bit integers or of a block-scaled format is an operand with its scales; one of a plain float type is multiplied in that type;
 //! every other form would have to be converted, and is refused by name.
 
 use super::ComputeError;
@@ -20,7 +20,9 @@ pub struct OfWeight<'a> {
     pub(crate) blocks: Option<HeldBlocks<'a>>,
 }
 
-/// What a recipe of the checkpoint's codes says of this weight; nothing of another recipe.
+/// What a recipe of the checkpoint's codes says of this weight; nothing of another recipe, but for one
+/// of integers over a weight that the file holds in integers: those are multiplied as they stand, and
+/// not converted twice.
 ///
 /// Activations have one scale where the file holds it, one per token and 128 values where the
 /// weight has blocks of 128 by 128, and one per token elsewhere; beside a block-scaled weight they are of
@@ -33,7 +35,17 @@ pub fn of_weight<'a>(
     weight: &Weight<'a>,
 ) -> Result<Option<OfWeight<'a>>, ComputeError> {
     if recipe.codes.are_made() {
-        return Ok(None);
+        let of_integers = recipe.gemm == Format::Int8;
+        let held = of_integers.then(|| weight.held_codes(WeightType::I8)).flatten();
+        let of_weight = held.and_then(|held| Some((held, of_rows(&held, weight)?)));
+        return Ok(of_weight.map(|(held, of_weight)| {
+            let activation = match held.input_scale {
+                Some(_) => ActivationScale::Tensor,
+                None => recipe.scale.activation,
+            };
+            let recipe = Recipe { scale: Scale { weight: of_weight, activation }, ..*recipe };
+            OfWeight { recipe, held: Some(held), blocks: None }
+        }));
     }
     let recipe = Recipe { codes: Codes::Made, ..*recipe };
     let refuse = |what: String| {
@@ -62,18 +74,28 @@ pub fn of_weight<'a>(
         return Ok(Some(OfWeight { recipe, held: None, blocks: Some(blocks) }));
     }
     let e4m3 = weight.held_codes(WeightType::E4m3).map(|held| (Format::E4m3, held));
-    let codes = e4m3.or_else(|| Some((Format::E5m2, weight.held_codes(WeightType::E5m2)?)));
+    let e5m2 = || Some((Format::E5m2, weight.held_codes(WeightType::E5m2)?));
+    let int8 = || Some((Format::Int8, weight.held_codes(WeightType::I8)?));
+    let codes = e4m3.or_else(e5m2).or_else(int8);
     let Some((gemm, held)) = codes else {
         return refuse(format!(
-            "holds {} codes, and the project's kernels take FP8 codes and block-scaled formats alone",
+            "holds {} codes, and the project's kernels take FP8 codes, 8-bit integers without zero \
+             points and block-scaled formats alone",
             weight.kind()
         ));
     };
     let [tall, wide] = held.block();
-    let of_weight = match (tall, wide) {
-        (1, wide) if wide == weight.width() => WeightScale::Channel,
-        (tall, wide) if tall >= weight.rows() && wide == weight.width() => WeightScale::Tensor,
-        (BLOCK, BLOCK) if held.first().is_multiple_of(BLOCK) => WeightScale::Block128,
+    let of_weight = match (of_rows(&held, weight), tall, wide) {
+        (Some(of_rows), ..) => of_rows,
+        (None, BLOCK, BLOCK) if gemm.is_fp8() && held.first().is_multiple_of(BLOCK) => {
+            WeightScale::Block128
+        }
+        _ if gemm == Format::Int8 => {
+            return refuse(format!(
+                "has blocks of {tall} by {wide} integers, and the kernels take a scale for each row or \
+                 for the whole weight"
+            ));
+        }
         _ => {
             return refuse(format!(
                 "has blocks of {tall} by {wide} values, and the kernels take 128 by 128"
@@ -99,4 +121,14 @@ pub fn of_weight<'a>(
     let scale = Scale { weight: of_weight, activation };
     let recipe = Recipe { gemm, scale, ..recipe };
     Ok(Some(OfWeight { recipe, held: Some(held), blocks: None }))
+}
+
+/// The scales of codes of which a row has one, or all have.
+fn of_rows(held: &HeldCodes<'_>, weight: &Weight<'_>) -> Option<WeightScale> {
+    let [tall, wide] = held.block();
+    match wide == weight.width() {
+        true if tall == 1 => Some(WeightScale::Channel),
+        true if tall >= weight.rows() => Some(WeightScale::Tensor),
+        _ => None,
+    }
 }

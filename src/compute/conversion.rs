@@ -111,7 +111,15 @@ fn decode(format: Format, codes: CodesRow<'_>, range: Range<usize>, values: &mut
                 *value = e4m3(code);
             }
         }
-        (CodesRow::Bits8(codes), Format::E2m3 | Format::E3m2 | Format::E2m1) => {
+        (CodesRow::Bits8(codes), Format::Int8) => {
+            for (value, &code) in values.iter_mut().zip(&codes[range]) {
+                *value = f32::from(code as i8);
+            }
+        }
+        (
+            CodesRow::Bits8(codes),
+            Format::E4m3fnuz | Format::E5m2fnuz | Format::E2m3 | Format::E3m2 | Format::E2m1,
+        ) => {
             for (value, &code) in values.iter_mut().zip(&codes[range]) {
                 *value = format.decode(u32::from(code));
             }

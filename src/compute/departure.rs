@@ -161,17 +161,29 @@ pub fn truncated(operand: Converted<'_>) -> Converted<'_> {
     let (format, width) = (operand.codes.format(), operand.codes.width());
     let codes = recoded(&operand.codes, format, |row, column, code| {
         let exact = operand.values[row * width + column] / operand.scales.at(row, column, width);
-        if format.decode(code).abs() > exact.abs() { code - 1 } else { code }
+        match format.decode(code).abs() > exact.abs() {
+            // Of two's complement the next code towards zero.
+            true if format == Format::Int8 && code & 0x80 != 0 => (code + 1) & 0xff,
+            // Of the kind without a negative zero.
+            true if format.is_fnuz() && code == 0x81 => 0,
+            true => code - 1,
+            false => code,
+        }
     });
     Converted { codes, ..operand }
 }
 
-/// Codes below the normal range replaced by zero.
+/// Codes below the normal range replaced by zero; integers have none.
 pub fn flushed(operand: Converted<'_>) -> Converted<'_> {
     let format = operand.codes.format();
+    if format == Format::Int8 {
+        return operand;
+    }
     let magnitude = u32::MAX >> (33 - format.bits());
     let codes = recoded(&operand.codes, format, |_, _, code| {
-        if code & magnitude < 1 << format.fraction_bits() { code & !magnitude } else { code }
+        let zero = if format.is_fnuz() { 0 } else { code & !magnitude };
+        let is_small = code != zero && code & magnitude < 1 << format.fraction_bits();
+        if is_small && !(format.is_fnuz() && code == 0x80) { zero } else { code }
     });
     Converted { codes, ..operand }
 }
@@ -244,6 +256,52 @@ pub fn requantised(operand: Converted<'_>, factor: f32) -> Converted<'_> {
         format.encode(operand.values[row * width + column] / scales.at(row, column, width))
     });
     Converted { codes, scales, ..operand }
+}
+
+/// Integers converted again with scales times `factor`, by a cast that keeps the low eight bits: below 1
+/// large values change their sign where they must saturate.
+pub fn wrapped(operand: Converted<'_>, factor: f32) -> Converted<'_> {
+    let width = operand.codes.width();
+    let scales = changed_scales(&operand.scales, |scale| scale * factor);
+    let codes = recoded(&operand.codes, Format::Int8, |row, column, _| {
+        let value = operand.values[row * width + column] / scales.at(row, column, width);
+        u32::from(value.round_ties_even() as i32 as u8)
+    });
+    Converted { codes, scales, ..operand }
+}
+
+/// Values on a grid of 256 steps from the smallest to the largest of those that share a scale, with the
+/// zero point that such a grid has, and sums from which the zero point was not taken away.
+pub fn zero_point_ignored(operand: Converted<'_>) -> Converted<'_> {
+    let width = operand.codes.width().max(1);
+    let together = match &operand.scales {
+        Scales::Tensor(_) => operand.values.len().max(1),
+        Scales::Row(_) => width,
+        Scales::Block128 { .. } | Scales::Blocks(_) => return operand,
+    };
+    let grids: Vec<(f32, f32)> = operand.values.chunks(together).map(grid).collect();
+    let codes = recoded(&operand.codes, Format::Int8, |row, column, _| {
+        let place = row * width + column;
+        let (scale, zero) = grids[place / together];
+        Format::Int8.encode((operand.values[place] / scale).round_ties_even() + zero)
+    });
+    let scales = match &operand.scales {
+        Scales::Row(_) => Scales::Row(grids.iter().map(|(scale, _)| *scale).collect()),
+        _ => Scales::Tensor(grids.first().map_or(1.0, |(scale, _)| *scale)),
+    };
+    Converted { codes, scales, ..operand }
+}
+
+/// The step of a grid of 256 values that holds zero, and the code of zero: as vLLM's
+/// `dynamic_scaled_int8_azp_quant` has them.
+fn grid(values: &[f32]) -> (f32, f32) {
+    let least = values.iter().fold(0.0f32, |least, &x| if x < least { x } else { least });
+    let most = values.iter().fold(0.0f32, |most, &x| if x > most { x } else { most });
+    let step = (most - least) / 255.0;
+    if !(step > 0.0 && step.is_finite()) {
+        return (1.0, 0.0);
+    }
+    (step, -128.0 - (least / step).round_ties_even())
 }
 
 /// The scales of other rows, or of another weight, in place of an operand's own.

@@ -152,7 +152,9 @@ impl Floor {
     /// all the way, however small the result is. So they are followed one by one.
     pub fn chains(&self, x: &[f32], w: &[f32], width: usize) -> Option<Vec<f64>> {
         match self.unit() {
-            Some(Unit::TensorCore(_) | Unit::BlockScaled(_) | Unit::MatrixCore(_)) => None,
+            Some(
+                Unit::TensorCore(_) | Unit::BlockScaled(_) | Unit::MatrixCore(_) | Unit::Integers,
+            ) => None,
             Some(Unit::SequentialFma) | None => {
                 let steps = Schedule::of(&self.recipe).steps(width, Format::F32);
                 Some(dispatch(Chains { x, w, width, steps: &steps }))
@@ -245,7 +247,8 @@ impl Floor {
             Some(Unit::MatrixCore(core)) => {
                 let steps = (inner / core.products() as f64).ceil();
                 match core {
-                    MatrixCore::TwoStages { alignment_bits, .. } => {
+                    MatrixCore::TwoStages { alignment_bits, .. }
+                    | MatrixCore::EvenOdd { alignment_bits, .. } => {
                         let unit = 0.5f64.powi(*alignment_bits as i32);
                         (steps * unit * unit, (steps * unit / 2.0).powi(2))
                     }
@@ -262,6 +265,9 @@ impl Floor {
                     }
                 }
             }
+            // The sum's conversion to f32 and the second of its two scales; the first is counted with
+            // the output.
+            Some(Unit::Integers) => (0.0, 2.0 * (F32_UNIT * F32_UNIT) / 3.0),
             _ => (0.0, 0.0),
         }
     }
@@ -295,7 +301,7 @@ impl Floor {
         let is_scaled = match self.recipe.blocks() {
             // The unit applies powers of two exactly, and no other scale follows.
             Some(format) => format == BlockFormat::Nvfp4,
-            None => gemm.is_fp8(),
+            None => gemm.is_scaled(),
         };
         let scaled = if is_scaled { rounding(Format::F32, size) } else { 0.0 };
         let rounded = if output == Format::F32 { 0.0 } else { rounding(output, size) };

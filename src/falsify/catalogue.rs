@@ -42,57 +42,59 @@ pub fn catalogue() -> Vec<&'static Bug> {
 const PLACES: &[Place] = &[
     Place::Rows(&[
         // Scales.
-        bug("activation scale 2 % too large", &["scale-wrong"], GEMMS, &Defect::XScale(1.02)).fp8(),
-        bug("weight scale 10 % too small", &["scale-wrong"], GEMMS, &Defect::WScale(0.9)).fp8(),
+        bug("activation scale 2 % too large", &["scale-wrong"], GEMMS, &Defect::XScale(1.02))
+            .scaled(),
+        bug("weight scale 10 % too small", &["scale-wrong"], GEMMS, &Defect::WScale(0.9)).scaled(),
         bug("output times 0.72", &["scale-wrong"], ANY_GEMM, &Defect::Times(0.72)).public(),
         bug("output with the wrong sign", &["scale-wrong"], ANY_GEMM, &Defect::Times(-1.0))
             .public(),
         bug("activation scale not applied", &["scale-missing"], GEMMS, &Defect::XScaleMissing)
-            .fp8(),
-        bug("weight scale not applied", &["scale-missing"], GEMMS, &Defect::WScaleMissing).fp8(),
-        bug("activation scale applied twice", &["scale-twice"], GEMMS, &Defect::XScaleTwice).fp8(),
+            .scaled(),
+        bug("weight scale not applied", &["scale-missing"], GEMMS, &Defect::WScaleMissing).scaled(),
+        bug("activation scale applied twice", &["scale-twice"], GEMMS, &Defect::XScaleTwice)
+            .scaled(),
         bug(
             "activation scale halved: codes saturate",
             &["saturated"],
             GEMMS,
             &Defect::XSaturated(0.5),
         )
-        .fp8(),
+        .scaled(),
         bug(
             "weight scale quartered: codes saturate",
             &["saturated"],
             GEMMS,
             &Defect::WSaturated(0.25),
         )
-        .fp8(),
+        .scaled(),
         bug(
             "activation scale 16 times too large",
             &["scale-too-large"],
             GEMMS,
             &Defect::XSaturated(16.0),
         )
-        .fp8(),
+        .scaled(),
         bug(
             "weight scaled per channel, declared per tensor",
             &["scale-granularity"],
             GEMMS,
             &Defect::PerChannel,
         )
-        .fp8(),
+        .scaled(),
         bug(
             "activation scaled per token, declared per tensor",
             &["scale-granularity"],
             GEMMS,
             &Defect::PerToken,
         )
-        .fp8(),
+        .scaled(),
         bug(
             "weight scale rounded up to a power of two, codes kept",
             &["scale-power-of-two", "scale-wrong"],
             GEMMS,
             &Defect::WPowerOfTwo,
         )
-        .fp8()
+        .scaled()
         .public(),
         bug(
             "activation scale rounded up to a power of two, codes kept",
@@ -100,7 +102,7 @@ const PLACES: &[Place] = &[
             GEMMS,
             &Defect::XPowerOfTwo,
         )
-        .fp8()
+        .scaled()
         .public(),
         bug(
             "activation cast without saturation by a scale that is set beforehand",
@@ -172,14 +174,14 @@ const PLACES: &[Place] = &[
             &["k", "v", "ffn_up"],
             &Defect::ScaleSlice,
         )
-        .fp8(),
+        .scaled(),
         bug(
             "product of the scales formed in f16",
             &["scale-product"],
             GEMMS,
             &Defect::ScaleProduct,
         )
-        .fp8()
+        .scaled()
         .public(),
         bug(
             "zero point of groups of 128 off by one",
@@ -274,7 +276,7 @@ const PLACES: &[Place] = &[
             LONG,
             &Defect::F16Overflow(false),
         )
-        .fp8()
+        .scaled()
         .public(),
         bug(
             "f16 output clips at 65504",
@@ -282,7 +284,7 @@ const PLACES: &[Place] = &[
             LONG,
             &Defect::F16Overflow(true),
         )
-        .fp8()
+        .scaled()
         .public(),
         // Shapes and indices of GEMMs.
         bug("last 8 of K dropped", &["k-tail-dropped"], GEMMS, &Defect::Tail(8)),
@@ -593,6 +595,30 @@ const PLACES: &[Place] = &[
             &["embed"],
             &Defect::Rounded(Format::Bf16),
         ),
+        // Integers.
+        bug(
+            "integers wrap by a scale that is set beforehand",
+            &["int8-wrapped"],
+            GEMMS,
+            &Defect::XWrapped(0.5),
+        )
+        .int8()
+        .public(),
+        bug(
+            "weight scaled to 128 steps: -128 is used",
+            &["int8-range"],
+            GEMMS,
+            &Defect::WSaturated(127.0 / 128.0),
+        )
+        .int8(),
+        bug(
+            "zero point of the activation not taken away",
+            &["zero-point-ignored"],
+            GEMMS,
+            &Defect::XZeroPointIgnored,
+        )
+        .int8()
+        .public(),
     ]),
 ];
 

@@ -145,7 +145,7 @@ fn clean_run(runs: &CleanRuns<'_>, number: u64) -> Result<CleanTally, String> {
 
 /// A recipe of any format, scales, accumulation, output and chip that go together.
 fn drawn_recipe(random: &mut Random) -> Recipe {
-    const FORMATS: [Format; 7] = [
+    const FORMATS: [Format; 8] = [
         Format::F32,
         Format::Tf32,
         Format::Bf16,
@@ -153,17 +153,18 @@ fn drawn_recipe(random: &mut Random) -> Recipe {
         Format::E4m3,
         Format::E4m3,
         Format::E5m2,
+        Format::Int8,
     ];
     let gemm = FORMATS[random.below(FORMATS.len())];
     let weight = [WeightScale::Tensor, WeightScale::Channel][random.below(2)];
     let activation = [ActivationScale::Tensor, ActivationScale::Token][random.below(2)];
     let accumulate = [Accumulate::Fast, Accumulate::Promoted][random.below(2)];
-    // Scales of blocks go together, and with promotion alone; only FP8 is scaled.
+    // Scales of blocks go together, and with promotion alone; only FP8 and int8 are scaled.
     let scale = match random.below(3) {
-        _ if !gemm.is_fp8() => {
+        _ if !gemm.is_scaled() => {
             Scale { weight: WeightScale::Tensor, activation: ActivationScale::Tensor }
         }
-        0 if accumulate == Accumulate::Promoted => {
+        0 if accumulate == Accumulate::Promoted && gemm.is_fp8() => {
             Scale { weight: WeightScale::Block128, activation: ActivationScale::Block128 }
         }
         _ => Scale { weight, activation },

@@ -69,7 +69,7 @@ pub(super) fn of_product(
     let same = product.x.format == product.w.format;
     // Codes with scales, or of two formats, are multiplied as the values that they stand for.
     let gemm = match product.x.format {
-        format if plain && same && !format.is_fp8() => format,
+        format if plain && same && !format.is_scaled() => format,
         _ => Format::F32,
     };
     let chip = match product.chips {

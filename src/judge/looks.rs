@@ -252,7 +252,7 @@ pub(super) fn functions(exam: &Exam, place: &Place) -> Vec<Cause> {
     let detail = format!("the constant {} is {side} every value there", number(mean.abs()));
     found.extend(sample.guess_of("offset", detail, |_, _, t| t + mean));
     // A tf32 is kept in 32 bits.
-    let formats = Format::ALL.into_iter().filter(|format| match format {
+    let formats = Format::FLOATS.into_iter().filter(|format| match format {
         Format::F32 => false,
         Format::Tf32 => output == Format::F32,
         _ => true,

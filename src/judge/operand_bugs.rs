@@ -114,7 +114,8 @@ fn changes(operand: &CodedTensor) -> Vec<Change> {
         let detail = "is read with its bytes in the other order".to_owned();
         add("byte-order", detail, Box::new(|operand| by_codes(operand, swapped)));
     }
-    for format in Format::ALL.into_iter().filter(|f| f.bytes() == size && *f != own && size < 4) {
+    for format in Format::FLOATS.into_iter().filter(|f| f.bytes() == size && *f != own && size < 4)
+    {
         let detail = format!("({own}) is read as {format}");
         let read = move |operand: &CodedTensor| CodedTensor { format, ..operand.clone() };
         add("wrong-format", detail, Box::new(read));
@@ -133,7 +134,7 @@ fn changes(operand: &CodedTensor) -> Vec<Change> {
         add("wrong-format", detail, Box::new(read));
     }
     let narrower = |format: &Format| format.fraction_bits() < own.fraction_bits();
-    for format in Format::ALL.into_iter().filter(narrower) {
+    for format in Format::FLOATS.into_iter().filter(narrower) {
         let detail = format!("is rounded to {format}");
         let round = move |operand: &CodedTensor| mapped(operand, &|value| format.round(value));
         add("other-format", detail, Box::new(round));
@@ -143,7 +144,7 @@ fn changes(operand: &CodedTensor) -> Vec<Change> {
             add("truncating-cast", detail, Box::new(move |operand| mapped(operand, &cut)));
         }
     }
-    if own.is_fp8() {
+    if own.is_scaled() {
         return all;
     }
     let whole = largest(operand.values().data());

@@ -143,9 +143,9 @@ impl Product<'_> {
         Ok(Exam { y: self.y.clone(), output: self.output, truth: dots, floors })
     }
 
-    /// Whether FP8 codes have no scale.
+    /// Whether codes of 8 bits have no scale.
     fn lacks_scale(&self) -> bool {
-        let bare = |codes: &CodedTensor| codes.format.is_fp8() && codes.scales.is_none();
+        let bare = |codes: &CodedTensor| codes.format.is_scaled() && codes.scales.is_none();
         bare(self.x) || bare(self.w)
     }
 
@@ -179,6 +179,16 @@ impl Product<'_> {
         let length = inner as f64;
         // Products of two f32 are rounded before they are added, unless they are fused.
         let of_product = if self.x.format == Format::F32 { F32_UNIT.powi(2) / 3.0 } else { 0.0 };
+        if [self.x.format, self.w.format] == [Format::Int8; 2] {
+            // The sum is exact; its conversion to f32 and two scales are each rounded.
+            return vec![Adding {
+                name: "exact sums of integers, rounded to f32".to_owned(),
+                of_terms: 0.0,
+                of_sum: F32_UNIT.powi(2),
+                lean: None,
+                truncates: false,
+            }];
+        }
         let f32_terms = length / 6.0 * step + of_product;
         let f32_sum = length / 3.0 * step;
         let mut all = vec![Adding {

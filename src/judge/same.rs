@@ -83,6 +83,8 @@ pub struct Worst {
 /// in another order, of one more rounding on the way.
 pub fn usual_steps(format: Format) -> u64 {
     match (format.bits(), format.fraction_bits()) {
+        // Sums of integers are exact.
+        _ if format == Format::Int8 => 1,
         // Elements of blocks.
         (..8, _) => 1,
         (_, ..10) => 2,
@@ -260,7 +262,7 @@ fn relation(a: &Tensor, b: &Tensor, [of_a, of_b]: [Format; 2]) -> Option<(Answer
     }
     let sides = [("b", "a", a, b), ("a", "b", b, a)];
     // Of two types that hold the values the one with fewer bits says more.
-    let formats = Format::ALL.into_iter().rev().filter(|format| *format != Format::F32);
+    let formats = Format::FLOATS.into_iter().rev().filter(|format| *format != Format::F32);
     let formats: Vec<Format> = formats.collect();
     for (to, from, fine, coarse) in sides {
         for &format in &formats {

@@ -14,7 +14,7 @@ use crate::op::{
 };
 
 /// Formats by the names that manifests use.
-pub(super) fn formats() -> [(&'static str, Format); 6] {
+pub(super) fn formats() -> [(&'static str, Format); Format::ALL.len()] {
     Format::ALL.map(|format| (format.name(), format))
 }
 

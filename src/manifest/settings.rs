@@ -667,7 +667,16 @@ impl RawRecipe {
             problems.push(
                 Problem::new(
                     format!("`block128` scales do not go with `gemm = \"{gemm_name}\"`"),
-                    "only FP8 operands are scaled: write `gemm = \"e4m3\"`, or `tensor` as scale",
+                    match gemm.value {
+                        Gemm::Format(Format::Int8) => {
+                            "integers have a scale for each channel and token, or for the whole: write \
+                             `channel` and `token`, or `tensor`"
+                        }
+                        _ => {
+                            "only FP8 operands are scaled so: write `gemm = \"e4m3\"`, or `tensor` as \
+                             scale"
+                        }
+                    },
                 )
                 .at_if(block_at.as_ref(), "one scale per 128 elements")
                 .at_if(gemm.at.as_ref(), "not an FP8 format"),

@@ -410,6 +410,44 @@ fn single_instructions_of_amds_matrix_cores_are_those_of_mma_sim() {
     }
 }
 
+/// What MMA-Sim says of CDNA3's FP8 instructions, each two blocks of 16 products.
+#[test]
+fn single_instructions_of_cdna3s_fp8_are_those_of_mma_sim() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mmasim-fnuz.safetensors");
+    let bytes = std::fs::read(path).expect("the fixture");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let formats = [Format::E4m3fnuz, Format::E5m2fnuz];
+    for (x_format, w_format) in formats.into_iter().flat_map(|x| formats.map(|w| (x, w))) {
+        let unit = chip(ChipName::Cdna3).unit(x_format, w_format).expect("CDNA3 mixes them");
+        let Unit::MatrixCore(core) = unit else { panic!("no matrix core") };
+        let part = |part: &str| file.tensor(&format!("{x_format}_{w_format}.{part}")).unwrap();
+        let floats = |of: &str| -> Vec<f32> {
+            let bytes = part(of).data().to_vec();
+            bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect()
+        };
+        let (c, d, width) = (floats("c"), floats("d"), part("a").shape()[1]);
+        let taken_apart = |format: Format, of: &str, row: usize| -> (Vec<Parts>, Vec<f32>) {
+            let own = part(of).data()[row * width..][..width].to_vec();
+            let codes = || own.iter().map(|code| u32::from(*code));
+            let values = codes().map(|code| format.decode(code)).collect();
+            (codes().map(|code| format.parts(code)).collect(), values)
+        };
+        assert_eq!(c.len(), 240);
+        for row in 0..c.len() {
+            let (x_parts, x_values) = taken_apart(x_format, "a", row);
+            let (w_parts, w_values) = taken_apart(w_format, "b", row);
+            let x = Stretch { parts: &x_parts, values: &x_values, format: x_format };
+            let w = Stretch { parts: &w_parts, values: &w_values, format: w_format };
+            let made = matrix_core::chain(core, x, w, c[row]);
+            let expected = d[row];
+            assert!(
+                made == expected,
+                "{x_format} {w_format}, row {row}: {made:e}, not {expected:e}"
+            );
+        }
+    }
+}
+
 fn runner(folder: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_runner"));
     command.current_dir(folder).args(arguments).env_remove("RUNNER_CACHE");

@@ -26,13 +26,14 @@ fn recipe() -> Recipe {
     Recipe { codes: Codes::Checkpoint, chip: ChipName::Hopper, ..Recipe::default() }
 }
 
-/// Folders of FP8 codes: by channel, by block, one scale with one for activations, fused.
-const FP8: [&str; 5] = [
+/// Folders of FP8 codes (by channel, by block, one scale with one for activations, fused) and of integers.
+const CODES: [&str; 6] = [
     "examples/vllm-checkpoints/channel",
     "examples/vllm-checkpoints/block",
     "examples/vllm-checkpoints/static",
     "tests/fixtures/quantised/modelopt-fp8",
     "tests/fixtures/quantised/phi3-fp8",
+    "examples/vllm-checkpoints/int8",
 ];
 
 /// One row for each of the first columns, which has one value there.
@@ -44,7 +45,7 @@ fn one_hot(columns: usize, width: usize, value: f32) -> Tensor {
 
 #[test]
 fn a_weight_is_multiplied_as_its_file_holds_it() {
-    for name in FP8 {
+    for name in CODES {
         let model = Model::open(&folder(name)).unwrap();
         let arm = Emulated::new(&Recipe { output: Format::F32, ..recipe() }).unwrap();
         let made = Recipe { codes: Codes::Made, output: Format::F32, ..recipe() };
@@ -56,8 +57,9 @@ fn a_weight_is_multiplied_as_its_file_holds_it() {
             let values = weight.to_vec().unwrap();
             // The largest code, with the scale that the file has for it or its own, 1.
             let of_weight = arm.of_weight(&weight).unwrap().unwrap();
-            let (_, scales) = of_weight.quantise_activation(&one_hot(1, weight.width(), 448.0));
-            let x = one_hot(columns, weight.width(), scales_first(&scales) * 448.0);
+            let most = of_weight.recipe().gemm.max_finite();
+            let (_, scales) = of_weight.quantise_activation(&one_hot(1, weight.width(), most));
+            let x = one_hot(columns, weight.width(), scales_first(&scales) * most);
             let call = Call::Matmul { x: &x, weight, bias: None };
             let (y, anew) = (arm.compute(&call).unwrap(), made.compute(&call).unwrap());
             for column in 0..columns {
@@ -87,7 +89,7 @@ fn scales_first(scales: &runner::compute::emulated::gemm::Scales) -> f32 {
 
 #[test]
 fn a_pass_over_held_codes_lies_within_its_floor() {
-    for name in FP8 {
+    for name in CODES {
         let model = Model::open(&folder(name)).unwrap();
         let arm = Emulated::new(&recipe()).unwrap();
         let op = Op::Forward { capture: Capture::EverySite, repeats: 1, decode: 0, kv_cache: None };
@@ -121,10 +123,10 @@ fn a_form_that_no_tensor_core_takes_is_refused_by_name() {
         let weight = model.tensor("blk.0.attn_q.weight").unwrap();
         Emulated::new(recipe).unwrap().of_weight(&weight).err().unwrap().to_string()
     };
-    let int8 = said("examples/vllm-checkpoints/int8", &recipe());
+    let zeros = said("tests/fixtures/quantised/int-8-zeros", &recipe());
     let named = "the weight `model.layers.0.self_attn.q_proj.weight` (here `blk.0.attn_q.weight`) \
                  holds I8 codes";
-    assert!(int8.contains(named), "{int8}");
+    assert!(zeros.contains(named) && zeros.contains("without zero points"), "{zeros}");
     let nvfp4 = said("tests/fixtures/quantised/modelopt-nvfp4", &recipe());
     assert!(nvfp4.contains("q_proj.weight` (here `blk.0.attn_q.weight`) is nvfp4"), "{nvfp4}");
     assert!(nvfp4.contains("the chip `hopper` does not multiply"), "{nvfp4}");
@@ -190,8 +192,8 @@ fn what_cannot_be_multiplied_is_said_before_anything_runs() {
     let run = ["run", "stages", "--format", "plain"];
     let plan = ["plan", "stages"];
     for command in [&run[..], &plan[..]] {
-        let int8 = folder("examples/vllm-checkpoints/int8");
-        let (code, said) = said_of(command, &int8, "promoted");
+        let zeros = folder("tests/fixtures/quantised/int-8-zeros");
+        let (code, said) = said_of(command, &zeros, "promoted");
         assert_ne!(code, Some(0), "{said}");
         assert!(said.contains("I8 codes") && !said.contains("ran in"), "{said}");
         let block = folder("examples/vllm-checkpoints/block");
@@ -253,7 +255,7 @@ fn a_chip_without_fp8_is_refused_for_a_checkpoint_s_codes_before_anything_runs()
         for part in [
             "the chip `ampere` has no FP8, and `gemm = \"checkpoint\"` multiplies the FP8 codes",
             "`ada`, `hopper`, `blackwell` and `rtx-blackwell`",
-            "`f32`, `tf32`, `bf16` and `f16`",
+            "`f32`, `tf32`, `bf16`, `f16` and `int8`",
         ] {
             assert!(said.contains(part), "{part}: {said}");
         }

@@ -468,7 +468,7 @@ fn assert_floors(name: &str, zs: &[(Site, Z)], (low, high): (f64, f64)) {
 }
 
 /// Recipes of every kind, by name.
-fn recipes() -> [(&'static str, Recipe); 12] {
+fn recipes() -> [(&'static str, Recipe); 15] {
     let blocks = |format: BlockFormat| Recipe {
         gemm: format.element(),
         scale: Scale::of_blocks(format),
@@ -486,6 +486,12 @@ fn recipes() -> [(&'static str, Recipe); 12] {
         ("f16", Recipe { gemm: Format::F16, ..E4M3 }),
         ("tf32", Recipe { gemm: Format::Tf32, ..E4M3 }),
         ("f32", Recipe { gemm: Format::F32, ..E4M3 }),
+        ("int8", Recipe { gemm: Format::Int8, ..E4M3 }),
+        ("int8 channel, token", Recipe { gemm: Format::Int8, scale: PER_ROW, ..E4M3 }),
+        (
+            "e4m3fnuz channel, token",
+            Recipe { gemm: Format::E4m3fnuz, scale: PER_ROW, chip: ChipName::Cdna3, ..E4M3 },
+        ),
         ("mxfp8", blocks(BlockFormat::Mxfp8)),
         ("mxfp4", blocks(BlockFormat::Mxfp4)),
         ("nvfp4", blocks(BlockFormat::Nvfp4)),

@@ -25,6 +25,7 @@ mod gguf_layouts;
 mod golden;
 mod hostile;
 mod hugging_face;
+mod integers;
 mod judge;
 mod kv_cache;
 mod manifest;

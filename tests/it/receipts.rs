@@ -329,7 +329,8 @@ fn the_emulated_arm_gives_what_the_gpu_gave_on_small_models() {
         }
     }
     assert!(held > 900, "only {held} sites were held against a GPU");
-    for format in [Format::E4m3, Format::Bf16, Format::F16, Format::Tf32, Format::F32] {
+    for format in [Format::E4m3, Format::Int8, Format::Bf16, Format::F16, Format::Tf32, Format::F32]
+    {
         assert!(formats.contains(&format), "no receipt of {format}");
     }
 }
@@ -371,6 +372,27 @@ fn the_emulated_arm_gives_what_the_gpu_gave_of_a_checkpoints_own_codes() {
             let of_device = of_device.filter(|m| m.judge == Stream::Arm(Arm::Emulated));
             let mut bits = of_device.map(|m| m.metrics[&Metric::BitMismatches]);
             assert!(bits.all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
+        }
+        assert!(held >= 20, "{name}: only {held} sites were held against a GPU");
+    }
+}
+
+/// The int8 checkpoint that vLLM computed, under `gemm = "checkpoint"` and under `gemm = "int8"` with
+/// scales of whole tensors, which its own take the place of; and what an H200 made of it.
+#[test]
+fn the_emulated_arm_gives_what_the_gpu_gave_of_a_checkpoints_own_integers() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let receipts = receipts_in("runs/receipts/checkpoints/int8");
+    assert_eq!(receipts.len(), 2);
+    for (name, record) in receipts {
+        let mut held = 0;
+        for stage in &record.stages {
+            let taken = stage.recipe.codes == Codes::Checkpoint;
+            assert!(taken || stage.recipe.gemm == Format::Int8, "{name}");
+            let model = Model::open(&root.join(&stage.model)).expect("the checkpoint");
+            held += hold(&name, stage, &model);
+            let bits = stage.measures.iter().map(|m| m.metrics[&Metric::BitMismatches]);
+            assert!(bits.into_iter().all(|differ| differ == 0.0), "{name}, stage {}", stage.id);
         }
         assert!(held >= 20, "{name}: only {held} sites were held against a GPU");
     }

@@ -96,7 +96,7 @@ fn name(case: &Case<'_>, factor: f64, of: &str) -> Result<(&'static str, String)
     // Whole powers of two are what codes of another exponent bias make.
     let of_bias =
         [0.25, 0.5, 2.0, 4.0].into_iter().any(|power| (factor / power - 1.0).abs() < 1e-6);
-    match case.multiplies_fp8() && of_bias {
+    match case.multiplies_codes() && of_bias {
         true => {
             Ok(("scale-wrong", format!("{times}, as codes of the fnuz kind read as the other")))
         }

@@ -22,6 +22,7 @@ mod fnuz;
 pub mod gain;
 mod gqa_map;
 pub mod head_permutation;
+mod integers;
 mod k_range;
 mod layer_norm;
 mod mixture;
@@ -111,12 +112,13 @@ pub struct Fingerprint {
 type Test = fn(&Case<'_>) -> Result<Vec<Fit>, ComputeError>;
 
 /// All of them; of two that fit equally well, the first one names the bug.
-pub const ALL: [&Fingerprint; 55] = [
+pub const ALL: [&Fingerprint; 56] = [
     &narrow_operand::FINGERPRINT,
     &cast::FINGERPRINT,
     &zero_block::FINGERPRINT,
     &fnuz::FINGERPRINT,
     &block_scales::FINGERPRINT,
+    &integers::FINGERPRINT,
     &non_finite::FINGERPRINT,
     &other_format::FINGERPRINT,
     &wrong_row::FINGERPRINT,
@@ -311,13 +313,19 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// Whether the op multiplies FP8 codes: an engine may multiply by some weights as they are.
+    /// Whether the op multiplies FP8 codes.
     pub fn multiplies_fp8(&self) -> bool {
+        self.recipe.gemm.is_fp8() && self.multiplies_codes()
+    }
+
+    /// Whether the op multiplies codes of 8 bits with scales: an engine may multiply by some weights as
+    /// they are.
+    pub fn multiplies_codes(&self) -> bool {
         let quantised = |gemm: Gemm<'_>| {
             let engine = self.arm.engine();
             engine.is_none_or(|engine| engine.quantises(gemm.weight.name()))
         };
-        self.recipe.gemm.is_fp8() && self.gemm().is_some_and(quantised)
+        self.recipe.gemm.is_scaled() && self.gemm().is_some_and(quantised)
     }
 
     /// How well a predicted tensor fits, held against the best null model: its share of

@@ -35,7 +35,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let width = case.subject.width();
     let size: f64 = case.clean.data().iter().map(|&c| square_of_difference(c, 0.0)).sum();
     let off = case.energy(case.clean, 0..width);
-    if off == 0.0 || off > MOST * size || gemm.bias.is_some() || case.recipe.gemm.is_fp8() {
+    if off == 0.0 || off > MOST * size || gemm.bias.is_some() || case.recipe.gemm.is_scaled() {
         return Ok(Vec::new());
     }
     let mut fits = partials(case)?;

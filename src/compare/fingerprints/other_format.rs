@@ -29,9 +29,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     if gemm.weight.rows() * gemm.weight.width() > LARGEST {
         return Ok(fits);
     }
-    let formats =
-        [Format::F32, Format::Tf32, Format::Bf16, Format::F16, Format::E4m3, Format::E5m2];
-    for format in formats.into_iter().filter(|format| *format != case.recipe.gemm) {
+    for format in Format::ALL.into_iter().filter(|format| *format != case.recipe.gemm) {
         for output in [Format::F32, Format::Bf16, Format::F16] {
             let recipe = Recipe { gemm: format, output, engine: None, ..*case.recipe };
             let Ok(arm) = Emulated::new(&recipe) else { continue };

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use crate::compute::ComputeError;
 use crate::compute::call::Call;
 use crate::compute::emulated::arm::Emulated;
+use crate::dtype::Format;
 use crate::model::Model;
 use crate::op::{Recipe, Site};
 use crate::random::Random;
@@ -27,6 +28,11 @@ pub struct Bug {
     pub plant: &'static dyn Plant,
     /// Whether it exists with FP8 operands only.
     pub fp8: bool,
+    /// Whether it exists with operands of 8 bits only, FP8 or integers, whose scales are values beside
+    /// the codes.
+    pub scaled: bool,
+    /// Whether it exists with integers only.
+    pub int8: bool,
     /// Whether it exists with block-scaled operands only.
     pub blocks: bool,
     /// Whether several GPUs must compute the pass together.
@@ -96,6 +102,8 @@ pub const fn bug(
         at,
         plant,
         fp8: false,
+        scaled: false,
+        int8: false,
         blocks: false,
         of_ranks: false,
         after_layer_0: false,
@@ -109,6 +117,14 @@ pub const fn bug(
 impl Bug {
     pub const fn fp8(self) -> Bug {
         Bug { fp8: true, ..self }
+    }
+
+    pub const fn scaled(self) -> Bug {
+        Bug { scaled: true, ..self }
+    }
+
+    pub const fn int8(self) -> Bug {
+        Bug { int8: true, ..self }
     }
 
     pub const fn blocks(self) -> Bug {
@@ -138,7 +154,10 @@ impl Bug {
     /// Whether operands of this recipe can have it.
     pub fn may_be_in(&self, recipe: &Recipe) -> bool {
         let of_blocks = recipe.blocks().is_some();
-        (!self.fp8 || recipe.gemm.is_fp8() && !of_blocks) && (!self.blocks || of_blocks)
+        (!self.fp8 || recipe.gemm.is_fp8() && !of_blocks)
+            && (!self.scaled || recipe.gemm.is_scaled() && !of_blocks)
+            && (!self.int8 || recipe.gemm == Format::Int8)
+            && (!self.blocks || of_blocks)
     }
 }
 

@@ -16,7 +16,7 @@ const FACTORS: [f32; 8] = [0.5, 0.25, 0.125, 0.75, 0.0625, 2.0, 4.0, 16.0];
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    if !case.multiplies_fp8() {
+    if !case.multiplies_codes() {
         return Ok(Vec::new());
     }
     let mut fits = Vec::new();

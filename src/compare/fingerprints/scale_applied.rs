@@ -14,7 +14,7 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    if !case.multiplies_fp8() {
+    if !case.multiplies_codes() {
         return Ok(Vec::new());
     }
     let (missing, twice): (&Edit, &Edit) =

@@ -17,7 +17,7 @@ const LARGEST: usize = 1 << 23;
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    if !case.recipe.gemm.is_fp8() || gemm.weight.rows() * gemm.weight.width() > LARGEST {
+    if !case.recipe.gemm.is_scaled() || gemm.weight.rows() * gemm.weight.width() > LARGEST {
         return Ok(Vec::new());
     }
     let mut fits = Vec::new();
@@ -26,7 +26,8 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
             [ActivationScale::Tensor, ActivationScale::Token, ActivationScale::Block128]
         {
             let scale = Scale { weight, activation };
-            if scale == case.recipe.scale {
+            let blocks = weight == WeightScale::Block128 || activation == ActivationScale::Block128;
+            if scale == case.recipe.scale || blocks && !case.recipe.gemm.is_fp8() {
                 continue;
             }
             let Some(recipe) = case.recipe.with_scale(scale) else { continue };

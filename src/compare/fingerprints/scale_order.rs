@@ -55,7 +55,7 @@ const ORDERS: [(&str, &str, Order); 8] = [
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
-    if !case.multiplies_fp8() || gemm.weight.rows() * gemm.weight.width() > LARGEST {
+    if !case.multiplies_codes() || gemm.weight.rows() * gemm.weight.width() > LARGEST {
         return Ok(Vec::new());
     }
     let whole = match operands(case.arm, gemm.x, gemm.weight) {

@@ -46,7 +46,7 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
         let detail = in_words(lost, all);
         return Ok(case.fit_if_any("scale-product", detail, 0, &predicted).into_iter().collect());
     }
-    if !case.multiplies_fp8() {
+    if !case.multiplies_codes() {
         return Ok(Vec::new());
     }
     let predicted = match matmul_by_factor(case.arm, case.recipe, (x, weight, gemm.bias), in_f16) {

@@ -3,6 +3,7 @@
 use super::{Case, Fingerprint, Fit};
 use crate::compute::ComputeError;
 use crate::compute::departure::{Edit, Steps, flushed, keep};
+use crate::dtype::Format;
 
 pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
     what: "subnormal codes are flushed to zero",
@@ -12,7 +13,9 @@ pub(super) const FINGERPRINT: Fingerprint = Fingerprint {
 };
 
 fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
-    let Some(gemm) = case.gemm() else { return Ok(Vec::new()) };
+    let Some(gemm) = case.gemm().filter(|_| case.recipe.gemm != Format::Int8) else {
+        return Ok(Vec::new());
+    };
     let flush = &flushed as &Edit;
     let mut fits = Vec::new();
     for (whose, x, w) in [

@@ -16,8 +16,8 @@ fn test(case: &Case<'_>) -> Result<Vec<Fit>, ComputeError> {
     let (inner, kind) = (gemm.x.width(), gemm.weight.kind());
     // As many values as share a scale.
     let block = match case.recipe.scale.activation {
-        ActivationScale::Block128 if case.multiplies_fp8() => 128.min(inner),
-        _ if case.multiplies_fp8() => inner,
+        ActivationScale::Block128 if case.multiplies_codes() => 128.min(inner),
+        _ if case.multiplies_codes() => inner,
         _ if kind.block_width() > 1 => kind.block_width().min(inner),
         _ => return Ok(Vec::new()),
     };

@@ -20,6 +20,7 @@ use super::weights::{
 };
 use crate::compute::call::Call;
 use crate::compute::delta::{Convolution, DeltaRule};
+use crate::compute::emulated::gemm::{GemmError, MOST_INTEGERS};
 use crate::compute::experts::{self, Products};
 use crate::compute::kv_cache::Cached;
 use crate::compute::{
@@ -87,7 +88,7 @@ impl Device {
 
     fn weight_granularity(recipe: &Recipe) -> Granularity {
         match recipe.scale.weight {
-            _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
+            _ if !recipe.gemm.is_scaled() => Granularity::Tensor,
             WeightScale::Tensor | WeightScale::Mx | WeightScale::Nv => Granularity::Tensor,
             WeightScale::Channel => Granularity::Row,
             WeightScale::Block128 => Granularity::Block(BLOCK as u64),
@@ -96,7 +97,7 @@ impl Device {
 
     fn activation_granularity(recipe: &Recipe) -> Granularity {
         match recipe.scale.activation {
-            _ if !recipe.gemm.is_fp8() => Granularity::Tensor,
+            _ if !recipe.gemm.is_scaled() => Granularity::Tensor,
             ActivationScale::Tensor | ActivationScale::Mx | ActivationScale::Nv => {
                 Granularity::Tensor
             }
@@ -151,6 +152,8 @@ impl Device {
     fn library_output(recipe: &Recipe, scaled: bool) -> Format {
         // Of FP8 any, of a format of 16 bits its own, of others f32.
         let writes = match recipe.gemm {
+            // Sums in 32 bits.
+            Format::Int8 => return Format::Int8,
             format if format.is_fp8() => scaled,
             format => format.bits() == 16 && recipe.output == format,
         };
@@ -218,6 +221,10 @@ impl Device {
         bias: Option<&CudaSlice<f32>>,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DeviceError> {
+        if recipe.gemm == Format::Int8 && x.padded_width > MOST_INTEGERS {
+            let problem = GemmError::TooLong { inner: x.padded_width };
+            return Err(DeviceError::Refused(problem.to_string()));
+        }
         let per_tensor = |operand: &Operand| operand.granularity == Granularity::Tensor;
         let by_library = recipe.gemm.is_fp8() && per_tensor(x) && per_tensor(w);
         let spec = Spec {
@@ -336,7 +343,7 @@ impl Device {
                 chosen
             }
         };
-        let bytes = spec.tokens * spec.outputs * spec.output.bytes();
+        let bytes = spec.tokens * spec.outputs * spec.output_bytes();
         let mut product = stream.alloc_zeros::<u8>(bytes)?;
         library.multiply(stream, spec, operands, &algorithm, &mut product)?;
         self.note(spec, algorithm.to_string(), weight);

@@ -28,7 +28,7 @@ pub use crate::compute::emulated::plan::STREAM_K;
 pub struct Spec {
     /// Format of both operands.
     pub operands: Format,
-    /// Format of the result.
+    /// Format of the result; of int8 operands that, and then it is their sums in 32 bits.
     pub output: Format,
     /// Rows of x: N.
     pub tokens: usize,
@@ -291,10 +291,12 @@ impl Library {
         algorithm: &Algorithm,
         y: &mut CudaSlice<u8>,
     ) -> Result<(), DeviceError> {
-        let needed = spec.tokens * spec.outputs * spec.output.bytes();
+        let needed = spec.tokens * spec.outputs * spec.output_bytes();
         assert!(y.len() >= needed, "the result holds {} bytes of {needed}", y.len());
         let call = Call::new(stream, spec, operands)?;
-        let (alpha, beta) = (1.0f32, 0.0f32);
+        // Of the type that the descriptor says, four bytes either way.
+        let one = if spec.operands == Format::Int8 { 1 } else { 1.0f32.to_bits() };
+        let (alpha, beta) = (one, 0u32);
         let (w, _w_read) = operands.w.device_ptr(stream);
         let (x, _x_read) = operands.x.device_ptr(stream);
         let (y, _y_written) = y.device_ptr_mut(stream);
@@ -399,10 +401,11 @@ impl Call {
             );
         }
         let compute = match spec.operands {
+            Format::Int8 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32I,
             Format::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
             _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         };
-        let description = Description::new(compute)?;
+        let description = Description::new(compute, scale_type(spec.operands))?;
         let (transposed, plain) = (1i32, 0i32);
         description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
         description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &plain)?;
@@ -420,8 +423,30 @@ impl Call {
             description,
             w: Layout::new(operand, spec.inner, spec.outputs, spec.stride)?,
             x: Layout::new(operand, spec.inner, spec.tokens, spec.x_stride)?,
-            y: Layout::new(data_type(spec.output), spec.outputs, spec.tokens, spec.outputs)?,
+            y: Layout::new(spec.output_type(), spec.outputs, spec.tokens, spec.outputs)?,
         })
+    }
+}
+
+impl Spec {
+    /// Bytes of one value of the result.
+    pub fn output_bytes(&self) -> usize {
+        if self.output == Format::Int8 { 4 } else { self.output.bytes() }
+    }
+
+    fn output_type(&self) -> sys::cudaDataType {
+        match self.output {
+            Format::Int8 => sys::cudaDataType::CUDA_R_32I,
+            output => data_type(output),
+        }
+    }
+}
+
+/// The type of alpha and beta.
+fn scale_type(operands: Format) -> sys::cudaDataType {
+    match operands {
+        Format::Int8 => sys::cudaDataType::CUDA_R_32I,
+        _ => sys::cudaDataType::CUDA_R_32F,
     }
 }
 
@@ -432,6 +457,8 @@ fn data_type(format: Format) -> sys::cudaDataType {
         Format::F16 => sys::cudaDataType::CUDA_R_16F,
         Format::E4m3 => sys::cudaDataType::CUDA_R_8F_E4M3,
         Format::E5m2 => sys::cudaDataType::CUDA_R_8F_E5M2,
+        // The library has no type of the fnuz kind, and no chip that it runs on multiplies one.
+        Format::Int8 | Format::E4m3fnuz | Format::E5m2fnuz => sys::cudaDataType::CUDA_R_8I,
         Format::E2m3 => sys::cudaDataType::CUDA_R_6F_E2M3,
         Format::E3m2 => sys::cudaDataType::CUDA_R_6F_E3M2,
         Format::E2m1 => sys::cudaDataType::CUDA_R_4F_E2M1,
@@ -441,8 +468,11 @@ fn data_type(format: Format) -> sys::cudaDataType {
 struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
-    fn new(compute: sys::cublasComputeType_t) -> Result<Description, DeviceError> {
-        result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)
+    fn new(
+        compute: sys::cublasComputeType_t,
+        scale: sys::cudaDataType,
+    ) -> Result<Description, DeviceError> {
+        result::create_matmul_desc(compute, scale)
             .map(Description)
             .map_err(refused("cannot describe a product"))
     }

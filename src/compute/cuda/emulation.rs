@@ -89,7 +89,7 @@ fn kernel_of(unit: &Unit, x: Format, w: Format) -> Option<Choice> {
             return Some(Choice { kernel: "emulate_fma", tile_outputs: 0 });
         }
         // The CPU alone computes these.
-        Unit::BlockScaled(_) | Unit::MatrixCore(_) => return None,
+        Unit::BlockScaled(_) | Unit::MatrixCore(_) | Unit::Integers => return None,
     };
     // A cut product has F + 2 bits; their sum must be exact, and nothing subnormal.
     let sum_bits = core.alignment_bits + 2 + core.products.max(1).ilog2() + 1;
@@ -307,7 +307,9 @@ impl Job<'_> {
             Unit::TensorCore(core) => {
                 (core.alignment_bits as i32, core.result_bits as i32, core.exponent_floor)
             }
-            Unit::SequentialFma | Unit::BlockScaled(_) | Unit::MatrixCore(_) => (0, 0, 0),
+            Unit::SequentialFma | Unit::BlockScaled(_) | Unit::MatrixCore(_) | Unit::Integers => {
+                (0, 0, 0)
+            }
         };
         Emulated {
             rows: self.x.codes.rows() as u64,

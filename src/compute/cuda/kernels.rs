@@ -59,7 +59,7 @@ impl Granularity {
 pub struct Product<'a> {
     /// Its bytes, rows of `stride` values.
     pub values: &'a CudaSlice<u8>,
-    /// Their format.
+    /// Their format; of int8 operands that, and then the values are sums in 32 bits.
     pub format: Format,
     /// Values from one row to the next.
     pub stride: u64,
@@ -360,7 +360,8 @@ impl Kernels {
         y: &mut CudaSlice<f32>,
     ) -> Result<(), DriverError> {
         let Product { values, format, stride, tokens, outputs } = product;
-        must_hold("the product", values.len(), tokens * stride * format.bytes() as u64);
+        let bytes = if *format == Format::Int8 { 4 } else { format.bytes() as u64 };
+        must_hold("the product", values.len(), tokens * stride * bytes);
         must_hold("the result", y.len(), tokens * outputs);
         if let Some((x, w)) = unscaled {
             let needed = |scales: Scales<'_>, rows| match scales.granularity {

@@ -44,8 +44,11 @@ pub fn measure(trial: &Trial, programs: Option<&Path>) -> Result<Vec<Measured>, 
     let measured = on_device(gpu, trial, &x, &w)?;
     let (rows, columns) = (spread(tokens, SAMPLE.0), spread(outputs, SAMPLE.1));
     let (x_codes, w_codes) = (x.codes.select_rows(&rows), w.codes.select_rows(&columns));
-    let x = gemm::Operand { codes: &x_codes, scales: Scales::Tensor(x.scale) };
-    let w = gemm::Operand { codes: &w_codes, scales: Scales::Tensor(w.scale) };
+    // Of integers the sums are compared, which the library does not scale.
+    let sums = trial.operands == Format::Int8;
+    let scale = |scale: f32| Scales::Tensor(if sums { 1.0 } else { scale });
+    let x = gemm::Operand { codes: &x_codes, scales: scale(x.scale) };
+    let w = gemm::Operand { codes: &w_codes, scales: scale(w.scale) };
     measured
         .into_iter()
         .map(|raw| {
@@ -87,7 +90,7 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
     let scaled = trial.operands.is_fp8();
     let spec = Spec {
         operands: trial.operands,
-        output: trial.output,
+        output: if trial.operands == Format::Int8 { Format::Int8 } else { trial.output },
         tokens,
         outputs,
         inner,
@@ -110,16 +113,20 @@ fn on_device(gpu: &Gpu, trial: &Trial, x: &Seeded, w: &Seeded) -> Result<Vec<Raw
                 algorithms.push(algorithm);
             }
         }
-        let mut y = stream.alloc_zeros::<u8>(tokens * outputs * trial.output.bytes())?;
+        let mut y = stream.alloc_zeros::<u8>(tokens * outputs * spec.output_bytes())?;
         let mut all = Vec::new();
         for (index, algorithm) in algorithms.into_iter().enumerate() {
             let seconds = time(state, &spec, &operands, &algorithm, &mut y)?;
-            let row_bytes = outputs * trial.output.bytes();
+            let row_bytes = outputs * spec.output_bytes();
             let rows: Result<Vec<Vec<f32>>, DeviceError> = spread(tokens, SAMPLE.0)
                 .into_iter()
                 .map(|row| {
                     let bytes = y.slice(row * row_bytes..(row + 1) * row_bytes);
-                    Ok(decode(trial.output, &stream.clone_dtoh(&bytes)?))
+                    let bytes = stream.clone_dtoh(&bytes)?;
+                    Ok(match spec.output {
+                        Format::Int8 => rounded_sums(&bytes),
+                        output => decode(output, &bytes),
+                    })
                 })
                 .collect();
             stream.synchronize()?;
@@ -201,6 +208,11 @@ pub(super) fn bytes_of(codes: &Codes) -> Vec<u8> {
 pub(super) fn decode(format: Format, bytes: &[u8]) -> Vec<f32> {
     let code = |bytes: &[u8]| bytes.iter().rev().fold(0, |code, &byte| code << 8 | u32::from(byte));
     bytes.chunks_exact(format.bytes()).map(|bytes| format.decode(code(bytes))).collect()
+}
+
+/// Sums in 32 bits, each rounded to f32.
+fn rounded_sums(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|sum| i32::from_le_bytes(*sum) as f32).collect()
 }
 
 /// The sampled columns of the sampled rows.

@@ -237,7 +237,11 @@ fn held(
     format: Format,
     granularity: Granularity,
 ) -> Result<Operand, DeviceError> {
-    let codes = if format == Format::E5m2 { WeightType::E5m2 } else { WeightType::E4m3 };
+    let codes = match format {
+        Format::E5m2 => WeightType::E5m2,
+        Format::Int8 => WeightType::I8,
+        _ => WeightType::E4m3,
+    };
     let held = weight.held_codes(codes).ok_or_else(|| {
         DeviceError::Refused(format!("the weight {} holds no {format} codes", weight.in_words()))
     })?;
@@ -351,7 +355,7 @@ impl Converter<'_> {
     }
 }
 
-/// Scales of absmaxes: FP8 is scaled, every other format by 1.
+/// Scales of absmaxes: FP8 and int8 are scaled, every other format by 1.
 pub fn fill_scales(
     stream: &Arc<CudaStream>,
     kernels: &Kernels,
@@ -359,7 +363,7 @@ pub fn fill_scales(
     most: &CudaSlice<u32>,
     scales: &mut CudaSlice<f32>,
 ) -> Result<(), DeviceError> {
-    if format.is_fp8() {
+    if format.is_scaled() {
         return Ok(kernels.scales(stream, most, format, scales)?);
     }
     let ones = vec![1.0f32; scales.len()];

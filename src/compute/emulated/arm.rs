@@ -105,6 +105,9 @@ impl Emulated {
     /// # Errors
     /// As [`checkpoint::of_weight`], and if the chip does not have the weight's format.
     pub fn of_weight(&self, weight: &Weight<'_>) -> Result<Option<Emulated>, ComputeError> {
+        if self.takes_codes {
+            return Ok(None);
+        }
         let Some(of_weight) = checkpoint::of_weight(&self.recipe, weight)? else {
             return Ok(None);
         };
@@ -265,7 +268,8 @@ impl Emulated {
     }
 
     /// Codes and scales. NaN or infinity among the values makes their scale no
-    /// number: whatever shares it becomes NaN, as on the chip, and the scale 1.
+    /// number: whatever shares it becomes NaN, as on the chip, and the scale 1; of integers, which
+    /// have no NaN, the scale stays none, and makes NaN of the sums.
     fn converted(&self, values: &[f32], width: usize, scales: Scales) -> (Codes, Scales) {
         let each = |scales: Scales, change: fn(f32) -> f32| match scales {
             Scales::Tensor(scale) => Scales::Tensor(change(scale)),
@@ -278,6 +282,9 @@ impl Emulated {
         };
         let scales = each(scales, |scale| if scale.is_finite() { scale } else { f32::NAN });
         let codes = self.convert(values, width, &scales);
+        if self.recipe.gemm == Format::Int8 {
+            return (codes, scales);
+        }
         (codes, each(scales, |scale| if scale.is_nan() { 1.0 } else { scale }))
     }
 
@@ -369,6 +376,7 @@ impl Emulated {
         let codes = match self.recipe.gemm {
             Format::E4m3 => WeightType::E4m3,
             Format::E5m2 => WeightType::E5m2,
+            Format::Int8 => WeightType::I8,
             _ => return None,
         };
         weight.held_codes(codes).filter(|_| self.takes_codes)

@@ -169,8 +169,9 @@ impl Chain {
                 let w = matrix_core::Stretch { parts: &w_parts, values: &w_values, format };
                 *c = matrix_core::chain(&core, x, w, *c);
             }
-            // A chain's operands have no scales of blocks, so no unit for them makes one.
-            Unit::BlockScaled(_) | Unit::SequentialFma => {
+            // A chain's operands have no scales of blocks and are no integers, so no unit for those
+            // makes one.
+            Unit::BlockScaled(_) | Unit::Integers | Unit::SequentialFma => {
                 *c = x_row
                     .iter()
                     .zip(w_row.iter())

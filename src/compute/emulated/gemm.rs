@@ -143,6 +143,15 @@ pub enum GemmError {
         /// Rows of w.
         m: usize,
     },
+    /// A sum of products of integers that may leave 32 bits.
+    #[error(
+        "a sum of {inner} products of 8-bit integers may not fit in 32 bits, where one kernel wraps and \
+         another saturates; K is at most {MOST_INTEGERS}"
+    )]
+    TooLong {
+        /// Products of one sum.
+        inner: usize,
+    },
     /// Block-scaled products with promoted accumulation.
     #[error("block-scaled products are not promoted: their accumulator carries all along K")]
     Promoted,
@@ -179,6 +188,10 @@ pub struct PreparedOperand {
     /// Rows with a NaN or an infinity: those are computed by plain code.
     special: Vec<bool>,
 }
+
+/// Elements of K whose products fit in 32 bits, whatever 8-bit integers they are of: 2^17 times 2^14
+/// is one too many.
+pub const MOST_INTEGERS: usize = (1 << 17) - 1;
 
 /// Rows of x that one task multiplies at most: enough to pay for putting its
 /// rows of w into vector order, few enough for the second-level cache.
@@ -223,7 +236,9 @@ pub fn prepare_for(
         .into_par_iter()
         .map(|row| {
             let mut words = Words::default();
-            if let Some(layout) = layout {
+            if *unit == Unit::Integers {
+                simd::pack_integers_of_x(kernel, codes.row(row), &mut words);
+            } else if let Some(layout) = layout {
                 let raised = raised_by(unit, &operand.scales, row);
                 simd::pack_x(layout, codes.format(), codes.row(row), &raised, &mut words);
             }
@@ -288,6 +303,9 @@ pub fn gemm_prepared(
     check_schedule(&x.unit, schedule, x.codes.format())?;
     check_scales("w", w.codes, &w.scales)?;
     check_kind("w", &x.unit, w.codes, &w.scales)?;
+    if x.unit == Unit::Integers && k > MOST_INTEGERS {
+        return Err(GemmError::TooLong { inner: k });
+    }
     if !matches!(output, Format::F32 | Format::Bf16 | Format::F16) {
         return Err(GemmError::Output(output));
     }
@@ -295,6 +313,9 @@ pub fn gemm_prepared(
     let by_block = [&x.scales, &w.scales].iter().any(|s| matches!(s, Scales::Block128 { .. }));
     let steps = if by_block {
         Schedule::PROMOTED.steps(k, Format::E4m3)
+    } else if x.unit == Unit::Integers {
+        // Whatever the parts, they are added exactly.
+        Schedule::FAST.steps(k, Format::Int8)
     } else {
         schedule.steps(k, x.codes.format())
     };
@@ -343,6 +364,7 @@ impl Job<'_> {
     /// Rows of w in a tile.
     fn panel(&self) -> usize {
         match (self.x.layout, self.grouped()) {
+            _ if self.x.unit == Unit::Integers => simd::INTEGER_LANES,
             (Some(_), _) => self.x.kernel.lanes(),
             (None, Some(_)) => grouped::LANES,
             (None, None) => PLAIN_PANEL,
@@ -362,6 +384,9 @@ impl Job<'_> {
             Panel::new(self, x_rows.clone(), w_rows)
         });
         match (self.x.layout, self.grouped(), &self.w.scales) {
+            _ if self.x.unit == Unit::Integers => {
+                panels.map(|panel| self.integer_panel(panel)).collect()
+            }
             (Some(layout), ..) => self.vector_tile(layout, panels.collect()),
             (None, Some(unit), Scales::Blocks(scales)) => {
                 panels.map(|panel| self.grouped_panel(unit, scales, &panel)).collect()
@@ -391,6 +416,41 @@ impl Job<'_> {
             }
         }
         panels.into_iter().map(|panel| panel.finish(self, layout)).collect()
+    }
+
+    /// A panel of products of integers: exact sums, each of a step rounded once to f32.
+    fn integer_panel(&self, mut panel: Panel<'_>) -> Vec<f32> {
+        let kernel = self.x.kernel;
+        let mut words = Words::default();
+        let mut exact = [[0i32; simd::INTEGER_LANES]; simd::INTEGER_ROWS];
+        for step in &self.steps {
+            let of_step = simd::integer_words(kernel, step.inner.start)
+                ..simd::integer_words(kernel, step.inner.end);
+            simd::pack_integers_of_w(kernel, &panel.w_codes, step.inner.clone(), &mut words);
+            let partials = panel.sums.partial.chunks_mut(simd::INTEGER_ROWS * simd::INTEGER_LANES);
+            let groups = panel.x_rows.clone().step_by(simd::INTEGER_ROWS);
+            for (first, partials) in groups.zip(partials) {
+                let count = partials.len() / simd::INTEGER_LANES;
+                let mut x: [&[u32]; simd::INTEGER_ROWS] = [&[]; simd::INTEGER_ROWS];
+                for (x, row) in x.iter_mut().zip(first..first + count) {
+                    *x = &self.x.rows[row].as_slice()[of_step.clone()];
+                }
+                let exact = &mut exact[..count];
+                simd::integer_sums(kernel, &x[..count], words.as_slice(), exact);
+                for (partial, exact) in partials.iter_mut().zip(exact.as_flattened()) {
+                    *partial = *exact as f32;
+                }
+            }
+            panel.fold(self, step);
+        }
+        let Panel { x_rows, w_rows, sums, .. } = panel;
+        let mut outputs = sums.total;
+        for (x_row, outputs) in x_rows.zip(outputs.chunks_exact_mut(self.panel())) {
+            for (w_row, output) in w_rows.clone().zip(outputs) {
+                *output = self.finish(*output, x_row, w_row);
+            }
+        }
+        outputs
     }
 
     /// A panel of grouped products by vector code, and again by plain code where that is not enough.
@@ -688,6 +748,8 @@ impl PlainRow {
                 .iter()
                 .zip(&w.values[inner])
                 .fold(0.0, |c: f32, (&x, &w)| x.mul_add(w, c)),
+            // Every panel of integers is summed by `simd.rs`.
+            Unit::Integers => f32::NAN,
         }
     }
 }
@@ -796,11 +858,12 @@ fn is_special(codes: &Codes, row: usize) -> bool {
         codes.iter().fold(false, |any, code| any | (code & 0x7fff >= from))
     };
     match (codes.format(), codes.row(row)) {
-        // Elements of blocks have no other codes than numbers.
-        (Format::E2m3 | Format::E3m2 | Format::E2m1, _) => false,
+        // Integers and elements of blocks have no other codes than numbers.
+        (Format::Int8 | Format::E2m3 | Format::E3m2 | Format::E2m1, _) => false,
         (Format::E4m3, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f == 0x7f))
         }
+        (Format::E4m3fnuz | Format::E5m2fnuz, CodesRow::Bits8(codes)) => codes.contains(&0x80),
         (_, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f >= 0x7c))
         }
@@ -838,7 +901,10 @@ fn check_scales(operand: &'static str, codes: &Codes, scales: &Scales) -> Result
         }
         Scales::Row(scales) | Scales::Block128 { scales, .. } => scales,
     };
-    match given.iter().position(|scale| !(scale.is_finite() && *scale > 0.0)) {
+    // Integers have no NaN: where a value that was to be converted is none, the scale says so.
+    let says_nan = |scale: f32| scale.is_nan() && codes.format() == Format::Int8;
+    let is_good = |scale: f32| (scale.is_finite() && scale > 0.0) || says_nan(scale);
+    match given.iter().position(|scale| !is_good(*scale)) {
         Some(index) => Err(GemmError::Scale { operand, index, scale: given[index] }),
         None => Ok(()),
     }
@@ -882,10 +948,17 @@ pub fn check_scale_count(
 
 fn check_formats(unit: &Unit, x: Format, w: Format) -> Result<(), GemmError> {
     let fits = match unit {
-        Unit::TensorCore(_) => (x == w && x != Format::F32) || (x.is_fp8() && w.is_fp8()),
+        Unit::TensorCore(_) => {
+            let floats = x != Format::F32 && x != Format::Int8;
+            (x == w && floats) || (x.is_fp8() && w.is_fp8())
+        }
         Unit::SequentialFma => x == Format::F32 && w == Format::F32,
         Unit::BlockScaled(_) => x == w,
-        Unit::MatrixCore(_) => x == w && x != Format::F32,
+        Unit::MatrixCore(_) => {
+            let mixes = x.is_fnuz() && w.is_fnuz();
+            mixes || x == w && x != Format::F32 && x != Format::Int8
+        }
+        Unit::Integers => x == Format::Int8 && w == Format::Int8,
     };
     if fits { Ok(()) } else { Err(GemmError::Formats { x, w }) }
 }

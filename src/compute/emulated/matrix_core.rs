@@ -13,6 +13,10 @@
 //! without the accumulator, and added. Their sum is rounded down to F2 + 1 bits below the larger
 //! exponent of it and the accumulator, the accumulator to F bits; both are added, rounded down to F2
 //! bits below the sum's own exponent, and rounded to nearest.
+//!
+//! *Even and odd* (CDNA3's FP8): products at even places are cut and added at F bits below the largest of
+//! them, those at odd places likewise; both sums are rounded down to F bits below the larger exponent of
+//! the two and added. What follows is that of two stages, but an accumulator more than F + 1 places below takes no part.
 
 use super::chip::MatrixCore;
 use super::tensor_core::NAN;
@@ -41,7 +45,12 @@ pub fn chain(core: &MatrixCore, x: Stretch<'_>, w: Stretch<'_>, c: f32) -> f32 {
             MatrixCore::TwoStages { alignment_bits, sum_bits, .. } => {
                 let fraction_bits = x.format.fraction_bits() + w.format.fraction_bits();
                 let (x, w) = (&x.parts[inner.clone()], &w.parts[inner]);
-                two_stages((*alignment_bits, *sum_bits), fraction_bits, x, w, c)
+                two_stages((*alignment_bits, *sum_bits), fraction_bits, false, (x, w), c)
+            }
+            MatrixCore::EvenOdd { alignment_bits, sum_bits, .. } => {
+                let fraction_bits = x.format.fraction_bits() + w.format.fraction_bits();
+                let (x, w) = (&x.parts[inner.clone()], &w.parts[inner]);
+                two_stages((*alignment_bits, *sum_bits), fraction_bits, true, (x, w), c)
             }
         }
     })
@@ -114,14 +123,15 @@ fn pairwise((x, x_format): (Vec<f32>, Format), (w, w_format): (Vec<f32>, Format)
 fn two_stages(
     (alignment_bits, sum_bits): (u32, u32),
     fraction_bits: u32,
-    x: &[Parts],
-    w: &[Parts],
+    even_odd: bool,
+    (x, w): (&[Parts], &[Parts]),
     c: f32,
 ) -> f32 {
     let (alignment_bits, sum_bits) = (alignment_bits as i32, sum_bits as i32);
-    let mut products = Vec::with_capacity(x.len());
+    // Those at even places and those at odd ones, where the unit tells them apart.
+    let mut products = [Vec::with_capacity(x.len()), Vec::new()];
     let mut special = 0f64;
-    for (x, w) in x.iter().zip(w) {
+    for (place, (x, w)) in x.iter().zip(w).enumerate() {
         match (*x, *w) {
             (
                 Parts::Finite { significand: x, exponent: x_exponent },
@@ -132,7 +142,7 @@ fn two_stages(
                 if product != 0 && exponent + carries >= 128 {
                     special += f64::INFINITY.copysign(product as f64);
                 } else if product != 0 {
-                    products.push((product, exponent));
+                    products[if even_odd { place % 2 } else { 0 }].push((product, exponent));
                 }
             }
             (x, w) => special += as_f64(x) * as_f64(w),
@@ -145,20 +155,24 @@ fn two_stages(
     let Parts::Finite { significand, exponent: of_c } = Format::F32.parts(c.to_bits()) else {
         return NAN;
     };
-    let of_dot = products.iter().map(|(_, exponent)| *exponent).max().unwrap_or(-999);
-    // In units of 2^(of_dot - alignment_bits), each cut toward zero.
-    let dot: i64 = products
-        .iter()
-        .map(|(product, exponent)| {
-            let cut =
-                shifted(product.abs(), alignment_bits - fraction_bits as i32 + exponent - of_dot);
-            cut * product.signum()
-        })
-        .sum();
+    // In units of 2^(of_sum - alignment_bits), each cut toward zero.
+    let sums = products.map(|products| {
+        let of_sum = products.iter().map(|(_, exponent)| *exponent).max().unwrap_or(-999);
+        let cut = |(product, exponent): &(i64, i32)| {
+            let by = alignment_bits - fraction_bits as i32 + exponent - of_sum;
+            shifted(product.abs(), by) * product.signum()
+        };
+        (products.iter().map(cut).sum::<i64>(), of_sum)
+    });
+    let of_dot = sums[0].1.max(sums[1].1);
+    let dot: i64 = sums.iter().map(|(sum, of_sum)| shifted(*sum, of_sum - of_dot)).sum();
     let largest = of_dot.max(of_c);
     // In units of 2^(largest - sum_bits - 1), rounded down.
     let dot = shifted(dot, of_dot - alignment_bits - (largest - sum_bits - 1));
-    let own = shifted(significand.into(), of_c - 23 - (largest - alignment_bits));
+    let own = match even_odd && of_c < largest - alignment_bits - 1 {
+        true => 0,
+        false => shifted(significand.into(), of_c - 23 - (largest - alignment_bits)),
+    };
     let total = dot + (own << (sum_bits + 1 - alignment_bits));
     if total == 0 {
         return 0.0;
@@ -223,7 +237,9 @@ mod tests {
         let parts = |values: &[f32]| -> Vec<Parts> {
             values.iter().map(|value| format.parts(format.encode(*value))).collect()
         };
-        let sum = |x: &[f32], w: &[f32], c: f32| two_stages((24, 31), 20, &parts(x), &parts(w), c);
+        let sum = |x: &[f32], w: &[f32], c: f32| {
+            two_stages((24, 31), 20, false, (&parts(x), &parts(w)), c)
+        };
         assert_eq!(sum(&[1.0, 2.0], &[3.0, 0.5], 0.25), 4.25);
         assert_eq!(sum(&[], &[], 3.0), 3.0);
         // A negative accumulator far below the products takes a whole unit off.

@@ -469,7 +469,7 @@ impl Plan {
                     let codes = codes.some_columns(range);
                     // Sums of single products do not show where tiles begin.
                     match unit {
-                        Unit::SequentialFma => codes,
+                        Unit::SequentialFma | Unit::Integers => codes,
                         Unit::TensorCore(_) | Unit::BlockScaled(_) | Unit::MatrixCore(_) => {
                             residue_first(&codes, tile)
                         }

@@ -6,7 +6,10 @@
 //! quotient.
 
 use crate::block_format::BlockFormat;
-use crate::dtype::{Format, bf16_from_f32, e4m3_from_f32, e5m2_from_f32};
+use crate::dtype::{
+    Format, bf16_from_f32, e4m3_from_f32, e4m3fnuz_from_f32, e5m2_from_f32, e5m2fnuz_from_f32,
+    int8_from_f32,
+};
 use crate::vector::{Kernel, dispatch};
 
 /// Codes of a matrix, row-major `[rows, width]`.
@@ -21,7 +24,7 @@ pub struct Codes {
 /// Raw codes in the format's own width.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CodeData {
-    /// E4M3 and E5M2, and elements of blocks.
+    /// E4M3, E5M2, int8, and elements of blocks.
     Bits8(Vec<u8>),
     /// bf16 and f16.
     Bits16(Vec<u16>),
@@ -32,7 +35,7 @@ pub enum CodeData {
 /// One row of [`Codes`], to be read.
 #[derive(Clone, Copy, Debug)]
 pub enum CodesRow<'a> {
-    /// E4M3 and E5M2, and elements of blocks.
+    /// E4M3, E5M2, int8, and elements of blocks.
     Bits8(&'a [u8]),
     /// bf16 and f16.
     Bits16(&'a [u16]),
@@ -43,7 +46,7 @@ pub enum CodesRow<'a> {
 /// One row of [`Codes`], to be written.
 #[derive(Debug)]
 pub enum CodesRowMut<'a> {
-    /// E4M3 and E5M2, and elements of blocks.
+    /// E4M3, E5M2, int8, and elements of blocks.
     Bits8(&'a mut [u8]),
     /// bf16 and f16.
     Bits16(&'a mut [u16]),
@@ -437,11 +440,11 @@ impl Kernel for Absmax<'_> {
     }
 }
 
-/// The scale that maps `absmax` to the format's largest value: for FP8
+/// The scale that maps `absmax` to the format's largest value: for FP8 and int8
 /// `absmax / max_finite` as one f32 division, and 1 if `absmax` is 0. The other
 /// formats need no scale: 1.
 pub fn scale_for(format: Format, absmax: f32) -> f32 {
-    if format.is_fp8() && absmax != 0.0 { absmax / format.max_finite() } else { 1.0 }
+    if format.is_scaled() && absmax != 0.0 { absmax / format.max_finite() } else { 1.0 }
 }
 
 /// Converts one row: each code is [`Format::encode`] of the f32 quotient
@@ -477,6 +480,21 @@ impl Kernel for Quantise<'_, '_> {
             (Format::E5m2, CodesRowMut::Bits8(codes)) => {
                 for (code, value) in codes.iter_mut().zip(values) {
                     *code = e5m2_from_f32(value / scale);
+                }
+            }
+            (Format::E4m3fnuz, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e4m3fnuz_from_f32(value / scale);
+                }
+            }
+            (Format::E5m2fnuz, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = e5m2fnuz_from_f32(value / scale);
+                }
+            }
+            (Format::Int8, CodesRowMut::Bits8(codes)) => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = int8_from_f32(value / scale);
                 }
             }
             (Format::E2m3 | Format::E3m2 | Format::E2m1, CodesRowMut::Bits8(codes)) => {
@@ -519,6 +537,7 @@ mod tests {
     fn scales_are_one_division_and_one_where_nothing_is_scaled() {
         assert_eq!(scale_for(Format::E4m3, 3.0), 3.0 / 448.0);
         assert_eq!(scale_for(Format::E5m2, 3.0), 3.0 / 57344.0);
+        assert_eq!(scale_for(Format::Int8, 3.0), 3.0 / 127.0);
         assert_eq!(scale_for(Format::E4m3, 0.0), 1.0);
         assert_eq!(scale_for(Format::Bf16, 3.0), 1.0);
         assert!(scale_for(Format::E4m3, f32::NAN).is_nan());

@@ -79,10 +79,15 @@ impl Schedule {
     /// The same with promoted accumulation.
     pub const PROMOTED: Schedule = Schedule { accumulate: Accumulate::Promoted, ..Schedule::FAST };
 
+    /// What follows sums of integers: `scale_x * (scale_w * sum)`, as CUTLASS does in vLLM.
+    pub const INTEGERS: Schedule =
+        Schedule { epilogue: Epilogue::WeightThenActivation, ..Schedule::FAST };
+
     /// The schedule of a recipe. Only FP8 is ever promoted, and K is cut only
     /// where the recipe pins it.
     pub fn of(recipe: &Recipe) -> Schedule {
         let base = match recipe.accumulate {
+            _ if recipe.gemm == Format::Int8 => Schedule::INTEGERS,
             Accumulate::Promoted if recipe.gemm.is_fp8() && recipe.blocks().is_none() => {
                 Schedule::PROMOTED
             }

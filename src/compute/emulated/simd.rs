@@ -25,6 +25,10 @@
 //! either and leaves `cut` or `-cut - 1`. Counting the sign bits that differ
 //! gives the ones back. Sums of 16 products fit in 32 bits; a block of 32 keeps
 //! two sums. The accumulator joins in f64, where all of this is exact.
+//!
+//! *Integers* (int8). AVX-512 multiplies four bytes of w, made unsigned by adding 128, by four of x and
+//! adds all to 32 bits (`vpdpbusd`); what the 128 adds is taken away row by row of x. AVX2 multiplies
+//! pairs that were widened to 16 bits (`vpmaddwd`). All sums are exact modulo 2^32.
 
 #![cfg_attr(
     not(target_arch = "x86_64"),
@@ -141,6 +145,8 @@ impl Layout {
             Unit::BlockScaled(BlockScaled { core, group: 1 }) => Some(Layout::Wide { core: *core }),
             // `grouped.rs` has vectors of its own.
             Unit::BlockScaled(_) | Unit::MatrixCore(_) => None,
+            // Sums of integers are no f32 ones: `integer_sums`.
+            Unit::Integers => None,
             Unit::TensorCore(TensorCore {
                 products: products @ (16 | 32),
                 alignment_bits: 13,
@@ -487,7 +493,8 @@ fn pack_wide<const LANES: usize>(
         Format::E2m3 => pack_wide_as::<LANES, 2, 3>(format, rows, raised, inner, core, side, words),
         Format::E3m2 => pack_wide_as::<LANES, 3, 2>(format, rows, raised, inner, core, side, words),
         Format::E2m1 => pack_wide_as::<LANES, 2, 1>(format, rows, raised, inner, core, side, words),
-        Format::F32 => {}
+        // No vector code multiplies them as floats.
+        Format::F32 | Format::Int8 | Format::E4m3fnuz | Format::E5m2fnuz => {}
     }
 }
 
@@ -673,12 +680,131 @@ pub(super) fn chain(
     usable
 }
 
+/// Rows of w that meet a row of x at a time where integers are multiplied.
+pub(super) const INTEGER_LANES: usize = 16;
+/// Rows of x that are multiplied side by side.
+pub(super) const INTEGER_ROWS: usize = 8;
+
+/// Words of one row, or of one lane of w, for `inner` elements of K: whole fours of them.
+pub(super) fn integer_words(kernel: Kernel, inner: usize) -> usize {
+    inner.div_ceil(4) * if holds_fours(kernel) { 1 } else { 2 }
+}
+
+/// Whether a word holds four elements of K as bytes, and not two of 16 bits.
+fn holds_fours(kernel: Kernel) -> bool {
+    match kernel.0 {
+        Level::Plain => false,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => false,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => true,
+    }
+}
+
+/// Two bytes of a word, the first of them `from`, each widened to 16 bits.
+#[inline(always)]
+fn widened(word: u32, from: usize) -> u32 {
+    let bytes = word.to_le_bytes();
+    let wide = |at: usize| u32::from(i16::from(bytes[at] as i8) as u16);
+    wide(from) | wide(from + 1) << 16
+}
+
+/// A row of 8-bit integers as [`integer_sums`] takes it of x.
+pub(super) fn pack_integers_of_x(kernel: Kernel, row: CodesRow, words: &mut Words) {
+    words.resize(integer_words(kernel, row.len()));
+    let inner = 0..row.len();
+    let rows = slices8::<1>(&[row], &inner);
+    let words = words.as_mut_slice();
+    for four in 0..inner.len().div_ceil(4) {
+        let [word] = words_at(&rows, four);
+        if holds_fours(kernel) {
+            words[four] = word;
+        } else {
+            words[2 * four] = widened(word, 0);
+            words[2 * four + 1] = widened(word, 2);
+        }
+    }
+}
+
+/// A stretch of K of up to [`INTEGER_LANES`] rows of 8-bit integers as [`integer_sums`] takes it of w.
+pub(super) fn pack_integers_of_w(
+    kernel: Kernel,
+    rows: &[CodesRow],
+    inner: std::ops::Range<usize>,
+    words: &mut Words,
+) {
+    const LANES: usize = INTEGER_LANES;
+    words.resize(integer_words(kernel, inner.len()) * LANES);
+    let rows = slices8::<LANES>(rows, &inner);
+    let vectors = words.as_mut_slice().as_chunks_mut::<LANES>().0;
+    for four in 0..inner.len().div_ceil(4) {
+        let column = words_at(&rows, four);
+        if holds_fours(kernel) {
+            // 128 more: what was -128 to 127 is 0 to 255.
+            vectors[four] = column.map(|word| word ^ 0x8080_8080);
+        } else {
+            vectors[2 * four] = column.map(|word| widened(word, 0));
+            vectors[2 * four + 1] = column.map(|word| widened(word, 2));
+        }
+    }
+}
+
+/// The sums of products of up to [`INTEGER_ROWS`] rows of x with [`INTEGER_LANES`] rows of w, exact
+/// modulo 2^32. All hold the words of one stretch of K.
+pub(super) fn integer_sums(
+    kernel: Kernel,
+    x: &[&[u32]],
+    w: &[u32],
+    sums: &mut [[i32; INTEGER_LANES]],
+) {
+    let words = x.first().map_or(0, |x| x.len());
+    assert!(
+        sums.len() == x.len()
+            && x.iter().all(|x| x.len() == words)
+            && w.len() >= words * INTEGER_LANES,
+        "operands are packed for this kernel"
+    );
+    let groups = |at_once: usize| x.chunks(at_once);
+    match kernel.0 {
+        Level::Plain => {
+            for (x, sums) in x.iter().zip(sums) {
+                *sums = [0; INTEGER_LANES];
+                for (x, w) in x.iter().zip(w.as_chunks::<INTEGER_LANES>().0) {
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        let product = |shift: u32| {
+                            i32::from((x >> shift) as i16) * i32::from((w >> shift) as i16)
+                        };
+                        *sum = sum.wrapping_add(product(0) + product(16));
+                    }
+                }
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => {
+            for (x, sums) in groups(4).zip(sums.chunks_mut(4)) {
+                // SAFETY: a kernel of this level exists only where the features were detected; the
+                // lengths were checked just above.
+                unsafe { x86::integers_avx2(x, w, sums) };
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => {
+            for (x, sums) in groups(INTEGER_ROWS).zip(sums.chunks_mut(INTEGER_ROWS)) {
+                // SAFETY: as above.
+                unsafe { x86::integers_avx512(x, w, sums) };
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::chip::TensorCore;
-    use super::{CodesRow, Format, Layout, NARROW_BIAS, Raised, Words, pack_w_lanes};
+    use super::{
+        CodesRow, Format, INTEGER_LANES, Layout, NARROW_BIAS, Raised, Words, pack_w_lanes,
+    };
 
     /// A loop whose body is written out for each value of its index, up to 16, so
     /// that arrays of vectors stay in registers; the compiler gives up on loops of
@@ -1051,6 +1177,124 @@ mod x86 {
             unsafe { _mm512_storeu_ps(c.as_mut_ptr(), *accumulator) };
         }
         overflowed.map(|lanes| lanes == 0)
+    }
+
+    /// # Safety
+    /// The rows of x, at most [`super::INTEGER_ROWS`], have one length; there are as many sums, and `w` has 16
+    /// words for each word of a row.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn integers_avx512(
+        x: &[&[u32]],
+        w: &[u32],
+        sums: &mut [[i32; INTEGER_LANES]],
+    ) {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match *x {
+                [a, b, c, d, e, f, g, h] => {
+                    integer_rows_avx512([a, b, c, d, e, f, g, h], w, sums);
+                }
+                [a, b, c, d, ref rest @ ..] => {
+                    integer_rows_avx512([a, b, c, d], w, &mut sums[..4]);
+                    integers_avx512(rest, w, &mut sums[4..]);
+                }
+                _ => {
+                    for (x, sums) in x.iter().zip(sums.chunks_mut(1)) {
+                        integer_rows_avx512([x], w, sums);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`integers_avx512`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn integer_rows_avx512<const ROWS: usize>(
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        sums: &mut [[i32; INTEGER_LANES]],
+    ) {
+        let ones = _mm512_set1_epi8(1);
+        let mut exact = [_mm512_setzero_si512(); ROWS];
+        unrolled!(r in 0..ROWS, {
+            // 128 times the sum of x is what w's 128 adds to every lane.
+            let (whole, rest) = x[r].as_chunks::<16>();
+            let mut all = _mm512_setzero_si512();
+            for words in whole {
+                // SAFETY: a chunk has 16 words.
+                let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
+                all = _mm512_dpbusd_epi32(all, ones, words);
+            }
+            let bytes = rest.iter().flat_map(|word| word.to_le_bytes());
+            let rest: i32 = bytes.map(|byte| i32::from(byte as i8)).sum();
+            let all = _mm512_reduce_add_epi32(all).wrapping_add(rest);
+            exact[r] = _mm512_set1_epi32(all.wrapping_mul(-128));
+        });
+        for k in 0..x[0].len() {
+            // SAFETY: `w` has 16 words for each word of x.
+            let w = unsafe { load512(w, 16 * k) };
+            unrolled!(r in 0..ROWS, {
+                // SAFETY: the rows have one length.
+                let x = _mm512_set1_epi32(unsafe { *x[r].get_unchecked(k) } as i32);
+                exact[r] = _mm512_dpbusd_epi32(exact[r], w, x);
+            });
+        }
+        for (exact, sums) in exact.iter().zip(sums) {
+            // SAFETY: a row of sums has 16.
+            unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), *exact) };
+        }
+    }
+
+    /// # Safety
+    /// As [`integers_avx512`], for at most four rows.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn integers_avx2(x: &[&[u32]], w: &[u32], sums: &mut [[i32; INTEGER_LANES]]) {
+        // SAFETY: the caller's promise is the callees' need.
+        unsafe {
+            match *x {
+                [a, b, c, d] => integer_rows_avx2([a, b, c, d], w, sums),
+                _ => {
+                    for (x, sums) in x.iter().zip(sums.chunks_mut(1)) {
+                        integer_rows_avx2([x], w, sums);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`integers_avx2`].
+    #[target_feature(enable = "avx2")]
+    unsafe fn integer_rows_avx2<const ROWS: usize>(
+        x: [&[u32]; ROWS],
+        w: &[u32],
+        sums: &mut [[i32; INTEGER_LANES]],
+    ) {
+        let mut exact = [[_mm256_setzero_si256(); HALVES]; ROWS];
+        for k in 0..x[0].len() {
+            let mut halves = [_mm256_setzero_si256(); HALVES];
+            unrolled!(half in 0..HALVES, {
+                let at = INTEGER_LANES * k + 8 * half;
+                debug_assert!(at + 8 <= w.len());
+                // SAFETY: `w` has 16 words for each word of x.
+                halves[half] = unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) };
+            });
+            unrolled!(r in 0..ROWS, {
+                // SAFETY: the rows have one length.
+                let x = _mm256_set1_epi32(unsafe { *x[r].get_unchecked(k) } as i32);
+                unrolled!(half in 0..HALVES, {
+                    let products = _mm256_madd_epi16(halves[half], x);
+                    exact[r][half] = _mm256_add_epi32(exact[r][half], products);
+                });
+            });
+        }
+        for (exact, sums) in exact.iter().zip(sums) {
+            for (exact, sums) in exact.iter().zip(sums.as_chunks_mut::<8>().0) {
+                // SAFETY: half a row of sums has 8.
+                unsafe { _mm256_storeu_si256(sums.as_mut_ptr().cast(), *exact) };
+            }
+        }
     }
 
     /// # Safety

@@ -40,6 +40,13 @@ __device__ __forceinline__ u16 float_to_bf16(float value) {
     return code;
 }
 
+// Nearest, ties to even, -128 to 127; NaN is 0.
+__device__ __forceinline__ u8 float_to_int8(float value) {
+    int code;
+    asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(code) : "f"(value));
+    return (u8)code;
+}
+
 #if __CUDA_ARCH__ >= 890
 // The hardware's own conversions: nearest, ties to even, saturating.
 __device__ __forceinline__ u8 float_to_e4m3(float value) {
@@ -90,6 +97,7 @@ __device__ __forceinline__ void store_code(int format, float value, void* codes,
     switch (format) {
     case FORMAT_E4M3: ((u8*)codes)[index] = float_to_e4m3(value); break;
     case FORMAT_E5M2: ((u8*)codes)[index] = float_to_e5m2(value); break;
+    case FORMAT_INT8: ((u8*)codes)[index] = float_to_int8(value); break;
     case FORMAT_BF16: ((u16*)codes)[index] = float_to_bf16(value); break;
     case FORMAT_F16: ((u16*)codes)[index] = float_to_half(value); break;
     default: ((float*)codes)[index] = value; break;
@@ -101,6 +109,7 @@ __device__ __forceinline__ float load_code(int format, const void* codes, u64 in
     switch (format) {
     case FORMAT_E4M3: return fp8_to_float(((const u8*)codes)[index], 3, -6);
     case FORMAT_E5M2: return fp8_to_float(((const u8*)codes)[index], 2, -14);
+    case FORMAT_INT8: return (float)((const signed char*)codes)[index];
     case FORMAT_BF16: return bf16_to_float(((const u16*)codes)[index]);
     case FORMAT_F16: return half_to_float(((const u16*)codes)[index]);
     default: return ((const float*)codes)[index];
