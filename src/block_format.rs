@@ -346,7 +346,7 @@ mod tests {
         let parsed = "mxfp4".parse::<OperandFormat>().expect("a format");
         assert_eq!(parsed, OperandFormat::Blocks(BlockFormat::Mxfp4));
         let error = "fp4".parse::<OperandFormat>().expect_err("no format").to_string();
-        assert!(error.contains("e5m2, and with a scale for each block mxfp8"), "{error}");
+        assert!(error.contains("int8, and with a scale for each block mxfp8"), "{error}");
         let error = "nvfp5".parse::<BlockFormat>().expect_err("no such format");
         assert!(error.to_string().contains("mxfp8, mxfp8-e5m2"), "{error}");
     }

@@ -116,17 +116,14 @@ fn decode(format: Format, codes: CodesRow<'_>, range: Range<usize>, values: &mut
                 *value = f32::from(code as i8);
             }
         }
-        (
-            CodesRow::Bits8(codes),
-            Format::E4m3fnuz | Format::E5m2fnuz | Format::E2m3 | Format::E3m2 | Format::E2m1,
-        ) => {
+        (CodesRow::Bits8(codes), Format::E5m2) => {
             for (value, &code) in values.iter_mut().zip(&codes[range]) {
-                *value = format.decode(u32::from(code));
+                *value = ieee::<2, 15>(u32::from(code) & 0x7f, u32::from(code) >> 7);
             }
         }
         (CodesRow::Bits8(codes), _) => {
             for (value, &code) in values.iter_mut().zip(&codes[range]) {
-                *value = ieee::<2, 15>(u32::from(code) & 0x7f, u32::from(code) >> 7);
+                *value = format.decode(u32::from(code));
             }
         }
         (CodesRow::Bits16(codes), Format::Bf16) => {

@@ -864,8 +864,11 @@ fn is_special(codes: &Codes, row: usize) -> bool {
             codes.iter().fold(false, |any, code| any | (code & 0x7f == 0x7f))
         }
         (Format::E4m3fnuz | Format::E5m2fnuz, CodesRow::Bits8(codes)) => codes.contains(&0x80),
-        (_, CodesRow::Bits8(codes)) => {
+        (Format::E5m2, CodesRow::Bits8(codes)) => {
             codes.iter().fold(false, |any, code| any | (code & 0x7f >= 0x7c))
+        }
+        (format, CodesRow::Bits8(codes)) => {
+            codes.iter().any(|&code| !format.decode(u32::from(code)).is_finite())
         }
         (Format::Bf16, CodesRow::Bits16(codes)) => any16(codes, 0x7f80),
         (_, CodesRow::Bits16(codes)) => any16(codes, 0x7c00),
