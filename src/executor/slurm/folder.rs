@@ -114,6 +114,11 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     serde_json::from_slice(text).map_err(|error| cannot(&error))
 }
 
+/// A file that this runner has written, as it is.
+pub(super) fn bytes_of(path: &Path) -> Result<Vec<u8>, SlurmError> {
+    std::fs::read(path).map_err(|error| io(path, &error))
+}
+
 /// The file of a task's orders.
 pub fn orders_of(batch: &Path, task: usize) -> PathBuf {
     batch.join(format!("{task}.orders"))

@@ -135,8 +135,7 @@ impl PostBox {
         tasks: usize,
     ) -> Result<(), SlurmError> {
         let read = |path: PathBuf, name: &str| -> Result<(String, Vec<u8>), SlurmError> {
-            let bytes = std::fs::read(&path).map_err(|error| folder::io(&path, &error))?;
-            Ok((format!("{run}/{number}/{name}"), bytes))
+            Ok((format!("{run}/{number}/{name}"), folder::bytes_of(&path)?))
         };
         let orders: Result<Vec<_>, SlurmError> = (0..tasks)
             .map(|task| read(orders_of(batch, task), &format!("{task}.orders")))
