@@ -550,8 +550,9 @@ fn smollm2_deviates_by_the_predicted_floor() {
     for (name, recipe) in recipes() {
         // A step of integers is as wide for small values as for the token's largest: what is below half
         // of one becomes zero, its error is the value itself, and to that real weights are not random.
-        let high = if recipe.gemm == Format::Int8 { 1.15 } else { 1.1 };
-        assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), (0.9, high));
+        // There the bounds of the shipped contracts hold.
+        let bounds = if recipe.gemm == Format::Int8 { (0.8, 1.25) } else { (0.9, 1.1) };
+        assert_floors(name, &measure_floors(&model, &recipe, 16, &mut kernels), bounds);
     }
     assert_kernels(&kernels);
 }
