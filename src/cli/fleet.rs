@@ -115,8 +115,22 @@ fn brought(url: &str, window: &Window) -> Result<Vec<PathBuf>, Failed> {
     let folder = super::own_folder().unwrap_or_else(|| std::env::temp_dir().join("runner"));
     let folder = folder.join("fleet").join(&name.as_str()[..16]);
     let paths = bring_runs(url, &folder, |run| window.may_hold(run)).map_err(|error| {
-        let code = if matches!(error, RemoteError::Down { .. }) { SYSTEM } else { USAGE };
-        Failed { text: format!("error: {error}"), code }
+        let (code, text) = match error {
+            RemoteError::Url { url, problem } => {
+                (USAGE, format!("error: `{url}` cannot be read: {problem}"))
+            }
+            RemoteError::Refused { url, what, problem } => (
+                USAGE,
+                format!(
+                    "error: `{url}` refuses {what}: {problem}; are its name and the credentials \
+                     right? (docs/shared-cache.md says which variables are read)"
+                ),
+            ),
+            RemoteError::Down { url, problem } => {
+                (SYSTEM, format!("error: `{url}` cannot be read now: {problem}; try again later"))
+            }
+        };
+        Failed { text, code }
     })?;
     if paths.is_empty() {
         return Err(Failed::from(format!(

@@ -462,6 +462,8 @@ fn assert_floors(name: &str, zs: &[(Site, Z)], (low, high): (f64, f64)) {
         most.1,
         all.most
     );
+    // All sites together keep to a site's usual bounds, also where single ones have wider ones.
+    assert!((0.9..=1.1).contains(&all.rms()), "{name}: z_rms of all sites is {:.3}", all.rms());
     for (rms, site) in sites {
         assert!((low..=high).contains(&rms), "{name}: z_rms of `{site}` is {rms:.3}");
     }

@@ -7,17 +7,12 @@
 //! What stands in them is their readers' affair. Whoever has read one removes it.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::upkeep::asked_together;
-use super::{LARGEST_RECORD, Listed, Remote, RemoteError};
+use super::{LARGEST_RECORD, LETTERS, Listed, Remote, RemoteError};
 use crate::cache::key::Key;
 use crate::cache::store::Store;
-
-/// Where they lie.
-pub(super) const LETTERS: &str = "v1/slurm";
-/// Nobody waits for one that is older.
-pub(super) const LETTERS_LAST: Duration = Duration::from_secs(14 * 24 * 3600);
 
 impl Remote {
     /// Leaves a letter, whole or not at all; one of the same name is replaced.
@@ -101,6 +96,7 @@ impl Store {
             let mut state = remote.state();
             state.missing.clear();
             // Also where it failed before: there is no other way to the result.
+            state.given_up.clear();
             state.down = false;
         }
     }

@@ -51,6 +51,10 @@ pub use upkeep::{RemoteBudget, RemoteCleared};
 const MARK: &str = "v1/cache.json";
 /// Its text.
 const MARK_TEXT: &[u8] = b"{\"runner\": \"cache\", \"format\": 1}\n";
+/// Where runners and their jobs leave letters for each other.
+const LETTERS: &str = "v1/slurm";
+/// Nobody waits for a letter that is older.
+const LETTERS_LAST: Duration = Duration::from_secs(14 * 24 * 3600);
 /// The largest record that is read; the largest known has some hundred kilobytes.
 const LARGEST_RECORD: u64 = 64 << 20;
 /// Results above this size stay here unless somebody asks for it.

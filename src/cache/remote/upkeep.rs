@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use super::letters::{LETTERS, LETTERS_LAST};
-use super::{LARGEST_RECORD, Listed, Remote, RemoteError, Trouble, is_hash};
+use super::{LARGEST_RECORD, LETTERS, LETTERS_LAST, Listed, Remote, RemoteError, Trouble, is_hash};
 use crate::cache::key::Key;
 use crate::cache::store::Store;
 

@@ -90,18 +90,23 @@ fn no_reference_on(survey: &Survey) -> Option<String> {
     })
 }
 
-/// The reference with its products on the GPU with the fewest users, and its arithmetic in words.
-///
-/// # Errors
-/// If no GPU can be opened.
-pub fn reference_ops(kept: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+/// The GPU with the fewest users, for products of an arm that is not the device's.
+fn freest(kept: Option<&Path>) -> Result<&'static Arc<Gpu>, ComputeError> {
     // What was remembered of the machine may no longer hold: the driver has the last word.
     if let Some(why) = no_reference_on(survey()) {
         return Err(ComputeError::Recipe(why));
     }
     let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
     let gpu = gpus.iter().min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
-    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))?;
+    gpu.ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))
+}
+
+/// The reference with its products on the GPU with the fewest users, and its arithmetic in words.
+///
+/// # Errors
+/// If no GPU can be opened.
+pub fn reference_ops(kept: Option<&Path>) -> Result<(Box<dyn Pass>, String), ComputeError> {
+    let gpu = freest(kept)?;
     let arithmetic = format!(
         "f64 over the dequantised weights; products on {}, GPU {}, sampled outputs of each held to \
          the CPU's bits",
@@ -119,12 +124,7 @@ pub fn emulated_ops(
     arm: Emulated,
     kept: Option<&Path>,
 ) -> Result<(Box<dyn Pass>, String), ComputeError> {
-    if let Some(why) = no_reference_on(survey()) {
-        return Err(ComputeError::Recipe(why));
-    }
-    let gpus = gpus(kept).map_err(|problem| ComputeError::Recipe(problem.clone()))?;
-    let gpu = gpus.iter().min_by_key(|gpu| gpu.leases.load(Ordering::Relaxed));
-    let gpu = gpu.ok_or_else(|| ComputeError::Recipe("no CUDA device".to_owned()))?;
+    let gpu = freest(kept)?;
     let arithmetic = format!(
         "{}; products on {}, GPU {}, sampled outputs of each held to the CPU's bits",
         arm.describe(),
